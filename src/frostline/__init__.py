@@ -1,0 +1,48 @@
+"""Frostline: frozen Batch Normalization that is really frozen.
+
+``import frostline`` loads numpy at most; a framework is loaded only by the model you pass. Every
+public name is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as _version
+from typing import Any
+
+__version__ = _version("frostline")
+
+#: Public name -> module that defines it. A name equal to the module's own name is the module.
+_EXPORTS = {
+    "BackendError": "types",
+    "Boundary": "types",
+    "Change": "repair",
+    "DataError": "types",
+    "FrostlineError": "types",
+    "ModelError": "types",
+    "OutputError": "types",
+    "PhaseTable": "types",
+    "Site": "types",
+    "convert": "repair",
+    "freeze": "repair",
+    "layers": "layers",
+    "phases": "diagnose",
+    "restore": "repair",
+    "sites": "diagnose",
+    "unfreeze": "repair",
+}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'frostline' has no attribute {name!r}")
+    module = importlib.import_module(f"frostline.{_EXPORTS[name]}")
+    value = module if name == _EXPORTS[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
