@@ -1,0 +1,22 @@
+# Two commands for a fresh machine with Python 3.11+, pip and make: `make demo` and `make test`.
+PYTHON ?= python3
+# The Keras backend of the demo: jax, tensorflow or torch. README says why this one.
+DEMO_BACKEND ?= jax
+
+.PHONY: help demo test lint
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+demo: ## see a frozen BN layer break a fine-tuned network, and Frostline fix it
+	@$(PYTHON) scripts/prepare_environment.py demo $(DEMO_BACKEND)
+	KERAS_BACKEND=$(DEMO_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 .venv/bin/frostline demo
+
+test: ## static checks, then the test suite once per Keras backend
+	@$(PYTHON) scripts/prepare_environment.py test
+	@.venv/bin/python scripts/run_tests.py
+
+lint: ## the static checks alone
+	@$(PYTHON) scripts/prepare_environment.py test
+	@.venv/bin/python scripts/run_tests.py --checks-only

@@ -1,0 +1,241 @@
+"""Run the static checks, then the test suite in one process per Keras backend.
+
+Keras reads its backend once, at import, so each backend needs a process of its own. The last line
+printed is ``N passed, N failed, N skipped`` over all processes; a static check that fails counts
+as one failed, and so does a process that died, hung or ran no test. The exit code is 0 only when
+tests ran and none failed.
+
+``FROSTLINE_TEST_BACKENDS=jax,torch`` selects backends; further arguments go to pytest.
+Usage: ``python scripts/run_tests.py [--checks-only] [pytest arguments]`` (the Makefile does).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ("tensorflow", "jax", "torch")
+STATIC_CHECKS = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "mypy": ["mypy"],
+    "import-linter": ["lint-imports"],
+    "codespell": ["codespell"],
+}
+# The whole run has to end within 45 minutes on 2 cores, a fresh install included.
+TIME_LIMIT_S = 38 * 60
+# Time for pytest to write its results after it was told to stop.
+GRACE_S = 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many tests passed, failed and were skipped."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped
+        )
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+    @property
+    def exit_code(self) -> int:
+        """0 if something passed and nothing failed, else 1."""
+        return 0 if self.passed and not self.failed else 1
+
+
+def count_results(junit: Path) -> Counts:
+    """Count the test cases of a JUnit XML file, each once.
+
+    A test that fails and whose teardown fails too is one failed test; an expected failure is a
+    skipped one, as in pytest's file.
+
+    Args:
+        junit: File that ``pytest --junit-xml`` wrote.
+
+    Returns:
+        The counts; nothing at all if the file is absent, empty or cut off.
+    """
+    try:
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return Counts()
+    outcomes = [{child.tag for child in case} for case in cases]
+    failed = sum(bool(tags & {"failure", "error"}) for tags in outcomes)
+    skipped = sum("skipped" in tags and not tags & {"failure", "error"} for tags in outcomes)
+    return Counts(len(cases) - failed - skipped, failed, skipped)
+
+
+def judge(counts: Counts, exit_code: int | None) -> Counts:
+    """Add one failure for a process that ended badly in a way its results do not show.
+
+    Args:
+        counts: What its results file holds.
+        exit_code: The process' exit code; negative for a signal, None for one that was stopped.
+
+    Returns:
+        ``counts``, with one failure more where pytest did not end by itself (killed, internal
+        error, usage error), or says that something failed that the file does not name, or ran
+        nothing.
+    """
+    ended_by_itself = exit_code in (0, 1)
+    ran = counts.passed + counts.failed + counts.skipped > 0
+    if not ended_by_itself or not ran or (exit_code == 1 and not counts.failed):
+        return counts + Counts(failed=1)
+    return counts
+
+
+def selected_backends(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the backends named in ``FROSTLINE_TEST_BACKENDS``, all of them if it is not set.
+
+    Raises:
+        ValueError: for a name that is no Keras backend of ours.
+    """
+    named = environ.get("FROSTLINE_TEST_BACKENDS", "").replace(",", " ").split()
+    unknown = sorted(set(named) - set(BACKENDS))
+    if unknown:
+        raise ValueError(
+            f"FROSTLINE_TEST_BACKENDS takes {', '.join(BACKENDS)}, separated by commas. "
+            f"Received: {', '.join(unknown)}"
+        )
+    return tuple(dict.fromkeys(named)) or BACKENDS
+
+
+def run_static_checks() -> Counts:
+    """Run every static check, also after one that failed; count the failures."""
+    counts = Counts()
+    tools = Path(sys.executable).parent
+    for name, (tool, *arguments) in STATIC_CHECKS.items():
+        say(f"static check: {name}")
+        code = subprocess.run([str(tools / tool), *arguments], cwd=ROOT, check=False).returncode
+        if code != 0:
+            say(f"static check FAILED: {name}")
+            counts += Counts(failed=1)
+    return counts
+
+
+def run_backend(
+    backend: str, pytest_arguments: Sequence[str], *, first: bool, limit_s: float
+) -> Counts:
+    """Run the suite on one backend in a process of its own and count its results.
+
+    Args:
+        backend: Keras backend.
+        pytest_arguments: Handed to pytest as they are.
+        first: Whether this is the first backend; only there are the tests run that are marked
+            ``once``, whose result does not depend on the backend.
+        limit_s: Seconds after which the process is stopped; what it had finished still counts.
+
+    Returns:
+        Its counts, judged.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        junit = Path(scratch) / "results.xml"
+        command = [sys.executable, "-m", "pytest", f"--junit-xml={junit}", *pytest_arguments]
+        if not first:
+            command += ["-m", "not once"]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=backend_environment(backend, Path(scratch)),
+            start_new_session=True,
+        )
+        try:
+            exit_code: int | None = process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            say(f"{backend}: stopped after {limit_s:.0f} s")
+            stop(process)
+            exit_code = None
+        except BaseException:
+            stop(process)
+            raise
+        return judge(count_results(junit), exit_code)
+
+
+def backend_environment(backend: str, scratch: Path) -> dict[str, str]:
+    """Return the environment of a test process: one backend, and no settings of the user's."""
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "KERAS_HOME": str(scratch),  # a user's keras.json would change dtypes and data formats
+        "MPLBACKEND": "Agg",
+        "PYTHONFAULTHANDLER": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a test process and its children; pytest first gets the time to write its results."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        say("it does not answer: killed")
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run_backends(backends: Sequence[str], pytest_arguments: Sequence[str]) -> Iterator[Counts]:
+    """Run the suite on each backend in turn, each with its share of the time that is left."""
+    deadline = time.monotonic() + TIME_LIMIT_S
+    for index, backend in enumerate(backends):
+        say(f"tests on Keras backend {backend}")
+        start = time.monotonic()
+        limit_s = (deadline - start) / (len(backends) - index)
+        counts = run_backend(backend, pytest_arguments, first=index == 0, limit_s=limit_s)
+        say(f"{backend}: {counts}, in {time.monotonic() - start:.0f} s")
+        yield counts
+
+
+def say(text: str) -> None:
+    """Print a heading among the output of the tools, at once."""
+    print(f"== {text}", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run everything, print the summary line last, return the exit code."""
+    try:
+        backends = selected_backends(os.environ)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _interrupt)
+    checks_only = "--checks-only" in arguments
+    counts = Counts()
+    try:
+        counts += run_static_checks()
+        if checks_only:
+            return 1 if counts.failed else 0
+        for counts_of_backend in run_backends(backends, arguments):
+            counts += counts_of_backend
+    except KeyboardInterrupt:
+        say("interrupted")
+        counts += Counts(failed=1)
+    print(counts, flush=True)
+    return counts.exit_code
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
