@@ -1,0 +1,568 @@
+"""The Keras layer: Batch Normalization whose ``trainable`` is part of the computation.
+
+One trick carries it. A stock layer's gamma and beta belong to the optimizer that was compiled with
+them, and no framework lets a variable join or leave it later. So each of ours exists twice: a
+*trained* variable that the optimizer always owns, and a *held* one that it never sees. While the
+layer is frozen the held one **is** ``layer.gamma`` (in ``call``, in ``weights``, when saving) and
+the trained one receives a zero gradient and is ignored, whatever momentum or weight decay do to it;
+on thawing it is overwritten from the held one. Which of the two a compiled step uses is read from a
+flag *variable*, so flipping ``trainable`` needs neither ``compile`` nor a new trace.
+
+This room must not know about models, data or reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from frostline.releases import Release, release
+from frostline.types import Policy
+
+_POLICIES = ("inference", "batch", "update")
+
+
+@dataclass(frozen=True)
+class _State:
+    """Variables beside the stock four; in ``variables``, so every backend carries them as state,
+    but not in ``weights`` and not saved, so checkpoints stay those of the stock layer.
+    """
+
+    flag: Any  # () bool: is the layer trainable?
+    decay: Any  # (2,): decay and 1 - decay, each rounded once as in the stock layer
+    held_gamma: Any | None
+    held_beta: Any | None
+    biased_mean: Any | None  # zero-debias: average that starts from 0
+    biased_variance: Any | None
+    unseen: Any | None  # (): share of the start value still in it, decay**t
+
+    def variables(self) -> list[Any]:
+        every = (
+            self.flag,
+            self.decay,
+            self.held_gamma,
+            self.held_beta,
+            self.biased_mean,
+            self.biased_variance,
+            self.unseen,
+        )
+        return [variable for variable in every if variable is not None]
+
+
+class _WhileTrainable:
+    """A regularizer that counts only while its layer is trainable, as in a stock frozen layer."""
+
+    def __init__(self, layer: BatchNormalization, regularizer: Callable[[Any], Any]) -> None:
+        self.layer = layer
+        self.regularizer = regularizer
+
+    def __call__(self, value: Any) -> Any:
+        live = self.layer._live()
+        if live is True:
+            return self.regularizer(value)
+        if live is False:
+            return ops.zeros((), dtype=value.dtype)
+        penalty = self.regularizer(value)
+        return ops.where(live, penalty, ops.zeros_like(penalty))
+
+
+@keras.saving.register_keras_serializable(package="frostline")
+class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """Batch Normalization that is locked to its stored statistics while it is frozen.
+
+    With default arguments it computes what ``keras.layers.BatchNormalization`` computes and has the
+    same weights in the same order; checkpoints load both ways. It adds:
+
+    - ``trainable`` is live: flipping it, in either direction, takes effect at the next training
+      step on TensorFlow, JAX and torch, without ``compile`` and without a new trace. While it is
+      ``False`` neither the statistics nor gamma and beta move, whatever the optimizer does.
+    - ``momentum`` is live: assign it at any time.
+    - ``policy``: what the layer does in training while frozen.
+    - ``debias``: correct the moving average for its start.
+    - ``version``: reproduce an old Keras release exactly.
+
+    Normalisation always uses the biased variance: ``(x - mean) / sqrt(var + epsilon) * gamma +
+    beta`` (Ioffe and Szegedy 2015, algorithm 1). The moving statistics follow ``stored = decay *
+    stored + (1 - decay) * batch`` with Keras' ``momentum`` as decay.
+
+    Because gamma and beta can be thawed at any time, they stay in the lists that a *model* hands to
+    its optimizer (``model.trainable_variables``) while the layer is frozen; ``layer.trainable_weights``
+    is empty then, as in the stock layer.
+
+    Args:
+        policy: ``"inference"`` (default): frozen means stored statistics, no update, as in Keras 3.
+            ``"batch"``: batch statistics, no update, as in Keras 2.1.3 to 2.2.4. ``"update"``: batch
+            statistics and update, as in Keras before 2.1.3 and in PyTorch.
+        debias: Let the moving average start from nothing and divide it by ``1 - decay**t``, t the
+            number of updates so far (Kingma and Ba 2015, section 3), so that a few steps after
+            thawing suffice. The first update discards the statistics the layer came with.
+        version: ``"2.1.2"``, ``"2.1.3"``, ``"2.1.5"``, ``"2.2.4"``, ``"fork-2.2.4"``, ``"3"`` or a
+            release between them: sets policy, debias and the variance that is averaged.
+        **kwargs: All arguments of ``keras.layers.BatchNormalization``.
+
+    Raises:
+        ValueError: Unknown ``policy`` or ``version``; a ``version`` that contradicts ``policy`` or
+            ``debias``; ``renorm=True`` together with anything but the defaults (batch
+            renormalisation keeps running statistics of its own, which have no meaning under them).
+
+    Example:
+        >>> layer = BatchNormalization(policy="inference")
+        >>> layer.trainable = False            # live, also after compile
+        >>> layer.momentum = 0.9               # live as well
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        *args: Any,
+        policy: Policy = "inference",
+        debias: bool = False,
+        version: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._state: _State | None = None
+        self._momentum = float(momentum)
+        super().__init__(axis, momentum, epsilon, *args, **kwargs)
+        self.policy, self.debias, self.version = _behaviour(policy, debias, version)
+        self._release: Release | None = None if version is None else release(version)
+        if self.renorm and (self.policy != "inference" or self.debias or self.version):
+            raise ValueError(
+                f"Layer '{self.name}': renorm=True keeps running statistics of its own and allows "
+                "only policy='inference', debias=False, version=None. "
+                f"Received: policy={policy!r}, debias={debias!r}, version={version!r}"
+            )
+
+    # --- live attributes ----------------------------------------------------------------------
+
+    @property
+    def momentum(self) -> float:
+        """Kept share of the moving average per update; assignable at any time."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        value = float(value)
+        if self._state is not None:
+            self._state.decay.assign(np.array([value, 1.0 - value]))
+        self._momentum = value
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer trains; assignable at any time, effective at the next step."""
+        return bool(self._trainable)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        value = bool(value)
+        state = self._state
+        if state is not None and value != self._trainable:
+            _require_values(self, self.variables)
+            for trained, held in self._twins():
+                source, target = (held, trained) if value else (trained, held)
+                target.assign(_copy(source))
+            state.flag.assign(value)
+        self._trainable = value
+        if state is not None and keras.backend.backend() == "torch":
+            self._track_variables()
+
+    @property
+    def gamma(self) -> Any:
+        """The scale, shape ``(channels,)``; the held variable while the layer is frozen."""
+        return self._active(self._trained_gamma, "held_gamma")
+
+    @gamma.setter
+    def gamma(self, variable: Any) -> None:
+        self._trained_gamma = variable
+
+    @property
+    def beta(self) -> Any:
+        """The offset, shape ``(channels,)``; the held variable while the layer is frozen."""
+        return self._active(self._trained_beta, "held_beta")
+
+    @beta.setter
+    def beta(self, variable: Any) -> None:
+        self._trained_beta = variable
+
+    # --- variables ----------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> list[Any]:
+        """All state: the trained gamma and beta, the statistics, and what Frostline adds."""
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        return own if self._state is None else own + self._state.variables()
+
+    @property
+    def weights(self) -> list[Any]:
+        """The stock weights in stock order: gamma, beta, moving mean, moving variance."""
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        # A step that is being traced must serve both states: it gets the optimizer's variables.
+        if self._state is None or self._trainable or _traced(self._state.flag) is not None:
+            return own
+        held = {id(trained): held for trained, held in self._twins()}
+        return [held.get(id(variable), variable) for variable in own]
+
+    def _twins(self) -> list[tuple[Any, Any]]:
+        """Pairs of (trained, held) variables that exist."""
+        state = self._state
+        if state is None:
+            return []
+        pairs = [
+            (self._trained_gamma, state.held_gamma),
+            (self._trained_beta, state.held_beta),
+        ]
+        return [pair for pair in pairs if pair[0] is not None]
+
+    def _track_variables(self) -> None:
+        """Torch: register as parameters what is in ``weights``, under the stock names."""
+        import torch
+
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        self._torch_params = torch.nn.ParameterDict(
+            {stock.path: active.value for stock, active in zip(own, self.weights, strict=True)}
+        )
+
+    def _active(self, trained: Any, held_name: str) -> Any:
+        if self._trainable or self._state is None or trained is None:
+            return trained
+        return getattr(self._state, held_name)
+
+    def build(self, input_shape: Any) -> None:
+        """Create the stock weights and, beside them, the state that makes them live.
+
+        Args:
+            input_shape: Shape of the input with ``None`` for unknown sizes.
+
+        Raises:
+            ValueError: The channel axis is out of range or has no known size.
+        """
+        if not -len(input_shape) <= self.axis < len(input_shape):
+            raise ValueError(
+                f"Axis {self.axis} is out of bounds for input shape {tuple(input_shape)}. "
+                f"Received: axis={self.axis}"
+            )
+        super().build(input_shape)
+        for variable in (self._trained_gamma, self._trained_beta):
+            if variable is not None:
+                # The optimizer's for good; `trainable` of the layer decides by the flag.
+                variable.trainable = True
+                if variable.regularizer is not None:
+                    variable.regularizer = _WhileTrainable(self, variable.regularizer)
+        self._state = self._make_state()
+
+    def _make_state(self) -> _State:
+        def variable(initializer: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Any:
+            return keras.Variable(
+                initializer=initializer,
+                shape=shape,
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                aggregation="none",
+                name=name,
+            )
+
+        def held(trained: Any, name: str) -> Any:
+            if trained is None:
+                return None
+            return variable(lambda *_, **__: _copy(trained), trained.shape, trained.dtype, name)
+
+        def average(name: str, like: Any, start: str) -> Any:
+            shape = () if like is None else like.shape
+            return variable(start, shape, self.variable_dtype, name) if self.debias else None
+
+        decay = np.array([self._momentum, 1.0 - self._momentum])
+        return _State(
+            flag=variable(lambda *_, **__: ops.array(self._trainable, "bool"), (), "bool", "flag"),
+            decay=variable(
+                lambda _, dtype: ops.convert_to_tensor(decay, dtype),
+                (2,),
+                self.variable_dtype,
+                "decay",
+            ),
+            held_gamma=held(self._trained_gamma, "held_gamma"),
+            held_beta=held(self._trained_beta, "held_beta"),
+            biased_mean=average("biased_mean", self.moving_mean, "zeros"),
+            biased_variance=average("biased_variance", self.moving_mean, "zeros"),
+            unseen=average("unseen", None, "ones"),
+        )
+
+    # --- computation --------------------------------------------------------------------------
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalise a batch.
+
+        Args:
+            inputs: Tensor of rank 2 to 5 with the channels on ``axis``.
+            training: Whether this is a training step.
+            mask: Boolean tensor of the inputs' shape without the last axis; masked elements do not
+                count in the batch statistics.
+
+        Returns:
+            A tensor of the inputs' shape in the layer's compute dtype.
+
+        Raises:
+            ValueError: The mask's rank is not the inputs' rank less one.
+        """
+        if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
+            raise ValueError(
+                f"Layer '{self.name}': the mask must have one dimension less than the inputs. "
+                f"Received: mask.shape={mask.shape}, inputs.shape={inputs.shape}"
+            )
+        # Half precision overflows in the variance: compute in float32 at least, as the stock layer.
+        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        live = self._live()
+        gamma = self._parameter(live, self._trained_gamma, "held_gamma", x.dtype)
+        beta = self._parameter(live, self._trained_beta, "held_beta", x.dtype)
+        mean = _read(self.moving_mean, x.dtype)
+        variance = _read(self.moving_variance, x.dtype)
+        if training:
+            if self.renorm:
+                mean, variance, gamma, beta = self._renormalise(x, mask, live, gamma, beta)
+            else:
+                use_batch = live if self.policy == "inference" else True
+                update = True if self.policy == "update" else live
+                mean, variance = self._train(x, mask, use_batch, update, (mean, variance))
+        outputs = ops.batch_normalization(
+            x=x,
+            mean=mean,
+            variance=variance,
+            axis=self.axis,
+            offset=beta,
+            scale=gamma,
+            epsilon=self.epsilon,
+        )
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _live(self) -> Any:
+        """Whether the layer trains: a bool, or the flag's tensor inside a step being traced."""
+        if self._state is None:
+            return self._trainable
+        flag = _traced(self._state.flag)
+        return self._trainable if flag is None else flag
+
+    def _parameter(self, live: Any, trained: Any, held_name: str, dtype: Any) -> Any:
+        if trained is None:
+            return None
+        held = trained if self._state is None else getattr(self._state, held_name)
+        return _select(live, _read(trained, dtype), _read(held, dtype))
+
+    def _train(
+        self, x: Any, mask: Any, use_batch: Any, update: Any, stored: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        """Return the (mean, variance) to normalise with and move the stored statistics."""
+        if use_batch is False:
+            return stored
+        if use_batch is True:
+            mean, variance = self._channel_moments(x, mask)
+        elif self.synchronized:
+            # A branch must not hold a cross-replica reduction.
+            batch = self._channel_moments(x, mask)
+            mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
+        else:
+            mean, variance = ops.cond(
+                use_batch, lambda: self._channel_moments(x, mask), lambda: stored
+            )
+        if update is not False:
+            self._update(mean, variance, update, stored, x, mask)
+        return mean, variance
+
+    def _channel_moments(self, x: Any, mask: Any) -> tuple[Any, Any]:
+        mean, variance = self._moments(x, mask)
+        shape = self.moving_mean.shape  # the masked moments of one channel come as scalars
+        return ops.reshape(mean, shape), ops.reshape(variance, shape)
+
+    def _update(
+        self, mean: Any, variance: Any, update: Any, stored: tuple[Any, Any], x: Any, mask: Any
+    ) -> None:
+        if self._release is not None and self._release.variance != "biased":
+            fused = len(x.shape) == 4 and self.axis in (-1, 3)
+            n = _values_per_channel(x, mask, self._reduction_axes)
+            variance = variance * self._release.variance_factor(
+                n, fused=fused, epsilon=self.epsilon
+            )
+        decay, rest = self._decay(x.dtype)
+        if self.debias:
+            self._update_debiased(mean, variance, update, stored, decay, rest)
+            return
+        _move(self.moving_mean, stored[0] * decay + mean * rest, update)
+        _move(self.moving_variance, stored[1] * decay + variance * rest, update)
+
+    def _update_debiased(
+        self,
+        mean: Any,
+        variance: Any,
+        update: Any,
+        stored: tuple[Any, Any],
+        decay: Any,
+        rest: Any,
+    ) -> None:
+        """Zero-debias: ``b += (batch - b)(1 - decay)``, ``stored = b / (1 - decay**t)``."""
+        state = self._state
+        assert state is not None
+        assert state.unseen is not None
+        unseen = _read(state.unseen, mean.dtype) * decay
+        seen = 1.0 - unseen
+        rows = (
+            (self.moving_mean, state.biased_mean, mean, stored[0]),
+            (self.moving_variance, state.biased_variance, variance, stored[1]),
+        )
+        for moving, average, batch, old in rows:
+            biased = _read(average, batch.dtype)
+            biased = biased + (batch - biased) * rest
+            # With decay 1 nothing is ever seen: keep what is stored instead of 0/0.
+            fresh = ops.where(seen > 0, biased / ops.where(seen > 0, seen, 1.0), old)
+            _move(average, biased, update)
+            _move(moving, fresh, update)
+        _move(state.unseen, unseen, update)
+
+    def _decay(self, dtype: Any) -> tuple[Any, Any]:
+        if self._state is None or _traced(self._state.flag) is None:
+            return self._momentum, 1.0 - self._momentum
+        pair = _read(self._state.decay, dtype)
+        return pair[0], pair[1]
+
+    def _renormalise(
+        self, x: Any, mask: Any, live: Any, gamma: Any, beta: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """Batch renormalisation (Ioffe 2017, algorithm 1), switched off while frozen."""
+        stored = _read(self.moving_mean, x.dtype), _read(self.moving_variance, x.dtype)
+        if live is False:
+            return *stored, gamma, beta
+        mean, variance = self._channel_moments(x, mask)
+        r, d, mean, variance = self._renorm_correction_and_moments(mean, variance)
+        r, d = _select(live, r, ops.ones_like(r)), _select(live, d, ops.zeros_like(d))
+        gamma, beta = self._compose_transforms(r, d, gamma, beta, x.dtype)
+        stddev = ops.sqrt(variance + self.epsilon)
+        decay, rest = self._decay(x.dtype)
+        slow, quick = self.renorm_momentum, 1.0 - self.renorm_momentum
+        _move(self.renorm_mean, _read(self.renorm_mean, x.dtype) * slow + mean * quick, live)
+        moved = _read(self.renorm_stddev, x.dtype) * slow + stddev * quick
+        _move(self.renorm_stddev, moved, live)
+        _move(self.moving_mean, stored[0] * decay + mean * rest, live)
+        moved = _read(self.moving_stddev, x.dtype) * decay + stddev * rest
+        _move(self.moving_stddev, moved, live)
+        _move(self.moving_variance, ops.relu(moved * moved - self.epsilon), live)
+        return (
+            _select(live, mean, stored[0]),
+            _select(live, variance, stored[1]),
+            gamma,
+            beta,
+        )
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the stock weights, as the stock layer does."""
+        for index, variable in enumerate(self.weights):
+            store[str(index)] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load a checkpoint of this layer or of the stock layer; a debiased average starts anew."""
+        super().load_own_variables(store)
+        for trained, held in self._twins():
+            held.assign(_copy(trained))
+        self.forget_average()
+
+    def forget_average(self) -> None:
+        """Let the debiased moving average start from nothing at the next update."""
+        if self._state is not None and self._state.unseen is not None:
+            for average in (self._state.biased_mean, self._state.biased_variance):
+                average.assign(ops.zeros_like(average))
+            self._state.unseen.assign(1.0)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the stock configuration with ``policy``, ``debias`` and ``version``."""
+        return {
+            **super().get_config(),
+            "policy": self.policy,
+            "debias": self.debias,
+            "version": self.version,
+        }
+
+
+def _behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, bool, str | None]:
+    """Check the three arguments against each other; a version decides the other two."""
+    if policy not in _POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}. Received: {policy!r}")
+    if not isinstance(debias, bool):
+        raise ValueError(f"debias must be True or False. Received: debias={debias!r}")
+    if version is None:
+        return policy, debias, None
+    preset = release(version)
+    if policy not in ("inference", preset.policy) or debias not in (False, preset.debias):
+        raise ValueError(
+            f"version={version!r} means policy={preset.policy!r}, debias={preset.debias}; leave the "
+            f"two out or let them agree. Received: policy={policy!r}, debias={debias!r}"
+        )
+    return preset.policy, preset.debias, str(version)
+
+
+def _traced(variable: Any) -> Any:
+    """Return the variable's tensor inside a step that is being traced, else ``None``.
+
+    Eager code reads Python attributes: they cost nothing and are always current.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return None if tf.executing_eagerly() else _read(variable)
+    if backend == "jax":
+        import jax
+
+        value = variable.value
+        return value if isinstance(value, jax.core.Tracer) else None
+    return None
+
+
+def _select(live: Any, when_live: Any, when_frozen: Any) -> Any:
+    """Choose between two values of one shape by a bool or by a scalar bool tensor."""
+    if isinstance(live, bool):
+        return when_live if live else when_frozen
+    return ops.where(live, when_live, when_frozen)
+
+
+def _move(variable: Any, value: Any, update: Any) -> None:
+    """Assign ``value`` where ``update`` holds; otherwise the variable keeps its bits."""
+    if update is False:
+        return
+    value = ops.cast(value, variable.dtype)
+    variable.assign(value if update is True else ops.where(update, value, _read(variable)))
+
+
+def _read(variable: Any, dtype: Any = None) -> Any:
+    """Return the variable's value now, as a tensor; TensorFlow would pass on the variable itself."""
+    value = variable.value if dtype is None else ops.cast(variable.value, dtype)
+    return value.read_value() if hasattr(value, "read_value") else value
+
+
+def _copy(variable: Any) -> Any:
+    """Return the value in a buffer of its own: JAX donates buffers, so none may be shared."""
+    return ops.multiply(variable.value, ops.ones((), dtype=variable.dtype))
+
+
+def _values_per_channel(x: Any, mask: Any, axes: list[int]) -> Any:
+    if mask is not None:
+        inner = ops.size(x) / (ops.size(mask) * ops.shape(x)[-1])
+        return ops.cast(ops.sum(ops.cast(mask, "float32")) * inner, x.dtype)
+    shape = ops.shape(x)
+    count: Any = 1
+    for axis in axes:
+        count = count * shape[axis]
+    return float(count) if isinstance(count, int) else ops.cast(count, x.dtype)
+
+
+def _require_values(layer: BatchNormalization, variables: list[Any]) -> None:
+    """Refuse to copy variables whose values live in a running JAX ``fit`` only."""
+    if keras.backend.backend() == "jax" and any(v._value is None for v in variables):
+        raise ValueError(
+            f"Layer '{layer.name}': its values are inside the running fit(); reach the layer "
+            "through the callback's `self.model`, which brings them back, and set `trainable` then."
+        )
