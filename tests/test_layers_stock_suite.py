@@ -13,7 +13,7 @@ from frostline.layers import BatchNormalization
 
 
 def _load_stock_suite() -> types.ModuleType | None:
-    """Import a private copy of Keras' test module in which ``layers.BatchNormalization`` is ours."""
+    """Import a private copy of Keras' test module whose ``layers.BatchNormalization`` is ours."""
     package = importlib.util.find_spec("keras.src.layers.normalization")
     assert package is not None
     assert package.submodule_search_locations is not None

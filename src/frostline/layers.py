@@ -29,16 +29,18 @@ _POLICIES = ("inference", "batch", "update")
 
 @dataclass(frozen=True)
 class _State:
-    """Variables beside the stock four; in ``variables``, so every backend carries them as state,
-    but not in ``weights`` and not saved, so checkpoints stay those of the stock layer.
+    """Variables beside the stock four.
+
+    They are in ``variables``, so every backend carries them as state, but not in ``weights`` and
+    not saved, so checkpoints stay those of the stock layer.
     """
 
     flag: Any  # () bool: is the layer trainable?
     decay: Any  # (2,): decay and 1 - decay, each rounded once as in the stock layer
     held_gamma: Any | None
     held_beta: Any | None
-    biased_mean: Any | None  # zero-debias: average that starts from 0
-    biased_variance: Any | None
+    biased_mean: Any  # zero-debias: average that starts from 0; None without debias
+    biased_variance: Any
     unseen: Any | None  # (): share of the start value still in it, decay**t
 
     def variables(self) -> list[Any]:
@@ -90,14 +92,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     beta`` (Ioffe and Szegedy 2015, algorithm 1). The moving statistics follow ``stored = decay *
     stored + (1 - decay) * batch`` with Keras' ``momentum`` as decay.
 
-    Because gamma and beta can be thawed at any time, they stay in the lists that a *model* hands to
-    its optimizer (``model.trainable_variables``) while the layer is frozen; ``layer.trainable_weights``
-    is empty then, as in the stock layer.
+    Because gamma and beta can be thawed at any time, they stay in the list that a *model* hands to
+    its optimizer (``model.trainable_variables``) while the layer is frozen;
+    ``layer.trainable_weights`` is empty then, as in the stock layer.
 
     Args:
         policy: ``"inference"`` (default): frozen means stored statistics, no update, as in Keras 3.
-            ``"batch"``: batch statistics, no update, as in Keras 2.1.3 to 2.2.4. ``"update"``: batch
-            statistics and update, as in Keras before 2.1.3 and in PyTorch.
+            ``"batch"``: batch statistics, no update, as in Keras 2.1.3 to 2.2.4. ``"update"``:
+            batch statistics and update, as in Keras before 2.1.3 and in PyTorch.
         debias: Let the moving average start from nothing and divide it by ``1 - decay**t``, t the
             number of updates so far (Kingma and Ba 2015, section 3), so that a few steps after
             thawing suffice. The first update discards the statistics the layer came with.
@@ -128,6 +130,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self._state: _State | None = None
+        self._trainable: bool
         self._momentum = float(momentum)
         super().__init__(axis, momentum, epsilon, *args, **kwargs)
         self.policy, self.debias, self.version = _behaviour(policy, debias, version)
@@ -472,10 +475,12 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def forget_average(self) -> None:
         """Let the debiased moving average start from nothing at the next update."""
-        if self._state is not None and self._state.unseen is not None:
-            for average in (self._state.biased_mean, self._state.biased_variance):
-                average.assign(ops.zeros_like(average))
-            self._state.unseen.assign(1.0)
+        state = self._state
+        if state is None or state.unseen is None:
+            return
+        for average in (state.biased_mean, state.biased_variance):
+            average.assign(ops.zeros(self.moving_mean.shape, dtype=self.variable_dtype))
+        state.unseen.assign(1.0)
 
     def get_config(self) -> dict[str, Any]:
         """Return the stock configuration with ``policy``, ``debias`` and ``version``."""
@@ -498,8 +503,8 @@ def _behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, b
     preset = release(version)
     if policy not in ("inference", preset.policy) or debias not in (False, preset.debias):
         raise ValueError(
-            f"version={version!r} means policy={preset.policy!r}, debias={preset.debias}; leave the "
-            f"two out or let them agree. Received: policy={policy!r}, debias={debias!r}"
+            f"version={version!r} means policy={preset.policy!r}, debias={preset.debias}; leave "
+            f"the two out or let them agree. Received: policy={policy!r}, debias={debias!r}"
         )
     return preset.policy, preset.debias, str(version)
 
@@ -538,7 +543,7 @@ def _move(variable: Any, value: Any, update: Any) -> None:
 
 
 def _read(variable: Any, dtype: Any = None) -> Any:
-    """Return the variable's value now, as a tensor; TensorFlow would pass on the variable itself."""
+    """Return the variable's present value; TensorFlow would pass on the variable itself."""
     value = variable.value if dtype is None else ops.cast(variable.value, dtype)
     return value.read_value() if hasattr(value, "read_value") else value
 
