@@ -275,7 +275,7 @@ def gauss_legendre(nodes: int) -> tuple[Float64, Float64]:
 
     Example:
         >>> t, weight = gauss_legendre(2)
-        >>> float(weight @ t**3)
+        >>> round(float(weight @ t**3), 12)
         0.25
     """
     if nodes < 1:
