@@ -11,6 +11,8 @@ Exceptions::
 
 from __future__ import annotations
 
+import html
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,14 +121,15 @@ class PhaseTable:
 
     Attributes:
         rows: dynamic, 0 and 1, in this order.
-        task: ``"binary"``, ``"multiclass"`` or ``"regression"``.
+        task: ``"binary"``, ``"multiclass"``, ``"regression"``, or ``"unknown"`` where labels and
+            outputs fit none of these (several outputs, pixels): then only the loss is compared.
         samples: Number of samples, n.
         sites: Number of BN layers in the model.
         patterns: The essay's tell-tale patterns that are present, in words; empty when none.
     """
 
     rows: tuple[PhaseRow, ...]
-    task: Literal["binary", "multiclass", "regression"]
+    task: Literal["binary", "multiclass", "regression", "unknown"]
     samples: int
     sites: int
     patterns: tuple[str, ...] = ()
@@ -136,6 +139,70 @@ class PhaseTable:
             if row.phase == phase:
                 return row
         raise KeyError(f"phase must be 'dynamic', '0' or '1'. Received: {phase!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The table as plain types for JSON: no outputs; numbers that are not finite are null."""
+        return {
+            "task": self.task,
+            "samples": self.samples,
+            "sites": self.sites,
+            "rows": [
+                {
+                    "phase": row.phase,
+                    "loss": _finite(row.loss),
+                    "metrics": {name: _finite(value) for name, value in row.metrics.items()},
+                }
+                for row in self.rows
+            ],
+            "patterns": list(self.patterns),
+        }
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        return "\n".join([*lines, self._caption(), *self.patterns])
+
+    def _repr_html_(self) -> str:
+        """Jupyter's rendering; metric names come from the user's model, so all text is escaped."""
+        head, *body = self._cells()
+
+        def line(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        rows = "".join(line(cells, "td") for cells in body)
+        notes = "".join(f"<p>{html.escape(pattern)}</p>" for pattern in self.patterns)
+        return (
+            f"<table><caption>{html.escape(self._caption())}</caption>"
+            f"<thead>{line(head, 'th')}</thead><tbody>{rows}</tbody></table>{notes}"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        names = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+
+        def shown(value: float | None) -> str:
+            return "–" if value is None else f"{value:.4g}"
+
+        return [
+            ["phase", "loss", *names],
+            *(
+                [row.phase, shown(row.loss), *(shown(row.metrics.get(name)) for name in names)]
+                for row in self.rows
+            ),
+        ]
+
+    def _caption(self) -> str:
+        return f"{self.samples} samples, {self.task} task, {self.sites} BN layers"
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def as_float64(values: Any) -> npt.NDArray[np.float64]:
