@@ -313,13 +313,15 @@ def _gaps(inference: Judged, training: Judged, sites: int) -> Iterator[str]:
         gap = stats.paired_bootstrap(training.hits, inference.hits, seed=_BOOTSTRAP_SEED)
         if gap.excludes_zero:
             said = True
-            yield f"Gap in accuracy, phase 1 minus phase 0: {_interval(gap)}."
+            worse = "0" if gap.estimate > 0 else "1"
+            yield f"Gap in accuracy, phase 1 minus phase 0: {_interval(gap)}; phase {worse} is worse."
     gap = stats.paired_bootstrap(training.losses, inference.losses, seed=_BOOTSTRAP_SEED)
     larger = max(training.losses.mean(), inference.losses.mean())
     if gap.excludes_zero and abs(gap.estimate) > SMALL_GAP * larger:
         said = True
         name = "squared error" if inference.hits is None else "cross-entropy"
-        yield f"Gap in {name}, phase 1 minus phase 0: {_interval(gap)}."
+        worse = "1" if gap.estimate > 0 else "0"
+        yield f"Gap in {name}, phase 1 minus phase 0: {_interval(gap)}; phase {worse} is worse."
     if said and sites == 0:
         yield "The model has no BatchNormalization layer: BN cannot be the cause of the gap."
 
