@@ -313,22 +313,23 @@ def _gaps(inference: Judged, training: Judged, sites: int) -> Iterator[str]:
         gap = stats.paired_bootstrap(training.hits, inference.hits, seed=_BOOTSTRAP_SEED)
         if gap.excludes_zero:
             said = True
-            worse = "0" if gap.estimate > 0 else "1"
-            yield f"Gap in accuracy, phase 1 minus phase 0: {_interval(gap)}; phase {worse} is worse."
+            yield _gap_in_words("accuracy", gap, worse="0" if gap.estimate > 0 else "1")
     gap = stats.paired_bootstrap(training.losses, inference.losses, seed=_BOOTSTRAP_SEED)
     larger = max(training.losses.mean(), inference.losses.mean())
     if gap.excludes_zero and abs(gap.estimate) > SMALL_GAP * larger:
         said = True
         name = "squared error" if inference.hits is None else "cross-entropy"
-        worse = "1" if gap.estimate > 0 else "0"
-        yield f"Gap in {name}, phase 1 minus phase 0: {_interval(gap)}; phase {worse} is worse."
+        yield _gap_in_words(name, gap, worse="1" if gap.estimate > 0 else "0")
     if said and sites == 0:
         yield "The model has no BatchNormalization layer: BN cannot be the cause of the gap."
 
 
-def _interval(gap: stats.Interval) -> str:
-    share = f"{100 * gap.level:.0f}%"
-    return f"{gap.estimate:+.3g} ({share} interval {gap.low:+.3g} to {gap.high:+.3g})"
+def _gap_in_words(name: str, gap: stats.Interval, *, worse: str) -> str:
+    interval = f"{100 * gap.level:.0f}% interval {gap.low:+.3g} to {gap.high:+.3g}"
+    return (
+        f"Gap in {name}, phase 1 minus phase 0: {gap.estimate:+.3g} ({interval}); "
+        f"phase {worse} is worse."
+    )
 
 
 def _labels_of(batch: Batch, step: int) -> Array:
