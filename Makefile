@@ -13,9 +13,9 @@ demo: ## see a frozen BN layer break a fine-tuned network, and Frostline fix it
 	@$(PYTHON) scripts/prepare_environment.py demo $(DEMO_BACKEND)
 	KERAS_BACKEND=$(DEMO_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 .venv/bin/frostline demo
 
-test: ## static checks, then the test suite once per Keras backend
+test: ## static checks, then the test suite once per Keras backend; ARGS go to pytest
 	@$(PYTHON) scripts/prepare_environment.py test
-	@.venv/bin/python scripts/run_tests.py
+	@.venv/bin/python scripts/run_tests.py $(ARGS)
 
 lint: ## the static checks alone
 	@$(PYTHON) scripts/prepare_environment.py test

@@ -124,6 +124,19 @@ def test_folder_of_the_user_is_never_deleted(tmp_path: Path) -> None:
     assert (folder / "thesis.tex").exists()
 
 
+def test_python_without_ensurepip_installs_pip_with_the_one_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    monkeypatch.setattr(prepare, "run", commands.append)
+    made = prepare.Environment(tmp_path / ".venv")
+    made.create()
+    without_pip, install_pip = commands
+    assert "--without-pip" in without_pip
+    assert install_pip[-4:] == ["--python", str(made.python), "install", "pip"]
+
+
 def test_failing_command_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(prepare.SetupError, match="exit code 3"):
         prepare.run([sys.executable, "-c", "raise SystemExit(3)"])
