@@ -41,7 +41,7 @@ class _State:
     held_beta: Any | None
     biased_mean: Any  # zero-debias: average that starts from 0; None without debias
     biased_variance: Any
-    unseen: Any | None  # (): share of the start value still in it, decay**t
+    unseen: Any  # (): share of the start value still in it, decay**t
 
     def variables(self) -> list[Any]:
         every = (
@@ -64,7 +64,7 @@ class _WhileTrainable:
         self.regularizer = regularizer
 
     def __call__(self, value: Any) -> Any:
-        live = self.layer._live()
+        live = self.layer._is_trainable()
         if live is True:
             return self.regularizer(value)
         if live is False:
@@ -94,7 +94,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     Because gamma and beta can be thawed at any time, they stay in the list that a *model* hands to
     its optimizer (``model.trainable_variables``) while the layer is frozen;
-    ``layer.trainable_weights`` is empty then, as in the stock layer.
+    ``layer.trainable_weights`` is empty then, as in the stock layer. On TensorFlow and JAX a step
+    that can thaw must also compute the gradients of gamma and beta, so backpropagation runs through
+    a frozen prefix down to them. Where nothing will be thawed without ``compile``, ``layer.live =
+    False`` before ``compile`` leaves them out and costs what the stock layer costs.
 
     Args:
         policy: ``"inference"`` (default): frozen means stored statistics, no update, as in Keras 3.
@@ -105,6 +108,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             thawing suffice. The first update discards the statistics the layer came with.
         version: ``"2.1.2"``, ``"2.1.3"``, ``"2.1.5"``, ``"2.2.4"``, ``"fork-2.2.4"``, ``"3"`` or a
             release between them: sets policy, debias and the variance that is averaged.
+        live: Whether ``trainable`` may be flipped after ``compile``. With ``False`` it is read when
+            a step is compiled, as in the stock layer.
         **kwargs: All arguments of ``keras.layers.BatchNormalization``.
 
     Raises:
@@ -127,8 +132,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         policy: Policy = "inference",
         debias: bool = False,
         version: str | None = None,
+        live: bool = True,
         **kwargs: Any,
     ) -> None:
+        self._live = bool(live)
         self._state: _State | None = None
         self._trainable: bool
         self._momentum = float(momentum)
@@ -167,12 +174,37 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         state = self._state
         if state is not None and value != self._trainable:
             _require_values(self, self.variables)
-            for trained, held in self._twins():
-                source, target = (held, trained) if value else (trained, held)
-                target.assign(_copy(source))
+            if self._live:
+                self._exchange(thaw=value)
             state.flag.assign(value)
         self._trainable = value
-        if state is not None and keras.backend.backend() == "torch":
+        self._offer_to_optimizer()
+
+    @property
+    def live(self) -> bool:
+        """Whether ``trainable`` may be flipped after ``compile``; set it before ``compile``."""
+        return self._live
+
+    @live.setter
+    def live(self, value: bool) -> None:
+        value = bool(value)
+        if value != self._live and not self._trainable:
+            # The value in force must be in the variable that will be read from now on.
+            self._exchange(thaw=not value)
+        self._live = value
+        self._offer_to_optimizer()
+
+    def _exchange(self, *, thaw: bool) -> None:
+        """Copy gamma and beta from the held to the trained variables, or the other way."""
+        for trained, held in self._twins():
+            source, target = (held, trained) if thaw else (trained, held)
+            target.assign(_copy(source))
+
+    def _offer_to_optimizer(self) -> None:
+        """Mark gamma and beta for the optimizer: always while live, else as the stock layer."""
+        for trained, _ in self._twins():
+            trained.trainable = self._live or self._trainable
+        if self._state is not None and keras.backend.backend() == "torch":
             self._track_variables()
 
     @property
@@ -206,7 +238,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """The stock weights in stock order: gamma, beta, moving mean, moving variance."""
         own = [*self._trainable_variables, *self._non_trainable_variables]
         # A step that is being traced must serve both states: it gets the optimizer's variables.
-        if self._state is None or self._trainable or _traced(self._state.flag) is not None:
+        if self._reads_trained() or _traced(self._require_state().flag) is not None:
             return own
         held = {id(trained): held for trained, held in self._twins()}
         return [held.get(id(variable), variable) for variable in own]
@@ -232,9 +264,18 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         )
 
     def _active(self, trained: Any, held_name: str) -> Any:
-        if self._trainable or self._state is None or trained is None:
+        if self._reads_trained() or trained is None:
             return trained
         return getattr(self._state, held_name)
+
+    def _reads_trained(self) -> bool:
+        """Whether gamma and beta are, at this moment, the optimizer's variables."""
+        return self._trainable or self._state is None or not self._live
+
+    def _require_state(self) -> _State:
+        if self._state is None:
+            raise ValueError(f"Layer '{self.name}' is not built yet: call it or build() it first.")
+        return self._state
 
     def build(self, input_shape: Any) -> None:
         """Create the stock weights and, beside them, the state that makes them live.
@@ -252,12 +293,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             )
         super().build(input_shape)
         for variable in (self._trained_gamma, self._trained_beta):
-            if variable is not None:
-                # The optimizer's for good; `trainable` of the layer decides by the flag.
-                variable.trainable = True
-                if variable.regularizer is not None:
-                    variable.regularizer = _WhileTrainable(self, variable.regularizer)
+            if variable is not None and variable.regularizer is not None:
+                variable.regularizer = _WhileTrainable(self, variable.regularizer)
         self._state = self._make_state()
+        self._offer_to_optimizer()
 
     def _make_state(self) -> _State:
         def variable(initializer: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Any:
@@ -320,7 +359,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             )
         # Half precision overflows in the variance: compute in float32 at least, as the stock layer.
         x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        live = self._live()
+        live = self._is_trainable()
         gamma = self._parameter(live, self._trained_gamma, "held_gamma", x.dtype)
         beta = self._parameter(live, self._trained_beta, "held_beta", x.dtype)
         mean = _read(self.moving_mean, x.dtype)
@@ -343,9 +382,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         )
         return ops.cast(outputs, self.compute_dtype)
 
-    def _live(self) -> Any:
+    def _is_trainable(self) -> Any:
         """Whether the layer trains: a bool, or the flag's tensor inside a step being traced."""
-        if self._state is None:
+        if self._state is None or not self._live:
             return self._trainable
         flag = _traced(self._state.flag)
         return self._trainable if flag is None else flag
@@ -353,7 +392,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _parameter(self, live: Any, trained: Any, held_name: str, dtype: Any) -> Any:
         if trained is None:
             return None
-        held = trained if self._state is None else getattr(self._state, held_name)
+        if self._state is None or not self._live:
+            return _read(trained, dtype)
+        held = getattr(self._state, held_name)
         return _select(live, _read(trained, dtype), _read(held, dtype))
 
     def _train(
@@ -362,16 +403,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Return the (mean, variance) to normalise with and move the stored statistics."""
         if use_batch is False:
             return stored
-        if use_batch is True:
-            mean, variance = self._channel_moments(x, mask)
-        elif self.synchronized:
-            # A branch must not hold a cross-replica reduction.
-            batch = self._channel_moments(x, mask)
-            mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
-        else:
-            mean, variance = ops.cond(
-                use_batch, lambda: self._channel_moments(x, mask), lambda: stored
-            )
+        batch = self._channel_moments(x, mask)
+        # A select, not a branch: a branch hides the moments from the compiler's fusion, which costs
+        # time while training and rounds differently from the stock layer.
+        mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
         if update is not False:
             self._update(mean, variance, update, stored, x, mask)
         return mean, variance
@@ -407,9 +442,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         rest: Any,
     ) -> None:
         """Zero-debias: ``b += (batch - b)(1 - decay)``, ``stored = b / (1 - decay**t)``."""
-        state = self._state
-        assert state is not None
-        assert state.unseen is not None
+        state = self._require_state()
         unseen = _read(state.unseen, mean.dtype) * decay
         seen = 1.0 - unseen
         rows = (
@@ -469,8 +502,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def load_own_variables(self, store: Any) -> None:
         """Load a checkpoint of this layer or of the stock layer; a debiased average starts anew."""
         super().load_own_variables(store)
-        for trained, held in self._twins():
-            held.assign(_copy(trained))
+        self._exchange(thaw=False)
         self.forget_average()
 
     def forget_average(self) -> None:
@@ -483,12 +515,13 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         state.unseen.assign(1.0)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the stock configuration with ``policy``, ``debias`` and ``version``."""
+        """Return the stock configuration with ``policy``, ``debias``, ``version``, ``live``."""
         return {
             **super().get_config(),
             "policy": self.policy,
             "debias": self.debias,
             "version": self.version,
+            "live": self.live,
         }
 
 
