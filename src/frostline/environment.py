@@ -158,7 +158,7 @@ def _configured_backend() -> str | None:
 
 
 def _importable(name: str) -> bool:
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:
         return True
     try:
         return importlib.util.find_spec(name) is not None

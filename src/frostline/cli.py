@@ -1,0 +1,415 @@
+"""The command line: ``frostline COMMAND``. Parses, chooses the backend, turns errors into words.
+
+Exit codes: 0 clean, 1 a gap or findings, 2 could not run, 130 interrupted. Nothing here imports a
+framework; a command does, after the backend is settled. What the commands do is in
+`frostline.commands`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frostline import environment
+from frostline.types import FrostlineError
+
+log = logging.getLogger("frostline")
+
+#: Options that take several values after one name: ``--classes cat dog``.
+_SEVERAL = ("--classes", "--rows")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Frozen Batch Normalization that is really frozen: detect, explain and repair gaps "
+    "between training and inference. Exit codes: 0 clean, 1 a gap or findings, 2 could not run.",
+)
+experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
+app.add_typer(experiments, name="experiment")
+
+
+class Backend(StrEnum):
+    """Keras backends."""
+
+    tensorflow = "tensorflow"
+    jax = "jax"
+    torch = "torch"
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+class Split(StrEnum):
+    """Part of a data source."""
+
+    train = "train"
+    test = "test"
+    all = "all"
+
+
+class FrozenPolicy(StrEnum):
+    """What a frozen BN layer does in training."""
+
+    inference = "inference"
+    batch = "batch"
+    update = "update"
+
+
+class Solver(StrEnum):
+    """Optimizers of the experiments."""
+
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+    adam = "adam"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A .keras or .h5 file, or module:function.")
+]
+BackendOption = Annotated[
+    Backend | None,
+    typer.Option(help="Keras backend; otherwise KERAS_BACKEND, or the first one installed."),
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME...",
+        help="Classes to use, in the order of their labels: "
+        "--classes cat dog. All classes when not given.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
+_DATA_HELP = "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10."
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from frostline import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(  # what they do is done elsewhere; they are here for the help page
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    del version, traceback
+
+
+@app.command()
+def sites(
+    model: ModelArgument, format: FormatOption = Format.text, backend: BackendOption = None
+) -> int:
+    """List the BN layers of a model and where its frozen prefix ends."""
+    _start(backend)
+    from frostline.commands import models
+
+    return models.show_sites(model, as_json=format is Format.json)
+
+
+@app.command()
+def phases(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA_HELP)],
+    classes: ClassesOption = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
+    ] = None,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name."),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 32,
+    seed: SeedOption = 0,
+    format: FormatOption = Format.text,
+    backend: BackendOption = None,
+) -> int:
+    """Compare training mode and inference on the same data; exit code 1 when there is a gap."""
+    _start(backend)
+    from frostline.commands import models
+
+    options = models.DataOptions(
+        source=data,
+        classes=_names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        preprocess=preprocess,
+        split=split.value,
+        seed=seed,
+    )
+    return models.show_phases(model, options, batch_size=batch_size, as_json=format is Format.json)
+
+
+@app.command()
+def freeze(
+    model: ModelArgument,
+    until: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYER",
+            help="First layer that still trains: a name or path, an "
+            "index, or a share of the layers such as 0.75.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Freeze all layers before a boundary, parameters and statistics."""
+    _start(backend)
+    from frostline.commands import models
+
+    return models.freeze(model, until=_boundary(until), output=output, force=force)
+
+
+@app.command()
+def convert(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    policy: Annotated[
+        FrozenPolicy | None, typer.Option(help="What frozen BN does in training.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Behave as this Keras release, for example 2.2.4.")
+    ] = None,
+    debias: Annotated[
+        bool | None, typer.Option("--debias/--no-debias", help="Correct young moving averages.")
+    ] = None,
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Replace BN layers by frostline.layers.BatchNormalization, keeping all weights."""
+    _start(backend)
+    from frostline.commands import models
+
+    return models.convert(
+        model,
+        output=output,
+        policy=None if policy is None else policy.value,
+        version=version,
+        debias=debias,
+        force=force,
+    )
+
+
+@experiments.command()
+def overfit(
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
+    ] = "efficientnet-lite0",
+    data: Annotated[str, typer.Option(help=_DATA_HELP)] = "digits",
+    classes: ClassesOption = None,
+    per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
+    image_size: Annotated[int, typer.Option(min=8, help="Side in pixels.")] = 128,
+    boundary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER",
+            help="First layer that trains: name, path, index, or share; "
+            "else the backbone's usual one.",
+        ),
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="Rows to run: update batch inference "
+            "inference+debias none-frozen all-bn-frozen. All when not given.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32,
+    optimizer: Annotated[Solver, typer.Option(help="Optimizer.")] = Solver.sgd,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Step size; sgd 0.01, rmsprop and adam 0.0001.")
+    ] = None,
+    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
+    ] = None,
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
+    _start(backend)
+    from frostline.commands import overfit as command
+    from frostline.experiments.overfit import ROWS, OverfitSettings
+
+    settings = OverfitSettings(
+        backbone=backbone,
+        data=data,
+        classes=_names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        boundary=None if boundary is None else _boundary(boundary),
+        rows=_names(rows) or tuple(ROWS),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer.value,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        seed=seed,
+    )
+    return command.run(settings, output=output, force=force)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the results; overwritten.")
+    ] = Path("runs/demo"),
+    backend: BackendOption = None,
+) -> int:
+    """See a frozen BN layer break a fine-tuned network, and Frostline fix it (minutes)."""
+    _start(backend)
+    from frostline.commands import demo as command
+
+    return command.run(output=output)
+
+
+@app.command()
+def env(format: FormatOption = Format.text) -> int:
+    """Show versions, backends and how one is chosen, cores, folders. Needs no backend."""
+    from frostline.commands import env as command
+
+    return command.run(as_json=format is Format.json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; no error leaves as a traceback.
+
+    Args:
+        argv: Arguments without the program's name; default is ``sys.argv[1:]``.
+    """
+    words = spread_values(list(sys.argv[1:] if argv is None else argv))
+    traceback = "--traceback" in words or os.environ.get("FROSTLINE_LOG_LEVEL") == "debug"
+    words = [word for word in words if word != "--traceback"]
+    try:
+        _set_log_level()
+        code = app(args=words, prog_name="frostline", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", code=130)
+    except BrokenPipeError:
+        # The reader has gone (`| head`): give the interpreter's last flush a place to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help page is already printed
+            return 2
+        if traceback:
+            import traceback as printer
+
+            printer.print_exc()
+        return _fail(_in_one_line(error))
+    if code == 130:  # newer releases of typer turn KeyboardInterrupt into this
+        return _fail("interrupted", code=130)
+    return code if isinstance(code, int) else 0
+
+
+def spread_values(words: list[str]) -> list[str]:
+    """Rewrite ``--classes cat dog`` as ``--classes cat --classes dog``.
+
+    A list ends at the next option. A first value with a comma, or one joined by ``=``, is the
+    whole list, so that positional arguments may follow it.
+
+    >>> spread_values(["--classes", "cat", "dog", "--seed", "1"])
+    ['--classes', 'cat', '--classes', 'dog', '--seed', '1']
+    >>> spread_values(["--classes", "cat,dog", "model.keras"])
+    ['--classes', 'cat,dog', 'model.keras']
+    """
+    spread: list[str] = []
+    current: str | None = None
+    values = 0
+    for word in words:
+        if word in _SEVERAL:
+            current, values = word, 0
+        elif word.startswith("-") and word != "-":
+            current = None
+        elif current is not None:
+            if values:
+                spread.append(current)
+            values += 1
+            if values == 1 and "," in word:
+                current = None
+        spread.append(word)
+    return spread
+
+
+def _start(backend: Backend | None) -> None:
+    """Settle backend and noise before anything imports Keras."""
+    environment.quiet_frameworks()
+    environment.choose_backend(None if backend is None else backend.value)
+
+
+def _names(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Return names given one by one, or separated by commas."""
+    return tuple(name for value in values or () for name in value.split(",") if name)
+
+
+def _boundary(text: str) -> str | int | float:
+    """Return an index or a share where the text is a number, else the name."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _set_log_level() -> None:
+    name = os.environ.get("FROSTLINE_LOG_LEVEL", "warning").upper()
+    level = logging.getLevelNamesMapping().get(name)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    if level is not None:
+        log.setLevel(level)
+
+
+def _fail(message: str, *, code: int = 2) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return code
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what an error says, on one line, with a hint where it was not foreseen."""
+    explain = getattr(error, "format_message", None)  # typer's own: a wrong option or argument
+    if callable(explain):
+        command = getattr(getattr(error, "ctx", None), "command_path", "frostline")
+        return f"{_joined(str(explain()))} (see: {command} --help)"
+    if isinstance(error, FrostlineError):
+        return _joined(str(error))
+    return f"{type(error).__name__}: {_joined(str(error))} (unexpected; --traceback shows where)"
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

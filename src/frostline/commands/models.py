@@ -1,0 +1,250 @@
+"""``sites``, ``phases``, ``freeze``, ``convert``: one model in, a table or a model file out."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import typer
+
+from frostline.report import text
+from frostline.types import Array, DataError, OutputError, Policy, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How DATA becomes ``x`` and ``y``.
+
+    Attributes:
+        source: As typed.
+        classes: Names; their order gives the labels. Empty for all.
+        per_class: Images per class; ``None`` for all.
+        image_size: Side in pixels; ``None`` takes the model's own input size.
+        preprocess: ``"none"`` (0 to 255), ``"unit"`` (0 to 1) or a backbone's name.
+        split: ``"train"``, ``"test"`` or ``"all"``.
+        seed: Of the choice and the order.
+    """
+
+    source: str
+    classes: tuple[str, ...] = ()
+    per_class: int | None = None
+    image_size: int | None = None
+    preprocess: str | None = None
+    split: Literal["train", "test", "all"] = "train"
+    seed: int = 0
+
+
+def show_sites(source: str, *, as_json: bool) -> int:
+    """Print the table of BN sites with the line where the frozen prefix ends."""
+    model = _load(source)
+    found = _sites(model)
+    before, boundary = frozen_prefix(model, found)
+    if as_json:
+        typer.echo(json.dumps({"sites": [asdict(site) for site in found], "boundary": boundary}))
+        return 0
+    out = text.console()
+    out.print(text.sites_table(found, boundary=boundary, before=before, width=out.width))
+    return 0
+
+
+def show_phases(source: str, options: DataOptions, *, batch_size: int, as_json: bool) -> int:
+    """Print dynamic, phase 0 and phase 1 on the same data; 1 when a pattern or gap is found."""
+    from frostline.diagnose import phases
+
+    model = _load(source)
+    _sites(model)
+    x, y = read_data(options, model)
+    table = phases(model, (x, y), batch_size=batch_size)
+    gaps = text.phase_gaps(table["0"], table["1"])
+    found = bool(table.patterns)
+    if as_json:
+        rows = {row.phase: {"loss": row.loss, **row.metrics} for row in table.rows}
+        plain = {
+            "task": table.task,
+            "samples": table.samples,
+            "sites": table.sites,
+            "phases": rows,
+            "gap": gaps,
+            "patterns": list(table.patterns),
+            "verdict": "gap" if found else "clean",
+        }
+        typer.echo(json.dumps(plain, indent=2))
+    else:
+        text.console().print(text.phases_table(table))
+    return int(found)
+
+
+def freeze(source: str, *, until: str | int | float, output: Path, force: bool) -> int:
+    """Freeze the prefix of a model and write the result."""
+    from frostline import repair
+
+    model = _load(source)
+    found = _sites(model)
+    _check_output(output, source, force=force)
+    repair.freeze(model, until=until)
+    _save(model, output, force=force)
+    after = _sites(model)
+    frozen = sum(site.stats_frozen for site in after)
+    typer.echo(f"{output}: {frozen} of {len(found)} BN layers frozen, up to {until}")
+    return 0
+
+
+def convert(source: str, *, output: Path, policy: Policy | None, version: str | None,
+            debias: bool | None, force: bool) -> int:  # fmt: skip
+    """Replace stock BN layers by `frostline.layers.BatchNormalization` and write the result."""
+    from frostline import repair
+
+    model = _load(source)
+    _sites(model)
+    _check_output(output, source, force=force)
+    converted = repair.convert(model, policy=policy, version=version, debias=debias)
+    _save(converted, output, force=force)
+    after = _sites(converted)
+    ways = sorted({site.version or site.policy for site in after})
+    typer.echo(
+        f"{output}: {len(after)} BN layers converted, policy while frozen: {', '.join(ways)}"
+    )
+    return 0
+
+
+def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
+    """Return inputs and targets of DATA as the model wants them.
+
+    An ``.npz`` with ``x`` and ``y``, and no option that only images know, is handed to the model
+    as it is; everything else is images.
+    """
+    plain = not (options.classes or options.per_class or options.image_size or options.preprocess)
+    if plain and Path(options.source).suffix == ".npz":
+        arrays = _read_arrays(Path(options.source))
+        if arrays is not None:
+            return arrays
+    from frostline.experiments import datasets
+
+    images = datasets.load(
+        options.source,
+        split=options.split,
+        classes=options.classes or None,
+        per_class=options.per_class,
+        image_size=options.image_size or _input_size(model),
+        seed=options.seed,
+    )
+    return _preprocessed(images.images, options.preprocess), _targets(images.labels, model)
+
+
+def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | None]:
+    """Return how many sites lie in the frozen prefix, and the first layer that trains.
+
+    Returns:
+        ``(None, None)`` when the first layer with weights trains: there is no prefix.
+        ``(len(found), None)`` when every layer is frozen.
+    """
+    from frostline.models.keras_graph import walk
+
+    frozen: list[str] = []
+    for place in walk(model):
+        if not place.leaf or not place.layer.weights:
+            continue
+        if place.layer.trainable:
+            before = sum(_is_within(site.path, frozen) for site in found)
+            return (before, place.path) if frozen else (None, None)
+        frozen.append(place.path)
+    return len(found), None
+
+
+def _is_within(path: str, places: Sequence[str]) -> bool:
+    """Say whether a site is one of these layers, or inside one (a wrapped torch module)."""
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+def _load(source: str) -> Any:
+    from frostline.models.keras_files import load_model
+
+    return load_model(source)
+
+
+def _save(model: Any, path: Path, *, force: bool) -> None:
+    from frostline.models.keras_files import save_model
+
+    save_model(model, path, overwrite=force)
+
+
+def _sites(model: Any) -> tuple[Site, ...]:
+    from frostline.diagnose import require_sites, sites
+
+    found = sites(model)
+    require_sites(found)
+    return found
+
+
+def _check_output(path: Path, source: str, *, force: bool) -> None:
+    """Refuse an output that cannot be, before the work instead of after it."""
+    if path.suffix not in (".keras", ".h5"):
+        raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder")
+    if path.exists() and not force:
+        same = " (the model itself)" if Path(source).exists() and path.samefile(source) else ""
+        raise OutputError(f"{path} exists{same}; choose another name, or overwrite it with --force")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _read_arrays(path: Path) -> tuple[Array, Array] | None:
+    """Return ``x`` and ``y`` of a plain ``.npz``; ``None`` when it has other names in it."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "x" not in archive.files or "y" not in archive.files:
+                return None
+            x, y = archive["x"], archive["y"]
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a readable .npz of number arrays ({reason})") from None
+    if x.dtype.kind not in "uifb" or y.dtype.kind not in "uifb":
+        return None
+    if len(x) != len(y) or not len(x):
+        raise DataError(f"{path}: x and y must be equally many, at least 1. "
+                        f"Received: {len(x)} and {len(y)}")  # fmt: skip
+    return x, y
+
+
+def _input_size(model: Any) -> int | None:
+    """Return the side of the images that the model takes; ``None`` when it takes any."""
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        return None
+    height, width = (shape[1], shape[2]) if shape[3] in (1, 3) else (shape[2], shape[3])
+    return height if height is not None and height == width else None
+
+
+def _preprocessed(images: Array, how: str | None) -> Array:
+    if how in (None, "none"):
+        return images.astype(np.float32)
+    if how == "unit":
+        return images.astype(np.float32) / 255
+    from frostline.experiments import backbones
+
+    prepared: Array = np.asarray(backbones.preprocess(str(how), images), dtype=np.float32)
+    return prepared
+
+
+def _targets(labels: Array, model: Any) -> Array:
+    """Return labels as the model's loss wants them: indices, one-hot rows, or one column."""
+    loss = getattr(model, "loss", None)
+    name = loss if isinstance(loss, str) else getattr(loss, "name", type(loss).__name__)
+    width = (getattr(model, "output_shape", None) or (None,))[-1]
+    if width == 1:
+        return labels.reshape(-1, 1).astype(np.float32)
+    if str(name) == "categorical_crossentropy" and isinstance(width, int):
+        if labels.max(initial=0) >= width:
+            raise DataError(f"the data has {labels.max() + 1} classes, the model {width}; "
+                            "choose some with --classes")  # fmt: skip
+        return np.eye(width, dtype=np.float32)[labels]
+    return labels.astype(np.int32)

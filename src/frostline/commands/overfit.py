@@ -1,0 +1,120 @@
+"""``frostline experiment overfit``: run it with progress, then print table, sentences, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from frostline.report import text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from frostline.experiments.overfit import Epoch, OverfitResult, OverfitSettings, Row, RowResult
+
+
+class Display:
+    """Progress on standard error: a bar on a terminal, one plain line per epoch elsewhere."""
+
+    def __init__(self) -> None:
+        self._out = text.console(stderr=True)
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        """End the live bar, if one is shown, so that something else can be printed."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def started(self, row: Row, number: int, total: int) -> None:
+        """Open a bar, or say which row begins."""
+        self._label = f"[{number}/{total}] {row.name}"
+        if not self._out.is_terminal:
+            self._out.print(f"{self._label}: {row.meaning}", markup=False, soft_wrap=True)
+            return
+        if self._bar is None:
+            self._bar = _bar(self._out)
+            self._bar.start()
+        self._task = self._bar.add_task(self._label.replace("[", r"\["), total=None, state="")
+
+    def epoch(self, epoch: Epoch, total: int) -> None:
+        """Show one epoch's numbers."""
+        state = (
+            f"epoch {epoch.number}/{total}  train {epoch.train_accuracy:.3f}  "
+            f"phase 1 {epoch.phase1_accuracy:.3f}  phase 0 {epoch.phase0_accuracy:.3f}"
+        )
+        if self._bar is None or self._task is None:
+            self._out.print(f"{self._label}: {state}  {epoch.seconds:.1f} s", markup=False,
+                            soft_wrap=True)  # fmt: skip
+        else:
+            self._bar.update(self._task, total=total, completed=epoch.number, state=state)
+
+    def finished(self, result: RowResult) -> None:
+        """Nothing more to show: the table comes at the end."""
+
+
+def _bar(out: Console) -> Bar:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    words, state = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
+    return Progress(words, BarColumn(bar_width=20), state, TimeElapsedColumn(), console=out)
+
+
+def run(settings: OverfitSettings, *, output: Path | None, force: bool) -> int:
+    """Run the experiment, print what was seen; 0, or raise ``KeyboardInterrupt`` at the end."""
+    from frostline.experiments import overfit, records
+
+    folder = output if output is not None else records.default_folder(settings)
+    with Display() as display:
+        result = overfit.run_overfit(settings, output=folder, force=force, progress=display)
+    if result.rows:
+        show(result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return 0
+
+
+def show(result: OverfitResult) -> None:
+    """Print the essay's table, one sentence per row, and where the files are."""
+    out = text.console()
+    out.print(text.comparison_table(comparison(result)))
+    for line in sentences(result):
+        out.print(line, markup=False)
+    if result.files:
+        out.print("\nwritten: " + ", ".join(str(path) for path in result.files), markup=False,
+                  soft_wrap=True)  # fmt: skip
+
+
+def comparison(result: OverfitResult) -> list[text.ComparisonRow]:
+    """Return the rows of the essay's table."""
+    return [
+        text.ComparisonRow(name=row.row.name, phases={p.phase: p for p in row.phases.rows})
+        for row in result.rows
+    ]
+
+
+def sentences(result: OverfitResult) -> list[str]:
+    """Return one line per row: what it is and what was seen."""
+    from frostline.experiments import overfit
+
+    lines = []
+    for row in result.rows:
+        lines.append(f"{row.row.name} ({row.row.meaning}): {overfit.describe(row)}")
+        lines.extend(f"  {pattern}" for pattern in row.phases.patterns)
+    return lines

@@ -1,0 +1,156 @@
+"""Draw the overfit experiment: one small panel per row, same axes, the gap shaded.
+
+The two curves of a panel are the same weights on the same images; only the learning phase
+differs. Colours are Okabe and Ito's (told apart with any colour vision) and every curve is named
+where it ends, so the picture also reads in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from frostline.experiments.records import data_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from frostline.experiments.overfit import OverfitResult, RowResult
+
+_PHASE1, _PHASE0, _TRAIN, _INK = "#0072B2", "#D55E00", "#767676", "#333333"
+
+#: Vertical distance, in axis units of accuracy, below which two end labels would touch.
+_LABEL_DISTANCE = 0.085
+
+
+def draw(result: OverfitResult, *, suffix: str) -> bytes:
+    """Return the figure as the bytes of a ``.png`` or ``.svg`` file.
+
+    The bytes depend on the numbers only (no date, fixed SVG ids), so that a figure under version
+    control changes when the result does.
+    """
+    import matplotlib as mpl
+
+    stream = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "frostline", "svg.fonttype": "none", "font.size": 9.0}):
+        figure = overfit_figure(result)
+        if suffix == ".svg":
+            figure.savefig(stream, format="svg", metadata={"Date": None})
+        else:
+            figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def overfit_figure(result: OverfitResult) -> Figure:
+    """Return a figure with one panel per row: accuracy over epochs in both phases."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(result.rows))
+    lines = math.ceil(len(result.rows) / columns)
+    wide = max(7.0, 3.5 * columns)  # narrower, and the words above would not fit
+    figure = Figure(figsize=(wide, 2.55 * lines + 0.95), facecolor="white")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    floor = _floor(result)
+    for position, (ax, row) in enumerate(zip(axes, result.rows, strict=False)):
+        _panel(ax, row, floor=floor, named=position == 0)
+        if position % columns == 0:
+            ax.set_ylabel("accuracy", color=_INK)
+        if position + columns >= len(result.rows):
+            ax.set_xlabel("epoch", color=_INK)
+            ax.tick_params(labelbottom=True)
+    for ax in list(axes)[len(result.rows) :]:
+        ax.set_visible(False)
+    _words(figure, result)
+    return figure
+
+
+def _panel(ax: Axes, row: RowResult, *, floor: float, named: bool) -> None:
+    epochs = [epoch.number for epoch in row.epochs]
+    training = [epoch.phase1_accuracy for epoch in row.epochs]
+    inference = [epoch.phase0_accuracy for epoch in row.epochs]
+    mark = "o" if len(epochs) == 1 else None
+    ax.fill_between(epochs, inference, training, color=_PHASE0, alpha=0.16, linewidth=0)
+    ax.plot(epochs, [e.train_accuracy for e in row.epochs], color=_TRAIN, lw=1.0, ls=(0, (2, 2)),
+            marker=mark, label="while training (as fit reports it)")  # fmt: skip
+    ax.plot(epochs, training, color=_PHASE1, lw=1.8, marker=mark, label="phase 1: training mode")
+    ax.plot(epochs, inference, color=_PHASE0, lw=1.8, ls=(0, (6, 1.5)), marker=mark,
+            label="phase 0: inference (validation)")  # fmt: skip
+    _end_labels(ax, epochs[-1], training[-1], inference[-1], floor=floor, named=named)
+    ax.set_title(row.row.name, loc="left", fontsize=10, fontweight="bold", color=_INK)
+    ax.set_ylim(floor, 1.03)
+    ax.set_xlim(epochs[0] - 0.2, epochs[-1] + 0.3 + 0.26 * (epochs[-1] - epochs[0] + 1))
+    ax.set_xticks(_ticks(epochs))
+    ax.grid(axis="y", color="#e6e6e6", lw=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#999999")
+    ax.tick_params(colors=_INK, length=2.5)
+
+
+def _end_labels(
+    ax: Axes, last: int, training: float, inference: float, *, floor: float, named: bool
+) -> None:
+    """Write the last values beside the curves, moved apart where they would touch."""
+    room = _LABEL_DISTANCE * (1.03 - floor) / 0.55
+    upper, lower = max(training, inference), min(training, inference)
+    middle = (upper + lower) / 2
+    if upper - lower < room:
+        upper, lower = middle + room / 2, middle - room / 2
+    heights = (upper, lower) if training >= inference else (lower, upper)
+    for value, height, color, phase in (
+        (training, heights[0], _PHASE1, "phase 1"),
+        (inference, heights[1], _PHASE0, "phase 0"),
+    ):
+        text = f"{value:.3f}" + (f"\n{phase}" if named and abs(upper - lower) > 2 * room else "")
+        if not named:
+            text = f"{value:.3f}"
+        ax.annotate(text, (last, height), xytext=(5, 0), textcoords="offset points",
+                    va="center", color=color, fontsize=9, fontweight="bold")  # fmt: skip
+
+
+def _words(figure: Figure, result: OverfitResult) -> None:
+    """Write title, conditions and the legend of the three curves."""
+    settings = result.settings
+    classes = ", ".join(str(name) for name in settings.classes) or "all classes"
+    count = result.rows[0].phases.samples
+    figure.suptitle(
+        "Same weights, same images, two learning phases",
+        x=0.012, ha="left", y=0.985, va="top", fontsize=11.5, fontweight="bold", color=_INK,
+    )  # fmt: skip
+    figure.text(
+        0.012, 0.985 - 0.27 / figure.get_figheight(),
+        f"{settings.backbone}, {count} images of {data_name(settings.data)} ({classes}) at "
+        f"{settings.image_size}², {settings.optimizer.upper()}, seed {settings.seed}. "
+        "Shaded: the gap.",
+        fontsize=8.5, color=_INK, va="top",
+    )  # fmt: skip
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    order: list[Any] = [1, 2, 0]
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="lower left", ncols=3,
+        frameon=False, fontsize=8.5, bbox_to_anchor=(0.004, 0.0), labelcolor=_INK,
+    )  # fmt: skip
+    high = figure.get_figheight()
+    figure.subplots_adjust(
+        left=0.6 / figure.get_figwidth(), right=0.99, bottom=0.78 / high, top=1 - 0.86 / high,
+        wspace=0.08, hspace=0.3,
+    )  # fmt: skip
+
+
+def _floor(result: OverfitResult) -> float:
+    """Return the lower end of the accuracy axis: a multiple of 0.1 below every curve."""
+    least = min(
+        min(epoch.phase0_accuracy, epoch.phase1_accuracy, epoch.train_accuracy)
+        for row in result.rows
+        for epoch in row.epochs
+    )
+    return max(0.0, math.floor(least * 10 - 0.2) / 10)
+
+
+def _ticks(epochs: list[int]) -> list[int]:
+    step = max(1, math.ceil(len(epochs) / 5))
+    return epochs[step - 1 :: step] if len(epochs) > 1 else epochs
