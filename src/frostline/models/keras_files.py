@@ -1,0 +1,107 @@
+"""Read a Keras model from a file or a function, and write one, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+# Importing the layers registers them, so that files with converted models can be read.
+from frostline import layers as layers
+from frostline.types import ModelError, OutputError
+
+SUFFIXES = (".keras", ".h5")
+
+
+def load_model(source: str) -> Any:
+    """Load a Keras model.
+
+    Args:
+        source: Path of a ``.keras`` or ``.h5`` file, or ``module:function``: a function without
+            arguments that returns a model; the module may be in the current folder.
+
+    Returns:
+        The model, with its compile state where the file has one.
+
+    Raises:
+        ModelError: No such file or function, an unreadable file, or not a model.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in SUFFIXES and ":" in source:
+        model = _from_function(source)
+    else:
+        model = _from_file(path)
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"{source}: not a keras.Model. Received: {type(model).__name__}")
+    return model
+
+
+def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
+    """Write a model under a temporary name in its folder and rename it.
+
+    Args:
+        model: A Keras model.
+        path: Target; its suffix, ``.keras`` or ``.h5``, chooses the format.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        OutputError: The file exists, or cannot be written; nothing is left behind.
+    """
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # Keras reports a folder that cannot be written to in many ways; this in one
+        model.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _from_file(path: Path) -> Any:
+    if not path.exists():
+        raise ModelError(
+            f"no such model file: {path}. MODEL is a .keras or .h5 file, or module:function"
+        )
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; MODEL is a .keras or .h5 file, or module:function")
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"a model file ends in .keras or .h5. Received: {path}")
+    try:
+        return keras.saving.load_model(path, safe_mode=True)
+    except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
+        raise ModelError(f"{path}: not a readable Keras model ({_line(error)})") from error
+
+
+def _from_function(source: str) -> Any:
+    name, _, attribute = source.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # the user's module runs: anything can happen
+        raise ModelError(f"{source}: cannot import {name!r} ({_line(error)})") from error
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise ModelError(f"{source}: module {name!r} has no function {attribute!r}")
+    try:
+        return build()
+    except Exception as error:
+        raise ModelError(f"{source}: the function failed ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
