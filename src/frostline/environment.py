@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import platform
 import sys
@@ -96,6 +97,9 @@ def quiet_frameworks() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")
+    if os.environ.get("FROSTLINE_LOG_LEVEL") != "debug":
+        for name in ("absl", "tensorflow", "jax"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def versions() -> dict[str, str]:
