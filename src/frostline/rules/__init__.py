@@ -1,1 +1,284 @@
-"""."""
+"""Rules: what is wrong with a model, one pure function each, with its documentation beside it.
+
+A rule reads :class:`~frostline.models.facts.ModelFacts` and yields :class:`Hit` objects; it knows
+no framework, opens no file and changes nothing. Codes are public and never used again: ``FL1xx``
+is configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless selected.
+
+Other packages add rules through the entry-point group ``frostline.rules``: each entry point names
+a module whose import runs its ``@rule`` decorators.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+from frostline.models.facts import ModelFacts
+from frostline.types import Certainty, Finding, FrostlineError, Severity, Skipped
+
+log = logging.getLogger("frostline")
+
+Needs = Literal["sites", "statistics", "optimizer", "data"]
+Check = Callable[..., Iterator["Hit"]]
+
+#: Modules with the rules that come with Frostline.
+_BUILTIN = ("freezing", "calling", "configuration", "stored", "channels")
+
+#: Why a rule was not applied, by what it needs.
+_LACKS: Mapping[Needs, str] = {
+    "statistics": "no site has stored numbers: the model is not built, call it once",
+    "optimizer": "no training steps: the model is not compiled, or has not been trained since",
+    "data": "needs data: frostline diagnose",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """What a rule yields: a finding without the rule's own name on it.
+
+    Attributes:
+        sites: Paths of the sites concerned.
+        message: As in :class:`~frostline.types.Finding`.
+        evidence: The numbers behind it.
+        certainty: ``"is"`` or ``"may"``.
+    """
+
+    sites: tuple[str, ...]
+    message: str
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    certainty: Certainty = "is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        code: Stable code: ``FL203``.
+        name: Kebab-case name that reads as the problem.
+        severity: Of all its findings.
+        needs: ``"sites"``: any model. ``"statistics"``: built layers. ``"optimizer"``: a compiled
+            model. ``"data"``: samples.
+        fix: The repair as a word, or ``None``.
+        check: The function; its keyword-only arguments are the rule's options.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    needs: Needs
+    fix: str | None
+    check: Check
+
+    @property
+    def summary(self) -> str:
+        """First line of the documentation."""
+        return self.documentation.partition("\n")[0]
+
+    @property
+    def documentation(self) -> str:
+        """The function's docstring: Markdown under the headings that every rule has."""
+        return inspect.getdoc(self.check) or ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Name -> default of the rule's thresholds."""
+        return {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(self.check).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+
+
+_REGISTRY: dict[str, Rule] = {}
+
+
+def rule(
+    code: str, name: str, *, severity: Severity, needs: Needs = "sites", fix: str | None = None
+) -> Callable[[Check], Check]:
+    """Register a function as a rule.
+
+    Args:
+        code: Capital letters and three digits, never used before.
+        name: Kebab-case name that reads as the problem.
+        severity: ``"error"``, ``"warning"`` or ``"info"``.
+        needs: What must be there for the rule to be applied.
+        fix: The repair as a word.
+
+    Returns:
+        A decorator that gives the function back as it is.
+
+    Raises:
+        ValueError: A malformed code or name, or one that another rule has.
+    """
+    if not re.fullmatch(r"[A-Z]{2,8}\d{3}", code):
+        raise ValueError(f"a rule's code is capital letters and three digits. Received: {code!r}")
+    if not re.fullmatch(r"[a-z]+(-[a-z0-9]+)+", name):
+        raise ValueError(f"a rule's name is kebab-case, two words at least. Received: {name!r}")
+
+    def register(check: Check) -> Check:
+        for other in _REGISTRY.values():
+            if code == other.code or name == other.name:
+                raise ValueError(
+                    f"rule {code} {name} has a code or name of {other.code} {other.name} "
+                    f"({other.check.__module__}). Received: {check.__module__}.{check.__qualname__}"
+                )
+        _REGISTRY[code] = Rule(
+            code=code, name=name, severity=severity, needs=needs, fix=fix, check=check
+        )
+        return check
+
+    return register
+
+
+def all_rules() -> tuple[Rule, ...]:
+    """Every rule, sorted by code: Frostline's own and those of installed plugins."""
+    _load()
+    return tuple(_REGISTRY[code] for code in sorted(_REGISTRY))
+
+
+def get(reference: str) -> Rule:
+    """Return the rule of a code or kebab name.
+
+    Raises:
+        FrostlineError: There is none; the text has the closest ones.
+    """
+    for each in all_rules():
+        if reference.upper() == each.code or reference.lower() == each.name:
+            return each
+    raise FrostlineError(_unknown(reference))
+
+
+def select(
+    select: str | Iterable[str] | None = None, ignore: str | Iterable[str] | None = None
+) -> tuple[Rule, ...]:
+    """Choose rules by code, prefix of a code, or kebab name.
+
+    The longer of two prefixes decides, so ``select="FL203", ignore="FL2"`` leaves FL203. Without
+    ``select`` all rules apply but the FL9xx.
+
+    Args:
+        select: ``"FL2"``, ``"FL203"``, ``"stale-running-statistics"``; several in a list, or
+            separated by commas.
+        ignore: The same; a mapping may give the reason of each.
+
+    Returns:
+        Rules sorted by code.
+
+    Raises:
+        FrostlineError: A word that fits no rule.
+    """
+    rules = all_rules()
+    wanted = None if select is None else _words(select, rules)
+    unwanted = () if ignore is None else _words(ignore, rules)
+    return tuple(each for each in rules if _rank(each, wanted) > _rank(each, unwanted))
+
+
+def check(
+    facts: ModelFacts,
+    rules: Iterable[Rule],
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[tuple[Finding, ...], tuple[Skipped, ...]]:
+    """Apply rules to the facts of a model.
+
+    Args:
+        facts: From :func:`frostline.models.facts.read`, or written by hand.
+        rules: From :func:`select`.
+        options: Code -> thresholds that replace the rule's defaults.
+
+    Returns:
+        Findings, errors first and then by code and execution order; and the rules that could not
+        be applied to this model, with the reason.
+
+    Raises:
+        FrostlineError: An option that the rule does not have.
+    """
+    found: list[Finding] = []
+    skipped: list[Skipped] = []
+    present = _present(facts)
+    for each in rules:
+        if each.needs not in present:
+            skipped.append(Skipped(code=each.code, name=each.name, reason=_LACKS[each.needs]))
+            continue
+        thresholds = dict((options or {}).get(each.code, {}))
+        strange = sorted(thresholds.keys() - each.options.keys())
+        if strange:
+            raise FrostlineError(
+                f"{each.code} has no option {strange[0]!r}; its options are "
+                f"{', '.join(each.options) or 'none'}. Received: {thresholds!r}"
+            )
+        found.extend(_finding(each, hit) for hit in each.check(facts, **thresholds))
+    ranks: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+    found.sort(key=lambda finding: (ranks[finding.severity], finding.code))  # stable: keeps order
+    return tuple(found), tuple(skipped)
+
+
+def _finding(origin: Rule, hit: Hit) -> Finding:
+    return Finding(
+        code=origin.code,
+        name=origin.name,
+        severity=origin.severity,
+        certainty=hit.certainty,
+        sites=hit.sites,
+        message=hit.message,
+        evidence=hit.evidence,
+        fix=origin.fix,
+    )
+
+
+def _present(facts: ModelFacts) -> set[Needs]:
+    present: set[Needs] = {"sites"}
+    if any(each.variance is not None for each in facts):
+        present.add("statistics")
+    if facts.steps:
+        present.add("optimizer")
+    return present
+
+
+@functools.cache
+def _load() -> None:
+    for module in _BUILTIN:
+        importlib.import_module(f"frostline.rules.{module}")
+    for point in metadata.entry_points(group="frostline.rules"):
+        try:
+            point.load()
+        except Exception as error:  # a broken plugin must not take the other rules with it
+            log.warning("plugin %s gives no rules: %s: %s", point, type(error).__name__, error)
+
+
+def _words(given: str | Iterable[str], rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    parts = given.split(",") if isinstance(given, str) else [w for g in given for w in g.split(",")]
+    words = tuple(part.strip() for part in parts if part.strip())
+    for word in words:
+        if not any(_fits(word, each) for each in rules):
+            raise FrostlineError(_unknown(word))
+    return words
+
+
+def _fits(word: str, each: Rule) -> int:
+    """How precisely a word names a rule: 0 when it does not."""
+    if word.lower() == each.name:
+        return len(each.code)
+    return len(word) if each.code.startswith(word.upper()) else 0
+
+
+def _rank(each: Rule, words: tuple[str, ...] | None) -> float:
+    if words is None:
+        return 0 if re.fullmatch(r"[A-Z]+9\d\d", each.code) else 0.5
+    return max((_fits(word, each) for word in words), default=0)
+
+
+def _unknown(word: str) -> str:
+    known = [text for each in all_rules() for text in (each.code, each.name)]
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    hint = f"Closest: {', '.join(close)}. " if close else "frostline rule --all lists them. "
+    return f"no rule {word!r}. {hint}Received: {word!r}"

@@ -1,0 +1,115 @@
+"""What rules may know of a model: plain data, no framework.
+
+:func:`read` turns a model into :class:`ModelFacts`; everything that looks at the result (the
+rules) is tested with facts written by hand. Nothing is computed here that a rule should judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from frostline.models import view
+from frostline.types import Array, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """One site with its stored numbers and what surrounds it.
+
+    Attributes:
+        site: The site.
+        mean: Stored mean, shape ``(channels,)``, float64; ``None`` when the layer is not built or
+            keeps no statistics. So are the next three.
+        variance: Stored variance as the framework stores it (torch: unbiased).
+        gamma: Scale; ``None`` without one.
+        beta: Offset; ``None`` without one.
+        shadow_variance: With ``renorm``: the variance that the next update will derive
+            ``variance`` from, ``moving_stddev**2 - epsilon``, at least 0.
+        dtype: Name of the dtype in which the statistics are stored, for example ``"float16"``.
+        live: A flip of ``trainable`` takes effect without ``compile``.
+        optimized: gamma or beta are in the optimizer's list of variables; ``None`` when there is
+            no such list yet, or nothing to be in it.
+        wrapper_frozen: ``trainable`` of the ``TorchModuleWrapper`` around the site is ``False``;
+            ``None`` outside of one.
+        cumulative: The stored statistics are the plain mean over all updates, so `decay` grows.
+        training: Value of ``training=`` that is written at the nearest call around the site in a
+            functional graph; ``None`` when none is.
+        values: Values per channel in one sample (height times width); ``None`` when not known.
+    """
+
+    site: Site
+    mean: Array | None = None
+    variance: Array | None = None
+    gamma: Array | None = None
+    beta: Array | None = None
+    shadow_variance: Array | None = None
+    dtype: str = "float32"
+    live: bool = False
+    optimized: bool | None = None
+    wrapper_frozen: bool | None = None
+    cumulative: bool = False
+    training: bool | None = None
+    values: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """A layer with weights that holds no other layer.
+
+    Attributes:
+        path: As in :class:`~frostline.types.Site`.
+        order: Rank in execution order, on one scale with :attr:`ModelFacts.order`.
+        trains: At least one of its variables will be trained.
+    """
+
+    path: str
+    order: int
+    trains: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Everything that rules without data may look at.
+
+    Attributes:
+        name: The model's name.
+        backend: ``"tensorflow"``, ``"jax"`` or ``"torch"``.
+        sites: In execution order.
+        layers: Layers with weights that are not sites, in execution order.
+        order: Path of a site -> its rank in execution order.
+        batch: Batch size that is fixed in the model's input; ``None`` when it is free.
+        steps: Training steps since the optimizer was made; ``None`` without an optimizer.
+        traced: A compiled training step exists, made under the flags of that moment.
+    """
+
+    name: str = "model"
+    backend: str = "tensorflow"
+    sites: tuple[SiteFacts, ...] = ()
+    layers: tuple[LayerFacts, ...] = ()
+    order: dict[str, int] = field(default_factory=dict)
+    batch: int | None = None
+    steps: int | None = None
+    traced: bool = False
+
+    def __iter__(self) -> Iterator[SiteFacts]:
+        return iter(self.sites)
+
+
+def read(model: Any) -> ModelFacts:
+    """Collect the facts of a model; nothing of it changes.
+
+    Args:
+        model: A Keras 3 model; it need not be built or compiled.
+
+    Returns:
+        The facts.
+
+    Raises:
+        ModelError: Not a model that Frostline can read.
+    """
+    view(model)
+    from frostline.models import keras_facts
+
+    return keras_facts.facts(model)

@@ -1,0 +1,307 @@
+"""FL111 to FL116: arguments and graph: decay, epsilon, sharing, names, batch size.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.models.facts import ModelFacts
+from frostline.rules import Hit, rule
+
+
+@rule("FL111", "swapped-momentum-convention", severity="warning", fix="set-momentum")
+def swapped_momentum_convention(model: ModelFacts, *, lowest: float = 0.5) -> Iterator[Hit]:
+    """The moving average forgets so fast that its momentum was probably meant the other way round.
+
+    ## What it does
+    Reports thawed sites that keep less than `lowest` of the old statistics per step. Keras'
+    `momentum` is the kept share (0.99), torch's is the new share (0.1).
+
+    ## Why is this bad?
+    With decay d the statistics are those of about 1/(1 - d) batches: at 0.1 of the last one. What
+    inference gives depends on which batch happened to be last.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.9), keras.layers.Dense(2)])
+    ```
+
+    ## When not to use it
+    When a few large batches are all there is.
+
+    ## Options
+    `lowest` (default 0.5): half way between the two conventions' defaults.
+
+    ## References
+    PyTorch-YOLOv3 issue 230; pretrained-models.pytorch issue 44.
+    """
+    for each in model:
+        decay = each.site.decay
+        if 0 < decay < lowest and not each.site.stats_frozen and not each.cumulative:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"one step keeps {decay:.2g} of the statistics: they are those of "
+                f"{1 / (1 - decay):.1f} batches; {1 - decay:.2g} may be meant",
+                evidence={"decay": decay, "batches": 1 / (1 - decay)},
+                certainty="may",
+            )
+
+
+@rule("FL112", "momentum-out-of-range", severity="error", fix="set-momentum")
+def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
+    """The moving average never moves, remembers nothing, or is none at all.
+
+    ## What it does
+    Reports thawed sites whose decay is 1 or more, or 0 or less.
+
+    ## Why is this bad?
+    At 1 training normalises with the batch while inference keeps using whatever was stored
+    before. At 0 the statistics are those of the last batch. Outside of [0, 1] they diverge.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=1.0), keras.layers.Dense(2)])
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    ```
+
+    ## When not to use it
+    When the statistics are set by a recalibration anyway.
+
+    ## Options
+    None.
+
+    ## References
+    pretrained-models.pytorch issue 5.
+    """
+    for each in model:
+        decay = each.site.decay
+        if 0 < decay < 1 or each.site.stats_frozen or each.cumulative:
+            continue
+        effect = {0.0: "its statistics are those of the last batch", 1.0: "they never move"}
+        yield Hit(
+            sites=(each.site.path,),
+            message=f"one step keeps {decay:g} of the statistics: "
+            f"{effect.get(decay, 'they diverge')}; set a decay between 0 and 1",
+            evidence={"decay": decay},
+        )
+
+
+@rule("FL113", "epsilon-mismatch", severity="warning", needs="statistics")
+def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator[Hit]:
+    """A few sites have another epsilon than the rest, and it matters for their variances.
+
+    ## What it does
+    Takes the most frequent epsilon of the model; for every other site it reports the largest
+    change of scale over the channels that the frequent one would make,
+    `sqrt((var + epsilon) / (var + frequent)) - 1`, when that is at least `min_effect`.
+
+    ## Why is this bad?
+    Keras' default is 1e-3, torch's 1e-5. A converted layer with the wrong one scales its channels
+    of small variance wrongly, and no error says so.
+
+    ## Example
+    ```python
+    def norm(epsilon):
+        return keras.layers.BatchNormalization(
+            epsilon=epsilon, moving_variance_initializer=keras.initializers.Constant(0.001))
+    model = keras.Sequential([keras.Input((4,)), norm(1e-5), norm(1e-5), norm(1e-3)])
+    ```
+
+    ## Use instead
+    ```python
+    def norm(epsilon):
+        return keras.layers.BatchNormalization(
+            epsilon=epsilon, moving_variance_initializer=keras.initializers.Constant(0.001))
+    model = keras.Sequential([keras.Input((4,)), norm(1e-5), norm(1e-5), norm(1e-5)])
+    ```
+
+    ## When not to use it
+    When a new head with another epsilon was put on a backbone on purpose.
+
+    ## Options
+    `min_effect` (default 0.05): smallest change of scale that is reported, of 1.
+
+    ## References
+    Defaults of `keras.layers.BatchNormalization` and `torch.nn.BatchNorm2d`.
+    """
+    counts = Counter(each.site.epsilon for each in model)
+    if len(counts) < 2:
+        return
+    frequent, others = counts.most_common(1)[0]
+    for each in model:
+        epsilon = each.site.epsilon
+        if epsilon == frequent or each.variance is None or not np.isfinite(each.variance).all():
+            continue
+        variance = np.maximum(each.variance, 0.0)
+        effect = float(np.max(np.abs(np.sqrt((variance + epsilon) / (variance + frequent)) - 1)))
+        if effect >= min_effect:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"epsilon {epsilon:g}, but {frequent:g} in {others} sites: one of them "
+                f"scales by up to {effect:.0%} too much; check the source",
+                evidence={"epsilon": epsilon, "frequent": frequent, "effect": effect},
+                certainty="may",
+            )
+
+
+@rule("FL114", "shared-site", severity="warning")
+def shared_site(model: ModelFacts) -> Iterator[Hit]:
+    """One BN layer normalises several tensors.
+
+    ## What it does
+    Reports sites, not locked to stored statistics, that the model uses more than once.
+
+    ## Why is this bad?
+    In training every use is normalised by its own batch; at inference all share one average over
+    the sources, which describes none of them unless they are alike. Each step also updates it
+    several times.
+
+    ## Example
+    ```python
+    left, right = keras.Input((4,)), keras.Input((4,))
+    norm = keras.layers.BatchNormalization(name="bn")
+    model = keras.Model([left, right], keras.layers.Add()([norm(left), norm(right)]))
+    ```
+
+    ## Use instead
+    ```python
+    left, right = keras.Input((4,)), keras.Input((4,))
+    norms = [keras.layers.BatchNormalization(name=name) for name in ("bn_left", "bn_right")]
+    model = keras.Model([left, right], keras.layers.Add()([norms[0](left), norms[1](right)]))
+    ```
+
+    ## When not to use it
+    When the sources are alike, as the two images of a siamese network.
+
+    ## Options
+    None.
+
+    ## References
+    Keras issue 12353.
+    """
+    for each in model:
+        locked = each.site.stats_frozen and each.site.policy == "inference"
+        if each.site.calls > 1 and not locked:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"used {each.site.calls} times: one average serves all its inputs, alike "
+                "or not; use one layer for each",
+                evidence={"calls": float(each.site.calls)},
+                certainty="may",
+            )
+
+
+@rule("FL115", "duplicate-site-name", severity="info", fix="rename")
+def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
+    """Several BN layers, in different nested models, have one name.
+
+    ## What it does
+    Reports names that more than one site has. Frostline tells them apart by their path.
+
+    ## Why is this bad?
+    Loading weights by name, `layer.path`, and lists of layers to freeze reach the wrong one or
+    both.
+
+    ## Example
+    ```python
+    def block():
+        return keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    model = keras.Sequential([keras.Input((4,)), block(), block()])
+    ```
+
+    ## Use instead
+    ```python
+    def block(name):
+        return keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name=name)])
+    model = keras.Sequential([keras.Input((4,)), block("bn_1"), block("bn_2")])
+    ```
+
+    ## When not to use it
+    When layers are only ever reached through their container.
+
+    ## Options
+    None.
+
+    ## References
+    `keras.Model.load_weights` with `by_name`.
+    """
+    named: dict[str, list[str]] = {}
+    for each in model:
+        if not each.site.kind.startswith("torch."):  # their names are positions
+            named.setdefault(each.site.name, []).append(each.site.path)
+    for paths in named.values():
+        if len(paths) > 1:
+            yield Hit(
+                sites=tuple(paths),
+                message=f"{len(paths)} BN layers have one name: what looks layers up by name "
+                "reaches the wrong one; rename them",
+                evidence={"layers": float(len(paths))},
+            )
+
+
+@rule("FL116", "few-values-per-channel", severity="warning", fix="freeze")
+def few_values_per_channel(model: ModelFacts, *, min_values: int = 16) -> Iterator[Hit]:
+    """The batch size that is built into the model leaves too few values for a variance.
+
+    ## What it does
+    Where the model's input has a fixed batch size, reports thawed sites that see fewer than
+    `min_values` values per channel and batch (batch times height times width).
+
+    ## Why is this bad?
+    A variance estimated from n values has a relative standard error of about sqrt(2/(n - 1)); from
+    one value it is 0, and the output is beta whatever the input.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,), batch_size=2), keras.layers.BatchNormalization(name="bn")])
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,), batch_size=64), keras.layers.BatchNormalization(name="bn")])
+    ```
+
+    ## When not to use it
+    When the model is only served, not trained, at this batch size.
+
+    ## Options
+    `min_values` (default 16): at 16 the standard error is 37%.
+
+    ## References
+    Wu and He 2018; DMS issue 30.
+    """
+    for each in model:
+        if model.batch is None or each.values is None or each.site.stats_frozen:
+            continue
+        count = model.batch * each.values
+        if count >= min_values:
+            continue
+        error = math.sqrt(2 / (count - 1)) if count > 1 else 1.0
+        effect = f"is off by {error:.0%}" if count > 1 else "is 0 and the output beta"
+        yield Hit(
+            sites=(each.site.path,),
+            message=f"{count} values per channel and batch: the variance {effect}; freeze it, or "
+            "use larger batches",
+            evidence={"values": float(count), "relative_error": error},
+        )

@@ -1,0 +1,435 @@
+"""FL101 to FL107 and FL901: what is frozen, what only looks frozen, and what a flag really does.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.rules import Hit, rule
+
+
+@rule("FL101", "frozen-uses-batch-statistics", severity="error", fix="convert")
+def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
+    """A frozen site normalises with the statistics of each batch while training.
+
+    ## What it does
+    Reports sites whose statistics do not move but which, in training, do not use them either:
+    our layer with `policy="batch"` (or a `version` that means it), and a wrapped torch layer with
+    `track_running_stats` switched off while its buffers are still there.
+
+    ## Why is this bad?
+    The layers behind are trained on features normalised by the batch and are served with features
+    normalised by the stored statistics. On a new data set the two differ, so training looks
+    perfect and inference does not: the bug of Keras 2.1.3 to 2.2.4 that Frostline is named for.
+
+    ## Example
+    ```python
+    norm = fl.layers.BatchNormalization(policy="batch", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    norm = fl.layers.BatchNormalization(policy="inference", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    ```
+
+    ## When not to use it
+    To reproduce a result of an old release exactly.
+
+    ## Options
+    None.
+
+    ## References
+    Keras pull request 9965; Ioffe and Szegedy 2015, section 3.1.
+    """
+    for each in model:
+        site = each.site
+        switched_off = _is_torch(each) and each.mean is not None
+        if site.stats_frozen and (site.policy == "batch" or switched_off):
+            yield Hit(
+                sites=(site.path,),
+                message="frozen, but training uses batch statistics; set policy='inference'",
+                evidence={"policy": site.policy, "version": site.version or "none"},
+            )
+
+
+@rule("FL102", "frozen-statistics-move", severity="error", fix="convert")
+def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
+    """The stored statistics of a frozen site move while training.
+
+    ## What it does
+    Reports frozen sites of our layer with `policy="update"`, or a `version` that means it.
+
+    ## Why is this bad?
+    Every step replaces a share `1 - decay` of the pretrained statistics: after n steps `decay**n`
+    of them is left. The frozen filters behind were trained for the old ones.
+
+    ## Example
+    ```python
+    norm = fl.layers.BatchNormalization(version="2.1.2", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    norm = fl.layers.BatchNormalization(version="3", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    ```
+
+    ## When not to use it
+    To reproduce Keras before 2.1.3, or to adapt the statistics to a new domain on purpose.
+
+    ## Options
+    None.
+
+    ## References
+    Keras issue 7085.
+    """
+    for each in model:
+        site = each.site
+        frozen = site.params_frozen and not site.stats_frozen
+        if frozen and site.policy == "update" and not _is_torch(each):
+            yield Hit(
+                sites=(site.path,),
+                message=f"frozen, but each training step replaces {1 - site.decay:.2g} of its "
+                "statistics; set policy='inference'",
+                evidence={"replaced_per_step": 1 - site.decay, "policy": site.policy},
+            )
+
+
+@rule("FL103", "frozen-parameters-moving-statistics", severity="warning", fix="freeze")
+def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
+    """Gamma and beta are frozen, the statistics are not.
+
+    ## What it does
+    Reports sites that are half frozen: the variables gamma and beta do not train (Keras
+    `variable.trainable`, torch `requires_grad`, or the root model's `trainable`), while the layer
+    itself still updates its statistics.
+
+    ## Why is this bad?
+    Freezing variables does not freeze a layer: a training step still normalises with the batch and
+    moves the stored statistics, so the "frozen" part changes from step to step.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    for variable in model.get_layer("bn").trainable_variables:
+        variable.trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    ```
+
+    ## When not to use it
+    To adapt only the statistics to a new domain (AdaBN).
+
+    ## Options
+    None.
+
+    ## References
+    torchvision issue 2079; Li et al. 2016 (AdaBN).
+    """
+    for each in model:
+        site = each.site
+        if not site.params_frozen or site.stats_frozen:
+            continue
+        own = each.gamma is not None or each.beta is not None
+        half = own and not each.wrapper_frozen if _is_torch(each) else site.policy != "update"
+        if half:
+            yield Hit(
+                sites=(site.path,),
+                message=f"gamma and beta are frozen, but each step replaces {1 - site.decay:.2g} "
+                "of the statistics; freeze the layer",
+                evidence={"replaced_per_step": 1 - site.decay},
+            )
+
+
+@rule("FL104", "trained-parameters-frozen-statistics", severity="info", fix="freeze")
+def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
+    """The statistics are frozen, gamma and beta train.
+
+    ## What it does
+    Reports sites of the other half: the layer is frozen, one of its variables was thawed again.
+
+    ## Why is this bad?
+    It need not be: training the affine part over fixed statistics is a known way to fine-tune. It
+    is reported because the layer says `trainable=False` and still changes.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.get_layer("bn").gamma.trainable = True
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    ```
+
+    ## When not to use it
+    When the affine part is trained on purpose.
+
+    ## Options
+    None.
+
+    ## References
+    Frankle, Schwab and Morcos 2021.
+    """
+    for each in model:
+        if each.site.stats_frozen and not each.site.params_frozen and not _is_torch(each):
+            yield Hit(
+                sites=(each.site.path,),
+                message="the layer is frozen, but gamma or beta trains; freeze the variables too "
+                "if that is not wanted",
+                evidence={"decay": each.site.decay},
+            )
+
+
+@rule("FL105", "torch-wrapper-not-frozen", severity="error", fix="freeze")
+def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
+    """A frozen `TorchModuleWrapper` still moves the statistics of the BN inside it.
+
+    ## What it does
+    Reports torch BN inside a wrapper with `trainable=False`.
+
+    ## Why is this bad?
+    The wrapper puts the module into training mode in every training step, whatever `trainable`
+    says: the batch normalises, and `running_mean` and `running_var` move although no parameter
+    does.
+
+    ## Example
+    ```python
+    import torch
+
+    layer = keras.layers.TorchModuleWrapper(torch.nn.BatchNorm1d(4), output_shape=(None, 4))
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(2)])
+    layer.trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    ```
+
+    ## When not to use it
+    Never.
+
+    ## Options
+    None.
+
+    ## References
+    `keras.layers.TorchModuleWrapper.call`.
+    """
+    for each in model:
+        if each.wrapper_frozen and not each.site.stats_frozen:
+            yield Hit(
+                sites=(each.site.path,),
+                message="the wrapper is frozen, but each step replaces "
+                f"{1 - each.site.decay:.2g} of the statistics; use a Keras BN layer",
+                evidence={"replaced_per_step": 1 - each.site.decay},
+            )
+
+
+@rule("FL106", "thawed-before-frozen-layer", severity="warning", fix="freeze")
+def thawed_before_frozen_layer(model: ModelFacts) -> Iterator[Hit]:
+    """A thawed site feeds a layer that is frozen.
+
+    ## What it does
+    Reports sites that train although the next layer with weights, in execution order, does not.
+    In a branched graph the next layer need not be a consumer, hence "may".
+
+    ## Why is this bad?
+    The frozen weights behind were fitted to what this site used to give them. In training it gives
+    features normalised by the batch, and its statistics drift, so the frozen part of the network
+    is neither constant nor free of the train/inference gap, and its features cannot be cached.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(4, name="first"),
+        keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(4, name="second"),
+        keras.layers.Dense(2, name="head")])
+    for name in ("first", "second"):
+        model.get_layer(name).trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(4, name="first"),
+        keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(4, name="second"),
+        keras.layers.Dense(2, name="head")])
+    for name in ("first", "bn", "second"):
+        model.get_layer(name).trainable = False
+    ```
+
+    ## When not to use it
+    When only the BN layers of a backbone are trained on purpose.
+
+    ## Options
+    None.
+
+    ## References
+    segmentation_models issue 354; keras issue 12353.
+    """
+    for each in model:
+        if each.site.params_frozen or each.site.stats_frozen:
+            continue
+        behind = _next_layer(model, each)
+        if behind is not None and not behind.trains:
+            yield Hit(
+                sites=(each.site.path,),
+                message="trains, but the next layer is frozen and was fitted to its old output; "
+                "freeze it too",
+                evidence={"next_layer": behind.path},
+                certainty="may",
+            )
+
+
+@rule(
+    "FL107", "trainable-changed-since-compile", severity="error", needs="optimizer", fix="compile"
+)
+def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
+    """`trainable` was flipped after training had begun, and the flip has no effect.
+
+    ## What it does
+    Compares the flags of stock sites with the variables that the optimizer was built for. Our own
+    layer is never reported: its `trainable` is live, unless `live=False`.
+
+    ## Why is this bad?
+    On TensorFlow the compiled training step goes on as before: a site that was frozen since still
+    trains and moves its statistics, one that was thawed stays as it is. JAX refuses to train, and
+    so does torch after thawing. Freezing on torch works, and is not reported.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.compile("sgd", "mse")
+    model.train_on_batch(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))
+    model.get_layer("bn").trainable = True
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), fl.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.compile("sgd", "mse")
+    model.train_on_batch(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))
+    model.get_layer("bn").trainable = True
+    ```
+
+    ## When not to use it
+    When `compile` comes next anyway.
+
+    ## Options
+    None.
+
+    ## References
+    Keras pull request 22787; keras issue 4674.
+    """
+    for each in model:
+        frozen = each.site.params_frozen
+        if each.live or each.optimized is None or each.optimized is not frozen:
+            continue
+        effect = _flip_effect(model, frozen=frozen)
+        if effect is not None:
+            flip = "frozen" if frozen else "thawed"
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"{flip} after training step {model.steps}: {effect}; compile again",
+                evidence={"steps": float(model.steps or 0), "backend": model.backend},
+            )
+
+
+@rule("FL901", "frozen-behind-training-layer", severity="info", fix="unfreeze")
+def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
+    """A frozen site normalises the output of a layer that trains.
+
+    ## What it does
+    Reports sites locked to their stored statistics right behind a layer, in execution order,
+    whose weights train. Off unless selected: keeping all BN frozen is often the better choice.
+
+    ## Why is this bad?
+    The statistics describe what the layer used to give. As its weights move they no longer do,
+    and nothing brings them up to date but a recalibration.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(4), keras.layers.BatchNormalization(name="bn")])
+    model.get_layer("bn").trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.Dense(4, name="first"),
+        keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    for name in ("first", "bn"):
+        model.get_layer(name).trainable = False
+    ```
+
+    ## When not to use it
+    When all BN is kept frozen on purpose, as with small batches.
+
+    ## Options
+    None.
+
+    ## References
+    Wu and Johnson 2021.
+    """
+    for each in model:
+        if not each.site.stats_frozen or each.site.policy != "inference":
+            continue
+        order = model.order.get(each.site.path, -1)
+        before = [layer for layer in model.layers if layer.order < order]
+        if before and before[-1].trains:
+            yield Hit(
+                sites=(each.site.path,),
+                message="statistics are frozen, but the layer before it trains; recalibrate when "
+                "training is done",
+                evidence={"layer_before": before[-1].path},
+                certainty="may",
+            )
+
+
+def _is_torch(each: SiteFacts) -> bool:
+    return each.site.kind.startswith("torch.")
+
+
+def _next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:
+    order = model.order.get(each.site.path, -1)
+    return next((layer for layer in model.layers if layer.order > order), None)
+
+
+def _flip_effect(model: ModelFacts, *, frozen: bool) -> str | None:
+    """What the next training step does after a flip; measured on Keras 3.15, see the tests."""
+    if model.backend == "jax" or (model.backend == "torch" and not frozen):
+        return "the next training step raises"
+    if model.backend == "torch":
+        return None
+    if model.traced:
+        return "it still trains" if frozen else "it still does not train"
+    return None if frozen else "the next training step raises"

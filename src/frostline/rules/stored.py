@@ -1,0 +1,275 @@
+"""FL201 to FL205: stored statistics that are broken, stale, or were never taken.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``. Arrays
+have shape ``(channels,)`` and are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.rules import Hit, rule
+from frostline.types import Array
+
+
+@rule("FL201", "non-finite-statistics", severity="error", needs="statistics", fix="recalibrate")
+def non_finitestatistics(model: ModelFacts) -> Iterator[Hit]:
+    """Stored statistics are NaN or infinite.
+
+    ## What it does
+    Counts the channels whose stored mean or variance is not finite.
+
+    ## Why is this bad?
+    One bad batch is enough: a moving average never forgets NaN. Training does not show it, because
+    it normalises with the batch; inference gives NaN, or a constant where the variance is infinite.
+
+    ## Example
+    ```python
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    model.get_layer("bn").moving_mean.assign(np.array([0.0, np.nan, 0.0, 0.0]))
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    model.get_layer("bn").moving_mean.assign(np.array([0.0, 0.5, 0.0, 0.0]))
+    ```
+
+    ## When not to use it
+    Never.
+
+    ## Options
+    None.
+
+    ## References
+    Ioffe and Szegedy 2015, algorithm 2.
+    """
+    for each, mean, variance in statistics(model):
+        bad = int(np.sum(~(np.isfinite(mean) & np.isfinite(variance))))
+        if bad:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"{bad} of {mean.size} channels have statistics that are not finite: "
+                "inference is useless; recalibrate",
+                evidence={"channels": float(bad), "share": bad / mean.size},
+            )
+
+
+@rule("FL202", "negative-variance", severity="error", needs="statistics", fix="recalibrate")
+def negative_variance(model: ModelFacts) -> Iterator[Hit]:
+    """A stored variance is below 0.
+
+    ## What it does
+    Reports channels whose stored variance is negative, by whatever amount.
+
+    ## Why is this bad?
+    It is no variance: weights were loaded in the wrong order (a mean where the variance belongs),
+    or cancellation ate it. Below `-epsilon` the square root is NaN; above it the channel is
+    amplified without measure.
+
+    ## Example
+    ```python
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    model.get_layer("bn").moving_variance.assign(np.array([1.0, -0.2, 1.0, 1.0]))
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    model.get_layer("bn").moving_variance.assign(np.array([1.0, 0.2, 1.0, 1.0]))
+    ```
+
+    ## When not to use it
+    Never.
+
+    ## Options
+    None.
+
+    ## References
+    Chan, Golub and LeVeque 1983.
+    """
+    for each, _, variance in statistics(model):
+        bad = int(np.sum(variance < 0))
+        if bad:
+            lowest = float(np.nanmin(variance))
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"variance is negative in {bad} of {variance.size} channels, lowest "
+                f"{lowest:.2g}; check the order of the weights",
+                evidence={"channels": float(bad), "lowest": lowest},
+            )
+
+
+@rule("FL203", "stale-running-statistics", severity="warning", needs="optimizer", fix="recalibrate")
+def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Iterator[Hit]:
+    """Too few training steps for the moving average: much of it is from before.
+
+    ## What it does
+    After n updates a moving average keeps `decay**n` of its old value. n is the number of training
+    steps of the present optimizer; thawed sites that keep more than `max_share` are reported.
+
+    ## Why is this bad?
+    Weights move faster than the average: 48 steps at 0.99 leave 62% of the statistics of the old
+    data, or of the 0 and 1 that a new layer starts with. Training, which uses the batch, looks
+    fine; inference does not.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    for _ in range(3):
+        model.train_on_batch(np.eye(4, dtype="float32"), np.ones((4, 2), "float32"))
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.4), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    for _ in range(3):
+        model.train_on_batch(np.eye(4, dtype="float32"), np.ones((4, 2), "float32"))
+    ```
+
+    ## When not to use it
+    When training goes on with data like those of before.
+
+    ## Options
+    `max_share` (default 0.1): old share that is tolerated; reached after 230 steps at 0.99.
+
+    ## References
+    tensorflow issue 46414; keras issue 7265.
+    """
+    for each in model:
+        site = each.site
+        unknown = each.cumulative or site.debias or not 0 < site.decay < 1
+        if site.stats_frozen or unknown or not model.steps:
+            continue
+        share = site.decay ** (model.steps * site.calls)
+        if share > max_share:
+            yield Hit(
+                sites=(site.path,),
+                message=f"{model.steps} steps at decay {site.decay:g} leave {share:.0%} of the "
+                "statistics from before; recalibrate",
+                evidence={"steps": float(model.steps), "decay": site.decay, "old_share": share},
+                certainty="may",
+            )
+
+
+@rule("FL204", "initial-statistics", severity="error", needs="statistics", fix="recalibrate")
+def initialstatistics(model: ModelFacts) -> Iterator[Hit]:
+    """The statistics were never updated, or only one of the two was.
+
+    ## What it does
+    Reports sites whose stored mean is exactly 0 and variance exactly 1 in every channel although
+    the layer is in use: frozen, its gamma or beta trained, or training steps made. Also those
+    where one of the two has moved and the other has not.
+
+    ## Why is this bad?
+    At inference such a site normalises nothing. It happens in training loops that call the model
+    without `training=True`, in layers that forget one of the updates, and to a new layer that is
+    frozen before it has seen data.
+
+    ## Example
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    ```
+
+    ## Use instead
+    ```python
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    ```
+
+    ## When not to use it
+    For inputs that are standardised already and a layer that is there for gamma and beta.
+
+    ## Options
+    None.
+
+    ## References
+    keras-core issue 338; tf-frrn issue 2.
+    """
+    for each, mean, variance in statistics(model):
+        still = bool(np.all(mean == 0)), bool(np.all(variance == 1))
+        if np.all(variance == 0):  # FL205
+            continue
+        reason = _in_use(model, each)
+        if still == (True, True) and reason is not None:
+            message = f"mean 0 and variance 1 as on the first day, although {reason}; recalibrate"
+        elif still[0] != still[1] and np.ptp(variance if still[0] else mean) > 0:
+            # One constant in all channels would be an initializer, not an update.
+            kept, moved = ("mean", "variance") if still[0] else ("variance", "mean")
+            value = "0" if still[0] else "1"
+            message = f"the {moved} has moved, the {kept} is {value} in every channel; recalibrate"
+        else:
+            continue
+        evidence = {"channels": float(mean.size), "steps": float(model.steps or 0)}
+        yield Hit(sites=(each.site.path,), message=message, evidence=evidence)
+
+
+@rule("FL205", "zero-variance", severity="error", needs="statistics", fix="recalibrate")
+def zero_variance(model: ModelFacts) -> Iterator[Hit]:
+    """The stored variance is 0 in every channel.
+
+    ## What it does
+    Reports sites whose stored variances are all exactly 0.
+
+    ## Why is this bad?
+    Every channel is then multiplied by gamma / sqrt(epsilon), 32 at Keras' default. The layer was
+    initialised with 0 and never updated, or has only seen constant inputs or batches of one value.
+
+    ## Example
+    ```python
+    norm = keras.layers.BatchNormalization(moving_variance_initializer="zeros")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    ```
+
+    ## Use instead
+    ```python
+    norm = keras.layers.BatchNormalization(moving_variance_initializer="ones")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    ```
+
+    ## When not to use it
+    Never.
+
+    ## Options
+    None.
+
+    ## References
+    equinox issue 955.
+    """
+    for each, _, variance in statistics(model):
+        if np.all(variance == 0):
+            gain = 1 / np.sqrt(each.site.epsilon) if each.site.epsilon > 0 else np.inf
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"variance 0 in all {variance.size} channels: inputs are multiplied by "
+                f"{gain:.3g}; recalibrate",
+                evidence={"channels": float(variance.size), "gain": float(gain)},
+            )
+
+
+def statistics(model: ModelFacts) -> Iterator[tuple[SiteFacts, Array, Array]]:
+    """Sites that are built and keep statistics, with mean and variance."""
+    for each in model:
+        if each.mean is not None and each.variance is not None:
+            yield each, each.mean, each.variance
+
+
+def _in_use(model: ModelFacts, each: SiteFacts) -> str | None:
+    """Why a site should have seen data by now; ``None`` for a new one."""
+    trained = (each.gamma is not None and bool(np.any(each.gamma != 1))) or (
+        each.beta is not None and bool(np.any(each.beta != 0))
+    )
+    if each.site.stats_frozen:
+        return "the site is frozen"
+    if model.steps:
+        return f"training is at step {model.steps}"
+    return "gamma and beta are not" if trained else None
