@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
-from frostline import measure
-from frostline.models import view
-from frostline.types import ModelError, PhaseTable, Site
+from frostline import measure, rules
+from frostline.models import facts, view
+from frostline.report.findings import Report
+from frostline.types import Finding, ModelError, PhaseTable, Site
 
 
 def sites(model: Any) -> tuple[Site, ...]:
@@ -34,6 +36,78 @@ def require_sites(found: Sequence[Site]) -> None:
     """
     if not found:
         raise ModelError("no BatchNormalization layer: BN cannot be the cause")
+
+
+def lint(
+    model: Any,
+    *,
+    select: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Report:
+    """Check the configuration and the stored numbers of a model's BN layers; needs no data.
+
+    Args:
+        model: A Keras 3 model. Not built: only flags and graph are checked. Compiled and trained:
+            the number of steps too. Nothing of it changes.
+        select: Rules to apply: codes, prefixes of codes (``"FL2"``), or names. Default: all but
+            the FL9xx.
+        ignore: Rules to leave out, in the same words; the longer prefix decides. A mapping gives
+            the reason of each, which the report repeats.
+        options: Code -> thresholds, as ``{"FL203": {"max_share": 0.5}}``.
+
+    Returns:
+        A report: ``verdict``, ``findings``, ``skipped``; prints as text.
+
+    Raises:
+        ModelError: Not a model that Frostline can read.
+        FrostlineError: No such rule, or no such option.
+
+    Example:
+        >>> report = fl.lint(model, ignore={"FL115": "reached by path"})   # doctest: +SKIP
+        >>> [finding.code for finding in report.findings]                  # doctest: +SKIP
+    """
+    chosen = rules.select(select, ignore)
+    known = facts.read(model)
+    findings, skipped = rules.check(known, chosen, options=options)
+    left_out = {each.code for each in skipped}
+    skipped += rules.ignored(select, ignore)
+    found = tuple(each.site for each in known)
+    applied = tuple(each.code for each in chosen if each.code not in left_out)
+    return Report(
+        verdict=_lint_verdict(found, findings, applied),
+        findings=findings,
+        sites=found,
+        rules=applied,
+        skipped=tuple(sorted(skipped, key=lambda each: each.code)),
+        origin={
+            "model": known.name,
+            "backend": known.backend,
+            "keras": metadata.version("keras"),
+            "frostline": metadata.version("frostline"),
+        },
+    )
+
+
+def _lint_verdict(
+    found: Sequence[Site], findings: Sequence[Finding], applied: Sequence[str]
+) -> str:
+    if not found:
+        return "no BatchNormalization layer: BN cannot be the cause"
+    layers = f"{len(found)} BN layer{'s' if len(found) != 1 else ''}"
+    checked = f"{len(applied)} rule{'s' if len(applied) != 1 else ''}"
+    if not findings:
+        return f"{layers}, {checked}: nothing found"
+    counts = {
+        word: sum(finding.severity == severity for finding in findings)
+        for severity, word in (("error", "error"), ("warning", "warning"), ("info", "note"))
+    }
+    told = [f"{n} {word}{'s' if n != 1 else ''}" for word, n in counts.items() if n]
+    hit = {path for finding in findings for path in finding.sites}
+    return (
+        f"{' and '.join([', '.join(told[:-1]), told[-1]] if told[1:] else told)} at {len(hit)} of "
+        f"{layers}; first: {findings[0].code} {findings[0].name}"
+    )
 
 
 def phases(

@@ -176,10 +176,19 @@ def select(
     Raises:
         FrostlineError: A word that fits no rule.
     """
-    rules = all_rules()
-    wanted = None if select is None else _words(select, rules)
-    unwanted = () if ignore is None else _words(ignore, rules)
-    return tuple(each for each in rules if _rank(each, wanted) > _rank(each, unwanted))
+    return _choose(select, ignore)
+
+
+def ignored(
+    select: str | Iterable[str] | None = None, ignore: str | Iterable[str] | None = None
+) -> tuple[Skipped, ...]:
+    """The rules that ``ignore`` takes out of ``select``, each with the reason when one is given."""
+    kept = {each.code for each in _choose(select, ignore)}
+    return tuple(
+        Skipped(code=each.code, name=each.name, reason=_reason(each, ignore))
+        for each in _choose(select, None)
+        if each.code not in kept
+    )
 
 
 def check(
@@ -220,6 +229,15 @@ def check(
     ranks: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
     found.sort(key=lambda finding: (ranks[finding.severity], finding.code))  # stable: keeps order
     return tuple(found), tuple(skipped)
+
+
+def _choose(
+    wanted: str | Iterable[str] | None, unwanted: str | Iterable[str] | None
+) -> tuple[Rule, ...]:
+    rules = all_rules()
+    for_it = None if wanted is None else _words(wanted, rules)
+    against = () if unwanted is None else _words(unwanted, rules)
+    return tuple(each for each in rules if _rank(each, for_it) > _rank(each, against))
 
 
 def _finding(origin: Rule, hit: Hit) -> Finding:
@@ -275,6 +293,14 @@ def _rank(each: Rule, words: tuple[str, ...] | None) -> float:
     if words is None:
         return 0 if re.fullmatch(r"[A-Z]+9\d\d", each.code) else 0.5
     return max((_fits(word, each) for word in words), default=0)
+
+
+def _reason(each: Rule, ignore: str | Iterable[str] | None) -> str:
+    if isinstance(ignore, Mapping):
+        for words, reason in ignore.items():
+            if any(_fits(word.strip(), each) for word in words.split(",")):
+                return f"ignored: {reason}"
+    return "ignored"
 
 
 def _unknown(word: str) -> str:
