@@ -7,7 +7,7 @@ Nothing above this package imports or names a framework.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -25,10 +25,76 @@ class ModelView(Protocol):
         """Every BN layer, in execution order where the graph is known."""
         ...
 
+    def boundary(self, reference: Any) -> Boundary:
+        """Translate a layer name, path, index, fraction or layer into a boundary."""
+        ...
+
     def preserved(self) -> AbstractContextManager[None]:
         """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
         ...
 
-    def forward(self, x: Any, *, training: bool) -> Array:
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Forward pass of one batch, float32; no variable of the model changes."""
         ...
+
+    def score(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> tuple[Any, float | None]:
+        """Outputs and loss of one batch; no variable of the model changes."""
+        ...
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
+        ...
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
+        """The model's own ``evaluate``; metric states come back untouched."""
+        ...
+
+
+def view(model: Any) -> ModelView:
+    """Return the view of ``model``.
+
+    Keras is asked before torch: on the torch backend every Keras model *is* an ``nn.Module``.
+
+    Args:
+        model: A Keras 3 model: functional, sequential or subclassed, on any backend.
+
+    Returns:
+        A view; it holds the model and nothing of it is changed.
+
+    Raises:
+        ModelError: Not a model that Frostline can read; the text says what it is instead.
+    """
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
+        from frostline.models.keras import KerasView
+
+        return KerasView(model)
+    raise ModelError(_why_not(model, keras))
+
+
+def _why_not(model: Any, keras: Any) -> str:
+    """Say what ``model`` is when it is not a Keras 3 model of this process."""
+    received = f"Received: {type(model).__module__}.{type(model).__qualname__}"
+    ancestry = [f"{parent.__module__}.{parent.__qualname__}" for parent in type(model).__mro__]
+    if any(name.startswith(("tf_keras.", "tensorflow.python.keras.")) for name in ancestry):
+        return (
+            "this is a model of legacy Keras 2 (tf_keras); Frostline needs Keras 3. Load it with "
+            f"keras.saving.load_model, TF_USE_LEGACY_KERAS unset. {received}"
+        )
+    if keras is not None and isinstance(model, getattr(keras, "Layer", ())):
+        return f"this is a single layer; wrap it in a keras.Model or keras.Sequential. {received}"
+    if any(name.startswith("keras.src.") for name in ancestry):
+        now = keras.config.backend() if keras is not None else "unknown"
+        return (
+            "this Keras model was made under another backend than the one Keras runs on now "
+            f"({now}); load it again in this process. {received}"
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return f"native PyTorch models are not supported yet, only Keras 3 models. {received}"
+    return f"not a model: expected a keras.Model. {received}"
+
+
+__all__ = ["Array", "ModelView", "view"]

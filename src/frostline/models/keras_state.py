@@ -1,0 +1,143 @@
+"""Take a Keras model's state and put it back, bit for bit, keeping every object.
+
+State is more than weights: optimizer slots, metric states, random seeds, `trainable` flags,
+momenta, what ``compile`` attached, and under torch the modules' training flags, the buffers that
+Keras does not know, and the global generator that its unseeded dropout draws from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.models.keras_graph import is_site, walk, wrapped_module
+from frostline.types import Array
+
+#: What `compile` and the first `fit`, `evaluate` or `predict` attach to a model.
+_COMPILED = (
+    "optimizer",
+    "loss",
+    "loss_weights",
+    "compiled",
+    "jit_compile",
+    "run_eagerly",
+    "steps_per_execution",
+    "stop_training",
+    "train_function",
+    "test_function",
+    "predict_function",
+    "_compile_loss",
+    "_compile_metrics",
+    "_compile_config",
+    "_loss_tracker",
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What :func:`restore` needs; values are copies, everything else are the objects themselves."""
+
+    values: list[tuple[Any, Array]]
+    variable_flags: list[tuple[Any, bool]]
+    layer_flags: list[tuple[Any, bool]]
+    momenta: list[tuple[Any, float]]
+    compiled: list[tuple[Any, dict[str, Any]]]
+    buffers: list[tuple[Any, Any]]
+    modes: list[tuple[Any, bool]]
+    generators: Any
+
+
+def models_in(model: Any) -> list[Any]:
+    """``model`` and every model nested in it."""
+    inner = [place.layer for place in walk(model) if isinstance(place.layer, keras.Model)]
+    return [model, *inner]
+
+
+def variables_of(model: Any) -> list[Any]:
+    """Every variable: weights, seeds, metrics, optimizer slots; of nested models as well."""
+    found: dict[int, Any] = {}
+    for each in models_in(model):
+        optimizer = getattr(each, "optimizer", None)
+        slots = [] if optimizer is None else optimizer.variables
+        for variable in [*each.variables, *each.metrics_variables, *slots]:
+            found.setdefault(id(variable), variable)
+    return list(found.values())
+
+
+def snapshot(model: Any) -> Snapshot:
+    """Copy the state of ``model``."""
+    variables = variables_of(model)
+    layers = [model, *(place.layer for place in walk(model))]
+    wrapped = [module for layer in layers if (module := wrapped_module(layer)) is not None]
+    torch = sys.modules.get("torch") if keras.backend.backend() == "torch" else None
+    modules = (
+        [] if torch is None else [*model.modules(), *(m for w in wrapped for m in w.modules())]
+    )
+    return Snapshot(
+        values=[(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables],
+        variable_flags=[(v, v.trainable) for v in variables],
+        layer_flags=[(layer, bool(layer.trainable)) for layer in layers],
+        momenta=[(layer, layer.momentum) for layer in layers if is_site(layer)],
+        compiled=[
+            (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
+        ],
+        buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
+        modes=[(module, module.training) for module in modules],
+        generators=None if torch is None else _generators(torch),
+    )
+
+
+def restore(state: Snapshot) -> None:
+    """Put everything back where it was; values that did not change are not touched."""
+    for layer, flag in state.layer_flags:
+        if bool(layer.trainable) != flag:
+            layer.trainable = flag
+    for layer, flag in state.layer_flags:  # a container's setter flips what it contains
+        if bool(layer.trainable) != flag:
+            layer.trainable = flag
+    for variable, flag in state.variable_flags:
+        if variable.trainable != flag:
+            variable.trainable = flag
+    for layer, momentum in state.momenta:
+        if layer.momentum != momentum:
+            layer.momentum = momentum
+    for model, attributes in state.compiled:
+        for name, value in attributes.items():
+            if model.__dict__.get(name) is not value:
+                setattr(model, name, value)
+    for variable, value in state.values:
+        if keras.ops.convert_to_numpy(variable).tobytes() != value.tobytes():
+            variable.assign(value)
+    for buffer, value in state.buffers:
+        buffer.copy_(value)
+    for module, mode in state.modes:
+        module.training = mode
+    if state.generators is not None:
+        _set_generators(sys.modules["torch"], state.generators)
+
+
+@contextmanager
+def preserved(model: Any) -> Iterator[None]:
+    """Restore the whole state of ``model`` on any exit."""
+    state = snapshot(model)
+    try:
+        yield
+    finally:
+        restore(state)
+
+
+def _generators(torch: Any) -> tuple[Any, list[Any]]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), cuda
+
+
+def _set_generators(torch: Any, state: tuple[Any, list[Any]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
