@@ -7,6 +7,7 @@ framework; a command does, after the backend is settled. What the commands do is
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -65,6 +66,13 @@ class FrozenPolicy(StrEnum):
     inference = "inference"
     batch = "batch"
     update = "update"
+
+
+class Weights(StrEnum):
+    """Where a backbone's weights come from."""
+
+    pretrained = "pretrained"
+    none = "none"
 
 
 class Solver(StrEnum):
@@ -234,6 +242,7 @@ def overfit(
             "else the backbone's usual one.",
         ),
     ] = None,
+    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -274,6 +283,7 @@ def overfit(
         optimizer=optimizer.value,
         learning_rate=learning_rate,
         momentum=momentum,
+        weights=None if weights is Weights.none else weights.value,
         seed=seed,
     )
     return command.run(settings, output=output, force=force)
@@ -366,6 +376,8 @@ def _start(backend: Backend | None) -> None:
     """Settle backend and noise before anything imports Keras."""
     environment.quiet_frameworks()
     environment.choose_backend(None if backend is None else backend.value)
+    with environment.native_noise_held_back():
+        importlib.import_module("keras")
 
 
 def _names(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -12,6 +12,9 @@ import logging
 import os
 import platform
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -100,6 +103,33 @@ def quiet_frameworks() -> None:
     if os.environ.get("FROSTLINE_LOG_LEVEL") != "debug":
         for name in ("absl", "tensorflow", "jax"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def native_noise_held_back() -> Iterator[None]:
+    """Hold back what native libraries write to standard error while they are loaded.
+
+    TensorFlow logs before its log level is read, so no variable silences it. If the block fails,
+    all of it is shown after all.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def versions() -> dict[str, str]:

@@ -198,7 +198,8 @@ def _check_output(path: Path, source: str, *, force: bool) -> None:
 def _read_arrays(path: Path) -> tuple[Array, Array] | None:
     """Return ``x`` and ``y`` of a plain ``.npz``; ``None`` when it has other names in it."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a file open that turns out to be broken.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if "x" not in archive.files or "y" not in archive.files:
                 return None
             x, y = archive["x"], archive["y"]

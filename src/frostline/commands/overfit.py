@@ -92,10 +92,13 @@ def run(settings: OverfitSettings, *, output: Path | None, force: bool) -> int:
 
 def show(result: OverfitResult) -> None:
     """Print the essay's table, one sentence per row, and where the files are."""
+    from frostline.experiments import overfit
+
     out = text.console()
     out.print(text.comparison_table(comparison(result)))
-    for line in sentences(result):
-        out.print(line, markup=False)
+    for row in result.rows:
+        out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
+        out.print(overfit.describe(row), markup=False)
     if result.files:
         out.print("\nwritten: " + ", ".join(str(path) for path in result.files), markup=False,
                   soft_wrap=True)  # fmt: skip
@@ -107,14 +110,3 @@ def comparison(result: OverfitResult) -> list[text.ComparisonRow]:
         text.ComparisonRow(name=row.row.name, phases={p.phase: p for p in row.phases.rows})
         for row in result.rows
     ]
-
-
-def sentences(result: OverfitResult) -> list[str]:
-    """Return one line per row: what it is and what was seen."""
-    from frostline.experiments import overfit
-
-    lines = []
-    for row in result.rows:
-        lines.append(f"{row.row.name} ({row.row.meaning}): {overfit.describe(row)}")
-        lines.extend(f"  {pattern}" for pattern in row.phases.patterns)
-    return lines
