@@ -179,7 +179,7 @@ def _group_lines(group: Sequence[Finding]) -> list[RenderableType]:
             body.append(_more(len(group)).strip())
     fix = "" if first.fix is None else f"fix: {first.fix}; "
     body.append(f"{fix}why: frostline rule {first.code}")
-    return [head, *(Padding(Text(line), (0, 0, 0, 2)) for line in body)]
+    return [head, *(Padding(Text(line), (0, 0, 0, 2), expand=False) for line in body)]
 
 
 def _skipped_lines(skipped: Sequence[Skipped]) -> list[RenderableType]:
@@ -195,7 +195,7 @@ def _skipped_lines(skipped: Sequence[Skipped]) -> list[RenderableType]:
 
 
 def _sentence(finding: Finding) -> str:
-    return finding.message if finding.certainty == "is" else f"{finding.message} (may be)"
+    return finding.message if finding.certainty == "is" else f"{finding.message} (inferred)"
 
 
 def _more(count: int) -> str:

@@ -206,13 +206,15 @@ def check(
 
     Returns:
         Findings, errors first and then by code and execution order; and the rules that could not
-        be applied to this model, with the reason.
+        be applied to this model, with the reason. Both are empty for a model without BN.
 
     Raises:
         FrostlineError: An option that the rule does not have.
     """
     found: list[Finding] = []
     skipped: list[Skipped] = []
+    if not facts.sites:
+        return (), ()
     present = _present(facts)
     for each in rules:
         if each.needs not in present:

@@ -135,7 +135,8 @@ def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Ite
     ```
 
     ## When not to use it
-    When training goes on with data like those of before.
+    When training goes on with data like those of before, or after a recalibration, which leaves no
+    trace in the optimizer's count.
 
     ## Options
     `max_share` (default 0.1): old share that is tolerated; reached after 230 steps at 0.99.
@@ -152,8 +153,8 @@ def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Ite
         if share > max_share:
             yield Hit(
                 sites=(site.path,),
-                message=f"{model.steps} steps at decay {site.decay:g} leave {share:.0%} of the "
-                "statistics from before; recalibrate",
+                message=f"{share:.0%} of the statistics are from before training "
+                f"({site.decay:g}**{model.steps * site.calls} is left); recalibrate",
                 evidence={"steps": float(model.steps), "decay": site.decay, "old_share": share},
                 certainty="may",
             )
