@@ -80,9 +80,13 @@ def by_hand(row: str) -> dict[str, float]:
         metrics=["accuracy"],
     )
     keras.utils.set_random_seed(SETTINGS.seed)
-    for number in range(SETTINGS.epochs):
-        logs = model.fit(x, y, batch_size=SETTINGS.batch_size, initial_epoch=number,
-                         epochs=number + 1, validation_data=(x, y), verbose=0).history  # fmt: skip
+    rng = np.random.default_rng(SETTINGS.seed)
+    for _ in range(SETTINGS.epochs):
+        order = rng.permutation(len(y))
+        logs = model.fit(
+            x[order], y[order], batch_size=SETTINGS.batch_size, shuffle=False, verbose=0,
+            validation_data=(x, y),
+        ).history  # fmt: skip
     return {name: values[0] for name, values in logs.items()}
 
 
@@ -110,8 +114,8 @@ def test_rows_differ_where_they_should(result: overfit.OverfitResult) -> None:
         rows["batch"].epochs, rows["update"].epochs, strict=True)]  # fmt: skip
     for batch, update in same:
         assert batch == pytest.approx(update, rel=1e-4)
-    assert rows["batch"].epochs[0].phase0_loss != pytest.approx(
-        rows["update"].epochs[0].phase0_loss, rel=1e-4
+    assert rows["batch"].epochs[-1].phase0_loss != pytest.approx(
+        rows["update"].epochs[-1].phase0_loss, rel=1e-5
     )
     assert rows["inference"].epochs[0].train_loss != pytest.approx(same[0][0], rel=1e-3)
     # Every BN frozen on stored statistics: the two phases are one function.

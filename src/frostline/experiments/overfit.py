@@ -447,14 +447,21 @@ def _optimizer(settings: OverfitSettings) -> Any:
 def _train(
     model: Any, settings: OverfitSettings, x: Array, y: Array, progress: Progress
 ) -> tuple[Epoch, ...]:
-    """Fit one epoch at a time, so that each can be followed by a look at phase 1."""
+    """Fit one epoch at a time, so that each can be followed by a look at phase 1.
+
+    The order is drawn here, not by `fit`: it is then the same in every row and on every backend,
+    and another one in every epoch (on TensorFlow each call of `fit` would repeat the first).
+    """
     seen = view(model)
+    rng = np.random.default_rng(settings.seed)
     epochs: list[Epoch] = []
     for number in range(1, settings.epochs + 1):
         started = time.perf_counter()
+        order = rng.permutation(len(y))
         logs = model.fit(
-            x,
-            y,
+            x[order],
+            y[order],
+            shuffle=False,
             batch_size=settings.batch_size,
             validation_data=(x, y),
             validation_batch_size=settings.batch_size,
