@@ -140,14 +140,20 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         self._trainable: bool
         self._momentum = float(momentum)
         super().__init__(axis, momentum, epsilon, *args, **kwargs)
-        self.policy, self.debias, self.version = _behaviour(policy, debias, version)
-        self._release: Release | None = None if version is None else release(version)
-        if self.renorm and (self.policy != "inference" or self.debias or self.version):
+        self._behave(policy, debias, version)
+
+    def _behave(self, policy: Any, debias: Any, version: str | None) -> None:
+        chosen, corrected, name = _behaviour(policy, debias, version)
+        if self.renorm and (chosen != "inference" or corrected or name is not None):
             raise ValueError(
                 f"Layer '{self.name}': renorm=True keeps running statistics of its own and allows "
                 "only policy='inference', debias=False, version=None. "
                 f"Received: policy={policy!r}, debias={debias!r}, version={version!r}"
             )
+        self.policy: Policy = chosen
+        self.debias: bool = corrected
+        self.version: str | None = name
+        self._release: Release | None = None if name is None else release(name)
 
     # --- live attributes ----------------------------------------------------------------------
 
@@ -292,6 +298,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
                 f"Received: axis={self.axis}"
             )
         super().build(input_shape)
+        self._add_state()
+
+    def _add_state(self) -> None:
         for variable in (self._trained_gamma, self._trained_beta):
             if variable is not None and variable.regularizer is not None:
                 variable.regularizer = _WhileTrainable(self, variable.regularizer)
@@ -514,6 +523,19 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             average.assign(ops.zeros(self.moving_mean.shape, dtype=self.variable_dtype))
         state.unseen.assign(1.0)
 
+    def continue_average(self) -> None:
+        """Let the debiased moving average go on from the statistics that are stored now.
+
+        The next update then keeps ``decay`` of them, as without ``debias``. Call it after
+        statistics were assigned from outside, for example by a recalibration.
+        """
+        state = self._state
+        if state is None or state.unseen is None:
+            return
+        state.biased_mean.assign(_copy(self.moving_mean))
+        state.biased_variance.assign(_copy(self.moving_variance))
+        state.unseen.assign(0.0)
+
     def get_config(self) -> dict[str, Any]:
         """Return the stock configuration with ``policy``, ``debias``, ``version``, ``live``."""
         return {
@@ -523,6 +545,68 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             "version": self.version,
             "live": self.live,
         }
+
+
+#: Attributes that a stock layer does not have; `dismiss` takes them away.
+_OWN = ("_state", "_live", "_release", "policy", "debias", "version")
+#: Stock attribute -> where ours keeps it, because ours computes it.
+_MOVED = {"gamma": "_trained_gamma", "beta": "_trained_beta", "momentum": "_momentum"}
+
+
+def adopt(
+    layer: Any, *, policy: Policy = "inference", debias: bool = False, version: str | None = None
+) -> None:
+    """Turn a built stock layer into ours, in place: same object, same weight variables.
+
+    The model's graph, its optimizer's slots and every reference to the layer stay valid. A layer
+    that is ours already gets the new settings.
+
+    Args:
+        layer: A built ``keras.layers.BatchNormalization`` or one of ours.
+        policy: As in :class:`BatchNormalization`.
+        debias: As in :class:`BatchNormalization`.
+        version: As in :class:`BatchNormalization`.
+
+    Raises:
+        ValueError: Settings that contradict each other or the layer; the layer is unchanged.
+    """
+    if isinstance(layer, BatchNormalization):
+        before = layer.debias
+        layer._behave(policy, debias, version)
+        if layer.debias != before:
+            with layer._open_name_scope():
+                layer._state = layer._make_state()
+            layer._offer_to_optimizer()
+        return
+    behaviour = _behaviour(policy, debias, version)
+    if layer.renorm and behaviour != ("inference", False, None):
+        BatchNormalization._behave(layer, policy, debias, version)  # raises with the reason
+    attributes = layer.__dict__
+    for stock, ours in _MOVED.items():
+        attributes[ours] = attributes.pop(stock)
+    attributes |= {"_state": None, "_live": True}
+    layer.__class__ = BatchNormalization
+    layer._behave(policy, debias, version)
+    with layer._open_name_scope():
+        layer._add_state()
+
+
+def dismiss(layer: BatchNormalization) -> None:
+    """Turn one of our layers back into a stock layer, in place, with the weights it has now."""
+    if layer._live and not layer.trainable:
+        layer._exchange(thaw=True)
+    for trained, _ in layer._twins():
+        trained.trainable = layer.trainable
+        if isinstance(trained.regularizer, _WhileTrainable):
+            trained.regularizer = trained.regularizer.regularizer
+    attributes = layer.__dict__
+    for stock, ours in _MOVED.items():
+        attributes[stock] = attributes.pop(ours)
+    for name in _OWN:
+        attributes.pop(name)
+    layer.__class__ = keras.layers.BatchNormalization
+    if keras.backend.backend() == "torch":
+        layer._track_variables()
 
 
 def _behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, bool, str | None]:

@@ -7,11 +7,35 @@ Nothing above this package imports or names a framework.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from frostline.types import Array, Boundary, ModelError, Site
+from frostline.types import Array, Boundary, ModelError, Policy, Site
+
+
+class FlagCounts(Protocol):
+    """What an edit of `trainable` flags touched."""
+
+    @property
+    def layers(self) -> int:
+        """Layers whose flag changed."""
+        ...
+
+    @property
+    def sites(self) -> int:
+        """BN layers among them."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in their trainable weights."""
+        ...
+
+    @property
+    def stock_sites(self) -> int:
+        """BN layers among them whose flag is read when a step is compiled."""
+        ...
 
 
 class ModelView(Protocol):
@@ -45,6 +69,24 @@ class ModelView(Protocol):
 
     def objective(self) -> tuple[str | None, bool | None]:
         """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
+        ...
+
+    def compiled(self) -> bool:
+        """Whether the model is compiled for training."""
+        ...
+
+    def set_frozen(
+        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+    ) -> tuple[FlagCounts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        ...
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
+        ...
+
+    def restore(self) -> int:
+        """Turn our BN layers back into stock ones, in place; returns how many."""
         ...
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:

@@ -16,8 +16,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.models import keras_graph, keras_state
-from frostline.types import Boundary, DataError, Site
+from frostline.models import keras_edit, keras_graph, keras_state
+from frostline.types import Boundary, DataError, Policy, Site
 
 
 class KerasView:
@@ -97,6 +97,33 @@ class KerasView:
         with keras_state.preserved(self.model), _readable_labels(self.model, _labels(collected)):
             logs = self.model.evaluate(_Collected(collected), verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
+
+    def compiled(self) -> bool:
+        """Whether the model is compiled for training."""
+        return bool(getattr(self.model, "compiled", False))
+
+    def set_frozen(
+        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+    ) -> tuple[keras_edit.Counts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        flags = keras_edit.flags(self.model)
+        counts = keras_edit.set_frozen(
+            self.model,
+            boundary,
+            before=before,
+            frozen=frozen,
+            params=params,
+            statistics=statistics,
+        )
+        return counts, lambda: keras_edit.set_flags(flags)
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
+        return keras_edit.convert(self.model, version=version, policy=policy, debias=debias)
+
+    def restore(self) -> int:
+        """Turn our BN layers back into stock ones, in place; returns how many."""
+        return keras_edit.to_stock(self.model)
 
     # --- the step -----------------------------------------------------------------------------
 

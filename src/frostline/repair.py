@@ -1,0 +1,181 @@
+"""Changes of a model that a person can name, read and take back.
+
+Every verb changes the model in place, restores it if anything fails half-way, and says in numbers
+what it did. What a framework must do for it is in ``models``; this room knows views only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from frostline.models import view
+from frostline.types import ModelError, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """An edit of a model that can be taken back.
+
+    Attributes:
+        verb: What was done: ``freeze``, ``unfreeze``, ...
+        text: What changed, in numbers, one sentence.
+        notes: What the user should know or do next; may be empty.
+    """
+
+    verb: str
+    text: str
+    notes: tuple[str, ...] = ()
+    _undo: Callable[[], None] = field(repr=False, compare=False, default=lambda: None)
+    _undone: list[bool] = field(repr=False, compare=False, default_factory=list)
+
+    def undo(self) -> None:
+        """Put back what this change replaced, bit for bit, whatever happened to it since.
+
+        Raises:
+            ModelError: It was undone before.
+        """
+        if self._undone:
+            raise ModelError(f"this change was undone already. Received: undo() of '{self.text}'")
+        self._undo()
+        self._undone.append(True)
+
+    def __str__(self) -> str:
+        return "\n".join([self.text, *(f"note: {note}" for note in self.notes)])
+
+
+def freeze(
+    model: Any, until: Any = None, *, params: bool = True, statistics: bool = True
+) -> Change:
+    """Freeze, in place, every layer before a boundary.
+
+    A frozen BN layer is locked to its stored statistics in training (stock Keras 3 layers and ours
+    with ``policy="inference"``). Containers keep their own flag; what is set are the layers.
+
+    Args:
+        model: A Keras model.
+        until: First layer that stays as it is: a layer name or path, an index into
+            ``model.layers`` (``until=140`` freezes ``model.layers[:140]``), a fraction of the
+            layers (float in [0, 1]), or a layer. ``None`` freezes everything.
+        params: Freeze kernels, biases, gamma and beta.
+        statistics: Freeze the stored statistics of BN layers. With ``statistics=False`` gamma and
+            beta are frozen while the statistics move on.
+
+    Returns:
+        A change; ``undo()`` puts every flag back.
+
+    Raises:
+        ModelError: Unknown boundary (with the closest names); ``params=False``, which Keras
+            cannot do; BN inside a ``TorchModuleWrapper``, whose statistics Keras cannot freeze.
+    """
+    return _switch(model, until, frozen=True, params=params, statistics=statistics)
+
+
+def unfreeze(
+    model: Any, since: Any = None, *, params: bool = True, statistics: bool = True
+) -> Change:
+    """Thaw, in place, a boundary's layer and every layer behind it.
+
+    Args:
+        model: A Keras model.
+        since: First layer to thaw, as ``until`` of :func:`freeze`; ``None`` thaws everything.
+        params: Thaw kernels, biases, gamma and beta.
+        statistics: Thaw the stored statistics of BN layers.
+
+    Returns:
+        A change; ``undo()`` puts every flag back.
+
+    Raises:
+        ModelError: As :func:`freeze`.
+    """
+    return _switch(model, since, frozen=False, params=params, statistics=statistics)
+
+
+def convert(
+    model: Any,
+    *,
+    version: str | None = None,
+    policy: Policy | None = None,
+    debias: bool | None = None,
+) -> Any:
+    """Turn every stock BN layer, in place, into :class:`frostline.layers.BatchNormalization`.
+
+    The layers stay the same objects with the same weight variables, so functional, sequential,
+    nested and subclassed models keep their graph, names, shared layers, flags, loss, metrics and
+    optimizer state. Compiled steps are dropped and made anew at the next call; an optimizer that
+    did not know a frozen gamma or beta is rebuilt with the same settings and slots.
+
+    Args:
+        model: A built Keras model.
+        version: A Keras release to reproduce; sets policy and debias. See ``releases.py``.
+        policy: What a frozen layer does in training; ``None`` keeps it (``"inference"`` at first).
+        debias: Correct the moving average for its start; ``None`` keeps it (``False`` at first).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ModelError: No BN layer; a BN layer of a user's own class or one without weights yet, with
+            its path; settings that contradict each other. The model is unchanged.
+    """
+    seen = view(model)
+    if seen.convert(version=version, policy=policy, debias=debias) == 0:
+        raise ModelError(
+            "no BatchNormalization layer: there is nothing to convert. "
+            f"Received: model {getattr(model, 'name', model)!r}"
+        )
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Turn every BN layer of ours, in place, back into the stock layer, with its present weights.
+
+    What the stock layer cannot do is lost: another policy than ``"inference"``, debias, the live
+    switch. A model without our layers comes back unchanged.
+
+    Returns:
+        ``model`` itself.
+    """
+    view(model).restore()
+    return model
+
+
+def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool) -> Change:
+    if not (params or statistics):
+        raise ModelError(
+            "params and statistics are both False, so there is nothing to do. "
+            "Received: params=False, statistics=False"
+        )
+    seen = view(model)
+    boundary = seen.boundary(reference)
+    counts, undo = seen.set_frozen(
+        boundary, before=frozen, frozen=frozen, params=params, statistics=statistics
+    )
+    what = "" if params and statistics else " (parameters only)" if params else " (statistics only)"
+    where = _where(boundary.path, reference, frozen)
+    text = (
+        f"{'froze' if frozen else 'thawed'} {counts.layers:,} layers ({counts.sites:,} BN sites, "
+        f"{counts.parameters:,} parameters){what} {where}"
+    )
+    return Change(
+        verb="freeze" if frozen else "unfreeze",
+        text=text,
+        notes=_notes(seen, counts.layers, counts.stock_sites),
+        _undo=undo,
+    )
+
+
+def _where(path: str | None, reference: Any, frozen: bool) -> str:
+    if path is None or (not frozen and reference is None):
+        return "of the whole model" if frozen or reference is None else "behind the end"
+    return f"before '{path}'" if frozen else f"from '{path}' on"
+
+
+def _notes(seen: Any, layers: int, stock_sites: int) -> tuple[str, ...]:
+    if not layers or not seen.compiled():
+        return ()
+    note = "the model is compiled: call compile() again, or the change of flags may not take effect"
+    if stock_sites == 0:
+        note += " (for the BN sites, which are Frostline's, it does at once)"
+    return (note,)
