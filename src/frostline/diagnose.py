@@ -94,20 +94,25 @@ def _lint_verdict(
 ) -> str:
     if not found:
         return "no BatchNormalization layer: BN cannot be the cause"
-    layers = f"{len(found)} BN layer{'s' if len(found) != 1 else ''}"
-    checked = f"{len(applied)} rule{'s' if len(applied) != 1 else ''}"
+    layers, checked = _count(len(found), "BN layer"), _count(len(applied), "rule")
     if not findings:
         return f"{layers}, {checked}: nothing found"
-    counts = {
-        word: sum(finding.severity == severity for finding in findings)
-        for severity, word in (("error", "error"), ("warning", "warning"), ("info", "note"))
-    }
-    told = [f"{n} {word}{'s' if n != 1 else ''}" for word, n in counts.items() if n]
-    hit = {path for finding in findings for path in finding.sites}
-    return (
-        f"{' and '.join([', '.join(told[:-1]), told[-1]] if told[1:] else told)} at {len(hit)} of "
-        f"{layers}; first: {findings[0].code} {findings[0].name}"
-    )
+    severities = [finding.severity for finding in findings]
+    errors, warnings, notes = (severities.count(each) for each in ("error", "warning", "info"))
+    if not errors and not warnings:
+        return f"{layers}, {checked}: nothing wrong; {_count(notes, 'note')}"
+    told = [
+        _count(number, word)
+        for number, word in ((errors, "error"), (warnings, "warning"), (notes, "note"))
+        if number
+    ]
+    hit = len({path for finding in findings for path in finding.sites})
+    first = f"{findings[0].code} {findings[0].name}"
+    return f"{', '.join(told)} at {hit} of {layers}; first: {first}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def phases(

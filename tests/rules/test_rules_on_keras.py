@@ -89,6 +89,16 @@ def test_a_healthy_model_is_clean(norm: Any) -> None:
     assert report.clean
 
 
+def test_notes_do_not_make_a_model_suspicious() -> None:
+    model = network()
+    model.get_layer("bn").moving_variance.assign(np.array([1.0, 0.0, 2.0, 3.0]))
+    model.get_layer("bn").moving_mean.assign(np.array([1.0, 0.0, 2.0, 3.0]))
+    report = lint(model)
+    assert [finding.code for finding in report.findings] == ["FL206"]
+    assert report.verdict.endswith("nothing wrong; 1 note")
+    assert report.clean
+
+
 def test_a_model_without_bn() -> None:
     report = lint(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
     assert report.verdict == "no BatchNormalization layer: BN cannot be the cause"

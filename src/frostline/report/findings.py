@@ -27,8 +27,8 @@ SCHEMA_VERSION = 1
 #: Severity -> symbol, colour; the word is always there too.
 _LOOKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "info": ("i", "cyan")}
 
-#: Sites listed in a group before "and n more".
-_LISTED = 5
+#: Severity -> sites listed in a group before "and n more".
+_LISTED = {"error": 5, "warning": 5, "info": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,7 @@ def _group_lines(group: Sequence[Finding]) -> list[RenderableType]:
     first = group[0]
     symbol, colour = _LOOKS[first.severity]
     paths = [path for finding in group for path in finding.sites]
+    most = _LISTED[first.severity]
     count = f"{len(paths)} site{'s' if len(paths) != 1 else ''}"
     head = Text.assemble(
         (f"{symbol} {first.severity} ", f"bold {colour}"),
@@ -168,15 +169,16 @@ def _group_lines(group: Sequence[Finding]) -> list[RenderableType]:
     )
     body: list[str] = []
     if len({finding.message for finding in group}) == 1:
-        shown = ", ".join(_printable(path) for path in paths[:_LISTED])
-        body += [_sentence(first), f"at {shown}{_more(len(paths))}"]
+        shown = ", ".join(_printable(path) for path in paths[:most])
+        more = f" and {len(paths) - most} more" if len(paths) > most else ""
+        body += [_sentence(first), f"at {shown}{more}"]
     else:
         body += [
             f"{', '.join(_printable(path) for path in finding.sites)}: {_sentence(finding)}"
-            for finding in group[:_LISTED]
+            for finding in group[:most]
         ]
-        if len(group) > _LISTED:
-            body.append(_more(len(group)).strip())
+        if len(group) > most:
+            body.append(f"and {len(group) - most} more")
     fix = "" if first.fix is None else f"fix: {first.fix}; "
     body.append(f"{fix}why: frostline rule {first.code}")
     return [head, *(Padding(Text(line), (0, 0, 0, 2), expand=False) for line in body)]
@@ -196,10 +198,6 @@ def _skipped_lines(skipped: Sequence[Skipped]) -> list[RenderableType]:
 
 def _sentence(finding: Finding) -> str:
     return finding.message if finding.certainty == "is" else f"{finding.message} (inferred)"
-
-
-def _more(count: int) -> str:
-    return f" and {count - _LISTED} more" if count > _LISTED else ""
 
 
 def _printable(name: str) -> str:
