@@ -27,8 +27,11 @@ _EXPORTS = {
     "freeze": "repair",
     "layers": "layers",
     "phases": "diagnose",
+    "recalibrate": "repair",
     "restore": "repair",
+    "set_momentum": "repair",
     "sites": "diagnose",
+    "suggest_momentum": "momentum",
     "unfreeze": "repair",
 }
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from frostline.models import view
+from frostline.momentum import set_view_momentum
+from frostline.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
 
 
@@ -139,6 +141,80 @@ def restore(model: Any) -> Any:
     """
     view(model).restore()
     return model
+
+
+def recalibrate(
+    model: Any,
+    data: Any,
+    *,
+    sites: Any = "unfrozen",
+    method: Literal["sequential", "batch"] = "sequential",
+    batch_size: int = 32,
+) -> Change:
+    """Replace stored statistics, in place, by the population statistics of ``data``.
+
+    Mean and biased variance over every value per channel, float64, batches weighted by their
+    counts, the variance between batches included (Chan, Golub, LeVeque 1982). Everything but the
+    chosen sites runs as in inference: dropout off, other BN layers at their stored statistics.
+    Frozen layers are left alone unless ``sites`` asks for them. All that holds a copy is set:
+    batch renormalisation's own deviations; a debiased average goes on from the new values.
+
+    ``method="sequential"`` measures each site with all earlier ones already at their new values, so
+    that what is stored is what the inference network sees; a second run changes nothing. It costs
+    about one forward pass: activations are carried from site to site (up to 1 GiB in memory, the
+    rest in a temporary folder). A layer that is used more than once has one set of statistics,
+    pooled over its uses; where one use lies behind another one there is no order to measure in, and
+    passes are repeated until the statistics reproduce themselves to 1e-6 standard deviations.
+    Subclassed models, composite layers with BN inside and models that pass masks along have no
+    graph to follow: they take one pass per site.
+
+    ``method="batch"`` is one pass with batch statistics at all chosen sites at once (precise BN; Wu
+    and Johnson, arXiv 2105.07576, section 3). It reads the data once, in constant memory.
+
+    Args:
+        model: A built Keras model.
+        data: ``(x, y)``, a bare ``x``, a dataset or an iterable of batches; labels are ignored.
+            Batches with a NaN or infinite value are left out and named in the notes. One-shot
+            iterators are fine, except for models without a graph and ``"sequential"``.
+        sites: ``"unfrozen"``, ``"frozen"``, ``"all"``, a path, a layer name, a pattern
+            (``"backbone/*"``), or a list of these.
+        method: ``"sequential"`` or ``"batch"``.
+        batch_size: Samples per batch for data given as arrays.
+
+    Returns:
+        A change; ``undo()`` puts the old statistics back.
+
+    Raises:
+        ModelError: No such site, an unbuilt model, BN inside a ``TorchModuleWrapper``.
+        DataError: The data do not fit, or no batch is finite.
+        OutputError: The temporary folder is full.
+    """
+    done, undo = recalibrate_view(
+        view(model), data, sites=sites, method=method, batch_size=batch_size
+    )
+    return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
+
+
+def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
+    """Set how much of the old statistics an update keeps, in place and without rebuilding.
+
+    Args:
+        model: A Keras model.
+        momentum: In Keras' convention, the kept share: 0.99 by default, where PyTorch says 0.01.
+            BN inside a ``TorchModuleWrapper`` gets the complement. :func:`suggest_momentum` helps
+            to choose.
+        sites: As in :func:`recalibrate`.
+
+    Returns:
+        A change; ``undo()`` puts the old values back. Frostline's layers follow at the next step.
+        A stock layer's momentum is a constant of the compiled step on TensorFlow and JAX: call
+        ``compile()`` again; the change says so.
+
+    Raises:
+        ModelError: Not a number between 0 and 1, or no such site.
+    """
+    done = set_view_momentum(view(model), momentum, sites=sites)
+    return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
 
 
 def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool) -> Change:
