@@ -156,8 +156,8 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
         if effect >= min_effect:
             yield Hit(
                 sites=(each.site.path,),
-                message=f"epsilon {epsilon:g}, but {frequent:g} in {others} of {len(model.sites)} sites: one "
-                f"is up to {effect:.0%} off; check where the weights come from",
+                message=f"epsilon {epsilon:g}, but {frequent:g} in {others} of {len(model.sites)} "
+                f"sites: one is up to {effect:.0%} off; check where the weights come from",
                 evidence={"epsilon": epsilon, "frequent": frequent, "effect": effect},
                 certainty="may",
             )
