@@ -25,6 +25,7 @@ EPSILON = 1e-3
 class Program:
     paths: tuple[str, ...]
     passes: int | None = 1
+    closed: bool = False
 
 
 class Chain:
@@ -51,7 +52,7 @@ class Chain:
 
     def programs(self, inputs: int) -> Sequence[Program]:
         if self.closed:
-            return [Program(self.paths, len(self.paths))]
+            return [Program(self.paths, len(self.paths), closed=True)]
         return [Program((path,)) for path in self.paths]
 
     def stage(self, program: Program) -> Callable[..., Any]:

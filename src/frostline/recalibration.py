@@ -55,6 +55,11 @@ class Program(Protocol):
         """Most passes that they can need; ``None``: until nothing moves."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Whether a part without a graph may use a layer more often than ``passes`` allows for."""
+        ...
+
 
 class Meter(Protocol):
     """What recalibration asks of a model; ``models.keras_moments.KerasMoments`` is one."""
@@ -300,7 +305,7 @@ class _Run:
         if first is None:
             raise DataError(self.nothing_finite())
         programs = self.meter.programs(len(self.meter.start(first[1].x)))
-        if programs[0].passes != 1:
+        if programs[0].passes != 1 or programs[0].closed:
             require_reiterable(self.data, "recalibrate(method='sequential') on this model")
         opening: Iterator[tuple[int, Batch]] | None = itertools.chain([first], stream)
 
@@ -316,7 +321,7 @@ class _Run:
             _LOG.debug("stage %d of %d: %s", number + 1, len(programs), program.paths)
             following = None if last else workspace.spool()
             source = inputs if waiting is None else waiting.read
-            if waiting is not None and program.passes == 1:
+            if waiting is not None and program.passes == 1 and not program.closed:
                 source = waiting.drain
             self.run_stage(program, source, following)
             if waiting is not None:
@@ -349,7 +354,8 @@ class _Run:
         self.skipped |= total.skipped
 
     def settled(self, program: Program, before: dict[str, Any], number: int, reused: bool) -> bool:
-        if program.passes == 1 and not reused:
+        chain = program.passes is not None and not (program.closed and reused)
+        if chain and program.passes == number:
             return True
         moved = [
             np.max([np.max(np.abs(new - old) / scale), np.max(np.abs(wide - narrow) / scale**2)])
@@ -357,8 +363,7 @@ class _Run:
             for (old, narrow), (new, wide) in [(before[path], self.meter.stored(path))]
             for scale in [np.sqrt(wide + self.meter.epsilon(path))]
         ]
-        chain = program.passes is not None and not reused
-        if max(moved) <= (0.0 if chain else TOLERANCE) or (chain and number == program.passes):
+        if max(moved) <= (0.0 if chain else TOLERANCE):
             return True
         if not chain and number >= MAX_PASSES:
             self.notes.append(

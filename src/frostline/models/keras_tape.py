@@ -65,6 +65,7 @@ class Program:
         passes: Most passes that its sites can need to become exact: 1 where none of them depends on
             another one (or on itself); ``None`` where a layer is used again behind its own output,
             so that only a fixed-point iteration finds its statistics.
+        closed: It looks into closed steps, where a layer may be used more often than can be seen.
     """
 
     paths: tuple[str, ...]
@@ -72,6 +73,7 @@ class Program:
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     passes: int | None
+    closed: bool
 
 
 def graph_of(model: Any) -> Any | None:
@@ -248,6 +250,7 @@ def schedule(steps: list[Step]) -> tuple[Program, ...]:
                 takes=tuple(sorted(needed)),
                 gives=gives,
                 passes=_passes(number, stages, needs, steps),
+                closed=any(look and not step.open for step, _, look in kept),
             )
         )
         wanted = needed
