@@ -104,11 +104,11 @@ def build(kind: str) -> Any:
     keras.utils.set_random_seed(3)
     model = KINDS[kind]()
     for site in sites_of(model):
-        site.set_weights([RNG_AT(w.shape) for w in site.weights])
+        site.set_weights([uniform(w.shape) for w in site.weights])
     return model
 
 
-def RNG_AT(shape: Any) -> Any:
+def uniform(shape: Any) -> Any:
     return np.random.default_rng(int(shape[0])).uniform(0.5, 1.5, shape)
 
 
@@ -186,7 +186,7 @@ def test_convert_with_frozen_sites_keeps_the_optimizer_state(kind: str) -> None:
     old = {id(v): s for v, s in momenta(model.optimizer)}
     iterations = int(model.optimizer.iterations)
     fl.convert(model)
-    new = dict((id(v), s) for v, s in momenta(model.optimizer))
+    new = {id(v): s for v, s in momenta(model.optimizer)}
     assert int(model.optimizer.iterations) == iterations
     assert len(new) > len(old)
     for key, value in old.items():

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from frostline import environment
+from frostline import environment, layers
 from frostline.diagnose import phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
 from frostline.models import ModelView, view
@@ -415,22 +415,23 @@ def _treated(model: Any, row: Row, settings: OverfitSettings) -> tuple[Any, str 
     """Return the model with our BN layers, frozen as the row says, and its boundary's name."""
     require_sites(sites(model))
     model = convert(model, policy=row.policy, debias=row.debias)
+    norms = _bn_layers(model)
+    for layer in norms:
+        # Nothing is thawed in mid-training here, so no row pays for being able to.
+        layer.live = False
     if row.frozen == "nothing":
         model.trainable = True
         return model, None
     boundary = view(model).boundary(settings.boundary)
     freeze(model, until=settings.boundary)
     if row.frozen == "prefix and every BN":
-        _freeze_every_bn(model)
+        for layer in norms:
+            layer.trainable = False
     return model, boundary.path
 
 
-def _freeze_every_bn(model: Any) -> None:
-    import keras
-
-    for layer in model._flatten_layers(include_self=False, recursive=True):
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = False
+def _bn_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
 
 
 def _optimizer(settings: OverfitSettings) -> Any:
