@@ -126,7 +126,10 @@ def test_rows_differ_where_they_should(result: overfit.OverfitResult) -> None:
 def test_phases_agree_with_the_curves(result: overfit.OverfitResult) -> None:
     for row in result.rows:
         last = row.epochs[-1]
-        assert row.phases["0"].loss == pytest.approx(last.phase0_loss, rel=1e-4)
+        if row.row.recalibrate:  # the curves end before the statistics were measured anew
+            assert row.phases["0"].loss != pytest.approx(last.phase0_loss, rel=1e-3)
+        else:
+            assert row.phases["0"].loss == pytest.approx(last.phase0_loss, rel=1e-4)
         assert row.phases["1"].loss == pytest.approx(last.phase1_loss, rel=1e-4)
         assert row.phases["1"].metrics["accuracy"] == pytest.approx(last.phase1_accuracy)
         assert row.phases.samples == 32

@@ -116,7 +116,7 @@ def build(
         if dropout:
             features = keras.layers.Dropout(dropout, name="head_dropout")(features)
         features = keras.layers.Dense(classes, activation="softmax", name="head")(features)
-    return keras.Model(model.inputs, features, name=model.name)
+    return keras.Model(model.input, features, name=model.name)
 
 
 def preprocess(name: str, images: Array) -> Array:

@@ -23,7 +23,7 @@ from frostline import environment, layers
 from frostline.diagnose import phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
 from frostline.models import ModelView, view
-from frostline.repair import convert, freeze
+from frostline.repair import convert, freeze, recalibrate
 from frostline.types import Array, DataError, PhaseTable, Policy
 
 log = logging.getLogger("frostline")
@@ -42,6 +42,8 @@ class Row:
         debias: Whether the moving averages start from nothing and are corrected for it.
         frozen: ``"prefix"`` (all layers before the boundary), ``"nothing"``, or ``"prefix and
             every BN"`` (also the BN layers behind the boundary; the other weights there train).
+        recalibrate: Whether the statistics behind the boundary are measured anew after training,
+            on the same images; the curves show the training, the table what comes after.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Row:
     policy: Policy = "inference"
     debias: bool = False
     frozen: Literal["prefix", "nothing", "prefix and every BN"] = "prefix"
+    recalibrate: bool = False
 
 
 #: All rows, in the order in which they run and are shown.
@@ -75,6 +78,12 @@ ROWS: dict[str, Row] = {
             debias=True,
             meaning="the same, and the moving averages behind the boundary start from nothing, "
             "corrected for it",
+        ),
+        Row(
+            name="inference+recalibrate",
+            recalibrate=True,
+            meaning="as inference, and after training the statistics behind the boundary are "
+            "measured anew (fl.recalibrate)",
         ),
         Row(
             name="none-frozen",
@@ -394,6 +403,8 @@ def _run_row(
     keras.utils.set_random_seed(settings.seed)
     try:
         epochs = _train(model, settings, x, y, progress)
+        if row.recalibrate:
+            recalibrate(model, (x, y), batch_size=settings.batch_size)
         table = phases(model, (x, y), batch_size=settings.batch_size)
         found = sites(model)
     finally:
