@@ -4,7 +4,8 @@ Run with ``KERAS_BACKEND=tensorflow|jax|torch python benchmarks/bench_recalibrat
 MobileNetV2 (52 BN layers) with random weights; everything runs in one process and takes turns, so
 that a busy machine hits all rows. ``first`` includes what a backend compiles, ``warm`` does not
 (for the recalibrations: the difference between two data sets, one twice as long as the other, so
-that what is compiled per call cancels).
+that what is compiled per call cancels). On a machine that others use as well, read the processor
+time; on a GPU, the wall time.
 
 Prediction, written before the first run: ``batch`` 1.2 warm on every backend (one more pass over
 the input of each BN layer, in a network that is bound by memory); ``sequential`` 1.4 warm on torch,
@@ -34,10 +35,11 @@ from frostline.models.keras_moments import KerasMoments
 from frostline.recalibration import recalibrated
 
 
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def timed(run: Callable[[], Any]) -> np.ndarray:
+    """Wall and processor seconds."""
+    start = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - start[0], time.process_time() - start[1]])
 
 
 def runners(model: keras.Model, batch: int) -> dict[str, Callable[[Any], Any]]:
@@ -73,23 +75,30 @@ def main() -> None:
     print(f"{settings}, {len(sites(model))} BN layers")
     runs = runners(model, settings.batch)
     first = {name: timed(lambda run=run: run(short)) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in runs}
     for _ in range(settings.rounds):
         for name, run in runs.items():
             shorter, longer = timed(lambda run=run: run(short)), timed(lambda run=run: run(long))
             times[name].append(longer - shorter)
-    print(f"{'':12} {'first s':>8} {'ratio':>6} {'warm s':>8} {'ratio':>6}")
-    warm = {name: float(np.median(values)) for name, values in times.items()}
+    warm = {name: np.median(values, axis=0) for name, values in times.items()}
+    print(
+        f"{'':12} {'first: wall s':>14} {'ratio':>6}   {'warm: wall s':>12} {'ratio':>6}   ", end=""
+    )
+    print(f"{'processor s':>11} {'ratio':>6}")
     for name in runs:
+        ratio, early = warm[name] / warm["predict"], first[name][0] / first["predict"][0]
         print(
-            f"{name:12} {first[name]:8.2f} {first[name] / first['predict']:6.2f} "
-            f"{warm[name]:8.2f} {warm[name] / warm['predict']:6.2f}"
+            f"{name:12} {first[name][0]:14.2f} {early:6.2f}   {warm[name][0]:12.2f} "
+            f"{ratio[0]:6.2f}   {warm[name][1]:11.2f} {ratio[1]:6.2f}"
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:.0f} MiB")
     if settings.json:
-        figures = {"backend": keras.backend.backend(), "first_s": first, "warm_s": warm}
-        settings.json.write_text(json.dumps({**figures, "peak_mib": peak}, indent=1))
+        figures = {
+            name: {"first_s": first[name].tolist(), "warm_s": warm[name].tolist()} for name in runs
+        }
+        head = {"backend": keras.backend.backend(), "columns": ["wall", "processor"]}
+        settings.json.write_text(json.dumps({**head, **figures, "peak_mib": peak}, indent=1))
 
 
 if __name__ == "__main__":

@@ -310,17 +310,31 @@ def test_channels_far_from_zero(method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "spatial", [(), (1,), (5,), (997,), (1024,), (40, 30), (2, 3, 5), (3, 509)]
+    "shape",
+    [
+        (3, 2),
+        (3, 1, 2),
+        (3, 5, 2),
+        (2, 997, 2),
+        (2, 1024, 2),
+        (2, 40, 30, 2),
+        (3, 2, 3, 5, 2),
+        (1, 3, 509, 2),
+        (3, 64, 256, 2),  # so large that TensorFlow cuts it into blocks
+        (1, 4, 4, 2048),  # fewer chunks than blocks
+    ],
+    ids=str,
 )
-def test_sums_in_chunks_are_exact(spatial: tuple[int, ...]) -> None:
-    x = np.random.default_rng(0).normal(100, 1, (3, *spatial, 2)).astype("float32")
+def test_sums_in_chunks_are_exact(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(100, 1, shape).astype("float32")
     entry = keras_moments._sums(ops.convert_to_tensor(x), -1, None)
     found = keras_moments._add_up(*entry)
-    flat = x.astype(np.float64).reshape(-1, 2)
+    flat = x.astype(np.float64).reshape(-1, shape[-1])
     assert found.count == len(flat)
     np.testing.assert_allclose(found.mean, flat.mean(0), rtol=1e-8)
     np.testing.assert_allclose(found.variance, flat.var(0), rtol=1e-6)
-    assert keras_moments._chunk(spatial) <= keras_moments.CHUNK
+    assert len(entry[2]) * keras_moments._chunk(shape[1:-1]) == len(flat)
+    assert keras_moments._chunk(shape[1:-1]) <= keras_moments.CHUNK
 
 
 def test_a_layer_behind_itself_reproduces_its_statistics() -> None:

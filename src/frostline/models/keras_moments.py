@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,9 @@ from frostline.types import Array, DataError, ModelError, as_float64
 #: Values added up in float32 before float64 takes over. Random rounding of 256 terms stays below
 #: 1e-6 of their sum and averages out over the chunks.
 CHUNK = 256
+
+#: Values in one sample from which on a batch of them does not fit into a processor's cache.
+LARGE_SAMPLE = 1 << 15
 
 #: Batch moments of the sites, one entry per use of the layer.
 Seen = Mapping[str, Sequence[Moments]]
@@ -329,7 +333,7 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
         count = ops.shape(rows)[0] * size
         # Any value near the mean will do; the middle column spares a pass over the tensor.
         shift = ops.mean(rows[:, size // 2], axis=0)
-        deviations = rows - shift
+        first, second = _chunk_sums(rows, shift, _blocks(tuple(x.shape[1:])))
     else:
         inside = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(x)[:-1])
         inside = ops.reshape(inside, (-1, size, 1))
@@ -337,8 +341,35 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
         total = ops.sum(ops.where(inside, rows, 0), axis=(0, 1))
         shift = total / ops.maximum(ops.cast(count, x.dtype), 1)
         deviations = ops.where(inside, rows - shift, 0)
-    first, second = ops.sum(deviations, axis=1), ops.sum(ops.square(deviations), axis=1)
+        first, second = ops.sum(deviations, axis=1), ops.sum(ops.square(deviations), axis=1)
     return ops.convert_to_tensor(count, "int32"), shift, first, second
+
+
+def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
+    """Sums of the deviations and of their squares over axis 1, block by block."""
+    count = ops.shape(rows)[0]
+    first, second = [], []
+    for block in range(blocks):
+        piece = (
+            rows if blocks == 1 else rows[count * block // blocks : count * (block + 1) // blocks]
+        )
+        deviations = piece - shift
+        first.append(ops.sum(deviations, axis=1))
+        second.append(ops.sum(ops.square(deviations), axis=1))
+    if blocks == 1:
+        return first[0], second[0]
+    return ops.concatenate(first), ops.concatenate(second)
+
+
+def _blocks(sample: tuple[int | None, ...]) -> int:
+    """Into how many pieces a batch is cut, so that its deviations stay in the processor's cache.
+
+    TensorFlow alone needs it: XLA fuses the operations, and torch is slower in small pieces.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    values = math.prod(length or 0 for length in sample)  # 0: an unknown size counts as small
+    return 8 if values >= LARGE_SAMPLE else 1
 
 
 def _chunk(spatial: tuple[int | None, ...]) -> int:
@@ -408,6 +439,8 @@ def _compiled_tensorflow(function: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _to_numpy(tensor: Any) -> Array:
+    if keras.backend.backend() == "jax":
+        return np.asarray(tensor)  # a view; Keras would copy
     return np.asarray(ops.convert_to_numpy(tensor))
 
 
