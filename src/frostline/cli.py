@@ -83,6 +83,21 @@ class Solver(StrEnum):
     adam = "adam"
 
 
+class LintFormat(StrEnum):
+    """How findings are printed; ``github`` makes annotations of them."""
+
+    text = "text"
+    json = "json"
+    github = "github"
+
+
+class Method(StrEnum):
+    """How recalibration measures: site by site, or all sites in one pass."""
+
+    sequential = "sequential"
+    batch = "batch"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A .keras or .h5 file, or module:function.")
 ]
@@ -223,6 +238,106 @@ def convert(
         debias=debias,
         force=force,
     )
+
+
+@app.command()
+def recalibrate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    sites: Annotated[
+        str, typer.Option(help="unfrozen, frozen, all, a path, a name, or a pattern.")
+    ] = "unfrozen",
+    method: Annotated[Method, typer.Option(help="How the sites are measured.")] = Method.sequential,
+    classes: ClassesOption = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
+    ] = None,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name."),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 32,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Store the exact statistics of the data in BN layers."""
+    _start(backend)
+    from frostline.commands import models
+
+    options = models.DataOptions(
+        source=data,
+        classes=_names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        preprocess=preprocess,
+        split=split.value,
+        seed=seed,
+    )
+    return models.recalibrate(
+        model,
+        options,
+        sites=sites,
+        method=method.value,
+        batch_size=batch_size,
+        output=output,
+        force=force,
+    )
+
+
+@app.command()
+def set_momentum(
+    model: ModelArgument,
+    momentum: Annotated[
+        float, typer.Argument(min=0, max=1, help="Kept share per update, as in Keras: 0.99.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    sites: Annotated[
+        str, typer.Option(help="all, unfrozen, frozen, a path, a name, or a pattern.")
+    ] = "all",
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Set how much of the old statistics a BN layer keeps per update."""
+    _start(backend)
+    from frostline.commands import models
+
+    return models.set_momentum(model, momentum, sites=sites, output=output, force=force)
+
+
+@app.command()
+def lint(
+    model: ModelArgument,
+    select: Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Rules to leave out.")] = None,
+    format: Annotated[LintFormat, typer.Option("--format", help="How to print.")] = LintFormat.text,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=".json or .txt")] = None,
+    backend: BackendOption = None,
+) -> int:
+    """Check BN configuration and stored numbers; needs no data. Exit code 1 on findings."""
+    _start(backend)
+    from frostline.commands import lint as command
+
+    return command.run(
+        model, select=select or (), ignore=ignore or (), format=format.value, output=output
+    )
+
+
+@app.command()
+def rule(
+    reference: Annotated[
+        str | None, typer.Argument(metavar="RULE", help="A code or a name; all when left out.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All documentation.")] = False,
+    format: FormatOption = Format.text,
+) -> int:
+    """Explain a rule, or list all of them. Needs no backend."""
+    from frostline.commands import lint as command
+
+    return command.show_rules(reference, every=every, format=format.value)
 
 
 @experiments.command()

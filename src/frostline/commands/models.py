@@ -113,6 +113,42 @@ def convert(source: str, *, output: Path, policy: Policy | None, version: str | 
     return 0
 
 
+def recalibrate(
+    source: str,
+    options: DataOptions,
+    *,
+    sites: str,
+    method: Literal["sequential", "batch"],
+    batch_size: int,
+    output: Path,
+    force: bool,
+) -> int:
+    """Store the statistics of the data in a model's BN layers and write the result."""
+    from frostline import repair
+
+    model = _load(source)
+    _sites(model)
+    _check_output(output, source, force=force)
+    x, _ = read_data(options, model)
+    change = repair.recalibrate(model, x, sites=sites, method=method, batch_size=batch_size)
+    _save(model, output, force=force)
+    typer.echo(f"{output}: {change}")
+    return 0
+
+
+def set_momentum(source: str, momentum: float, *, sites: str, output: Path, force: bool) -> int:
+    """Set the momentum of a model's BN layers and write the result."""
+    from frostline import repair
+
+    model = _load(source)
+    _sites(model)
+    _check_output(output, source, force=force)
+    change = repair.set_momentum(model, momentum, sites=sites)
+    _save(model, output, force=force)
+    typer.echo(f"{output}: {change}")
+    return 0
+
+
 def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
     """Return inputs and targets of DATA as the model wants them.
 

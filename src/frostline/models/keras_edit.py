@@ -212,8 +212,8 @@ def convert(model: Any, *, version: str | None, policy: Policy | None, debias: b
         if type(place.layer) not in (Stock, layers.BatchNormalization):
             raise ModelError(
                 f"'{place.path}' is a {type(place.layer).__name__}, a BN class of your own: "
-                "convert knows keras.layers.BatchNormalization only, because yours may compute something "
-                "else. Derive it from frostline.layers.BatchNormalization instead. "
+                "convert knows keras.layers.BatchNormalization only, because yours may compute "
+                "something else. Derive it from frostline.layers.BatchNormalization instead. "
                 f"Received: {type(place.layer).__module__}.{type(place.layer).__qualname__}"
             )
         if not place.layer.built:

@@ -1,0 +1,39 @@
+"""The README's tables are what the result files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.once
+ROOT = Path(__file__).parents[1]
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("fill_tables", ROOT / "scripts/fill_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_measured_numbers() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(re.findall("<!-- end -->", text)) >= 2
+    assert load().filled(text) == text
+
+
+def test_a_number_typed_by_hand_is_noticed(tmp_path: Path) -> None:
+    figures = {"training": {"ratio": 1.0, "quartiles": [0.99, 1.01]}}
+    (tmp_path / "a.json").write_text(json.dumps({"backend": "jax", "figures": figures}))
+    template = "x\n<!-- layer a.json -->\n<!-- end -->\n"
+    made = load().filled(template, tmp_path)
+    assert "| training | 1.000 [0.990, 1.010] |" in made
+    assert load().filled(made, tmp_path) == made
+    assert load().filled(made.replace("1.000", "0.500"), tmp_path) == made
