@@ -32,10 +32,10 @@ def run(
         output: Also write the report to this ``.json`` or ``.txt`` file.
     """
     rules.select(select or None, ignore or None)  # a misspelt code is told before the model loads
+    from frostline.commands.models import load
     from frostline.diagnose import lint
-    from frostline.models.keras_files import load_model
 
-    report = lint(load_model(source), select=select or None, ignore=ignore or None)
+    report = lint(load(source), select=select or None, ignore=ignore or None)
     if output is not None:
         report.save(output)
     if format == "json":

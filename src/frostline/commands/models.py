@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import typer
 
+from frostline import environment
 from frostline.report import text
 from frostline.types import Array, DataError, OutputError, Policy, Site
 
@@ -42,7 +43,7 @@ class DataOptions:
 
 def show_sites(source: str, *, as_json: bool) -> int:
     """Print the table of BN sites with the line where the frozen prefix ends."""
-    model = _load(source)
+    model = load(source)
     found = _sites(model)
     before, boundary = frozen_prefix(model, found)
     if as_json:
@@ -57,7 +58,7 @@ def show_phases(source: str, options: DataOptions, *, batch_size: int, as_json: 
     """Print dynamic, phase 0 and phase 1 on the same data; 1 when a pattern or gap is found."""
     from frostline.diagnose import phases
 
-    model = _load(source)
+    model = load(source)
     _sites(model)
     x, y = read_data(options, model)
     table = phases(model, (x, y), batch_size=batch_size)
@@ -84,7 +85,7 @@ def freeze(source: str, *, until: str | int | float, output: Path, force: bool) 
     """Freeze the prefix of a model and write the result."""
     from frostline import repair
 
-    model = _load(source)
+    model = load(source)
     found = _sites(model)
     _check_output(output, source, force=force)
     repair.freeze(model, until=until)
@@ -100,7 +101,7 @@ def convert(source: str, *, output: Path, policy: Policy | None, version: str | 
     """Replace stock BN layers by `frostline.layers.BatchNormalization` and write the result."""
     from frostline import repair
 
-    model = _load(source)
+    model = load(source)
     _sites(model)
     _check_output(output, source, force=force)
     converted = repair.convert(model, policy=policy, version=version, debias=debias)
@@ -126,7 +127,7 @@ def recalibrate(
     """Store the statistics of the data in a model's BN layers and write the result."""
     from frostline import repair
 
-    model = _load(source)
+    model = load(source)
     _sites(model)
     _check_output(output, source, force=force)
     x, _ = read_data(options, model)
@@ -140,7 +141,7 @@ def set_momentum(source: str, momentum: float, *, sites: str, output: Path, forc
     """Set the momentum of a model's BN layers and write the result."""
     from frostline import repair
 
-    model = _load(source)
+    model = load(source)
     _sites(model)
     _check_output(output, source, force=force)
     change = repair.set_momentum(model, momentum, sites=sites)
@@ -198,10 +199,12 @@ def _is_within(path: str, places: Sequence[str]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
-def _load(source: str) -> Any:
-    from frostline.models.keras_files import load_model
+def load(source: str) -> Any:
+    """Load MODEL; Keras' file code may start TensorFlow on any backend, which is noisy."""
+    with environment.native_noise_held_back():
+        from frostline.models.keras_files import load_model
 
-    return load_model(source)
+        return load_model(source)
 
 
 def _save(model: Any, path: Path, *, force: bool) -> None:
