@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     try:
-        prepare(Environment(ROOT / ".venv"), purpose, backend[0] if backend else "jax")
+        prepare(Environment(ROOT / ".venv"), purpose, backend[0] if backend else "tensorflow")
     except SetupError as error:
         print(f"[frostline] {error}", file=sys.stderr)
         return 2

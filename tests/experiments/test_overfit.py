@@ -336,7 +336,7 @@ def test_json_has_no_nan_and_no_numpy() -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("rows", "epochs"), [(1, 1), (2, 3), (6, 10)])
+@pytest.mark.parametrize(("rows", "epochs"), [(1, 1), (2, 3), (6, 10), (7, 10)])
 def test_the_figure_shows_every_row_and_its_last_values(rows: int, epochs: int) -> None:
     result = made_up(rows, epochs)
     svg = figures.draw(result, suffix=".svg")
@@ -352,11 +352,12 @@ def test_the_figure_shows_every_row_and_its_last_values(rows: int, epochs: int) 
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7])
 def test_nothing_sticks_out_of_the_figure(rows: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = figures.overfit_figure(made_up(rows))
+    assert sum(ax.get_visible() for ax in figure.axes) == rows  # no empty panel
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     width, height = canvas.get_width_height()

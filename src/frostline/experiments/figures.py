@@ -47,11 +47,11 @@ def overfit_figure(result: OverfitResult) -> Figure:
     """Return a figure with one panel per row: accuracy over epochs in both phases."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(result.rows))
+    columns = min(3 if len(result.rows) <= 6 else 4, len(result.rows))
     lines = math.ceil(len(result.rows) / columns)
     wide = max(7.0, 3.5 * columns)  # narrower, and the words above would not fit
     figure = Figure(figsize=(wide, 2.55 * lines + 0.95), facecolor="white")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     floor = _floor(result)
     for position, (ax, row) in enumerate(zip(axes, result.rows, strict=False)):
         _panel(ax, row, floor=floor, named=position == 0)
@@ -60,7 +60,7 @@ def overfit_figure(result: OverfitResult) -> Figure:
         if position + columns >= len(result.rows):
             ax.set_xlabel("epoch", color=_INK)
             ax.tick_params(labelbottom=True)
-    for ax in list(axes)[len(result.rows) :]:
+    for ax in axes[len(result.rows) :]:
         ax.set_visible(False)
     _words(figure, result)
     return figure
@@ -77,7 +77,12 @@ def _panel(ax: Axes, row: RowResult, *, floor: float, named: bool) -> None:
     ax.plot(epochs, training, color=_PHASE1, lw=1.8, marker=mark, label="phase 1: training mode")
     ax.plot(epochs, inference, color=_PHASE0, lw=1.8, ls=(0, (6, 1.5)), marker=mark,
             label="phase 0: inference (validation)")  # fmt: skip
-    _end_labels(ax, epochs[-1], training[-1], inference[-1], floor=floor, named=named)
+    shown = inference[-1]
+    if row.row.recalibrate:  # the curve ends before the statistics were measured anew
+        shown = row.phases["0"].metrics["accuracy"]
+        ax.plot([epochs[-1]] * 2, [inference[-1], shown], color=_PHASE0, lw=1.0)
+        ax.plot([epochs[-1]], [shown], color=_PHASE0, marker="o", markersize=6)
+    _end_labels(ax, epochs[-1], training[-1], shown, floor=floor, named=named)
     ax.set_title(row.row.name, loc="left", fontsize=10, fontweight="bold", color=_INK)
     ax.set_ylim(floor, 1.03)
     ax.set_xlim(epochs[0] - 0.2, epochs[-1] + 0.3 + 0.26 * (epochs[-1] - epochs[0] + 1))
@@ -109,7 +114,7 @@ def _end_labels(
         if not named:
             text = f"{value:.3f}"
         ax.annotate(text, (last, height), xytext=(5, 0), textcoords="offset points",
-                    va="center", color=color, fontsize=9, fontweight="bold")  # fmt: skip
+                    annotation_clip=False, va="center", color=color, fontsize=9, fontweight="bold")  # fmt: skip
 
 
 def _words(figure: Figure, result: OverfitResult) -> None:
@@ -117,6 +122,7 @@ def _words(figure: Figure, result: OverfitResult) -> None:
     settings = result.settings
     classes = ", ".join(str(name) for name in settings.classes) or "all classes"
     count = result.rows[0].phases.samples
+    recalibrated = any(row.row.recalibrate for row in result.rows)
     figure.suptitle(
         "Same weights, same images, two learning phases",
         x=0.012, ha="left", y=0.985, va="top", fontsize=11.5, fontweight="bold", color=_INK,
@@ -125,7 +131,7 @@ def _words(figure: Figure, result: OverfitResult) -> None:
         0.012, 0.985 - 0.27 / figure.get_figheight(),
         f"{settings.backbone}, {count} images of {data_name(settings.data)} ({classes}) at "
         f"{settings.image_size}², {settings.optimizer.upper()}, seed {settings.seed}. "
-        "Shaded: the gap.",
+        "Shaded: the gap." + (" Dot: after recalibrating." if recalibrated else ""),
         fontsize=8.5, color=_INK, va="top",
     )  # fmt: skip
     handles, labels = figure.axes[0].get_legend_handles_labels()
