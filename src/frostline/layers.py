@@ -412,13 +412,31 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Return the (mean, variance) to normalise with and move the stored statistics."""
         if use_batch is False:
             return stored
-        batch = self._channel_moments(x, mask)
-        # A select, not a branch: a branch hides the moments from the compiler's fusion, which costs
-        # time while training and rounds differently from the stock layer.
-        mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
+        if self._branches(use_batch):
+            mean, variance = ops.cond(
+                use_batch, lambda: self._channel_moments(x, mask), lambda: stored
+            )
+        else:
+            batch = self._channel_moments(x, mask)
+            mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
         if update is not False:
             self._update(mean, variance, update, stored, x, mask)
         return mean, variance
+
+    def _branches(self, use_batch: Any) -> bool:
+        """Whether a traced step jumps over the moments while the layer is frozen.
+
+        A select costs nothing while training and rounds as the stock layer does; a branch hides the
+        moments from the compiler's fusion, but saves them in a frozen layer. JAX gains too little
+        from the branch to pay for its rounding, TensorFlow much if the layer is frozen at the start
+        (`benchmarks/bench_layer.py`). No branch may hold a cross-replica reduction.
+        """
+        return (
+            not isinstance(use_batch, bool)
+            and not self._trainable
+            and not self.synchronized
+            and keras.backend.backend() == "tensorflow"
+        )
 
     def _channel_moments(self, x: Any, mask: Any) -> tuple[Any, Any]:
         mean, variance = self._moments(x, mask)
