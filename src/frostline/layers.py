@@ -92,9 +92,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     beta`` (Ioffe and Szegedy 2015, algorithm 1). The moving statistics follow ``stored = decay *
     stored + (1 - decay) * batch`` with Keras' ``momentum`` as decay.
 
-    Because gamma and beta can be thawed at any time, they stay in the list that a *model* hands to
-    its optimizer (``model.trainable_variables``) while the layer is frozen;
-    ``layer.trainable_weights`` is empty then, as in the stock layer. On TensorFlow and JAX a step
+    Because gamma and beta can be thawed at any time, the optimizer keeps variables for them while
+    the layer is frozen: they stay in ``model.trainable_variables``, which Keras builds optimizers
+    from. ``trainable_weights``, of the layer and of the model, are empty of them then, as in the
+    stock layer (except inside a step that TensorFlow traces). On TensorFlow and JAX a step
     that can thaw must also compute the gradients of gamma and beta, so backpropagation runs through
     a frozen prefix down to them. Where nothing will be thawed without ``compile``, ``layer.live =
     False`` before ``compile`` leaves them out and costs what the stock layer costs.

@@ -114,7 +114,8 @@ def _end_labels(
         if not named:
             text = f"{value:.3f}"
         ax.annotate(text, (last, height), xytext=(5, 0), textcoords="offset points",
-                    annotation_clip=False, va="center", color=color, fontsize=9, fontweight="bold")  # fmt: skip
+                    annotation_clip=False, va="center", color=color, fontsize=9,
+                    fontweight="bold")  # fmt: skip
 
 
 def _words(figure: Figure, result: OverfitResult) -> None:

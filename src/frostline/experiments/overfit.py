@@ -403,7 +403,7 @@ def _run_row(
     keras.utils.set_random_seed(settings.seed)
     try:
         epochs = _train(model, settings, x, y, progress)
-        if row.recalibrate:
+        if row.recalibrate and not all(site.stats_frozen for site in sites(model)):
             recalibrate(model, (x, y), batch_size=settings.batch_size)
         table = phases(model, (x, y), batch_size=settings.batch_size)
         found = sites(model)
