@@ -12,19 +12,44 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from frostline import environment
+from frostline.commands.options import (
+    DATA_HELP,
+    Backend,
+    BackendOption,
+    BatchSizeOption,
+    ClassesOption,
+    DataArgument,
+    ForceOption,
+    Format,
+    FormatOption,
+    FrozenPolicy,
+    ImageSizeOption,
+    LintFormat,
+    Method,
+    ModelArgument,
+    OutputOption,
+    PerClassOption,
+    PreprocessOption,
+    SeedOption,
+    Solver,
+    Split,
+    SplitOption,
+    Weights,
+    names,
+)
+from frostline.commands.options import boundary as read_boundary
 from frostline.types import FrostlineError
 
 log = logging.getLogger("frostline")
 
 #: Options that take several values after one name: ``--classes cat dog``.
-_SEVERAL = ("--classes", "--rows")
+_SEVERAL = ("--classes", "--rows", "--select", "--ignore")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,88 +60,6 @@ app = typer.Typer(
 )
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
 app.add_typer(experiments, name="experiment")
-
-
-class Backend(StrEnum):
-    """Keras backends."""
-
-    tensorflow = "tensorflow"
-    jax = "jax"
-    torch = "torch"
-
-
-class Format(StrEnum):
-    """How a result is printed."""
-
-    text = "text"
-    json = "json"
-
-
-class Split(StrEnum):
-    """Part of a data source."""
-
-    train = "train"
-    test = "test"
-    all = "all"
-
-
-class FrozenPolicy(StrEnum):
-    """What a frozen BN layer does in training."""
-
-    inference = "inference"
-    batch = "batch"
-    update = "update"
-
-
-class Weights(StrEnum):
-    """Where a backbone's weights come from."""
-
-    pretrained = "pretrained"
-    none = "none"
-
-
-class Solver(StrEnum):
-    """Optimizers of the experiments."""
-
-    sgd = "sgd"
-    rmsprop = "rmsprop"
-    adam = "adam"
-
-
-class LintFormat(StrEnum):
-    """How findings are printed; ``github`` makes annotations of them."""
-
-    text = "text"
-    json = "json"
-    github = "github"
-
-
-class Method(StrEnum):
-    """How recalibration measures: site by site, or all sites in one pass."""
-
-    sequential = "sequential"
-    batch = "batch"
-
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .keras or .h5 file, or module:function.")
-]
-BackendOption = Annotated[
-    Backend | None,
-    typer.Option(help="Keras backend; otherwise KERAS_BACKEND, or the first one installed."),
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="How to print the result.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
-ClassesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME...",
-        help="Classes to use, in the order of their labels: "
-        "--classes cat dog. All classes when not given.",
-    ),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
-_DATA_HELP = "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10."
 
 
 def _print_version(wanted: bool) -> None:
@@ -156,18 +99,13 @@ def sites(
 @app.command()
 def phases(
     model: ModelArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA_HELP)],
+    data: DataArgument,
     classes: ClassesOption = None,
-    per_class: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
-    ] = None,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name."),
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 32,
+    per_class: PerClassOption = None,
+    image_size: ImageSizeOption = None,
+    preprocess: PreprocessOption = None,
+    split: SplitOption = Split.train,
+    batch_size: BatchSizeOption = 32,
     seed: SeedOption = 0,
     format: FormatOption = Format.text,
     backend: BackendOption = None,
@@ -178,7 +116,7 @@ def phases(
 
     options = models.DataOptions(
         source=data,
-        classes=_names(classes),
+        classes=names(classes),
         per_class=per_class,
         image_size=image_size,
         preprocess=preprocess,
@@ -199,7 +137,7 @@ def freeze(
             "index, or a share of the layers such as 0.75.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    output: OutputOption,
     force: ForceOption = False,
     backend: BackendOption = None,
 ) -> int:
@@ -207,13 +145,13 @@ def freeze(
     _start(backend)
     from frostline.commands import models
 
-    return models.freeze(model, until=_boundary(until), output=output, force=force)
+    return models.freeze(model, until=read_boundary(until), output=output, force=force)
 
 
 @app.command()
 def convert(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    output: OutputOption,
     policy: Annotated[
         FrozenPolicy | None, typer.Option(help="What frozen BN does in training.")
     ] = None,
@@ -243,23 +181,18 @@ def convert(
 @app.command()
 def recalibrate(
     model: ModelArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA_HELP)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    data: DataArgument,
+    output: OutputOption,
     sites: Annotated[
         str, typer.Option(help="unfrozen, frozen, all, a path, a name, or a pattern.")
     ] = "unfrozen",
     method: Annotated[Method, typer.Option(help="How the sites are measured.")] = Method.sequential,
     classes: ClassesOption = None,
-    per_class: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
-    ] = None,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name."),
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 32,
+    per_class: PerClassOption = None,
+    image_size: ImageSizeOption = None,
+    preprocess: PreprocessOption = None,
+    split: SplitOption = Split.train,
+    batch_size: BatchSizeOption = 32,
     seed: SeedOption = 0,
     force: ForceOption = False,
     backend: BackendOption = None,
@@ -270,7 +203,7 @@ def recalibrate(
 
     options = models.DataOptions(
         source=data,
-        classes=_names(classes),
+        classes=names(classes),
         per_class=per_class,
         image_size=image_size,
         preprocess=preprocess,
@@ -294,7 +227,7 @@ def set_momentum(
     momentum: Annotated[
         float, typer.Argument(min=0, max=1, help="Kept share per update, as in Keras: 0.99.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")],
+    output: OutputOption,
     sites: Annotated[
         str, typer.Option(help="all, unfrozen, frozen, a path, a name, or a pattern.")
     ] = "all",
@@ -322,7 +255,7 @@ def lint(
     from frostline.commands import lint as command
 
     return command.run(
-        model, select=select or (), ignore=ignore or (), format=format.value, output=output
+        model, select=names(select), ignore=names(ignore), format=format.value, output=output
     )
 
 
@@ -345,7 +278,7 @@ def overfit(
     backbone: Annotated[
         str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
     ] = "efficientnet-lite0",
-    data: Annotated[str, typer.Option(help=_DATA_HELP)] = "digits",
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
     classes: ClassesOption = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
     image_size: Annotated[int, typer.Option(min=8, help="Side in pixels.")] = 128,
@@ -362,8 +295,8 @@ def overfit(
         list[str] | None,
         typer.Option(
             metavar="NAME...",
-            help="Rows to run: update batch inference "
-            "inference+debias none-frozen all-bn-frozen. All when not given.",
+            help="Rows to run: update batch inference inference+debias "
+            "inference+recalibrate none-frozen all-bn-frozen. All when not given.",
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
@@ -388,11 +321,11 @@ def overfit(
     settings = OverfitSettings(
         backbone=backbone,
         data=data,
-        classes=_names(classes),
+        classes=names(classes),
         per_class=per_class,
         image_size=image_size,
-        boundary=None if boundary is None else _boundary(boundary),
-        rows=_names(rows) or tuple(ROWS),
+        boundary=None if boundary is None else read_boundary(boundary),
+        rows=names(rows) or tuple(ROWS),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer.value,
@@ -493,21 +426,6 @@ def _start(backend: Backend | None) -> None:
     environment.choose_backend(None if backend is None else backend.value)
     with environment.native_noise_held_back():
         importlib.import_module("keras")
-
-
-def _names(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Return names given one by one, or separated by commas."""
-    return tuple(name for value in values or () for name in value.split(",") if name)
-
-
-def _boundary(text: str) -> str | int | float:
-    """Return an index or a share where the text is a number, else the name."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _set_log_level() -> None:

@@ -1,0 +1,121 @@
+"""What may stand behind a command: option types, their help, and how values are read.
+
+Only typer here: every command's signature is built from these, before any framework is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Backend(StrEnum):
+    """Keras backends."""
+
+    tensorflow = "tensorflow"
+    jax = "jax"
+    torch = "torch"
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    text = "text"
+    json = "json"
+
+
+class Split(StrEnum):
+    """Part of a data source."""
+
+    train = "train"
+    test = "test"
+    all = "all"
+
+
+class FrozenPolicy(StrEnum):
+    """What a frozen BN layer does in training."""
+
+    inference = "inference"
+    batch = "batch"
+    update = "update"
+
+
+class Weights(StrEnum):
+    """Where a backbone's weights come from."""
+
+    pretrained = "pretrained"
+    none = "none"
+
+
+class Solver(StrEnum):
+    """Optimizers of the experiments."""
+
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+    adam = "adam"
+
+
+class LintFormat(StrEnum):
+    """How findings are printed; ``github`` makes annotations of them."""
+
+    text = "text"
+    json = "json"
+    github = "github"
+
+
+class Method(StrEnum):
+    """How recalibration measures: site by site, or all sites in one pass."""
+
+    sequential = "sequential"
+    batch = "batch"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A .keras or .h5 file, or module:function.")
+]
+BackendOption = Annotated[
+    Backend | None,
+    typer.Option(help="Keras backend; otherwise KERAS_BACKEND, or the first one installed."),
+]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print the result.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME...",
+        help="Classes to use, in the order of their labels: "
+        "--classes cat dog. All classes when not given.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
+DATA_HELP = "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10."
+DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")]
+PerClassOption = Annotated[int | None, typer.Option(min=1, help="Images per class.")]
+ImageSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
+]
+PreprocessOption = Annotated[
+    str | None, typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name.")
+]
+SplitOption = Annotated[Split, typer.Option(help="Part of the data.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
+
+
+def names(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Return names given one by one, or separated by commas."""
+    return tuple(name for value in values or () for name in value.split(",") if name)
+
+
+def boundary(text: str) -> str | int | float:
+    """Return an index or a share where the text is a number, else the name."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
