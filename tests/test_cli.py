@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from frostline import cli
+from frostline.commands.options import boundary
 
 BLOCK = "import sys\nsys.modules.update({name: None for name in %r})\n"
 CIFAR = Path(__file__).parents[1].parent / "shared" / "data"
@@ -134,7 +135,7 @@ def test_several_values_after_one_option(words: list[str], expected: list[str]) 
     ("text", "value"), [("140", 140), ("-3", -3), ("0.75", 0.75), ("conv4", "conv4")]
 )
 def test_a_boundary_is_an_index_a_share_or_a_name(text: str, value: object) -> None:
-    found = cli._boundary(text)
+    found = boundary(text)
     assert found == value
     assert type(found) is type(value)
 
@@ -333,6 +334,59 @@ def test_phases_of_images(models: Path, images: Path, capsys: pytest.CaptureFixt
     assert set(found["phases"]) == {"dynamic", "0", "1"}
     gap = found["phases"]["1"]["accuracy"] - found["phases"]["0"]["accuracy"]
     assert found["gap"]["accuracy"] == pytest.approx(gap)
+
+
+def test_recalibrate_a_file_to_the_statistics_of_its_data(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import keras
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(2, 3, (24, 8, 8, 3)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=np.arange(24) % 2)
+    before = files(models)
+    out = tmp_path / "recalibrated.keras"
+    words = ["recalibrate", str(models / "net.keras"), str(tmp_path / "data.npz"), "-o", str(out)]
+    assert cli.main([*words, "--batch-size", "10"]) == 0
+    assert "recalibrated 2 sites (sequential) on 24 samples in 3 batches" in capsys.readouterr().out
+    stock, done = (keras.saving.load_model(path) for path in (models / "net.keras", out))
+    inputs = keras.Model(stock.inputs, stock.get_layer("bn1").input).predict(x, verbose=0)
+    stored = done.get_layer("bn1").get_weights()
+    np.testing.assert_allclose(stored[2], inputs.mean((0, 1, 2), dtype="float64"), rtol=1e-5)
+    np.testing.assert_allclose(stored[3], inputs.var((0, 1, 2), dtype="float64"), rtol=1e-5)
+    assert files(models) == before
+    assert "--force" in one_error(*words, capsys=capsys)
+    unknown = [*words, "--force", "--sites", "bn7"]
+    written = out.read_bytes()
+    assert "bn7" in one_error(*unknown, capsys=capsys)
+    assert out.read_bytes() == written
+
+
+def test_set_momentum_of_a_file(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import frostline as fl
+    from frostline.models.keras_files import load_model
+
+    out = tmp_path / "quick.keras"
+    assert cli.main(["set-momentum", str(models / "net.keras"), "0.9", "-o", str(out)]) == 0
+    assert "0.9 in Keras' convention (0.1 in PyTorch's)" in capsys.readouterr().out
+    assert {site.decay for site in fl.sites(load_model(str(out)))} == {0.9}
+    assert cli.main(["set-momentum", str(models / "net.keras"), "1.5", "-o", str(out)]) == 2
+
+
+def test_lint_and_rule(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "swapped.keras"
+    assert cli.main(["set-momentum", str(models / "net.keras"), "0.1", "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main(["lint", str(out), "--format", "json", "--select", "FL1", "FL2"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    code = next(f["code"] for f in found["findings"] if "momentum" in f["name"])
+    assert cli.main(["lint", str(out), "--ignore", code, "--select", code]) == 0
+    capsys.readouterr()
+    assert cli.main(["rule", code]) == 0
+    assert "## Why is this bad?" in capsys.readouterr().out
+    assert cli.main(["rule", "FL999"]) == 2
 
 
 def test_phases_exit_code_says_whether_there_is_a_gap(
