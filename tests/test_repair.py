@@ -199,6 +199,27 @@ def test_convert_with_frozen_sites_keeps_the_optimizer_state(kind: str) -> None:
     assert not any(np.array_equal(a, b) for a, b in zip(site.get_weights(), frozen, strict=True))
 
 
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "AdamW", "Adafactor", "Lamb"])
+def test_rebuilt_optimizer_goes_on_where_it_was(name: str) -> None:
+    """A frozen gamma joins the optimizer in mid-training; all other weights take the same path."""
+    stock, ours = build("functional"), build("functional")
+    ours.set_weights(stock.get_weights())
+    for model in (stock, ours):
+        model.get_layer("bn1").trainable = False
+        options: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {"epsilon": 1e-3}
+        if name == "Adafactor":
+            options = {}
+        optimizer = getattr(keras.optimizers, name)(1e-2, **options)
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+    for step in range(5):
+        if step == 3:
+            fl.convert(ours)
+        for model in (stock, ours):
+            model.train_on_batch(X[:24], Y[:24])
+    for received, expected in zip(ours.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_allclose(received, expected, atol=2e-5, rtol=1e-4)
+
+
 def momenta(optimizer: Any) -> list[tuple[Any, Any]]:
     return [
         (v, keras.ops.convert_to_numpy(m))

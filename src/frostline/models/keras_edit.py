@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -321,13 +322,13 @@ def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
 
     Slots are told apart by the weight object they belong to: names may repeat in nested models.
     """
-    owners: dict[int, Any] = {}
+    owners: dict[int, int] = {}
     root = keras.optimizers.Optimizer
     original = root.add_variable_from_reference
 
-    def recorded(self: Any, reference: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = original(self, reference, *args, **kwargs)
-        owners[id(slot)] = (id(reference), slot.name.removeprefix(reference.path.replace("/", "_")))
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = original(self, *args, **kwargs)
+        owners[id(slot)] = id(kwargs["reference_variable"] if not args else args[0])
         return slot
 
     root.add_variable_from_reference = recorded
@@ -335,12 +336,14 @@ def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
         optimizer.build(variables)
     finally:
         root.add_variable_from_reference = original
-    plain: dict[str, int] = {}
     keys: list[Any] = []
-    for variable in optimizer.variables:
-        if id(variable) in owners:
-            keys.append(owners[id(variable)])
-        else:
-            plain[variable.name] = plain.get(variable.name, 0) + 1
-            keys.append((variable.name, plain[variable.name]))
-    return keys
+    seen: Counter[Any] = Counter()
+    owner = 0
+    for variable in reversed(optimizer.variables):
+        # Counters and scales belong to no weight. Factored slots (Adafactor) are made without a
+        # reference, just before the slot of the same weight that has one.
+        owner = owners.get(id(variable), owner)
+        belongs = owner if len(variable.shape) or id(variable) in owners else variable.name
+        seen[belongs] += 1
+        keys.append((belongs, seen[belongs]))
+    return keys[::-1]
