@@ -28,6 +28,7 @@ _EXPORTS = {
     "convert": "repair",
     "freeze": "repair",
     "layers": "layers",
+    "lint": "diagnose",
     "phases": "diagnose",
     "recalibrate": "repair",
     "restore": "repair",
