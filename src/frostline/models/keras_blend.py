@@ -1,0 +1,354 @@
+"""One forward pass for every question: the blend λ and the statistics are its arguments.
+
+Every site normalises with ``(1 - λ) * stored + λ * batch``. While a pass is traced, each BN layer
+carries a ``call`` of its own that reads λ and the stored statistics from the arguments of the
+trace; the layer's class and variables stay as they are. All of it runs in a ``StatelessScope``:
+what a layer assigns is thrown away.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from frostline.models import keras_graph
+from frostline.models.keras import _fixed_randomness, _seed_states, _seeds, _tensors
+from frostline.models.keras_blend_call import blended_call, stored_call
+from frostline.models.keras_compile import compiled, without_gradients
+from frostline.models.keras_loss import PerSampleLoss
+from frostline.stats import Moments
+from frostline.types import Array, DataError, ModelError, as_float64
+
+#: Path -> (mean, biased variance), shape ``(channels,)`` each.
+Statistics = Mapping[str, tuple[Any, Any]]
+
+
+class BlendForward:
+    """Forward passes of a Keras model with blended statistics; the model is never changed.
+
+    At λ = 0 a site uses its stored statistics, at λ = 1 those of the batch (biased variance, in two
+    passes over the values), whatever its ``trainable`` and ``policy`` say. A layer that the model
+    uses several times has one λ and the moments of each of its inputs. BN layers that are not among
+    ``paths`` use what they have stored. Batch renormalisation is left out: λ = 1 is plain batch
+    normalisation there. A mask is treated as the stock layer treats it.
+
+    A subclass of BN with a ``call`` of its own runs that ``call`` in inference with the blended
+    statistics in the place of the stored ones; the batch's are those of the layer's input.
+
+    A pass is compiled once per batch shape and kind of answer on TensorFlow and JAX, and runs
+    eagerly on torch or where the model is compiled with ``run_eagerly``.
+
+    Args:
+        model: A built Keras model: functional, sequential or subclassed, on any backend.
+        paths: Sites to blend, as in ``frostline.sites``, in the order of the blend vector; ``None``
+            for all of them.
+        loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one number
+            per sample; ``None`` for the compiled loss.
+
+    Attributes:
+        paths: The sites, one per entry of the blend vector.
+        traces: How often a pass was traced; stays 0 where nothing is compiled.
+
+    Raises:
+        ModelError: An unknown path, a site that is not built, or one inside a torch module.
+    """
+
+    def __init__(self, model: Any, paths: Sequence[str] | None = None, *, loss: Any = None) -> None:
+        self.model = model
+        self.traces = 0
+        self._layers = _chosen(model, paths)
+        self.paths = tuple(self._layers)
+        inner = [place.layer for place in keras_graph.walk(model)]
+        chosen = {id(layer) for layer in self._layers.values()}
+        self._others = [x for x in inner if keras_graph.is_site(x) and id(x) not in chosen]
+        self._given_loss = loss
+        self._loss: PerSampleLoss | None = None
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    # --- questions ----------------------------------------------------------------------------
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: Literal[False] = ...,
+    ) -> Any: ...
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: Literal[True],
+    ) -> tuple[Any, dict[str, Moments]]: ...
+
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Any:
+        """Return the outputs of one batch and, if asked, what the sites saw.
+
+        Args:
+            x: Inputs of one batch, in the structure that the model takes.
+            blend: λ of each site, shape ``(sites,)``, or one number for all; in [0, 1].
+            statistics: Path -> (mean, biased variance) to use in the place of what is stored.
+            dropout: Run everything but BN as in training: dropout, noise, random augmentation.
+            step: Number of the batch: dropout masks are the same in every call for the same step
+                and differ between steps.
+            record: Also return the moments of each site's input, merged over the layer's uses.
+
+        Returns:
+            Arrays in the structure of the model's outputs, float32 at least; with ``record`` a pair
+            of them and path -> moments, float64.
+
+        Raises:
+            DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
+            ModelError: ``statistics`` for an unknown site.
+        """
+        found, seen = self._run(
+            "outputs", (x, None, None), blend, statistics, dropout, step, record
+        )
+        arrays = keras.tree.map_structure(_outgoing, found)
+        return (arrays, _moments(seen)) if record else arrays
+
+    def losses(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> npt.NDArray[np.float64]:
+        """Return the loss of each sample, shape ``(n,)``.
+
+        With the default reduction their mean is the compiled loss without the losses that layers
+        and regularizers add. Arguments are those of :meth:`outputs`.
+
+        Raises:
+            DataError: Labels or weights that do not fit the outputs; as for :meth:`outputs`.
+            ModelError: The model has no loss, or one that gives one number per batch.
+        """
+        batch = (x, y, sample_weight)
+        return as_float64(_numpy(self._run("losses", batch, blend, statistics, dropout, step)))
+
+    def gradient(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``.
+
+        The derivative runs through the batch statistics of all sites behind. Arguments and errors
+        are those of :meth:`losses`.
+        """
+        batch = (x, y, sample_weight)
+        losses, slope = self._run("gradient", batch, blend, statistics, dropout, step)
+        return as_float64(_numpy(losses)), as_float64(_numpy(slope))
+
+    # --- the pass -----------------------------------------------------------------------------
+
+    def _run(
+        self,
+        kind: str,
+        batch: tuple[Any, Any, Any],
+        blend: Any,
+        statistics: Statistics | None,
+        dropout: bool,
+        step: int,
+        record: bool = False,
+    ) -> Any:
+        weights = self._blend(blend)
+        stored = self._statistics(statistics)
+        x, y, sample_weight = (_tensors(part) for part in batch)
+        seeds = _seeds(self.model, step)
+        with _fixed_randomness(self.model, step):
+            if kind != "outputs" and self._loss is None:
+                self._loss = self._prepared_loss(x, y)
+            run = self._function(kind, bool(dropout), bool(record))
+            return run(seeds, weights, stored, x, y, sample_weight)
+
+    def _blend(self, blend: Any) -> Any:
+        values = as_float64(blend)
+        count = len(self.paths)
+        if values.shape not in ((), (count,)):
+            raise DataError(
+                f"blend must be one number or have one per site, shape ({count},). "
+                f"Received: shape {values.shape}"
+            )
+        if not ((values >= 0) & (values <= 1)).all():
+            raise DataError(f"blend must be between 0 and 1 everywhere. Received: {blend}")
+        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
+        return ops.convert_to_tensor(np.broadcast_to(values, (count,)).copy(), dtype=dtype)
+
+    def _statistics(self, given: Statistics | None) -> list[tuple[Any, Any]]:
+        given = given or {}
+        unknown = [path for path in given if path not in self._layers]
+        if unknown:
+            raise ModelError(
+                f"statistics are given for a site that is not blended; there are "
+                f"{', '.join(self.paths) or 'none'}. Received: {unknown[0]!r}"
+            )
+        pairs = []
+        for path, layer in self._layers.items():
+            own = (layer.moving_mean, layer.moving_variance)
+            pair = given.get(path, own)
+            for value, variable in zip(pair, own, strict=True):
+                if tuple(np.shape(value)) != tuple(variable.shape):
+                    raise DataError(
+                        f"statistics of '{path}' must have shape {tuple(variable.shape)}. "
+                        f"Received: {np.shape(value)}"
+                    )
+            dtypes = [keras.backend.result_type(variable.dtype, "float32") for variable in own]
+            pairs.append(
+                tuple(ops.convert_to_tensor(v, dtype=d) for v, d in zip(pair, dtypes, strict=True))
+            )
+        return pairs
+
+    def _prepared_loss(self, x: Any, y: Any) -> PerSampleLoss:
+        """Resolve the loss on real outputs, outside any trace: it may create variables."""
+        loss = PerSampleLoss(self.model, self._given_loss)
+        with keras.StatelessScope(), without_gradients():
+            loss.call(y, self.model(x, training=False))
+        return loss
+
+    def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
+        variables = list(self.model.variables)
+        # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
+        settings = tuple((bool(x.trainable), float(x.epsilon)) for x in self._layers.values())
+        eager = bool(getattr(self.model, "run_eagerly", False))
+        key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
+        if key not in self._compiled:
+            forward = functools.partial(self._forward, kind, dropout, record)
+            states = [state for state, _ in _seed_states(self.model)]
+            self._compiled[key] = compiled(
+                forward, variables, states, slope=kind == "gradient", eager=eager
+            )
+        return self._compiled[key]
+
+    def _forward(
+        self,
+        kind: str,
+        dropout: bool,
+        record: bool,
+        mapping: list[tuple[Any, Any]],
+        traced: bool,
+        blend: Any,
+        statistics: list[tuple[Any, Any]],
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+    ) -> Any:
+        self.traces += traced
+        seen: dict[str, list[Any]] = {path: [] for path in self.paths}
+        with (
+            keras.StatelessScope(state_mapping=mapping),
+            self._blended(blend, statistics, seen if record else None),
+        ):
+            outputs = self.model(x, training=dropout)
+            if kind == "outputs":
+                return outputs, seen
+            assert self._loss is not None
+            return self._loss.call(y, outputs, sample_weight)
+
+    @contextmanager
+    def _blended(
+        self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
+    ) -> Iterator[None]:
+        """Give every BN layer a ``call`` that uses these tensors; take it away on any exit."""
+        layers = [*self._layers.values(), *self._others]
+        before = [(layer, vars(layer).get("call")) for layer in layers]
+        try:
+            for index, (path, layer) in enumerate(self._layers.items()):
+                entries = None if seen is None else seen[path]
+                vars(layer)["call"] = functools.partial(
+                    blended_call, layer, layer.call, blend[index], statistics[index], entries
+                )
+            for layer in self._others:
+                vars(layer)["call"] = functools.partial(stored_call, layer, layer.call)
+            yield
+        finally:
+            for layer, call in before:
+                vars(layer).pop("call", None)
+                if call is not None:
+                    vars(layer)["call"] = call
+
+
+def _chosen(model: Any, paths: Sequence[str] | None) -> dict[str, Any]:
+    layers = {place.path: place.layer for place in keras_graph.walk(model)}
+    kinds = {site.path: site.kind for site in keras_graph.sites(model)}
+    chosen = list(kinds) if paths is None else list(paths)
+    if len(set(chosen)) < len(chosen):
+        raise ModelError(f"each site can be blended once. Received: {chosen}")
+    for path in chosen:
+        if path not in kinds:
+            known = ", ".join(map(repr, kinds)) or "none"
+            raise ModelError(f"no BN layer has this path; there are {known}. Received: {path!r}")
+        if path not in layers or not keras_graph.is_site(layers[path]):
+            raise ModelError(
+                f"'{path}' is a {kinds[path]} inside a TorchModuleWrapper; only Keras BN layers "
+                f"can be blended. Received: {path!r}"
+            )
+        if layers[path].moving_mean is None:
+            raise ModelError(
+                f"Layer '{path}' is not built yet, so it has no statistics; call the model on one "
+                "batch first. Received: an unbuilt layer"
+            )
+    return {path: layers[path] for path in chosen}
+
+
+# --- on the host ------------------------------------------------------------------------------
+
+
+def _numpy(tensor: Any) -> Array:
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+def _outgoing(tensor: Any) -> Array:
+    """An array of a type that numpy knows: half precision becomes float32."""
+    array = _numpy(tensor)
+    half = keras.backend.standardize_dtype(tensor.dtype) in ("float16", "bfloat16")
+    return array.astype(np.float32) if half else array
+
+
+def _moments(seen: Mapping[str, Sequence[Any]]) -> dict[str, Moments]:
+    merged = {}
+    for path, entries in seen.items():
+        parts = []
+        for count, mean, variance in entries:
+            number = int(_numpy(count))
+            mean64, variance64 = as_float64(_numpy(mean)), as_float64(_numpy(variance))
+            parts.append(Moments(number, mean64, variance64 * number))
+        if parts:
+            merged[path] = functools.reduce(Moments.merge, parts)
+    return merged

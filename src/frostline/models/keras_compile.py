@@ -1,0 +1,127 @@
+"""A pure pass of a Keras model, and its derivative, compiled by the backend that Keras runs on.
+
+A *pass* is ``f(mapping, traced, blend, *rest)``: it reads the variables in ``mapping`` from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def compiled(
+    forward: Callable[..., Any],
+    variables: list[Any],
+    states: list[Any],
+    *,
+    slope: bool,
+    eager: bool,
+) -> Callable[..., Any]:
+    """Return ``f(seeds, blend, *rest)``, compiled on TensorFlow and JAX.
+
+    Args:
+        forward: The pass; returns anything, or with ``slope`` losses of shape ``(n,)``.
+        variables: All variables that it may read.
+        states: Those of them whose values are ``seeds``.
+        slope: Return ``(losses, d mean(losses) / d blend)``.
+        eager: Do not compile.
+    """
+    make = {"jax": _on_jax, "tensorflow": _on_tensorflow, "torch": _on_torch}
+    return make[keras.backend.backend()](forward, variables, states, slope, eager)
+
+
+def _on_jax(
+    forward: Callable[..., Any],
+    variables: list[Any],
+    states: list[Any],
+    slope: bool,
+    eager: bool,
+) -> Callable[..., Any]:
+    import jax
+
+    def run(values: Any, seeds: Any, blend: Any, *rest: Any) -> Any:
+        # Variables are arguments: what is read inside is their present value, not a constant.
+        mapping = [*zip(variables, values, strict=True), *zip(states, seeds, strict=True)]
+        answer = functools.partial(forward, mapping, not eager)
+        if not slope:
+            return answer(blend, *rest)
+
+        def mean(weights: Any) -> tuple[Any, Any]:
+            losses = answer(weights, *rest)
+            return ops.mean(losses), losses
+
+        (_, losses), gradient = jax.value_and_grad(mean, has_aux=True)(blend)
+        return losses, gradient
+
+    function: Callable[..., Any] = run if eager else jax.jit(run)
+    return lambda *arguments: function([v.value for v in variables], *arguments)
+
+
+def _on_tensorflow(
+    forward: Callable[..., Any],
+    variables: list[Any],  # noqa: ARG001 - a graph reads them when it runs
+    states: list[Any],
+    slope: bool,
+    eager: bool,
+) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    def run(seeds: Any, blend: Any, *rest: Any) -> Any:
+        answer = functools.partial(forward, list(zip(states, seeds, strict=True)), not eager)
+        if not slope:
+            return answer(blend, *rest)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(blend)
+            losses = answer(blend, *rest)
+            mean = tf.reduce_mean(losses)
+        zero = tf.UnconnectedGradients.ZERO
+        return losses, tape.gradient(mean, blend, unconnected_gradients=zero)
+
+    function: Callable[..., Any] = run if eager else tf.function(run, autograph=False)
+    return function
+
+
+def _on_torch(
+    forward: Callable[..., Any],
+    variables: list[Any],
+    states: list[Any],
+    slope: bool,
+    eager: bool,  # noqa: ARG001 - it always is
+) -> Callable[..., Any]:
+    import torch
+
+    def run(seeds: Any, blend: Any, *rest: Any) -> Any:
+        # Detached: the graph then holds what depends on the blend, not what weights depend on.
+        mapping = [
+            *((variable, variable.value.detach()) for variable in variables),
+            *zip(states, seeds, strict=True),
+        ]
+        if not slope:
+            with torch.no_grad():
+                return forward(mapping, False, blend, *rest)
+        with torch.enable_grad():
+            blend = blend.detach().requires_grad_(True)
+            losses = forward(mapping, False, blend, *rest)
+            mean = torch.mean(losses)
+            if not mean.requires_grad:  # no site on the way to the loss
+                return losses, torch.zeros_like(blend)
+            (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
+        return losses.detach(), torch.zeros_like(blend) if gradient is None else gradient
+
+    return run
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """Torch: keep no graph of what runs inside."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    with sys.modules["torch"].no_grad():
+        yield
