@@ -26,6 +26,7 @@ _EXPORTS = {
     "Report": "report.findings",
     "Site": "types",
     "convert": "repair",
+    "fold": "repair",
     "freeze": "repair",
     "layers": "layers",
     "lint": "diagnose",

@@ -1,4 +1,4 @@
-"""``sites``, ``phases``, ``freeze``, ``convert``: one model in, a table or a model file out."""
+"""``sites``, ``phases``, ``freeze``, ``convert``, ...: one model in, a table or a file out."""
 
 from __future__ import annotations
 
@@ -110,6 +110,23 @@ def convert(source: str, *, output: Path, policy: Policy | None, version: str | 
     ways = sorted({site.version or site.policy for site in after})
     typer.echo(
         f"{output}: {len(after)} BN layers converted, policy while frozen: {', '.join(ways)}"
+    )
+    return 0
+
+
+def fold(source: str, *, output: Path, force: bool) -> int:
+    """Fold the BN layers of a model into the layers before them and write the result."""
+    from frostline.models import view
+
+    model = load(source)
+    _sites(model)
+    _check_output(output, source, force=force)
+    folded = view(model).fold()
+    _save(folded.model, output, force=force)
+    alone = len(folded.replaced)
+    typer.echo(
+        f"{output}: {len(folded.absorbed)} BN layers folded into the layer before them"
+        + (f", {alone} turned into a layer that scales and shifts" if alone else "")
     )
     return 0
 

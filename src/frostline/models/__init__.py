@@ -38,6 +38,25 @@ class FlagCounts(Protocol):
         ...
 
 
+class FoldedModel(Protocol):
+    """A new model without BN layers, and where they went."""
+
+    @property
+    def model(self) -> Any:
+        """The new model."""
+        ...
+
+    @property
+    def absorbed(self) -> tuple[str, ...]:
+        """Paths of BN layers that are now part of the layer before them."""
+        ...
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Paths of BN layers in whose place is a layer that scales and shifts."""
+        ...
+
+
 class ModelView(Protocol):
     """What the rest of Frostline may ask of a model, whatever its framework."""
 
@@ -87,6 +106,10 @@ class ModelView(Protocol):
 
     def restore(self) -> int:
         """Turn our BN layers back into stock ones, in place; returns how many."""
+        ...
+
+    def fold(self) -> FoldedModel:
+        """Fold every BN layer at its stored statistics into a new model."""
         ...
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.models import keras_edit, keras_graph, keras_state
+from frostline.models import keras_edit, keras_fold, keras_graph, keras_state
 from frostline.types import Boundary, DataError, Policy, Site
 
 
@@ -124,6 +124,10 @@ class KerasView:
     def restore(self) -> int:
         """Turn our BN layers back into stock ones, in place; returns how many."""
         return keras_edit.to_stock(self.model)
+
+    def fold(self) -> keras_fold.Folded:
+        """Fold every BN layer at its stored statistics; the outcome is a new model."""
+        return keras_fold.fold(self.model)
 
     # --- the step -----------------------------------------------------------------------------
 
