@@ -13,6 +13,7 @@ import pytest
 from keras import ops
 
 import frostline as fl
+from frostline.attribution import path_integral
 from frostline.models import view
 from frostline.models.keras_blend import BlendForward
 from frostline.types import DataError, ModelError
@@ -359,6 +360,9 @@ def test_losses_and_gradient_equal_numpy_in_float64() -> None:
             wanted.append((above - below).mean() / 2e-5)
         np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(forward.losses(x, y, blend=blend), losses, rtol=1e-6)
+    gap = np.mean(numpy_losses(model, x, y, np.ones(3)) - numpy_losses(model, x, y, np.zeros(3)))
+    found = path_integral(lambda t: forward.gradient(x, y, blend=t)[1], gap)
+    np.testing.assert_allclose(found.shares.sum(), gap, rtol=0.05)
     assert forward.traces == (2 if COMPILED else 0)
 
 
