@@ -362,6 +362,19 @@ def test_recalibrate_a_file_to_the_statistics_of_its_data(
     assert out.read_bytes() == written
 
 
+def test_fold_a_file(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import keras
+
+    out = tmp_path / "plain.keras"
+    assert cli.main(["fold", str(models / "net.keras"), "-o", str(out)]) == 0
+    assert "2 BN layers folded" in capsys.readouterr().out
+    x = np.random.default_rng(0).normal(size=(5, 8, 8, 3)).astype(np.float32)
+    plain, stock = (keras.saving.load_model(path) for path in (out, models / "net.keras"))
+    np.testing.assert_allclose(plain.predict(x, verbose=0), stock.predict(x, verbose=0), atol=1e-5)
+    assert one_error("sites", out, capsys=capsys).startswith("error: no BatchNormalization layer")
+    assert "--force" in one_error("fold", models / "net.keras", "-o", out, capsys=capsys)
+
+
 def test_set_momentum_of_a_file(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

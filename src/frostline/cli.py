@@ -242,6 +242,20 @@ def set_momentum(
 
 
 @app.command()
+def fold(
+    model: ModelArgument,
+    output: OutputOption,
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Fold BN layers into the layers before them: plain Keras, for inference."""
+    _start(backend)
+    from frostline.commands import models
+
+    return models.fold(model, output=output, force=force)
+
+
+@app.command()
 def lint(
     model: ModelArgument,
     select: Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")] = None,

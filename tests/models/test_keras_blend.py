@@ -566,6 +566,35 @@ def test_words_for_bad_input() -> None:
         BlendForward(keras.Sequential([L.BatchNormalization()]))
 
 
+class Cell(L.Layer):
+    def __init__(self) -> None:
+        super().__init__(name="cell")
+        self.state_size = self.output_size = 3
+        self.norm = L.BatchNormalization(name="bn")
+
+    def build(self, shape: Any) -> None:
+        self.norm.build(shape)
+
+    def call(self, inputs: Any, states: Any, training: Any = None) -> Any:
+        state = ops.tanh(self.norm(inputs + states[0], training=training))
+        return state, [state]
+
+
+def test_a_site_inside_a_recurrent_layer_is_blended_but_not_recorded() -> None:
+    inputs = keras.Input((2, 3))
+    model = keras.Model(inputs, L.RNN(Cell(), name="rnn")(inputs))
+    x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 2, 3)).astype("float32")
+
+    def step(values: Any) -> Any:
+        return np.tanh((values - values.mean(0)) / np.sqrt(values.var(0) + 1e-3))
+
+    forward = BlendForward(model)
+    wanted = step(x[:, 1].astype(np.float64) + step(x[:, 0].astype(np.float64)))
+    np.testing.assert_allclose(forward.outputs(x, blend=1), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match="Received: 'rnn/cell/bn'"):
+        forward.outputs(x, blend=1, record=True)
+
+
 @pytest.mark.skipif(COMPILED, reason="torch modules run on the torch backend only")
 def test_bn_inside_a_torch_module_is_refused_by_its_path() -> None:
     import torch

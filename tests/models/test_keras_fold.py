@@ -178,6 +178,11 @@ def with_activation() -> Any:
     return keras.Model(inputs, BN(name="bn")(conv("c", activation="relu")(inputs)))
 
 
+def another_axis() -> Any:
+    inputs = keras.Input((4, 6))
+    return keras.Model(inputs, BN(axis=1, name="bn")(L.Dense(4)(inputs)))
+
+
 def output_is_read_twice() -> Any:
     inputs = keras.Input((6, 6, 3))
     x = conv("c")(inputs)
@@ -262,6 +267,7 @@ def numbers_of_a_data_set() -> Any:
 GRAPHS: dict[Callable[[], Any], tuple[tuple[str, ...], tuple[str, ...]]] = {
     plain: (("bn1",), ("bn2",)),
     with_activation: ((), ("bn",)),
+    another_axis: ((), ("bn",)),
     output_is_read_twice: ((), ("bn",)),
     output_is_an_output: ((), ("bn",)),
     two_norms_after_one_layer: ((), ("bn1", "bn2")),

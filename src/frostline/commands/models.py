@@ -225,9 +225,10 @@ def load(source: str) -> Any:
 
 
 def _save(model: Any, path: Path, *, force: bool) -> None:
-    from frostline.models.keras_files import save_model
+    with environment.native_noise_held_back():
+        from frostline.models.keras_files import save_model
 
-    save_model(model, path, overwrite=force)
+        save_model(model, path, overwrite=force)
 
 
 def _sites(model: Any) -> tuple[Site, ...]:

@@ -65,9 +65,14 @@ class BlendForward:
         self.traces = 0
         self._layers = _chosen(model, paths)
         self.paths = tuple(self._layers)
-        inner = [place.layer for place in keras_graph.walk(model)]
+        places = keras_graph.walk(model)
+        self._looped = [path for path in self.paths if _in_a_loop(places, path)]
         chosen = {id(layer) for layer in self._layers.values()}
-        self._others = [x for x in inner if keras_graph.is_site(x) and id(x) not in chosen]
+        self._others = [
+            place.layer
+            for place in places
+            if keras_graph.is_site(place.layer) and id(place.layer) not in chosen
+        ]
         self._given_loss = loss
         self._loss: PerSampleLoss | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -125,8 +130,13 @@ class BlendForward:
 
         Raises:
             DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
-            ModelError: ``statistics`` for an unknown site.
+            ModelError: ``statistics`` for an unknown site; ``record`` with a site inside an RNN.
         """
+        if record and self._looped:
+            raise ModelError(
+                "the moments of a BN layer inside a recurrent layer cannot be recorded: its loop "
+                f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
+            )
         found, seen = self._run(
             "outputs", (x, None, None), blend, statistics, dropout, step, record
         )
@@ -325,6 +335,14 @@ def _chosen(model: Any, paths: Sequence[str] | None) -> dict[str, Any]:
                 "batch first. Received: an unbuilt layer"
             )
     return {path: layers[path] for path in chosen}
+
+
+def _in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
+    """Whether a recurrent layer runs the site, in a loop that only the backend sees."""
+    above = set(keras_graph.ancestors(places, path))
+    return any(
+        place.path in above and isinstance(place.layer, keras.layers.RNN) for place in places
+    )
 
 
 # --- on the host ------------------------------------------------------------------------------
