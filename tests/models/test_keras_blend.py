@@ -65,9 +65,11 @@ def nested() -> tuple[Any, Any]:
     return keras.Model(inputs, L.Flatten()(x)), images()
 
 
-def sequential() -> tuple[Any, Any]:
-    parts = [keras.Input((5, 5, 3)), L.Conv2D(4, 3), L.BatchNormalization(), L.Activation("tanh")]
-    return keras.Sequential([*parts, L.Conv2D(2, 3), L.BatchNormalization()]), images()
+def sequential(layer: Any = L.BatchNormalization) -> tuple[Any, Any]:
+    first, last = layer(name="b1"), layer(name="b2", scale=False)
+    parts = [L.Dense(4), first, L.Activation("tanh"), L.Dense(3), last]
+    x = np.random.default_rng(2).normal(0, 1, (SAMPLES, 4)).astype("float32")
+    return keras.Sequential([keras.Input((4,)), *parts]), x
 
 
 class Net(keras.Model):
@@ -121,16 +123,10 @@ def timewise() -> tuple[Any, Any]:
 
 
 def frozen_ours(policy: Any) -> tuple[Any, Any]:
-    model, x = residual(functools.partial(fl.layers.BatchNormalization, policy=policy))
+    model, x = sequential(functools.partial(fl.layers.BatchNormalization, policy=policy))
     for layer in norms(model):
         layer.trainable = False
     return model, x
-
-
-def own_call() -> tuple[Any, Any]:
-    parts = [L.Dense(4), Activated(name="b1"), L.Dense(3), Activated(name="b2", scale=False)]
-    rng = np.random.default_rng(2)
-    return keras.Sequential([keras.Input((4,)), *parts]), rng.normal(0, 1, (SAMPLES, 4)).astype("f")
 
 
 def half() -> tuple[Any, Any]:
@@ -151,7 +147,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "timewise": timewise,
     "ours-inference": lambda: frozen_ours("inference"),
     "ours-batch": lambda: frozen_ours("batch"),
-    "own-call": own_call,
+    "own-call": lambda: sequential(Activated),
     "half": half,
 }
 
