@@ -144,6 +144,8 @@ def test_channels_first(backend: str) -> None:
         ((4, 3, 5), -1, L.DepthwiseConv2D),
         ((None, None, 5), 3, L.DepthwiseConv2D),
         ((5, 3, 4), 1, L.EinsumDense),
+        ((4, 4), 1, L.EinsumDense),
+        ((4, 4, 4), 2, L.EinsumDense),
         ((2, 4, 3, 5), -1, L.EinsumDense),
     ],
 )
@@ -312,6 +314,13 @@ def test_no_plain_layer_for_an_inner_axis_under_a_mask() -> None:
     inputs = keras.Input((7, 3))
     model = keras.Model(inputs, BN(axis=1, name="odd")(L.Masking()(inputs)))
     with pytest.raises(ModelError, match=r"'odd' cannot be folded.*axis=1"):
+        fl.fold(model)
+
+
+def test_no_plain_layer_for_an_inner_axis_of_any_size() -> None:
+    inputs = keras.Input((4, None))
+    model = keras.Model(inputs, BN(axis=1, name="odd")(inputs))
+    with pytest.raises(ModelError, match=r"'odd' cannot be folded.*\(None, 4, None\)"):
         fl.fold(model)
 
 

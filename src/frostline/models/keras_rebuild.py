@@ -169,6 +169,11 @@ class Rebuild:
                 f"'{self.paths[key]}' cannot be folded: no plain layer scales axis {axis} and "
                 f"passes a mask on. Received: a BN layer with axis={site.axis} and masks"
             )
+        if not last and None in shape[1:]:
+            raise ModelError(
+                f"'{self.paths[key]}' cannot be folded: no plain layer scales and shifts axis "
+                f"{axis} of inputs whose size is not fixed. Received: input shape {shape}"
+            )
         if self.masked:
             # The one plain layer that passes masks on; its kernel is a diagonal matrix.
             made: Any = L.Dense(shape[axis], **settings)
@@ -176,8 +181,11 @@ class Rebuild:
             made = L.DepthwiseConv2D(1, data_format="channels_last", **settings)
         else:
             axes = _LETTERS[: len(shape)]
+            # Over all axes, if not over the last: Keras on TensorFlow adds a bias of shape (n, 1)
+            # along the last axis where that one has length n too.
+            bias = axes[axis] if last else axes[1:]
             made = L.EinsumDense(
-                f"{axes},{axes[axis]}->{axes}", shape[1:], bias_axes=axes[axis], **settings
+                f"{axes},{axes[axis]}->{axes}", shape[1:], bias_axes=bias, **settings
             )
         self.copies[key], self.originals[key] = made, site
         return made
@@ -189,8 +197,11 @@ class Rebuild:
             if is_site(original):
                 scale, shift = self.factors[key]
                 kernel = np.diag(scale) if isinstance(copy, L.Dense) else scale
+                rank = len(self.shapes[key])
                 copy.kernel.assign(kernel.reshape(copy.kernel.shape))
-                copy.bias.assign(shift.reshape(copy.bias.shape))
+                along = [1] * len(copy.bias.shape)
+                along[original.axis % len(self.shapes[key]) - 1 if len(along) > 1 else 0] = -1
+                copy.bias.assign(np.broadcast_to(shift.reshape(along), copy.bias.shape).copy())
             elif key in self.absorbing:
                 self._write_absorbing(original, copy)
             elif isinstance(original, keras.Layer):
