@@ -233,8 +233,7 @@ def resolve(model: Any, reference: Any) -> Boundary:
             out of range.
     """
     places = walk(model)
-    tops = sum(place.parent is None for place in places)
-    end = Boundary(path=None, index=tops)
+    end = Boundary(path=None, index=len(_children(model)))
     if isinstance(reference, Boundary):
         reference = reference.path
     if reference is None:
@@ -246,7 +245,7 @@ def resolve(model: Any, reference: Any) -> Boundary:
     elif isinstance(reference, float):
         place = _by_fraction(places, reference)
     else:
-        place = _by_index(places, reference, tops)
+        place = _by_index(places, reference, _children(model))
     return end if place is None else Boundary(path=place.path, index=place.top)
 
 
@@ -296,7 +295,9 @@ def _by_fraction(places: tuple[Place, ...], reference: float) -> Place | None:
     return leaves[cut] if cut < len(leaves) else None
 
 
-def _by_index(places: tuple[Place, ...], reference: Any, tops: int) -> Place | None:
+def _by_index(
+    places: tuple[Place, ...], reference: Any, top: list[tuple[Any, int]]
+) -> Place | None:
     try:
         index = None if isinstance(reference, bool) else operator.index(reference)
     except TypeError:
@@ -306,12 +307,10 @@ def _by_index(places: tuple[Place, ...], reference: Any, tops: int) -> Place | N
             "a boundary is a layer name, a path, an index, a fraction or a layer. "
             f"Received: {reference!r} ({type(reference).__name__})"
         )
-    if not -tops <= index <= tops:
+    count = len(top)
+    if not -count <= index <= count:
         raise ModelError(
-            f"boundary index must be between {-tops} and {tops} for this model's {tops} layers. "
+            f"boundary index must be between {-count} and {count} for this model's {count} layers. "
             f"Received: {reference!r}"
         )
-    if index == tops:
-        return None
-    wanted = index % tops
-    return next(place for place in places if place.parent is None and place.top == wanted)
+    return None if index == count else _by_layer(places, top[index][0])

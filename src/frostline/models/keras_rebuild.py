@@ -197,7 +197,6 @@ class Rebuild:
             if is_site(original):
                 scale, shift = self.factors[key]
                 kernel = np.diag(scale) if isinstance(copy, L.Dense) else scale
-                rank = len(self.shapes[key])
                 copy.kernel.assign(kernel.reshape(copy.kernel.shape))
                 along = [1] * len(copy.bias.shape)
                 along[original.axis % len(self.shapes[key]) - 1 if len(along) > 1 else 0] = -1
