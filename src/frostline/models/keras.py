@@ -136,8 +136,13 @@ class KerasView:
         x, y, weight = (_tensors(part) for part in (x, y, weight))
         self._build(x)
         with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
-        flags = tuple(bool(place.layer.trainable) for place in keras_graph.walk(model))
-        key = (training, with_loss, weight is not None, flags)
+        # What a compiled step holds as a constant; a step for other constants is another step.
+        flags = tuple(
+            (bool(place.layer.trainable), getattr(place.layer, "policy", None))
+            for place in keras_graph.walk(model)
+        )
+        objective = getattr(model, "_compile_loss", None) if with_loss else None
+        key = (training, objective, weight is not None, flags)
         if key not in self._steps:
             self._steps[key] = _compiled(model, training, with_loss)
         with _fixed_randomness(model, step), _readable_labels(model, y):
@@ -180,7 +185,16 @@ def _compiled(model: Any, training: bool, with_loss: bool) -> Callable[..., Any]
     states = [variable for variable, _ in _seed_states(model)]
 
     def step(mapping: list[tuple[Any, Any]], x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
-        with keras.StatelessScope(state_mapping=mapping):
+        if with_loss:
+            # Keras takes the weights that regularizers act on from the scope, never from the
+            # variable; and a scope forgets what `add_loss` and activity regularizers add unless
+            # it is told to collect.
+            mapped = {id(variable) for variable, _ in mapping}
+            mapping = [
+                *mapping,
+                *((v, v.value) for v in model.trainable_weights if id(v) not in mapped),
+            ]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=with_loss):
             outputs = model(x, training=training)
             if not with_loss:
                 return outputs, None

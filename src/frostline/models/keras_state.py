@@ -25,8 +25,8 @@ _COMPILED = (
     "loss",
     "loss_weights",
     "compiled",
-    "jit_compile",
-    "run_eagerly",
+    "_jit_compile",
+    "_run_eagerly",
     "steps_per_execution",
     "stop_training",
     "train_function",
@@ -36,7 +36,34 @@ _COMPILED = (
     "_compile_metrics",
     "_compile_config",
     "_loss_tracker",
+    "_jax_state",
+    "_jax_state_synced",
 )
+#: Those of them that build themselves from the first batch.
+_GROWING = ("optimizer", "_compile_loss", "_compile_metrics")
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """An object's attributes, and what the containers among them held."""
+
+    owner: Any
+    attributes: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, owner: Any) -> _Shell:
+        attributes = dict(vars(owner))
+        tracker = attributes.get("_tracker")  # has a set of ids per kind of object
+        containers = [*attributes.values(), *getattr(tracker, "stored_ids", {}).values()]
+        kept = [c for c in containers if isinstance(c, (list, dict, set))]
+        return cls(owner, attributes, [(c, _plain(c)) for c in kept])
+
+    def restore(self) -> None:
+        vars(self.owner).clear()
+        vars(self.owner).update(self.attributes)
+        for container, content in self.contents:
+            _refill(container, content)
 
 
 @dataclass(frozen=True)
@@ -47,7 +74,9 @@ class Snapshot:
     variable_flags: list[tuple[Any, bool]]
     layer_flags: list[tuple[Any, bool]]
     momenta: list[tuple[Any, float]]
+    policies: list[tuple[Any, Any]]
     compiled: list[tuple[Any, dict[str, Any]]]
+    shells: list[_Shell]
     buffers: list[tuple[Any, Any]]
     modes: list[tuple[Any, bool]]
     generators: Any
@@ -65,9 +94,28 @@ def variables_of(model: Any) -> list[Any]:
     for each in models_in(model):
         optimizer = getattr(each, "optimizer", None)
         slots = [] if optimizer is None else optimizer.variables
-        for variable in [*each.variables, *each.metrics_variables, *slots]:
+        unmet = _unmet_metric_variables(each)
+        for variable in [*each.variables, *each.metrics_variables, *slots, *unmet]:
             found.setdefault(id(variable), variable)
     return list(found.values())
+
+
+def _unmet_metric_variables(model: Any) -> list[Any]:
+    """Variables of metric objects that the model was compiled with but has not used yet."""
+    compiled = getattr(model, "_compile_metrics", None)
+    if compiled is None or compiled.built:
+        return []
+    given = keras.tree.flatten([compiled._user_metrics, compiled._user_weighted_metrics])
+    return [v for m in given if isinstance(m, keras.metrics.Metric) for v in m.variables]
+
+
+def _growing(model: Any) -> list[Any]:
+    """Objects below ``compile`` that attach variables to themselves when they meet a batch."""
+    found: list[Any] = []
+    for each in models_in(model):
+        found += [x for name in _GROWING if (x := getattr(each, name, None)) is not None]
+    inner = [getattr(each, "inner_optimizer", None) for each in found]
+    return [*found, *(each for each in inner if each is not None)]
 
 
 def snapshot(model: Any) -> Snapshot:
@@ -84,9 +132,11 @@ def snapshot(model: Any) -> Snapshot:
         variable_flags=[(v, v.trainable) for v in variables],
         layer_flags=[(layer, bool(layer.trainable)) for layer in layers],
         momenta=[(layer, layer.momentum) for layer in layers if is_site(layer)],
+        policies=[(layer, layer.policy) for layer in layers if _has_policy(layer)],
         compiled=[
             (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
         ],
+        shells=[_Shell.of(each) for each in _growing(model)],
         buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
         modes=[(module, module.training) for module in modules],
         generators=None if torch is None else _generators(torch),
@@ -95,6 +145,12 @@ def snapshot(model: Any) -> Snapshot:
 
 def restore(state: Snapshot) -> None:
     """Put everything back where it was; values that did not change are not touched."""
+    for layer, policy in state.policies:
+        if layer.policy != policy:
+            layer.policy = policy
+    for variable, value in state.values:
+        if _lost(variable):  # before flags: a live switch copies gamma and beta
+            variable.assign(value)
     for layer, flag in state.layer_flags:
         if bool(layer.trainable) != flag:
             layer.trainable = flag
@@ -111,6 +167,10 @@ def restore(state: Snapshot) -> None:
         for name, value in attributes.items():
             if model.__dict__.get(name) is not value:
                 setattr(model, name, value)
+        for name in set(_COMPILED) & set(model.__dict__) - set(attributes):
+            del model.__dict__[name]
+    for shell in state.shells:
+        shell.restore()
     for variable, value in state.values:
         if keras.ops.convert_to_numpy(variable).tobytes() != value.tobytes():
             variable.assign(value)
@@ -130,6 +190,50 @@ def preserved(model: Any) -> Iterator[None]:
         yield
     finally:
         restore(state)
+
+
+def _has_policy(layer: Any) -> bool:
+    return is_site(layer) and hasattr(layer, "policy")
+
+
+def _lost(variable: Any) -> bool:
+    """Whether the variable holds no value: on JAX, Keras takes it away while steps are running."""
+    if keras.backend.backend() != "jax":
+        return False
+    value = variable._value
+    return value is None or (hasattr(value, "is_deleted") and bool(value.is_deleted()))
+
+
+def _plain(container: Any) -> Any:
+    return _kind(container)(container)
+
+
+def _kind(container: Any) -> Any:
+    return next(each for each in (list, dict, set) if isinstance(container, each))
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its content back; untouched if it has it."""
+    if _identities(_plain(container)) == _identities(content):
+        return
+    kind = _kind(container)
+    add = "extend" if kind is list else "update"
+    if type(container).__module__.startswith("keras."):
+        # Keras' tracked containers would track all of it again: the plain methods do not.
+        kind.clear(container)
+        getattr(kind, add)(container, content)
+    else:
+        container.clear()
+        getattr(container, add)(content)
+
+
+def _identities(content: Any) -> Any:
+    # Variables compare by value, element by element; what matters here is which they are.
+    if isinstance(content, set):
+        return content
+    if isinstance(content, dict):
+        return [(key, id(value)) for key, value in content.items()]
+    return [id(value) for value in content]
 
 
 def _generators(torch: Any) -> tuple[Any, list[Any]]:
