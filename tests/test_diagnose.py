@@ -272,3 +272,25 @@ def test_wrong_input() -> None:
         fl.phases("model.keras", (X, Y))
     with pytest.raises(ModelError, match="Received"):
         fl.sites(3)
+
+
+def test_losses_that_layers_add_count_as_in_evaluate() -> None:
+    """Weight and activity regularizers: phase 0 has the loss that `evaluate` reports."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(6, kernel_regularizer="l2", activity_regularizer="l2"),
+            keras.layers.BatchNormalization(gamma_regularizer="l2"),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model.compile("adam", "binary_crossentropy")
+    for convert in (False, True):
+        if convert:
+            fl.convert(model)
+        table = fl.phases(model, (X[:64], Y[:64, None]), batch_size=32)
+        expected = model.evaluate(X[:64], Y[:64, None], batch_size=32, verbose=0)
+        assert table["0"].loss == pytest.approx(expected, rel=1e-5)
+        outputs = model.predict(X[:64], verbose=0)
+        assert expected > cross_entropy(Y[:64], outputs) + 0.05  # the regularizers do add
