@@ -20,7 +20,7 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ _DAMAGE = (
     LookupError,
     OverflowError,
     RuntimeError,  # zipfile: encrypted, or a method it does not know
+    DeprecationWarning,  # pickletools: a bad escape in a name, where warnings are errors
     EOFError,
     struct.error,
     zipfile.BadZipFile,
@@ -165,17 +166,17 @@ def _open_legacy(content: bytes) -> tuple[Any, Mapping[str, Array]]:
     if _interpret(stream) != _MAGIC:
         raise _RefusedError("it does not begin like a PyTorch file")
     if (protocol := _interpret(stream)) != _PROTOCOL:
-        raise _RefusedError(f"its protocol must be {_PROTOCOL}. Received: {protocol!r}")
+        raise _RefusedError(f"its protocol must be {_PROTOCOL}. Received: {_brief(protocol)}")
     system = _interpret(stream)
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise _RefusedError("it was written on a big-endian machine")
     skeleton = _interpret(stream)
     keys = _interpret(stream)
-    declared = {storage.key: storage for storage in _storages_of(skeleton)}
+    declared = _storages_of(skeleton)
     storages: dict[str, Array] = {}
-    for key in keys if isinstance(keys, list) else []:
+    for key in _expect(keys, list):
         (elements,) = struct.unpack("<q", stream.read(8))
-        storage = declared.get(key)
+        storage = declared.get(_expect(key, str))
         if storage is None or storage.elements != elements:
             raise _RefusedError(f"its storage {key!r} does not match the tensors that use it")
         size = elements * np.dtype(storage.dtype).itemsize
@@ -195,8 +196,8 @@ def _open_zip(content: bytes) -> tuple[Any, Mapping[str, Array]]:
                 raise _RefusedError(f"its byte order must be little. Received: {order!r}")
         skeleton = _interpret(io.BytesIO(_stored(archive, pickles[0])))
         storages = {
-            storage.key: _elements_of(_stored(archive, f"{root}data/{storage.key}"), storage)
-            for storage in _storages_of(skeleton)
+            key: _elements_of(_stored(archive, f"{root}data/{key}"), storage)
+            for key, storage in _storages_of(skeleton).items()
         }
     return skeleton, storages
 
@@ -208,10 +209,10 @@ def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-def _storages_of(skeleton: Any) -> Iterator[_Storage]:
-    for value in skeleton.values() if isinstance(skeleton, dict) else ():
-        if isinstance(value, _Tensor):
-            yield value.storage
+def _storages_of(skeleton: Any) -> dict[str, _Storage]:
+    """Return the storages that the tensors use, each one once, by their key."""
+    values = skeleton.values() if isinstance(skeleton, dict) else ()
+    return {value.storage.key: value.storage for value in values if isinstance(value, _Tensor)}
 
 
 def _elements_of(raw: bytes, storage: _Storage) -> Array:
@@ -369,9 +370,17 @@ def _expect(value: Any, kind: type) -> Any:
 def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _RefusedError(
-            f"sizes, strides and offsets are integers >= 0. Received: {value!r:.40}"
+            f"sizes, strides and offsets are integers >= 0. Received: {_brief(value)}"
         )
     return value
+
+
+def _brief(value: Any) -> str:
+    """Describe a value of the file; never the ``repr`` of a container.
+
+    Tuples that hold the one before twice, forty times over, have a ``repr`` of terabytes.
+    """
+    return repr(value)[:40] if isinstance(value, int | float | str) else type(value).__name__
 
 
 def _integers(values: Any) -> tuple[int, ...]:
