@@ -445,6 +445,69 @@ def test_parameters_only(ours: bool) -> None:
     assert "parameters only" in change.text
 
 
+@every_kind
+def test_unfreeze_without_a_boundary_thaws_everything(kind: str) -> None:
+    model = build(kind)
+    untouched = flags(model)
+    fl.freeze(model)
+    assert not model.trainable_variables
+    change = fl.unfreeze(model)
+    assert flags(model) == untouched
+    change.undo()
+    assert not model.trainable_variables
+    model.trainable = False
+    fl.unfreeze(model)
+    assert flags(model) == untouched
+
+
+@every_kind
+def test_statistics_only_flags_come_back(kind: str) -> None:
+    model = build(kind)
+    untouched = flags(model)
+    change = fl.freeze(model, params=False)
+    assert all(s.stats_frozen and not s.params_frozen for s in fl.sites(model))
+    assert "statistics only" in change.text
+    assert " 0 parameters" in change.text
+    again = fl.unfreeze(model, params=False)
+    assert flags(model) == untouched
+    again.undo()
+    assert all(s.stats_frozen for s in fl.sites(model))
+    change.undo()
+    assert flags(model) == untouched
+
+
+def test_statistics_only_trains_gamma_and_beta() -> None:
+    model = build("functional")  # a ReLU behind the site: without one, the next BN undoes beta
+    fl.freeze(model, "c2", params=False)
+    found = fl.sites(model)
+    assert [(s.params_frozen, s.stats_frozen) for s in found] == [(False, True), (False, False)]
+    model.compile(keras.optimizers.SGD(0.05), "sparse_categorical_crossentropy")
+    site = sites_of(model)[0]
+    before = site.get_weights()
+    model.fit(X, Y, batch_size=16, verbose=0)
+    moved = [not np.array_equal(a, b) for a, b in zip(before, site.get_weights(), strict=True)]
+    assert moved == [True, True, False, False]  # gamma, beta, mean, variance
+
+
+def test_half_a_freeze_says_what_a_file_forgets(tmp_path: Path) -> None:
+    model = build("functional")
+    change = fl.freeze(model, "c2", params=False)
+    assert any("after loading" in note for note in change.notes)
+    model.save(tmp_path / "model.keras")
+    loaded = fl.sites(keras.models.load_model(tmp_path / "model.keras"))
+    assert [s.stats_frozen for s in loaded] == [s.stats_frozen for s in fl.sites(model)]
+    assert loaded[0].params_frozen  # the loss that the note is about
+    assert not fl.sites(model)[0].params_frozen
+
+
+def test_our_layer_refuses_to_freeze_the_statistics_alone() -> None:
+    model = fl.convert(build("functional"))
+    before = flags(model)
+    with pytest.raises(ModelError, match=r"'bn1'.*fl\.restore"):
+        fl.freeze(model, params=False)
+    assert flags(model) == before
+
+
 def test_refused_freezes_change_nothing() -> None:
     model = build("functional")
     before = flags(model)
@@ -452,7 +515,6 @@ def test_refused_freezes_change_nothing() -> None:
         ({"until": "c3"}, "Closest: 'c2'"),
         ({"until": 40}, "between -8 and 8"),
         ({"until": 1.5}, r"between 0\.0 and 1\.0"),
-        ({"params": False}, "cannot train gamma and beta"),
         ({"params": False, "statistics": False}, "nothing to do"),
         ({"until": True}, "a layer name, a path"),
     ):

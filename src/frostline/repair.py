@@ -62,14 +62,16 @@ def freeze(
             layers (float in [0, 1]), or a layer. ``None`` freezes everything.
         params: Freeze kernels, biases, gamma and beta.
         statistics: Freeze the stored statistics of BN layers. With ``statistics=False`` gamma and
-            beta are frozen while the statistics move on.
+            beta are frozen while the statistics move on; with ``params=False`` stock BN layers use
+            their stored statistics while gamma and beta train.
 
     Returns:
         A change; ``undo()`` puts every flag back.
 
     Raises:
-        ModelError: Unknown boundary (with the closest names); ``params=False``, which Keras
-            cannot do; BN inside a ``TorchModuleWrapper``, whose statistics Keras cannot freeze.
+        ModelError: Unknown boundary (with the closest names); ``params=False`` for our own layer,
+            which freezes both together; BN inside a ``TorchModuleWrapper``, whose statistics Keras
+            cannot freeze.
     """
     return _switch(model, until, frozen=True, params=params, statistics=statistics)
 
@@ -255,8 +257,10 @@ def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistic
         )
     seen = view(model)
     boundary = seen.boundary(reference)
+    # No boundary means the end, and all of the model is before it, for thawing as well.
+    before = frozen or reference is None
     counts, undo = seen.set_frozen(
-        boundary, before=frozen, frozen=frozen, params=params, statistics=statistics
+        boundary, before=before, frozen=frozen, params=params, statistics=statistics
     )
     what = "" if params and statistics else " (parameters only)" if params else " (statistics only)"
     where = _where(boundary.path, reference, frozen)
@@ -267,7 +271,7 @@ def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistic
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=text,
-        notes=_notes(seen, counts.layers, counts.stock_sites),
+        notes=_notes(seen, counts.layers, counts.stock_sites, half=params != statistics),
         _undo=undo,
     )
 
@@ -278,10 +282,19 @@ def _where(path: str | None, reference: Any, frozen: bool) -> str:
     return f"before '{path}'" if frozen else f"from '{path}' on"
 
 
-def _notes(seen: Any, layers: int, stock_sites: int) -> tuple[str, ...]:
-    if not layers or not seen.compiled():
-        return ()
-    note = "the model is compiled: call compile() again, or the change of flags may not take effect"
-    if stock_sites == 0:
-        note += " (for the BN sites, which are Frostline's, it does at once)"
-    return (note,)
+def _notes(seen: Any, layers: int, stock_sites: int, *, half: bool) -> tuple[str, ...]:
+    notes = []
+    if layers and seen.compiled():
+        note = (
+            "the model is compiled: call compile() again, or the change of flags may not take "
+            "effect"
+        )
+        if stock_sites == 0:
+            note += " (for the BN sites, which are Frostline's, it does at once)"
+        notes.append(note)
+    if half and stock_sites:
+        notes.append(
+            "a saved model keeps the flag of a stock BN layer but not those of its gamma and beta: "
+            "do this again after loading"
+        )
+    return tuple(notes)

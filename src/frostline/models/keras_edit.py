@@ -94,7 +94,7 @@ def set_frozen(
     return Counts(
         layers=len(changed),
         sites=sum(is_site(place.layer) for place in changed),
-        parameters=sum(_parameters(place.layer) for place in changed),
+        parameters=sum(_parameters(place.layer) for place in changed) if params else 0,
         stock_sites=sum(is_site(place.layer) and not _ours(place.layer) for place in changed),
     )
 
@@ -146,14 +146,24 @@ def _set_place(place: Place, frozen: bool, params: bool, statistics: bool) -> bo
 
 
 def _set_half(place: Place, frozen: bool, params: bool) -> bool:
-    """Freeze or thaw gamma and beta of a BN layer while its statistics stay live."""
+    """Freeze or thaw either gamma and beta or the statistics of a BN layer, not the other."""
     layer = place.layer
-    if not params:
+    own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
+    if not params and _ours(layer):
         raise ModelError(
-            f"'{place.path}': Keras cannot train gamma and beta of a BN layer whose statistics are "
-            "frozen; freeze both (the default), or the parameters only (statistics=False). "
-            "Received: params=False"
+            f"'{place.path}': Frostline's layer freezes gamma and beta together with the "
+            "statistics; fl.restore(model) gives back the stock layer, which can freeze the "
+            "statistics alone. Received: params=False"
         )
+    if not params:
+        # Keras normalises by the flag of the layer, but trains by the flags of the variables.
+        if bool(layer.trainable) == (not frozen):
+            return False
+        kept = [(variable, bool(variable.trainable)) for variable in own]
+        layer.trainable = not frozen
+        for variable, value in kept:
+            variable.trainable = value
+        return True
     if _ours(layer):
         # Frozen under policy "update": gamma and beta are held, batch statistics and updates go on.
         wanted: tuple[bool, Policy] = (not frozen, "update" if frozen else layer.policy)
@@ -161,7 +171,6 @@ def _set_half(place: Place, frozen: bool, params: bool) -> bool:
             return False
         layer.trainable, layer.policy = wanted
         return True
-    own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
     if all(variable.trainable == (not frozen) for variable in own):
         return False
     for variable in own:

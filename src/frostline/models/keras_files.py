@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ from frostline.types import ModelError, OutputError
 
 SUFFIXES = (".keras", ".h5")
 
+_WAY_OUT = (
+    "For Lambda layers or layers of your own pass module:function, a function that returns the "
+    "model"
+)
+_log = logging.getLogger("frostline")
+
 
 def load_model(source: str) -> Any:
     """Load a Keras model.
@@ -26,7 +34,9 @@ def load_model(source: str) -> Any:
             arguments that returns a model; the module may be in the current folder.
 
     Returns:
-        The model, with its compile state where the file has one.
+        The model, with its compile state where the file has one. Keras cannot read every compile
+        state that it wrote into an ``.h5`` file; such a model comes back not compiled, and the log
+        says so.
 
     Raises:
         ModelError: No such file or function, an unreadable file, or not a model.
@@ -77,10 +87,24 @@ def _from_file(path: Path) -> Any:
         raise ModelError(f"{path} is a folder; MODEL is a .keras or .h5 file, or module:function")
     if path.suffix not in SUFFIXES:
         raise ModelError(f"a model file ends in .keras or .h5. Received: {path}")
+    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+        # Keras says "File not found" of a file whose end, where a zip has its index, is missing.
+        raise ModelError(f"{path}: not a whole .keras file; it is truncated or something else")
     try:
         return keras.saving.load_model(path, safe_mode=True)
     except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
-        raise ModelError(f"{path}: not a readable Keras model ({_line(error)})") from error
+        if path.suffix == ".h5" and (model := _not_compiled(path)) is not None:
+            _log.warning("%s: loaded without its compile state (%s)", path, _line(error))
+            return model
+        way_out = "" if isinstance(error, OSError) else f". {_WAY_OUT}"
+        raise ModelError(f"{path}: not a readable Keras model ({_line(error)}){way_out}") from error
+
+
+def _not_compiled(path: Path) -> Any | None:
+    try:
+        return keras.saving.load_model(path, safe_mode=True, compile=False)
+    except Exception:  # the first complaint is the one to report
+        return None
 
 
 def _from_function(source: str) -> Any:
