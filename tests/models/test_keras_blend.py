@@ -670,6 +670,61 @@ def test_training_afterwards_is_as_before() -> None:
     np.testing.assert_array_equal(model.predict(x, verbose=0), twin.predict(x, verbose=0))
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.function")
+@pytest.mark.parametrize("traced_before", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_tf_function_inside_the_model(traced_before: bool, eager: bool) -> None:
+    import tensorflow as tf
+
+    class Inner(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = L.BatchNormalization(name="bn")
+
+        @tf.function
+        def normalised(self, x: Any, training: bool) -> Any:
+            return self.norm(x, training=training)
+
+        def call(self, x: Any, training: Any = None) -> Any:
+            return self.normalised(x, training=bool(training))
+
+    model = Inner()
+    x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 3)).astype("float32")
+    model.norm.build(x.shape)
+    model.built = True
+    if traced_before:
+        model(x, training=False)
+    model.compile("sgd", "mse", run_eagerly=eager)
+    forward = BlendForward(model)
+    stored = x / np.sqrt(1 + 1e-3)
+    batch = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
+    for blend, wanted in ((1, batch), (0, stored), (1, batch)):
+        np.testing.assert_allclose(forward.outputs(x, blend=blend), wanted, rtol=1e-5, atol=1e-6)
+    assert forward.gradient(x, x, blend=0.5)[1].item() != 0
+    assert not tf.config.functions_run_eagerly()
+    np.testing.assert_allclose(model(x, training=False), stored, rtol=1e-5)
+
+
+@pytest.mark.skipif(COMPILED, reason="Keras itself cannot train such a model on the others")
+def test_gradient_of_a_rematerialised_model() -> None:
+    def make() -> Any:
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((6,))
+        x = L.BatchNormalization()(L.Dense(5)(inputs))
+        x = L.BatchNormalization()(L.Dense(4, activation="tanh")(x))
+        return keras.Model(inputs, L.Dense(1)(x))
+
+    plain = make()
+    with keras.RematScope(mode="full"):
+        remat = make()
+    x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 6)).astype("float32")
+    y = np.random.default_rng(1).normal(0, 1, (SAMPLES, 1)).astype("float32")
+    found, wanted = (
+        BlendForward(model, loss="mse").gradient(x, y, blend=0.5)[1] for model in (remat, plain)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def test_a_model_that_runs_eagerly_is_not_compiled() -> None:
     inputs = keras.Input((3,))
     model = keras.Model(inputs, L.BatchNormalization(name="bn")(inputs))

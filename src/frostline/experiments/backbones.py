@@ -52,6 +52,7 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )
 _EPSILON, _MOMENTUM = 1e-3, 0.99  # as the weights were trained, in Keras' convention
+_FORMAT = "channels_last"  # on every backend, whatever the user's keras.json says
 _TINY = "tiny"
 
 
@@ -80,6 +81,9 @@ def build(
         include_top: Keep the 1000-class ImageNet classifier, which returns logits for
             EfficientNet-Lite and probabilities for ``keras.applications``.
         dropout: Rate of a dropout layer in front of ``head``; 0 adds none.
+
+    Random weights, those of ``head`` too, come from Keras' initializers:
+    ``keras.utils.set_random_seed`` before the call repeats them.
 
     Returns:
         An uncompiled model of images preprocessed by :func:`preprocess`, shape
@@ -111,7 +115,7 @@ def build(
         return model
     features = model.output
     if len(features.shape) == 4:
-        features = keras.layers.GlobalAveragePooling2D(name="pool")(features)
+        features = keras.layers.GlobalAveragePooling2D(_FORMAT, name="pool")(features)
     if classes is not None:
         if dropout:
             features = keras.layers.Dropout(dropout, name="head_dropout")(features)
@@ -188,7 +192,7 @@ def _lite(name: str, image_size: int, include_top: bool) -> keras.Model:
     x = _conv_bn(x, "top", 1280, 1, 1)
     x = keras.layers.ReLU(6.0, name="top_relu")(x)
     if include_top:
-        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        x = keras.layers.GlobalAveragePooling2D(_FORMAT, name="pool")(x)
         x = keras.layers.Dense(1000, name="logits")(x)
     return keras.Model(inputs, x, name=name.replace("-", "_"))
 
@@ -200,7 +204,12 @@ def _block(x: Any, name: str, *, kernel: int, stride: int, expansion: int, filte
         x = _conv_bn(x, f"{name}_expand", channels * expansion, 1, 1)
         x = keras.layers.ReLU(6.0, name=f"{name}_expand_relu")(x)
     x = keras.layers.DepthwiseConv2D(
-        kernel, stride, padding="same", use_bias=False, name=f"{name}_depthwise_conv"
+        kernel,
+        stride,
+        padding="same",
+        use_bias=False,
+        data_format=_FORMAT,
+        name=f"{name}_depthwise_conv",
     )(x)
     x = _bn(x, f"{name}_depthwise")
     x = keras.layers.ReLU(6.0, name=f"{name}_depthwise_relu")(x)
@@ -212,7 +221,13 @@ def _block(x: Any, name: str, *, kernel: int, stride: int, expansion: int, filte
 
 def _conv_bn(x: Any, name: str, filters: int, kernel: int, stride: int) -> Any:
     x = keras.layers.Conv2D(
-        filters, kernel, stride, padding="same", use_bias=False, name=f"{name}_conv"
+        filters,
+        kernel,
+        stride,
+        padding="same",
+        use_bias=False,
+        data_format=_FORMAT,
+        name=f"{name}_conv",
     )(x)
     return _bn(x, name)
 
@@ -249,9 +264,15 @@ def _load_lite(model: keras.Model, name: str) -> None:
             )
         path = Path(opened.enter_context(importlib.resources.as_file(files[0])))
         tensors = read_tensors(path)
-    for layer in model.layers:
-        if layer.weights:
-            layer.set_weights(_layer_tensors(layer, tensors))
+    try:
+        for layer in model.layers:
+            if layer.weights:
+                layer.set_weights(_layer_tensors(layer, tensors))
+    except (KeyError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ModelError(
+            f"the tensors of package {package} do not fit {name}. Received: {reason}"
+        ) from problem
 
 
 def _layer_tensors(layer: Any, tensors: Mapping[str, Array]) -> list[Array]:
@@ -306,11 +327,11 @@ def _tiny(image_size: int) -> keras.Model:
 def _applications() -> dict[str, tuple[types.ModuleType, Any]]:
     """Lower-case architecture name -> (its module with ``preprocess_input``, its constructor)."""
     found: dict[str, tuple[types.ModuleType, Any]] = {}
-    for module in vars(keras.applications).values():
-        if isinstance(module, types.ModuleType) and hasattr(module, "preprocess_input"):
-            for name, value in vars(module).items():
-                if inspect.isfunction(value) and name[0].isupper():
-                    found[name.lower()] = (module, value)
+    for name, value in vars(keras.applications).items():
+        if inspect.isfunction(value):
+            # By the constructor's home: MobileNetV3's public module has the preprocessing alone.
+            module = getattr(keras.applications, value.__module__.rpartition(".")[2])
+            found[name.lower()] = (module, value)
     return found
 
 

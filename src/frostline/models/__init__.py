@@ -57,6 +57,61 @@ class FoldedModel(Protocol):
         ...
 
 
+class Forward(Protocol):
+    """Forward passes with λ and the stored statistics as arguments; the model never changes.
+
+    ``blend`` is one number or has one per entry of ``paths``; ``statistics`` maps paths to (mean,
+    biased variance) that replace what is stored; ``step`` is the batch's number, which fixes the
+    dropout masks.
+    """
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sites, in the order of the blend vector."""
+        ...
+
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Any:
+        """Outputs of one batch; with ``record`` a pair of them and path -> moments."""
+        ...
+
+    def losses(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> Array:
+        """Loss of each sample, shape ``(n,)``, float64."""
+        ...
+
+    def gradient(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> tuple[Array, Array]:
+        """Losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
+        ...
+
+
 class ModelView(Protocol):
     """What the rest of Frostline may ask of a model, whatever its framework."""
 

@@ -278,6 +278,7 @@ class BlendForward:
         x: Any,
         y: Any,
         sample_weight: Any,
+        then: Callable[[Any], Any] | None = None,
     ) -> Any:
         self.traces += traced
         seen: dict[str, list[Any]] = {path: [] for path in self.paths}
@@ -289,7 +290,9 @@ class BlendForward:
             if kind == "outputs":
                 return outputs, seen
             assert self._loss is not None
-            return self._loss.call(y, outputs, sample_weight)
+            losses = self._loss.call(y, outputs, sample_weight)
+            # Inside: a rematerialised layer runs again while torch differentiates.
+            return losses if then is None else then(losses)
 
     @contextmanager
     def _blended(

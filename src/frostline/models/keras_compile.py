@@ -1,6 +1,7 @@
 """A pure pass of a Keras model, and its derivative, compiled by the backend that Keras runs on.
 
 A *pass* is ``f(mapping, traced, blend, *rest)``: it reads the variables in ``mapping`` from there.
+With ``then=`` it returns ``then(answer)``, formed before the model's layers are their own again.
 """
 
 from __future__ import annotations
@@ -75,16 +76,39 @@ def _on_tensorflow(
     def run(seeds: Any, blend: Any, *rest: Any) -> Any:
         answer = functools.partial(forward, list(zip(states, seeds, strict=True)), not eager)
         if not slope:
-            return answer(blend, *rest)
+            with _inlined_functions():
+                return answer(blend, *rest)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(blend)
-            losses = answer(blend, *rest)
+            with _inlined_functions():
+                losses = answer(blend, *rest)
             mean = tf.reduce_mean(losses)
         zero = tf.UnconnectedGradients.ZERO
         return losses, tape.gradient(mean, blend, unconnected_gradients=zero)
 
-    function: Callable[..., Any] = run if eager else tf.function(run, autograph=False)
+    if eager:
+        return run
+    function: Callable[..., Any] = tf.function(run, autograph=False)
+    # One trace per kind and batch shape is the plan, not the accident that TensorFlow warns of.
+    vars(function)["_omit_frequent_tracing_warning"] = True
     return function
+
+
+@contextmanager
+def _inlined_functions() -> Iterator[None]:
+    """TensorFlow: make a ``tf.function`` inside the model part of the pass.
+
+    It would otherwise answer from a trace of its own that knows nothing of λ, or keep one made
+    here, which holds tensors of the pass and breaks the model for everybody else.
+    """
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 def _on_torch(
@@ -107,11 +131,13 @@ def _on_torch(
                 return forward(mapping, False, blend, *rest)
         with torch.enable_grad():
             blend = blend.detach().requires_grad_(True)
-            losses = forward(mapping, False, blend, *rest)
-            mean = torch.mean(losses)
-            if not mean.requires_grad:  # no site on the way to the loss
-                return losses, torch.zeros_like(blend)
-            (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
+            return forward(mapping, False, blend, *rest, then=functools.partial(slopes, blend))
+
+    def slopes(blend: Any, losses: Any) -> tuple[Any, Any]:
+        mean = torch.mean(losses)
+        if not mean.requires_grad:  # no site on the way to the loss
+            return losses, torch.zeros_like(blend)
+        (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
         return losses.detach(), torch.zeros_like(blend) if gradient is None else gradient
 
     return run
