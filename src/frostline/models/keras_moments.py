@@ -22,7 +22,8 @@ import numpy as np
 from keras import ops
 
 from frostline.models.keras_graph import walk
-from frostline.models.keras_tape import Program, Slot, Step, closed, graph_of, record, schedule
+from frostline.models.keras_tape import graph_of, record
+from frostline.models.tape import Program, Slot, Step, closed, schedule
 from frostline.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 
