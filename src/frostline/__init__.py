@@ -23,7 +23,7 @@ _EXPORTS = {
     "ModelError": "types",
     "OutputError": "types",
     "PhaseTable": "types",
-    "Report": "report.findings",
+    "Report": "report.report",
     "Site": "types",
     "convert": "repair",
     "fold": "repair",

@@ -8,7 +8,7 @@ from typing import Any
 
 from frostline import measure, rules
 from frostline.models import facts, view
-from frostline.report.findings import Report
+from frostline.report.report import Report
 from frostline.types import Finding, ModelError, PhaseTable, Site
 
 

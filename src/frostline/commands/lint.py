@@ -11,7 +11,7 @@ from typing import Literal
 import typer
 
 from frostline import rules
-from frostline.report import findings, text
+from frostline.report import github, terminal, text
 
 
 def run(
@@ -39,11 +39,11 @@ def run(
     if output is not None:
         report.save(output)
     if format == "json":
-        typer.echo(json.dumps(report.as_dict(), indent=2, allow_nan=False))
+        typer.echo(report.as_json(), nl=False)
     elif format == "github":
-        typer.echo(findings.as_github(report), nl=False)
+        typer.echo(github.as_github(report), nl=False)
     else:
-        text.console().print(findings.as_text(report))
+        text.console().print(terminal.as_text(report))
     return 0 if report.clean else 1
 
 

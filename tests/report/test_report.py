@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from frostline.report import findings, text
-from frostline.report.findings import Report
+from frostline.report import github, terminal, text
+from frostline.report import report as module
+from frostline.report.report import Report
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
 
 pytestmark = pytest.mark.once
@@ -103,13 +104,13 @@ def test_names_are_never_markup_nor_commands(name: str) -> None:
     lines = str(report).splitlines()
     assert f"  at {shown}" in lines
     assert f"model {shown}" in lines
-    assert "\x1b" not in text.render(findings.as_text(report), width=60)
-    assert len(findings.as_github(report).splitlines()) == 1
+    assert "\x1b" not in text.render(terminal.as_text(report), width=60)
+    assert len(github.as_github(report).splitlines()) == 1
 
 
 def test_github_annotations() -> None:
     odd = finding(sites=("a%b", "c"), severity="info", message="100% off: look")
-    assert findings.as_github(replace(REPORT, findings=(odd, STALE))).splitlines() == [
+    assert github.as_github(replace(REPORT, findings=(odd, STALE))).splitlines() == [
         "::notice title=FL101 frozen-uses-batch-statistics::a%25b, c: 100%25 off: look",
         (
             "::warning title=FL203 stale-running-statistics::head/bn: "
@@ -122,14 +123,14 @@ def test_json_round_trip(tmp_path: Path) -> None:
     path = REPORT.save(tmp_path / "report.json")
     plain = json.loads(path.read_text())
     assert plain == REPORT.as_dict()
-    assert plain["schema_version"] == findings.SCHEMA_VERSION
+    assert plain["schema_version"] == module.SCHEMA_VERSION
     assert Report.from_dict(plain) == REPORT
 
 
 def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     report = replace(REPORT, findings=(finding(evidence={"gain": math.inf, "lowest": math.nan}),))
     plain = json.loads(report.save(tmp_path / "r.json").read_text())
-    assert plain["findings"][0]["evidence"] == {"gain": None, "lowest": None}
+    assert plain["findings"][0]["evidence"] == {"gain": "Infinity", "lowest": "NaN"}
 
 
 @pytest.mark.parametrize(
