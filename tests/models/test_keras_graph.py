@@ -195,7 +195,7 @@ def test_an_index_counts_a_layer_that_was_met_deeper_down() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("frist/bn1", r"not a layer of this model\. Closest: 'first/bn1'.*Received: 'frist/bn1'"),
+        ("firzt/bn1", r"not a layer of this model\. Closest: 'first/bn1'.*Received: 'firzt/bn1'"),
         ("zzzz", r"Its layers go from 'in' to 'head'"),
         ("bn1", r"names 2 layers; use one of the paths 'first/bn1', 'second/bn1'"),
         (5, r"between -4 and 4"),
