@@ -11,7 +11,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import keras
+import numpy as np
+from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from_hdf5_group
 
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
@@ -36,7 +39,7 @@ def load_model(source: str) -> Any:
     Returns:
         The model, with its compile state where the file has one. Keras cannot read every compile
         state that it wrote into an ``.h5`` file; such a model comes back not compiled, and the log
-        says so.
+        says so. The optimizer state of an ``.h5`` file, which Keras drops, is read here.
 
     Raises:
         ModelError: No such file or function, an unreadable file, or not a model.
@@ -91,13 +94,38 @@ def _from_file(path: Path) -> Any:
         # Keras says "File not found" of a file whose end, where a zip has its index, is missing.
         raise ModelError(f"{path}: not a whole .keras file; it is truncated or something else")
     try:
-        return keras.saving.load_model(path, safe_mode=True)
+        model = keras.saving.load_model(path, safe_mode=True)
+        return _with_optimizer_state(model, path) if path.suffix == ".h5" else model
     except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
         if path.suffix == ".h5" and (model := _not_compiled(path)) is not None:
             _log.warning("%s: loaded without its compile state (%s)", path, _line(error))
             return model
         way_out = "" if isinstance(error, OSError) else f". {_WAY_OUT}"
         raise ModelError(f"{path}: not a readable Keras model ({_line(error)}){way_out}") from error
+
+
+def _with_optimizer_state(model: Any, path: Path) -> Any:
+    """Give a model from an ``.h5`` file an optimizer that knows its variables, with its slots.
+
+    Keras 3 builds that optimizer for the variables of the outermost model alone, of which there are
+    none, and the first training step then fails with "Unknown variable".
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return model
+    with h5py.File(path) as file:
+        if "optimizer_weights" not in file:
+            return model
+        values = [np.array(each) for each in load_optimizer_weights_from_hdf5_group(file)]
+    fresh = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
+    fresh.build(model.trainable_variables)
+    if [v.shape for v in values] == [tuple(v.shape) for v in fresh.variables]:
+        for variable, value in zip(fresh.variables, values, strict=True):
+            variable.assign(value)
+    else:
+        _log.warning("%s: its optimizer starts anew: its state fits other variables", path)
+    model.optimizer = fresh
+    return model
 
 
 def _not_compiled(path: Path) -> Any | None:
