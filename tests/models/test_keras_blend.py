@@ -738,3 +738,48 @@ def test_a_model_that_runs_eagerly_is_not_compiled() -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     np.testing.assert_allclose(slope, other, rtol=1e-5)
     assert forward.traces == (1 if COMPILED else 0)
+
+
+# --- outputs and losses together, and the model's own passes ------------------------------------
+
+
+def test_an_outcome_is_outputs_losses_and_moments_of_one_pass() -> None:
+    model, x, y = dense_model()
+    forward = BlendForward(model)
+    blend = [0.3, 0.8, 0.5]
+    outcome = forward.outcome(x, y, blend=blend, record=True)
+    np.testing.assert_allclose(outcome.losses, numpy_losses(model, x, y, blend), rtol=1e-5)
+    outputs, moments = forward.outputs(x, blend=blend, record=True)
+    np.testing.assert_allclose(outcome.outputs, outputs, rtol=1e-6)
+    for path, each in moments.items():
+        np.testing.assert_allclose(outcome.moments[path].mean, each.mean, rtol=1e-6)
+    assert forward.outcome(x, y, blend=blend).moments == {}
+
+
+@pytest.mark.parametrize("name", ["residual", "nested", "ours-batch", "ours-inference", "own-call"])
+@pytest.mark.parametrize("training", [False, True])
+def test_own_passes_are_those_of_the_model(name: str, training: bool) -> None:
+    model, x = build(name)
+    before = state(model)
+    loss = {"class_name": "MeanSquaredError", "config": {}}
+    zeros = np.zeros_like(arrays(model(x))[0])
+    outcome = BlendForward(model, loss=loss).own(x, zeros, training=training)
+    assert state(model) == before
+    with keras.StatelessScope(), exact_moments(model):
+        wanted = model(x, training=training)
+    # Torch: Keras' own variance is E[x²] − E[x]².
+    assert_outputs(outcome.outputs, wanted, 1e-6 if COMPILED or not training else 1e-5)
+    losses = np.square(outcome.outputs.astype(np.float64)).reshape(SAMPLES, -1).mean(1)
+    np.testing.assert_allclose(outcome.losses, losses, rtol=1e-5)
+
+
+def test_own_passes_follow_the_flags() -> None:
+    model, x = build("residual")
+    forward = BlendForward(model, loss="mse")
+    zeros = np.zeros_like(arrays(model(x))[0])
+    inference = forward.own(x, zeros, training=False)
+    thawed = forward.own(x, zeros, training=True)
+    model.trainable = False
+    frozen = forward.own(x, zeros, training=True)
+    np.testing.assert_allclose(frozen.losses, inference.losses, rtol=1e-6)
+    assert np.abs(thawed.losses - frozen.losses).max() > 1e-3

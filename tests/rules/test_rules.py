@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from frostline import rules
+from frostline.measurement import Measurement
 from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.rules import Hit, Rule
 from frostline.types import FrostlineError, Site
@@ -383,6 +384,27 @@ def test_bad_registrations_are_refused(code: str, name: str, words: str) -> None
     with pytest.raises(ValueError, match=words):
         rules.rule(code, name, severity="info")(nothing)
     assert rules.all_rules() == before
+
+
+def test_rules_on_data_get_the_measurement_and_are_skipped_without() -> None:
+    def few(model: ModelFacts, measured: Measurement, *, least: int = 100) -> Iterator[Hit]:
+        """Few samples."""
+        if measured.samples < least:
+            yield Hit(sites=(), message=f"{measured.samples} samples", evidence={})
+
+    rule = Rule(
+        code="FL399", name="few-samples", severity="info", needs="data", fix=None, check=few
+    )
+    known = ModelFacts(sites=(facts(),))
+    measured = Measurement(samples=16, batch_size=8, task="unknown")
+    found, skipped = rules.check(known, [rule], measurement=measured)
+    assert [(each.code, each.message) for each in found] == [("FL399", "16 samples")]
+    assert skipped == ()
+    least = {"FL399": {"least": 10}}
+    assert rules.check(known, [rule], measurement=measured, options=least) == ((), ())
+    found, skipped = rules.check(known, [rule])
+    assert found == ()
+    assert [each.reason for each in skipped] == ["needs data: frostline diagnose"]
 
 
 PLUGIN = '''

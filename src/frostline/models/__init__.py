@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from frostline.stats import Moments
 from frostline.types import Array, Boundary, ModelError, Policy, Site
 
 
@@ -55,6 +57,21 @@ class FoldedModel(Protocol):
     def replaced(self) -> tuple[str, ...]:
         """Paths of BN layers in whose place is a layer that scales and shifts."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What one pass of one batch gave.
+
+    Attributes:
+        outputs: Arrays in the structure of the model's outputs, float32 at least.
+        losses: Loss of each sample, shape ``(n,)``, float64.
+        moments: Path -> moments of what the site saw; empty unless recorded.
+    """
+
+    outputs: Any
+    losses: Array
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
 class Forward(Protocol):
@@ -109,6 +126,27 @@ class Forward(Protocol):
         step: int = 0,
     ) -> tuple[Array, Array]:
         """Losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
+        ...
+
+    def outcome(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Outcome:
+        """Outputs, losses and, with ``record``, the sites' moments of one pass together."""
+        ...
+
+    def own(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> Outcome:
+        """Outputs and losses of the model's own pass, every layer as its flags have it."""
         ...
 
 

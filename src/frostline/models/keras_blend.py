@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
 
 import keras
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from frostline.models import keras_graph
+from frostline.models import Outcome, keras_graph
 from frostline.models.keras import _fixed_randomness, _seed_states, _seeds, _tensors
 from frostline.models.keras_blend_call import blended_call, stored_call
 from frostline.models.keras_compile import compiled, without_gradients
@@ -132,11 +132,8 @@ class BlendForward:
             DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
             ModelError: ``statistics`` for an unknown site; ``record`` with a site inside an RNN.
         """
-        if record and self._looped:
-            raise ModelError(
-                "the moments of a BN layer inside a recurrent layer cannot be recorded: its loop "
-                f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
-            )
+        if record:
+            self._require_recordable()
         found, seen = self._run(
             "outputs", (x, None, None), blend, statistics, dropout, step, record
         )
@@ -186,6 +183,52 @@ class BlendForward:
         losses, slope = self._run("gradient", batch, blend, statistics, dropout, step)
         return as_float64(_numpy(losses)), as_float64(_numpy(slope))
 
+    def outcome(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Outcome:
+        """Return outputs, losses and, if asked, the sites' moments of one pass together.
+
+        Arguments and errors are those of :meth:`outputs` and :meth:`losses`.
+        """
+        if record:
+            self._require_recordable()
+        batch = (x, y, sample_weight)
+        found, losses, seen = self._run(
+            "outcome", batch, blend, statistics, dropout, step, record=record
+        )
+        return Outcome(
+            outputs=keras.tree.map_structure(_outgoing, found),
+            losses=as_float64(_numpy(losses)),
+            moments=_moments(seen) if record else {},
+        )
+
+    def own(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> Outcome:
+        """Return outputs and losses of the model's own pass: every layer as its flags have it.
+
+        Args:
+            x: Inputs of one batch.
+            y: Labels of one batch.
+            sample_weight: Of one batch.
+            training: The ``training`` argument of the model's call; nothing is updated.
+            step: Number of the batch; fixes the dropout masks.
+        """
+        kind = "own training" if training else "own inference"
+        found, losses, _ = self._run(kind, (x, y, sample_weight), 0.0, None, training, step)
+        return Outcome(
+            outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(_numpy(losses))
+        )
+
     # --- the pass -----------------------------------------------------------------------------
 
     def _run(
@@ -207,6 +250,13 @@ class BlendForward:
                 self._loss = self._prepared_loss(x, y)
             run = self._function(kind, bool(dropout), bool(record))
             return run(seeds, weights, stored, x, y, sample_weight)
+
+    def _require_recordable(self) -> None:
+        if self._looped:
+            raise ModelError(
+                "the moments of a BN layer inside a recurrent layer cannot be recorded: its loop "
+                f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
+            )
 
     def _blend(self, blend: Any) -> Any:
         values = as_float64(blend)
@@ -255,7 +305,14 @@ class BlendForward:
     def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
         variables = list(self.model.variables)
         # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
-        settings = tuple((bool(x.trainable), float(x.epsilon)) for x in self._layers.values())
+        settings: tuple[Any, ...] = tuple(
+            (bool(x.trainable), float(x.epsilon)) for x in self._layers.values()
+        )
+        if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
+            settings = tuple(
+                (bool(place.layer.trainable), getattr(place.layer, "policy", None))
+                for place in keras_graph.walk(self.model)
+            )
         eager = bool(getattr(self.model, "run_eagerly", False))
         key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
         if key not in self._compiled:
@@ -282,15 +339,16 @@ class BlendForward:
     ) -> Any:
         self.traces += traced
         seen: dict[str, list[Any]] = {path: [] for path in self.paths}
-        with (
-            keras.StatelessScope(state_mapping=mapping),
-            self._blended(blend, statistics, seen if record else None),
-        ):
+        own = kind.startswith("own")
+        patched = self._blended(blend, statistics, seen if record else None)
+        with keras.StatelessScope(state_mapping=mapping), nullcontext() if own else patched:
             outputs = self.model(x, training=dropout)
             if kind == "outputs":
                 return outputs, seen
             assert self._loss is not None
             losses = self._loss.call(y, outputs, sample_weight)
+            if own or kind == "outcome":
+                return outputs, losses, seen
             # Inside: a rematerialised layer runs again while torch differentiates.
             return losses if then is None else then(losses)
 

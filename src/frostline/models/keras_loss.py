@@ -31,7 +31,8 @@ class PerSampleLoss(CompileLoss):  # type: ignore[misc]
 
     Args:
         model: A Keras model; it is not changed, not even by a loss that has met no data yet.
-        loss: Whatever ``compile`` takes; ``None`` for the compiled loss.
+        loss: Whatever ``compile`` takes, or the configuration of one loss, a dict of ``class_name``
+            and ``config``; ``None`` for the compiled loss.
 
     Raises:
         ModelError: No loss is given and none is compiled.
@@ -49,6 +50,8 @@ class PerSampleLoss(CompileLoss):  # type: ignore[misc]
                     "'sparse_categorical_crossentropy'. Received: loss=None"
                 )
             loss, weights = compiled._user_loss, compiled._user_loss_weights
+        elif isinstance(loss, dict) and loss.keys() == {"class_name", "config"}:
+            loss = keras.losses.get(loss)
         super().__init__(loss, weights, output_names=getattr(model, "output_names", None))
 
     def build(self, y_true: Any, y_pred: Any) -> None:

@@ -1,8 +1,10 @@
 """Rules: what is wrong with a model, one pure function each, with its documentation beside it.
 
-A rule reads :class:`~frostline.models.facts.ModelFacts` and yields :class:`Hit` objects; it knows
-no framework, opens no file and changes nothing. Codes are public and never used again: ``FL1xx``
-is configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless selected.
+A rule reads :class:`~frostline.models.facts.ModelFacts`, and a
+:class:`~frostline.measurement.Measurement` if it needs data, and yields :class:`Hit` objects; it
+knows no framework, opens no file and changes nothing. Codes are public and never used again:
+``FL1xx`` is configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless
+selected.
 
 Other packages add rules through the entry-point group ``frostline.rules``: each entry point names
 a module whose import runs its ``@rule`` decorators.
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
+from frostline.measurement import Measurement
 from frostline.models.facts import ModelFacts
 from frostline.types import Certainty, Finding, FrostlineError, Severity, Skipped
 
@@ -68,7 +71,8 @@ class Rule:
         needs: ``"sites"``: any model. ``"statistics"``: built layers. ``"optimizer"``: a compiled
             model. ``"data"``: samples.
         fix: The repair as a word, or ``None``.
-        check: The function; its keyword-only arguments are the rule's options.
+        check: The function: ``(facts)``, or ``(facts, measurement)`` with ``needs="data"``; its
+            keyword-only arguments are the rule's options.
     """
 
     code: str
@@ -195,6 +199,7 @@ def check(
     facts: ModelFacts,
     rules: Iterable[Rule],
     *,
+    measurement: Measurement | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[tuple[Finding, ...], tuple[Skipped, ...]]:
     """Apply rules to the facts of a model.
@@ -202,6 +207,7 @@ def check(
     Args:
         facts: From :func:`frostline.models.facts.read`, or written by hand.
         rules: From :func:`select`.
+        measurement: Of the same model on data; without it rules that need data are skipped.
         options: Code -> thresholds that replace the rule's defaults.
 
     Returns:
@@ -216,6 +222,8 @@ def check(
     if not facts.sites:
         return (), ()
     present = _present(facts)
+    if measurement is not None:
+        present.add("data")
     for each in rules:
         if each.needs not in present:
             skipped.append(Skipped(code=each.code, name=each.name, reason=_LACKS[each.needs]))
@@ -227,7 +235,8 @@ def check(
                 f"{each.code} has no option {strange[0]!r}; its options are "
                 f"{', '.join(each.options) or 'none'}. Received: {thresholds!r}"
             )
-        found.extend(_finding(each, hit) for hit in each.check(facts, **thresholds))
+        given = (facts, measurement) if each.needs == "data" else (facts,)
+        found.extend(_finding(each, hit) for hit in each.check(*given, **thresholds))
     ranks: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
     found.sort(key=lambda finding: (ranks[finding.severity], finding.code))  # stable: keeps order
     return tuple(found), tuple(skipped)

@@ -1,4 +1,4 @@
-"""Measurements of a model on data: ``(view, data) -> dataclass``. Nothing here changes a model."""
+"""The essay's detection: the same samples in the dynamic phase, phase 0 and phase 1."""
 
 from __future__ import annotations
 

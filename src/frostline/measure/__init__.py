@@ -1,0 +1,36 @@
+"""Measurements of a model on data: ``(view, data) -> dataclass``. Nothing here changes a model.
+
+``phases`` is the essay's detection, three passes. ``samples`` and ``bench`` hold the fixed samples
+on which every probe of a diagnosis runs; ``measure`` runs all of them.
+"""
+
+from frostline.measure.bench import Bench
+from frostline.measure.phases import (
+    CHANCE_MARGIN,
+    LARGE_MSE,
+    NEAR_ONE,
+    SMALL_GAP,
+    Judged,
+    Metrics,
+    infer_task,
+    judge,
+    patterns,
+    phase_table,
+)
+from frostline.measure.samples import Samples, draw
+
+__all__ = [
+    "CHANCE_MARGIN",
+    "LARGE_MSE",
+    "NEAR_ONE",
+    "SMALL_GAP",
+    "Bench",
+    "Judged",
+    "Metrics",
+    "Samples",
+    "draw",
+    "infer_task",
+    "judge",
+    "patterns",
+    "phase_table",
+]
