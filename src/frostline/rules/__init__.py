@@ -33,7 +33,17 @@ Needs = Literal["sites", "statistics", "optimizer", "data"]
 Check = Callable[..., Iterator["Hit"]]
 
 #: Modules with the rules that come with Frostline.
-_BUILTIN = ("freezing", "calling", "configuration", "stored", "channels")
+_BUILTIN = (
+    "freezing",
+    "calling",
+    "configuration",
+    "stored",
+    "channels",
+    "behaving",
+    "data",
+    "batches",
+    "sources",
+)
 
 #: Why a rule was not applied, by what it needs.
 _LACKS: Mapping[Needs, str] = {

@@ -294,7 +294,7 @@ def thawed_before_frozen_layer(model: ModelFacts) -> Iterator[Hit]:
     for each in model:
         if each.site.params_frozen or each.site.stats_frozen:
             continue
-        behind = _next_layer(model, each)
+        behind = next_layer(model, each)
         if behind is not None and not behind.trains:
             yield Hit(
                 sites=(each.site.path,),
@@ -419,7 +419,8 @@ def _is_torch(each: SiteFacts) -> bool:
     return each.site.kind.startswith("torch.")
 
 
-def _next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:
+def next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:
+    """The first layer with weights behind a site, in execution order."""
     order = model.order.get(each.site.path, -1)
     return next((layer for layer in model.layers if layer.order > order), None)
 

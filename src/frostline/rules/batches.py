@@ -1,0 +1,219 @@
+"""FL307, FL308 and FL314: what one batch is worth, measured.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
+``data``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.measurement import Measurement, SiteMeasurement
+from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.rules import Hit, rule
+from frostline.rules.behaving import uses_batch
+from frostline.rules.data import measured
+
+#: Fewer batches than this do not tell how much batches differ.
+_FEWEST_BATCHES = 4
+
+
+@rule("FL307", "few-effective-samples", severity="warning", needs="data", fix="freeze")
+def few_effective_samples(
+    model: ModelFacts, measurement: Measurement, *, min_values: float = 16.0
+) -> Iterator[Hit]:
+    """One batch is worth too few independent values per channel for batch statistics.
+
+    ## What it does
+    Measures how much the batch means of a site scatter over the batches of the data, as a share s
+    of the population's standard deviation: a batch is worth `1 / s**2` independent values. Reports
+    sites that train on the batch's statistics when that is below `min_values`. Pixels of one image
+    are alike, so the number is far below batch times height times width; batches of one class
+    lower it too. Needs four batches at least.
+
+    ## Why is this bad?
+    The batch's mean is off by s standard deviations and its variance by about sqrt(2) s, another
+    way in each step: training sees noise that inference does not, and the average variance within
+    a batch, which is what is stored, misses what lies between batches.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When the data are given in other batches than those of training.
+
+    ## Options
+    `min_values` (default 16): at 16 the batch's mean is off by a quarter of a standard deviation.
+
+    ## References
+    Wu and He 2018; DMS issue 30.
+    """
+    for each, site in _noisy(model, measurement):
+        worth = 1 / site.noise**2
+        if worth < min_values:
+            size = "" if site.values is None else f" of {measurement.batch_size * site.values}"
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"a batch is worth {worth:.2g}{size} values: its mean is off by "
+                f"{site.noise:.0%} of a standard deviation; freeze, or larger batches",
+                evidence={"effective_values": worth, "noise": site.noise},
+            )
+
+
+@rule("FL308", "stacked-bessel-bias", severity="info", needs="data", fix="recalibrate")
+def stacked_bessel_bias(
+    model: ModelFacts, measurement: Measurement, *, min_effect: float = 0.05
+) -> Iterator[Hit]:
+    """Stored variances are unbiased, batch variances are not, and the factors multiply over depth.
+
+    ## What it does
+    Compares each stored variance with the mean biased variance of a batch. Where the average was
+    made of unbiased variances, as in PyTorch and old Keras, the ratio is `n / (n - 1)` for n values
+    per channel and batch. Reports the sites together when their ratios multiply to what the n
+    predict and the model's scale changes by more than `min_effect`: by the product of
+    `sqrt((n - 1) / n)`.
+
+    ## Why is this bad?
+    It is not a mistake of anybody, and for n in the thousands it is nothing. With small batches, no
+    pixels and many BN layers in a row inference gives a fraction of what training does: 20 layers
+    at n = 64 give 1/1.17 of it.
+
+    ## Example
+    ```python
+    rows = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    data = [(rows, rows[:, :2]) for _ in range(4)]
+    unbiased = keras.initializers.Constant(8 / 7)
+    model = keras.Sequential([keras.Input((4,))] + [
+        keras.layers.BatchNormalization(epsilon=1e-6, moving_variance_initializer=unbiased)
+        for _ in range(6)] + [keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    rows = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    data = [(rows, rows[:, :2]) for _ in range(4)]
+    model = keras.Sequential([keras.Input((4,))] + [
+        keras.layers.BatchNormalization(epsilon=1e-6) for _ in range(6)] + [keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When the data are given in other batches than those of training: n is taken from these.
+
+    ## Options
+    `min_effect` (default 0.05): smallest change of the model's scale that is reported.
+
+    ## References
+    pytorch issue 100048; Ioffe and Szegedy 2015, section 3.1.
+    """
+    logs, predicted, paths = 0.0, 0.0, []
+    for each, site in measured(model, measurement):
+        count = measurement.batch_size * (site.values or 0)
+        alive = (site.batch_variance > 0) & (site.stored_variance > 0)
+        if count < 2 or not np.any(alive):
+            continue
+        found = float(np.median(np.log(site.stored_variance[alive] / site.batch_variance[alive])))
+        factor = math.log(count / (count - 1))
+        if 0.5 * factor < found < 1.5 * factor:
+            logs, predicted = logs + found, predicted + factor
+            paths.append(each.site.path)
+    ratio, expected = math.exp(-logs / 2), math.exp(-predicted / 2)
+    if 1 - expected >= min_effect and abs(logs - predicted) <= 0.25 * predicted:
+        yield Hit(
+            sites=tuple(paths),
+            message=f"stored variances are unbiased, which adds up over {len(paths)} sites: "
+            f"inference gives {ratio:.3g} of training's scale (predicted {expected:.3g})",
+            evidence={"ratio": ratio, "predicted": expected, "sites": float(len(paths))},
+        )
+
+
+@rule("FL314", "noisy-moving-average", severity="warning", needs="data", fix="set-momentum")
+def noisy_moving_average(
+    model: ModelFacts, measurement: Measurement, *, max_error: float = 0.2
+) -> Iterator[Hit]:
+    """The moving average forgets so fast that it follows the last batches.
+
+    ## What it does
+    Measures how much batch means scatter (FL307) and computes what a moving average of them
+    scatters by: `noise * sqrt((1 - decay) / (1 + decay))` standard deviations. Reports thawed sites
+    where that is above `max_error`. Needs four batches at least.
+
+    ## Why is this bad?
+    The stored statistics are those of the last few batches, so inference depends on which batches
+    came last. Batches sorted by class make it worse.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When the statistics are set by a recalibration anyway.
+
+    ## Options
+    `max_error` (default 0.2): of a standard deviation.
+
+    ## References
+    Variance of an exponentially weighted mean of independent values; PyTorch-YOLOv3 issue 230.
+    """
+    for each, site in _noisy(model, measurement):
+        decay = each.site.decay
+        if each.cumulative or not 0 <= decay < 1 or each.site.stats_frozen:
+            continue
+        error = site.noise * math.sqrt((1 - decay) / (1 + decay))
+        if error > max_error:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"an average over {1 / (1 - decay):.1f} batches is off by {error:.2g} "
+                "standard deviations, as the last batches are; raise the momentum",
+                evidence={"error": error, "noise": site.noise, "decay": decay},
+            )
+
+
+def _noisy(
+    model: ModelFacts, measurement: Measurement
+) -> Iterator[tuple[SiteFacts, SiteMeasurement]]:
+    """Sites that train on batch statistics, where there are batches enough to tell their noise."""
+    if measurement.samples < _FEWEST_BATCHES * measurement.batch_size:
+        return
+    for each, site in measured(model, measurement):
+        seen = measurement.behaviour.get(each.site.path)
+        told = None if seen is None else seen.training
+        trains = uses_batch(told) if told is not None else not each.site.stats_frozen
+        if trains and math.isfinite(site.noise) and site.noise > 0:
+            yield each, site

@@ -1,0 +1,428 @@
+"""FL304 to FL306, FL311 and FL312: stored statistics beside those of the data.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
+``data``. Arrays have shape ``(channels,)`` and are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from frostline.measurement import Measurement, SiteMeasurement
+from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.rules import Hit, rule
+from frostline.rules.freezing import next_layer
+from frostline.stats import remaining_share
+
+#: Standard errors that are added to each limit: nine channels in ten must lie beyond by chance
+#: before a site is reported.
+_STANDARD_ERRORS = 2.0
+
+#: Share of the channels that may lie beyond the number that a site is judged by.
+_TAIL = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """How far a site's stored statistics are from those of the data.
+
+    Attributes:
+        shift: Distance of the means in stored standard deviations, 90th percentile over channels.
+        scale: Ratio of the standard deviations or its inverse, whichever is above 1, 90th
+            percentile over channels.
+        large: Beyond the limits that were asked for, and beyond what chance explains.
+    """
+
+    shift: float
+    scale: float
+    large: bool
+
+    @property
+    def text(self) -> str:
+        """The larger of the two in words."""
+        if self.shift >= math.log2(max(self.scale, 1.0)):
+            return f"means are {self.shift:.2g} standard deviations off"
+        return f"standard deviations are off by a factor of {self.scale:.3g}"
+
+    @property
+    def evidence(self) -> dict[str, float | str]:
+        """The numbers by name."""
+        return {"shift": self.shift, "scale": self.scale}
+
+
+@rule("FL304", "statistics-far-from-data", severity="warning", needs="data", fix="recalibrate")
+def statistics_far_from_data(
+    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.5, max_scale: float = 1.5
+) -> Iterator[Hit]:
+    """The stored statistics of a thawed site do not describe the data.
+
+    ## What it does
+    Compares the stored mean and variance with those of the site's inputs on the data, measured
+    with the statistics of all sites before already right: `|mean - stored| / sqrt(stored variance
+    + epsilon)` and the ratio of the standard deviations, 90th percentile over channels each.
+    Sites of which the number of training steps (FL306) or a frozen layer behind (FL311) tells
+    more are left to those rules.
+
+    ## Why is this bad?
+    Training normalises with the batch and does not notice; inference uses what is stored. A moving
+    average that had time to settle and is still off was not taken on such data, or not with these
+    weights: they were edited, averaged, pruned or loaded since.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").moving_mean.assign(np.full(4, -3.0))
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").moving_mean.assign(x.mean(0))
+    model.get_layer("bn").moving_variance.assign(x.var(0))
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When the data given are not those of training, and the difference is known.
+
+    ## Options
+    `max_shift` (default 0.5): of a stored standard deviation. `max_scale` (default 1.5): ratio of
+    standard deviations, either way.
+
+    ## References
+    Wu and Johnson 2021; Izmailov et al. 2018 (weight averaging needs new statistics).
+    """
+    for each, site in measured(model, measurement):
+        if each.site.stats_frozen or _feeds_frozen(model, each) or lags(model, each):
+            continue
+        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        if found.large:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"on these data {found.text}; recalibrate",
+                evidence=found.evidence,
+            )
+
+
+@rule("FL305", "frozen-statistics-far-from-data", severity="info", needs="data")
+def frozen_statistics_far_from_data(
+    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.5, max_scale: float = 1.5
+) -> Iterator[Hit]:
+    """The stored statistics of a frozen site describe other data.
+
+    ## What it does
+    The comparison of FL304 for sites whose statistics do not move.
+
+    ## Why is this bad?
+    It need not be: frozen filters were trained for these statistics, and a layer that keeps them
+    in training and at inference has no gap. It is bad where training uses the batch (FL301), and
+    a sign of other inputs than those of pretraining: another scale, another domain.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    x = (x - 3) / 2
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When the network is meant to see the new domain through the old statistics.
+
+    ## Options
+    `max_shift` (default 0.5): of a stored standard deviation. `max_scale` (default 1.5): ratio of
+    standard deviations, either way.
+
+    ## References
+    Li et al. 2016 (AdaBN); Wu and Johnson 2021.
+    """
+    for each, site in measured(model, measurement):
+        if not each.site.stats_frozen:
+            continue
+        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        if found.large:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"frozen at other data's: {found.text}; try what recalibrating it gives",
+                evidence=found.evidence,
+                certainty="may",
+            )
+
+
+@rule("FL306", "old-statistics-remain", severity="warning", needs="data", fix="recalibrate")
+def old_statistics_remain(
+    model: ModelFacts,
+    measurement: Measurement,
+    *,
+    max_share: float = 0.1,
+    max_shift: float = 0.2,
+    max_scale: float = 1.2,
+) -> Iterator[Hit]:
+    """Much of the moving average is from before training, and the data disagree with it.
+
+    ## What it does
+    After n updates a moving average keeps `decay**n` of its old value. Reports thawed sites that
+    keep more than `max_share` (FL203 does that without data) *and* whose stored statistics differ
+    from those of the data.
+
+    ## Why is this bad?
+    Inference normalises with a mixture of the old and the new statistics, training with the new
+    ones alone: the gap shrinks only as fast as the average forgets.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    for _ in range(3):
+        model.train_on_batch(*data)
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    for _ in range(3):
+        model.train_on_batch(*data)
+    ```
+
+    ## When not to use it
+    While training still goes on for many times `1 / (1 - decay)` steps.
+
+    ## Options
+    `max_share` (default 0.1): old share that is tolerated. `max_shift` (default 0.2): of a stored
+    standard deviation. `max_scale` (default 1.2): ratio of standard deviations, either way.
+
+    ## References
+    tensorflow issue 46414; keras issues 7265 and 605.
+    """
+    for each, site in measured(model, measurement):
+        if _feeds_frozen(model, each) or not lags(model, each, max_share=max_share):
+            continue
+        share, steps = _old_share(model, each), model.steps or 0
+        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        if found.large:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"{share:.0%} is from before training ({each.site.decay:g}**"
+                f"{steps * each.site.calls}); {found.text}; recalibrate",
+                evidence={"old_share": share, "steps": float(steps), **found.evidence},
+            )
+
+
+@rule("FL311", "thawed-before-frozen-differs", severity="warning", needs="data", fix="freeze")
+def thawed_before_frozen_differs(
+    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.2, max_scale: float = 1.2
+) -> Iterator[Hit]:
+    """A thawed site feeds a frozen layer and gives it something else in training than at inference.
+
+    ## What it does
+    Reports the sites of FL106 (thawed, next layer with weights frozen) whose stored statistics
+    differ from those of the data. The next layer in execution order need not be a consumer in a
+    branched graph, hence "may".
+
+    ## Why is this bad?
+    The frozen weights behind were fitted to the site's old output. In training they see features
+    normalised by the batch, at inference features normalised by statistics on their way from the
+    old data to the new ones.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
+        keras.layers.Dense(4, name="second"), keras.layers.Dense(2, name="head")])
+    model.get_layer("second").trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
+        keras.layers.Dense(4, name="second"), keras.layers.Dense(2, name="head")])
+    for name in ("bn", "second"):
+        model.get_layer(name).trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When only the BN layers of a backbone are trained on purpose; recalibrate then.
+
+    ## Options
+    `max_shift` (default 0.2): of a stored standard deviation. `max_scale` (default 1.2): ratio of
+    standard deviations, either way.
+
+    ## References
+    segmentation_models issue 354; Lightning issue 21531.
+    """
+    for each, site in measured(model, measurement):
+        if not _feeds_frozen(model, each):
+            continue
+        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        if found.large:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"trains before a frozen layer, and {found.text}; freeze it too",
+                evidence=found.evidence,
+                certainty="may",
+            )
+
+
+@rule("FL312", "input-scale-differs", severity="warning", needs="data", fix="fix preprocessing")
+def input_scale_differs(
+    model: ModelFacts, measurement: Measurement, *, min_factor: float = 2.0, max_spread: float = 0.2
+) -> Iterator[Hit]:
+    """The first site's inputs vary by another scale than before, by one factor in all channels.
+
+    ## What it does
+    Looks at the first site in execution order: when the logarithm of its ratio of data variance to
+    stored variance is the same in all channels, up to `max_spread` of its size, what is different
+    is the scale of the model's inputs; the factor is the square root of that ratio.
+
+    ## Why is this bad?
+    The inputs are not preprocessed as in training: a division by 255 is missing or made twice.
+    Stored statistics "mismatch" too, but recalibrating them hides the mistake in the first layer
+    only. Where stored statistics were kept by a moving average that lags, the factor is that of
+    the mixture.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).uniform(0, 1, (64, 4)).astype("float32")
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").moving_mean.assign(x.mean(0))
+    model.get_layer("bn").moving_variance.assign(x.var(0))
+    model.compile("sgd", "mse")
+    data = (x * 255, x[:, :2])
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).uniform(0, 1, (64, 4)).astype("float32")
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.get_layer("bn").moving_mean.assign(x.mean(0))
+    model.get_layer("bn").moving_variance.assign(x.var(0))
+    model.compile("sgd", "mse")
+    data = (x, x[:, :2])
+    ```
+
+    ## When not to use it
+    When the new domain really has another contrast.
+
+    ## Options
+    `min_factor` (default 2): of the scale, either way. `max_spread` (default 0.2): interquartile
+    range over channels of the logarithm of the ratio, of its median.
+
+    ## References
+    Keras issue 13517; deep-learning-models issue 96.
+    """
+    first = next(measured(model, measurement), None)
+    if first is None:
+        return
+    each, site = first
+    alive = (site.variance > 0) & (site.stored_variance > 0)
+    if np.sum(alive) < 2:  # one channel always agrees with itself
+        return
+    logs = np.log(site.variance[alive] / site.stored_variance[alive])
+    low, middle, high = np.quantile(logs, [0.25, 0.5, 0.75])
+    factor = math.exp(middle / 2)
+    if abs(middle) / 2 < math.log(min_factor) or high - low > max_spread * abs(middle):
+        return
+    inputs = measurement.input
+    span = (
+        {}
+        if inputs is None
+        else {"low": float(np.min(inputs.low)), "high": float(np.max(inputs.high))}
+    )
+    yield Hit(
+        sites=(each.site.path,),
+        message=f"all channels vary {factor:.3g} times as much as when the statistics were taken; "
+        "check the scale of the inputs",
+        evidence={"factor": factor, "spread": float(high - low), **span},
+        certainty="may",
+    )
+
+
+def measured(
+    model: ModelFacts, measurement: Measurement
+) -> Iterator[tuple[SiteFacts, SiteMeasurement]]:
+    """Sites that were measured and whose numbers are finite, in execution order."""
+    for each in model:
+        site = measurement.sites.get(each.site.path)
+        if site is None:
+            continue
+        numbers = (site.stored_mean, site.stored_variance, site.mean, site.variance)
+        if all(np.isfinite(values).all() for values in numbers):
+            yield each, site
+
+
+def disagreement(
+    site: SiteMeasurement, measurement: Measurement, *, max_shift: float, max_scale: float
+) -> Disagreement:
+    """Compare stored statistics with those of the data; chance is allowed for.
+
+    A mean over B batches of n samples in all is uncertain by ``noise / √B`` population standard
+    deviations, at most by ``1 / √n``, and the logarithm of a standard deviation by about as much.
+    """
+    batches = max(1.0, measurement.samples / measurement.batch_size)
+    noise = site.noise / math.sqrt(batches) if site.noise > 0 else math.inf  # NaN: one batch
+    error = _STANDARD_ERRORS * min(noise, 1 / math.sqrt(measurement.samples))
+    ratio = np.maximum(site.ratio, np.finfo(float).tiny)
+    shift = float(np.quantile(site.shift, 1 - _TAIL))
+    scale = math.exp(float(np.quantile(np.abs(np.log(ratio)), 1 - _TAIL)) / 2)
+    wide = shift > max_shift + error * math.sqrt(float(np.median(ratio)))
+    return Disagreement(
+        shift=shift, scale=scale, large=wide or math.log(scale) > math.log(max_scale) + error
+    )
+
+
+def lags(model: ModelFacts, each: SiteFacts, *, max_share: float = 0.1) -> bool:
+    """Whether the known number of steps leaves more than ``max_share`` of the old statistics."""
+    site = each.site
+    unknown = each.cumulative or site.debias or not 0 < site.decay < 1 or not model.steps
+    return not (unknown or site.stats_frozen) and _old_share(model, each) > max_share
+
+
+def _old_share(model: ModelFacts, each: SiteFacts) -> float:
+    return remaining_share(each.site.decay, (model.steps or 0) * each.site.calls)
+
+
+def _feeds_frozen(model: ModelFacts, each: SiteFacts) -> bool:
+    if each.site.params_frozen or each.site.stats_frozen:
+        return False
+    behind = next_layer(model, each)
+    return behind is not None and not behind.trains
