@@ -1,0 +1,179 @@
+"""The torch view: what the rest of Frostline may ask of a native ``nn.Module``.
+
+Conventions are converted here and nowhere above: momentum (the new share) to decay (the kept
+share), dotted names to paths, ``(outputs, targets)`` losses to one number per sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from frostline.measurement import Behaviour, Difference
+from frostline.models import torch_edit, torch_facts, torch_graph, torch_pass, torch_reference
+from frostline.models.facts import ModelFacts
+from frostline.models.torch_behaviour import behaviour
+from frostline.models.torch_blend import TorchForward
+from frostline.models.torch_frozen import unlock
+from frostline.models.torch_moments import TorchMoments
+from frostline.types import Boundary, ModelError, Policy, Site
+
+
+class TorchView:
+    """A torch module seen in numpy and dataclasses; see :class:`frostline.models.ModelView`."""
+
+    framework = "torch"
+    backend = "torch"
+
+    def __init__(self, model: Any) -> None:
+        root = torch_graph.unwrapped(model)
+        if isinstance(root, torch.jit.ScriptModule):
+            raise ModelError(
+                "a TorchScript module cannot be looked into; pass the nn.Module that it was made "
+                f"from. Received: {type(model).__name__}"
+            )
+        self.model = model
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every BN layer, in order of registration."""
+        return torch_graph.sites(self.model)
+
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        return torch_facts.facts(self.model)
+
+    def boundary(self, reference: Any) -> Boundary:
+        """Translate a module name, path, index, fraction or module into a boundary."""
+        return torch_graph.resolve(self.model, reference)
+
+    def preserved(self) -> AbstractContextManager[None]:
+        """Restore everything on any exit, bit for bit."""
+        return torch_edit.preserved(self.model)
+
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
+        """Return the outputs of one batch, float32; nothing of the model changes."""
+        return torch_pass.arrays(torch_pass.run(self.model, x, training=training, step=step))
+
+    def score(
+        self,
+        x: Any,
+        y: Any,  # noqa: ARG002 - a module has no loss to compare them with
+        sample_weight: Any = None,  # noqa: ARG002
+        *,
+        training: bool,
+        step: int = 0,
+    ) -> tuple[Any, float | None]:
+        """Return the outputs of one batch; a torch module has no loss of its own."""
+        return self.forward(x, training=training, step=step), None
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Nothing is known: a torch module has no loss of its own."""
+        return None, None
+
+    def compiled(self) -> bool:
+        """Never: training is the user's own loop."""
+        return False
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:  # noqa: ARG002
+        """Nothing: a torch module has no ``evaluate`` of its own."""
+        return {}
+
+    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> TorchForward:
+        """Forward passes with λ and the statistics as arguments."""
+        return TorchForward(self.model, paths, loss=loss)
+
+    def meter(self, paths: Sequence[str]) -> TorchMoments:
+        """What recalibration measures and stores with."""
+        return TorchMoments(self.model, paths)
+
+    def behaviour(self, batches: Iterable[Any]) -> Mapping[str, Behaviour]:
+        """What each site does in passes of the module itself."""
+        return behaviour(self.model, batches)
+
+    def noise_layers(self) -> Mapping[str, str]:
+        """Path -> kind of every module that acts in training only and is no BN."""
+        return torch_pass.noise_layers(self.model)
+
+    def round_trip(self, x: Any) -> float:
+        """Largest relative change of an inference output after saving and loading the state."""
+        with torch_edit.preserved(self.model):
+            before = self.forward(x, training=False)
+            stream = io.BytesIO()
+            torch.save(torch_graph.unwrapped(self.model).state_dict(), stream)
+            stream.seek(0)
+            twin = copy.deepcopy(torch_graph.unwrapped(self.model))
+            twin.load_state_dict(torch.load(stream, weights_only=True))
+        return torch_pass.largest_change(TorchView(twin).forward(x, training=False), before)
+
+    def difference(self, reference: Any, x: Any) -> Difference:
+        """How a reference module, state or file differs from the model."""
+        return torch_reference.difference(self.model, reference, x)
+
+    def trial(
+        self, batches: Iterable[Any], *, policy: str = "inference", epochs: int = 1
+    ) -> AbstractContextManager[None]:
+        """Refuse: the optimizer is the user's.
+
+        Raises:
+            ModelError: Always.
+        """
+        del batches, policy, epochs
+        raise ModelError(
+            "a torch module has no optimizer of its own, so no trial training can be run on it; "
+            "freeze with frostline.freeze and continue your own loop. Received: a torch module"
+        )
+
+    # --- edits --------------------------------------------------------------------------------
+
+    def set_frozen(
+        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+    ) -> tuple[torch_edit.Counts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        return torch_edit.set_frozen(
+            self.model,
+            boundary,
+            before=before,
+            frozen=frozen,
+            params=params,
+            statistics=statistics,
+        )
+
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites."""
+        return torch_edit.set_decay(self.model, paths, decay)
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Refuse: our layer is a Keras layer.
+
+        Raises:
+            ModelError: Always.
+        """
+        del version, policy, debias
+        raise ModelError(
+            "frostline.convert turns Keras layers into Frostline's; torch modules are locked in "
+            "place by frostline.freeze. Received: a torch module"
+        )
+
+    def restore(self) -> int:
+        """Take every lock off; returns how many BN layers there are."""
+        count = 0
+        for place in torch_graph.site_places(self.model):
+            unlock(place.module, training=place.module.training)
+            count += 1
+        return count
+
+    def fold(self) -> Any:
+        """Refuse: not built yet.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "frostline.fold is for Keras models so far; torch.nn.utils.fusion.fuse_conv_bn_eval "
+            "folds a pair of torch modules. Received: a torch module"
+        )
