@@ -174,7 +174,7 @@ def test_gradient_against_differences_and_cross_entropy_by_hand() -> None:
         up[index] += step
         down[index] -= step
         high, low = (forward.losses(X, Y, blend=each).mean() for each in (up, down))
-        assert slope[index] == pytest.approx((high - low) / (2 * step), rel=1e-3, abs=1e-6)
+        assert slope[index] == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=1e-6)
     assert_untouched(model, before)
 
 

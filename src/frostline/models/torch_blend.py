@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from frostline.models import Outcome
 from frostline.models.torch_graph import site_places
 from frostline.models.torch_loss import per_sample
 from frostline.models.torch_pass import (
@@ -22,6 +23,7 @@ from frostline.models.torch_pass import (
     called,
     device_of,
     replaced_forward,
+    run,
     tensors,
     untouched,
 )
@@ -77,8 +79,7 @@ class TorchForward:
             found = self._pass(x, self._blend(blend), statistics, dropout, step, seen)
         if seen is None:
             return arrays(found)
-        merged = {path: functools.reduce(Moments.merge, parts) for path, parts in seen.items()}
-        return arrays(found), merged
+        return arrays(found), _merged(seen)
 
     def losses(
         self,
@@ -117,6 +118,36 @@ class TorchForward:
                 (slope,) = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
         zero = torch.zeros_like(weights)
         return as_float64(arrays(losses)), as_float64(arrays(zero if slope is None else slope))
+
+    def outcome(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Outcome:
+        """Return outputs, losses and, with ``record``, the sites' moments of one pass together."""
+        seen: dict[str, list[Moments]] | None = {} if record else None
+        with torch.no_grad():
+            found = self._pass(x, self._blend(blend), statistics, dropout, step, seen)
+            losses = self._losses(found, y, sample_weight)
+        return Outcome(
+            outputs=arrays(found), losses=as_float64(arrays(losses)), moments=_merged(seen or {})
+        )
+
+    def own(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> Outcome:
+        """Return outputs and losses of the module's own pass, as its ``train()`` leaves it."""
+        with torch.no_grad():
+            found = run(self.model, x, training=training, step=step)
+            losses = self._losses(found, y, sample_weight)
+        return Outcome(outputs=arrays(found), losses=as_float64(arrays(losses)))
 
     # --- the pass -----------------------------------------------------------------------------
 
@@ -198,6 +229,10 @@ class TorchForward:
             device = device_of(self.model)
             pairs[path] = tuple(torch.as_tensor(v, device=device).float() for v in pair)
         return pairs
+
+
+def _merged(seen: Mapping[str, list[Moments]]) -> dict[str, Moments]:
+    return {path: functools.reduce(Moments.merge, parts) for path, parts in seen.items()}
 
 
 def stored(module: Any, path: str) -> tuple[Any, Any] | None:

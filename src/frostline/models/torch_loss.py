@@ -44,6 +44,10 @@ def name_of(loss: Any) -> str | None:
     if loss is None or isinstance(loss, str):
         return loss
     name: str = getattr(loss, "__name__", None) or type(loss).__name__
+    return _snake(name)
+
+
+def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
 
 
@@ -58,6 +62,8 @@ def per_sample(loss: Any) -> Loss:
     Raises:
         ModelError: No loss, or an unknown name.
     """
+    if isinstance(loss, dict) and loss.keys() == {"class_name", "config"}:
+        loss = _snake(loss["class_name"])  # the form in which a loss is inferred for any framework
     if isinstance(loss, str):
         if loss in _NUMBERS:
             return functools.partial(_numbers, _NUMBERS[loss])
