@@ -234,7 +234,10 @@ class _OtherBackend:
         (_Legacy(), "legacy Keras 2"),
         (_OtherBackend(), "another backend"),
         (L.Dense(1), "a single layer"),
-        ("model.keras", r"expected a keras\.Model\. Received: builtins\.str"),
+        (
+            "model.keras",
+            r"expected a keras\.Model or a torch\.nn\.Module\. Received: builtins\.str",
+        ),
         (None, "Received: builtins.NoneType"),
     ],
 )
@@ -243,7 +246,7 @@ def test_not_a_keras_model(thing: Any, message: str) -> None:
         view(thing)
 
 
-def test_native_torch_is_named_as_such(backend: str) -> None:
+def test_native_torch_has_a_view_of_its_own(backend: str) -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(ModelError, match="native PyTorch models are not supported yet"):
-        view(torch.nn.Linear(2, 2))
+    assert view(torch.nn.Linear(2, 2)).framework == "torch"
+    assert view(torch.nn.Linear(2, 2)).sites() == ()

@@ -216,7 +216,8 @@ def view(model: Any) -> ModelView:
     Keras is asked before torch: on the torch backend every Keras model *is* an ``nn.Module``.
 
     Args:
-        model: A Keras 3 model: functional, sequential or subclassed, on any backend.
+        model: A Keras 3 model: functional, sequential or subclassed, on any backend; or a torch
+            module, DataParallel, DDP and ``torch.compile`` around it included.
 
     Returns:
         A view; it holds the model and nothing of it is changed.
@@ -229,7 +230,20 @@ def view(model: Any) -> ModelView:
         from frostline.models.keras import KerasView
 
         return KerasView(model)
+    torch = sys.modules.get("torch")
+    if torch is not None and _is_native(model, torch, keras):
+        from frostline.models.torch import TorchView
+
+        return TorchView(model)
     raise ModelError(_why_not(model, keras))
+
+
+def _is_native(model: Any, torch: Any, keras: Any) -> bool:
+    """Whether ``model`` is a torch module and not a Keras layer on the torch backend."""
+    layer = keras is not None and isinstance(model, getattr(keras, "Layer", ()))
+    ancestry = (parent.__module__ for parent in type(model).__mro__)
+    foreign = any(name.startswith(("keras.src.", "tensorflow.python.keras.")) for name in ancestry)
+    return isinstance(model, torch.nn.Module) and not layer and not foreign
 
 
 def _why_not(model: Any, keras: Any) -> str:
@@ -249,10 +263,7 @@ def _why_not(model: Any, keras: Any) -> str:
             "this Keras model was made under another backend than the one Keras runs on now "
             f"({now}); load it again in this process. {received}"
         )
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(model, torch.nn.Module):
-        return f"native PyTorch models are not supported yet, only Keras 3 models. {received}"
-    return f"not a model: expected a keras.Model. {received}"
+    return f"not a model: expected a keras.Model or a torch.nn.Module. {received}"
 
 
 __all__ = ["Array", "ModelView", "view"]
