@@ -96,7 +96,8 @@ def test_recalibrated_statistics(twins: Any) -> None:
         assert done.passes == 1  # activations were carried, not computed again for each site
         found.append([meter.stored(path) for path in paths])
         restore()
-    # float32 rounding of 49 layers in two orders of summation: relative to the site's own size.
-    for ours, theirs in zip(*found, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
+    for (mean, variance), (other_mean, other_variance) in zip(*found, strict=True):
+        # Of a mean in units of the deviation: behind a site of mean 0 many a mean is nearly 0.
+        deviation = np.sqrt(other_variance)
+        assert np.linalg.norm(mean - other_mean) <= 1e-5 * np.linalg.norm(deviation)
+        assert np.linalg.norm(variance - other_variance) <= 1e-5 * np.linalg.norm(other_variance)
