@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from frostline.measurement import Behaviour, Difference
-from frostline.models import torch_edit, torch_facts, torch_graph, torch_pass, torch_reference
+from frostline.models import (
+    torch_edit,
+    torch_facts,
+    torch_fold,
+    torch_graph,
+    torch_pass,
+    torch_reference,
+)
 from frostline.models.facts import ModelFacts
 from frostline.models.torch_behaviour import behaviour
 from frostline.models.torch_blend import TorchForward
@@ -167,13 +174,6 @@ class TorchView:
             count += 1
         return count
 
-    def fold(self) -> Any:
-        """Refuse: not built yet.
-
-        Raises:
-            ModelError: Always.
-        """
-        raise ModelError(
-            "frostline.fold is for Keras models so far; torch.nn.utils.fusion.fuse_conv_bn_eval "
-            "folds a pair of torch modules. Received: a torch module"
-        )
+    def fold(self) -> torch_fold.Folded:
+        """Fold every BN layer at its stored statistics; the outcome is a new module."""
+        return torch_fold.fold(self.model)

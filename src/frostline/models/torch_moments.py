@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch import fx, nn
 from frostline.data import leaves
 from frostline.models.tape import Program, Slot, Step, closed, schedule
 from frostline.models.torch_blend import batch_statistics, moments_of, normalised, stored
-from frostline.models.torch_graph import is_site, site_places, unwrapped
+from frostline.models.torch_graph import site_places, unwrapped
 from frostline.models.torch_pass import arrays, called, replaced_forward, tensors, untouched
+from frostline.models.torch_trace import trace
 from frostline.stats import Moments
 from frostline.types import Array, ModelError, as_float64
 
@@ -48,7 +48,9 @@ class TorchMoments:
         self._structure: Any = None
         self._programs: tuple[Program, ...] | None = None
         self._scalars: dict[int, Callable[[Any], Any]] = {}  # slots that are no tensor
-        self._steps = _traced(unwrapped(model), self.modules)
+        graph, _ = trace(model)
+        chosen = {id(module): path for path, module in self.modules.items()}
+        self._steps = None if graph is None else _steps(unwrapped(model), graph, chosen)
 
     def start(self, x: Any) -> tuple[Array, ...]:
         """The arrays that the first stage takes, from one batch of model inputs."""
@@ -189,29 +191,6 @@ def _normalising(
 
 
 # --- the graph --------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):  # type: ignore[misc]
-    """Looks into everything but torch's own modules and BN sites."""
-
-    def is_leaf_module(self, module: Any, name: str) -> bool:
-        return is_site(module) or bool(super().is_leaf_module(module, name))
-
-
-def _traced(root: Any, modules: Mapping[str, Any]) -> list[Step] | None:
-    """The model's graph as steps, or ``None`` where fx cannot trace it."""
-    modes = [(module, module.training) for module in root.modules()]
-    try:
-        root.eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = _Tracer().trace(root)
-    except Exception:  # a model decides by the values of its tensors, or is written in C
-        return None
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return _steps(root, graph, {id(module): path for path, module in modules.items()})
 
 
 def _placeholders(root: Any) -> int:

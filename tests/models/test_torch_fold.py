@@ -1,0 +1,117 @@
+"""Folded torch modules against the modules themselves, in float64 and float32."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from typing import Any
+
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+
+import frostline as fl
+from frostline.models.torch import TorchView
+from frostline.types import ModelError
+
+
+def settled(model: Any) -> Any:
+    """Random statistics, gamma and beta, so that nothing folds by luck."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.3, 3)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.uniform_(module.bias, -1, 1)
+    return model
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.conv(self.bn(self.conv(x)))) + x
+
+
+CASES: list[tuple[Any, tuple[int, ...], int]] = [
+    (nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()), (3, 8, 8), 1),
+    (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)), (4, 8, 8), 1),
+    (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6)), (4, 5, 5), 1),
+    (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4, affine=False)), (3, 9), 1),
+    (nn.Sequential(nn.ConvTranspose3d(2, 3, 2), nn.BatchNorm3d(3)), (2, 3, 3, 3), 1),
+    (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)), (5,), 1),
+    (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)), (3, 4, 4), 0),
+    (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(5)), (5,), 0),
+    (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(5)), (5, 7), 0),
+    (Shared(), (3, 8, 8), 0),
+]
+
+
+@pytest.mark.parametrize(("model", "shape", "absorbed"), CASES)
+def test_outputs_are_the_same(model: Any, shape: tuple[int, ...], absorbed: int) -> None:
+    model = settled(copy.deepcopy(model))
+    x = torch.randn(6, *shape)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    folded = TorchView(model).fold()
+    assert len(folded.absorbed) == absorbed
+    assert len(folded.absorbed) + len(folded.replaced) >= 1
+    assert TorchView(folded.model).sites() == ()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double().eval()(x.double())
+        found = folded.model(x).double()
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_a_folded_module_is_saved_without_frostline() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    fl.freeze(model)
+    folded = fl.fold(model)
+    exported = torch.export.export(folded, (torch.randn(2, 3, 8, 8),))
+    stream = io.BytesIO()
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(stream).module()(x), model.eval()(x))
+
+
+def test_what_is_refused_is_named() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    class Undecided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Any) -> Any:
+            return self.bn(x) if x.sum() > 0 else x
+
+    for model, message in (
+        (nn.Sequential(nn.Conv2d(3, 3, 1), Own(3)), "'1' is a BN class of its own"),
+        (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "'0' keeps no statistics"),
+        (Undecided(), "cannot trace this model"),
+        (nn.Sequential(nn.Linear(2, 2)), "no BN layer"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            fl.fold(model)
+
+
+def test_a_linear_layer_is_folded_for_two_axes_only() -> None:
+    """Of three axes BatchNorm1d takes the second for the channels, and here both have length 4."""
+    model = settled(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
+    folded = fl.fold(model)
+    with torch.no_grad(), pytest.raises(AssertionError, match="folded for inputs of shape"):
+        folded(torch.randn(2, 4, 5))
