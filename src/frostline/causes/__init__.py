@@ -1,0 +1,173 @@
+"""Causes: what explains the gap, ranked, each with its share of it.
+
+Each family has a module with one function per cause code; a function reads a
+:class:`~frostline.causes.case.Case` and says what it knows, in numbers. Here they are asked in
+turn, what one explains is taken from the others, and shares and ranks are made. No framework, no
+model, no repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from frostline.causes import averages, batches, data, files, frozen
+from frostline.causes.assignment import Assigned, assign
+from frostline.causes.case import Case, Claim, number
+from frostline.measurement import OTHER_CAUSES, Cause, Measurement
+from frostline.models.facts import ModelFacts
+from frostline.types import Finding
+
+Explain = Callable[[Case, Assigned], Iterator[Claim]]
+
+#: In the order of ties: what would be blamed wrongly for the others comes first.
+_EXPLANATIONS: tuple[Explain, ...] = (
+    averages.poisoned,
+    batches.forced_train,
+    batches.kernel_bug,
+    files.loading,
+    files.stale_params,
+    data.label_order,
+    data.preprocess,
+    averages.eps_mismatch,
+    frozen.mode_reset,
+    frozen.frozen_batch_stats,
+    frozen.frozen_drift,
+    averages.stats_never_updated,
+    averages.momentum_convention,
+    averages.ema_noise,
+    averages.mixed_sources,
+    batches.batch_leak,
+    batches.small_batch,
+    averages.bessel,
+    averages.ema_lag,
+    averages.domain_stats,
+    averages.stale_after_weight_edit,
+    averages.rank_divergence,
+    frozen.stale_switch,
+    data.dropout,
+    data.augment_train_only,
+    data.epoch_average,
+    data.overfit,
+)
+
+#: A share below this is not worth a line of its own, unless it is a fact.
+_SMALLEST_SHARE = 0.03
+
+
+def causes(
+    facts: ModelFacts, measurement: Measurement, findings: Sequence[Finding]
+) -> tuple[Cause, ...]:
+    """Explain the gap between training mode and inference.
+
+    Args:
+        facts: Of the model.
+        measurement: Of the model on the data.
+        findings: Of the rules.
+
+    Returns:
+        Causes, the most important first; shares add up to at most 1, the rest is not explained.
+        Never empty: ``NONE`` when nothing was found.
+    """
+    case = Case(facts, measurement, tuple(findings))
+    assigned = assign(case)
+    claims = [claim for explain in _EXPLANATIONS for claim in explain(case, assigned)]
+    claims = _explained_away(case, _merged(claims))
+    total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))
+    made = [(claim, _share(claim, total)) for claim in claims]
+    made = [(c, s) for c, s in made if c.standing > 0 or (s is not None and s >= _SMALLEST_SHARE)]
+    made.sort(key=lambda each: -max(each[0].standing, each[1] or 0.0))  # stable: ties keep order
+    found = tuple(_cause(claim, share) for claim, share in made)
+    return found or (_none(case),)
+
+
+def _merged(claims: Sequence[Claim]) -> list[Claim]:
+    """One claim per code: the first one's words, all sites, the sum of the amounts."""
+    found: dict[str, Claim] = {}
+    for claim in claims:
+        first = found.get(claim.code)
+        if first is None:
+            found[claim.code] = claim
+            continue
+        amounts = [each for each in (first.amount, claim.amount) if each is not None]
+        found[claim.code] = replace(
+            first,
+            sites=tuple(dict.fromkeys((*first.sites, *claim.sites))),
+            amount=sum(amounts) if amounts else None,
+            standing=max(first.standing, claim.standing),
+        )
+    return list(found.values())
+
+
+def _explained_away(case: Case, claims: list[Claim]) -> list[Claim]:
+    """Take from BN what a repaired input explains.
+
+    Where the inputs are prepared wrongly the stored statistics cannot fit them: what is only
+    inferred from that misfit is dropped. Where a site is at fault by other evidence too, either
+    repair alone closes the gap, and each gets half of it (Shapley's value of two such causes).
+    """
+    repair = data.best_trial(case)
+    if repair is None:
+        return claims
+    part, kept, taken = repair[2], [], 0.0
+    for claim in claims:
+        if claim.code in OTHER_CAUSES or claim.amount is None:
+            kept.append(claim)
+            continue
+        fact = claim.certainty == "is"
+        rest = claim.amount * (1 - part / 2 if fact else 1 - part)
+        taken += claim.amount - rest
+        if fact or 1 - part > 1 - data.REPAIRS:
+            kept.append(replace(claim, amount=rest))
+    if not taken:
+        return kept
+    return [replace(c, amount=taken) if c.code == "PREPROCESS" else c for c in kept]
+
+
+def _share(claim: Claim, total: float) -> float | None:
+    if claim.amount is None or total <= 0:
+        return None
+    return claim.amount / total
+
+
+def _cause(claim: Claim, share: float | None) -> Cause:
+    return Cause(
+        code=claim.code,
+        share=share,
+        sites=() if claim.code in OTHER_CAUSES else claim.sites,
+        certainty=claim.certainty,
+        message=claim.message,
+        evidence=claim.evidence,
+        settle=claim.settle,
+        findings=claim.findings,
+    )
+
+
+def _none(case: Case) -> Cause:
+    known = case.difference("training blend", "inference") or case.difference(
+        "training", "inference"
+    )
+    samples = case.measurement.samples
+    if known is None:
+        told, settle = "no gap was measured, and nothing else explains one", "labelled data"
+    elif known.excludes_zero:
+        told = f"training mode and inference differ by {number(known.estimate)} in loss, too "
+        told += "little to matter, and nothing else was found"
+        settle = "validation data, as validation="
+    else:
+        told = f"training mode and inference differ by {number(known.estimate)} in loss, which may "
+        told += f"be chance ({known.level:.0%} interval {number(known.low)} to "
+        told += f"{number(known.high)}, {samples} samples)"
+        settle = "more samples, or validation data, as validation="
+    return Cause(
+        code="NONE",
+        share=None,
+        sites=(),
+        certainty="is" if known is not None else "may",
+        message=told,
+        evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
+        settle=settle,
+    )
+
+
+__all__ = ["causes"]

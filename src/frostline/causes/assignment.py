@@ -1,0 +1,339 @@
+"""Which mechanism explains the stored statistics of each site: one word per site.
+
+Tests go from facts about the numbers themselves to what is inferred from how long and how fast the
+average was; the first that fits a site keeps it, so that no part of the gap is told twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from frostline.causes.case import AGREES, EQUAL, FAR, Case
+from frostline.types import Array, Certainty
+
+#: Share of the old value above which an average has not caught up: as of rule FL203.
+OLD_SHARE = 0.1
+
+#: Updates below which a network itself has hardly settled, so that an average which has forgotten
+#: its start still trails the weights. The public reports of lag end at a few hundred updates.
+YOUNG = 300
+
+#: A Keras momentum below this averages fewer than two batches: 1 / (1 − momentum).
+SHORTEST = 0.5
+
+#: PyTorch momenta that people copy; Keras' are one minus these.
+TORCH_MOMENTA = (0.1, 0.05, 0.03, 0.02, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+
+#: Quotient of the total and the within-class variance from which the two can be told apart: the
+#: variance of one batch of 32 values has a relative standard error of 0.25.
+BETWEEN = 1.25
+
+#: Correlation over channels above which stored statistics lie on the line from their initial
+#: values to those of the data, and the largest part of the way that still counts as "not there".
+ON_THE_LINE = 0.9
+ON_THE_WAY = 0.9
+
+#: Spread of the variance ratio over channels, relative to its size, below which one map of the
+#: input explains a site: borders of padded images add to the spread.
+ONE_RATIO = 0.4
+
+#: A site differs abruptly when it is this many times as far off as every site before it.
+ABRUPT = 4.0
+
+#: Quotient of stored and measured variance from which a few extreme batches are more likely than
+#: other data: ten times the contrast.
+EXTREME = 100.0
+
+
+#: Path -> what explains the stored statistics of the site.
+Assigned = Mapping[str, "Verdict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What explains one site.
+
+    Attributes:
+        code: Code of the cause.
+        certainty: Of this site.
+        number: The number that decides it, by name.
+    """
+
+    code: str
+    certainty: Certainty
+    number: Mapping[str, float]
+
+
+def assign(case: Case) -> Assigned:
+    """Map each site whose stored statistics are in question to what explains them.
+
+    Sites that are frozen and sound are left out: their gap has to do with how they are frozen.
+    """
+    found: dict[str, Verdict] = {}
+    later = _later_tests(case)
+    for path, role in case.roles.items():
+        tests = _FACTS if role != "moving" or path in case.thawed_in_prefix else (*_FACTS, *later)
+        for test in tests:
+            verdict = test(case, path)
+            if verdict is not None:
+                found[path] = verdict
+                break
+    return found
+
+
+# --- facts about the numbers ----------------------------------------------------------------------
+
+
+def poisoned(case: Case, path: str) -> Verdict | None:
+    """Statistics that no data give: NaN, infinite, or a negative variance."""
+    stored = case.stored(path)
+    if stored is None:
+        return None
+    mean, variance = stored
+    with np.errstate(invalid="ignore"):
+        bad = ~np.isfinite(mean) | ~np.isfinite(variance) | (variance < 0)
+    if not bad.any():
+        return None
+    return Verdict(code="POISONED", certainty="is", number={"bad_channels": float(bad.sum())})
+
+
+def never_updated(case: Case, path: str) -> Verdict | None:
+    """Mean 0 or variance 1 (or 0) in every channel although in use, or a decay of 1."""
+    each = case.sites[path]
+    stored = case.stored(path)
+    if stored is None:
+        return None
+    mean, variance = stored
+    mean_kept = bool(np.all(mean == 0))
+    variance_kept = bool(np.all(variance == 1)) or bool(np.all(variance == 0))
+    used = bool(case.steps) or _trained(each.gamma, 1.0) or _trained(each.beta, 0.0)
+    far = case.mismatch(path) > FAR
+    if mean_kept and variance_kept and (used or far):
+        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"initial": 1.0})
+    if mean_kept != variance_kept and np.ptp(variance if mean_kept else mean) > 0 and far:
+        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"half_initial": 1.0})
+    stuck = case.roles[path] == "unmoved" or (
+        case.roles[path] == "moving" and each.site.decay >= 1 and not each.cumulative
+    )
+    if stuck and far:
+        number = {"decay": each.site.decay}
+        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number=number)
+    return None
+
+
+def short_average(case: Case, path: str) -> Verdict | None:
+    """A decay so low that the average is the last batch or two."""
+    each = case.sites[path]
+    decay = each.site.decay
+    moved = case.roles[path] in ("moving", "frozen drift")
+    if not moved or decay >= SHORTEST or each.cumulative or each.site.debias:
+        return None
+    usual = any(math.isclose(decay, value, rel_tol=1e-6) for value in TORCH_MOMENTA)
+    code = "MOMENTUM_CONVENTION" if usual else "EMA_NOISE"
+    return Verdict(code=code, certainty="may" if usual else "is", number={"decay": decay})
+
+
+_FACTS: tuple[Callable[[Case, str], Verdict | None], ...] = (
+    poisoned,
+    never_updated,
+    short_average,
+)
+
+
+# --- what is inferred -----------------------------------------------------------------------------
+
+
+def mixed_sources(case: Case, path: str) -> Verdict | None:
+    """Stored variance as within one class, or one average for uses that see different data.
+
+    Law of total variance: variance = mean variance within classes + variance of class means. An
+    average over batches of one class each holds the first part only.
+    """
+    found = case.measurement.sites.get(path)
+    if found is None:
+        return None
+    if len(found.uses) > 1:
+        apart = _uses_apart(found.uses)
+        if apart > FAR:
+            number = {"uses_apart": apart}
+            return Verdict(code="MIXED_SOURCES", certainty="is", number=number)
+    if found.within_variance is None:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = np.log(found.batch_variance / found.within_variance)
+        missing = np.log(found.batch_variance / found.stored_variance)
+        shift = np.abs(found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance)
+    sound = np.isfinite(between) & np.isfinite(missing) & np.isfinite(shift)
+    told = sound & (between > math.log(BETWEEN))  # channels that can tell the two apart
+    if told.sum() < max(1, sound.sum() / 2):
+        return None
+    if float(np.median(np.abs(missing - between)[told])) > float(np.median(between[told])) / 2:
+        return None
+    if float(np.median(shift[told])) > 2 * FAR:
+        return None
+    missing_part = 1 - math.exp(-float(np.median(missing[told])))
+    number = {"missing_variance": missing_part}
+    return Verdict(code="MIXED_SOURCES", certainty="may", number=number)
+
+
+def young_average(case: Case, path: str) -> Verdict | None:
+    """decayⁿ of the old statistics is left, or they are still on the way from 0 and 1."""
+    share = case.old_share(path)
+    if share is not None and share > OLD_SHARE and case.mismatch(path) > AGREES / 2:
+        return Verdict(code="EMA_LAG", certainty="is", number={"old_share": share})
+    way = way_from_initial(case, path)
+    if way is not None and way < ON_THE_WAY:
+        return Verdict(code="EMA_LAG", certainty="is", number={"way_from_initial": way})
+    return None
+
+
+def way_from_initial(case: Case, path: str) -> float | None:
+    """Part of the way that the statistics have gone from 0 and 1 to those of the data.
+
+    Least squares through the initial values over channels, at λ = 1: ``stored_mean`` on
+    ``batch_mean`` and ``stored_variance − 1`` on ``batch_variance − 1``. ``None`` unless both agree
+    and fit.
+    """
+    found = case.measurement.sites.get(path)
+    if found is None or found.stored_mean.size < 4 or case.mismatch(path) <= AGREES:
+        return None
+    pairs = (
+        (found.stored_mean, found.batch_mean),
+        (found.stored_variance - 1, found.batch_variance - 1),
+    )
+    ways = []
+    for moved, target in pairs:
+        if not (np.isfinite(moved).all() and np.isfinite(target).all()):
+            return None
+        sizes = float(np.dot(moved, moved)), float(np.dot(target, target))
+        if min(sizes) <= 0:
+            return None
+        product = float(np.dot(moved, target))
+        if product / math.sqrt(sizes[0] * sizes[1]) < ON_THE_LINE:
+            return None
+        ways.append(product / sizes[1])
+    low, high = sorted(ways)
+    return (low + high) / 2 if low > 0 and high < 1.5 * low + 0.05 else None
+
+
+def _later_tests(case: Case) -> tuple[Callable[[Case, str], Verdict | None], ...]:
+    """Tests of sites that train, the last of them one for all that is left."""
+    if not case.inference_is_worse:
+        return (mixed_sources,)
+    return (_edited_since_reference, mixed_sources, young_average, _stacked_bessel, _settled(case))
+
+
+def _edited_since_reference(case: Case, path: str) -> Verdict | None:
+    known = case.reference
+    if known is None or not known.params or path not in known.statistics:
+        return None
+    changed = [value for value in known.params.values() if value > EQUAL]
+    if not changed or known.statistics[path] > EQUAL or case.mismatch(path) <= AGREES:
+        return None
+    number = {"params_from_reference": max(changed)}
+    return Verdict(code="STALE_AFTER_WEIGHT_EDIT", certainty="is", number=number)
+
+
+def _stacked_bessel(case: Case, path: str) -> Verdict | None:
+    bias = bessel_bias(case, path)
+    return None if bias is None else Verdict(code="BESSEL", certainty="is", number={"bias": bias})
+
+
+def bessel_bias(case: Case, path: str) -> float | None:
+    """N / (n − 1) where the stored variance exceeds that of the batches by just this quotient."""
+    found = case.measurement.sites.get(path)
+    count = case.values_per_batch(path, case.measurement.batch_size)
+    if found is None or count is None or count < 2:
+        return None
+    predicted = math.log(count / (count - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measured = np.log(found.stored_variance / found.batch_variance)
+    measured = measured[np.isfinite(measured)]
+    if not measured.size or predicted < 2e-4:  # not to be told from rounding and noise
+        return None
+    shift = np.abs(found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance + 1e-12)
+    fits = abs(float(np.median(measured)) - predicted) <= 0.35 * predicted
+    return math.exp(predicted) if fits and float(np.median(shift)) <= AGREES else None
+
+
+def _settled(case: Case) -> Callable[[Case, str], Verdict | None]:
+    """One answer for all sites whose average has forgotten its start, and still is wrong."""
+    code, certainty, number = _settled_answer(case)
+
+    def test(case: Case, path: str) -> Verdict | None:
+        if case.mismatch(path) <= AGREES / 2:
+            return None
+        return Verdict(code=code, certainty=certainty, number=number)
+
+    return test
+
+
+def _settled_answer(case: Case) -> tuple[str, Certainty, dict[str, float]]:
+    moving = [p for p in case.mismatches if case.roles[p] in ("moving", "unmoved")]
+    sizes = [case.mismatches[path] for path in moving]
+    if not sizes:
+        return "EMA_LAG", "may", {}
+    first = sizes[0]
+    share = case.old_share(moving[0])
+    if case.steps is not None and case.steps < YOUNG and share is not None:
+        return "EMA_LAG", "may", {"steps": float(case.steps), "old_share": share}
+    onset = abrupt_onset(case)
+    if onset is not None:
+        return "STALE_AFTER_WEIGHT_EDIT", "may", {"onset": float(onset)}
+    if first > FAR and explained_by_input(case, moving[0]):
+        return "DOMAIN_STATS", "may", {"first_mismatch": first}
+    if first > FAR and first >= 2 * float(np.median(sizes)):
+        return "DOMAIN_STATS", "may", {"first_mismatch": first}
+    if first > 2 * FAR and case.steps is not None:
+        return "STALE_AFTER_WEIGHT_EDIT", "may", {"first_mismatch": first}
+    return "EMA_LAG", "may", {"first_mismatch": first}
+
+
+def abrupt_onset(case: Case) -> int | None:
+    """Position of the first site that is far off while every one before it agrees."""
+    before = 0.0
+    for position, (path, size) in enumerate(case.mismatches.items()):
+        if size > FAR:
+            calm = before <= AGREES and size >= ABRUPT * before
+            return position if position > 0 and calm and case.roles[path] != "locked" else None
+        before = max(before, size)
+    return None
+
+
+def explained_by_input(case: Case, path: str) -> bool:
+    """Whether one affine map of the input, the same for all pixels, explains a first site.
+
+    ``x → a·x + b`` turns the variance of every channel of a linear layer into ``a²`` times itself:
+    the ratio is one number over the channels (padding adds to its spread).
+    """
+    found = case.measurement.sites.get(path)
+    if found is None or found.ratio.size < 3:
+        return False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(found.ratio)
+    if not np.isfinite(logs).all():
+        return False
+    low, middle, high = np.quantile(logs, [0.25, 0.5, 0.75])
+    return bool(high - low <= max(ONE_RATIO * abs(middle), AGREES))
+
+
+def _trained(weights: Array | None, initial: float) -> bool:
+    return weights is not None and bool(np.any(weights != initial))
+
+
+def _uses_apart(uses: tuple[tuple[Array, Array], ...]) -> float:
+    """Largest distance of two uses of a shared layer, in standard deviations, median channel."""
+    apart = 0.0
+    for index, (mean, variance) in enumerate(uses):
+        for other_mean, other_variance in uses[index + 1 :]:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                pooled = np.sqrt((variance + other_variance) / 2)
+                shift = np.abs(mean - other_mean) / pooled
+                size = np.sqrt(np.square(shift) + np.square(np.log(variance / other_variance)) / 2)
+            if np.isfinite(size).any():
+                apart = max(apart, float(np.median(size[np.isfinite(size)])))
+    return apart

@@ -1,0 +1,369 @@
+"""Causes in the stored statistics: not averaged, too slowly, too hastily, wrongly, or spoilt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.causes.assignment import EXTREME, OLD_SHARE, Assigned, explained_by_input
+from frostline.causes.case import FAR, Case, Claim, count, number
+from frostline.causes.frozen import locked_gain, switched
+from frostline.types import Certainty
+
+_REFERENCE = "the checkpoint from before, as reference="
+_TRAINING_DATA = "the data the model was trained on"
+
+
+def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Statistics that no data give, and what they break."""
+    paths = _of("POISONED", assigned)
+    if paths:
+        channels = sum(assigned[path].number["bad_channels"] for path in paths)
+        broken = sum(probe.broken for name, probe in case.measurement.probes.items()
+                     if name == "inference")  # fmt: skip
+        yield Claim(
+            code="POISONED",
+            message=f"{count(int(channels), 'channel')} at {count(len(paths), 'site')} have stored "
+            f"statistics that are not finite or a negative variance; {count(broken, 'sample')} of "
+            f"{case.measurement.samples} come out as NaN or infinite",
+            sites=paths,
+            standing=3.0,
+            certainty="is",
+            evidence={"bad_channels": channels, "broken_samples": float(broken)},
+            findings=case.found("FL201", "FL202", "FL211", sites=paths),
+        )
+    else:
+        yield from _extreme(case, assigned)
+
+
+def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Statistics that are still those of the first day, or cannot move."""
+    paths = _of("STATS_NEVER_UPDATED", assigned)
+    if not paths:
+        return
+    verdicts = [assigned[path].number for path in paths]
+    if any("initial" in each for each in verdicts):
+        told = "mean and variance are the initial values in every channel"
+    elif any("half_initial" in each for each in verdicts):
+        told = "one of mean and variance is the initial value in every channel"
+    else:
+        told = f"training mode does not move them (decay {number(verdicts[0]['decay'])})"
+    trained = f" after {count(case.steps, 'step')}" if case.steps else ""
+    amount = _amount(case, paths)
+    yield Claim(
+        code="STATS_NEVER_UPDATED",
+        message=f"the statistics of {count(len(paths), 'site')} were never updated{trained}: "
+        f"{told}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
+        "deviations away",
+        sites=paths,
+        amount=amount,
+        standing=0.9,
+        certainty="is",
+        evidence={"bn_gap": case.bn_gap, "steps": float(case.steps or 0)},
+        findings=case.found("FL204", "FL205", "FL112", sites=paths),
+    )
+
+
+def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """A PyTorch momentum in a Keras layer: the average is the last batch."""
+    yield from _short(case, assigned, "MOMENTUM_CONVENTION")
+
+
+def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """An average over so few batches that it is as noisy as one of them."""
+    yield from _short(case, assigned, "EMA_NOISE")
+
+
+def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Averages that have not caught up with the weights or the data."""
+    paths = _of("EMA_LAG", assigned)
+    if not paths:
+        return
+    amount = _amount(case, paths)
+    shared = 0.0
+    if amount is not None and pretrained_elsewhere(case, assigned):
+        shared = case.blame(paths[:1]) * case.stale_part / 2
+    evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
+    shares = [s for path in paths if (s := case.old_share(path)) is not None]
+    told = "the stored statistics trail the weights"
+    if shares and case.steps is not None:
+        decay = case.sites[paths[0]].site.decay
+        evidence |= {"steps": float(case.steps), "decay": decay, "old_share": max(shares)}
+        told = f"{count(case.steps, 'step')} at decay {decay:g} leave {max(shares):.1%} of the old"
+        told += " statistics"
+        if max(shares) <= OLD_SHARE:
+            told += ", the weights moved meanwhile"
+    ways = [n for path in paths if (n := assigned[path].number.get("way_from_initial")) is not None]
+    if ways and not shares:
+        evidence["way_from_initial"] = min(ways)
+        told = f"they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
+    yield Claim(
+        code="EMA_LAG",
+        message=f"the moving averages of {count(len(paths), 'site')} lag: {told}"
+        + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
+        sites=paths,
+        amount=None if amount is None else amount - shared,
+        certainty=_certainty(assigned, paths),
+        evidence=evidence,
+        settle=_settle(assigned, paths, f"{_REFERENCE}, or the training history"),
+        findings=case.found("FL203", sites=paths),
+    )
+
+
+def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Weights that changed after the statistics had settled."""
+    paths = _of("STALE_AFTER_WEIGHT_EDIT", assigned)
+    if not paths:
+        return
+    first = paths[0]
+    evidence: dict[str, float | str] = {"bn_gap": case.bn_gap, "mismatch": case.mismatch(first)}
+    if "params_from_reference" in assigned[first].number:
+        evidence |= assigned[first].number
+        told = "weights differ from the reference while the stored statistics are the same"
+    else:
+        told = f"the statistics are {number(case.mismatch(first))} standard deviations off from "
+        told += "this site on, although the average had time to settle"
+        if "onset" in assigned[first].number:
+            told += ", and agree at every site before"
+    yield Claim(
+        code="STALE_AFTER_WEIGHT_EDIT",
+        message=f"weights were changed after the statistics of {count(len(paths), 'site')} were "
+        f"taken: {told}",
+        sites=paths,
+        amount=_amount(case, paths),
+        certainty=_certainty(assigned, paths),
+        evidence=evidence,
+        settle=_settle(assigned, paths, _REFERENCE),
+    )
+
+
+def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Statistics of other data than these."""
+    yield from _other_data_locked(case)
+    paths = _of("DOMAIN_STATS", assigned)
+    amount = _amount(case, paths)
+    if pretrained_elsewhere(case, assigned):
+        paths = _of("EMA_LAG", assigned)[:1]
+        amount = case.blame(paths) * case.stale_part / 2
+    if not paths:
+        return
+    first = paths[0]
+    yield Claim(
+        code="DOMAIN_STATS",
+        message=f"the stored statistics are of other data: those given are "
+        f"{number(case.mismatch(first))} standard deviations away at the first site already"
+        + _closes(case, ", and their own close {} of the BN gap"),
+        sites=paths,
+        amount=amount,
+        certainty="may",
+        evidence={"first_mismatch": case.mismatch(first), "bn_gap": case.bn_gap},
+        settle=_TRAINING_DATA,
+        findings=case.found("FL203", sites=paths),
+    )
+
+
+def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """One average over batches, or uses, that are not alike."""
+    paths = _of("MIXED_SOURCES", assigned)
+    if not paths:
+        return
+    worse = max(0.0, -case.change("population", "inference"))
+    sorted_better = max(0.0, -case.change("sorted", "inference"))
+    amount = max(_amount(case, paths) or 0.0, worse, sorted_better)
+    if not amount:
+        return
+    missing = [n for path in paths if (n := assigned[path].number.get("missing_variance"))]
+    if missing:
+        told = f"the stored variance lacks {max(missing):.0%}, just the part between the classes: "
+        told += "it was averaged over batches of one class each"
+        evidence = {"missing_variance": max(missing)}
+    else:
+        apart = max(assigned[path].number.get("uses_apart", 0.0) for path in paths)
+        told = f"one average serves inputs that are {number(apart)} standard deviations apart"
+        evidence = {"uses_apart": apart}
+    yield Claim(
+        code="MIXED_SOURCES",
+        message=f"{count(len(paths), 'site')} mix sources: {told}",
+        sites=paths,
+        amount=amount,
+        certainty=_certainty(assigned, paths),
+        evidence={**evidence, "bn_gap": case.bn_gap},
+        settle=_settle(assigned, paths, "how the training batches were drawn"),
+        findings=case.found("FL114", sites=paths),
+    )
+
+
+def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """The unbiased variance, stacked: each site shrinks its output by √((n − 1)/n)."""
+    paths = _of("BESSEL", assigned)
+    if not paths:
+        return
+    biases = np.array([assigned[path].number["bias"] for path in paths])
+    product = float(np.sqrt(np.prod(biases)))
+    amount = _amount(case, paths)
+    yield Claim(
+        code="BESSEL",
+        message=f"the stored variances of {count(len(paths), 'site')} are n/(n − 1) = "
+        f"{float(np.median(biases)):.4g} times those of the batches; stacked, inference outputs "
+        f"are smaller by up to {product:.4g}",
+        sites=paths,
+        amount=amount,
+        certainty="is",
+        evidence={"predicted_ratio": product, "bias": float(np.median(biases))},
+    )
+
+
+def eps_mismatch(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Another epsilon than the one the weights were trained with."""
+    known = case.reference
+    if known is not None and known.epsilons:
+        paths = tuple(path for path in case.sites if path in known.epsilons)
+        mine, theirs = known.epsilons[paths[0]] if paths else next(iter(known.epsilons.values()))
+        yield Claim(
+            code="EPS_MISMATCH",
+            message=f"epsilon is {mine:g} where the reference has {theirs:g}, at "
+            f"{count(len(known.epsilons), 'site')}",
+            sites=paths,
+            standing=0.95,
+            certainty="is",
+            evidence={"epsilon": mine, "reference_epsilon": theirs},
+            findings=case.found("FL113"),
+        )
+        return
+    findings = [each for each in case.findings if each.code == "FL113"]
+    paths = tuple(path for path in case.sites if any(path in each.sites for each in findings))
+    if findings:
+        effect = max(float(each.evidence.get("effect", 0.0)) for each in findings)
+        yield Claim(
+            code="EPS_MISMATCH",
+            message=f"epsilon of {count(len(paths), 'site')} is not that of the others, which "
+            f"changes outputs by up to {effect:.0%}",
+            sites=paths,
+            standing=0.2,
+            certainty="may",
+            evidence={"effect": effect},
+            settle="the model that the weights come from, as reference=",
+            findings=("FL113",),
+        )
+
+
+def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Equal weights, different statistics: a replica, or a pass in training mode since."""
+    drift = case.moved_from_reference
+    paths = tuple(
+        path for path in case.sites if path in drift and not case.meant_frozen(case.sites[path])
+    )
+    if not paths or not case.same_params:
+        return
+    farthest = max(drift[path] for path in paths)
+    yield Claim(
+        code="RANK_DIVERGENCE",
+        message=f"all weights equal the reference's, but the stored statistics of "
+        f"{count(len(paths), 'site')} differ, by up to {number(farthest)} standard deviations",
+        sites=paths,
+        amount=case.blame(paths) * case.stale_part or None,
+        standing=0.95,
+        certainty="is" if case.steps else "may",
+        evidence={"statistics_from_reference": farthest},
+        settle=None if case.steps else "whether the reference is another replica",
+    )
+
+
+def pretrained_elsewhere(case: Case, assigned: Assigned) -> bool:
+    """Lagging averages whose old part is of other data: the first site shows one input map.
+
+    Weights and inputs of a first site hardly change in training, so that its statistics tell data
+    from lag, unless the old part is the initial 0 and 1.
+    """
+    paths = _of("EMA_LAG", assigned)
+    if not paths or not case.mismatches or paths[0] != next(iter(case.mismatches)):
+        return False
+    young = any("way_from_initial" in assigned[path].number for path in paths)
+    return not young and case.mismatch(paths[0]) > FAR and explained_by_input(case, paths[0])
+
+
+def _short(case: Case, assigned: Assigned, code: str) -> Iterator[Claim]:
+    paths = _of(code, assigned)
+    if not paths:
+        return
+    amount = _amount(case, paths) if case.inference_is_worse else None
+    decay = case.sites[paths[0]].site.decay
+    noise = max((case.measurement.sites[p].noise for p in paths if p in case.measurement.sites),
+                default=0.0)  # fmt: skip
+    told = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
+    told += f"last batch, off by up to {number(noise)} standard deviations"
+    if code == "MOMENTUM_CONVENTION":
+        told += f"; {decay:g} is a PyTorch momentum, {1 - decay:g} in Keras"
+    yield Claim(
+        code=code,
+        message=f"{count(len(paths), 'site')} with decay {decay:g}: {told}",
+        sites=paths,
+        amount=amount,
+        standing=0.1,
+        certainty=_certainty(assigned, paths),
+        evidence={"decay": decay, "noise": noise, "bn_gap": case.bn_gap},
+        settle=_settle(assigned, paths, "where the momentum comes from"),
+        findings=case.found("FL111", "FL112", sites=paths),
+    )
+
+
+def _extreme(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Finite, but so large that some extreme batch is in the average."""
+    moving = [path for path in case.mismatches if case.roles[path] == "moving"]
+    if not moving or not case.inference_is_worse or assigned.get(moving[0]) is None:
+        return
+    ratio = float(np.median(case.measurement.sites[moving[0]].ratio))
+    if not 0 < ratio < 1 / EXTREME or assigned[moving[0]].certainty == "is":
+        return
+    yield Claim(
+        code="POISONED",
+        message=f"the stored variance of the first site is {1 / ratio:.3g} times that of the data: "
+        "an extreme batch may be in the average",
+        sites=(moving[0],),
+        standing=0.05,
+        certainty="may",
+        evidence={"variance_quotient": 1 / ratio},
+        settle=_TRAINING_DATA,
+    )
+
+
+def _other_data_locked(case: Case) -> Iterator[Claim]:
+    """Locked sites whose statistics are not those of the data, where that costs loss."""
+    locked, gained = case.with_role("locked"), locked_gain(case)
+    far = max((case.mismatch(path) for path in locked), default=0.0)
+    if not gained or far <= FAR or {*locked} & {*switched(case)}:
+        return
+    yield Claim(
+        code="DOMAIN_STATS",
+        message=f"{count(len(locked), 'locked site')} keep statistics of other data, up to "
+        f"{number(far)} standard deviations away; those of the data lower the loss by "
+        f"{number(gained)}",
+        sites=locked,
+        amount=gained,
+        certainty="is",
+        evidence={"mismatch": far, "gained": gained},
+    )
+
+
+def _amount(case: Case, paths: tuple[str, ...]) -> float | None:
+    return case.blame(paths) * case.stale_part or None
+
+
+def _of(code: str, assigned: Assigned) -> tuple[str, ...]:
+    return tuple(path for path, verdict in assigned.items() if verdict.code == code)
+
+
+def _certainty(assigned: Assigned, paths: tuple[str, ...]) -> Certainty:
+    return "is" if all(assigned[path].certainty == "is" for path in paths) else "may"
+
+
+def _settle(assigned: Assigned, paths: tuple[str, ...], what: str) -> str | None:
+    return None if _certainty(assigned, paths) == "is" else what
+
+
+def _closes(case: Case, words: str) -> str:
+    exact = case.difference("population", "inference")
+    if not case.inference_is_worse or exact is None:
+        return ""
+    return words.format(f"{max(0.0, -exact.estimate / abs(case.bn_gap)):.0%}")

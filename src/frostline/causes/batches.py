@@ -1,0 +1,178 @@
+"""Causes in what shares a batch: too few values, or neighbours that tell something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.causes.assignment import Assigned
+from frostline.causes.case import USES_BATCH, Case, Claim, count, number
+
+#: Values per channel below which batch statistics are a matter of luck: the variance of 16 values
+#: has a relative standard error of 37% (rule FL116).
+FEW_VALUES = 16
+
+#: Part of the excess of inference that batches must give beyond the population's statistics.
+BEYOND = 0.2
+
+#: Largest change of an output, relative to the largest one, that another batch size or other
+#: neighbours may make: other algorithms of a convolution reorder float32 sums.
+REORDERED = 1e-3
+
+#: The same where sites compute in half precision.
+REORDERED_HALF = 5e-2
+
+
+def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Inference that normalises with the batch at hand."""
+    paths = tuple(
+        path
+        for path in case.sites
+        if (seen := case.measurement.behaviour.get(path)) is not None
+        and seen.inference is not None
+        and seen.inference >= USES_BATCH
+    )
+    if not paths:
+        return
+    neighbours = case.measurement.neighbours or 0.0
+    evidence = {"sites": float(len(paths)), "neighbours": neighbours}
+    spread = _inference_spread(case)
+    told = f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
+    if spread is not None:
+        evidence["loss_over_batch_sizes"] = spread
+        told += f", the loss by {number(spread)} over batch sizes"
+    better = case.change("inference", "population")
+    if better < 0:
+        evidence["better_than_population"] = -better
+        told += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
+    yield Claim(
+        code="FORCED_TRAIN",
+        message=f"{count(len(paths), 'site')} used statistics of the batch at inference: {told}",
+        sites=paths,
+        standing=2.5,
+        certainty="is",
+        evidence=evidence,
+        findings=case.found("FL109", "FL110", sites=paths),
+    )
+
+
+def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Outputs that depend on the batch although no site uses it."""
+    behaviour = case.measurement.behaviour.values()
+    if any(seen.inference is not None and seen.inference > 0 for seen in behaviour):
+        return
+    half = any("16" in each.site.dtype for each in case.facts)
+    tolerance = REORDERED_HALF if half else REORDERED
+    wrong = [p for p in case.measurement.sweep if p.inference_change > tolerance]
+    neighbours = case.measurement.neighbours or 0.0
+    if not wrong and neighbours <= tolerance:
+        return
+    if wrong:
+        worst = max(wrong, key=lambda point: point.inference_change)
+        told = f"by {number(worst.inference_change)} at batch size {worst.batch_size}"
+        told += f" ({len(wrong)} of {len(case.measurement.sweep)} batch sizes differ)"
+    else:
+        told = f"by {number(neighbours)} with the neighbours in the batch"
+    change = max([neighbours, *(point.inference_change for point in wrong)])
+    yield Claim(
+        code="KERNEL_BUG",
+        message=f"inference outputs change {told}, although no BN layer uses the batch",
+        standing=2.0,
+        certainty="is" if wrong else "may",
+        evidence={"largest_change": change},
+        settle=None if wrong else "the same model on another backend or device",
+    )
+
+
+def small_batch(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Batches of so few values that the network fits each batch, not the data."""
+    if _tells_class(case):
+        return
+    size = case.measurement.batch_size
+    paths = _few(case, size)
+    amount = case.beyond_population
+    if case.inference_is_worse and paths and amount >= BEYOND * abs(case.bn_gap):
+        fewest = min(case.values_per_batch(path, size) or 0 for path in paths)
+        yield Claim(
+            code="SMALL_BATCH",
+            message=f"{count(len(paths), 'site')} see as few as {count(fewest, 'value')} per "
+            f"channel in a batch of {size}: batches of that size give a loss "
+            f"{number(amount)} lower than exact statistics of all the data",
+            sites=paths,
+            amount=min(amount, abs(case.bn_gap)),
+            certainty="is",
+            evidence={"values": float(fewest), "beyond_population": amount},
+            findings=case.found("FL116", sites=paths),
+        )
+        return
+    yield from _trained_on_smaller(case)
+
+
+def batch_leak(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Batches whose make-up tells the label."""
+    sorted_loss, inference = case.loss("sorted"), case.loss("inference")
+    if not _tells_class(case) or sorted_loss is None or inference is None:
+        return
+    amount = max(0.0, -case.change("sorted", "population"))
+    if not amount:
+        amount = max(0.0, -case.change("sorted", "inference"))
+    if not amount:
+        return
+    size = case.measurement.batch_size
+    yield Claim(
+        code="BATCH_LEAK",
+        message=f"batches of one class give a loss {number(-case.change('sorted', 'batch'))} lower "
+        f"than mixed batches, and {number(amount)} lower than exact statistics: the make-up of a "
+        "batch tells the label",
+        sites=case.with_role("moving", "frozen batch", "frozen drift", "unmoved"),
+        amount=amount,
+        certainty="is",
+        evidence={"sorted": sorted_loss, "inference": inference, "batch_size": float(size)},
+    )
+
+
+def _tells_class(case: Case) -> bool:
+    return case.measurement.batch_size > 1 and case.change("sorted", "batch") < 0
+
+
+def _few(case: Case, batch_size: int) -> tuple[str, ...]:
+    active = case.with_role("moving", "frozen batch", "frozen drift", "unmoved")
+    return tuple(
+        path
+        for path in active
+        if (values := case.values_per_batch(path, batch_size)) is not None and values < FEW_VALUES
+    )
+
+
+def _trained_on_smaller(case: Case) -> Iterator[Claim]:
+    """Batches much smaller than the given ones do better than those, and than inference."""
+    inference, population = case.loss("inference"), case.loss("population")
+    sound = [p for p in case.measurement.sweep if np.isfinite(p.batch_loss)]
+    smaller = [p for p in sound if p.batch_size < case.measurement.batch_size]
+    if not smaller or inference is None:
+        return
+    best = min(smaller, key=lambda point: point.batch_loss)
+    paths = _few(case, best.batch_size)
+    others = [p.batch_loss for p in sound if p.batch_size >= 4 * best.batch_size]
+    rivals = [inference, *others, *([] if population is None else [population])]
+    amount = min(rivals) - best.batch_loss
+    # One number per batch size, without an interval: only a large difference counts.
+    if not paths or not others or amount < max(BEYOND * inference, 5 * case.floor):
+        return
+    yield Claim(
+        code="SMALL_BATCH",
+        message=f"the model does best in batches of {best.batch_size}: {number(best.batch_loss)} "
+        f"against {number(min(others))} in larger ones and {number(inference)} at inference, with "
+        f"fewer than {FEW_VALUES} values per channel at {count(len(paths), 'site')}",
+        sites=paths,
+        amount=amount,
+        certainty="may",
+        evidence={"best_batch_size": float(best.batch_size), "batch_loss": best.batch_loss},
+        settle="the batch size of training, as batch_size=",
+    )
+
+
+def _inference_spread(case: Case) -> float | None:
+    losses = [p.inference_loss for p in case.measurement.sweep if np.isfinite(p.inference_loss)]
+    return max(losses) - min(losses) if len(losses) > 1 else None

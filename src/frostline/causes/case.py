@@ -1,0 +1,383 @@
+"""What every cause is judged by: one measured case, and numbers derived from it.
+
+Nothing here names a cause. Probes become differences that matter or do not, sites get a role, and
+the BN gap is handed out to sites.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from frostline.measurement import Behaviour, Difference, Interval, Measurement, Probe
+from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.stats import paired_bootstrap
+from frostline.types import Array, Certainty, Finding
+
+Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
+
+#: A difference below this share of the larger loss is not worth a cause: what dropout or rounding
+#: leaves in a healthy model (the same number as ``measure.SMALL_GAP``).
+SMALL_SHARE = 0.05
+
+#: Nor is one below this share of the loss of guessing (``log(classes)``): a cross-entropy of 0.02
+#: against 0.01 over ten classes is a healthy model, whatever their quotient.
+SMALL_OF_GUESSING = 0.02
+
+#: The same for regression, of the targets' variance: R² differs in the third digit.
+SMALL_OF_VARIANCE = 0.002
+
+#: Unless the accuracy differs for sure, and by at least this much.
+SMALL_ACCURACY = 0.02
+
+#: λ from which a site counts as one that uses the batch; sites in between are rare (renorm).
+USES_BATCH = 0.5
+
+#: Distance of stored and measured statistics, in standard deviations, below which they agree. A
+#: moving average at 0.99 over batches of 32 values is off by 0.013, at 0.9 by 0.04.
+AGREES = 0.1
+
+#: Distance from which the two are told to be far apart.
+FAR = 0.25
+
+#: Relative difference up to which weights, statistics or outputs are equal: float32 rounding
+#: summed over some thousand terms.
+EQUAL = 1e-5
+
+#: Distances are cut here where they weigh sites.
+_FAR_ENOUGH = 10.0
+
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What one cause says for itself; shares come later, when all have spoken.
+
+    Attributes:
+        code: Code of the cause.
+        message: One sentence with the number that decides it.
+        sites: Paths of the sites to blame.
+        amount: What it explains, in units of the loss; ``None`` where there is no such number.
+        standing: Rank of a fact that needs no gap, on the scale of shares: above 1 it comes
+            before whatever a gap says.
+        certainty: ``"is"`` or ``"may"``.
+        evidence: Numbers by name.
+        settle: What further input would settle it.
+        findings: Codes of findings behind it.
+    """
+
+    code: str
+    message: str
+    sites: tuple[str, ...] = ()
+    amount: float | None = None
+    standing: float = 0.0
+    certainty: Certainty = "may"
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    settle: str | None = None
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One model on one data set: facts, measurement and findings."""
+
+    facts: ModelFacts
+    measurement: Measurement
+    findings: Sequence[Finding] = ()
+
+    # --- probes -------------------------------------------------------------------------------
+
+    def probe(self, name: str) -> Probe | None:
+        """A probe with a finite loss."""
+        found = self.measurement.probes.get(name)
+        return found if found is not None and math.isfinite(found.loss) else None
+
+    def loss(self, name: str) -> float | None:
+        """Mean loss of a probe; ``None`` when it was not made or is not finite."""
+        found = self.probe(name)
+        return None if found is None else found.loss
+
+    def accuracy(self, name: str) -> float | None:
+        """Accuracy of a probe; ``None`` when there is none."""
+        found = self.probe(name)
+        return None if found is None else found.accuracy
+
+    def difference(self, of: str, minus: str) -> Interval | None:
+        """Loss of one probe minus that of another on the same samples, with its interval."""
+        for gap in self.measurement.gaps.values():
+            if (gap.of, gap.minus) == (of, minus):
+                return gap.loss if math.isfinite(gap.loss.estimate) else None
+        first, second = self.probe(of), self.probe(minus)
+        if first is None or second is None or first.losses.shape != second.losses.shape:
+            return None
+        return paired_bootstrap(first.losses, second.losses, seed=_SEED)
+
+    def change(self, of: str, minus: str) -> float:
+        """The same as a number: 0 when it is uncertain or too small to matter."""
+        interval = self.difference(of, minus)
+        if interval is None or not interval.excludes_zero:
+            return 0.0
+        first, second = self.probe(of), self.probe(minus)
+        if first is None or second is None:
+            return 0.0
+        size = abs(interval.estimate)
+        if size < SMALL_SHARE * max(abs(first.loss), abs(second.loss)):
+            return 0.0
+        if size < self.floor and not self._accuracy_differs(first, second):
+            return 0.0
+        return interval.estimate
+
+    @cached_property
+    def floor(self) -> float:
+        """Smallest difference in loss that matters on its own, in units of the loss."""
+        known = self.measurement
+        if known.task == "regression":
+            return SMALL_OF_VARIANCE * known.chance if known.chance is not None else 0.0
+        if known.task == "unknown" or not known.classes or known.classes < 2:
+            return 0.0
+        return SMALL_OF_GUESSING * math.log(known.classes) if self._is_cross_entropy else 0.0
+
+    @cached_property
+    def _is_cross_entropy(self) -> bool:
+        # A missed sample has a probability of at most 1/2 for its class: log 2 at least.
+        for probe in self.measurement.probes.values():
+            if probe.hits is not None and probe.hits.shape == probe.losses.shape:
+                missed = probe.losses[probe.hits < 0.5]
+                if missed.size and float(np.quantile(missed, 0.1)) < 0.6:
+                    return False
+        return True
+
+    @staticmethod
+    def _accuracy_differs(first: Probe, second: Probe) -> bool:
+        if first.hits is None or second.hits is None or first.hits.shape != second.hits.shape:
+            return False
+        interval = paired_bootstrap(first.hits, second.hits, seed=_SEED)
+        return interval.excludes_zero and abs(interval.estimate) >= SMALL_ACCURACY
+
+    # --- the parts of the gap -----------------------------------------------------------------
+
+    @cached_property
+    def bn_gap(self) -> float:
+        """Loss at the training blend minus inference; 0 when it does not matter."""
+        return self.change("training blend", "inference")
+
+    @cached_property
+    def dropout_gap(self) -> float:
+        """Loss with everything but BN as in training, minus inference; 0 when it is nothing."""
+        return self.change("dropout", "inference")
+
+    @cached_property
+    def total_gap(self) -> float:
+        """Loss in the model's own training mode minus inference; 0 when it does not matter."""
+        return self.change("training", "inference")
+
+    @property
+    def inference_is_worse(self) -> bool:
+        """Inference loses to the same model at its training blend."""
+        return self.bn_gap < 0
+
+    @cached_property
+    def beyond_population(self) -> float:
+        """What the training blend has over the population's statistics, at least 0.
+
+        The part of a gap that no stored statistics can close: it lies in the batches themselves.
+        """
+        return max(0.0, self.change("population", "training blend"))
+
+    @cached_property
+    def stale_part(self) -> float:
+        """Part of the BN gap that the population's statistics close, in [0, 1]."""
+        gap = abs(self.bn_gap)
+        return max(0.0, 1 - self.beyond_population / gap) if self.inference_is_worse else 1.0
+
+    @cached_property
+    def left_over(self) -> float:
+        """Part of the total gap that is neither BN nor dropout, in absolute value."""
+        parts = [self.difference(*pair) for pair in (
+            ("training", "inference"), ("training blend", "inference"), ("dropout", "inference"),
+        )]  # fmt: skip
+        if not self.total_gap or parts[0] is None:
+            return 0.0
+        told = sum(part.estimate for part in parts[1:] if part is not None)
+        return abs(parts[0].estimate - told)
+
+    @cached_property
+    def gap_parts(self) -> float:
+        """All parts of the gap that matter, in absolute value: what shares are shares of."""
+        return abs(self.bn_gap) + abs(self.dropout_gap) + self.left_over
+
+    def blame(self, paths: Iterable[str]) -> float:
+        """Part of the BN gap that lies at some sites, at least 0, in units of the loss.
+
+        From the attribution; without one the gap is split by how far each site's stored
+        statistics are from those of the data.
+        """
+        chosen, gap = set(paths), self.bn_gap
+        if not gap or not chosen:
+            return 0.0
+        found = self.measurement.attribution
+        if found is not None and found.paths and np.isfinite(found.shares).all():
+            here = [s for p, s in zip(found.paths, found.shares, strict=True) if p in chosen]
+            return max(0.0, math.copysign(1.0, gap) * float(np.sum(here)))
+        active = [path for path in self.roles if self.roles[path] != "locked"]
+        weights = {path: min(self.mismatch(path), _FAR_ENOUGH) for path in active}
+        total = sum(weights.values())
+        if not total:
+            return abs(gap) * len(chosen & set(active)) / max(1, len(active))
+        return abs(gap) * sum(weights.get(path, 0.0) for path in chosen) / total
+
+    # --- sites --------------------------------------------------------------------------------
+
+    @cached_property
+    def sites(self) -> Mapping[str, SiteFacts]:
+        """Path -> facts, in execution order."""
+        return {each.site.path: each for each in self.facts}
+
+    @cached_property
+    def roles(self) -> Mapping[str, Role]:
+        """Path -> what the site does in training, judged by what it did, else by its flags."""
+        return {path: self._role(each) for path, each in self.sites.items()}
+
+    def with_role(self, *roles: Role) -> tuple[str, ...]:
+        """Paths of the sites with one of these roles, in execution order."""
+        return tuple(path for path, role in self.roles.items() if role in roles)
+
+    def _role(self, each: SiteFacts) -> Role:
+        site = each.site
+        seen = self.measurement.behaviour.get(site.path) or Behaviour(
+            path=site.path, training=None, inference=None, moves=None
+        )
+        flagged = 0.0 if site.stats_frozen and site.policy == "inference" else 1.0
+        blend = flagged if seen.training is None else seen.training
+        may_move = not site.stats_frozen or site.policy == "update"
+        moves = may_move if seen.moves is None else seen.moves
+        if self.meant_frozen(each):
+            if moves:
+                return "frozen drift"
+            return "frozen batch" if blend >= USES_BATCH else "locked"
+        if moves:
+            return "moving"
+        return "unmoved" if blend >= USES_BATCH else "locked"
+
+    @staticmethod
+    def meant_frozen(each: SiteFacts) -> bool:
+        """Some flag says that the site, or what holds it, is frozen."""
+        site = each.site
+        return site.params_frozen or site.stats_frozen or bool(each.wrapper_frozen)
+
+    @cached_property
+    def thawed_in_prefix(self) -> tuple[str, ...]:
+        """Thawed sites among frozen layers: none of the layers before them trains."""
+        found = []
+        for path in self.with_role("moving"):
+            order = self.facts.order.get(path, self.sites[path].site.index)
+            before = [layer for layer in self.facts.layers if layer.order < order]
+            if before and not any(layer.trains for layer in before):
+                found.append(path)
+        return tuple(found)
+
+    def mismatch(self, path: str) -> float:
+        """Distance of stored and population statistics in standard deviations.
+
+        ``√(shift² + log(ratio)²/2)``, the median over channels: the root of twice the divergence
+        of two normal distributions, to second order. Infinite where it is not finite.
+        """
+        found = self.measurement.sites.get(path)
+        if found is None or not found.shift.size:
+            return 0.0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            each = np.sqrt(np.square(found.shift) + np.square(np.log(found.ratio)) / 2)
+        value = float(np.median(each))
+        return value if math.isfinite(value) else math.inf
+
+    @cached_property
+    def mismatches(self) -> Mapping[str, float]:
+        """Path -> distance, of the sites that were measured, in execution order."""
+        return {path: self.mismatch(path) for path in self.sites if path in self.measurement.sites}
+
+    def values_per_batch(self, path: str, batch_size: int) -> int | None:
+        """Values per channel that one batch gives a site."""
+        found = self.measurement.sites.get(path)
+        values = found.values if found is not None else None
+        values = self.sites[path].values if values is None and path in self.sites else values
+        return None if values is None else values * batch_size
+
+    def stored(self, path: str) -> tuple[Array, Array] | None:
+        """Stored mean and variance of a site."""
+        each = self.sites[path]
+        if each.mean is None or each.variance is None:
+            return None
+        return each.mean, each.variance
+
+    # --- the moving average -------------------------------------------------------------------
+
+    @cached_property
+    def steps(self) -> int | None:
+        """Training steps that were made; ``None`` when that is not known."""
+        known = self.measurement.steps
+        known = self.facts.steps if known is None else known
+        return known or None
+
+    def old_share(self, path: str) -> float | None:
+        """Share of the statistics from before training: decayⁿ; ``None`` when not known."""
+        each = self.sites[path]
+        site = each.site
+        if self.steps is None or each.cumulative or site.debias or not 0 <= site.decay <= 1:
+            return None
+        return float(site.decay ** (self.steps * max(1, site.calls)))
+
+    # --- reference and findings ---------------------------------------------------------------
+
+    @cached_property
+    def reference(self) -> Difference | None:
+        """How a reference differs; ``None`` when none was given."""
+        return self.measurement.difference
+
+    @cached_property
+    def same_params(self) -> bool:
+        """A reference was given and its weights are those of the model."""
+        known = self.reference
+        return known is not None and all(value <= EQUAL for value in known.params.values())
+
+    @cached_property
+    def moved_from_reference(self) -> Mapping[str, float]:
+        """Path -> distance of the stored statistics from the reference's, where they differ."""
+        known = self.reference
+        return (
+            {}
+            if known is None
+            else {
+                path: value
+                for path, value in known.statistics.items()
+                if value > EQUAL or not math.isfinite(value)
+            }
+        )
+
+    def found(self, *codes: str, sites: Iterable[str] | None = None) -> tuple[str, ...]:
+        """Which of these codes were found, optionally at some of these sites."""
+        wanted = None if sites is None else set(sites)
+        return tuple(
+            sorted(
+                {
+                    each.code
+                    for each in self.findings
+                    if each.code in codes and (wanted is None or wanted & set(each.sites))
+                }
+            )
+        )
+
+
+def number(value: float) -> str:
+    """A number for a sentence: three digits."""
+    return f"{value:.3g}"
+
+
+def count(number_of: int, word: str) -> str:
+    """``1 site``, ``3 sites``."""
+    return f"{number_of} {word}{'' if number_of == 1 else 's'}"

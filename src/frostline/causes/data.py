@@ -1,0 +1,373 @@
+"""Causes that are not BN: dropout, inputs, labels, averages over an epoch, too little data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.causes.assignment import Assigned
+from frostline.causes.case import SMALL_SHARE, Case, Claim, count, number
+from frostline.measurement import InputMoments
+
+#: Part of the excess of inference that an input transformation must close to be told at all, and
+#: to be told for sure.
+REPAIRS_PART = 0.3
+REPAIRS = 0.8
+
+#: Inference is as good as it gets when its loss is below this share of guessing.
+GOOD = 0.35
+
+#: An accuracy this close to that of the most frequent class is chance (``measure.CHANCE_MARGIN``
+#: twice: several probes must be at chance at once).
+AT_CHANCE = 0.1
+
+#: Confidently wrong: this many times the loss of guessing.
+CONFIDENT = 1.3
+
+#: Gain in accuracy of the best renaming of the classes; random labels gain less.
+RENAMED = 0.3
+
+#: Steps after which a network that can learn has left chance.
+SOME_STEPS = 50
+
+#: Validation is worse when its accuracy is lower by this much, or its loss this many times as high.
+LOWER = 0.1
+TIMES = 1.5
+
+#: Part of the spread of the inputs by which an affine map of them may miss their range.
+RANGE = 0.15
+
+#: Names of probes with the inputs in another encoding begin so.
+_TRIAL = "input "
+
+#: What accuracy is called in a Keras history.
+_ACCURACIES = (
+    "accuracy",
+    "acc",
+    "sparse_categorical_accuracy",
+    "categorical_accuracy",
+    "binary_accuracy",
+)
+
+#: Scales that come from preprocessing: 1/255, 1/127.5, 2, and back.
+USUAL_SCALES = (255.0, 127.5, 2.0, 1 / 255.0, 1 / 127.5, 0.5)
+
+
+def dropout(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Dropout or noise layers, which act in training only."""
+    kinds = case.measurement.noise_layers
+    gap = case.dropout_gap
+    noise = [name for name, kind in kinds.items() if kind != "augmentation"]
+    if not gap or (kinds and not noise):
+        return
+    yield Claim(
+        code="DROPOUT",
+        message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
+        f"({count(len(noise), 'layer')} act in training only)",
+        amount=abs(gap),
+        certainty="is" if len(noise) == len(kinds) else "may",
+        evidence={"dropout_gap": gap, "total_gap": case.total_gap},
+    )
+
+
+def augment_train_only(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Augmentation in the model, or in the data of training only."""
+    kinds = case.measurement.noise_layers
+    layers = [name for name, kind in kinds.items() if kind == "augmentation"]
+    gap = case.dropout_gap
+    if layers and gap:
+        yield Claim(
+            code="AUGMENT_TRAIN_ONLY",
+            message=f"{count(len(layers), 'augmentation layer')}, with BN as at inference, change "
+            f"the loss by {gap:+.3g}",
+            amount=abs(gap) if len(layers) == len(kinds) else None,
+            standing=0.3,
+            certainty="is" if len(layers) == len(kinds) else "may",
+            evidence={"dropout_gap": gap},
+        )
+        return
+    told = _history_worse(case)
+    if told is None or not told[2]:
+        return
+    reported, now, _flat = told
+    yield Claim(
+        code="AUGMENT_TRAIN_ONLY",
+        message=f"training reported a loss of {number(reported)} over its last epochs, the final "
+        f"weights give {number(now)} in training mode on these samples: training saw harder inputs",
+        standing=0.4,
+        certainty="may",
+        evidence={"reported": reported, "now": now},
+        settle="the training pipeline, augmentation included, as data",
+    )
+
+
+def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
+    """A training metric that is the mean over an epoch in which the weights changed."""
+    told = _history_worse(case)
+    if told is None or told[2] or case.gap_parts:
+        return
+    reported, now, _flat = told
+    yield Claim(
+        code="EPOCH_AVERAGE",
+        message=f"the last epoch reported a loss of {number(reported)}, the final weights give "
+        f"{number(now)} in training mode and {number(case.loss('inference') or now)} at inference: "
+        "the report is the mean over an epoch of changing weights",
+        standing=0.9,
+        certainty="is",
+        evidence={"reported": reported, "now": now},
+    )
+
+
+def preprocess(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Inputs that are not prepared as in training."""
+    repair = best_trial(case)
+    if repair is not None:
+        name, loss, part = repair
+        inference = case.loss("inference") or math.nan
+        yield Claim(
+            code="PREPROCESS",
+            message=f"with {name} inference gives a loss of {number(loss)} instead of "
+            f"{number(inference)}: the inputs are prepared in another way than in training",
+            amount=inference - loss,
+            standing=0.6 if part >= REPAIRS else 0.0,
+            certainty="is" if part >= REPAIRS else "may",
+            evidence={"trial": name, "loss": loss, "inference": inference, "closes": part},
+        )
+        return
+    yield from _other_validation_inputs(case)
+
+
+def best_trial(case: Case) -> tuple[str, float, float] | None:
+    """The input transformation that repairs inference best: name, loss, part of the excess closed.
+
+    The excess of inference is over the best of what batch statistics reach; a trial must be about
+    as good as those. Without BN, or where they do not help, it must lower the loss by a third.
+    """
+    inference = case.loss("inference")
+    probes = [name for name in case.measurement.probes if name.startswith(_TRIAL)]
+    gains = {name: -case.change(name, "inference") for name in probes}
+    name = max(gains, key=gains.__getitem__, default=None)
+    if inference is None or name is None or gains[name] <= REPAIRS_PART * inference:
+        return None
+    loss = inference - gains[name]
+    others = [case.loss(each) for each in ("training blend", "batch", "population")]
+    best = min([loss, *(each for each in others if each is not None)])
+    part = gains[name] / (inference - best)
+    if part < REPAIRS_PART:
+        return None
+    return name.removeprefix(_TRIAL), loss, min(1.0, part)
+
+
+def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Labels that belong to other samples, or classes under other names."""
+    known = case.measurement
+    now = case.accuracy("inference")
+    if now is None or known.chance is None or known.task not in ("binary", "multiclass"):
+        return
+    if known.relabelled is not None and known.relabelled >= max(0.5, now + RENAMED):
+        yield Claim(
+            code="LABEL_ORDER",
+            message=f"accuracy is {now:.1%}, and {known.relabelled:.1%} after a one-to-one "
+            "renaming of the classes",
+            standing=1.5,
+            certainty="is",
+            evidence={"accuracy": now, "relabelled": known.relabelled},
+        )
+        return
+    names = ("inference", "training", "training blend", "batch", "population", "sorted")
+    found = [value for each in names if (value := case.accuracy(each)) is not None]
+    if max(found) > known.chance + AT_CHANCE or best_trial(case) is not None:
+        return
+    yield from _at_chance(case, now)
+
+
+def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Training samples are fitted, others are not, whatever the statistics."""
+    if case.bn_gap or not _is_good(case, "inference"):
+        return
+    validation = case.probe("validation inference")
+    if validation is None:
+        yield from _overfit_by_history(case)
+        return
+    rivals = ("validation batch", "validation population")
+    if not _is_worse(case, "validation inference") or any(
+        case.probe(name) is not None and not _is_worse(case, name) for name in rivals
+    ):
+        return
+    if inputs_differ(case.measurement.input, case.measurement.validation_input) > RANGE:
+        return  # other inputs: PREPROCESS tells
+    inference = case.loss("inference") or math.nan
+    yield Claim(
+        code="OVERFIT",
+        message=f"training samples {_both(case, 'inference')}, validation samples "
+        f"{_both(case, 'validation inference')} at inference and "
+        f"{_both(case, 'validation batch')} with batch statistics: both phases agree",
+        standing=0.9,
+        certainty="is",
+        evidence={"train_loss": inference, "validation_loss": validation.loss},
+    )
+
+
+def inputs_differ(first: InputMoments | None, second: InputMoments | None) -> float:
+    """Distance of two inputs per channel: means in deviations, and deviations in logarithms."""
+    if first is None or second is None or first.mean.shape != second.mean.shape:
+        return 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = np.abs(first.mean - second.mean) / np.maximum(first.deviation, second.deviation)
+        spread = np.abs(np.log(second.deviation / first.deviation))
+    values = np.concatenate([shift, spread])
+    values = values[np.isfinite(values)]
+    return float(values.max()) if values.size else 0.0
+
+
+def input_map(first: InputMoments, second: InputMoments) -> tuple[float, float] | None:
+    """One affine map ``x → a·x + b`` that takes first inputs to second ones, by their ranges.
+
+    Median over channels of ``a = deviation₂ / deviation₁``; both ends of the range must follow.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = second.deviation / first.deviation
+    if not np.isfinite(scales).all() or not (scales > 0).all():
+        return None
+    offsets = second.mean - scales * first.mean
+    span = np.maximum(second.high - second.low, 1e-12)
+    miss_low = np.abs(scales * first.low + offsets - second.low) / span
+    miss_high = np.abs(scales * first.high + offsets - second.high) / span
+    if max(float(miss_low.max()), float(miss_high.max())) > RANGE:
+        return None
+    return float(np.median(scales)), float(np.median(offsets))
+
+
+def _other_validation_inputs(case: Case) -> Iterator[Claim]:
+    first, second = case.measurement.input, case.measurement.validation_input
+    apart = inputs_differ(first, second)
+    if not _is_worse(case, "validation inference") or apart <= RANGE:
+        return
+    assert first is not None  # `apart` is 0 without both
+    assert second is not None
+    found = input_map(first, second)
+    evidence: dict[str, float | str] = {"inputs_apart": apart}
+    told = f"they are {number(apart)} deviations from the training inputs"
+    sure = False
+    if found is not None:
+        scale, offset = found
+        evidence |= {"scale": scale, "offset": offset}
+        told = f"they are the training inputs times {number(scale)} plus {number(offset)}"
+        sure = any(abs(math.log(scale / usual)) < 0.05 for usual in USUAL_SCALES)
+        if abs(math.log(scale)) > 5 * math.log(2):
+            sure = True
+    yield Claim(
+        code="PREPROCESS",
+        message=f"validation inputs are prepared in another way: {told}; inference gives "
+        f"{_both(case, 'inference')} on training samples and "
+        f"{_both(case, 'validation inference')} on validation samples",
+        standing=0.9,
+        certainty="is" if sure else "may",
+        evidence=evidence,
+        settle=None if sure else "the preprocessing of both",
+    )
+
+
+def _at_chance(case: Case, now: float) -> Iterator[Claim]:
+    known = case.measurement
+    chance, guessing = known.chance or 0.0, math.log(known.classes or 2)
+    found = [case.loss(each) for each in ("inference", "batch", "training")]
+    lowest = min((value for value in found if value is not None), default=0.0)
+    confident = lowest >= CONFIDENT * guessing
+    reported = _last(case, *_ACCURACIES)
+    trained_well = reported is not None and reported > chance + 2 * AT_CHANCE
+    elsewhere = case.accuracy("validation inference")
+    fine = elsewhere is not None and elsewhere > chance + 2 * AT_CHANCE
+    if not (confident or trained_well or fine or (case.steps or 0) >= SOME_STEPS):
+        return
+    told = f"accuracy is {now:.1%} in every phase, as by guessing ({chance:.1%})"
+    if confident:
+        told += f", with {number(lowest / guessing)} times the loss of guessing"
+    if trained_well:
+        told += f", while training reported {reported:.1%}"
+    if fine:
+        told += f", while validation samples reach {elsewhere:.1%}"
+    settled = trained_well and confident
+    yield Claim(
+        code="LABEL_ORDER",
+        message=f"{told}: labels and samples may not belong together",
+        standing=1.2 if confident or trained_well or fine else 0.35,
+        certainty="is" if settled else "may",
+        evidence={"accuracy": now, "chance": chance, "loss": lowest},
+        settle=None if settled else "the history of training, or validation data",
+    )
+
+
+def _overfit_by_history(case: Case) -> Iterator[Claim]:
+    validation = _last(case, "val_loss")
+    inference = case.loss("inference")
+    if validation is None or inference is None:
+        return
+    if validation < max(TIMES * inference, inference + 5 * case.floor):
+        return
+    yield Claim(
+        code="OVERFIT",
+        message=f"inference gives {number(inference)} on these samples and gave "
+        f"{number(validation)} on those of validation, without a gap between the phases",
+        standing=0.4,
+        certainty="may",
+        evidence={"train_loss": inference, "validation_loss": validation},
+        settle="the validation data, as validation=",
+    )
+
+
+def _history_worse(case: Case) -> tuple[float, float, bool] | None:
+    """Loss of the last epoch, that of the final weights in training mode, and whether it is flat.
+
+    ``None`` unless the first is clearly higher. Flat: it changed by less over the last three
+    epochs than it is off.
+    """
+    losses = case.measurement.history.get("loss", ())
+    now = case.loss("training")
+    if not losses or now is None or not math.isfinite(losses[-1]):
+        return None
+    off = losses[-1] - now
+    if off <= max(SMALL_SHARE * losses[-1], case.floor):
+        return None
+    recent = losses[-3:]
+    flat = len(recent) == 3 and max(recent) - min(recent) < off / 2
+    return losses[-1], now, flat
+
+
+def _last(case: Case, *names: str) -> float | None:
+    for name in names:
+        values = case.measurement.history.get(name)
+        if values and math.isfinite(values[-1]):
+            return float(values[-1])
+    return None
+
+
+def _is_good(case: Case, name: str) -> bool:
+    """Far better than guessing, by accuracy where there is one, else by loss."""
+    found, known = case.probe(name), case.measurement
+    if found is None:
+        return False
+    if found.accuracy is not None and known.chance is not None:
+        return found.accuracy >= known.chance + (1 - known.chance) * (1 - GOOD)
+    return known.chance is not None and found.loss <= GOOD * known.chance
+
+
+def _is_worse(case: Case, name: str) -> bool:
+    """A validation probe is clearly worse than inference on the training samples."""
+    found, now = case.probe(name), case.probe("inference")
+    if found is None or now is None:
+        return False
+    if found.accuracy is not None and now.accuracy is not None:
+        pairs = ((found.accuracy, len(found.losses)), (now.accuracy, len(now.losses)))
+        noise = math.sqrt(sum(each * (1 - each) / samples for each, samples in pairs))
+        return now.accuracy - found.accuracy >= max(LOWER, 2 * noise)
+    return found.loss >= max(TIMES * now.loss, now.loss + 5 * case.floor)
+
+
+def _both(case: Case, name: str) -> str:
+    found = case.probe(name)
+    if found is None:
+        return "(not measured)"
+    return number(found.loss) if found.accuracy is None else f"{found.accuracy:.1%}"

@@ -1,0 +1,71 @@
+"""Causes that are not BN: what saving, loading or the wrong file made of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from frostline.causes.assignment import Assigned
+from frostline.causes.batches import REORDERED
+from frostline.causes.case import Case, Claim, number
+from frostline.causes.data import AT_CHANCE
+
+#: A training run that reported a loss below this share of the present one had other weights.
+BETTER = 0.5
+
+
+def loading(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Outputs that differ although weights and statistics are equal."""
+    trip = case.measurement.round_trip
+    if trip is not None and trip > REORDERED:
+        yield Claim(
+            code="LOADING",
+            message=f"saving and loading changes inference outputs by up to {number(trip)} of the "
+            "largest one",
+            standing=1.8,
+            certainty="is",
+            evidence={"round_trip": trip},
+        )
+        return
+    known = case.reference
+    if known is None or not case.same_params or case.moved_from_reference or known.epsilons:
+        return
+    outputs = known.outputs or 0.0
+    if outputs <= REORDERED and not known.settings:
+        return
+    settings = "; ".join(f"{path}: {told}" for path, told in list(known.settings.items())[:3])
+    told = f"outputs differ by up to {number(outputs)} of the largest one"
+    yield Claim(
+        code="LOADING",
+        message=f"weights and statistics equal the reference's, but {told}"
+        + (f" (settings: {settings})" if settings else ""),
+        standing=1.8 if outputs > REORDERED else 0.3,
+        certainty="is" if outputs > REORDERED else "may",
+        evidence={"outputs_from_reference": outputs, "settings": settings},
+        settle=None if outputs > REORDERED else "the reference as a whole model, not its weights",
+    )
+
+
+def stale_params(case: Case, _: Assigned) -> Iterator[Claim]:
+    """Weights that are still the reference's although training was made."""
+    known = case.reference
+    trains = any(layer.trains for layer in case.facts.layers)
+    if known is None or not known.params or not case.same_params or not trains or not case.steps:
+        return
+    if case.moved_from_reference or known.epsilons or known.settings:
+        return
+    losses, now = case.measurement.history.get("loss", ()), case.loss("training")
+    better = bool(losses) and now is not None and losses[-1] < BETTER * now
+    accuracy, chance = case.accuracy("inference"), case.measurement.chance
+    poor = accuracy is not None and chance is not None and accuracy < chance + AT_CHANCE
+    if not better and not poor:
+        return
+    told = f", while training reported a loss of {number(losses[-1])}" if better else ""
+    yield Claim(
+        code="STALE_PARAMS",
+        message=f"after {case.steps} steps every weight equals the reference's{told}: these are "
+        "not the weights that were trained",
+        standing=1.6,
+        certainty="is" if better else "may",
+        evidence={"steps": float(case.steps)},
+        settle=None if better else "the history of training",
+    )

@@ -1,0 +1,187 @@
+"""Causes at sites that are meant to be frozen: how they normalise, and whether they move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from frostline.causes.assignment import Assigned
+from frostline.causes.case import EQUAL, Case, Claim, count, number
+from frostline.types import Certainty
+
+#: Rank of a fact about frozen sites that shows in no gap: told, behind all that do.
+_QUIET = 0.15
+
+#: Rank of what a reference model shows: the user gave it to be compared.
+_SHOWN = 0.95
+
+
+def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Frozen sites that normalise with the batch in training and with stored numbers afterwards."""
+    paths = tuple(path for path in case.with_role("frozen batch") if path not in assigned)
+    if not paths:
+        return
+    amount = case.blame(paths) or None
+    told = "which shows in no gap on these samples"
+    if amount is not None:
+        told = f"which is {number(amount)} of the {number(abs(case.bn_gap))} BN gap in loss"
+    yield Claim(
+        code="FROZEN_BATCH_STATS",
+        message=f"{count(len(paths), 'frozen site')} used the statistics of each batch in a "
+        f"training-mode pass and stored ones at inference, {told}",
+        sites=paths,
+        amount=amount,
+        standing=_QUIET,
+        certainty="is",
+        evidence={"frozen_sites_on_batch": float(len(paths)), "bn_gap": case.bn_gap},
+        findings=case.found("FL101", sites=paths),
+    )
+
+
+def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Frozen sites whose statistics (or gamma and beta) move, or have moved from a reference."""
+    moving = tuple(
+        path
+        for path in case.with_role("frozen drift")
+        if path not in assigned and not _is_reset(case, path)
+    )
+    drifted = tuple(
+        path
+        for path, each in case.sites.items()
+        if case.meant_frozen(each) and path in case.moved_from_reference
+    )
+    paths = tuple(path for path in case.sites if path in {*moving, *drifted})
+    if paths:
+        yield _drift(case, paths, moving, drifted)
+    yield from _drift_in_prefix(case, assigned)
+
+
+def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Sites whose freeze holds in a flag around them, while each training step undoes it."""
+    paths = tuple(
+        path
+        for path in case.with_role("frozen drift")
+        if path not in assigned and _is_reset(case, path)
+    )
+    if not paths:
+        return
+    amount = case.blame(paths) or None
+    replaced = max(1 - case.sites[path].site.decay for path in paths)
+    yield Claim(
+        code="MODE_RESET",
+        message=f"{count(len(paths), 'site')} inside a frozen wrapper went back to training mode "
+        f"in a training step: it used the batch and replaced {replaced:.2g} of the statistics",
+        sites=paths,
+        amount=amount,
+        standing=_QUIET,
+        certainty="is",
+        evidence={"replaced_per_step": replaced, "bn_gap": case.bn_gap},
+        findings=case.found("FL105", sites=paths),
+    )
+
+
+def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
+    """``trainable`` was flipped since the training step was compiled."""
+    findings = [each for each in case.findings if each.code == "FL107"]
+    paths = switched(case)
+    if not paths:
+        return
+    amount = case.blame(paths) + locked_gain(case) * bool(set(paths) & {*case.with_role("locked")})
+    yield Claim(
+        code="STALE_SWITCH",
+        message=f"trainable of {count(len(paths), 'site')} was changed after training had begun: "
+        f"{findings[0].message}",
+        sites=paths,
+        amount=amount or None,
+        standing=0.55,
+        certainty="is",
+        evidence={"steps": float(case.steps or 0), "backend": case.facts.backend},
+        findings=("FL107",),
+    )
+
+
+def switched(case: Case) -> tuple[str, ...]:
+    """Sites whose flag was flipped with no effect on the compiled training step."""
+    findings = [each for each in case.findings if each.code == "FL107"]
+    return tuple(path for path in case.sites if any(path in each.sites for each in findings))
+
+
+def locked_gain(case: Case) -> float:
+    """What the population's statistics at the locked sites would save, in units of the loss.
+
+    Locked sites have no part in the gap between the modes: both use what is stored.
+    """
+    locked = case.with_role("locked")
+    if not locked or case.with_role("frozen batch", "frozen drift"):
+        return 0.0
+    name = "population frozen"
+    if name not in case.measurement.probes and len(locked) == len(case.sites):
+        name = "population"
+    return max(0.0, -case.change(name, "inference"))
+
+
+def _is_reset(case: Case, path: str) -> bool:
+    return bool(case.sites[path].wrapper_frozen)
+
+
+def _drift(
+    case: Case, paths: tuple[str, ...], moving: tuple[str, ...], drifted: tuple[str, ...]
+) -> Claim:
+    amount = case.blame(paths) or None
+    evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
+    if drifted:
+        farthest = max(case.moved_from_reference[path] for path in drifted)
+        evidence["drift_from_reference"] = farthest
+        told = f"the stored statistics are up to {number(farthest)} standard deviations from the "
+        told += "reference"
+    else:
+        replaced = max(1 - case.sites[path].site.decay for path in moving)
+        evidence["replaced_per_step"] = replaced
+        told = f"a training-mode pass replaces {replaced:.2g} of the statistics"
+        if case.steps is not None and (old := case.old_share(moving[0])) is not None:
+            evidence |= {"steps": float(case.steps), "old_share": old}
+            told += f", {case.steps} steps leave {old:.0%} of the old ones"
+    return Claim(
+        code="FROZEN_DRIFT",
+        message=f"the statistics of {count(len(paths), 'frozen site')} move: {told}",
+        sites=paths,
+        amount=amount,
+        standing=_SHOWN if drifted else _QUIET,
+        certainty="is",
+        evidence=evidence,
+        settle=None if drifted else "the checkpoint from before training, as reference",
+        findings=case.found("FL102", "FL103", sites=paths),
+    )
+
+
+def _drift_in_prefix(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Thawed sites among frozen layers: gamma, beta and the statistics leave what was fitted."""
+    paths = tuple(path for path in case.thawed_in_prefix if path not in assigned)
+    known = case.reference
+    changed = {
+        path: value
+        for path, value in ({} if known is None else known.params).items()
+        if path in paths and value > EQUAL
+    }
+    amount = case.blame(paths) or None
+    if not paths or (amount is None and not changed):
+        return
+    evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
+    certainty: Certainty = "may"
+    told = "gamma, beta and statistics move while the filters around them stay"
+    if changed:
+        evidence["params_from_reference"] = max(changed.values())
+        certainty = "is"
+        told = f"gamma and beta are up to {max(changed.values()):.2%} from the reference"
+    if case.steps is not None and (old := case.old_share(paths[0])) is not None:
+        evidence |= {"steps": float(case.steps), "old_share": old}
+    yield Claim(
+        code="FROZEN_DRIFT",
+        message=f"{count(len(paths), 'site')} among frozen layers are not frozen: {told}",
+        sites=paths,
+        amount=amount,
+        standing=_SHOWN if changed else 0.0,
+        certainty=certainty,
+        evidence=evidence,
+        settle=None if changed else "the checkpoint from before training, as reference",
+        findings=case.found("FL103", "FL106", sites=paths),
+    )
