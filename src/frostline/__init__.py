@@ -17,6 +17,7 @@ _EXPORTS = {
     "BackendError": "types",
     "Boundary": "types",
     "Change": "repair",
+    "Crossing": "types",
     "DataError": "types",
     "Finding": "types",
     "FrostlineError": "types",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "PhaseTable": "types",
     "Report": "report.report",
     "Site": "types",
+    "Split": "splitting",
     "convert": "repair",
     "fold": "repair",
     "freeze": "repair",
@@ -35,6 +37,7 @@ _EXPORTS = {
     "restore": "repair",
     "set_momentum": "repair",
     "sites": "diagnose",
+    "split": "splitting",
     "suggest_momentum": "momentum",
     "unfreeze": "repair",
 }

@@ -97,6 +97,25 @@ class Boundary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """One tensor of the frontier: what the frozen prefix hands to the rest of the model.
+
+    Attributes:
+        path: Path of the layer that computes it; the input's name where it is a model input.
+        shape: Shape of one sample; ``None`` for sizes that the model leaves open.
+        dtype: Name of its dtype, for example ``"float32"``.
+        bytes_per_sample: Its size; open sizes count as in the trial run of the prefix, or as 1.
+        computed: ``False`` for a model input that the rest of the model reads as it is.
+    """
+
+    path: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    bytes_per_sample: int
+    computed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseRow:
     """Loss and metrics of one learning phase on the given data.
 

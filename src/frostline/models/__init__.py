@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from frostline.stats import Moments
-from frostline.types import Array, Boundary, ModelError, Policy, Site
+from frostline.types import Array, Boundary, Crossing, ModelError, Policy, Site
 
 
 class FlagCounts(Protocol):
@@ -72,6 +72,30 @@ class Outcome:
     outputs: Any
     losses: Array
     moments: Mapping[str, Moments] = field(default_factory=dict)
+
+
+class SplitModel(Protocol):
+    """A model cut in two; see :class:`frostline.Split`."""
+
+    @property
+    def prefix(self) -> Any:
+        """The frozen part: model inputs -> frontier."""
+        ...
+
+    @property
+    def suffix(self) -> Any:
+        """The rest: frontier -> model outputs."""
+        ...
+
+    @property
+    def frontier(self) -> tuple[Crossing, ...]:
+        """The tensors that cross."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What ended the prefix, and what was not checked."""
+        ...
 
 
 class Forward(Protocol):
@@ -203,6 +227,10 @@ class ModelView(Protocol):
 
     def fold(self) -> FoldedModel:
         """Fold every BN layer at its stored statistics into a new model."""
+        ...
+
+    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
+        """Cut the model into its frozen prefix and the rest, which share its layers."""
         ...
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.models import keras_edit, keras_fold, keras_graph, keras_state
+from frostline.models import keras_edit, keras_fold, keras_graph, keras_split, keras_state
 from frostline.types import Boundary, DataError, Policy, Site
 
 
@@ -128,6 +128,10 @@ class KerasView:
     def fold(self) -> keras_fold.Folded:
         """Fold every BN layer at its stored statistics; the outcome is a new model."""
         return keras_fold.fold(self.model)
+
+    def split(self, at: Any = None, *, sample: Any = None) -> keras_split.Parts:
+        """Cut the model into its frozen prefix and the rest, which share its layers."""
+        return keras_split.split(self.model, at, sample=sample)
 
     # --- the step -----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -177,3 +177,15 @@ class TorchView:
     def fold(self) -> torch_fold.Folded:
         """Fold every BN layer at its stored statistics; the outcome is a new module."""
         return torch_fold.fold(self.model)
+
+    def split(self, at: Any = None, *, sample: Any = None) -> NoReturn:
+        """Refuse: cached training follows the graph of a Keras model.
+
+        Raises:
+            ModelError: Always.
+        """
+        del sample
+        raise ModelError(
+            "native PyTorch modules cannot be split yet, only Keras models (also those on the "
+            f"torch backend). Received: {type(self.model).__name__}, at={at!r}"
+        )
