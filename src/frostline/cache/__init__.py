@@ -1,0 +1,265 @@
+"""Cached features: pass the data through the frozen part once, keep the result on disk.
+
+Features are found by what they were computed from: the prefix with its weights and BN statistics,
+dtype, augmentation and view decide the folder; the bytes of a sample decide the row. So a changed
+weight, statistic, option or sample is computed, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostline.cache import build, folder, shards
+from frostline.cache.augmentation import augmentation_identity
+from frostline.cache.features import FeatureCache, View
+from frostline.cache.files import DamagedError, sha256
+from frostline.cache.progress import Progress
+from frostline.cache.shards import Collection, Tensor
+from frostline.data import Batch, batches, leaves, require_reiterable
+from frostline.models import prefix as prefixes
+from frostline.types import Array, DataError
+
+#: Samples per pass of the prefix. Part of the key: another size rounds differently.
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What :func:`cache_features` was asked for."""
+
+    root: Path
+    engine: str
+    dtype: str
+    augment: Any
+    augmentation: str
+    batch_size: int
+    max_bytes: int | None
+    lock_timeout: float | None
+    verbose: Any
+    seed: int
+    title: str
+
+
+def cache_features(
+    prefix: Any,
+    data: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    engine: str = "auto",
+    dtype: str = "float32",
+    views: int = 1,
+    augment: Any = None,
+    augment_name: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    max_gb: float | None = None,
+    lock_timeout: float | None = None,
+    verbose: Any = "auto",
+    seed: int = 0,
+    title: str = "features",
+) -> FeatureCache:
+    """Compute what a frozen prefix makes of every sample, once, and keep it on disk.
+
+    Samples whose features are there, computed by the same prefix in the same way, are not computed
+    again, whatever data set they came with. A build that was killed goes on where it was: complete
+    shards are compared with their checksums and kept. Memory stays flat: about one batch of inputs,
+    one shard of features (64 MB per tensor), and 200 bytes per sample.
+
+    Args:
+        prefix: The frozen part, for example ``fl.split(model).prefix``.
+        data: What :func:`frostline.data.batches` takes; only ``x`` is used. Row i of the cache is
+            sample i.
+        path: Cache folder; by default ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
+            Nothing is written outside it.
+        engine: What runs the prefix.
+        dtype: ``"float32"`` keeps features exactly as computed; ``"float16"`` and ``"bfloat16"``
+            halve the disk and round.
+        views: How many augmented views to store of every sample.
+        augment: ``(x, seed) -> x`` on a numpy batch, or a Keras layer or model. The seed depends
+            on ``seed``, the view and the samples, so a view is the same in every run.
+        augment_name: Name of the augmentation, instead of reading off what it does.
+        batch_size: Samples per pass of the prefix.
+        max_gb: Largest size of the whole cache folder, in GB of 1e9 bytes.
+        lock_timeout: Seconds to wait for another process that writes to the same cache; ``None``
+            waits as long as it takes.
+        verbose: ``0`` silent, ``1`` a line that moves, ``2`` plain lines, ``"auto"``.
+        seed: Of the augmentation.
+        title: What progress lines begin with.
+
+    Returns:
+        The features, memory-mapped.
+
+    Raises:
+        DataError: NaN or infinite features, with the samples; data that can be read only once with
+            ``views`` > 1; a folder of another version.
+        OutputError: No room on the disk or within ``max_gb``: before the work where it can be
+            foreseen, and always with what is complete kept.
+        ModelError: A prefix that is no Keras model.
+    """
+    _check(views=views, augment=augment, batch_size=batch_size, max_gb=max_gb)
+    if views > 1:
+        require_reiterable(data, f"cache_features(views={views})")
+    order = _Order(
+        root=folder.resolve(path),
+        engine=engine,
+        dtype=shards.require_dtype(dtype),
+        augment=augment,
+        augmentation="" if augment is None else augmentation_identity(augment, augment_name),
+        batch_size=batch_size,
+        max_bytes=None if max_gb is None else int(max_gb * 1e9),
+        lock_timeout=lock_timeout,
+        verbose=verbose,
+        seed=seed,
+        title=title,
+    )
+    identity = prefixes.identity(prefix)
+    made = [_view(prefix, identity, data, order, view, views) for view in range(views)]
+    return FeatureCache(path=order.root, views=tuple(made))
+
+
+def _check(*, views: int, augment: Any, batch_size: int, max_gb: float | None) -> None:
+    for name, value in (("views", views), ("batch_size", batch_size)):
+        if value < 1:
+            raise DataError(f"{name} must be at least 1. Received: {name}={value}")
+    if views > 1 and augment is None:
+        raise DataError(
+            f"several views differ by their augmentation: pass augment=. Received: views={views}"
+        )
+    if augment is not None and not callable(augment):
+        raise DataError(f"augment must be callable. Received: {type(augment).__name__}")
+    if max_gb is not None and not max_gb > 0:
+        raise DataError(f"max_gb must be above 0. Received: max_gb={max_gb}")
+
+
+def _view(prefix: Any, identity: str, data: Any, order: _Order, view: int, views: int) -> View:
+    """Build one view, or find it."""
+    stream = batches(data, batch_size=order.batch_size)
+    first = next(stream)  # an empty data set is refused here
+    forms = sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(first.x))
+    augmented = (order.augmentation, order.seed, view) if order.augmentation else ()
+    key = build.collection_key(
+        identity, order.engine, order.dtype, order.batch_size, forms, augmented
+    )
+    title = order.title if views == 1 else f"{order.title}, view {view + 1} of {views}"
+    expected = expected_samples(data, len(first))
+    progress = Progress(title, expected, order.verbose)
+    home = order.root / key
+    with folder.locked(home, progress, timeout=order.lock_timeout):
+        lazy = _Lazy(prefix, first.x, order, view, _known(home))
+        collection = lazy.collection(home, key)
+        shards.create(collection)
+        used = folder.size(order.root)
+        build.require_room(collection, expected, max_bytes=order.max_bytes, used=used)
+        builder = build.Builder(collection, lazy.run, order.dtype, progress, order.max_bytes, used)
+        rest: Iterator[Batch] = itertools.chain([first], stream)
+        manifest = builder.build(batch.x for batch in rest)
+    progress.finish()
+    return View(collection=collection, manifest=manifest)
+
+
+def _known(home: Path) -> Collection | None:
+    """What an earlier build says: another engine would not go on with the same bytes."""
+    try:
+        return shards.load(home)
+    except DamagedError:
+        return None
+
+
+class _Lazy:
+    """The prefix, prepared when the first features are missing: often none are."""
+
+    def __init__(
+        self, prefix: Any, x: Any, order: _Order, view: int, known: Collection | None
+    ) -> None:
+        self.prefix = prefix
+        self.first = _full(x, order.batch_size)
+        self.order = order
+        self.view = view
+        self.known = known
+        self.engine = order.engine if known is None else known.engine
+        self._run: build.Run | None = None
+
+    def run(self, x: Any, digests: Array) -> Any:
+        """Features of a full batch."""
+        if self._run is None:
+            runner = prefixes.runner(self.prefix, self.first, engine=self.engine)
+            self.engine = runner.engine
+            self._run = _augmented(runner.run, self.order, self.view)
+        return self._run(x, digests)
+
+    def collection(self, home: Path, key: str) -> Collection:
+        """Where features go: as an earlier build described it, or by a trial on the first batch."""
+        if self.known is not None:
+            return self.known
+        trial = self.run(self.first, shards.sample_digests(leaves(self.first)))
+        dtype = self.order.dtype
+        tensors = tuple(
+            Tensor(shape=array.shape[1:], dtype=shards.stored_dtype(array, dtype))
+            for array in map(np.asarray, trial)
+        )
+        about = {
+            "model": str(getattr(self.prefix, "name", type(self.prefix).__name__)),
+            "dtype": dtype,
+            "view": self.view,
+            "augmented": bool(self.order.augmentation),
+        }
+        return Collection(folder=home, key=key, tensors=tensors, engine=self.engine,
+                          batch_size=self.order.batch_size, about=about)  # fmt: skip
+
+
+def _full(x: Any, size: int) -> Any:
+    """The first samples, repeated up to a whole batch."""
+    return _map_rows(x, np.arange(size) % len(leaves(x)[0][1]))
+
+
+def _map_rows(x: Any, rows: Array) -> Any:
+    from frostline.data import map_leaves
+
+    return map_leaves(lambda leaf: np.asarray(leaf)[rows], x)
+
+
+def _augmented(run: Any, order: _Order, view: int) -> build.Run:
+    """Run on augmented samples; the seed is a hash of the samples: a killed run goes on alike."""
+    if order.augment is None:
+        return lambda x, _: run(x)
+    apply = prefixes.augmenter(order.augment)
+
+    def augmented(x: Any, digests: Array) -> Any:
+        digest = sha256("seed", str(order.seed), str(view), digests.tobytes())
+        return run(apply(x, int(digest[:8], 16) & 0x7FFFFFFF))
+
+    return augmented
+
+
+def expected_samples(data: Any, first: int) -> int | None:
+    """How many samples there are, as far as the data say; an upper estimate for batched data.
+
+    Args:
+        data: What the user passed.
+        first: Samples in the first batch.
+    """
+    if isinstance(data, Batch):
+        return len(data)
+    arrays = data[0] if isinstance(data, tuple) and data else data
+    shaped = [leaf for _, leaf in leaves(arrays) if hasattr(leaf, "shape")]
+    if shaped and len(shaped[0].shape):
+        return int(shaped[0].shape[0])
+    inner = getattr(data, "dataset", None)
+    if inner is not None and hasattr(inner, "__len__"):
+        return len(inner)  # a torch DataLoader's
+    if callable(getattr(data, "cardinality", None)):
+        known = int(data.cardinality())
+        return known * first if known >= 0 else None
+    try:
+        return len(data) * first
+    except TypeError:
+        return None
+
+
+__all__ = ["BATCH_SIZE", "FeatureCache", "cache_features"]
