@@ -195,8 +195,8 @@ class Attribution:
         complete: The residual is at most the tolerance.
         nodes: Quadrature nodes of the last try.
         groups: Block name -> sum of its sites' shares.
-        alone: Path -> effect of switching this site alone from λ = 1 to 0 (top sites only): a
-            check, which does not add up.
+        alone: Path -> loss at the training blend minus that with this site alone at λ = 0, of the
+            same sign as its share (top sites only): a check, which does not add up.
         curve: ``(t, loss)`` along λ = t·(training blend), t from 0 to 1.
     """
 
@@ -277,17 +277,20 @@ class Measurement:
             the targets; ``None`` for an unknown task.
         probes: By name, on the same samples in the same order and batches.
             ``inference``: the model's own inference. ``training``: its own training mode, nothing
-            updated. ``batch``: λ = 1 at every site, dropout off. ``training blend``: λ as training
-            uses it at each site (:attr:`behaviour`), dropout off. ``dropout``: λ = 0, everything
-            else as in training. ``population``, ``population unfrozen``, ``population frozen``:
-            λ = 0 with exact population statistics at all, unfrozen, frozen sites. ``sorted``: λ = 1
-            in class-sorted batches. ``validation inference``, ``validation batch``,
-            ``validation population``: the validation data, the last with the statistics of the
-            training samples. Further ones by the name of what they try (``input x/255``).
+            updated. ``stored``: λ = 0 at every site, dropout off; the same as inference unless a
+            layer uses the batch there as well. ``batch``: λ = 1 at every site, dropout off.
+            ``training blend``: λ as training uses it at each site (:attr:`behaviour`), dropout off.
+            ``dropout``: λ = 0, everything else as in training. ``population``, ``population
+            unfrozen``, ``population frozen``: λ = 0 with exact population statistics at all,
+            unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``validation
+            inference``, ``validation batch``, ``validation population``: the validation data, the
+            last with the statistics of the training samples. ``input NAME``: the model's own
+            inference with the best of the :attr:`input_trials`, if one is better for sure.
         gaps: By name: ``total`` (training − inference), ``bn`` (training blend − inference),
             ``dropout`` (dropout − inference), ``all batch`` (batch − inference), ``lag``
             (population unfrozen − inference), ``population`` (population − inference), ``sorted``
-            (sorted − batch). Negative: training mode has the lower loss.
+            (sorted − batch), ``input NAME`` (``input NAME`` − inference). Negative: the first one,
+            mostly training mode, has the lower loss. Over the samples with a finite loss in both.
         behaviour: Path -> what the site does in training and at inference.
         sites: Path -> stored and population statistics.
         attribution: Of the gap between ``training blend`` and λ = 0; ``None`` without a gap.
@@ -305,9 +308,12 @@ class Measurement:
         relabelled: Accuracy of inference after the best one-to-one renaming of the classes.
         noise_layers: Paths of layers that act in training only and are no BN: name -> kind
             (``dropout``, ``augmentation``, ``noise``).
-        input_trials: Name of an input transformation -> mean inference loss with it.
-        cost: Seconds and passes per probe.
+        input_trials: Name of an input transformation -> mean inference loss with it, on the first
+            samples; ``x`` is the inputs as they are, on the same samples.
+        cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
+            model, in passes over all of them (a derivative counts 3).
         skipped: Name of a probe or measurement -> why it was not made.
+        notes: What a person should know of the samples and of how they were judged.
     """
 
     samples: int
@@ -334,6 +340,7 @@ class Measurement:
     input_trials: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

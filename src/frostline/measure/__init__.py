@@ -5,6 +5,7 @@ on which every probe of a diagnosis runs; ``measure`` runs all of them.
 """
 
 from frostline.measure.bench import Bench
+from frostline.measure.measuring import GAPS, Progress, measure
 from frostline.measure.phases import (
     CHANCE_MARGIN,
     LARGE_MSE,
@@ -21,16 +22,19 @@ from frostline.measure.samples import Samples, draw
 
 __all__ = [
     "CHANCE_MARGIN",
+    "GAPS",
     "LARGE_MSE",
     "NEAR_ONE",
     "SMALL_GAP",
     "Bench",
     "Judged",
     "Metrics",
+    "Progress",
     "Samples",
     "draw",
     "infer_task",
     "judge",
+    "measure",
     "patterns",
     "phase_table",
 ]

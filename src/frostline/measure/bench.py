@@ -36,7 +36,9 @@ class Bench:
         samples: The samples, mixed at random, in batches of one size.
         task: Kind of task.
         logits: The outputs come before the sigmoid or softmax.
-        labels: Labels of all samples in one array; ``None`` with several outputs.
+        labels: Class index of each sample, or its target in a regression; ``None`` for other tasks.
+        blend_in_training: λ of each site in training; see
+            :attr:`frostline.measurement.Measurement.behaviour`.
         noisy: The model has layers but BN that act in training only; without them dropout is not
             tried a second time.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
@@ -49,6 +51,7 @@ class Bench:
     task: Task = "unknown"
     logits: bool = False
     labels: Array | None = None
+    blend_in_training: Array | None = None
     noisy: bool = True
     cost: dict[str, float] = field(default_factory=dict)
     _probes: dict[Any, Probe] = field(default_factory=dict)
@@ -95,7 +98,7 @@ class Bench:
         """
         weights = self.blend(blend)
         dropout = dropout and self.noisy
-        key = (weights.tobytes(), _key(statistics), dropout)
+        key = self.condition(weights, statistics, dropout)
         own = batches is None and transform is None
         if own and key in self._probes:
             return replace(self._probes[key], name=name)
@@ -113,61 +116,100 @@ class Bench:
             )
 
         probe, _, _ = self.passes(name, run, self.batches if batches is None else batches)
-        if own:
-            self._probes[key] = probe
-        return probe
+        return self.remember(key, probe) if own else probe
 
     def nominal(self, training: bool) -> Probe:
         """The model's own inference, or its own training mode with nothing updated."""
-        key = ("own", training)
         name = "training" if training else "inference"
+        key = ("own", training)
         if key not in self._probes:
-
-            def run(batch: Batch, step: int) -> Outcome:
-                return self.forward.own(
-                    batch.x, batch.y, batch.sample_weight, training=training, step=step
-                )
-
-            self._probes[key], _, _ = self.passes(name, run, self.batches)
+            self.remember(key, self.own_probe(name, self.batches, training=training))
         return self._probes[key]
 
+    def own_probe(
+        self,
+        name: str,
+        batches: Iterable[Batch],
+        *,
+        training: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> Probe:
+        """The model's own pass over any batches, with the inputs transformed if so wished."""
+        probe, _, _ = self.passes(name, self.own(training, transform), batches)
+        return probe
+
+    def own(
+        self, training: bool, transform: Callable[[Any], Any] | None = None
+    ) -> Callable[[Batch, int], Outcome]:
+        """What :meth:`passes` runs for the model's own passes."""
+
+        def run(batch: Batch, step: int) -> Outcome:
+            x = batch.x if transform is None else transform(batch.x)
+            return self.forward.own(x, batch.y, batch.sample_weight, training=training, step=step)
+
+        return run
+
+    def condition(
+        self, blend: Any, statistics: Statistics | None = None, dropout: bool = False
+    ) -> Any:
+        """Key of a condition on the bench's own batches."""
+        return self.blend(blend).tobytes(), _key(statistics), dropout
+
+    def remember(self, key: Any, probe: Probe) -> Probe:
+        """Answer later questions for the same condition with this probe."""
+        self._probes[key] = probe
+        return probe
+
     def passes(
-        self, name: str, run: Callable[[Batch, int], Outcome], batches: Iterable[Batch]
-    ) -> tuple[Probe, Any, tuple[Mapping[str, Moments], ...]]:
+        self,
+        name: str,
+        run: Callable[[Batch, int], Outcome],
+        batches: Iterable[Batch],
+        *,
+        keep: int = 0,
+    ) -> tuple[Probe, tuple[Array, ...] | None, tuple[Mapping[str, Moments], ...]]:
         """Run ``run(batch, step)`` over batches.
 
+        Args:
+            name: Of the probe.
+            run: What to do with a batch.
+            batches: The batches.
+            keep: Outputs of so many samples, at least, are returned; where they are judged (one
+                output with labels) they are those of all samples.
+
         Returns:
-            What it gave as a probe; all outputs in one array, ``None`` with several outputs; and
-            the recorded moments of each batch.
+            What it gave as a probe; the outputs, one array each, ``None`` where they are not kept
+            or do not fit together; and the recorded moments of each batch.
         """
         begin, count = time.perf_counter(), 0
         losses, outputs, labels, moments = [], [], [], []
         for step, batch in enumerate(batches):
             outcome = run(batch, step)
             losses.append(outcome.losses)
-            outputs.append(outcome.outputs)
+            if self.task != "unknown" or count < keep:
+                outputs.append(outcome.outputs)
             labels.append(batch.y)
             moments.append(outcome.moments)
             count += len(batch)
         if not losses:
             raise DataError(f"probe '{name}' got no batch. Received: no samples")
-        joined = joined_arrays(outputs)
-        found = self.judged(name, np.concatenate(losses), joined, joined_arrays(labels))
+        joined = joined_arrays(outputs) if outputs else None
+        truth = joined_arrays(labels) if self.task != "unknown" else None
+        found = self.judged(name, np.concatenate(losses), only(joined), only(truth))
         self.spend(name, time.perf_counter() - begin, count / len(self.samples))
         return found, joined, tuple(moments)
 
     def judged(self, name: str, losses: Array, outputs: Any, labels: Any) -> Probe:
-        """A probe from losses, outputs and labels; the latter are ``None`` with several outputs."""
+        """A probe from losses, outputs and labels; the latter are ``None`` for unknown tasks."""
         broken = ~np.isfinite(losses)
         hits, metrics = None, {}
         if outputs is not None and labels is not None:
             flat = as_float64(outputs).reshape(len(outputs), -1)
             broken = broken | ~np.isfinite(flat).all(axis=1)
-            if self.task != "unknown":
-                with np.errstate(invalid="ignore", over="ignore"):
-                    result = judge(labels, outputs, self.task, self.logits)
-                hits = result.hits
-                metrics = {k: v for k, v in result.metrics.items() if k != "accuracy"}
+            with np.errstate(invalid="ignore", over="ignore"):
+                result = judge(labels, outputs, self.task, self.logits)
+            hits = result.hits
+            metrics = {k: v for k, v in result.metrics.items() if k != "accuracy"}
         return Probe(
             name=name,
             losses=as_float64(losses),
@@ -225,7 +267,7 @@ class Bench:
             return {}
         if chosen not in self._populations:
             begin = time.perf_counter()
-            meter = _meter(self.view, chosen)
+            meter = open_meter(self.view, chosen)
             restore = meter.snapshot()
             try:
                 recalibrated(meter, chosen, list(self.batches))
@@ -268,15 +310,22 @@ def task_of(
     return task, bool(from_logits) or outside
 
 
-def joined_arrays(parts: Sequence[Any]) -> Any:
-    """One array of all parts; ``None`` unless each part is one array of the same shape."""
-    flat = [leaves(part) for part in parts]
-    if any(len(each) != 1 for each in flat):
+def joined_arrays(parts: Sequence[Any]) -> tuple[Array, ...] | None:
+    """The arrays of nested structures, each in one; ``None`` where they do not fit together."""
+    columns = [[leaf for _, leaf in leaves(part)] for part in parts]
+    if not columns or not columns[0] or len({len(column) for column in columns}) != 1:
         return None
-    arrays = [each[0][1] for each in flat]
-    if len({array.shape[1:] for array in arrays}) != 1:
-        return None
-    return np.concatenate(arrays)
+    joined = []
+    for arrays in zip(*columns, strict=True):
+        if len({array.shape[1:] for array in arrays}) != 1:
+            return None
+        joined.append(np.concatenate(arrays))
+    return tuple(joined)
+
+
+def only(arrays: tuple[Array, ...] | None) -> Array | None:
+    """The array where there is just one."""
+    return arrays[0] if arrays is not None and len(arrays) == 1 else None
 
 
 def _key(statistics: Statistics | None) -> Any:
@@ -288,7 +337,8 @@ def _key(statistics: Statistics | None) -> Any:
     )
 
 
-def _meter(view: ModelView, paths: Sequence[str]) -> Any:
+def open_meter(view: ModelView, paths: Sequence[str]) -> Any:
+    """What recalibration asks of the model; see :class:`frostline.recalibration.Meter`."""
     make = getattr(view, "meter", None)
     if make is not None:
         return make(paths)
@@ -297,4 +347,4 @@ def _meter(view: ModelView, paths: Sequence[str]) -> Any:
     return KerasMoments(view.model, paths)
 
 
-__all__ = ["GROUPS", "Bench", "Statistics", "joined_arrays", "task_of"]
+__all__ = ["GROUPS", "Bench", "Statistics", "joined_arrays", "only", "open_meter", "task_of"]

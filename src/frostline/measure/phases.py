@@ -199,15 +199,10 @@ def judge(y: Array, outputs: Array, task: Task, logits: bool) -> Judged:
         return _judge_regression(y, outputs, broken)
     outputs = as_float64(outputs)
     if _columns(outputs) == 1:
-        outputs = outputs.reshape(-1)
-        labels = (as_float64(y).reshape(-1) > 0.5).astype(np.int64)
-        predicted = (outputs > (0.0 if logits else 0.5)).astype(np.int64)
-        scores = outputs
+        outputs = scores = outputs.reshape(-1)
     else:
-        labels = y.reshape(-1) if _columns(y) == 1 else y.argmax(axis=1)
-        labels = labels.astype(np.int64)
-        predicted = outputs.argmax(axis=1)
         scores = outputs[:, 1] - outputs[:, 0]  # monotone in class 1, for logits as well
+    labels, predicted = class_labels(y, outputs), predicted_classes(outputs, logits)
     hits = ((predicted == labels) & ~broken).astype(np.float64)
     metrics = {"accuracy": float(hits.mean())}
     reachable = None
@@ -224,6 +219,21 @@ def judge(y: Array, outputs: Array, task: Task, logits: bool) -> Judged:
         broken=int(broken.sum()),
         reachable=reachable,
     )
+
+
+def class_labels(y: Array, outputs: Array) -> Array:
+    """Class index of each sample, shape ``(n,)``, int64; of a classification task."""
+    if _columns(outputs) == 1:
+        return np.asarray(as_float64(y).reshape(-1) > 0.5, dtype=np.int64)
+    labels = y.reshape(-1) if _columns(y) == 1 else y.argmax(axis=1)
+    return np.asarray(labels, dtype=np.int64)
+
+
+def predicted_classes(outputs: Array, logits: bool) -> Array:
+    """Class index that each sample is given, shape ``(n,)``, int64."""
+    if _columns(outputs) == 1:
+        return np.asarray(outputs.reshape(-1) > (0.0 if logits else 0.5), dtype=np.int64)
+    return np.asarray(outputs.argmax(axis=1), dtype=np.int64)
 
 
 def _best_accuracy(labels: Array, scores: Array) -> float:

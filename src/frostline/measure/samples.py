@@ -119,7 +119,7 @@ def draw(
     left = len(whole) % size
     if left:
         notes.append(f"{left} of {len(whole)} samples beyond the last full batch were left out")
-    cut = list(batches(_rows(whole, slice(len(whole) - left)), batch_size=size))
+    cut = list(batches(take(whole, slice(len(whole) - left)), batch_size=size))
     return Samples(
         batches=tuple(cut), batch_size=size, natural=natural, read=read, notes=tuple(notes)
     )
@@ -152,20 +152,20 @@ class _Kept:
         if not len(chosen):
             return
         self.keys.append(keys[chosen])
-        self.parts.append(_rows(batch, chosen))
+        self.parts.append(take(batch, chosen))
         if sum(map(len, self.keys)) >= 2 * self.most:
             self._compact()
 
     def _compact(self) -> None:
         keys, whole = np.concatenate(self.keys), collect(self.parts)
         best = np.sort(np.argpartition(keys, self.most - 1)[: self.most])
-        self.keys, self.parts = [keys[best]], [_rows(whole, best)]
+        self.keys, self.parts = [keys[best]], [take(whole, best)]
         self.threshold = float(keys[best].max())
 
     def mixed(self) -> Batch:
         """The kept samples in the order of their keys, which is random."""
         keys, whole = np.concatenate(self.keys), collect(self.parts)
-        return _rows(whole, np.argsort(keys)[: self.most])
+        return take(whole, np.argsort(keys)[: self.most])
 
 
 def rebatched(samples: Samples, size: int, order: Array | None = None) -> Iterator[Batch]:
@@ -179,10 +179,11 @@ def rebatched(samples: Samples, size: int, order: Array | None = None) -> Iterat
     whole = samples.whole
     index = np.arange(len(samples)) if order is None else order
     for start in range(0, len(index) - size + 1, size):
-        yield _rows(whole, index[start : start + size])
+        yield take(whole, index[start : start + size])
 
 
-def _rows(batch: Batch, rows: Any) -> Batch:
+def take(batch: Batch, rows: Any) -> Batch:
+    """The rows of a batch: a slice, or an array of indices."""
     return Batch(
         map_leaves(lambda leaf: leaf[rows], batch.x),
         map_leaves(lambda leaf: leaf[rows], batch.y),

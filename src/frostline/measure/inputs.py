@@ -1,0 +1,107 @@
+"""What the inputs look like, and what inference would make of them in another encoding.
+
+A wrong preprocessing is a map from one well-known encoding of pixels to another; there are few, so
+each is tried.
+
+References:
+    - ``keras.applications.imagenet_utils.preprocess_input``: modes ``tf``, ``caffe``, ``torch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from frostline.data import Batch, leaves
+from frostline.measurement import InputMoments
+from frostline.stats import Moments
+from frostline.types import Array
+
+#: Means of ImageNet in 0 to 255, blue first, as the ``caffe`` mode subtracts them.
+CAFFE_MEAN = (103.939, 116.779, 123.68)
+
+#: Means and standard deviations of ImageNet in 0 to 1, red first, as the ``torch`` mode uses them.
+TORCH_MEAN = (0.485, 0.456, 0.406)
+TORCH_DEVIATION = (0.229, 0.224, 0.225)
+
+#: Inputs of at most this size are in the unit interval, apart from what augmentation adds.
+_UNIT = 1.5
+
+Transform = Callable[[Any], Any]
+
+
+def moments(batches: Iterable[Batch]) -> InputMoments | None:
+    """Moments of the inputs per channel (last axis); ``None`` for several or for no numbers."""
+    total: Moments | None = None
+    low: Array | None = None
+    high: Array | None = None
+    for batch in batches:
+        found = leaves(batch.x)
+        if len(found) != 1 or found[0][1].dtype.kind not in "buif" or found[0][1].ndim < 2:
+            return None
+        values = found[0][1]
+        flat = values.reshape(-1, values.shape[-1])
+        part = Moments.of(flat)
+        total = part if total is None else total.merge(part)
+        lowest, highest = flat.min(axis=0), flat.max(axis=0)
+        low = lowest if low is None else np.minimum(low, lowest)
+        high = highest if high is None else np.maximum(high, highest)
+    if total is None or low is None or high is None:
+        return None
+    return InputMoments(
+        mean=total.mean,
+        deviation=np.sqrt(total.variance),
+        low=np.asarray(low, np.float64),
+        high=np.asarray(high, np.float64),
+    )
+
+
+def transforms(seen: InputMoments) -> dict[str, Transform]:
+    """Encodings that inputs of this range could have been meant to be in, by name.
+
+    The names are written as functions of the inputs as given. Those of ImageNet's networks are
+    tried on three channels; they start from 0 to 255 or from 0 to 1, whichever the range says.
+    """
+    found: dict[str, Transform] = {
+        "x/255": lambda x: x / 255.0,
+        "x*255": lambda x: x * 255.0,
+        "x/127.5-1": lambda x: x / 127.5 - 1.0,
+        "(x+1)*127.5": lambda x: (x + 1.0) * 127.5,
+        "x*2-1": lambda x: x * 2.0 - 1.0,
+        "(x+1)/2": lambda x: (x + 1.0) / 2.0,
+    }
+    if len(seen.mean) == 3:
+        found |= _colours(unit=float(seen.high.max()) <= _UNIT)
+    return {name: _floating(change) for name, change in found.items()}
+
+
+def _colours(*, unit: bool) -> dict[str, Transform]:
+    caffe, mean, deviation = map(np.asarray, (CAFFE_MEAN, TORCH_MEAN, TORCH_DEVIATION))
+    raw, share = (255.0, 1.0) if unit else (1.0, 255.0)
+    x = "255x" if unit else "x"
+    return {
+        "BGR": lambda x: x[..., ::-1],
+        f"caffe({x})": lambda x: x[..., ::-1] * raw - caffe,
+        f"torch({x})": lambda x: (x / share - mean) / deviation,
+        "caffe⁻¹(x)": lambda x: (x + caffe)[..., ::-1],
+        "caffe⁻¹(x)/255": lambda x: (x + caffe)[..., ::-1] / 255.0,
+        "torch⁻¹(x)": lambda x: (x * deviation + mean) * 255.0,
+        "torch⁻¹(x)/255": lambda x: x * deviation + mean,
+    }
+
+
+def _floating(change: Transform) -> Transform:
+    """Apply to float32, whatever the inputs' own type, and give back a contiguous float32 array."""
+
+    def apply(x: Any) -> Any:
+        # A model with one input may be given a dict or list of one array.
+        if isinstance(x, dict):
+            return {key: apply(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return type(x)(apply(value) for value in x)
+        values = change(np.asarray(x, dtype=np.float32))
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+    return apply

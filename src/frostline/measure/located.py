@@ -1,0 +1,159 @@
+"""One site's stored statistics beside those of the data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from frostline import stats
+from frostline.data import Batch
+from frostline.measure.bench import Bench, Statistics, open_meter
+from frostline.measure.samples import take
+from frostline.measurement import SiteMeasurement
+from frostline.models import Outcome
+from frostline.stats import Moments
+from frostline.types import Array
+
+#: Samples whose moments are taken class by class, and most classes.
+CLASS_SAMPLES = 256
+MOST_CLASSES = 8
+
+#: Batches in which the uses of a shared layer are told apart.
+USE_BATCHES = 4
+
+Recorded = Sequence[Mapping[str, Moments]]
+
+
+def site_measurements(
+    bench: Bench, recorded: Recorded, population: Statistics
+) -> dict[str, SiteMeasurement]:
+    """Set stored, population and batch statistics of each site side by side.
+
+    Args:
+        bench: Model and samples.
+        recorded: Moments per batch of a pass with λ = 1 everywhere.
+        population: Exact population statistics of all sites.
+    """
+    sites = {site.path: site for site in bench.view.sites()}
+    meter = open_meter(bench.view, bench.paths)
+    within = within_classes(bench, recorded)
+    uses = shared_uses(bench, meter)
+    found = {}
+    for path in bench.paths:
+        seen = [moments[path] for moments in recorded if path in moments]
+        if path not in population or not seen:
+            continue
+        stored_mean, stored_variance = meter.stored(path)
+        mean, variance = population[path]
+        epsilon = sites[path].epsilon
+        whole = functools.reduce(Moments.merge, seen)
+        per_sample = seen[0].count / bench.batch_size / max(1, sites[path].calls)
+        found[path] = SiteMeasurement(
+            path=path,
+            stored_mean=stored_mean,
+            stored_variance=stored_variance,
+            mean=mean,
+            variance=variance,
+            batch_mean=whole.mean,
+            batch_variance=np.mean([each.variance for each in seen], axis=0),
+            values=int(per_sample) if per_sample == int(per_sample) else None,
+            shift=stats.mean_shift(mean, stored_mean, stored_variance, epsilon=epsilon),
+            ratio=stats.variance_ratio(variance, stored_variance, epsilon=epsilon),
+            noise=_noise(seen, whole, epsilon),
+            within_variance=within.get(path),
+            uses=uses.get(path, ()),
+        )
+    return found
+
+
+def quotient(site: SiteMeasurement) -> float:
+    """How far stored and batch variance are apart, as a factor of at least 1, median channel."""
+    ratio = site.ratio[np.isfinite(site.ratio) & (site.ratio > 0)]
+    return math.exp(float(np.median(np.abs(np.log(ratio))))) if ratio.size else 1.0
+
+
+def _noise(seen: Sequence[Moments], whole: Moments, epsilon: float) -> float:
+    """Deviation of batch means over population deviations; NaN with one batch."""
+    if len(seen) < 2:
+        return float("nan")
+    deviations = np.std([each.mean for each in seen], axis=0, ddof=1)
+    return float(np.median(deviations / np.sqrt(whole.variance + epsilon)))
+
+
+def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
+    """Population variance within a class, mean over the largest classes; empty without classes.
+
+    The passes run at λ = 0 with the statistics of mixed batches in the place of the stored ones:
+    so each sample is treated as in a mixed batch at λ = 1, and a batch may be of one class.
+    """
+    if bench.task not in ("binary", "multiclass") or bench.labels is None:
+        return {}
+    merged = {
+        path: functools.reduce(Moments.merge, [moments[path] for moments in recorded])
+        for path in bench.paths
+        if all(path in moments for moments in recorded)
+    }
+    if not merged or not all(moments.finite for moments in merged.values()):
+        return {}
+    mixed = {path: (moments.mean, moments.variance) for path, moments in merged.items()}
+    classes = _class_batches(bench)
+    if len(classes) < 2:
+        return {}
+    variances: dict[str, list[Array]] = {path: [] for path in mixed}
+
+    def run(batch: Batch, step: int) -> Outcome:
+        return bench.forward.outcome(
+            batch.x,
+            batch.y,
+            batch.sample_weight,
+            blend=0.0,
+            statistics=mixed,
+            step=step,
+            record=True,
+        )
+
+    for batches in classes:
+        _, _, seen = bench.passes("statistics of classes", run, batches)
+        for path in mixed:
+            whole = functools.reduce(Moments.merge, [moments[path] for moments in seen])
+            variances[path].append(whole.variance)
+    return {path: np.mean(found, axis=0) for path, found in variances.items()}
+
+
+def _class_batches(bench: Bench) -> list[list[Batch]]:
+    """Batches of one class each, for the largest classes; a small class fills one by repeating."""
+    assert bench.labels is not None
+    labels = bench.labels
+    names, counts = np.unique(labels, return_counts=True)
+    largest = names[np.argsort(-counts, kind="stable")[:MOST_CLASSES]]
+    size, most = bench.batch_size, max(1, CLASS_SAMPLES // bench.batch_size // len(largest))
+    whole = bench.samples.whole
+    classes = []
+    for name in largest:
+        index = np.flatnonzero(labels == name)
+        if len(index) < 2:
+            continue
+        if len(index) < size:
+            index = np.resize(index, size)
+        starts = range(0, len(index) - size + 1, size)
+        classes.append([take(whole, index[s : s + size]) for s in list(starts)[:most]])
+    return classes
+
+
+def shared_uses(bench: Bench, meter: Any) -> dict[str, tuple[tuple[Array, Array], ...]]:
+    """Path of a shared layer -> mean and variance of what each of its uses saw, at λ = 1."""
+    shared = {site.path for site in bench.view.sites() if site.calls > 1} & set(bench.paths)
+    if not shared:
+        return {}
+    measure = meter.batch()
+    per_batch = [measure(batch.x) for batch in bench.batches[:USE_BATCHES]]
+    found = {}
+    for path in shared:
+        columns = zip(*(seen[path] for seen in per_batch), strict=True)
+        merged = [functools.reduce(Moments.merge, column) for column in columns]
+        found[path] = tuple((each.mean, each.variance) for each in merged)
+    return found

@@ -1,0 +1,443 @@
+"""All measurements of a diagnosis, one after the other: ``(view, data) -> Measurement``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from frostline import stats
+from frostline.data import Batch, leaves
+from frostline.measure import inputs, located, shares, sweep
+from frostline.measure.bench import Bench, only
+from frostline.measure.history import parse
+from frostline.measure.phases import predicted_classes
+from frostline.measure.samples import draw, rebatched
+from frostline.measure.setting import facts_of, first_line, make_bench
+from frostline.measurement import Behaviour, Gap, Interval, Measurement, Probe
+from frostline.models import ModelView, Outcome
+from frostline.types import Array, DataError
+
+#: ``(what is measured now, part that is done)``.
+Progress = Callable[[str, float], None]
+
+#: Gaps by name: the probe that is looked at, and the one that it is compared with.
+GAPS = {
+    "total": ("training", "inference"),
+    "bn": ("training blend", "inference"),
+    "dropout": ("dropout", "inference"),
+    "all batch": ("batch", "inference"),
+    "lag": ("population unfrozen", "inference"),
+    "population": ("population", "inference"),
+    "sorted": ("sorted", "batch"),
+}
+
+#: Inference of so many right answers leaves nothing that another encoding of the inputs could add.
+NOTHING_TO_GAIN = 0.99
+
+#: Samples on which encodings of the inputs are tried.
+TRIAL_SAMPLES = 128
+
+#: Validation data are a check, not the subject: so many of ``max_samples``.
+VALIDATION_PART = 2
+
+
+def measure(
+    view: ModelView,
+    data: Any,
+    *,
+    validation: Any = None,
+    loss: Any = None,
+    batch_size: int | None = None,
+    reference: Any = None,
+    history: Any = None,
+    max_samples: int = 1024,
+    seed: int = 0,
+    round_trip: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Measurement, Bench]:
+    """Run every probe on the same samples of the data.
+
+    The model is left bit for bit as it was found, on any exit.
+
+    Args:
+        view: The model.
+        data: Labelled data; see :mod:`frostline.data`. Read once.
+        validation: Labelled data that the model was not trained on; ``None`` to leave them out.
+        loss: Whatever the framework takes as a loss; ``None`` for the compiled one, or else the
+            usual one for the labels and outputs.
+        batch_size: Samples per batch in training; ``None`` for that of the data's own batches, and
+            32 for arrays.
+        reference: A model or checkpoint to compare with.
+        history: The training run; see :func:`frostline.measure.history.parse`.
+        max_samples: At most so many samples are drawn from the data.
+        seed: Of the draw and of all intervals.
+        round_trip: Save and load the model, and compare the outputs.
+        progress: Called before each step.
+
+    Returns:
+        The measurement, and the bench on which remedies can be tried.
+
+    Raises:
+        DataError: Data that cannot be used.
+        ModelError: A model without a loss that could be inferred.
+    """
+    if max_samples < 1:
+        raise DataError(f"max_samples must be at least 1. Received: max_samples={max_samples}")
+    past = parse(history)  # before the long part, in case it cannot be read
+    with view.preserved():
+        if progress is not None:
+            progress("samples", 0.0)
+        bench, behaviour, notes = make_bench(
+            view, data, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=seed
+        )
+        run = _Run(bench, behaviour, seed=seed, max_samples=max_samples)
+        run.steps(validation, reference, round_trip, progress)
+    return replace(run.measurement(), history=past, notes=tuple(notes)), bench
+
+
+class _Run:
+    """One measurement in the making."""
+
+    def __init__(
+        self, bench: Bench, behaviour: dict[str, Behaviour], *, seed: int, max_samples: int
+    ) -> None:
+        self.bench, self.behaviour = bench, behaviour
+        self.seed, self.max_samples = seed, max_samples
+        self.facts = facts_of(bench.view)
+        self.probes: dict[str, Probe] = {}
+        self.found: dict[str, Any] = {}
+        self.skipped: dict[str, str] = {}
+        self.outputs: tuple[Array, ...] | None = (
+            None  # of the model's own inference, in the samples' order
+        )
+        self.recorded: tuple[Mapping[str, Any], ...] = ()
+
+    def steps(
+        self, validation: Any, reference: Any, round_trip: bool, progress: Progress | None
+    ) -> None:
+        """Run all measurements; what cannot be made, or would tell nothing, is noted."""
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("inference", self.inference),
+            ("training", self.training),
+            ("batch", self.batch),
+            ("stored", self.stored),
+            ("training blend", self.training_blend),
+            ("dropout", self.dropout),
+            ("population", self.population),
+            ("sorted", self.sorted),
+            ("sites", self.sites),
+            ("attribution", self.attribution),
+            ("sweep", self.sweep),
+            ("neighbours", self.neighbours),
+            ("input", self.input),
+            ("input trials", self.input_trials),
+            ("validation", lambda: self.validation(validation)),
+            ("difference", lambda: self.difference(reference)),
+            ("round trip", lambda: self.round_trip(round_trip)),
+        ]
+        for number, (name, step) in enumerate(steps):
+            if progress is not None:
+                progress(name, number / len(steps))
+            begin = time.perf_counter()
+            if number < 2:
+                step()  # without these two there is no diagnosis
+                continue
+            try:
+                step()
+            except _Skip as reason:
+                self.skipped[name] = str(reason)
+            except (
+                Exception
+            ) as error:  # one measurement that fails must not take the others with it
+                self.skipped[name] = first_line(error)
+            else:
+                self.bench.cost.setdefault(name, time.perf_counter() - begin)
+
+    # --- the model's own passes -----------------------------------------------------------------
+
+    def inference(self) -> None:
+        """The model's own inference; its outputs are kept."""
+        bench = self.bench
+        probe, self.outputs, _ = bench.passes(
+            "inference", bench.own(training=False), bench.batches, keep=sweep.SAMPLES
+        )
+        self.probes["inference"] = bench.remember(("own", False), probe)
+        if bench.task in ("binary", "multiclass"):
+            self._classes()
+        elif bench.task == "regression" and bench.labels is not None:
+            targets = np.asarray(bench.labels, np.float64).reshape(len(bench.labels), -1)
+            self.found["chance"] = float(targets.var(axis=0).mean())
+
+    def _classes(self) -> None:
+        from scipy.optimize import linear_sum_assignment
+
+        labels, outputs = self.bench.labels, only(self.outputs)
+        assert labels is not None
+        assert outputs is not None
+        columns = 1 if outputs.ndim == 1 else outputs.shape[1]
+        classes = max(2, columns)
+        predicted = predicted_classes(outputs, self.bench.logits)
+        sound = np.isfinite(outputs.reshape(len(outputs), -1)).all(axis=1)
+        confusion = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(confusion, (labels[sound], predicted[sound]), 1)
+        best = linear_sum_assignment(-confusion)
+        self.found["classes"] = classes
+        self.found["confusion"] = confusion
+        self.found["relabelled"] = float(confusion[best].sum() / len(labels))
+        self.found["chance"] = float(np.bincount(labels).max() / len(labels))
+
+    def training(self) -> None:
+        """The model's own training mode; the same as inference where nothing acts in it."""
+        self.probes["training"] = self.bench.nominal(training=True)
+
+    # --- λ --------------------------------------------------------------------------------------
+
+    def batch(self) -> None:
+        """λ = 1 everywhere, with the moments that the sites see."""
+        if not self.bench.paths:
+            raise _Skip("the model has no BN layer")
+        bench = self.bench
+        blend = bench.blend(1.0)
+
+        def run(batch: Batch, step: int) -> Outcome:
+            return bench.forward.outcome(
+                batch.x, batch.y, batch.sample_weight, blend=blend, step=step, record=True
+            )
+
+        probe, _, self.recorded = bench.passes("batch", run, bench.batches)
+        self.probes["batch"] = bench.remember(bench.condition(1.0), probe)
+
+    def stored(self) -> None:
+        """λ = 0 everywhere: inference, unless a layer uses the batch in inference as well."""
+        uses_stored = all(each.inference in (0.0, None) for each in self.behaviour.values())
+        if uses_stored:
+            self.bench.remember(self.bench.condition(0.0), self.probes["inference"])
+        self.probes["stored"] = self.bench.probe("stored")
+
+    def training_blend(self) -> None:
+        """λ as training uses it."""
+        self._require_sites()
+        blend = self.bench.blend_in_training
+        self.probes["training blend"] = self.bench.probe("training blend", blend=blend)
+
+    def dropout(self) -> None:
+        """λ = 0 and everything else as in training."""
+        if not self.bench.noisy:
+            raise _Skip("no layer but BN acts in training only")
+        self.probes["dropout"] = self.bench.probe("dropout", dropout=True)
+
+    def population(self) -> None:
+        """λ = 0 with exact statistics at all sites, at the unfrozen and at the frozen ones."""
+        self._require_sites()
+        bench = self.bench
+        self.probes["population"] = bench.probe("population", statistics=bench.population("all"))
+        for group in ("unfrozen", "frozen"):
+            name = f"population {group}"
+            statistics = bench.population(group)
+            if statistics:
+                self.probes[name] = bench.probe(name, statistics=statistics)
+            else:
+                self.skipped[name] = f"no site is {group}"
+
+    def sorted(self) -> None:
+        """λ = 1 in class-sorted batches, in the samples' own order afterwards."""
+        self._require_sites()
+        bench = self.bench
+        if bench.labels is None:
+            raise _Skip("the task has no one label per sample to sort by")
+        keys = np.asarray(bench.labels).reshape(len(bench.labels), -1)[:, 0]
+        if len(bench.batches) < 2 or len(np.unique(keys)) < 2:
+            raise _Skip("one batch, or one class: sorting changes nothing")
+        order = np.argsort(keys, kind="stable")
+        batches = rebatched(bench.samples, bench.batch_size, order)
+        probe = bench.probe("sorted", blend=1.0, batches=batches)
+        self.probes["sorted"] = in_order(probe, np.argsort(order))
+
+    # --- sites ----------------------------------------------------------------------------------
+
+    def sites(self) -> None:
+        """Stored statistics beside those of the data."""
+        self._require_sites()
+        population = self.bench.population("all")
+        self.found["sites"] = located.site_measurements(self.bench, self.recorded, population)
+
+    def attribution(self) -> None:
+        """Shares of the gap between the training blend and λ = 0."""
+        self._require_sites()
+        blend = self.bench.blend_in_training
+        training, stored = self.probes.get("training blend"), self.probes.get("stored")
+        if blend is None or training is None or stored is None:
+            raise _Skip("the BN gap was not measured")
+        if not blend.any():
+            raise _Skip("no site uses batch statistics in training")
+        gap = self.interval(training.losses, stored.losses)
+        if not gap.excludes_zero:
+            raise _Skip(
+                f"the BN gap is not told from 0: {gap.estimate:+.3g}, "
+                f"{100 * gap.level:.0f}% interval {gap.low:+.3g} to {gap.high:+.3g}"
+            )
+        sites = self.found.get("sites", {})
+        self.found["attribution"] = shares.attribute(
+            self.bench,
+            blend,
+            training=training,
+            stored=stored,
+            quotient=max((located.quotient(each) for each in sites.values()), default=1.0),
+        )
+
+    def sweep(self) -> None:
+        """Batch sizes."""
+        if self.facts.batch is not None:
+            raise _Skip(f"the model takes batches of {self.facts.batch} samples only")
+        self.found["sweep"] = sweep.sweep(self.bench, self.outputs)
+
+    def neighbours(self) -> None:
+        """The same samples in other company."""
+        self.found["neighbours"] = sweep.neighbours(self.bench, self.outputs, seed=self.seed)
+
+    # --- inputs ---------------------------------------------------------------------------------
+
+    def input(self) -> None:
+        """Moments of the inputs."""
+        self.found["input"] = inputs.moments(self.bench.batches)
+        if self.found["input"] is None:
+            raise _Skip("several inputs, or inputs that are no numbers per channel")
+
+    def input_trials(self) -> None:
+        """Inference with the inputs in other encodings."""
+        seen, accuracy = self.found.get("input"), self.probes["inference"].accuracy
+        leaf = leaves(self.bench.batches[0].x)[0][1]
+        if seen is None or leaf.ndim != 4:
+            raise _Skip("the inputs are not images")
+        if accuracy is not None and accuracy >= NOTHING_TO_GAIN:
+            raise _Skip(f"inference is right already: accuracy {accuracy:.3f}")
+        bench = self.bench
+        part = bench.samples.first(TRIAL_SAMPLES)
+        base = self.probes["inference"].losses[: len(part)]
+        trials = {"x": float(base.mean())}
+        best, gain = None, 0.0
+        for name, change in inputs.transforms(seen).items():
+            probe = bench.own_probe(f"input {name}", part.batches, transform=change)
+            trials[name] = probe.loss
+            gap = self.interval(probe.losses, base)
+            if gap.excludes_zero and gap.estimate < gain:
+                best, gain = (name, change), gap.estimate
+        self.found["input_trials"] = trials
+        if best is not None:
+            name = f"input {best[0]}"
+            self.probes[name] = bench.own_probe(name, bench.batches, transform=best[1])
+
+    # --- what else was given --------------------------------------------------------------------
+
+    def validation(self, data: Any) -> None:
+        """Probes of data that the model was not trained on."""
+        if data is None:
+            raise _Skip("no validation data given: validation=")
+        bench = self.bench
+        samples = draw(
+            data,
+            max_samples=max(1, self.max_samples // VALIDATION_PART),
+            batch_size=bench.batch_size,
+            seed=self.seed,
+            fixed=self.facts.batch is not None,
+        )
+        other = replace(bench, samples=samples, labels=None, cost={}, _probes={}, _populations={})
+        name = "validation inference"
+        self.probes[name] = other.own_probe(name, samples.batches)
+        self.found["validation_input"] = inputs.moments(samples.batches)
+        if bench.paths:
+            name = "validation batch"
+            self.probes[name] = other.probe(name, blend=1.0)
+            name = "validation population"
+            self.probes[name] = other.probe(name, statistics=bench.population("all"))
+        for name, amount in other.cost.items():
+            bench.cost[name] = amount * (
+                len(samples) / len(bench.samples) if name.endswith("(passes)") else 1.0
+            )
+
+    def difference(self, reference: Any) -> None:
+        """The reference, weight by weight."""
+        if reference is None:
+            raise _Skip("no reference given: reference=")
+        compare = getattr(self.bench.view, "difference", None)
+        if compare is None:
+            raise _Skip("models of this framework cannot be compared yet")
+        self.found["difference"] = compare(reference, self.bench.batches[0].x)
+
+    def round_trip(self, asked: bool) -> None:
+        """Save and load."""
+        if not asked:
+            raise _Skip("not asked for: round_trip=True")
+        save_and_load = getattr(self.bench.view, "round_trip", None)
+        if save_and_load is None:
+            raise _Skip("models of this framework cannot be saved and loaded yet")
+        self.found["round_trip"] = float(save_and_load(self.bench.batches[0].x))
+
+    # --- the outcome ----------------------------------------------------------------------------
+
+    def interval(self, a: Array, b: Array) -> Interval:
+        """Paired bootstrap interval over the samples that are finite in both."""
+        sound = np.isfinite(a) & np.isfinite(b)
+        if not sound.any():
+            return Interval(float("nan"), float("nan"), float("nan"), 0.95)
+        return stats.paired_bootstrap(a[sound], b[sound], seed=self.seed)
+
+    def gaps(self) -> dict[str, Gap]:
+        """Differences of probes with intervals."""
+        found = {}
+        for name, (of, minus) in GAPS.items():
+            if of in self.probes and minus in self.probes:
+                found[name] = self.gap(name, of, minus)
+        for of in self.probes:
+            if of.startswith("input "):
+                found[of] = self.gap(of, of, "inference")
+        return found
+
+    def gap(self, name: str, of: str, minus: str) -> Gap:
+        """One difference of two probes."""
+        a, b = self.probes[of], self.probes[minus]
+        accuracy = None
+        if a.hits is not None and b.hits is not None:
+            accuracy = self.interval(a.hits, b.hits)
+        return Gap(
+            name=name, of=of, minus=minus, loss=self.interval(a.losses, b.losses), accuracy=accuracy
+        )
+
+    def measurement(self) -> Measurement:
+        """Everything that was found."""
+        bench = self.bench
+        noise = getattr(bench.view, "noise_layers", None)
+        return Measurement(
+            samples=len(bench.samples),
+            batch_size=bench.batch_size,
+            task=bench.task,
+            steps=self.facts.steps,
+            probes=dict(self.probes),
+            gaps=self.gaps(),
+            behaviour=self.behaviour,
+            noise_layers={} if noise is None else dict(noise()),
+            cost=dict(bench.cost),
+            skipped=dict(self.skipped),
+            **self.found,
+        )
+
+    def _require_sites(self) -> None:
+        if not self.bench.paths:
+            raise _Skip("the model has no BN layer")
+
+
+class _Skip(Exception):  # noqa: N818 - not an error: a reason
+    """A measurement that would tell nothing, or has nothing to work on."""
+
+
+def in_order(probe: Probe, order: Array) -> Probe:
+    """The same probe with its samples in another order."""
+    hits = None if probe.hits is None else probe.hits[order]
+    return replace(probe, losses=probe.losses[order], hits=hits)
+
+
+__all__ = ["GAPS", "Progress", "in_order", "measure"]

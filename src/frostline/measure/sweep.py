@@ -1,0 +1,87 @@
+"""Batch sizes and neighbours: what a sample's answer depends on beside the sample."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from frostline.measure.bench import Bench
+from frostline.measure.samples import rebatched, take
+from frostline.measurement import SweepPoint
+from frostline.types import Array, as_float64
+
+Outputs = tuple[Array, ...] | None
+
+#: Samples of the sweep, and its sizes beside the bench's own; each is compiled anew.
+SAMPLES = 256
+SIZES = (2, 8)
+
+#: Batches that are mixed anew to look at neighbours.
+NEIGHBOUR_BATCHES = 4
+
+
+def sizes(count: int, batch_size: int) -> tuple[int, ...]:
+    """Batch sizes to try on so many samples, ascending: small ones, the base, and all at once."""
+    wanted = {*SIZES, batch_size, min(count, SAMPLES)}
+    return tuple(sorted(size for size in wanted if size <= count))
+
+
+def sweep(bench: Bench, outputs: Outputs) -> tuple[SweepPoint, ...]:
+    """Try the first samples at other batch sizes, all of them on the same samples.
+
+    Args:
+        bench: Model and samples.
+        outputs: Of the model's own inference at the base batch size; ``None`` with several outputs.
+    """
+    count = len(bench.samples.first(SAMPLES))
+    return tuple(_point(bench, size, count, outputs) for size in sizes(count, bench.batch_size))
+
+
+def _point(bench: Bench, size: int, count: int, outputs: Outputs) -> SweepPoint:
+    n = count // size * size
+    whole = bench.samples.whole
+    batches = [take(whole, slice(start, start + size)) for start in range(0, n, size)]
+    if size == bench.batch_size:
+        inference, change = bench.nominal(training=False), 0.0
+    else:
+        inference, found, _ = bench.passes("sweep", bench.own(training=False), batches, keep=n)
+        change = relative_change(found, outputs)
+    batch = inference
+    if bench.paths:
+        known = size == bench.batch_size
+        batch = bench.probe("sweep", blend=1.0, batches=None if known else batches)
+    return SweepPoint(
+        batch_size=size,
+        batch_loss=float(batch.losses[:n].mean()),
+        batch_accuracy=None if batch.hits is None else float(batch.hits[:n].mean()),
+        inference_loss=float(inference.losses[:n].mean()),
+        inference_change=change,
+    )
+
+
+def neighbours(bench: Bench, outputs: Outputs, *, seed: int) -> float:
+    """Largest change of an inference output when the samples are mixed anew."""
+    part = bench.samples.first(NEIGHBOUR_BATCHES * bench.batch_size)
+    if len(part.batches) > 1:
+        order = np.random.default_rng(seed).permutation(len(part))
+    else:  # one batch: other company is the first sample many times
+        order = np.zeros(len(part), dtype=np.int64)
+    batches = rebatched(part, bench.batch_size, order)
+    _, found, _ = bench.passes("neighbours", bench.own(training=False), batches, keep=len(part))
+    return relative_change(found, None if outputs is None else tuple(a[order] for a in outputs))
+
+
+def relative_change(found: Outputs, base: Outputs) -> float:
+    """Largest difference relative to the largest base value; over values finite in both.
+
+    Of several outputs the one that changes most; NaN where there is nothing to compare.
+    """
+    changes = []
+    for here, there in zip(found or (), base or (), strict=False):
+        one = as_float64(here)
+        other = as_float64(there)[: len(one)]
+        sound = np.isfinite(one) & np.isfinite(other)
+        if sound.any():
+            scale = np.abs(other[sound]).max()
+            difference = float(np.abs(one - other)[sound].max())
+            changes.append(difference / float(scale) if scale > 0 else float(difference > 0))
+    return max(changes, default=float("nan"))
