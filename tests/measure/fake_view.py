@@ -11,6 +11,7 @@ import numpy as np
 
 from frostline.measurement import Behaviour
 from frostline.models import Outcome
+from frostline.models.facts import ModelFacts, SiteFacts
 from frostline.stats import Moments
 from frostline.types import Site
 
@@ -55,6 +56,16 @@ class FakeView:
             )
             for index, path in enumerate(self._paths)
         )
+
+    def facts(self) -> ModelFacts:
+        return ModelFacts(name="fake", sites=tuple(SiteFacts(site=each) for each in self.sites()))
+
+    def compiled(self) -> bool:
+        return self.compiled_loss is not None
+
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
+        table = self.training if training else self.inference
+        return self.run(x, [table[p] for p in self._paths], None, training)[0].astype(np.float32)
 
     def objective(self) -> tuple[str | None, bool | None]:
         return self.compiled_loss, False

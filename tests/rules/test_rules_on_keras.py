@@ -10,7 +10,7 @@ import pytest
 
 import frostline as fl
 from frostline import rules
-from frostline.diagnose import lint
+from frostline.diagnosis import lint
 from frostline.models import facts
 from frostline.rules import Rule
 from frostline.types import FrostlineError, ModelError

@@ -33,7 +33,7 @@ def run(
     """
     rules.select(select or None, ignore or None)  # a misspelt code is told before the model loads
     from frostline.commands.models import load
-    from frostline.diagnose import lint
+    from frostline.diagnosis import lint
 
     report = lint(load(source), select=select or None, ignore=ignore or None)
     if output is not None:

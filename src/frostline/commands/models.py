@@ -56,7 +56,7 @@ def show_sites(source: str, *, as_json: bool) -> int:
 
 def show_phases(source: str, options: DataOptions, *, batch_size: int, as_json: bool) -> int:
     """Print dynamic, phase 0 and phase 1 on the same data; 1 when a pattern or gap is found."""
-    from frostline.diagnose import phases
+    from frostline.diagnosis import phases
 
     model = load(source)
     _sites(model)
@@ -232,7 +232,7 @@ def _save(model: Any, path: Path, *, force: bool) -> None:
 
 
 def _sites(model: Any) -> tuple[Site, ...]:
-    from frostline.diagnose import require_sites, sites
+    from frostline.diagnosis import require_sites, sites
 
     found = sites(model)
     require_sites(found)

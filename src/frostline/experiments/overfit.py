@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from frostline import environment, layers
-from frostline.diagnose import phases, require_sites, sites
+from frostline.diagnosis import phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
 from frostline.models import ModelView, view
 from frostline.repair import convert, freeze, recalibrate

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.diagnose import require_sites
+from frostline.diagnosis import require_sites
 from frostline.types import DataError, ModelError
 
 keras = pytest.importorskip("keras")
