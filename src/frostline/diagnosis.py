@@ -14,7 +14,7 @@ from frostline.measurement import Cause, Measurement, Remedy
 from frostline.models import ModelView, view
 from frostline.models.facts import ModelFacts
 from frostline.report.report import Report
-from frostline.types import Finding, FrostlineError, ModelError, PhaseTable, Site
+from frostline.types import FrostlineError, ModelError, PhaseTable, Site
 
 
 def sites(model: Any) -> tuple[Site, ...]:
