@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from frostline.causes import averages, batches, data, files, frozen
-from frostline.causes.assignment import Assigned, assign
+from frostline.causes.assignment import Assigned, assign, victims
 from frostline.causes.case import Case, Claim, number
 from frostline.measurement import OTHER_CAUSES, Cause, Measurement
 from frostline.models.facts import ModelFacts
@@ -71,6 +71,7 @@ def causes(
     """
     case = Case(facts, measurement, tuple(findings))
     assigned = assign(case)
+    case = replace(case, victims=victims(case, assigned))
     claims = [claim for explain in _EXPLANATIONS for claim in explain(case, assigned)]
     claims = _explained_away(case, _merged(claims))
     total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))

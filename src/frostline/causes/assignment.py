@@ -37,6 +37,10 @@ BETWEEN = 1.25
 ON_THE_LINE = 0.9
 ON_THE_WAY = 0.9
 
+#: Distance from 0 and 1 up to which the old part of an average is taken for these: the batches of
+#: early training stand in it as well.
+NEAR_INITIAL = 0.5
+
 #: Spread of the variance ratio over channels, relative to its size, below which one map of the
 #: input explains a site: borders of padded images add to the spread.
 ONE_RATIO = 0.4
@@ -83,6 +87,17 @@ def assign(case: Case) -> Assigned:
                 found[path] = verdict
                 break
     return found
+
+
+def victims(case: Case, assigned: Assigned) -> frozenset[str]:
+    """Thawed sites whose statistics agree with the data once those before them are right."""
+    return frozenset(
+        path
+        for path in case.with_role("moving")
+        if path not in assigned
+        and path not in case.thawed_in_prefix
+        and case.mismatch(path) <= AGREES
+    )
 
 
 # --- facts about the numbers ----------------------------------------------------------------------
@@ -191,6 +206,21 @@ def young_average(case: Case, path: str) -> Verdict | None:
     return None
 
 
+def began_at_initial(case: Case, path: str) -> bool:
+    """Whether the part of a lagging average that is from before training is 0 and 1.
+
+    That part is what is left of the stored statistics without the share that was averaged since,
+    for which the present statistics of the batches stand.
+    """
+    found, share = case.measurement.sites.get(path), case.old_share(path)
+    if found is None or share is None or share <= OLD_SHARE:
+        return False
+    mean = (found.stored_mean - (1 - share) * found.batch_mean) / share
+    variance = (found.stored_variance - (1 - share) * found.batch_variance) / share
+    off = np.maximum(np.abs(mean), np.abs(variance - 1))
+    return bool(np.median(off) <= NEAR_INITIAL)
+
+
 def way_from_initial(case: Case, path: str) -> float | None:
     """Part of the way that the statistics have gone from 0 and 1 to those of the data.
 
@@ -265,7 +295,7 @@ def _settled(case: Case) -> Callable[[Case, str], Verdict | None]:
     code, certainty, number = _settled_answer(case)
 
     def test(case: Case, path: str) -> Verdict | None:
-        if case.mismatch(path) <= AGREES / 2:
+        if case.mismatch(path) <= AGREES:
             return None
         return Verdict(code=code, certainty=certainty, number=number)
 

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import EXTREME, OLD_SHARE, Assigned, explained_by_input
+from frostline.causes.assignment import (
+    EXTREME,
+    OLD_SHARE,
+    Assigned,
+    began_at_initial,
+    explained_by_input,
+)
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.frozen import locked_gain, switched
 from frostline.types import Certainty
@@ -280,6 +286,7 @@ def pretrained_elsewhere(case: Case, assigned: Assigned) -> bool:
     if not paths or not case.mismatches or paths[0] != next(iter(case.mismatches)):
         return False
     young = any("way_from_initial" in assigned[path].number for path in paths)
+    young = young or began_at_initial(case, paths[0])
     return not young and case.mismatch(paths[0]) > FAR and explained_by_input(case, paths[0])
 
 

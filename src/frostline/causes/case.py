@@ -85,11 +85,20 @@ class Claim:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One model on one data set: facts, measurement and findings."""
+    """One model on one data set.
+
+    Attributes:
+        facts: Of the model.
+        measurement: Of the model on the data.
+        findings: Of the rules.
+        victims: Sites with nothing wrong of their own, which only pass on what those before them
+            do; see :meth:`blame`.
+    """
 
     facts: ModelFacts
     measurement: Measurement
     findings: Sequence[Finding] = ()
+    victims: frozenset[str] = frozenset()
 
     # --- probes -------------------------------------------------------------------------------
 
@@ -216,15 +225,21 @@ class Case:
         """Part of the BN gap that lies at some sites, at least 0, in units of the loss.
 
         From the attribution; without one the gap is split by how far each site's stored
-        statistics are from those of the data.
+        statistics are from those of the data. What is attributed to victims (batch statistics
+        there undo what sites before have done) goes to the others in proportion.
         """
-        chosen, gap = set(paths), self.bn_gap
+        chosen, gap = set(paths) - self.victims, self.bn_gap
         if not gap or not chosen:
             return 0.0
         found = self.measurement.attribution
         if found is not None and found.paths and np.isfinite(found.shares).all():
-            here = [s for p, s in zip(found.paths, found.shares, strict=True) if p in chosen]
-            return max(0.0, math.copysign(1.0, gap) * float(np.sum(here)))
+            toward = dict(zip(found.paths, math.copysign(1.0, gap) * found.shares, strict=True))
+            here = max(0.0, sum(float(toward.get(path, 0.0)) for path in chosen))
+            passed_on = sum(float(toward.get(path, 0.0)) for path in self.victims)
+            culprits = sum(float(v) for path, v in toward.items() if path not in self.victims)
+            if passed_on <= 0 or culprits <= 0:
+                return here
+            return here * (1 + passed_on / culprits)
         active = [path for path in self.roles if self.roles[path] != "locked"]
         weights = {path: min(self.mismatch(path), _FAR_ENOUGH) for path in active}
         total = sum(weights.values())

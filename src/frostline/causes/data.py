@@ -42,6 +42,19 @@ RANGE = 0.15
 #: Names of probes with the inputs in another encoding begin so.
 _TRIAL = "input "
 
+#: Transformations within the reach of another contrast or brightness -> range that they are for.
+_MILD = {
+    "x*2-1": (0.0, 1.0),
+    "(x+1)/2": (-1.0, 1.0),
+    "torch(x)": (0.0, 1.0),
+    "torch⁻¹(x)/255": (-2.0, 2.0),
+    "caffe(x)": (0.0, 255.0),
+    "caffe⁻¹(x)": (-120.0, 130.0),
+}
+
+#: Part of such a range that the inputs must cover.
+FILLS = 0.8
+
 #: What accuracy is called in a Keras history.
 _ACCURACIES = (
     "accuracy",
@@ -146,7 +159,11 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     as good as those. Without BN, or where they do not help, it must lower the loss by a third.
     """
     inference = case.loss("inference")
-    probes = [name for name in case.measurement.probes if name.startswith(_TRIAL)]
+    probes = [
+        name
+        for name in case.measurement.probes
+        if name.startswith(_TRIAL) and _plausible(name.removeprefix(_TRIAL), case.measurement.input)
+    ]
     gains = {name: -case.change(name, "inference") for name in probes}
     name = max(gains, key=gains.__getitem__, default=None)
     if inference is None or name is None or gains[name] <= REPAIRS_PART * inference:
@@ -158,6 +175,19 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     if part < REPAIRS_PART:
         return None
     return name.removeprefix(_TRIAL), loss, min(1.0, part)
+
+
+def _plausible(name: str, seen: InputMoments | None) -> bool:
+    """Whether the inputs could be in the encoding that this transformation starts from.
+
+    Factors of a hundred are nobody's contrast. A change of two, or of an offset, is: then the
+    inputs must fill the range that the transformation is for.
+    """
+    ends = _MILD.get(name)
+    if ends is None or seen is None:
+        return True
+    low, high = float(np.min(seen.low)), float(np.max(seen.high))
+    return high - low >= FILLS * (ends[1] - ends[0])
 
 
 def label_order(case: Case, _: Assigned) -> Iterator[Claim]:

@@ -1,0 +1,161 @@
+"""Remedies: repairs for the causes that were named, each with its effect measured beforehand.
+
+A repair is evaluated as the model *would be* with it: other statistics, inputs or weights are
+handed to the bench, and the model is left as it is. Nothing is recommended that was not measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from frostline.measure import Bench
+from frostline.measurement import Cause, Interval, Measurement, Probe, Remedy
+from frostline.models.facts import ModelFacts
+from frostline.remedies import inputs, statistics, training
+from frostline.remedies.candidate import Candidate, Try, Workplace
+from frostline.stats import paired_bootstrap
+from frostline.types import FrostlineError
+
+log = logging.getLogger("frostline")
+
+#: From the least to the most that they change: of equal effect the first one wins.
+_TRIES: tuple[Try, ...] = (
+    inputs.fix_preprocessing,
+    inputs.rename_classes,
+    statistics.match_epsilon,
+    statistics.recalibrate,
+    training.lock_frozen,
+    statistics.settled_average,
+    training.larger_batches,
+    statistics.stored_statistics,
+)
+
+#: Shares of the closable gap that differ by less than this are equal.
+_EQUAL_SHARE = 0.05
+
+#: Standard errors of an accuracy by which a renaming must raise it.
+_SURE = 3.0
+
+_SEED = 0
+
+
+def remedies(
+    bench: Bench, facts: ModelFacts, measurement: Measurement, causes: Sequence[Cause]
+) -> tuple[Remedy, ...]:
+    """Try every repair that treats one of the causes.
+
+    Args:
+        bench: What the measurement was made on; the model is the same afterwards, bit for bit.
+        facts: Of the model.
+        measurement: From :func:`frostline.measure.measure`.
+        causes: From :func:`frostline.causes.causes`, the most important first.
+
+    Returns:
+        Remedies, best first: those that help for sure before all others, those for the first
+        cause before those for later ones, then by how much of the closable gap they close. Empty
+        when no repair treats any of the causes; none recommended when no repair helps.
+    """
+    place = Workplace(bench, facts, measurement, tuple(causes))
+    now = measurement.probes.get("inference")
+    if now is None:
+        return ()
+    candidates = [each for attempt in _TRIES for each in _tried(attempt, place)]
+    best = _best(measurement, candidates)
+    made = [(each, _remedy(each, now, best)) for each in candidates]
+    first = place.codes[0] if place.codes else ""
+
+    def rank(pair: tuple[Candidate, Remedy]) -> tuple[bool, bool, float]:
+        candidate, remedy = pair
+        closed = math.floor((remedy.closed or 0.0) / _EQUAL_SHARE + 0.5)
+        return not remedy.recommended, first not in candidate.treats, -closed
+
+    return tuple(remedy for _, remedy in sorted(made, key=rank))  # stable: ties keep order
+
+
+def _tried(attempt: Try, place: Workplace) -> list[Candidate]:
+    """What one kind of repair gives; one that cannot be tried does not take the others with it."""
+    try:
+        return list(attempt(place))
+    except FrostlineError as error:
+        log.warning("%s was not tried: %s", attempt.__name__, error)
+        return []
+
+
+def _best(measurement: Measurement, candidates: Sequence[Candidate]) -> float | None:
+    """Lowest loss that batch statistics or any repair reach."""
+    probes = [measurement.probes.get(name) for name in ("training blend", "batch")]
+    probes += [each.after for each in candidates]
+    losses = [each.loss for each in probes if each is not None and math.isfinite(each.loss)]
+    return min(losses, default=None)
+
+
+def _remedy(candidate: Candidate, now: Probe, best: float | None) -> Remedy:
+    change = None if candidate.after is None else _change(candidate.after, now)
+    closed = _closed(candidate, now, best)
+    return Remedy(
+        name=candidate.name,
+        fix=candidate.fix,
+        causes=candidate.treats,
+        text=candidate.text,
+        python=candidate.python,
+        shell=candidate.shell,
+        before=_numbers(now),
+        after=_after(candidate),
+        change=change,
+        closed=closed,
+        recommended=_helps(candidate, now, change),
+        note=candidate.note,
+    )
+
+
+def _change(after: Probe, now: Probe) -> Interval | None:
+    """Loss with the repair minus loss now, over the samples that are finite in both."""
+    if after.losses.shape != now.losses.shape:
+        return None
+    sound = np.isfinite(after.losses) & np.isfinite(now.losses)
+    if not sound.any():
+        return None
+    return paired_bootstrap(after.losses[sound], now.losses[sound], seed=_SEED)
+
+
+def _closed(candidate: Candidate, now: Probe, best: float | None) -> float | None:
+    after = candidate.after
+    if after is None:
+        return None
+    if not math.isfinite(after.loss):
+        return 0.0
+    if not math.isfinite(now.loss):  # any finite answer is better than none
+        return 1.0 if best is None or after.loss <= best else best / after.loss
+    if best is None or best >= now.loss:
+        return None
+    return min(1.0, max(0.0, (now.loss - after.loss) / (now.loss - best)))
+
+
+def _helps(candidate: Candidate, now: Probe, change: Interval | None) -> bool:
+    after = candidate.after
+    if after is None:
+        if candidate.accuracy is None or now.accuracy is None:
+            return False
+        error = math.sqrt(0.25 / len(now.losses))
+        return candidate.accuracy - now.accuracy > _SURE * error
+    if now.broken:
+        return after.broken < now.broken
+    return change is not None and change.high < 0 and after.broken == 0
+
+
+def _numbers(probe: Probe) -> dict[str, float]:
+    found = {"loss": probe.loss}
+    return found if probe.accuracy is None else {**found, "accuracy": probe.accuracy}
+
+
+def _after(candidate: Candidate) -> dict[str, float]:
+    if candidate.after is not None:
+        return _numbers(candidate.after)
+    return {} if candidate.accuracy is None else {"accuracy": candidate.accuracy}
+
+
+__all__ = ["remedies"]

@@ -1,0 +1,105 @@
+"""A repair to be tried, and what it is tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from frostline.measure import Bench
+from frostline.measurement import Cause, Measurement, Probe
+from frostline.models.facts import ModelFacts, SiteFacts
+
+#: Causes of statistics that are wrong at sites that train: their own, exact ones repair them.
+STALE = (
+    "EMA_LAG",
+    "EMA_NOISE",
+    "STATS_NEVER_UPDATED",
+    "MOMENTUM_CONVENTION",
+    "POISONED",
+    "STALE_AFTER_WEIGHT_EDIT",
+    "DOMAIN_STATS",
+    "MIXED_SOURCES",
+    "RANK_DIVERGENCE",
+    "BESSEL",
+    "SMALL_BATCH",
+    "BATCH_LEAK",
+    "FORCED_TRAIN",
+)
+
+#: Causes at sites that are meant to be frozen.
+UNSTEADY = ("FROZEN_BATCH_STATS", "FROZEN_DRIFT", "MODE_RESET", "STALE_SWITCH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A repair with what the model is then.
+
+    Attributes:
+        name: In a few words.
+        fix: As in :class:`~frostline.measurement.Remedy`.
+        treats: Codes of the causes that it is for.
+        text: What it does, one sentence.
+        after: Inference with the repair; ``None`` where that cannot be known before training.
+        python: The line to paste.
+        shell: The command to paste.
+        note: What to know before using it.
+        accuracy: Accuracy with the repair, where only that is known.
+    """
+
+    name: str
+    fix: str
+    treats: tuple[str, ...]
+    text: str
+    after: Probe | None = None
+    python: str | None = None
+    shell: str | None = None
+    note: str | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """What repairs are tried on: the bench, what is known, and the causes, first one first."""
+
+    bench: Bench
+    facts: ModelFacts
+    measurement: Measurement
+    causes: Sequence[Cause]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def codes(self) -> tuple[str, ...]:
+        """Codes of the causes, first one first."""
+        return tuple(cause.code for cause in self.causes)
+
+    @cached_property
+    def sites(self) -> dict[str, SiteFacts]:
+        """Path -> facts, in execution order."""
+        return {each.site.path: each for each in self.facts}
+
+    def named(self, *codes: str) -> tuple[str, ...]:
+        """Which of these causes were named, the most important first."""
+        return tuple(code for code in self.codes if code in codes)
+
+    def blamed(self, *codes: str) -> tuple[str, ...]:
+        """Sites that these causes blame, in execution order."""
+        found = {path for cause in self.causes if cause.code in codes for path in cause.sites}
+        return tuple(path for path in self.sites if path in found)
+
+    def probe(self, name: str) -> Probe | None:
+        """A probe that was made already."""
+        return self.measurement.probes.get(name)
+
+    def population(self, group: str) -> Probe | None:
+        """Inference with the data's own statistics at a group of sites; ``None`` if it is empty."""
+        name = "population" if group == "all" else f"population {group}"
+        known = self.probe(name)
+        if known is not None:
+            return known
+        statistics = self.bench.population(group)
+        return self.bench.probe(name, statistics=statistics) if statistics else None
+
+
+#: Tries one kind of repair.
+Try = Callable[[Workplace], Iterator[Candidate]]

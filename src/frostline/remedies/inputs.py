@@ -1,0 +1,53 @@
+"""Repairs outside of the model: another encoding of the inputs, other names of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from frostline.remedies.candidate import Candidate, Workplace
+
+#: Name of a probe with the inputs in another encoding begins so.
+_TRIAL = "input "
+
+#: Classes whose new numbers fit on a line.
+_FEW_CLASSES = 20
+
+
+def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
+    """The encoding of the inputs that inference does best with."""
+    if "PREPROCESS" not in place.codes:
+        return
+    for name, probe in place.measurement.probes.items():
+        if name.startswith(_TRIAL):
+            change = name.removeprefix(_TRIAL)
+            yield Candidate(
+                name=f"inputs as {change}",
+                fix="fix preprocessing",
+                treats=("PREPROCESS",),
+                text=f"prepare the inputs as {change}, with x as they are given now",
+                after=probe,
+                python=f"x = {change}" if set(change) <= set("x0123456789.+-*/() ") else None,
+            )
+
+
+def rename_classes(place: Workplace) -> Iterator[Candidate]:
+    """The one-to-one renaming of the classes that fits the predictions best."""
+    known = place.measurement
+    if "LABEL_ORDER" not in place.codes or known.relabelled is None or known.confusion is None:
+        return
+    now = place.probe("inference")
+    if now is None or now.accuracy is None or known.relabelled <= now.accuracy:
+        return
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(-known.confusion)
+    names = [int(columns[list(rows).index(row)]) for row in range(len(rows))]
+    yield Candidate(
+        name="rename the classes",
+        fix="relabel",
+        treats=("LABEL_ORDER",),
+        text="give each class the number under which the model knows it",
+        accuracy=known.relabelled,
+        python=f"y = np.array({names})[y]" if len(names) <= _FEW_CLASSES else None,
+        note="look at some samples first: it is the order of the class names that must be right",
+    )

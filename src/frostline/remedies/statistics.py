@@ -1,0 +1,140 @@
+"""Repairs of the stored statistics: exact ones, settled averages, another epsilon."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from frostline.momentum import suggest_momentum
+from frostline.remedies.candidate import STALE, UNSTEADY, Candidate, Workplace
+from frostline.types import Array
+
+#: Updates that a new momentum is suggested for where training steps are not known.
+_USUAL_STEPS = 200
+
+_AVERAGES = ("EMA_LAG", "EMA_NOISE", "MOMENTUM_CONVENTION", "STATS_NEVER_UPDATED")
+
+
+def recalibrate(place: Workplace) -> Iterator[Candidate]:
+    """Exact statistics of the data at unfrozen, all and frozen sites."""
+    stale, unsteady = place.named(*STALE), place.named(*UNSTEADY)
+    frozen = [each.site.stats_frozen for each in place.facts]
+    if not frozen or not (stale or unsteady):
+        return
+    groups = {"unfrozen": not all(frozen), "all": True, "frozen": any(frozen)}
+    if not any(frozen):
+        groups["all"] = False  # the same as unfrozen
+    if all(frozen):
+        groups["frozen"] = False  # the same as all
+    blamed = {*place.blamed(*stale, *unsteady)}
+    for group, there in groups.items():
+        sites = {p for p, each in place.sites.items() if _is_in(group, each.site.stats_frozen)}
+        treats = tuple(
+            code for code in (*stale, *unsteady) if not blamed or sites & {*place.blamed(code)}
+        )
+        after = place.population(group) if there and treats else None
+        if after is None:
+            continue
+        told = f"{len(sites)} sites" if len(sites) != 1 else "1 site"
+        note = None
+        if unsteady and group != "unfrozen":
+            note = "frozen sites drift away again in training unless they are locked as well"
+        elif group != "unfrozen" and any(frozen):
+            note = "layers behind frozen sites were fitted to the old statistics: check other data"
+        yield Candidate(
+            name=f"recalibrate {group}",
+            fix="recalibrate",
+            treats=treats,
+            text=f"store the exact statistics of the data at {told}",
+            after=after,
+            python=f'fl.recalibrate(model, x, sites="{group}")',
+            shell=f"frostline recalibrate MODEL DATA --sites {group} --output FIXED.keras",
+            note=note,
+        )
+
+
+def settled_average(place: Workplace) -> Iterator[Candidate]:
+    """A momentum with which the average follows: then it holds the mean of the batches' moments."""
+    named = place.named(*_AVERAGES)
+    paths = [path for path in place.blamed(*named) if path in place.measurement.sites]
+    paths = [path for path in paths if not place.sites[path].site.stats_frozen]
+    if not named or not paths:
+        return
+    site = place.sites[paths[0]].site
+    steps = place.measurement.steps or place.facts.steps or _USUAL_STEPS
+    decay = 1 - site.decay if "MOMENTUM_CONVENTION" in named else suggest_momentum(steps)
+    decay = float(f"{decay:.3g}")
+    if decay == site.decay:
+        return
+    found = {path: place.measurement.sites[path] for path in paths}
+    statistics: dict[str, tuple[Array, Array]] = {
+        path: (each.batch_mean, each.batch_variance) for path, each in found.items()
+    }
+    yield Candidate(
+        name=f"momentum {decay:g} and train on",
+        fix="set-momentum",
+        treats=named,
+        text=f"average over {1 / (1 - decay):.3g} batches instead of {_batches(site.decay)}, at "
+        f"{len(paths)} sites",
+        after=place.bench.probe(f"momentum {decay:g}", statistics=statistics),
+        python=f"fl.set_momentum(model, {decay:g})",
+        shell=f"frostline set-momentum MODEL {decay:g} --output FIXED.keras",
+        note="takes effect in training: the effect is that of an average that has settled, with "
+        "the weights as they are now",
+    )
+
+
+def match_epsilon(place: Workplace) -> Iterator[Candidate]:
+    """The epsilon of the reference, or of most sites: a variance that differs by as much."""
+    wanted = dict(_wanted_epsilons(place)) if "EPS_MISMATCH" in place.codes else {}
+    statistics = {}
+    for path, epsilon in wanted.items():
+        found = place.measurement.sites.get(path)
+        if found is not None:
+            variance = found.stored_variance + (epsilon - place.sites[path].site.epsilon)
+            statistics[path] = (found.stored_mean, variance)
+    if not statistics:
+        return
+    epsilon = Counter(wanted.values()).most_common(1)[0][0]
+    first = next(iter(statistics)).rpartition("/")[2]
+    yield Candidate(
+        name=f"epsilon {epsilon:g}",
+        fix="set epsilon",
+        treats=("EPS_MISMATCH",),
+        text=f"use epsilon {epsilon:g} at {len(statistics)} sites",
+        after=place.bench.probe(f"epsilon {epsilon:g}", statistics=statistics),
+        python=f'model.get_layer("{first}").epsilon = {epsilon:g}  # and compile again',
+    )
+
+
+def stored_statistics(place: Workplace) -> Iterator[Candidate]:
+    """Inference that really is inference, where a site uses the batch."""
+    after = place.probe("stored")
+    if "FORCED_TRAIN" not in place.codes or after is None:
+        return
+    yield Candidate(
+        name="inference mode",
+        fix="inference mode",
+        treats=("FORCED_TRAIN",),
+        text="use the stored statistics at inference, whatever shares the batch",
+        after=after,
+        python="model(x, training=False)",
+        note="a score that falls with this was never that of the model on one sample",
+    )
+
+
+def _is_in(group: str, frozen: bool) -> bool:
+    return group == "all" or frozen == (group == "frozen")
+
+
+def _batches(decay: float) -> str:
+    return f"{1 / (1 - decay):.3g}" if decay < 1 else "none"
+
+
+def _wanted_epsilons(place: Workplace) -> Iterator[tuple[str, float]]:
+    known = place.measurement.difference
+    if known is not None and known.epsilons:
+        yield from ((path, theirs) for path, (_, theirs) in known.epsilons.items())
+        return
+    frequent = Counter(each.site.epsilon for each in place.facts).most_common(1)[0][0]
+    yield from ((path, frequent) for path in place.blamed("EPS_MISMATCH"))

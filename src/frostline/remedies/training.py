@@ -1,0 +1,99 @@
+"""Repairs that take effect in training: frozen sites that stay frozen, larger batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from frostline.remedies.candidate import UNSTEADY, Candidate, Workplace
+
+#: Passes over the samples in which the effect of a lock is looked at: the layers behind have to
+#: learn the stored statistics anew, which takes about as long as a head does.
+TRIAL_EPOCHS = 3
+
+
+def lock_frozen(place: Workplace) -> Iterator[Candidate]:
+    """Frozen sites at their stored statistics, and a short training of what trains."""
+    named = place.named(*UNSTEADY)
+    paths = place.blamed(*named)
+    trains = any(layer.trains for layer in place.facts.layers)
+    trial = getattr(place.bench.view, "trial", None)
+    if not named or not paths or not trains or trial is None:
+        return
+    tuples = [(batch.x, batch.y) for batch in place.bench.batches]
+    with trial(tuples, policy="inference", epochs=TRIAL_EPOCHS):
+        bench = replace(place.bench, _probes={}, _populations={})  # nothing known of these weights
+        locked = bench.probe("locked")
+        thawed = bench.population("unfrozen")
+        exact = bench.probe("locked, exact", statistics=thawed) if thawed else None
+    lock, freeze = _lines(place, paths)
+    note = (
+        "it changes training, not the present inference: the numbers are those after "
+        f"{TRIAL_EPOCHS} more passes over these samples, from the present weights"
+    )
+    yield Candidate(
+        name="lock frozen sites and train on",
+        fix="freeze",
+        treats=named,
+        text=f"keep {len(paths)} frozen sites at their stored statistics in training",
+        after=locked,
+        python=lock,
+        shell=freeze,
+        note=note,
+    )
+    if exact is not None:
+        yield Candidate(
+            name="lock frozen sites, train on, recalibrate unfrozen",
+            fix="freeze",
+            treats=(*named, *place.named("EMA_LAG")),
+            text=f"keep {len(paths)} frozen sites at their stored statistics in training, then "
+            "store exact statistics at the others",
+            after=exact,
+            python=f'{lock}; ...; fl.recalibrate(model, x, sites="unfrozen")',
+            shell=freeze,
+            note=note,
+        )
+
+
+def larger_batches(place: Workplace) -> Iterator[Candidate]:
+    """What training would see in larger batches; inference then needs new statistics."""
+    if "SMALL_BATCH" not in place.codes:
+        return
+    values = place.measurement.batch_size
+    larger = [point for point in place.measurement.sweep if point.batch_size > values]
+    told = "; ".join(f"loss {p.batch_loss:.3g} in batches of {p.batch_size}" for p in larger)
+    yield Candidate(
+        name="larger batches, or no batch statistics",
+        fix="larger batch",
+        treats=("SMALL_BATCH",),
+        text="train in larger batches, with all BN frozen, or with group normalisation",
+        note=f"not measurable without training anew{'; now: ' + told if told else ''}",
+    )
+
+
+def _lines(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
+    """What locks these sites: our layer for another policy, else a freeze."""
+    if any(place.sites[path].site.policy != "inference" for path in paths):
+        if place.facts.backend != "torch" or _is_keras(place, paths):
+            line = "frostline convert MODEL --policy inference --output FIXED.keras"
+            return 'fl.convert(model, policy="inference")', line
+        return f"fl.freeze(model, until={_first_that_trains(place, paths)!r})", None
+    until = _first_that_trains(place, paths)
+    return (
+        f"fl.freeze(model, until={until!r})",
+        None if until is None else f"frostline freeze MODEL --until {until} --output FIXED.keras",
+    )
+
+
+def _is_keras(place: Workplace, paths: tuple[str, ...]) -> bool:
+    return place.bench.view.framework == "keras" and not any(
+        place.sites[path].site.kind.startswith("torch.") for path in paths
+    )
+
+
+def _first_that_trains(place: Workplace, paths: tuple[str, ...]) -> str | None:
+    """First layer with weights that trains behind the last of these sites."""
+    last = max(place.facts.order.get(path, place.sites[path].site.index) for path in paths)
+    return next(
+        (layer.path for layer in place.facts.layers if layer.trains and layer.order > last), None
+    )
