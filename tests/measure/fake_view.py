@@ -68,7 +68,7 @@ class FakeView:
         return self.run(x, [table[p] for p in self._paths], None, training)[0].astype(np.float32)
 
     def objective(self) -> tuple[str | None, bool | None]:
-        return self.compiled_loss, False
+        return self.compiled_loss, None
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -84,7 +84,9 @@ class FakeView:
         for path, weight in zip(self._paths, blend, strict=True):
             moments = seen[path] = Moments.of(h)
             mean, variance = (statistics or {}).get(path, self.stored[path])
-            if weight:  # a share of nothing counts nothing, even of NaN
+            if weight == 1:  # a share of nothing counts nothing, even of NaN
+                mean, variance = moments.mean, moments.variance
+            elif weight:
                 mean = (1 - weight) * mean + weight * moments.mean
                 variance = (1 - weight) * variance + weight * moments.variance
             h = np.tanh((h - mean) / np.sqrt(variance + EPSILON))

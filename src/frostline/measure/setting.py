@@ -56,7 +56,7 @@ def make_bench(
     notes = list(samples.notes)
     first = samples.batches[0]
     outputs = only(joined_arrays([view.forward(first.x, training=False)]))
-    if loss is None and view.objective() == (None, None) and not _has_loss(view):
+    if loss is None and view.objective()[0] is None and not _has_loss(view):
         loss, told = _inferred_loss(outputs, first)
         notes.append(told)
     forward, foreign = _forward(view, loss)

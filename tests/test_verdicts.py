@@ -1,0 +1,71 @@
+"""Verdicts from measurements written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from frostline import verdicts
+from frostline.measurement import Cause, Gap, Interval, Measurement, Remedy
+
+pytestmark = pytest.mark.once
+
+
+def measured(low: float = -1.2, high: float = -0.8, samples: int = 400) -> Measurement:
+    interval = Interval((low + high) / 2, low, high, 0.95)
+    gap = Gap(name="total", of="training", minus="inference", loss=interval)
+    return Measurement(samples=samples, batch_size=32, task="multiclass", gaps={"total": gap})
+
+
+def cause(code: str, share: float | None = None, **more: Any) -> Cause:
+    more = {"certainty": "is", "message": f"because of {code.lower()}", **more}
+    return Cause(code=code, share=share, sites=("bn",), **more)
+
+
+def remedy(**more: Any) -> Remedy:
+    return Remedy(name="recalibrate unfrozen", fix="recalibrate", causes=(), text="", **more)
+
+
+def test_bn_with_its_share_and_the_measured_effect_of_the_remedy() -> None:
+    best = remedy(recommended=True, before={"accuracy": 0.33}, after={"accuracy": 0.88})
+    causes = [cause("EMA_LAG", 0.7), cause("FROZEN_BATCH_STATS", 0.3)]
+    told = verdicts.of_measurement(measured(), causes, [remedy(), best], 4)
+    assert told == (
+        "BN: EMA_LAG (70% of the gap), because of ema_lag; also FROZEN_BATCH_STATS (30% of the "
+        "gap); recalibrate unfrozen: accuracy 0.33 → 0.88"
+    )
+
+
+@pytest.mark.parametrize(
+    ("causes", "start"),
+    [
+        ([cause("DROPOUT", 0.9)], "not BN: DROPOUT (90% of the gap)"),
+        ([cause("PREPROCESS", 0.6), cause("EMA_LAG", 0.4)], "BN too: PREPROCESS"),
+        ([cause("EMA_LAG", 0.9, certainty="may")], "probably BN: EMA_LAG"),
+        ([cause("OVERFIT", certainty="may")], "probably not BN: OVERFIT"),
+    ],
+)
+def test_what_the_verdict_begins_with(causes: list[Cause], start: str) -> None:
+    assert verdicts.of_measurement(measured(), causes, (), 4).startswith(start)
+
+
+def test_no_remedy_helps_is_an_answer() -> None:
+    told = verdicts.of_measurement(measured(), [cause("SMALL_BATCH", 1.0)], [remedy()], 4)
+    assert told.endswith("; no remedy that was tried helps for sure")
+
+
+def test_nothing_found() -> None:
+    none = [cause("NONE", message="they differ by 0.001 in loss")]
+    found = verdicts.of_measurement(measured(), none, (), 4)
+    assert found == "no BN cause found: they differ by 0.001 in loss"
+    assert verdicts.of_measurement(measured(), none, (), 0) == (
+        "not BN, the model has no BatchNormalization layer: they differ by 0.001 in loss"
+    )
+    nan = measured(float("nan"), float("nan"))
+    assert verdicts.of_measurement(nan, none, (), 4).startswith("no verdict: ")
+
+
+def test_a_wide_interval_is_told() -> None:
+    told = verdicts.of_measurement(measured(-1.0, 0.2, samples=16), (), (), 4)
+    assert "may be chance (95% interval -1 to +0.2, 16 samples)" in told
