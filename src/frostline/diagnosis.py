@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -10,9 +9,10 @@ from typing import Any, Literal
 
 from frostline import measure, rules, verdicts
 from frostline.causes import causes as explain
-from frostline.measurement import Cause, Measurement, Remedy
+from frostline.measurement import Measurement
 from frostline.models import ModelView, view
 from frostline.models.facts import ModelFacts
+from frostline.remedies import remedies as repairs_for
 from frostline.report.report import Report
 from frostline.types import FrostlineError, ModelError, PhaseTable, Site
 
@@ -159,7 +159,7 @@ def diagnose(
         checked = _checked(known, measured, select, ignore, None)
         causes = explain(known, measured, checked["findings"])
         with seen.preserved():
-            remedies = _remedies(bench, known, measured, causes)
+            remedies = repairs_for(bench, known, measured, causes)
     return Report(
         verdict=verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
         origin=_origin(seen, known, samples=measured.samples, seed=seed),
@@ -168,17 +168,6 @@ def diagnose(
         measurement=measured,
         **checked,
     )
-
-
-def _remedies(
-    bench: measure.Bench, known: ModelFacts, measured: Measurement, causes: Sequence[Cause]
-) -> tuple[Remedy, ...]:
-    try:
-        module = importlib.import_module("frostline.remedies")
-    except ModuleNotFoundError:
-        return ()
-    found: tuple[Remedy, ...] = module.remedies(bench, known, measured, causes)
-    return found
 
 
 def _checked(

@@ -49,7 +49,7 @@ class TestProbesAndGaps:
         assert gap.accuracy is not None
         hits = probes["batch"].accuracy, probes["inference"].accuracy
         assert gap.accuracy.estimate == pytest.approx(hits[0] - hits[1])  # type: ignore[operator]
-        assert probes["population"].loss == pytest.approx(probes["batch"].loss, rel=0.1)
+        assert probes["population"].loss < 0.3 * probes["inference"].loss
         np.testing.assert_array_equal(
             probes["population"].losses, probes["population unfrozen"].losses
         )
