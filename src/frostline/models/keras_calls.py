@@ -245,3 +245,8 @@ def told_apart(calls: Sequence[Call], taken: Sequence[str] = ()) -> Iterator[Non
     finally:
         for each, name in renamed:
             each.name = name
+
+
+def position(leaf: Any) -> Slot | None:
+    """The slot that an argument stands for; ``None`` for any other argument."""
+    return leaf.slot if isinstance(leaf, _Place) else None

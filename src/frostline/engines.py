@@ -1,0 +1,265 @@
+"""Run a frozen prefix as fast as this machine can: native, ONNX Runtime or OpenVINO.
+
+A frozen prefix is a pure function, so anything may compute it that computes the same. Which engine
+is fastest depends on model, machine and backend, so it is measured, on the first batch; whether it
+computes the same is measured there too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from frostline.types import Array, BackendError, FrostlineError, ModelError
+
+Run = Callable[[Any], list[Array]]
+
+NAMES = ("native", "onnxruntime", "openvino")
+#: Largest difference from the native output, as a share of its largest value.
+TOLERANCE = 1e-4
+#: Fastest first; those that are not installed or have no device here are left out.
+_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Something that runs a prefix.
+
+    Attributes:
+        name: ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
+        device: What it runs on, in its own words.
+        rates: Engine -> samples per second on the first batch, of all that were tried.
+        errors: Engine -> largest difference from native, as a share of the largest value.
+        notes: Why engines were not taken.
+    """
+
+    name: str
+    device: str
+    rates: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    _run: Run = field(repr=False, default=lambda _: [])
+
+    def run(self, batch: Any) -> list[Array]:
+        """Compute one batch.
+
+        Args:
+            batch: Model inputs, an array or a structure of arrays, shape ``(n, ...)`` each.
+
+        Returns:
+            The flattened outputs, shape ``(n, ...)`` each, in the prefix's dtypes.
+        """
+        return self._run(batch)
+
+
+def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
+    """Choose how to run a prefix.
+
+    ``"auto"`` runs every engine that is installed and takes the fastest whose outputs agree with
+    native to a relative error of 1e-4; where none is faster or agrees, native. With one engine
+    asked for by name, that one is taken if it agrees, and an error says why not otherwise.
+
+    Engines get as many threads as ``OMP_NUM_THREADS`` says, or all cores. ONNX Runtime takes
+    TensorRT or CUDA where its package and the machine have them.
+
+    Args:
+        prefix: A built functional Keras model, for example :attr:`frostline.Split.prefix`.
+        batch: The first batch, in the structure of the model's inputs, shape ``(n, ...)`` each.
+        engine: ``"auto"``, ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
+
+    Returns:
+        The engine, with what was measured.
+
+    Raises:
+        ModelError: Unknown engine, or one asked for by name that cannot run the model or disagrees.
+        BackendError: One asked for by name that is not installed.
+    """
+    if engine not in ("auto", *NAMES):
+        allowed = ", ".join(("auto", *NAMES))
+        raise ModelError(f"engine must be one of {allowed}. Received: engine={engine!r}")
+    native = _native(prefix)
+    if engine == "native":
+        return Engine(name="native", device=_backend(prefix), _run=native)
+    expected = native(batch)
+    wanted = NAMES[1:] if engine == "auto" else (engine,)
+    found: dict[str, tuple[Run, str]] = {"native": (native, _backend(prefix))}
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    for name, outcome in _candidates(prefix, wanted):
+        try:
+            run, device = outcome()
+            errors[name] = error = relative_error(expected, _attempt(run, batch))
+            if not error <= TOLERANCE:
+                raise ModelError(
+                    f"it differs from native by {error:.1e}, allowed is {TOLERANCE:.0e}"
+                )
+            found[name] = (run, device)
+        except FrostlineError as problem:
+            if engine != "auto":
+                kind = BackendError if isinstance(problem, BackendError) else ModelError
+                raise kind(f"engine {name} cannot run this prefix: {problem}") from problem
+            notes.append(f"{name} is not used: {problem}")
+    rates = {name: _rate(run, batch) for name, (run, _) in found.items()}
+    chosen = engine if engine != "auto" else max(rates, key=lambda name: rates[name])
+    run, device = found[chosen]
+    return Engine(
+        name=chosen, device=device, rates=rates, errors=errors, notes=tuple(notes), _run=run
+    )
+
+
+def relative_error(expected: Sequence[Array], received: Sequence[Array]) -> float:
+    """Largest difference as a share of the largest expected value, over all outputs.
+
+    Args:
+        expected: Arrays, shape ``(n, ...)`` each.
+        received: Arrays to compare with them.
+
+    Returns:
+        The error; infinite where shapes, or places that are not finite, differ.
+    """
+    if len(expected) != len(received):
+        return float("inf")
+    worst = 0.0
+    for want, have in zip(expected, received, strict=True):
+        if want.shape != have.shape:
+            return float("inf")
+        one, other = np.asarray(want, np.float64), np.asarray(have, np.float64)
+        finite = np.isfinite(one)
+        if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+            return float("inf")
+        one, other = one[finite], other[finite]
+        largest = np.abs(one).max(initial=0.0)
+        difference = np.abs(one - other).max(initial=0.0)
+        if difference:
+            worst = max(worst, float(difference / largest) if largest else float("inf"))
+    return worst
+
+
+def _attempt(run: Run, batch: Any) -> list[Array]:
+    try:
+        return run(batch)
+    except Exception as problem:  # the engines' exceptions have no public root
+        raise ModelError(f"it fails on the first batch: {_first_line(problem)}") from problem
+
+
+def _rate(run: Run, batch: Any) -> float:
+    """Samples per second, the better of two runs; the first call has compiled already."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        outputs = run(batch)
+        seconds.append(time.perf_counter() - start)
+    return len(outputs[0]) / max(min(seconds), 1e-9)
+
+
+def _native(prefix: Any) -> Run:
+    from frostline.models.keras_native import native
+
+    return native(prefix)
+
+
+def _backend(prefix: Any) -> str:
+    from frostline.models import view
+
+    return view(prefix).backend
+
+
+def _candidates(
+    prefix: Any, wanted: Sequence[str]
+) -> list[tuple[str, Callable[[], tuple[Run, str]]]]:
+    """Engines to try; the graph is written once for all of them."""
+    written: list[bytes] = []
+
+    def graph() -> bytes:
+        from frostline.models.keras_onnx import to_onnx
+
+        if not written:
+            written.append(to_onnx(prefix))
+        return written[0]
+
+    start = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+    return [(name, lambda name=name: start[name](graph)) for name in wanted]  # type: ignore[misc]
+
+
+def _threads() -> int:
+    """Threads that the user allows; 0: all cores."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) if text.isdigit() else 0
+
+
+def _leaves(batch: Any) -> list[Array]:
+    if isinstance(batch, Mapping):
+        return [leaf for key in sorted(batch) for leaf in _leaves(batch[key])]
+    if isinstance(batch, (list, tuple)):
+        return [leaf for each in batch for leaf in _leaves(each)]
+    return [np.ascontiguousarray(batch)]
+
+
+def _onnxruntime(graph: Callable[[], bytes]) -> tuple[Run, str]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError("onnxruntime is not installed: pip install frostline[onnx]")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _threads()
+    options.log_severity_level = 3
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in _PROVIDERS if name in available]
+    content = graph()
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=providers)
+    except Exception as problem:  # as above
+        raise ModelError(f"ONNX Runtime refuses the graph: {_first_line(problem)}") from problem
+    inputs = [(each.name, _dtype(each.type)) for each in session.get_inputs()]
+
+    def run(batch: Any) -> list[Array]:
+        leaves = _leaves(batch)
+        feed = {
+            name: leaf.astype(dtype, copy=False)
+            for (name, dtype), leaf in zip(inputs, leaves, strict=True)
+        }
+        return list(session.run(None, feed))
+
+    return run, session.get_providers()[0].removesuffix("ExecutionProvider")
+
+
+def _dtype(text: str) -> Any:
+    """``tensor(float)`` -> float32."""
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32"}.get(inner, inner))
+
+
+def _openvino(graph: Callable[[], bytes]) -> tuple[Run, str]:
+    if importlib.util.find_spec("openvino") is None:
+        raise BackendError("openvino is not installed: pip install frostline[openvino]")
+    import openvino
+
+    content = graph()
+    # Some processors would compute in bfloat16 by default.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if _threads():
+        settings["INFERENCE_NUM_THREADS"] = _threads()
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(content), "CPU", settings)
+    except Exception as problem:  # as above
+        raise ModelError(f"OpenVINO refuses the graph: {_first_line(problem)}") from problem
+    dtypes = [each.get_element_type().to_dtype() for each in compiled.inputs]
+
+    def run(batch: Any) -> list[Array]:
+        leaves = _leaves(batch)
+        feed = [leaf.astype(dtype, copy=False) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+        # A request's own arrays are written again by the next one.
+        return [np.array(value) for value in compiled(feed).values()]
+
+    return run, "CPU"
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or ["no reason given"])[0][:200]

@@ -1,0 +1,143 @@
+"""Engines: what each computes, against Keras' own ``predict``; how one is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frostline import engines
+from frostline.types import BackendError, ModelError
+
+keras = pytest.importorskip("keras")
+L = keras.layers
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Any:
+    keras.utils.set_random_seed(0)
+    image, vector = keras.Input((8, 8, 3), name="z"), keras.Input((4,), name="a")
+    site = L.BatchNormalization()
+    x = L.ReLU()(site(L.Conv2D(6, 3, padding="same")(image)))
+    site.moving_mean.assign(normal(6))
+    return keras.Model(
+        {"z": image, "a": vector},
+        [L.GlobalAveragePooling2D()(x), L.Dense(3)(vector), L.MaxPooling2D()(x)],
+    )
+
+
+@pytest.mark.parametrize("name", engines.NAMES)
+def test_every_engine_computes_what_predict_computes(prefix: Any, name: str) -> None:
+    if name != "native":
+        pytest.importorskip(name)
+        pytest.importorskip("onnx")
+    x = {"a": normal(7, 4), "z": normal(7, 8, 8, 3)}
+    want = prefix.predict(x, verbose=0)
+    engine = engines.choose(prefix, {"a": x["a"][:4], "z": x["z"][:4]}, engine=name)
+    assert engine.name == name
+    for size in (4, 7, 3):  # larger and smaller than the first batch
+        have = engine.run({key: value[:size] for key, value in x.items()})
+        for one, other in zip(want, have, strict=True):
+            assert other.dtype == np.float32
+            np.testing.assert_allclose(one[:size], other, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> None:
+    x = {"a": normal(4, 4), "z": normal(4, 8, 8, 3)}
+    want = prefix.predict(x, verbose=0)
+    rates = {"right": 5.0, "wrong": 9.0, "broken": 9.0}
+
+    def right() -> Any:
+        return (lambda batch: want), "there"
+
+    def wrong() -> Any:
+        return (lambda batch: [1.001 * y for y in want]), "there"
+
+    def broken() -> Any:
+        return (lambda batch: 1 // 0), "there"
+
+    made = {"right": right, "wrong": wrong, "broken": broken}
+    monkeypatch.setattr(engines, "_candidates", lambda p, w: list(made.items()))
+    runs = {}
+    real = engines._attempt
+
+    def attempt(run: Any, batch: Any) -> Any:
+        runs[run] = len(runs)
+        return real(run, batch)
+
+    monkeypatch.setattr(engines, "_attempt", attempt)
+    monkeypatch.setattr(engines, "_rate", lambda run, batch: rates["right"] if run in runs else 1.0)
+    engine = engines.choose(prefix, x)
+    assert engine.name == "right"
+    assert engine.device == "there"
+    assert set(engine.rates) == {"native", "right"}
+    assert engine.errors["wrong"] == pytest.approx(1e-3, rel=0.1)
+    assert len(engine.notes) == 2
+    assert "wrong is not used: it differs from native by 1.0e-03" in engine.notes[0]
+    assert "broken is not used: it fails on the first batch" in engine.notes[1]
+    rates["right"] = 0.5
+    assert engines.choose(prefix, x).name == "native"
+    monkeypatch.setattr(engines, "_candidates", lambda p, w: [("openvino", wrong)])
+    with pytest.raises(ModelError, match="engine openvino cannot run this prefix: it differs"):
+        engines.choose(prefix, x, engine="openvino")
+
+
+@pytest.mark.once
+def test_what_cannot_be_exported_runs_natively_and_says_why() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = keras.Sequential([keras.Input((4, 3)), L.LayerNormalization(name="norm"), L.Dense(2)])
+    engine = engines.choose(model, normal(2, 4, 3))
+    assert engine.name == "native"
+    assert any("layer 'norm' cannot be exported" in note for note in engine.notes)
+    with pytest.raises(ModelError, match="layer 'norm' cannot be exported"):
+        engines.choose(model, normal(2, 4, 3), engine="onnxruntime")
+    with pytest.raises(ModelError, match="engine must be one of auto, native"):
+        engines.choose(model, normal(2, 4, 3), engine="fast")
+
+
+@pytest.mark.once
+def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
+    prefix: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
+    engine = engines.choose(prefix, x)
+    assert engine.name == "native"
+    assert [note.split()[0] for note in engine.notes] == ["onnxruntime", "openvino"]
+    with pytest.raises(BackendError, match="pip install frostline"):
+        engines.choose(prefix, x, engine="openvino")
+
+
+def test_native_follows_the_weights(prefix: Any) -> None:
+    x = {"a": normal(4, 4), "z": normal(4, 8, 8, 3)}
+    engine = engines.choose(prefix, x, engine="native")
+    before = engine.run(x)
+    dense = next(layer for layer in prefix.layers if isinstance(layer, L.Dense))
+    kernel = dense.get_weights()
+    dense.set_weights([2 * w for w in kernel])
+    np.testing.assert_allclose(engine.run(x)[1], 2 * before[1], rtol=1e-5)
+    dense.set_weights(kernel)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("want", "have", "error"),
+    [
+        ([1.0, -4.0], [1.0, -4.2], 0.05),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 0.0], [0.0, 1e-9], np.inf),
+        ([np.nan, 2.0], [np.nan, 2.0], 0.0),
+        ([np.nan, 2.0], [1.0, 2.0], np.inf),
+        ([np.inf, 2.0], [-np.inf, 2.0], np.inf),
+        ([1.0, 2.0], [1.0], np.inf),
+    ],
+)
+def test_relative_error(want: list[float], have: list[float], error: float) -> None:
+    received = engines.relative_error([np.array(want)], [np.array(have)])
+    assert received == pytest.approx(error)
