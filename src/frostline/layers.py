@@ -14,7 +14,7 @@ This room must not know about models, data or reports.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -42,6 +42,7 @@ class _State:
     biased_mean: Any  # zero-debias: average that starts from 0; None without debias
     biased_variance: Any
     unseen: Any  # (): share of the start value still in it, decay**t
+    ramp: Any | None = None  # (2,): steps of a ramp done and in all; None without a ramp
 
     def variables(self) -> list[Any]:
         every = (
@@ -52,6 +53,7 @@ class _State:
             self.biased_mean,
             self.biased_variance,
             self.unseen,
+            self.ramp,
         )
         return [variable for variable in every if variable is not None]
 
@@ -420,8 +422,27 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         else:
             batch = self._channel_moments(x, mask)
             mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
+        used = (mean, variance)
+        if self._state is not None and self._state.ramp is not None:
+            # Before the update: torch changes in place what `stored` refers to.
+            used = self._ramped(used, stored, update)
         if update is not False:
             self._update(mean, variance, update, stored, x, mask)
+        return used
+
+    def _ramped(
+        self, batch: tuple[Any, Any], stored: tuple[Any, Any], live: Any
+    ) -> tuple[Any, Any]:
+        """Blend the two by λ = steps done / steps in all, and count this step if it trains."""
+        ramp = self._require_state().ramp
+        counts = _read(ramp, batch[0].dtype)
+        blend = ops.minimum(counts[0] / counts[1], 1.0)
+        _move(ramp, ops.stack([ops.minimum(counts[0] + 1.0, counts[1]), counts[1]]), live)
+        mixed = [old + blend * (new - old) for new, old in zip(batch, stored, strict=True)]
+        # At λ = 1 the bits of the batch, not those of old + (new - old).
+        mean, variance = (
+            ops.where(blend < 1.0, between, new) for between, new in zip(mixed, batch, strict=True)
+        )
         return mean, variance
 
     def _branches(self, use_batch: Any) -> bool:
@@ -519,6 +540,60 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             gamma,
             beta,
         )
+
+    # --- a ramp after thawing -----------------------------------------------------------------
+
+    def reserve_ramp(self) -> None:
+        """Make room for a ramp; call it before a training step is compiled.
+
+        Until :meth:`start_ramp` the layer computes what it computed before.
+
+        Raises:
+            ValueError: Not built, or another policy than ``"inference"``, which uses batch
+                statistics while frozen, or ``renorm=True``.
+        """
+        state = self._require_state()
+        if self.policy != "inference" or self.renorm:
+            raise ValueError(
+                f"Layer '{self.name}': a ramp leads from stored to batch statistics, so it needs "
+                "policy='inference' and renorm=False. "
+                f"Received: policy={self.policy!r}, renorm={self.renorm}"
+            )
+        if state.ramp is None:
+            with self._open_name_scope():
+                ramp = keras.Variable(
+                    initializer=lambda *_, **__: ops.ones((2,), dtype="float32"),
+                    shape=(2,),
+                    dtype="float32",
+                    trainable=False,
+                    autocast=False,
+                    aggregation="only_first_replica",
+                    name="ramp",
+                )
+            self._state = replace(state, ramp=ramp)
+
+    def start_ramp(self, steps: int) -> None:
+        """Let λ go from 0 to 1 over the next training steps, live, after :meth:`reserve_ramp`.
+
+        A step that trains the layer normalises with ``(1 - λ) * stored + λ * batch`` statistics,
+        λ = steps done / ``steps``; the stored ones follow the batch as always. A layer that is used
+        several times in a step counts each use.
+
+        Args:
+            steps: At least 1; from then on λ is 1, bit for bit the plain layer.
+        """
+        state = self._require_state()
+        if state.ramp is None or steps < 1:
+            raise ValueError(
+                f"Layer '{self.name}': reserve_ramp() comes first, and steps must be at least 1. "
+                f"Received: steps={steps}"
+            )
+        state.ramp.assign(np.array([0.0, steps]))
+
+    def release_ramp(self) -> None:
+        """Take away what :meth:`reserve_ramp` made; steps compiled with it must go, too."""
+        if self._state is not None:
+            self._state = replace(self._state, ramp=None)
 
     # --- saving -------------------------------------------------------------------------------
 

@@ -6,11 +6,12 @@ what it did. What a framework must do for it is in ``models``; this room knows v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from frostline.models import view
+from frostline.models import FlagCounts, freezing, layers_of, view
 from frostline.momentum import set_view_momentum
 from frostline.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
@@ -94,6 +95,46 @@ def unfreeze(
         ModelError: As :func:`freeze`.
     """
     return _switch(model, since, frozen=False, params=params, statistics=statistics)
+
+
+@contextmanager
+def frozen(model_or_layers: Any) -> Iterator[Change]:
+    """Freeze a model or some layers for a block or a single step, and put every flag back after.
+
+    For a part that trains in one place and must not in another, as the discriminator of a GAN::
+
+        with fl.frozen(discriminator):
+            combined.train_on_batch(noise, real)     # moves the generator alone
+        discriminator.train_on_batch(images, labels)
+
+    Flags come back exactly as they were on any exit, exceptions and Ctrl-C included; blocks can be
+    nested. Frostline's BN layers follow in steps that are compiled already, with no new trace. What
+    else is in there is frozen in every step that is *compiled* inside such a block: on TensorFlow a
+    step keeps the flags of its first call, on JAX an optimizer keeps those of its first step. So
+    let each of two steps begin its life under the flags that it shall run with.
+
+    Args:
+        model_or_layers: A Keras model, a layer, or a list of them, with all that they contain.
+
+    Yields:
+        A change; ``undo()`` ends the freeze early.
+
+    Raises:
+        ModelError: Not a Keras layer.
+    """
+    targets = layers_of(model_or_layers)
+    with freezing(targets) as (counts, back):
+        stock = (
+            f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that TensorFlow "
+            "compiled outside of this block goes on training them; frostline.convert makes them "
+            "live"
+        )
+        yield Change(
+            verb="freeze",
+            text=f"froze {_counted(counts)} for a block",
+            notes=(stock,) if counts.stock_sites else (),
+            _undo=back,
+        )
 
 
 def convert(
@@ -264,16 +305,17 @@ def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistic
     )
     what = "" if params and statistics else " (parameters only)" if params else " (statistics only)"
     where = _where(boundary.path, reference, frozen)
-    text = (
-        f"{'froze' if frozen else 'thawed'} {counts.layers:,} layers ({counts.sites:,} BN sites, "
-        f"{counts.parameters:,} parameters){what} {where}"
-    )
+    text = f"{'froze' if frozen else 'thawed'} {_counted(counts)}{what} {where}"
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=text,
         notes=_notes(seen, counts.layers, counts.stock_sites, half=params != statistics),
         _undo=undo,
     )
+
+
+def _counted(counts: FlagCounts) -> str:
+    return f"{counts.layers:,} layers ({counts.sites:,} BN sites, {counts.parameters:,} parameters)"
 
 
 def _where(path: str | None, reference: Any, frozen: bool) -> str:

@@ -7,7 +7,7 @@ Nothing above this package imports or names a framework.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -272,6 +272,33 @@ def _is_native(model: Any, torch: Any, keras: Any) -> bool:
     ancestry = (parent.__module__ for parent in type(model).__mro__)
     foreign = any(name.startswith(("keras.src.", "tensorflow.python.keras.")) for name in ancestry)
     return isinstance(model, torch.nn.Module) and not layer and not foreign
+
+
+def layers_of(target: Any) -> tuple[Any, ...]:
+    """Return the Keras layers that a person means: a model, a layer, or several of either.
+
+    Raises:
+        ModelError: Something else, or nothing.
+    """
+    keras = sys.modules.get("keras")
+    kind = getattr(keras, "Layer", ())
+    several = isinstance(target, (list, tuple, Iterator))
+    found = tuple(target) if several else (target,)
+    for each in found:
+        if keras is None or not isinstance(each, kind):
+            raise ModelError(_why_not(each, keras))
+    if not found:
+        raise ModelError("expected a model, a layer or a list of layers. Received: an empty list")
+    return found
+
+
+def freezing(
+    layers: tuple[Any, ...],
+) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
+    """Freeze Keras layers for a block; see :func:`frostline.frozen`."""
+    from frostline.models import keras_edit
+
+    return keras_edit.frozen(layers)
 
 
 def _why_not(model: Any, keras: Any) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,12 @@ def set_frozen(
         ModelError: This layer cannot freeze one without the other; names the layer and a way out.
     """
     places = walk(model)
-    chosen = _side(places, boundary, before=before)
+    chosen = side(places, boundary, before=before)
     wanted = flags(model)
     try:
-        changed = [place for place in chosen if _set_place(place, frozen, params, statistics)]
+        changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
         if not frozen:
-            _open_containers(model, places, chosen)
+            open_containers(model, places, chosen)
     except BaseException:
         set_flags(wanted)
         raise
@@ -99,7 +99,7 @@ def set_frozen(
     )
 
 
-def _side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     """Leaves (and containers with weights of their own) on one side, in execution order."""
     own = [place for place in places if place.leaf or _has_own_weights(place.layer)]
     if boundary.path is None:
@@ -119,7 +119,7 @@ def _parameters(layer: Any) -> int:
     return sum(math.prod(int(n) for n in v.shape) for v in layer._trainable_variables)
 
 
-def _set_place(place: Place, frozen: bool, params: bool, statistics: bool) -> bool:
+def set_place(place: Place, frozen: bool, params: bool, statistics: bool) -> bool:
     """Set one layer; returns whether it changed."""
     layer = place.layer
     if wrapped_module(layer) is not None and statistics and frozen and _wraps_bn(layer):
@@ -183,7 +183,7 @@ def _wraps_bn(layer: Any) -> bool:
     return any(isinstance(module, norm) for module in wrapped_module(layer).modules())  # type: ignore[union-attr]
 
 
-def _open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) -> None:
+def open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) -> None:
     """Let containers of thawed layers train, without flipping what else they contain."""
     around = {path for place in thawed for path in ancestors(places, place.path)}
     closed = [model] if thawed and not model.trainable else []
@@ -197,6 +197,43 @@ def _open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place])
     for layer, value in inner:
         if id(layer) not in ids and bool(layer.trainable) != value:
             layer.trainable = value
+
+
+@contextmanager
+def frozen(targets: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+    """Freeze layers, and all that they contain, for a block; flags come back as they were.
+
+    Yields:
+        What was frozen, and what takes it back early.
+    """
+    wanted = [flags(target) for target in targets]
+
+    def back() -> None:
+        for each in wanted:
+            set_flags(each)
+
+    try:
+        # A layer may be in two of the targets, and is counted once.
+        inner = {
+            id(layer): layer for target in targets for layer in (target, *_layers_below(target))
+        }
+        leaves = [layer for layer in inner.values() if not _layers_below(layer)]
+        changed = [layer for layer in leaves if layer.trainable]
+        for target in targets:
+            target.trainable = False
+        counts = Counts(
+            layers=len(changed),
+            sites=sum(is_site(layer) for layer in changed),
+            parameters=sum(_parameters(layer) for layer in changed),
+            stock_sites=sum(is_site(layer) and not _ours(layer) for layer in changed),
+        )
+        yield counts, back
+    finally:
+        back()
+
+
+def _layers_below(layer: Any) -> list[Any]:
+    return [place.layer for place in walk(layer)]
 
 
 # --- conversion ---------------------------------------------------------------------------------
@@ -299,11 +336,28 @@ def _recompiled(model: Any) -> Iterator[None]:
         for name in ("train_function", "test_function", "predict_function"):
             if getattr(each, name, None) is not None:
                 setattr(each, name, None)
-        optimizer = getattr(each, "optimizer", None)
-        if optimizer is not None and optimizer.built:
-            known = {id(variable) for variable in _known(optimizer)}
-            if {id(variable) for variable in each.trainable_variables} != known:
-                each.optimizer = _rebuilt(optimizer, each.trainable_variables)
+        retarget(each)
+
+
+def retarget(model: Any, *, always: bool = False) -> None:
+    """Let the model's optimizer know exactly the variables that may train now; slots are kept.
+
+    An optimizer that knows others is replaced by one of the same settings, or ``always``.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return
+    known = {id(variable) for variable in _known(optimizer)}
+    if always or {id(variable) for variable in model.trainable_variables} != known:
+        with strategy_scope(model):
+            model.optimizer = _rebuilt(optimizer, model.trainable_variables)
+
+
+def strategy_scope(model: Any) -> AbstractContextManager[Any]:
+    """Where new variables of the model belong: its ``tf.distribute`` strategy, if it has one."""
+    strategy = getattr(model, "distribute_strategy", None)
+    scope: AbstractContextManager[Any] = nullcontext() if strategy is None else strategy.scope()
+    return scope
 
 
 def _known(optimizer: Any) -> list[Any]:

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from frostline.models.keras_graph import walk
+from frostline.models.keras_graph import is_site, walk
 from frostline.models.keras_tape import graph_of, record
 from frostline.models.tape import Program, Slot, Step, closed, schedule
 from frostline.stats import Moments
@@ -53,9 +53,11 @@ class KerasMoments:
     def __init__(self, model: Any, paths: Sequence[str]) -> None:
         self.model = model
         layers = {place.path: place.layer for place in walk(model)}
+        self._sites = [layer for layer in layers.values() if is_site(layer)]
         self.layers = {path: _require_site(path, layers.get(path)) for path in paths}
         self._structure: Any = None
         self._programs: tuple[Program, ...] | None = None
+        self._kept: dict[Any, Callable[..., Any]] = {}
         self._recorded = record(model, self._chosen())
 
     def _chosen(self) -> dict[int, str]:
@@ -121,7 +123,7 @@ class KerasMoments:
                     table |= zip(step.writes, keras.tree.flatten(outputs), strict=False)
             return [table[slot] for slot in program.gives], sums
 
-        compiled = self._compiled(run, self._variables(program))
+        compiled = self._compiled(("stage", id(program)), run, self._variables(program))
 
         def stage(values: Sequence[Array]) -> tuple[tuple[Array, ...], Seen]:
             outputs, sums = compiled(list(values))
@@ -138,7 +140,7 @@ class KerasMoments:
                 self._call_model(values)
             return sums
 
-        compiled = self._compiled(run, self.model.variables)
+        compiled = self._compiled(("batch",), run, self.model.variables)
 
         def batch(x: Any) -> Seen:
             self._structure = x
@@ -158,9 +160,22 @@ class KerasMoments:
         }
         return list(found.values())
 
-    def _compiled(self, function: Callable[[Any], Any], variables: list[Any]) -> Callable[..., Any]:
-        backend = keras.backend.backend()
+    def _compiled(
+        self, kind: tuple[Any, ...], function: Callable[[Any], Any], variables: list[Any]
+    ) -> Callable[..., Any]:
+        """Compile, or hand out what was compiled for the same variables and flags before."""
         eager = bool(getattr(self.model, "run_eagerly", False))
+        # Gamma and beta of our layers, and which of them a trace reads, go by `trainable`.
+        flags = tuple(bool(layer.trainable) for layer in self._sites)
+        key = (*kind, eager, flags, tuple(map(id, variables)))
+        if key not in self._kept:
+            self._kept[key] = self._newly_compiled(function, variables, eager)
+        return self._kept[key]
+
+    def _newly_compiled(
+        self, function: Callable[[Any], Any], variables: list[Any], eager: bool
+    ) -> Callable[..., Any]:
+        backend = keras.backend.backend()
         if backend == "jax" and not eager:
             return _compiled_jax(function, variables)
 

@@ -1,0 +1,141 @@
+"""BN in numbers at the end of every epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline import stats
+from frostline.callbacks.sites import keras_sites
+from frostline.data import Batch, batches
+from frostline.models import keras_graph, view
+from frostline.models.keras_blend import BlendForward
+from frostline.stats import Moments
+from frostline.types import Array, ModelError, Site
+
+log = logging.getLogger("frostline")
+
+
+class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
+    """Write into ``logs``, at the end of every epoch, how far BN is from what training sees.
+
+    The numbers go wherever logs go: ``History``, TensorBoard, CSV, Weights & Biases, MLflow,
+    ``EarlyStopping(monitor="bn/gap")``. Put this callback before those.
+
+    - ``bn/gap``: mean loss with batch statistics where training uses them, minus mean loss with
+      stored statistics (λ = 1 against λ = 0), dropout off, same samples. Left out where the model
+      has no loss per sample or the data have no labels.
+    - ``bn/shift_p50``, ``bn/shift_p90``, ``bn/shift_max``: distance of the mean that a training
+      pass sees from the stored one, in stored standard deviations; quantiles over all channels of
+      all sites.
+    - ``bn/ratio_max``: largest factor, at least 1, between a channel's seen and stored variance.
+    - ``bn/frozen``: number of sites whose statistics are frozen.
+
+    Nothing of the model changes. The cost is that of three forward passes over the samples, which
+    are compiled before the first epoch and again only when ``trainable`` is flipped.
+
+    Args:
+        data: A few held-out samples, ``(x, y)`` or anything that :func:`frostline.phases` takes;
+            read once and kept in memory.
+        batch_size: Samples per batch for data given as arrays. Batch statistics depend on it: use
+            the one that you train with.
+        max_samples: Samples that are used of them.
+
+    Raises:
+        ModelError: At the start of ``fit``: the model has no BN layer.
+        DataError: At the start of ``fit``: the samples do not fit the model.
+    """
+
+    def __init__(self, data: Any, *, batch_size: int = 32, max_samples: int = 256) -> None:
+        super().__init__()
+        self.data = data
+        self.batch_size = batch_size
+        self.max_samples = max_samples
+        self._batches: list[Batch] = []
+        self._forward: BlendForward | None = None
+        self._with_gap = True
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Read the samples and compile; a mistake shows before the first epoch, not after it."""
+        if not self._batches:
+            self._batches = list(
+                batches(self.data, batch_size=self.batch_size, max_samples=self.max_samples)
+            )
+        model = self.model
+        paths = [site.path for site in keras_sites(model)]
+        self._forward = BlendForward(model, paths)
+        self._with_gap = bool(model.loss) and all(each.y is not None for each in self._batches)
+        try:
+            self.measure()
+        except ModelError as problem:
+            if not self._with_gap:
+                raise
+            self._with_gap = False
+            log.warning("BatchNormMonitor leaves out bn/gap: %s", problem)
+            self.measure()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Write the numbers into ``logs``."""
+        found = self.measure()
+        if logs is not None:
+            logs.update(found)
+
+    def measure(self) -> dict[str, float]:
+        """Return the numbers of the model as it is now, by the names that they have in logs."""
+        model = self.model  # on JAX this brings the weights back from the running fit
+        if self._forward is None:
+            raise ModelError("measure() needs a model: it works from the start of fit on.")
+        sites = {site.path: site for site in view(model).sites()}
+        blend = [float(not _locked(sites[path])) for path in self._forward.paths]
+        numbers = {"bn/gap": self._gap(blend)} if self._with_gap else {}
+        shifts, ratios = self._distances(blend, sites)
+        p50, p90, largest = np.quantile(shifts, [0.5, 0.9, 1.0])
+        return {
+            **numbers,
+            "bn/shift_p50": float(p50),
+            "bn/shift_p90": float(p90),
+            "bn/shift_max": float(largest),
+            "bn/ratio_max": float(np.exp(np.abs(np.log(ratios)).max())),
+            "bn/frozen": float(sum(site.stats_frozen for site in sites.values())),
+        }
+
+    def _gap(self, blend: Sequence[float]) -> float:
+        assert self._forward is not None
+        losses = [
+            np.concatenate(
+                [
+                    self._forward.losses(each.x, each.y, each.sample_weight, blend=value)
+                    for each in self._batches
+                ]
+            ).mean()
+            for value in (blend, 0.0)
+        ]
+        return float(losses[0] - losses[1])
+
+    def _distances(self, blend: Sequence[float], sites: Mapping[str, Site]) -> tuple[Array, Array]:
+        assert self._forward is not None
+        seen: dict[str, Moments] = {}
+        for each in self._batches:
+            _, moments = self._forward.outputs(each.x, blend=blend, record=True)
+            for path, found in moments.items():
+                seen[path] = seen[path].merge(found) if path in seen else found
+        layers = {place.path: place.layer for place in keras_graph.walk(self.model)}
+        shifts, ratios = [], []
+        for path, found in seen.items():
+            mean, variance = (
+                keras.ops.convert_to_numpy(getattr(layers[path], name))
+                for name in ("moving_mean", "moving_variance")
+            )
+            epsilon = sites[path].epsilon
+            shifts.append(stats.mean_shift(found.mean, mean, variance, epsilon=epsilon))
+            ratios.append(stats.variance_ratio(found.variance, variance, epsilon=epsilon))
+        return np.concatenate(shifts), np.concatenate(ratios)
+
+
+def _locked(site: Site) -> bool:
+    """Whether a training step normalises with what the site has stored."""
+    return site.stats_frozen and site.policy == "inference"
