@@ -164,7 +164,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("name", ["report.html", "report", "no-such-folder/report.json"])
+@pytest.mark.parametrize("name", ["report.doc", "report", "no-such-folder/report.json"])
 def test_outputs_that_cannot_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match="report"):
         REPORT.save(tmp_path / name)

@@ -11,7 +11,8 @@ from typing import Literal
 import typer
 
 from frostline import rules
-from frostline.report import github, terminal, text
+from frostline.commands import showing
+from frostline.commands.showing import Form
 
 
 def run(
@@ -19,8 +20,10 @@ def run(
     *,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    format: Literal["text", "json", "github"] = "text",
+    format: Form = "text",
     output: Path | None = None,
+    force: bool = False,
+    exit_zero: bool = False,
 ) -> int:
     """Apply the rules that need no data to a model; 1 when an error or a warning is found.
 
@@ -29,22 +32,17 @@ def run(
         select: Codes, prefixes or names; empty for the default set.
         ignore: The same.
         format: How to print.
-        output: Also write the report to this ``.json`` or ``.txt`` file.
+        output: Also write the report to this ``.html``, ``.json`` or ``.txt`` file.
+        force: Overwrite it.
+        exit_zero: Return 0 whatever is found.
     """
+    showing.check_output(output, force=force)
     rules.select(select or None, ignore or None)  # a misspelt code is told before the model loads
     from frostline.commands.models import load
     from frostline.diagnosis import lint
 
     report = lint(load(source), select=select or None, ignore=ignore or None)
-    if output is not None:
-        report.save(output)
-    if format == "json":
-        typer.echo(report.as_json(), nl=False)
-    elif format == "github":
-        typer.echo(github.as_github(report), nl=False)
-    else:
-        text.console().print(terminal.as_text(report))
-    return 0 if report.clean else 1
+    return showing.show(report, format=format, output=output, exit_zero=exit_zero)
 
 
 def show_rules(

@@ -12,17 +12,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from frostline.measurement import Attribution, Cause, Gap, Measurement, Remedy
 from frostline.report import schema
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 #: Raised when a field of the JSON form is renamed, removed or changes its meaning.
 SCHEMA_VERSION = 2
 
 #: Forms that a report is written in, by the ending of the file.
-ENDINGS = (".json", ".txt")
+ENDINGS = (".html", ".json", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +107,7 @@ class Report:
         """Write the report; the ending decides the form. The file is complete or not there.
 
         Args:
-            path: ``report.json`` or ``report.txt``; overwritten.
+            path: ``report.html``, ``report.json`` or ``report.txt``; overwritten.
 
         Returns:
             The path.
@@ -113,7 +116,11 @@ class Report:
             OutputError: Another ending, or the file cannot be written.
         """
         path = Path(path)
-        if path.suffix == ".json":
+        if path.suffix == ".html":
+            from frostline.report import html
+
+            content = html.page(self)
+        elif path.suffix == ".json":
             content = self.as_json()
         elif path.suffix == ".txt":
             content = str(self)
@@ -121,6 +128,16 @@ class Report:
             raise OutputError(f"a report is written as {_endings()}. Received: {path}")
         _write(path, content)
         return path
+
+    def plot(self) -> Figure:
+        """Draw what was measured; for notebooks and papers, on a white ground.
+
+        Returns:
+            A matplotlib figure that no window knows of: ``report.plot().savefig("report.png")``.
+        """
+        from frostline.report import figures
+
+        return figures.overview(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Report):
@@ -133,6 +150,12 @@ class Report:
         from frostline.report import terminal, text
 
         return text.render(terminal.as_text(self), width=80)
+
+    def _repr_html_(self) -> str:
+        """Jupyter's rendering: the page without its frame, styles limited to itself."""
+        from frostline.report import html
+
+        return html.fragment(self)
 
 
 def _endings() -> str:

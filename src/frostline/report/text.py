@@ -71,7 +71,7 @@ def render(renderable: RenderableType, *, width: int = 80, color: bool = False) 
         highlight=False,
         legacy_windows=False,
     )
-    out.print(renderable)
+    out.print(renderable, crop=False)
     return "".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines())
 
 

@@ -1,0 +1,122 @@
+"""What a table or picture takes out of a report: chosen, sorted, summarised; nothing measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from frostline.measurement import Attribution, Gap, Measurement, Remedy
+from frostline.types import Array, as_float64
+
+if TYPE_CHECKING:
+    from frostline.report.report import Report
+
+#: Sites that are named beside the picture of shares.
+NAMED_SITES = 3
+
+#: Quantiles of a site's channels that are shown.
+QUANTILES = (0.5, 0.9, 1.0)
+
+
+def relative_shares(found: Attribution) -> Array:
+    """Return each site's share of the BN gap, in parts of the gap; zeros when there is no gap."""
+    if not found.gap or not math.isfinite(found.gap):
+        return np.zeros(len(found.paths))
+    return as_float64(found.shares) / found.gap
+
+
+def largest(values: Array, most: int = NAMED_SITES) -> list[int]:
+    """Return the positions of the largest values by size, the largest first; no zeros."""
+    order = np.argsort(-np.abs(values), kind="stable")[:most]
+    return [int(index) for index in order if values[index]]
+
+
+def group_shares(found: Attribution, most: int) -> list[tuple[str, float]]:
+    """Return (block, part of the gap) of the blocks with the largest parts, in their order."""
+    if not found.gap or not math.isfinite(found.gap):
+        return []
+    values = np.array(list(found.groups.values()), dtype=np.float64) / found.gap
+    names = list(found.groups)
+    return [(names[index], float(values[index])) for index in sorted(largest(values, most))]
+
+
+def block_of(report: Report, paths: Sequence[str]) -> list[str]:
+    """Return the block of each site: the longest group name that its path begins with."""
+    found = report.attribution
+    names = sorted(found.groups if found is not None else (), key=len, reverse=True)
+    return [next((name for name in names if _begins(path, name)), "") for path in paths]
+
+
+def runs(values: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return (value, start, stop) of each stretch of equal values.
+
+    >>> runs(["a", "a", "b"])
+    [('a', 0, 2), ('b', 2, 3)]
+    """
+    found: list[tuple[str, int, int]] = []
+    for index, value in enumerate(values):
+        if found and found[-1][0] == value:
+            found[-1] = (value, found[-1][1], index + 1)
+        else:
+            found.append((value, index, index + 1))
+    return found
+
+
+def quantiles(values: Array, at: Sequence[float] = QUANTILES) -> tuple[float, ...]:
+    """Return quantiles over the channels that have a finite value; NaN where none has."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return (math.nan,) * len(at)
+    return tuple(float(value) for value in np.quantile(finite, at))
+
+
+def drift_quantiles(measured: Measurement) -> tuple[Array, Array]:
+    """Return what the picture of drift shows, both of shape ``(3, sites)``.
+
+    Returns:
+        10th percentile, median and 90th percentile over the channels of the shift, and of the
+        variance ratio.
+    """
+    at = (0.1, 0.5, 0.9)
+    shifts = [quantiles(site.shift, at) for site in measured.sites.values()]
+    ratios = [quantiles(site.ratio, at) for site in measured.sites.values()]
+    return np.array(shifts).reshape(-1, 3).T, np.array(ratios).reshape(-1, 3).T
+
+
+def gap_of_probe(measured: Measurement, name: str) -> Gap | None:
+    """Return the gap that compares this probe with another one, if there is one."""
+    return next((gap for gap in measured.gaps.values() if gap.of == name), None)
+
+
+def remedy_metric(remedies: Sequence[Remedy]) -> str:
+    """Return what remedies are compared by: accuracy where all have it and it moves, else loss."""
+    measured = [each for each in remedies if each.after]
+    with_accuracy = [each for each in measured if "accuracy" in each.after and each.before]
+    if measured and len(with_accuracy) == len(measured):
+        values = {each.after["accuracy"] for each in measured}
+        values |= {each.before.get("accuracy", math.nan) for each in measured}
+        if max(values) - min(values) > 1e-9:
+            return "accuracy"
+    return "loss"
+
+
+def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
+    """Return the remedies that have this number before and after."""
+    return [
+        each
+        for each in remedies
+        if all(math.isfinite(side.get(metric, math.nan)) for side in (each.before, each.after))
+    ]
+
+
+def unexplained(report: Report) -> float | None:
+    """Return the part of the gap that no cause explains; ``None`` without shares."""
+    shares = [cause.share for cause in report.causes if cause.share is not None]
+    return max(0.0, 1 - sum(shares)) if shares else None
+
+
+def _begins(path: str, name: str) -> bool:
+    return path == name or (path.startswith(name) and path[len(name)] in "/_.")

@@ -1,0 +1,248 @@
+"""The report as a page: one file, no script, nothing loaded from anywhere.
+
+What the page says is prepared here as plain values; ``page.html.jinja`` lays it out, and escapes
+every text. Only the pictures and the style sheet are inserted as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from frostline.measurement import Cause, Measurement, Remedy
+from frostline.report import excerpts, figures, vector, wording
+from frostline.types import Array, Finding, Site
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from frostline.report.report import Report
+
+#: Sites above which their table is folded away.
+MANY_SITES = 60
+
+#: The little picture in a site's row: bins of the channels' shift, from and to, on a log scale.
+_BINS, _FROM, _TO = 20, 0.01, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture in two widths, as SVG."""
+
+    name: str
+    title: str
+    wide: str
+    narrow: str
+
+
+def page(report: Report) -> str:
+    """Return the report as a complete HTML document."""
+    return _environment().get_template("page.html.jinja").render(**_context(report))
+
+
+def fragment(report: Report) -> str:
+    """Return the report as one ``<div>`` with its own style sheet, for a notebook."""
+    return _environment().get_template("body.html.jinja").render(**_context(report))
+
+
+@functools.cache
+def _environment() -> Environment:
+    import jinja2
+
+    folder = resources.files("frostline.report")
+    names = ("page.html.jinja", "body.html.jinja", "parts.html.jinja")
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(texts),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (
+        wording.number, wording.percent, wording.interval, wording.count, wording.listed,
+        wording.sentence, wording.certainty,
+    )  # fmt: skip
+    environment.filters |= {each.__name__: each for each in filters}
+    # What does not print would be shown as nothing, or not be allowed in a file at all.
+    environment.finalize = lambda value: (
+        wording.printable(value, keep="\n") if type(value) is str else value
+    )
+    return environment
+
+
+def _context(report: Report) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    style = (resources.files("frostline.report") / "page.css").read_text(encoding="utf-8")
+    measured = report.measurement
+    return {
+        "style": Markup(style),
+        "report": report,
+        "measured": measured,
+        "status": wording.status(report),
+        "origin": wording.origin(report),
+        "tiles": wording.tiles(report),
+        "gap_rows": gap_rows(measured) if measured is not None else [],
+        "causes": [cause_row(report, cause) for cause in report.causes if cause.code != "NONE"],
+        "unexplained": excerpts.unexplained(report),
+        "pictures": pictures(report),
+        "top_sites": top_sites(report),
+        "remedies": [remedy_row(each) for each in report.remedies],
+        "findings": finding_rows(report),
+        "site_rows": [site_row(report, site) for site in report.sites],
+        "many_sites": len(report.sites) > MANY_SITES,
+        "unchecked": wording.unchecked(report),
+        "readings": wording.readings(report),
+    }
+
+
+def pictures(report: Report) -> dict[str, Picture]:
+    """Return name -> picture, for all that the report has the numbers for."""
+    from markupsafe import Markup
+
+    found: dict[str, Picture] = {}
+    for name in figures.available(report):
+        label = wording.PICTURES[name]
+        wide, narrow = (
+            Markup(vector.svg(report, name, wide=wide, label=label)) for wide in (True, False)
+        )
+        found[name] = Picture(name=name, title=label, wide=wide, narrow=narrow)
+    return found
+
+
+def gap_rows(measured: Measurement) -> list[dict[str, Any]]:
+    """Return one row per probe, with what it is compared with."""
+    rows = []
+    for probe in measured.probes.values():
+        gap = excerpts.gap_of_probe(measured, probe.name)
+        rows.append(
+            {
+                "name": wording.probe(probe.name),
+                "loss": probe.loss,
+                "accuracy": probe.accuracy,
+                "broken": probe.broken,
+                "gap": gap,
+                "against": None if gap is None or gap.minus == "inference" else gap.minus,
+            }
+        )
+    return rows
+
+
+def cause_row(report: Report, cause: Cause) -> dict[str, Any]:
+    """Return what the page says of a cause."""
+    names = {finding.code: finding.name for finding in report.findings}
+    return {
+        "code": cause.code,
+        "kind": "BN" if cause.is_bn else "not BN",
+        "share": cause.share,
+        "width": _width(cause.share),
+        "certainty": cause.certainty,
+        "message": cause.message,
+        "evidence": [(name, wording.fact(value)) for name, value in cause.evidence.items()],
+        "sites": cause.sites,
+        "settle": cause.settle,
+        "findings": [(code, names.get(code, "")) for code in cause.findings],
+    }
+
+
+def top_sites(report: Report) -> list[dict[str, Any]]:
+    """Return the sites with the largest shares, with the effect of switching each alone."""
+    found = report.attribution
+    if found is None:
+        return []
+    shares = excerpts.relative_shares(found)
+    return [
+        {
+            "path": found.paths[index],
+            "share": float(shares[index]),
+            "alone": found.alone.get(found.paths[index]),
+        }
+        for index in excerpts.largest(shares)
+    ]
+
+
+def remedy_row(remedy: Remedy) -> dict[str, Any]:
+    """Return what the page says of a remedy."""
+    effects = [
+        (name, remedy.before[name], value)
+        for name, value in remedy.after.items()
+        if name in remedy.before
+    ]
+    lines = [("Python", remedy.python), ("Shell", remedy.shell)]
+    return {
+        "remedy": remedy,
+        "effects": effects,
+        "lines": [(name, line) for name, line in lines if line],
+    }
+
+
+def finding_rows(report: Report) -> list[dict[str, Any]]:
+    """Return one row per rule: equal findings of many sites are told once."""
+    rows = []
+    for group in wording.by_code(report.findings):
+        first = group[0]
+        same = len({finding.message for finding in group}) == 1
+        rows.append(
+            {
+                "first": first,
+                "symbol": wording.SEVERITIES[first.severity],
+                "sites": [path for finding in group for path in finding.sites],
+                "messages": [] if same else group,
+                "remedy": remedy_of(report, first),
+            }
+        )
+    return rows
+
+
+def remedy_of(report: Report, finding: Finding) -> Remedy | None:
+    """Return the remedy that repairs a finding: of those with its fix, the one most about it."""
+    codes = {cause.code for cause in report.causes if finding.code in cause.findings}
+    fitting = [each for each in report.remedies if each.fix == finding.fix]
+    return min(fitting, key=lambda each: len(set(each.causes) ^ codes), default=None)
+
+
+def site_row(report: Report, site: Site) -> dict[str, Any]:
+    """Return one row of the table of sites; numbers are ``None`` where nothing was measured."""
+    measured = report.measurement.sites.get(site.path) if report.measurement is not None else None
+    found = report.attribution
+    share = None
+    if found is not None and site.path in found.paths:
+        share = float(excerpts.relative_shares(found)[found.paths.index(site.path)])
+    return {
+        "site": site,
+        "state": wording.state(site),
+        "share": share,
+        "shift": None if measured is None else excerpts.quantiles(measured.shift),
+        "ratio": None if measured is None else excerpts.quantiles(measured.ratio, (0.5,))[0],
+        "outline": None if measured is None else outline(measured.shift),
+    }
+
+
+def outline(shift: Array) -> str:
+    """Return the histogram of a site's shift as an SVG path of 80 by 18 units.
+
+    The bins are the same for every site, so that rows compare: 20, on a log scale from 0.01 to 10
+    standard deviations; what lies outside is counted in the first and the last one.
+    """
+    finite = shift[np.isfinite(shift)]
+    if not finite.size:
+        return "M0 18H80"
+    edges = np.geomspace(_FROM, _TO, _BINS + 1)
+    counts, _ = np.histogram(np.clip(finite, _FROM, _TO), edges)
+    heights = 18 - np.round(17 * counts / counts.max(), 1)
+    step = 80 // _BINS
+    steps = " ".join(f"V{height:g}h{step}" for height in heights)
+    return f"M0 18{steps}V18Z"
+
+
+def _width(share: float | None) -> float:
+    """Return how much of a bar is filled, in percent."""
+    if share is None or not math.isfinite(share):
+        return 0.0
+    return round(100 * min(max(share, 0.0), 1.0), 1)

@@ -1,0 +1,81 @@
+"""A matplotlib picture as SVG that is part of a page: its fonts, and its colours in both themes.
+
+The picture is drawn once in the colours of the light theme; each of them is replaced by a CSS
+variable of the page, with the light colour as what holds where there is no such variable.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import TYPE_CHECKING
+
+from frostline.report import figures
+
+if TYPE_CHECKING:
+    from frostline.report.report import Report
+
+#: Colour of a picture -> CSS variable of the page.
+VARIABLES = {
+    figures.INK: "--fl-ink",
+    figures.QUIET: "--fl-quiet",
+    figures.RULE: "--fl-rule",
+    figures.BAND: "--fl-band",
+    figures.FROZEN: "--fl-frozen",
+    figures.THAWED: "--fl-trains",
+    figures.GOOD: "--fl-good",
+    figures.BAD: "--fl-bad",
+    figures.GROUND: "--fl-ground",
+}
+
+_NOTHING = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def svg(report: Report, name: str, *, wide: bool, label: str) -> str:
+    """Return a picture as an ``<svg>`` element.
+
+    Args:
+        report: What it shows.
+        name: One of :func:`frostline.report.figures.available`.
+        wide: For a page, or for a phone.
+        label: What a screen reader says.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    # The salt makes ids repeatable, and different from picture to picture: a browser does not
+    # find a mark or a clipping path in a picture that is not displayed.
+    salt = f"frostline-{name}-{'wide' if wide else 'narrow'}"
+    with matplotlib.style.context(["default", figures.STYLE, {"svg.hashsalt": salt}]):
+        width, height = figures.size(report, name, wide=wide)
+        figure = Figure(figsize=(width / 72, height / 72))
+        figures.available(report)[name](figure, report, wide=wide)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata=_NOTHING)
+    return _embedded(stream.getvalue(), label)
+
+
+def _embedded(document: str, label: str) -> str:
+    body = document[document.index("<svg") :]
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
+    # A text node has no bare < or > in it: what is between the two is a tag, and no name.
+    body = re.sub(r"<[^>]*>", lambda tag: _themed(tag.group()), body)
+    body = re.sub(r">\s*\n\s*<", "><", body)
+    attributes = f'<svg role="img" aria-label="{html.escape(label)}"'
+    return body.replace("<svg", attributes, 1).strip()
+
+
+def _themed(tag: str) -> str:
+    if tag.startswith("<svg"):
+        return re.sub(r' (width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", tag)
+    if tag.startswith("<g "):
+        tag = re.sub(r' id="[^"]*"', "", tag)
+    tag = re.sub(r" font-family: [^;\"]*;", "", tag)
+    tag = tag.replace("xlink:href", "href")
+    tag = re.sub(r"\s*\n\s*", " ", tag)
+    tag = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}", tag)
+    for colour, variable in VARIABLES.items():
+        tag = tag.replace(colour, f"var({variable}, {colour})")
+    return tag
