@@ -7,7 +7,6 @@ framework; a command does, after the backend is settled. What the commands do is
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
@@ -17,10 +16,9 @@ from typing import Annotated
 
 import typer
 
-from frostline import environment
+from frostline.commands import looking
 from frostline.commands.options import (
     DATA_HELP,
-    Backend,
     BackendOption,
     BatchSizeOption,
     ClassesOption,
@@ -30,7 +28,6 @@ from frostline.commands.options import (
     FormatOption,
     FrozenPolicy,
     ImageSizeOption,
-    LintFormat,
     Method,
     ModelArgument,
     OutputOption,
@@ -44,6 +41,7 @@ from frostline.commands.options import (
     names,
 )
 from frostline.commands.options import boundary as read_boundary
+from frostline.commands.starting import start
 from frostline.types import FrostlineError
 
 log = logging.getLogger("frostline")
@@ -59,6 +57,7 @@ app = typer.Typer(
     "between training and inference. Exit codes: 0 clean, 1 a gap or findings, 2 could not run.",
 )
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
+looking.register(app)
 app.add_typer(experiments, name="experiment")
 
 
@@ -86,47 +85,6 @@ def _options(  # what they do is done elsewhere; they are here for the help page
 
 
 @app.command()
-def sites(
-    model: ModelArgument, format: FormatOption = Format.text, backend: BackendOption = None
-) -> int:
-    """List the BN layers of a model and where its frozen prefix ends."""
-    _start(backend)
-    from frostline.commands import models
-
-    return models.show_sites(model, as_json=format is Format.json)
-
-
-@app.command()
-def phases(
-    model: ModelArgument,
-    data: DataArgument,
-    classes: ClassesOption = None,
-    per_class: PerClassOption = None,
-    image_size: ImageSizeOption = None,
-    preprocess: PreprocessOption = None,
-    split: SplitOption = Split.train,
-    batch_size: BatchSizeOption = 32,
-    seed: SeedOption = 0,
-    format: FormatOption = Format.text,
-    backend: BackendOption = None,
-) -> int:
-    """Compare training mode and inference on the same data; exit code 1 when there is a gap."""
-    _start(backend)
-    from frostline.commands import models
-
-    options = models.DataOptions(
-        source=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
-    )
-    return models.show_phases(model, options, batch_size=batch_size, as_json=format is Format.json)
-
-
-@app.command()
 def freeze(
     model: ModelArgument,
     until: Annotated[
@@ -142,7 +100,7 @@ def freeze(
     backend: BackendOption = None,
 ) -> int:
     """Freeze all layers before a boundary, parameters and statistics."""
-    _start(backend)
+    start(backend)
     from frostline.commands import models
 
     return models.freeze(model, until=read_boundary(until), output=output, force=force)
@@ -165,7 +123,7 @@ def convert(
     backend: BackendOption = None,
 ) -> int:
     """Replace BN layers by frostline.layers.BatchNormalization, keeping all weights."""
-    _start(backend)
+    start(backend)
     from frostline.commands import models
 
     return models.convert(
@@ -198,7 +156,7 @@ def recalibrate(
     backend: BackendOption = None,
 ) -> int:
     """Store the exact statistics of the data in BN layers."""
-    _start(backend)
+    start(backend)
     from frostline.commands import models
 
     options = models.DataOptions(
@@ -235,7 +193,7 @@ def set_momentum(
     backend: BackendOption = None,
 ) -> int:
     """Set how much of the old statistics a BN layer keeps per update."""
-    _start(backend)
+    start(backend)
     from frostline.commands import models
 
     return models.set_momentum(model, momentum, sites=sites, output=output, force=force)
@@ -249,42 +207,10 @@ def fold(
     backend: BackendOption = None,
 ) -> int:
     """Fold BN layers into the layers before them: plain Keras, for inference."""
-    _start(backend)
+    start(backend)
     from frostline.commands import models
 
     return models.fold(model, output=output, force=force)
-
-
-@app.command()
-def lint(
-    model: ModelArgument,
-    select: Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Rules to leave out.")] = None,
-    format: Annotated[LintFormat, typer.Option("--format", help="How to print.")] = LintFormat.text,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help=".json or .txt")] = None,
-    backend: BackendOption = None,
-) -> int:
-    """Check BN configuration and stored numbers; needs no data. Exit code 1 on findings."""
-    _start(backend)
-    from frostline.commands import lint as command
-
-    return command.run(
-        model, select=names(select), ignore=names(ignore), format=format.value, output=output
-    )
-
-
-@app.command()
-def rule(
-    reference: Annotated[
-        str | None, typer.Argument(metavar="RULE", help="A code or a name; all when left out.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All documentation.")] = False,
-    format: FormatOption = Format.text,
-) -> int:
-    """Explain a rule, or list all of them. Needs no backend."""
-    from frostline.commands import lint as command
-
-    return command.show_rules(reference, every=every, format=format.value)
 
 
 @experiments.command()
@@ -328,7 +254,7 @@ def overfit(
     backend: BackendOption = None,
 ) -> int:
     """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
-    _start(backend)
+    start(backend)
     from frostline.commands import overfit as command
     from frostline.experiments.overfit import ROWS, OverfitSettings
 
@@ -359,7 +285,7 @@ def demo(
     backend: BackendOption = None,
 ) -> int:
     """See a frozen BN layer break a fine-tuned network, and Frostline fix it (minutes)."""
-    _start(backend)
+    start(backend)
     from frostline.commands import demo as command
 
     return command.run(output=output)
@@ -432,14 +358,6 @@ def spread_values(words: list[str]) -> list[str]:
                 current = None
         spread.append(word)
     return spread
-
-
-def _start(backend: Backend | None) -> None:
-    """Settle backend and noise before anything imports Keras."""
-    environment.quiet_frameworks()
-    environment.choose_backend(None if backend is None else backend.value)
-    with environment.native_noise_held_back():
-        importlib.import_module("keras")
 
 
 def _set_log_level() -> None:

@@ -59,11 +59,12 @@ class Solver(StrEnum):
     adam = "adam"
 
 
-class LintFormat(StrEnum):
-    """How findings are printed; ``github`` makes annotations of them."""
+class ReportFormat(StrEnum):
+    """How a report is printed; ``github`` makes annotations of it."""
 
     text = "text"
     json = "json"
+    html = "html"
     github = "github"
 
 
@@ -103,6 +104,14 @@ PreprocessOption = Annotated[
     str | None, typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name.")
 ]
 SplitOption = Annotated[Split, typer.Option(help="Part of the data.")]
+SelectOption = Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")]
+IgnoreOption = Annotated[list[str] | None, typer.Option(help="Rules to leave out.")]
+ReportFormatOption = Annotated[ReportFormat, typer.Option("--format", help="How to print.")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Also write the report: .html, .json or .txt."),
+]
+ExitZeroOption = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever is found.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 
 

@@ -27,6 +27,7 @@ PROBES = {
     "training": "training mode, nothing updated",
     "training blend": "training mode without dropout",
     "batch": "batch statistics at every site",
+    "stored": "stored statistics at every site",
     "dropout": "inference with dropout on",
     "population": "inference, all sites recalibrated",
     "population unfrozen": "inference, unfrozen sites recalibrated",

@@ -1,0 +1,101 @@
+"""``diagnose``: a model and its data in, a report out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostline import rules
+from frostline.commands import models, showing
+from frostline.commands.models import DataOptions
+from frostline.types import Array, DataError
+
+
+def run(
+    source: str,
+    options: DataOptions,
+    *,
+    validation: str | None = None,
+    reference: str | None = None,
+    history: Path | None = None,
+    loss: str | None = None,
+    max_samples: int = 1024,
+    batch_size: int = 32,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    format: showing.Form = "text",
+    output: Path | None = None,
+    force: bool = False,
+    exit_zero: bool = False,
+) -> int:
+    """Diagnose a model on data; 1 when there is a gap with a cause, an error or a warning.
+
+    Args:
+        source: MODEL, as typed.
+        options: How DATA is read; its seed is also that of the draw and of the intervals.
+        validation: DATA that the model was not trained on, read in the same way. The same source
+            again means its test part.
+        reference: MODEL to compare with.
+        history: The training run: a CSV log, or a JSON file with a list of numbers per metric.
+        loss: Name of a Keras loss; ``None`` for the compiled one.
+        max_samples: At most so many samples are drawn.
+        batch_size: Samples per batch.
+        select: Rules to apply; empty for the default set.
+        ignore: Rules to leave out.
+        format: How to print.
+        output: Also write the report to this ``.html``, ``.json`` or ``.txt`` file.
+        force: Overwrite it.
+        exit_zero: Return 0 whatever is found.
+    """
+    showing.check_output(output, force=force)
+    rules.select(select or None, ignore or None)
+    run_log = None if history is None else _history(history)
+    from frostline.diagnosis import diagnose
+
+    model = models.load(source)
+    x, y = models.read_data(options, model)
+    report = diagnose(
+        model,
+        (x, y),
+        validation=None if validation is None else _held_out(validation, options, model, x),
+        reference=None if reference is None else models.load(reference),
+        history=run_log,
+        loss=loss,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=options.seed,
+        select=select or None,
+        ignore=ignore or None,
+    )
+    return showing.show(report, format=format, output=output, exit_zero=exit_zero)
+
+
+def _held_out(source: str, options: DataOptions, model: Any, x: Array) -> tuple[Array, Array]:
+    split = options.split
+    if source == options.source and split == "train":
+        split = "test"
+    held_out = models.read_data(replace(options, source=source, split=split), model)
+    if held_out[0].shape == x.shape and np.array_equal(held_out[0], x):
+        raise DataError(
+            f"the validation data are the same samples as the data. Received: --validation {source}"
+        )
+    return held_out
+
+
+def _history(path: Path) -> Any:
+    """Return what a JSON file holds, or the path of a CSV log."""
+    if path.suffix != ".json":
+        if not path.is_file():
+            raise DataError(f"no such file: {path}")
+        return path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable JSON file ({error})") from None

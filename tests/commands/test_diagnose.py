@@ -1,0 +1,140 @@
+"""``frostline diagnose``: exit codes, forms, files; what a person types wrong changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import frostline as fl
+from frostline import cli
+from frostline.commands import showing
+from frostline.report.report import Report
+
+keras = pytest.importorskip("keras")
+
+# The command is the same on every backend; what it calls is tested on all three elsewhere.
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose one BN layer has never seen data, its samples, and a log of its training."""
+    folder = tmp_path_factory.mktemp("diagnose")
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    y = np.arange(64) % 2
+    x = (3 + rng.normal(size=(64, 4)) + 4 * y[:, None]).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.BatchNormalization(name="bn"),
+            keras.layers.Dense(2, activation="softmax", name="head"),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    # The kernel is right for normalised inputs: batch statistics give it what it wants.
+    model.get_layer("head").set_weights([np.array([[-2.0, 2.0]] * 4), np.zeros(2)])
+    model.save(folder / "model.keras")
+    np.savez(folder / "data.npz", x=x, y=y)
+    (folder / "log.json").write_text(json.dumps({"loss": [0.9, 0.2], "accuracy": [0.5, 1.0]}))
+    (folder / "half.json").write_text("{")
+    return folder
+
+
+def test_a_diagnosis(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.html"
+    words = ["diagnose", folder / "model.keras", folder / "data.npz", "--format", "json",
+             "--history", folder / "log.json", "-o", page, "--ignore", "FL115"]  # fmt: skip
+    assert cli.main([str(word) for word in words]) == 1
+    out, err = capsys.readouterr()
+    read = Report.from_dict(json.loads(out))
+    assert read.gap is not None
+    assert read.gap.loss.high < 0
+    assert read.measurement is not None
+    assert read.measurement.history["loss"] == (0.9, 0.2)
+    assert [site.path for site in read.sites] == ["bn"]
+    assert any(cause.is_bn and "bn" in cause.sites for cause in read.causes)
+    assert "FL115" in {each.code for each in read.skipped}
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert "Traceback" not in err
+    model = keras.models.load_model(folder / "model.keras")
+    data = np.load(folder / "data.npz")
+    direct = fl.diagnose(model, (data["x"], data["y"]), max_samples=64, batch_size=32, verbose=0)
+    assert direct.gap is not None
+    assert direct.gap.loss.estimate == pytest.approx(read.gap.loss.estimate, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["no.keras", "data.npz"], "no.keras"),
+        (["model.keras", "no.npz"], "no such file: no.npz"),
+        (["model.keras", "data.npz", "--select", "FL7"], "no rule 'FL7'"),
+        (["model.keras", "data.npz", "-o", "report.pdf"], ".html, .json or .txt"),
+        (["model.keras", "data.npz", "-o", "data.npz"], ".html, .json or .txt"),
+        (["model.keras", "data.npz", "-o", "log.json"], "log.json exists"),
+        (["model.keras", "data.npz", "-o", "no/report.html"], "no folder no"),
+        (["model.keras", "data.npz", "--history", "no.csv"], "no such file: no.csv"),
+        (["model.keras", "data.npz", "--history", "half.json"], "half.json: not a readable JSON"),
+        (["model.keras", "data.npz", "--validation", "data.npz"], "same samples as the data"),
+        (["model.keras", "data.npz", "--reference", "no.keras"], "no.keras"),
+        (["model.keras", "data.npz", "--max-samples", "1"], "--max-samples"),
+        (["model.keras", "data.npz", "--format", "pdf"], "--format"),
+        (["model.keras"], "DATA"),
+    ],
+)
+def test_what_cannot_be(
+    words: list[str], told: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["diagnose", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert told in line
+    assert "unexpected" not in line
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+CLEAN = Report(verdict="fine")
+
+
+@pytest.mark.parametrize("form", ["text", "json", "html", "github"])
+def test_forms(form: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.txt"
+    assert showing.show(CLEAN, format=form, output=path, exit_zero=False) == 0
+    out = capsys.readouterr().out
+    starts = {"text": "fine\n", "json": "{\n", "html": "<!DOCTYPE html>", "github": ""}
+    assert out.startswith(starts[form])
+    assert path.read_text() == "fine\n"
+
+
+def test_exit_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["lint", str(folder / "model.keras")]
+    assert cli.main([*words, "--select", "FL1"]) == 0
+    report = Report(verdict="bad", findings=fl.lint(_frozen_untouched()).findings)
+    assert showing.show(report, format="github", output=None, exit_zero=False) == 1
+    assert showing.show(report, format="github", output=None, exit_zero=True) == 0
+    assert "::error title=FL204" in capsys.readouterr().out
+
+
+def _frozen_untouched() -> Any:
+    layer = keras.layers.BatchNormalization(name="bn", trainable=False)
+    return keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(2)])
+
+
+def test_force(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    with pytest.raises(fl.OutputError, match="--force"):
+        showing.check_output(path, force=False)
+    showing.check_output(path, force=True)
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(fl.OutputError, match="is a folder"):
+        showing.check_output(tmp_path / "folder.html", force=True)
