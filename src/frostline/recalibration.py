@@ -13,12 +13,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from frostline.data import Batch, batches, leaves, require_reiterable
-from frostline.models import ModelView
+from frostline.models import Meter, ModelView
+from frostline.models.tape import Program
 from frostline.selection import GROUPS, select
 from frostline.spool import Spool, Workspace
 from frostline.stats import Moments
@@ -40,61 +41,6 @@ _METHODS = ("sequential", "batch")
 _LOG = logging.getLogger("frostline")
 
 Seen = Mapping[str, Sequence[Moments]]
-
-
-class Program(Protocol):
-    """One stage of the sequential method."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The sites that it measures."""
-        ...
-
-    @property
-    def passes(self) -> int | None:
-        """Most passes that they can need; ``None``: until nothing moves."""
-        ...
-
-    @property
-    def closed(self) -> bool:
-        """Whether a part without a graph may use a layer more often than ``passes`` allows for."""
-        ...
-
-
-class Meter(Protocol):
-    """What recalibration asks of a model; ``models.keras_moments.KerasMoments`` is one."""
-
-    def start(self, x: Any) -> tuple[Array, ...]:
-        """What the first stage takes, from one batch of model inputs."""
-        ...
-
-    def programs(self, inputs: int) -> Sequence[Program]:
-        """The stages in order; ``inputs`` arrays are what the first one takes."""
-        ...
-
-    def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
-        """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
-        ...
-
-    def batch(self) -> Callable[[Any], Seen]:
-        """Compile one pass with batch statistics at all sites: ``x`` -> moments."""
-        ...
-
-    def stored(self, path: str) -> tuple[Array, Array]:
-        """Stored mean and variance, float64."""
-        ...
-
-    def epsilon(self, path: str) -> float:
-        """What the site adds to the variance."""
-        ...
-
-    def store(self, path: str, mean: Array, variance: Array) -> None:
-        """Store population statistics."""
-        ...
-
-    def snapshot(self) -> Callable[[], None]:
-        """Remember all statistics; returns what puts them back, bit for bit."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,19 +134,13 @@ def recalibrate_view(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
-    meter = _meter(view, own)
+    meter = view.meter(own)
     undo = meter.snapshot()
     done = recalibrated(meter, own, data, method=method, batch_size=batch_size)
     if foreign:
         note = f"left alone: {len(foreign)} torch module(s) inside TorchModuleWrapper"
         done = replace(done, notes=(*done.notes, note))
     return done, undo
-
-
-def _meter(view: ModelView, paths: Sequence[str]) -> Meter:
-    from frostline.models.keras_moments import KerasMoments
-
-    return KerasMoments(view.model, paths)
 
 
 def recalibrated(

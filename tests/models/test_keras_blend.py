@@ -172,7 +172,7 @@ def norms(model: Any) -> list[Any]:
 
 
 def by_path(model: Any) -> dict[str, Any]:
-    return dict(BlendForward(model)._layers)
+    return {path: port.owner for path, port in BlendForward(model)._ports.items()}
 
 
 # --- oracles ----------------------------------------------------------------------------------
@@ -592,18 +592,40 @@ def test_a_site_inside_a_recurrent_layer_is_blended_but_not_recorded() -> None:
 
 
 @pytest.mark.skipif(COMPILED, reason="torch modules run on the torch backend only")
-def test_bn_inside_a_torch_module_is_refused_by_its_path() -> None:
+def test_bn_inside_a_torch_module_is_blended_and_recorded() -> None:
     import torch
 
-    inputs = keras.Input((4,))
-    module = torch.nn.Sequential(torch.nn.BatchNorm1d(4))
-    inner = L.TorchModuleWrapper(module, name="wrapped", output_shape=(None, 4))
+    torch.manual_seed(0)
+    inputs = keras.Input((4, 5))
+    norms = [torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4, track_running_stats=False)]
+    module = torch.nn.Sequential(norms[0], torch.nn.Dropout(0.5), torch.nn.Tanh(), norms[1])
+    with torch.no_grad():
+        norms[0].running_mean += torch.arange(4)
+        norms[0].running_var *= 3
+        norms[0].weight += 1
+    inner = L.TorchModuleWrapper(module, name="wrapped", output_shape=(None, 4, 5))
     model = keras.Model(inputs, L.BatchNormalization(name="bn")(inner(inputs)))
-    with pytest.raises(ModelError, match=r"'wrapped/0' is a torch.BatchNorm1d"):
-        BlendForward(model)
-    forward = BlendForward(model, ["bn"])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 4, 5)).astype("float32")
+    forward = BlendForward(model)
+    assert forward.paths == ("wrapped/0", "bn")
     before = [(p.clone(), m.training) for m in inner.module.modules() for p in m.buffers()]
-    forward.outputs(np.ones((SAMPLES, 4), "float32"), blend=1, dropout=True)
+
+    wanted = arrays(model(x, training=False))[0]
+    np.testing.assert_allclose(forward.outputs(x, blend=0), wanted, rtol=1e-5, atol=1e-6)
+    own = view(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
+    found, moments = forward.outputs(x, blend=1, dropout=True, step=3, record=True)
+    np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments["wrapped/0"].mean, x.mean((0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(moments["wrapped/0"].variance, x.var((0, 2)), rtol=1e-5)
+
+    y = np.random.default_rng(1).normal(size=x.shape).astype("float32")
+    slope = forward.gradient(x, y, blend=[0.5, 0.0])[1]
+    low, high = (forward.losses(x, y, blend=[b, 0.0]).mean() for b in (0.49, 0.51))
+    assert slope[0] == pytest.approx((high - low) / 0.02, rel=0.02)
+    with pytest.raises(ModelError, match="'wrapped/3' keeps no statistics"):
+        BlendForward(model, ["wrapped/3"])
+    assert "forward" not in vars(norms[0])
     after = [(p, m.training) for m in inner.module.modules() for p in m.buffers()]
     for (old, mode), (new, now) in zip(before, after, strict=True):
         assert torch.equal(old, new)

@@ -109,7 +109,4 @@ def read(model: Any) -> ModelFacts:
     Raises:
         ModelError: Not a model that Frostline can read.
     """
-    view(model)
-    from frostline.models import keras_facts
-
-    return keras_facts.facts(model)
+    return view(model).facts()

@@ -7,17 +7,40 @@ batch shape on TensorFlow and JAX, and run eagerly on torch.
 
 from __future__ import annotations
 
+import functools
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
-import numpy as np
 
-from frostline.models import keras_edit, keras_fold, keras_graph, keras_split, keras_state
-from frostline.types import Boundary, DataError, Policy, Site
+from frostline.measurement import Behaviour, Difference
+from frostline.models import (
+    keras_behaviour,
+    keras_compare,
+    keras_edit,
+    keras_facts,
+    keras_fold,
+    keras_graph,
+    keras_noise,
+    keras_split,
+    keras_state,
+    keras_trial,
+)
+from frostline.models.facts import ModelFacts
+from frostline.models.keras_blend import BlendForward
+from frostline.models.keras_moments import KerasMoments
+from frostline.models.keras_pass import (
+    Collected,
+    compiled_pass,
+    float32,
+    inference,
+    readable_labels,
+    tensors,
+)
+from frostline.models.keras_random import fixed_randomness, seeds
+from frostline.types import Boundary, Policy, Site
 
 
 class KerasView:
@@ -82,6 +105,64 @@ class KerasView:
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
 
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        return keras_facts.facts(self.model)
+
+    def meter(self, paths: Sequence[str]) -> KerasMoments:
+        """What measures and stores the statistics of these sites.
+
+        Raises:
+            ModelError: A path is not a built Keras BN layer.
+        """
+        return KerasMoments(self.model, paths)
+
+    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> BlendForward:
+        """Forward passes with λ and the stored statistics as arguments.
+
+        Args:
+            loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one
+                number per sample; ``None`` for the compiled loss.
+            paths: Sites to blend, in the order of the blend vector; ``None`` for all of them.
+
+        Raises:
+            ModelError: An unknown path, or a site that is not built.
+        """
+        return BlendForward(self.model, paths, loss=loss)
+
+    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
+        """What every site does in a training-mode and in an inference pass of the model."""
+        collected = list(batches)
+        if collected:
+            self._build(tensors(collected[0][0]))
+        return keras_behaviour.behaviour(self.model, collected)
+
+    def noise_layers(self) -> dict[str, str]:
+        """Path of each layer that is no BN and acts in training only -> its kind."""
+        return keras_noise.noise_layers(self.model)
+
+    def round_trip(self, x: Any) -> float:
+        """Save, load, run inference on ``x``: largest change relative to the largest output.
+
+        Raises:
+            ModelError: The model cannot be saved or loaded; the text says why.
+        """
+        self._build(tensors(x))
+        return keras_compare.round_trip(self.model, functools.partial(_outputs, x))
+
+    def difference(self, reference: Any, x: Any = None) -> Difference:
+        """Compare with a model, a file or arrays; see :func:`.keras_compare.difference`."""
+        if x is not None:
+            self._build(tensors(x))
+        outputs = None if x is None else functools.partial(_outputs, x)
+        return keras_compare.difference(self.model, reference, outputs)
+
+    def trial(
+        self, batches: Iterable[tuple[Any, ...]], *, policy: Policy = "inference", epochs: int = 1
+    ) -> AbstractContextManager[None]:
+        """Train on the batches, frozen sites locked; on exit all is as it was, bit for bit."""
+        return keras_trial.trial(self.model, batches, policy=policy, epochs=epochs)
+
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         """Run the model's own ``evaluate``; metric states come back untouched.
 
@@ -93,9 +174,9 @@ class KerasView:
         """
         if not getattr(self.model, "compiled", False):
             return {}
-        collected = list(batches)
-        with keras_state.preserved(self.model), _readable_labels(self.model, _labels(collected)):
-            logs = self.model.evaluate(_Collected(collected), verbose=0, return_dict=True)
+        collected = Collected(batches)
+        with keras_state.preserved(self.model), readable_labels(self.model, collected.labels):
+            logs = self.model.evaluate(collected, verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
 
     def compiled(self) -> bool:
@@ -137,7 +218,7 @@ class KerasView:
 
     def _run(self, x: Any, y: Any, weight: Any, training: bool, step: int) -> tuple[Any, Any]:
         model = self.model
-        x, y, weight = (_tensors(part) for part in (x, y, weight))
+        x, y, weight = (tensors(part) for part in (x, y, weight))
         self._build(x)
         with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
         # What a compiled step holds as a constant; a step for other constants is another step.
@@ -148,12 +229,12 @@ class KerasView:
         objective = getattr(model, "_compile_loss", None) if with_loss else None
         key = (training, objective, weight is not None, flags)
         if key not in self._steps:
-            self._steps[key] = _compiled(model, training, with_loss)
-        with _fixed_randomness(model, step), _readable_labels(model, y):
+            self._steps[key] = compiled_pass(model, training, with_loss)
+        with fixed_randomness(model, step), readable_labels(model, y):
             if with_loss:
                 self._build_loss(x, y)
-            outputs, loss = self._steps[key](x, y, weight, _seeds(model, step))
-        convert = keras.tree.map_structure(_float32, outputs)
+            outputs, loss = self._steps[key](x, y, weight, seeds(model, step))
+        convert = keras.tree.map_structure(float32, outputs)
         return convert, None if loss is None else keras.ops.convert_to_numpy(loss)
 
     def _build(self, x: Any) -> None:
@@ -165,160 +246,9 @@ class KerasView:
         """Let a compiled loss that has met no data yet create its trackers, outside any trace."""
         loss = getattr(self.model, "_compile_loss", None)
         if loss is not None and not loss.built:
-            with keras.StatelessScope():
-                outputs = self.model(x, training=False)
-            loss.build(y, outputs)
+            loss.build(y, inference(self.model, x))
 
 
-class _Collected(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches in memory, in order: `evaluate` weights them by their size."""
-
-    def __init__(self, batches: list[tuple[Any, ...]]) -> None:
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.batches[index]
-
-
-def _compiled(model: Any, training: bool, with_loss: bool) -> Callable[..., Any]:
-    """Return ``f(x, y, sample_weight, seeds) -> (outputs, loss)`` for the present flags."""
-    states = [variable for variable, _ in _seed_states(model)]
-
-    def step(mapping: list[tuple[Any, Any]], x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
-        if with_loss:
-            # Keras takes the weights that regularizers act on from the scope, never from the
-            # variable; and a scope forgets what `add_loss` and activity regularizers add unless
-            # it is told to collect.
-            mapped = {id(variable) for variable, _ in mapping}
-            mapping = [
-                *mapping,
-                *((v, v.value) for v in model.trainable_weights if id(v) not in mapped),
-            ]
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=with_loss):
-            outputs = model(x, training=training)
-            if not with_loss:
-                return outputs, None
-            loss = model.compute_loss(
-                x=x, y=y, y_pred=outputs, sample_weight=weight, training=training
-            )
-            return outputs, loss
-
-    backend = keras.backend.backend()
-    if backend == "jax":
-        return _compiled_jax(model, states, step)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        def run(x: Any, y: Any, weight: Any, seeds: list[Any]) -> Any:
-            return step(list(zip(states, seeds, strict=True)), x, y, weight)
-
-        compiled: Callable[..., Any] = tf.function(run, reduce_retracing=True)
-        return compiled
-
-    def run_eagerly(x: Any, y: Any, weight: Any, seeds: list[Any]) -> tuple[Any, Any]:
-        with sys.modules["torch"].no_grad() if backend == "torch" else _nothing():
-            outcome: tuple[Any, Any] = step(list(zip(states, seeds, strict=True)), x, y, weight)
-            return outcome
-
-    return run_eagerly
-
-
-def _compiled_jax(model: Any, states: list[Any], step: Callable[..., Any]) -> Callable[..., Any]:
-    import jax
-
-    seeded = {id(state) for state in states}
-    others = [v for v in keras_state.variables_of(model) if id(v) not in seeded]
-
-    def run(values: list[Any], seeds: list[Any], x: Any, y: Any, weight: Any) -> Any:
-        # Variables are arguments: what is read inside is their present value, not a constant.
-        mapping = [*zip(others, values, strict=True), *zip(states, seeds, strict=True)]
-        return step(mapping, x, y, weight)
-
-    compiled: Callable[..., Any] = jax.jit(run)
-    return lambda x, y, weight, seeds: compiled([v.value for v in others], seeds, x, y, weight)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _seed_states(model: Any) -> list[tuple[Any, Any]]:
-    """(state variable, generator) of every seed generator below the model."""
-    layers = [model, *(place.layer for place in keras_graph.walk(model))]
-    return [(s.state, s) for layer in layers for s in getattr(layer, "_seed_generators", ())]
-
-
-def _seeds(model: Any, step: int) -> list[Any]:
-    """Seed states for one batch: those of the model, moved on by the batch's number."""
-    moved = []
-    for state, _ in _seed_states(model):
-        value = np.array(keras.ops.convert_to_numpy(state))
-        value[..., -1] += np.asarray(step, dtype=value.dtype) * np.asarray(9973, value.dtype)
-        moved.append(keras.ops.convert_to_tensor(value, dtype=state.dtype))
-    return moved
-
-
-@contextmanager
-def _fixed_randomness(model: Any, step: int) -> Iterator[None]:
-    """Torch: draw unseeded dropout from the batch's number, and undo what the pass moved.
-
-    Keras' unseeded dropout uses torch's global generator, and torch modules inside a model update
-    buffers that Keras does not know; both are outside any StatelessScope.
-    """
-    if keras.backend.backend() != "torch":
-        yield
-        return
-    torch = sys.modules["torch"]
-    wrapped = [
-        module
-        for place in keras_graph.walk(model)
-        if (module := keras_graph.wrapped_module(place.layer)) is not None
-    ]
-    buffers = [(b, b.detach().clone()) for w in wrapped for b in w.buffers()]
-    modes = [(m, m.training) for w in wrapped for m in w.modules()]
-    with torch.random.fork_rng():
-        torch.manual_seed(step)
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
-
-
-@contextmanager
-def _readable_labels(model: Any, y: Any) -> Iterator[None]:
-    """Turn a loss's complaint about the labels into one line."""
-    try:
-        yield
-    except (ValueError, TypeError) as problem:
-        shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
-        first = next(
-            (line for line in str(problem).splitlines() if line.strip()), "no reason given"
-        )
-        raise DataError(
-            f"model '{model.name}' cannot be run on these inputs and labels: {first.strip()} "
-            f"Received: label shapes {shapes}"
-        ) from problem
-
-
-def _labels(batches: list[tuple[Any, ...]]) -> Any:
-    return batches[0][1] if batches and len(batches[0]) > 1 else None
-
-
-def _tensors(structure: Any) -> Any:
-    if structure is None:
-        return None
-    return keras.tree.map_structure(
-        lambda leaf: None if leaf is None else keras.ops.convert_to_tensor(leaf), structure
-    )
-
-
-def _float32(tensor: Any) -> Any:
-    return keras.ops.convert_to_numpy(tensor).astype(np.float32)
+def _outputs(x: Any, model: Any) -> Any:
+    """Inference outputs of any Keras model."""
+    return KerasView(model).forward(x, training=False)

@@ -9,8 +9,8 @@ what a layer assigns is thrown away.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import keras
@@ -19,10 +19,11 @@ import numpy.typing as npt
 from keras import ops
 
 from frostline.models import Outcome, keras_graph
-from frostline.models.keras import _fixed_randomness, _seed_states, _seeds, _tensors
-from frostline.models.keras_blend_call import blended_call, stored_call
 from frostline.models.keras_compile import compiled, without_gradients
 from frostline.models.keras_loss import PerSampleLoss
+from frostline.models.keras_pass import inference, tensors
+from frostline.models.keras_port import Port, blended_call, ports, replaced, stored_call
+from frostline.models.keras_random import fixed_randomness, seed_states, seeds
 from frostline.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 
@@ -57,22 +58,19 @@ class BlendForward:
         traces: How often a pass was traced; stays 0 where nothing is compiled.
 
     Raises:
-        ModelError: An unknown path, a site that is not built, or one inside a torch module.
+        ModelError: An unknown path, or a site that is asked for and has no statistics: not built,
+            or a torch module that does not track them.
     """
 
     def __init__(self, model: Any, paths: Sequence[str] | None = None, *, loss: Any = None) -> None:
         self.model = model
         self.traces = 0
-        self._layers = _chosen(model, paths)
-        self.paths = tuple(self._layers)
+        known = ports(model)
+        self._ports = _chosen(model, known, paths)
+        self.paths = tuple(self._ports)
         places = keras_graph.walk(model)
-        self._looped = [path for path in self.paths if _in_a_loop(places, path)]
-        chosen = {id(layer) for layer in self._layers.values()}
-        self._others = [
-            place.layer
-            for place in places
-            if keras_graph.is_site(place.layer) and id(place.layer) not in chosen
-        ]
+        self._looped = [path for path in self.paths if in_a_loop(places, path)]
+        self._others = [port for path, port in known.items() if path not in self._ports]
         self._given_loss = loss
         self._loss: PerSampleLoss | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -102,6 +100,18 @@ class BlendForward:
         step: int = ...,
         record: Literal[True],
     ) -> tuple[Any, dict[str, Moments]]: ...
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: bool = ...,
+    ) -> Any: ...
 
     def outputs(
         self,
@@ -243,13 +253,13 @@ class BlendForward:
     ) -> Any:
         weights = self._blend(blend)
         stored = self._statistics(statistics)
-        x, y, sample_weight = (_tensors(part) for part in batch)
-        seeds = _seeds(self.model, step)
-        with _fixed_randomness(self.model, step):
+        x, y, sample_weight = (tensors(part) for part in batch)
+        moved = seeds(self.model, step)
+        with fixed_randomness(self.model, step):
             if kind != "outputs" and self._loss is None:
                 self._loss = self._prepared_loss(x, y)
             run = self._function(kind, bool(dropout), bool(record))
-            return run(seeds, weights, stored, x, y, sample_weight)
+            return run(moved, weights, stored, x, y, sample_weight)
 
     def _require_recordable(self) -> None:
         if self._looped:
@@ -273,15 +283,15 @@ class BlendForward:
 
     def _statistics(self, given: Statistics | None) -> list[tuple[Any, Any]]:
         given = given or {}
-        unknown = [path for path in given if path not in self._layers]
+        unknown = [path for path in given if path not in self._ports]
         if unknown:
             raise ModelError(
                 f"statistics are given for a site that is not blended; there are "
                 f"{', '.join(self.paths) or 'none'}. Received: {unknown[0]!r}"
             )
         pairs = []
-        for path, layer in self._layers.items():
-            own = (layer.moving_mean, layer.moving_variance)
+        for path, port in self._ports.items():
+            own = _stored(path, port)
             pair = given.get(path, own)
             for value, variable in zip(pair, own, strict=True):
                 if tuple(np.shape(value)) != tuple(variable.shape):
@@ -289,7 +299,7 @@ class BlendForward:
                         f"statistics of '{path}' must have shape {tuple(variable.shape)}. "
                         f"Received: {np.shape(value)}"
                     )
-            dtypes = [keras.backend.result_type(variable.dtype, "float32") for variable in own]
+            dtypes = [_at_least_float32(variable) for variable in own]
             pairs.append(
                 tuple(ops.convert_to_tensor(v, dtype=d) for v, d in zip(pair, dtypes, strict=True))
             )
@@ -298,16 +308,15 @@ class BlendForward:
     def _prepared_loss(self, x: Any, y: Any) -> PerSampleLoss:
         """Resolve the loss on real outputs, outside any trace: it may create variables."""
         loss = PerSampleLoss(self.model, self._given_loss)
+        outputs = inference(self.model, x)
         with keras.StatelessScope(), without_gradients():
-            loss.call(y, self.model(x, training=False))
+            loss.call(y, outputs)
         return loss
 
     def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
         variables = list(self.model.variables)
         # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
-        settings: tuple[Any, ...] = tuple(
-            (bool(x.trainable), float(x.epsilon)) for x in self._layers.values()
-        )
+        settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._ports.values())
         if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
             settings = tuple(
                 (bool(place.layer.trainable), getattr(place.layer, "policy", None))
@@ -317,7 +326,7 @@ class BlendForward:
         key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
         if key not in self._compiled:
             forward = functools.partial(self._forward, kind, dropout, record)
-            states = [state for state, _ in _seed_states(self.model)]
+            states = [state for state, _ in seed_states(self.model)]
             self._compiled[key] = compiled(
                 forward, variables, states, slope=kind == "gradient", eager=eager
             )
@@ -352,54 +361,59 @@ class BlendForward:
             # Inside: a rematerialised layer runs again while torch differentiates.
             return losses if then is None else then(losses)
 
-    @contextmanager
     def _blended(
         self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
-    ) -> Iterator[None]:
-        """Give every BN layer a ``call`` that uses these tensors; take it away on any exit."""
-        layers = [*self._layers.values(), *self._others]
-        before = [(layer, vars(layer).get("call")) for layer in layers]
-        try:
-            for index, (path, layer) in enumerate(self._layers.items()):
-                entries = None if seen is None else seen[path]
-                vars(layer)["call"] = functools.partial(
-                    blended_call, layer, layer.call, blend[index], statistics[index], entries
-                )
-            for layer in self._others:
-                vars(layer)["call"] = functools.partial(stored_call, layer, layer.call)
-            yield
-        finally:
-            for layer, call in before:
-                vars(layer).pop("call", None)
-                if call is not None:
-                    vars(layer)["call"] = call
+    ) -> AbstractContextManager[None]:
+        """Give every BN layer a forward function that uses these tensors."""
+        calls: list[tuple[Port, Callable[..., Any]]] = []
+        for index, (path, port) in enumerate(self._ports.items()):
+            entries = None if seen is None else seen[path]
+            call = functools.partial(blended_call, blend[index], statistics[index], entries)
+            calls.append((port, call))
+        return replaced([*calls, *((port, stored_call) for port in self._others)])
 
 
-def _chosen(model: Any, paths: Sequence[str] | None) -> dict[str, Any]:
-    layers = {place.path: place.layer for place in keras_graph.walk(model)}
-    kinds = {site.path: site.kind for site in keras_graph.sites(model)}
-    chosen = list(kinds) if paths is None else list(paths)
+def _chosen(model: Any, known: Mapping[str, Port], paths: Sequence[str] | None) -> dict[str, Port]:
+    if paths is None:
+        ready = {path: port for path, port in known.items() if port.stored() is not None}
+        if known and not ready and not model.built:
+            raise _not_built(next(iter(known)))
+        return ready
+    chosen = list(paths)
     if len(set(chosen)) < len(chosen):
         raise ModelError(f"each site can be blended once. Received: {chosen}")
     for path in chosen:
-        if path not in kinds:
-            known = ", ".join(map(repr, kinds)) or "none"
-            raise ModelError(f"no BN layer has this path; there are {known}. Received: {path!r}")
-        if path not in layers or not keras_graph.is_site(layers[path]):
-            raise ModelError(
-                f"'{path}' is a {kinds[path]} inside a TorchModuleWrapper; only Keras BN layers "
-                f"can be blended. Received: {path!r}"
-            )
-        if layers[path].moving_mean is None:
-            raise ModelError(
-                f"Layer '{path}' is not built yet, so it has no statistics; call the model on one "
-                "batch first. Received: an unbuilt layer"
-            )
-    return {path: layers[path] for path in chosen}
+        if path not in known:
+            every = ", ".join(map(repr, known)) or "none"
+            raise ModelError(f"no BN layer has this path; there are {every}. Received: {path!r}")
+        _stored(path, known[path])
+    return {path: known[path] for path in chosen}
 
 
-def _in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
+def _stored(path: str, port: Port) -> tuple[Any, Any]:
+    pair = port.stored()
+    if pair is not None:
+        return pair
+    if port.name == "call":
+        raise _not_built(path)
+    raise ModelError(
+        f"'{path}' keeps no statistics, so there is nothing to blend with. Received: a torch "
+        "module with track_running_stats=False"
+    )
+
+
+def _not_built(path: str) -> ModelError:
+    return ModelError(
+        f"Layer '{path}' is not built yet, so it has no statistics; call the model on one "
+        "batch first. Received: an unbuilt layer"
+    )
+
+
+def in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
     """Whether a recurrent layer runs the site, in a loop that only the backend sees."""
+    by_path = {place.path for place in places}
+    if path not in by_path:  # inside a torch module
+        return False
     above = set(keras_graph.ancestors(places, path))
     return any(
         place.path in above and isinstance(place.layer, keras.layers.RNN) for place in places
@@ -407,6 +421,11 @@ def _in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
 
 
 # --- on the host ------------------------------------------------------------------------------
+
+
+def _at_least_float32(variable: Any) -> str:
+    name = keras.backend.standardize_dtype(variable.dtype)
+    return str(keras.backend.result_type(name, "float32"))
 
 
 def _numpy(tensor: Any) -> Array:

@@ -76,11 +76,11 @@ def _on_tensorflow(
     def run(seeds: Any, blend: Any, *rest: Any) -> Any:
         answer = functools.partial(forward, list(zip(states, seeds, strict=True)), not eager)
         if not slope:
-            with _inlined_functions():
+            with inlined_functions():
                 return answer(blend, *rest)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(blend)
-            with _inlined_functions():
+            with inlined_functions():
                 losses = answer(blend, *rest)
             mean = tf.reduce_mean(losses)
         zero = tf.UnconnectedGradients.ZERO
@@ -95,12 +95,15 @@ def _on_tensorflow(
 
 
 @contextmanager
-def _inlined_functions() -> Iterator[None]:
+def inlined_functions() -> Iterator[None]:
     """TensorFlow: make a ``tf.function`` inside the model part of the pass.
 
     It would otherwise answer from a trace of its own that knows nothing of λ, or keep one made
     here, which holds tensors of the pass and breaks the model for everybody else.
     """
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
     import tensorflow as tf
 
     before = tf.config.functions_run_eagerly()

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_model(source: str) -> Any:
     if not path.exists() and path.suffix not in SUFFIXES and ":" in source:
         model = _from_function(source)
     else:
-        model = _from_file(path)
+        model = read_model(path)
     if not isinstance(model, keras.Model):
         raise ModelError(f"{source}: not a keras.Model. Received: {type(model).__name__}")
     return model
@@ -81,7 +82,16 @@ def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _from_file(path: Path) -> Any:
+def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Read a model file; see :func:`load_model`.
+
+    Args:
+        path: A ``.keras`` or ``.h5`` file.
+        custom_objects: Class name -> class, for classes that are not registered with Keras.
+
+    Raises:
+        ModelError: No such file, or an unreadable one.
+    """
     if not path.exists():
         raise ModelError(
             f"no such model file: {path}. MODEL is a .keras or .h5 file, or module:function"
@@ -94,14 +104,16 @@ def _from_file(path: Path) -> Any:
         # Keras says "File not found" of a file whose end, where a zip has its index, is missing.
         raise ModelError(f"{path}: not a whole .keras file; it is truncated or something else")
     try:
-        model = keras.saving.load_model(path, safe_mode=True)
+        model = keras.saving.load_model(path, custom_objects, safe_mode=True)
         return _with_optimizer_state(model, path) if path.suffix == ".h5" else model
     except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
-        if path.suffix == ".h5" and (model := _not_compiled(path)) is not None:
-            _log.warning("%s: loaded without its compile state (%s)", path, _line(error))
+        if path.suffix == ".h5" and (model := _not_compiled(path, custom_objects)) is not None:
+            _log.warning("%s: loaded without its compile state (%s)", path, first_line(error))
             return model
         way_out = "" if isinstance(error, OSError) else f". {_WAY_OUT}"
-        raise ModelError(f"{path}: not a readable Keras model ({_line(error)}){way_out}") from error
+        raise ModelError(
+            f"{path}: not a readable Keras model ({first_line(error)}){way_out}"
+        ) from error
 
 
 def _with_optimizer_state(model: Any, path: Path) -> Any:
@@ -128,9 +140,9 @@ def _with_optimizer_state(model: Any, path: Path) -> Any:
     return model
 
 
-def _not_compiled(path: Path) -> Any | None:
+def _not_compiled(path: Path, custom_objects: Mapping[str, Any] | None) -> Any | None:
     try:
-        return keras.saving.load_model(path, safe_mode=True, compile=False)
+        return keras.saving.load_model(path, custom_objects, safe_mode=True, compile=False)
     except Exception:  # the first complaint is the one to report
         return None
 
@@ -143,17 +155,18 @@ def _from_function(source: str) -> Any:
     try:
         module = importlib.import_module(name)
     except Exception as error:  # the user's module runs: anything can happen
-        raise ModelError(f"{source}: cannot import {name!r} ({_line(error)})") from error
+        raise ModelError(f"{source}: cannot import {name!r} ({first_line(error)})") from error
     build = getattr(module, attribute, None)
     if not callable(build):
         raise ModelError(f"{source}: module {name!r} has no function {attribute!r}")
     try:
         return build()
     except Exception as error:
-        raise ModelError(f"{source}: the function failed ({_line(error)})") from error
+        raise ModelError(f"{source}: the function failed ({first_line(error)})") from error
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line of at most 160 characters."""
     text = " ".join((str(error).strip().splitlines() or [""])[0].split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

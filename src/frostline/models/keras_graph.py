@@ -144,8 +144,8 @@ def sites(model: Any) -> tuple[Site, ...]:
     for place in walk(model):
         if is_site(place.layer):
             found.append(_keras_site(place, model))
-        elif wrapped_module(place.layer) is not None:
-            found.extend(_torch_sites(place))
+        else:
+            found.extend(_torch_site(place, *each) for each in torch_norms(place))
     return tuple(Site(index=index, **fields) for index, fields in enumerate(found))
 
 
@@ -182,16 +182,20 @@ def wrapped_module(layer: Any) -> Any | None:
     return getattr(layer, "module", None)
 
 
-def _torch_sites(place: Place) -> list[dict[str, Any]]:
+def torch_norms(place: Place) -> list[tuple[str, Any]]:
+    """(path, module) of every BN module inside a ``TorchModuleWrapper``; else empty."""
+    module = wrapped_module(place.layer)
+    if module is None:
+        return []
     norm = sys.modules["torch"].nn.modules.batchnorm._BatchNorm
     return [
-        _torch_site(place, name, module)
-        for name, module in wrapped_module(place.layer).named_modules()  # type: ignore[union-attr]
-        if isinstance(module, norm)
+        ("/".join([place.path, *name.split(".")]) if name else place.path, inner)
+        for name, inner in module.named_modules()
+        if isinstance(inner, norm)
     ]
 
 
-def _torch_site(place: Place, name: str, module: Any) -> dict[str, Any]:
+def _torch_site(place: Place, path: str, module: Any) -> dict[str, Any]:
     if module.momentum is None:  # cumulative average: the n-th update keeps (n - 1) / n
         seen = 0 if module.num_batches_tracked is None else int(module.num_batches_tracked)
         decay = seen / (seen + 1)
@@ -199,8 +203,8 @@ def _torch_site(place: Place, name: str, module: Any) -> dict[str, Any]:
         decay = 1.0 - float(module.momentum)
     own = list(module.parameters(recurse=False))
     return {
-        "path": "/".join([place.path, *name.split(".")]) if name else place.path,
-        "name": name.rpartition(".")[2] or place.layer.name,
+        "path": path,
+        "name": path.rpartition("/")[2],
         "kind": f"torch.{type(module).__name__}",
         "channels": int(module.num_features),
         "axis": 1,

@@ -21,6 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from frostline.models.keras_compile import inlined_functions
 from frostline.models.keras_graph import is_site, walk
 from frostline.models.keras_tape import graph_of, record
 from frostline.models.tape import Program, Slot, Step, closed, schedule
@@ -181,7 +182,7 @@ class KerasMoments:
 
         def stateless(values: Any) -> Any:
             values = [ops.convert_to_tensor(value) for value in values]
-            with keras.StatelessScope(collect_losses=True):
+            with keras.StatelessScope(collect_losses=True), inlined_functions():
                 return function(values)
 
         if backend == "tensorflow" and not eager:
