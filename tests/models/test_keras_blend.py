@@ -609,9 +609,9 @@ def test_bn_inside_a_torch_module_is_blended_and_recorded() -> None:
     x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 4, 5)).astype("float32")
     forward = BlendForward(model)
     assert forward.paths == ("wrapped/0", "bn")
+    wanted = arrays(model(x, training=False))[0]
     before = [(p.clone(), m.training) for m in inner.module.modules() for p in m.buffers()]
 
-    wanted = arrays(model(x, training=False))[0]
     np.testing.assert_allclose(forward.outputs(x, blend=0), wanted, rtol=1e-5, atol=1e-6)
     own = view(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
     found, moments = forward.outputs(x, blend=1, dropout=True, step=3, record=True)
