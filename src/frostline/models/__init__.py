@@ -98,4 +98,13 @@ def _why_not(model: Any, keras: Any) -> str:
     return f"not a model: expected a keras.Model or a torch.nn.Module. {received}"
 
 
-__all__ = ["Array", "Forward", "Meter", "ModelView", "Outcome", "SplitModel", "view"]
+__all__ = [
+    "Array",
+    "FlagCounts",
+    "Forward",
+    "Meter",
+    "ModelView",
+    "Outcome",
+    "SplitModel",
+    "view",
+]

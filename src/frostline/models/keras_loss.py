@@ -114,7 +114,10 @@ def _readable(y: Any, outputs: Any) -> Iterator[None]:
         yield
     except FrostlineError:
         raise
-    except (ValueError, TypeError, KeyError) as problem:
+    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
+        # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
+        if isinstance(problem, RuntimeError) and "must match" not in str(problem):
+            raise
         told = (line.strip() for line in str(problem).splitlines())
         raise DataError(
             "the loss does not take these labels: "

@@ -111,7 +111,10 @@ def readable_labels(model: Any, y: Any) -> Iterator[None]:
     """Turn a loss's complaint about the labels into one line."""
     try:
         yield
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, RuntimeError) as problem:
+        # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
+        if isinstance(problem, RuntimeError) and "must match" not in str(problem):
+            raise
         shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
         first = next(
             (line for line in str(problem).splitlines() if line.strip()), "no reason given"
