@@ -48,6 +48,9 @@ ONE_RATIO = 0.4
 #: A site differs abruptly when it is this many times as far off as every site before it.
 ABRUPT = 4.0
 
+#: Part of the distance of a site before it below which a site has no distance of its own.
+FAINT = 0.25
+
 #: Quotient of stored and measured variance from which a few extreme batches are more likely than
 #: other data: ten times the contrast.
 EXTREME = 100.0
@@ -94,10 +97,21 @@ def victims(case: Case, assigned: Assigned) -> frozenset[str]:
     return frozenset(
         path
         for path in case.with_role("moving")
-        if path not in assigned
-        and path not in case.thawed_in_prefix
-        and case.mismatch(path) <= AGREES
+        if path not in assigned and path not in case.thawed_in_prefix and agrees(case, path)
     )
+
+
+def agrees(case: Case, path: str) -> bool:
+    """Whether a site is near the data, or much nearer than some site before it.
+
+    A site that is far off makes those behind it learn to live with what it does.
+    """
+    before = 0.0
+    for other, size in case.mismatches.items():
+        if other == path:
+            break
+        before = max(before, size) if case.roles[other] != "locked" else before
+    return case.mismatch(path) <= max(AGREES, min(FAR, FAINT * before))
 
 
 # --- facts about the numbers ----------------------------------------------------------------------
@@ -295,7 +309,7 @@ def _settled(case: Case) -> Callable[[Case, str], Verdict | None]:
     code, certainty, number = _settled_answer(case)
 
     def test(case: Case, path: str) -> Verdict | None:
-        if case.mismatch(path) <= AGREES:
+        if agrees(case, path):
             return None
         return Verdict(code=code, certainty=certainty, number=number)
 

@@ -14,7 +14,7 @@ from frostline.causes.assignment import (
     explained_by_input,
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
-from frostline.causes.frozen import locked_gain, switched
+from frostline.causes.frozen import switched
 from frostline.types import Certainty
 
 _REFERENCE = "the checkpoint from before, as reference="
@@ -337,15 +337,15 @@ def _extreme(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 def _other_data_locked(case: Case) -> Iterator[Claim]:
     """Locked sites whose statistics are not those of the data, where that costs loss."""
-    locked, gained = case.with_role("locked"), locked_gain(case)
+    locked, gained = case.with_role("locked"), case.locked_gain
     far = max((case.mismatch(path) for path in locked), default=0.0)
     if not gained or far <= FAR or {*locked} & {*switched(case)}:
         return
     yield Claim(
         code="DOMAIN_STATS",
         message=f"{count(len(locked), 'locked site')} keep statistics of other data, up to "
-        f"{number(far)} standard deviations away; those of the data lower the loss by "
-        f"{number(gained)}",
+        f"{number(far)} standard deviations away; those of the data save "
+        f"{number(gained)} of loss",
         sites=locked,
         amount=gained,
         certainty="is",
@@ -373,4 +373,5 @@ def _closes(case: Case, words: str) -> str:
     exact = case.difference("population", "inference")
     if not case.inference_is_worse or exact is None:
         return ""
-    return words.format(f"{max(0.0, -exact.estimate / abs(case.bn_gap)):.0%}")
+    closed = min(1.0, max(0.0, -exact.estimate / abs(case.bn_gap)))
+    return words.format(f"{closed:.0%}")

@@ -201,9 +201,45 @@ class Case:
 
     @cached_property
     def stale_part(self) -> float:
-        """Part of the BN gap that the population's statistics close, in [0, 1]."""
+        """Part of the BN gap that lies in stored statistics of sites that move, in [0, 1]."""
         gap = abs(self.bn_gap)
-        return max(0.0, 1 - self.beyond_population / gap) if self.inference_is_worse else 1.0
+        if not self.inference_is_worse:
+            return 1.0
+        part = max(0.0, 1 - self.beyond_population / gap)
+        return min(part, self._halves[1] / gap) if self.locked_gain else part
+
+    @cached_property
+    def locked_gain(self) -> float:
+        """What the population's statistics at locked sites would save, in units of the loss.
+
+        Locked sites have no part in the gap between the modes: both use what is stored. The gain
+        must show once all other statistics are right; with thawed sites beside them it is shared
+        by :attr:`_halves`.
+        """
+        locked = self.with_role("locked")
+        if not locked or self.with_role("frozen batch", "frozen drift"):
+            return 0.0
+        if self.probe("population unfrozen") is None:
+            return max(0.0, -self.change("population", "inference"))
+        further = self.change("population", "population unfrozen")
+        return self._halves[0] if further < 0 else 0.0
+
+    @cached_property
+    def _halves(self) -> tuple[float, float]:
+        """What exact statistics of frozen and of unfrozen sites save: Shapley's values of the two.
+
+        Each is the mean of what it saves alone and what it saves after the other one.
+        """
+        names = ("inference", "population frozen", "population unfrozen", "population")
+        losses = [self.loss(name) for name in names]
+        known = [value for value in losses if value is not None]
+        if len(known) < len(names):
+            return 0.0, 0.0
+        nothing, frozen, unfrozen, both = known
+        return (
+            max(0.0, (nothing - frozen + unfrozen - both) / 2),
+            max(0.0, (nothing - unfrozen + frozen - both) / 2),
+        )
 
     @cached_property
     def left_over(self) -> float:

@@ -85,7 +85,7 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     paths = switched(case)
     if not paths:
         return
-    amount = case.blame(paths) + locked_gain(case) * bool(set(paths) & {*case.with_role("locked")})
+    amount = case.blame(paths) + case.locked_gain * bool({*paths} & {*case.with_role("locked")})
     yield Claim(
         code="STALE_SWITCH",
         message=f"trainable of {count(len(paths), 'site')} was changed after training had begun: "
@@ -103,20 +103,6 @@ def switched(case: Case) -> tuple[str, ...]:
     """Sites whose flag was flipped with no effect on the compiled training step."""
     findings = [each for each in case.findings if each.code == "FL107"]
     return tuple(path for path in case.sites if any(path in each.sites for each in findings))
-
-
-def locked_gain(case: Case) -> float:
-    """What the population's statistics at the locked sites would save, in units of the loss.
-
-    Locked sites have no part in the gap between the modes: both use what is stored.
-    """
-    locked = case.with_role("locked")
-    if not locked or case.with_role("frozen batch", "frozen drift"):
-        return 0.0
-    name = "population frozen"
-    if name not in case.measurement.probes and len(locked) == len(case.sites):
-        name = "population"
-    return max(0.0, -case.change(name, "inference"))
 
 
 def _is_reset(case: Case, path: str) -> bool:
