@@ -56,6 +56,9 @@ FAINT = 0.25
 EXTREME = 100.0
 
 
+#: Roles of frozen sites that do something else in training than at inference.
+_UNSTEADY = ("frozen batch", "frozen drift")
+
 #: Path -> what explains the stored statistics of the site.
 Assigned = Mapping[str, "Verdict"]
 
@@ -102,16 +105,16 @@ def victims(case: Case, assigned: Assigned) -> frozenset[str]:
 
 
 def agrees(case: Case, path: str) -> bool:
-    """Whether a site is near the data, or much nearer than some site before it.
+    """Whether a site is near the data, or much nearer than an unsteady frozen site before it.
 
-    A site that is far off makes those behind it learn to live with what it does.
+    A frozen site that is far off makes those behind it average what it does meanwhile.
     """
     before = 0.0
     for other, size in case.mismatches.items():
         if other == path:
             break
-        before = max(before, size) if case.roles[other] != "locked" else before
-    return case.mismatch(path) <= max(AGREES, min(FAR, FAINT * before))
+        before = max(before, size) if case.roles[other] in _UNSTEADY else before
+    return case.mismatch(path) <= max(AGREES / 2, min(FAR, FAINT * before))
 
 
 # --- facts about the numbers ----------------------------------------------------------------------
@@ -148,7 +151,7 @@ def never_updated(case: Case, path: str) -> Verdict | None:
     stuck = case.roles[path] == "unmoved" or (
         case.roles[path] == "moving" and each.site.decay >= 1 and not each.cumulative
     )
-    if stuck and far:
+    if stuck and case.mismatch(path) > AGREES / 2:
         number = {"decay": each.site.decay}
         return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number=number)
     return None

@@ -66,7 +66,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     tolerance = REORDERED_HALF if half else REORDERED
     wrong = [p for p in case.measurement.sweep if p.inference_change > tolerance]
     neighbours = case.measurement.neighbours or 0.0
-    if not wrong and neighbours <= tolerance:
+    if not wrong and not neighbours > tolerance:  # NaN where outputs are broken
         return
     if wrong:
         worst = max(wrong, key=lambda point: point.inference_change)
@@ -114,11 +114,11 @@ def batch_leak(case: Case, _: Assigned) -> Iterator[Claim]:
     sorted_loss, inference = case.loss("sorted"), case.loss("inference")
     if not _tells_class(case) or sorted_loss is None or inference is None:
         return
-    amount = max(0.0, -case.change("sorted", "population"))
-    if not amount:
-        amount = max(0.0, -case.change("sorted", "inference"))
-    if not amount:
+    amount = max(0.0, -case.change("sorted", "inference"))
+    exact = max(0.0, -case.change("sorted", "population"))
+    if not amount or not exact:  # without an advantage over inference there is nothing to explain
         return
+    amount = min(amount, exact)
     size = case.measurement.batch_size
     yield Claim(
         code="BATCH_LEAK",

@@ -49,6 +49,9 @@ FAR = 0.25
 #: summed over some thousand terms.
 EQUAL = 1e-5
 
+#: Residual up to which an attribution is good enough to split a gap by.
+_TRUSTED = 0.5
+
 #: Distances are cut here where they weigh sites.
 _FAR_ENOUGH = 10.0
 
@@ -268,8 +271,9 @@ class Case:
         if not gap or not chosen:
             return 0.0
         found = self.measurement.attribution
-        if found is not None and found.paths and np.isfinite(found.shares).all():
-            toward = dict(zip(found.paths, math.copysign(1.0, gap) * found.shares, strict=True))
+        if found is not None and found.residual <= _TRUSTED and np.isfinite(found.shares).all():
+            # The attribution is made on the first samples only: in units of the gap on all.
+            toward = dict(zip(found.paths, found.shares * (abs(gap) / found.gap), strict=True))
             here = max(0.0, sum(float(toward.get(path, 0.0)) for path in chosen))
             passed_on = sum(float(toward.get(path, 0.0)) for path in self.victims)
             culprits = sum(float(v) for path, v in toward.items() if path not in self.victims)

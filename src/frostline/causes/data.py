@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import Assigned
-from frostline.causes.case import SMALL_SHARE, Case, Claim, count, number
+from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
 from frostline.measurement import InputMoments
 
 #: Part of the excess of inference that an input transformation must close to be told at all, and
@@ -155,26 +155,31 @@ def preprocess(case: Case, _: Assigned) -> Iterator[Claim]:
 def best_trial(case: Case) -> tuple[str, float, float] | None:
     """The input transformation that repairs inference best: name, loss, part of the excess closed.
 
-    The excess of inference is over the best of what batch statistics reach; a trial must be about
-    as good as those. Without BN, or where they do not help, it must lower the loss by a third.
+    The excess of inference is over the best of what batch statistics reach, in loss and, where
+    there is one, in accuracy: the smaller part counts. A trial must be about as good as those.
     """
-    inference = case.loss("inference")
-    probes = [
+    now = case.probe("inference")
+    names = [
         name
         for name in case.measurement.probes
         if name.startswith(_TRIAL) and _plausible(name.removeprefix(_TRIAL), case.measurement.input)
     ]
-    gains = {name: -case.change(name, "inference") for name in probes}
+    gains = {name: -case.change(name, "inference") for name in names}
     name = max(gains, key=gains.__getitem__, default=None)
-    if inference is None or name is None or gains[name] <= REPAIRS_PART * inference:
+    if now is None or name is None or gains[name] <= REPAIRS_PART * now.loss:
         return None
-    loss = inference - gains[name]
-    others = [case.loss(each) for each in ("training blend", "batch", "population")]
-    best = min([loss, *(each for each in others if each is not None)])
-    part = gains[name] / (inference - best)
+    found = [case.probe(each) for each in (name, "training blend", "batch", "population")]
+    probes = [each for each in found if each is not None]
+    part = gains[name] / (now.loss - min(each.loss for each in probes))
+    if now.accuracy is not None:
+        reached = [each.accuracy or 0.0 for each in probes]
+        missing = max(reached) - now.accuracy
+        if missing < SMALL_ACCURACY:
+            return None
+        part = min(part, (reached[0] - now.accuracy) / missing)
     if part < REPAIRS_PART:
         return None
-    return name.removeprefix(_TRIAL), loss, min(1.0, part)
+    return name.removeprefix(_TRIAL), now.loss - gains[name], min(1.0, part)
 
 
 def _plausible(name: str, seen: InputMoments | None) -> bool:
