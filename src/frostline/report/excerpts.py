@@ -113,9 +113,10 @@ def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
 
 
 def unexplained(report: Report) -> float | None:
-    """Return the part of the gap that no cause explains; ``None`` without shares."""
+    """Return the part of the gap that no cause explains; ``None`` without shares, or when small."""
     shares = [cause.share for cause in report.causes if cause.share is not None]
-    return max(0.0, 1 - sum(shares)) if shares else None
+    rest = 1 - sum(shares)
+    return rest if shares and rest >= 0.005 else None
 
 
 def _begins(path: str, name: str) -> bool:

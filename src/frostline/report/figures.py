@@ -30,6 +30,9 @@ FROZEN, THAWED, GOOD, BAD, GROUND = "#0072b2", "#b84e00", "#00795c", "#a8324a", 
 #: Groups and remedies that a picture shows at most; the page's lists have them all.
 MOST_ROWS = 12
 
+#: Blocks above which none is shaded: their stripes would be all that one sees.
+MOST_BANDS = 40
+
 #: Mean width of a character of the labels, in points.
 _CHARACTER = 6.1
 
@@ -102,7 +105,7 @@ def groups(figure: Canvas, report: Report, *, wide: bool) -> None:
     shown = excerpts.group_shares(found, MOST_ROWS)
     ax = _rows(figure, [name for name, _ in shown], wide=wide, bottom=4)
     values = [share * 100 for _, share in shown]
-    ax.barh(range(len(values)), values, height=0.62, color=QUIET)
+    ax.barh(range(len(values)), values, height=0.62 if wide else 0.3, color=QUIET)
     ax.axvline(0, color=QUIET, lw=0.7)
     for row, value in enumerate(values):
         ax.annotate(f"{wording.minus(f'{value:.0f}')}%", (value, row),
@@ -375,7 +378,7 @@ def _training_line(ax: Axes, report: Report, metric: str) -> None:
 def _block_bands(ax: Axes, report: Report, paths: tuple[str, ...], *, wide: bool) -> None:
     """Shade every other block, and name those whose name fits."""
     runs = excerpts.runs(excerpts.block_of(report, paths))
-    if len(runs) < 2:
+    if not 2 <= len(runs) <= MOST_BANDS:
         return
     for number, (name, start, stop) in enumerate(runs):
         if number % 2:

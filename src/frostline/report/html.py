@@ -144,7 +144,9 @@ def cause_row(report: Report, cause: Cause) -> dict[str, Any]:
         "width": _width(cause.share),
         "certainty": cause.certainty,
         "message": cause.message,
-        "evidence": [(name, wording.fact(value)) for name, value in cause.evidence.items()],
+        "evidence": [
+            (name.replace("_", " "), wording.fact(value)) for name, value in cause.evidence.items()
+        ],
         "sites": cause.sites,
         "settle": cause.settle,
         "findings": [(code, names.get(code, "")) for code in cause.findings],

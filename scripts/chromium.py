@@ -47,7 +47,8 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        words = [PROGRAM, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
+        profile = f"--user-data-dir={self._profile.name}"
+        words = [PROGRAM or "chromium", *FLAGS, profile, "about:blank"]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BECOME, str(theirs_in), str(theirs_out), *words],
             pass_fds=(theirs_in, theirs_out),
@@ -88,7 +89,8 @@ class Browser:
             if message.get("id") == self._number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
-                return message["result"]
+                result: dict[str, Any] = message["result"]
+                return result
             self._note(message)
 
     def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False) -> Visit:
@@ -128,17 +130,18 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
 
-    def screenshot(self, visit: Visit, path: Path, *, height: int | None = None) -> Path:
-        """Write a picture of the whole page, or of its upper part."""
+    def screenshot(
+        self, visit: Visit, *, top: float = 0, height: float | None = None, scale: float = 1
+    ) -> bytes:
+        """Return a PNG of the page, or of a part of it."""
         size = self.send("Page.getLayoutMetrics", visit.session)["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "scale": 1}
-        clip["height"] = size["height"] if height is None else min(height, size["height"])
+        high = size["height"] - top if height is None else min(height, size["height"] - top)
+        clip = {"x": 0, "y": top, "width": size["width"], "height": high, "scale": scale}
         shot = self.send(
             "Page.captureScreenshot", visit.session,
             format="png", clip=clip, captureBeyondViewport=True,
         )  # fmt: skip
-        path.write_bytes(base64.b64decode(shot["data"]))
-        return path
+        return base64.b64decode(shot["data"])
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -147,7 +150,8 @@ class Browser:
                 raise RuntimeError("Chromium has gone")
             self._rest += piece
         message, self._rest = self._rest.split(b"\0", 1)
-        return json.loads(message)
+        read: dict[str, Any] = json.loads(message)
+        return read
 
     def _note(self, message: dict[str, Any]) -> None:
         visit = self._visits.get(message.get("sessionId", ""))
