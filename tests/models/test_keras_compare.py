@@ -157,6 +157,7 @@ def test_trial(policy: str | None, trained: bool, fuse: BaseException | None) ->
         assert fuse is not None
     assert state(model) == before
     assert (model.train_function, model.optimizer) == (step, optimizer)
+    assert "train_step" not in vars(model)
     assert getattr(model, "history", None) is history
     assert getattr(model.get_layer("bn"), "policy", None) == policy
     for a, b in zip(kept, model.get_layer("bn").get_weights(), strict=True):

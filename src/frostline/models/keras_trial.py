@@ -54,15 +54,32 @@ def trial(
 
 
 def _train(model: Any, collected: Collected, epochs: int) -> None:
-    before = model.train_function
     locked = [(port, stored_call) for port in ports(model).values() if not port.trainable]
-    try:
-        model.train_function = None  # one that has been traced holds other flags and policies
+    with _fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
         _renew_optimizer(model)
-        with replaced(locked), readable_labels(model, collected.labels):
-            model.fit(collected, epochs=epochs, shuffle=False, verbose=0)
+        model.fit(collected, epochs=epochs, shuffle=False, verbose=0)
+
+
+@contextmanager
+def _fresh_step(model: Any) -> Iterator[None]:
+    """Let ``fit`` trace its step anew: what has been traced holds other flags and policies."""
+    function, own = model.train_function, vars(model).get("train_step")
+    step = model.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    try:
+        model.train_function = None
+        # While another step lives, JAX would answer from its trace: to it two bound methods of one
+        # object are the same function.
+        vars(model)["train_step"] = train_step
+        yield
     finally:
-        model.train_function = before
+        model.train_function = function
+        vars(model).pop("train_step", None)
+        if own is not None:
+            vars(model)["train_step"] = own
 
 
 def _renew_optimizer(model: Any) -> None:
