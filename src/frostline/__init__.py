@@ -23,10 +23,12 @@ _EXPORTS = {
     "Finding": "types",
     "FrostlineError": "types",
     "ModelError": "types",
+    "NotFrozenError": "watching",
     "OutputError": "types",
     "PhaseTable": "types",
     "Report": "report.report",
     "Site": "types",
+    "assert_frozen": "watching",
     "Split": "splitting",
     "cache_features": "cache",
     "callbacks": "callbacks",
@@ -45,6 +47,7 @@ _EXPORTS = {
     "split": "splitting",
     "suggest_momentum": "momentum",
     "unfreeze": "repair",
+    "watch": "watching",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])

@@ -114,13 +114,14 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
     let each of two steps begin its life under the flags that it shall run with.
 
     Args:
-        model_or_layers: A Keras model, a layer, or a list of them, with all that they contain.
+        model_or_layers: A Keras model, a layer, a torch module, or a list of them, with all that
+            they contain.
 
     Yields:
         A change; ``undo()`` ends the freeze early.
 
     Raises:
-        ModelError: Not a Keras layer.
+        ModelError: Neither a Keras layer nor a torch module.
     """
     targets = layers_of(model_or_layers)
     with freezing(targets) as (counts, back):

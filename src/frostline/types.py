@@ -6,7 +6,8 @@ Exceptions::
     ├── BackendError (ImportError)     no usable framework, or the wrong one
     ├── ModelError (ValueError)        the model cannot be used as asked (no BN, unknown layer, ...)
     ├── DataError (ValueError)         the data cannot be used as asked
-    └── OutputError (OSError)          a file or folder could not be written
+    ├── OutputError (OSError)          a file or folder could not be written
+    └── NotFrozenError (AssertionError)    a part that should be frozen is not (watching.py)
 """
 
 from __future__ import annotations

@@ -96,11 +96,15 @@ def test_sites() -> None:
     assert (first.params_frozen, first.stats_frozen, first.policy) == (False, False, "update")
 
 
-def test_eval_alone_freezes_nothing_but_an_overridden_train_does() -> None:
+def test_eval_alone_is_undone_but_an_overridden_train_is_not() -> None:
     model = net()
     model.stem[1].eval()
-    assert not TorchView(model).sites()[0].stats_frozen  # the next train() undoes it
-    assert not model.stem[1].training  # and looking did not
+    assert TorchView(model).sites()[0].stats_frozen
+    assert [each.undone for each in TorchView(model).facts()] == [True, False, False]
+    assert not model.stem[1].training  # looking changed nothing
+    model.eval()  # now it is only the mode of the moment
+    assert not any(site.stats_frozen for site in TorchView(model).sites())
+    assert not any(each.undone for each in TorchView(model).facts())
 
     class NormEval(Net):
         def train(self, mode: bool = True) -> Any:
@@ -108,7 +112,9 @@ def test_eval_alone_freezes_nothing_but_an_overridden_train_does() -> None:
             self.stem.eval()
             return self
 
-    assert [site.stats_frozen for site in TorchView(NormEval()).sites()] == [True, False, False]
+    for own in (NormEval().train(), NormEval().eval()):
+        assert [site.stats_frozen for site in TorchView(own).sites()] == [True, False, False]
+        assert not any(each.undone for each in TorchView(own).facts())
 
 
 def test_track_running_stats_off_means_batch_statistics() -> None:

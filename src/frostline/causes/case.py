@@ -323,8 +323,8 @@ class Case:
     @staticmethod
     def meant_frozen(each: SiteFacts) -> bool:
         """Some flag says that the site, or what holds it, is frozen."""
-        site = each.site
-        return site.params_frozen or site.stats_frozen or bool(each.wrapper_frozen)
+        site, around = each.site, bool(each.wrapper_frozen)
+        return site.params_frozen or site.stats_frozen or around or each.undone
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:

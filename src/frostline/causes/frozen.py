@@ -68,8 +68,9 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     replaced = max(1 - case.sites[path].site.decay for path in paths)
     yield Claim(
         code="MODE_RESET",
-        message=f"{count(len(paths), 'site')} inside a frozen wrapper went back to training mode "
-        f"in a training step: it used the batch and replaced {replaced:.2g} of the statistics",
+        message=f"{count(len(paths), 'site')} put into inference mode (by eval(), or by a frozen "
+        "wrapper around) went back to training mode with the model: a step used the batch and "
+        f"replaced {replaced:.2g} of the statistics",
         sites=paths,
         amount=amount,
         standing=_QUIET,
@@ -106,7 +107,7 @@ def switched(case: Case) -> tuple[str, ...]:
 
 
 def _is_reset(case: Case, path: str) -> bool:
-    return bool(case.sites[path].wrapper_frozen)
+    return bool(case.sites[path].wrapper_frozen) or case.sites[path].undone
 
 
 def _drift(

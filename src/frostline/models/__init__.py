@@ -52,15 +52,19 @@ def _is_native(model: Any, torch: Any, keras: Any) -> bool:
 
 
 def layers_of(target: Any) -> tuple[Any, ...]:
-    """Return the Keras layers that a person means: a model, a layer, or several of either.
+    """Return what a person means: a model, a layer, a torch module, or several of one framework.
 
     Raises:
         ModelError: Something else, or nothing.
     """
-    keras = sys.modules.get("keras")
+    keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     kind = getattr(keras, "Layer", ())
+    # torch containers can be iterated and are modules nevertheless.
     several = isinstance(target, (list, tuple, Iterator))
     found = tuple(target) if several else (target,)
+    native = [torch is not None and _is_native(each, torch, keras) for each in found]
+    if found and all(native):
+        return found
     for each in found:
         if keras is None or not isinstance(each, kind):
             raise ModelError(_why_not(each, keras))
@@ -72,7 +76,12 @@ def layers_of(target: Any) -> tuple[Any, ...]:
 def freezing(
     layers: tuple[Any, ...],
 ) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze Keras layers for a block; see :func:`frostline.frozen`."""
+    """Freeze layers for a block; see :func:`frostline.frozen`."""
+    torch = sys.modules.get("torch")
+    if torch is not None and _is_native(layers[0], torch, sys.modules.get("keras")):
+        from frostline.models import torch_edit
+
+        return torch_edit.frozen(layers)
     from frostline.models import keras_edit
 
     return keras_edit.frozen(layers)

@@ -33,6 +33,8 @@ class SiteFacts:
             no such list yet, or nothing to be in it.
         wrapper_frozen: ``trainable`` of the ``TorchModuleWrapper`` around the site is ``False``;
             ``None`` outside of one.
+        undone: Put into inference mode by hand in a model that trains: the next ``train()`` of any
+            parent puts it back (torch).
         cumulative: The stored statistics are the plain mean over all updates, so `decay` grows.
         training: Value of ``training=`` that is written at the nearest call around the site in a
             functional graph; ``None`` when none is.
@@ -49,6 +51,7 @@ class SiteFacts:
     live: bool = False
     optimized: bool | None = None
     wrapper_frozen: bool | None = None
+    undone: bool = False
     cumulative: bool = False
     training: bool | None = None
     values: int | None = None

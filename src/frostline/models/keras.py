@@ -23,6 +23,7 @@ from frostline.models import (
     keras_facts,
     keras_fold,
     keras_graph,
+    keras_momentum,
     keras_noise,
     keras_split,
     keras_state,
@@ -197,6 +198,10 @@ class KerasView:
             statistics=statistics,
         )
         return counts, lambda: keras_edit.set_flags(flags)
+
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites; see :mod:`keras_momentum`."""
+        return keras_momentum.set_decay(self.model, paths, decay)
 
     def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
         """Turn stock BN layers into ours, in place; returns how many BN layers there are."""

@@ -255,6 +255,13 @@ class ModelView(Protocol):
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
         ...
 
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites.
+
+        Returns how many of them hold it as a constant of a compiled step, and what takes it back.
+        """
+        ...
+
     def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
         """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
         ...

@@ -27,13 +27,13 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
 
     Args:
         model: A torch module.
-        batches: Batches with inputs ``x`` (:class:`frostline.data.Batch`).
+        batches: ``(x, ...)`` tuples, or :class:`frostline.data.Batch`.
     """
     places = site_places(model)
     weights: dict[str, dict[bool, list[float]]] = {p.path: {True: [], False: []} for p in places}
     moved: dict[str, bool] = {}
     for step, batch in enumerate(batches):
-        inputs = tensors(batch.x, model)
+        inputs = tensors(batch[0] if isinstance(batch, tuple) else batch.x, model)
         for training in (True, False):
             changes: dict[Any, Callable[..., Any]] = {
                 place.module: functools.partial(

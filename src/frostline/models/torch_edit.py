@@ -56,6 +56,35 @@ def set_frozen(
     return Counts(layers=len(changed), sites=sites, parameters=touched), undo
 
 
+@contextmanager
+def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+    """Freeze modules, and all that they contain, for a block; everything comes back after.
+
+    Yields:
+        What was frozen, and what takes it back early.
+    """
+    back = [snapshot(module) for module in modules]
+
+    def undo() -> None:
+        for each in reversed(back):
+            each()
+
+    try:
+        end, total = Boundary(path=None, index=0), Counts(layers=0, sites=0, parameters=0)
+        for module in modules:
+            counts, _ = set_frozen(
+                module, end, before=True, frozen=True, params=True, statistics=True
+            )
+            total = Counts(
+                layers=total.layers + counts.layers,
+                sites=total.sites + counts.sites,
+                parameters=total.parameters + counts.parameters,
+            )
+        yield total, undo
+    finally:
+        undo()
+
+
 def _side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     own = [p for p in places if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     if boundary.path is None:

@@ -11,6 +11,7 @@ from frostline.models.torch_frozen import is_locked
 from frostline.models.torch_graph import (
     is_frozen_kind,
     is_site,
+    modes_in_training,
     site_places,
     sites,
     unwrapped,
@@ -24,6 +25,7 @@ def facts(model: Any) -> ModelFacts:
     """Collect what rules without data may look at; arrays are float64 copies."""
     root = unwrapped(model)
     places = {place.path: place for place in site_places(model)}
+    thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
     found = []
     for site in sites(model):
         module = places[site.path].module
@@ -38,6 +40,7 @@ def facts(model: Any) -> ModelFacts:
                 dtype=site.dtype,
                 live=is_locked(module) or is_frozen_kind(module),
                 optimized=any(p.requires_grad for p in own) if own else None,
+                undone=root.training and not module.training and thawed[site.path],
                 cumulative=getattr(module, "momentum", 0.0) is None,
             )
         )

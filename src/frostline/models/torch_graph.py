@@ -102,14 +102,26 @@ def site_places(model: Any) -> tuple[Place, ...]:
 
 
 def sites(model: Any) -> tuple[Site, ...]:
-    """Every BN layer of ``model``; ``stats_frozen`` is what a call of ``train()`` leaves frozen."""
+    """Every BN layer of ``model``.
+
+    ``stats_frozen`` is what holds in training: in a model that is in training mode, what its
+    modules are in now; else what its own ``train()`` will leave frozen.
+    """
     places = site_places(model)
-    with training_modes(model):
-        modes = [bool(place.module.training) for place in places]
+    modes = [bool(place.module.training) for place in places]
+    if not unwrapped(model).training:
+        modes = modes_in_training(model, places)
     return tuple(
         _site(place, index, mode)
         for index, (place, mode) in enumerate(zip(places, modes, strict=True))
     )
+
+
+def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
+    """Mode of each module after the model's own ``train()``, which some models override."""
+    with modes_kept(model):
+        unwrapped(model).train()
+        return [bool(place.module.training) for place in places]
 
 
 def _site(place: Place, index: int, training: bool) -> Site:
@@ -174,14 +186,6 @@ def modes_kept(model: Any) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-
-
-@contextmanager
-def training_modes(model: Any) -> Iterator[None]:
-    """Inside, the model is as its own ``train()`` leaves it, which some models override."""
-    with modes_kept(model):
-        unwrapped(model).train()
-        yield
 
 
 def resolve(model: Any, reference: Any) -> Boundary:
