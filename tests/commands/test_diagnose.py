@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.commands import showing
+from frostline.commands import diagnose as command
+from frostline.commands import models, showing
+from frostline.measurement import Remedy
 from frostline.report.report import Report
 
 keras = pytest.importorskip("keras")
@@ -58,6 +61,10 @@ def test_a_diagnosis(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert read.measurement.history["loss"] == (0.9, 0.2)
     assert [site.path for site in read.sites] == ["bn"]
     assert any(cause.is_bn and "bn" in cause.sites for cause in read.causes)
+    shells = [each.shell for each in read.remedies if each.shell]
+    assert shells
+    assert all(str(folder / "model.keras") in shell for shell in shells)
+    assert not any(word in shell.split() for shell in shells for word in ("MODEL", "DATA"))
     assert "FL115" in {each.code for each in read.skipped}
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "Traceback" not in err
@@ -127,6 +134,22 @@ def test_exit_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def _frozen_untouched() -> Any:
     layer = keras.layers.BatchNormalization(name="bn", trainable=False)
     return keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(2)])
+
+
+def test_a_command_to_paste_names_the_model_and_the_data() -> None:
+    options = models.DataOptions(
+        source="my images", classes=("cat", "dog"), per_class=5, preprocess="unit", split="all",
+        seed=3,
+    )  # fmt: skip
+    remedy = Remedy(name="r", fix="recalibrate", causes=(), text="t",
+                    shell="frostline recalibrate MODEL DATA --output FIXED.keras")  # fmt: skip
+    words = {"MODEL": "it's.keras", "DATA": command._as_typed(options)}
+    assert command._filled(remedy, words).shell == (
+        "frostline recalibrate it's.keras 'my images' --classes cat,dog --per-class 5 "
+        "--preprocess unit --split all --seed 3 --output FIXED.keras"
+    )
+    assert command._filled(replace(remedy, shell=None), words).shell is None
+    assert command._as_typed(models.DataOptions(source="digits")) == "digits"
 
 
 def test_force(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from frostline import rules
 from frostline.commands import models, showing
 from frostline.commands.models import DataOptions
+from frostline.measurement import Remedy
 from frostline.types import Array, DataError
 
 
@@ -72,7 +74,33 @@ def run(
         select=select or None,
         ignore=ignore or None,
     )
+    words = {"MODEL": shlex.quote(source), "DATA": _as_typed(options)}
+    report = replace(report, remedies=tuple(_filled(each, words) for each in report.remedies))
     return showing.show(report, format=format, output=output, exit_zero=exit_zero)
+
+
+def _filled(remedy: Remedy, words: Mapping[str, str]) -> Remedy:
+    """Return a remedy whose command names the model and the data that were diagnosed."""
+    if remedy.shell is None:
+        return remedy
+    shell = " ".join(words.get(word, word) for word in remedy.shell.split(" "))
+    return replace(remedy, shell=shell)
+
+
+def _as_typed(options: DataOptions) -> str:
+    """Return DATA with the options that it was read with, as words of a shell."""
+    words = [options.source]
+    if options.classes:
+        words += ["--classes", ",".join(options.classes)]
+    for name in ("per_class", "image_size", "preprocess"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.split != "train":
+        words += ["--split", options.split]
+    if options.seed:
+        words += ["--seed", str(options.seed)]
+    return shlex.join(words)
 
 
 def _held_out(source: str, options: DataOptions, model: Any, x: Array) -> tuple[Array, Array]:

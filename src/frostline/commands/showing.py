@@ -56,7 +56,11 @@ def show(report: Report, *, format: Form, output: Path | None, exit_zero: bool) 
     elif format == "github":
         typer.echo(github.as_github(report), nl=False)
     else:
-        text.console().print(terminal.as_text(report), crop=False)
+        out = text.console()
+        if out.is_terminal:
+            out.print(terminal.as_text(report), crop=False)
+        else:  # a file or a pipe: no blanks at the ends of lines
+            typer.echo(text.render(terminal.as_text(report), width=out.width), nl=False)
         if output is not None:
             typer.echo(f"written: {output}", err=True)
     return 0 if report.clean or exit_zero else 1

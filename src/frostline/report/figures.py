@@ -292,7 +292,7 @@ def _rows(
     """Return axes with one named row each: names at the left, or above the row on a phone."""
     ax: Axes = canvas.subplots()
     rows = max(len(names), 1)
-    fits = 44 if wide else 54
+    fits = 56 if wide else 54
     labels = [wording.shortened(wording.printable(name), fits) for name in names]
     left = 12 + _CHARACTER * max((len(label) for label in labels), default=0) if wide else 8
     canvas.subplots_adjust(**_margins(canvas, left=left, right=right, top=16, bottom=bottom))
@@ -328,7 +328,7 @@ def _bars(ax: Axes, heights: Array, frozen: Sequence[bool]) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    half = 0.36 if len(heights) < 100 else 0.45
+    half = 0.45 if len(heights) > 100 else 0.36 * min(1.0, len(heights) / 8)
     for chosen, _, colour in _kinds(frozen):
         if not len(chosen):
             continue
