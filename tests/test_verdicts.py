@@ -56,16 +56,21 @@ def test_no_remedy_helps_is_an_answer() -> None:
 
 
 def test_nothing_found() -> None:
-    none = [cause("NONE", message="they differ by 0.001 in loss")]
-    found = verdicts.of_measurement(measured(), none, (), 4)
-    assert found == "no BN cause found: they differ by 0.001 in loss"
-    assert verdicts.of_measurement(measured(), none, (), 0) == (
-        "not BN, the model has no BatchNormalization layer: they differ by 0.001 in loss"
+    none = [cause("NONE")]
+    assert verdicts.of_measurement(measured(0.001, 0.003), none, (), 4) == (
+        "no cause found: training mode and inference differ by +0.002 in loss (95% interval "
+        "+0.001 to +0.003, 400 samples): too little to matter"
+    )
+    assert verdicts.of_measurement(measured(0, 0), none, (), 0) == (
+        "not BN: the model has no BatchNormalization layer; training mode and inference give the "
+        "same losses on 400 samples"
     )
     nan = measured(float("nan"), float("nan"))
     assert verdicts.of_measurement(nan, none, (), 4).startswith("no verdict: ")
 
 
-def test_a_wide_interval_is_told() -> None:
+def test_few_samples_are_told() -> None:
     told = verdicts.of_measurement(measured(-1.0, 0.2, samples=16), (), (), 4)
-    assert "may be chance (95% interval -1 to +0.2, 16 samples)" in told
+    assert told.endswith("(95% interval -1 to +0.2, 16 samples): it may be chance")
+    told = verdicts.of_measurement(measured(-1.0, -0.2, samples=16), [cause("EMA_LAG")], (), 4)
+    assert told.endswith("; 16 samples tell little: the gap in loss is -1 to -0.2")

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from frostline.measurement import Cause, Interval, Measurement, Remedy
 from frostline.types import Finding, Site
 
+#: Fewer samples than this, and the verdict says what they tell.
+FEW = 64
+
 
 def of_rules(sites: Sequence[Site], findings: Sequence[Finding], applied: Sequence[str]) -> str:
     """Verdict of a report without data: how much was found, and what comes first."""
@@ -42,9 +45,7 @@ def of_measurement(
     """
     named = [cause for cause in causes if cause.code != "NONE"]
     if not named:
-        if not causes:
-            return _agreement(measured)
-        return f"{_nothing(measured, sites)}: {causes[0].message}"
+        return _nothing(measured, sites)
     first = named[0]
     # Where BN is one of several causes it is named first, and so is what is not BN.
     kinds = {cause.is_bn for cause in named if cause.share is None or cause.share > 0}
@@ -60,33 +61,33 @@ def of_measurement(
         parts.append(f"{best.name}: {_effect(best)}")
     elif remedies:
         parts.append("no remedy that was tried helps for sure")
+    gap = measured.gaps.get("total")
+    if measured.samples < FEW and gap is not None and _told(gap.loss):
+        interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
+        parts.append(f"{measured.samples} samples tell little: the gap in loss is {interval}")
     return "; ".join(parts)
 
 
 def _nothing(measured: Measurement, sites: int) -> str:
+    """Verdict without a cause: how far training mode and inference are apart."""
+    gap = measured.gaps.get("total")
+    if gap is None or not _told(gap.loss):
+        return "no verdict: training mode and inference could not be compared"
+    loss, count = gap.loss, f"{measured.samples} samples"
+    if loss.low == loss.high == 0:
+        told = f"training mode and inference give the same losses on {count}"
+    else:
+        interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
+        told = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
+        told += ": too little to matter" if loss.excludes_zero else ": it may be chance"
     if not sites:
-        return "not BN, the model has no BatchNormalization layer"
-    gap = measured.gaps.get("bn") or measured.gaps.get("total")
-    return "no verdict" if gap is None or not _told(gap.loss) else "no BN cause found"
+        return f"not BN: the model has no BatchNormalization layer; {told}"
+    return f"no cause found: {told}"
 
 
 def _told(interval: Interval) -> bool:
     """Whether the interval says anything: one that is not a number does not."""
     return interval.low == interval.low
-
-
-def _agreement(measured: Measurement) -> str:
-    """How far training mode and inference are apart, with the interval."""
-    gap = measured.gaps.get("total")
-    if gap is None:
-        return "training mode and inference were not compared"
-    loss = gap.loss
-    sure = "" if loss.excludes_zero else ", which may be chance"
-    return (
-        f"training mode and inference differ by {loss.estimate:+.3g} in loss{sure} "
-        f"({100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, "
-        f"{measured.samples} samples)"
-    )
 
 
 def _share(cause: Cause) -> str:
