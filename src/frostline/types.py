@@ -65,6 +65,8 @@ class Site:
         dtype: Compute dtype of the layer.
         version: Old-release preset of our own layer, else ``None``.
         debias: Whether the moving average is corrected for its start.
+        trained_by: Name of an inner model that is compiled for itself and whose optimizer trains
+            this site too: it may live under two regimes, as in a GAN. ``None`` otherwise.
     """
 
     path: str
@@ -82,6 +84,7 @@ class Site:
     dtype: str = "float32"
     version: str | None = None
     debias: bool = False
+    trained_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ TRIGGERS: list[tuple[str, ModelFacts]] = [
     ("FL114", model(facts(at={"calls": 2}))),
     ("FL115", model(facts("a/bn"), facts("b/bn"))),
     ("FL116", model(facts(values=1), batch=15)),
+    ("FL117", model(facts(at={**FROZEN, "trained_by": "critic"}, two_regimes=True))),
     ("FL201", model(facts(mean=np.array([0.0, np.nan, 1.0])))),
     ("FL201", model(facts(variance=np.array([1.0, np.inf, 1.0])))),
     ("FL202", model(facts(variance=np.array([1.0, -1e-9, 1.0])))),

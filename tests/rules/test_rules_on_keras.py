@@ -320,3 +320,26 @@ def test_report_of_lint() -> None:
     assert report.origin["backend"] == keras.backend.backend()
     assert not set(report.rules) & {each.code for each in report.skipped}
     assert not report.clean
+
+
+def test_a_discriminator_under_two_regimes() -> None:
+    """The pattern of examples/gan.py, whose flags say nothing: the two optimizers do."""
+    inner = keras.Sequential(
+        [
+            keras.Input((4,)),
+            fl.layers.BatchNormalization(name="bn"),
+            keras.layers.Dense(2, name="head"),
+        ],
+        name="critic",
+    )
+    trained(inner)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), inner])
+    model.compile("sgd", "mse")
+    assert found(model, "FL117") == []
+    with fl.frozen(inner):
+        assert found(model, "FL117") == ["FL117"]
+        step(model)
+    assert inner.trainable
+    assert found(model, "FL117") == ["FL117"]
+    assert [site.trained_by for site in fl.sites(model)] == ["critic"]
+    assert [site.trained_by for site in fl.sites(inner)] == [None]

@@ -39,6 +39,8 @@ class SiteFacts:
         training: Value of ``training=`` that is written at the nearest call around the site in a
             functional graph; ``None`` when none is.
         values: Values per channel in one sample (height times width); ``None`` when not known.
+        two_regimes: ``site.trained_by`` trains it, and in this model it is frozen, now or in the
+            step that the model was compiled for.
     """
 
     site: Site
@@ -55,6 +57,7 @@ class SiteFacts:
     cumulative: bool = False
     training: bool | None = None
     values: int | None = None
+    two_regimes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,16 @@ import keras
 import numpy as np
 
 from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
-from frostline.models.keras_graph import Place, is_site, sites, walk, wrapped_module
+from frostline.models.keras_graph import (
+    Place,
+    inner_optimizers,
+    is_site,
+    optimized_variables,
+    sites,
+    trains,
+    walk,
+    wrapped_module,
+)
 from frostline.types import Array, Site
 
 
@@ -26,7 +35,7 @@ def facts(model: Any) -> ModelFacts:
     places = walk(model)
     nodes = _nodes(model, places)
     optimizer = getattr(model, "optimizer", None)
-    optimized = _optimized(optimizer)
+    optimized = optimized_variables(model)
     modules = _modules(places)
     found: list[SiteFacts] = []
     for site in sites(model):
@@ -36,7 +45,9 @@ def facts(model: Any) -> ModelFacts:
         else:
             mine = _wrapped(site, place.layer, module, optimized)
         training = _written_training(place, places, nodes)
-        found.append(replace(mine, training=training, values=_values(place, nodes)))
+        regimes = site.trained_by is not None and _frozen_here(place, places, optimized)
+        mine = replace(mine, training=training, values=_values(place, nodes), two_regimes=regimes)
+        found.append(mine)
     return ModelFacts(
         name=model.name,
         backend=keras.backend.backend(),
@@ -107,12 +118,23 @@ def _numbers(variable: Any) -> Array | None:
     return np.array(value, dtype=np.float64)
 
 
-def _optimized(optimizer: Any) -> frozenset[int] | None:
-    """Identities of the variables that the optimizer was built for; no public name has them."""
-    if optimizer is None or not getattr(optimizer, "built", False):
-        return None
-    inner = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling wraps another one
-    return frozenset(id(variable) for variable in inner._trainable_variables)
+def _frozen_here(place: Place, places: tuple[Place, ...], optimized: frozenset[int] | None) -> bool:
+    """Whether this model's own step leaves alone what an inner optimizer trains.
+
+    A live site is known to every optimizer, so the other weights of the inner model decide.
+    """
+    if not place.layer.trainable:
+        return True
+    sites_too = {
+        id(variable)
+        for each in places
+        if is_site(each.layer)
+        for variable in each.layer._trainable_variables
+    }
+    for _, known in inner_optimizers(places):
+        if trains(known, place.layer) and optimized is not None:
+            return not (known - sites_too) & optimized
+    return False
 
 
 def _is_optimized(own: list[Any], optimized: frozenset[int] | None) -> bool | None:

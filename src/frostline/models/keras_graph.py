@@ -141,12 +141,39 @@ def sites(model: Any) -> tuple[Site, ...]:
     their decay is ``1 - momentum``.
     """
     found: list[dict[str, Any]] = []
-    for place in walk(model):
+    places = walk(model)
+    inner = inner_optimizers(places)
+    for place in places:
         if is_site(place.layer):
-            found.append(_keras_site(place, model))
+            trained_by = next((name for name, known in inner if trains(known, place.layer)), None)
+            found.append({**_keras_site(place, model), "trained_by": trained_by})
         else:
             found.extend(_torch_site(place, *each) for each in torch_norms(place))
     return tuple(Site(index=index, **fields) for index, fields in enumerate(found))
+
+
+def inner_optimizers(places: tuple[Place, ...]) -> list[tuple[str, frozenset[int]]]:
+    """Inner models that have trained for themselves: name and identities of what they train."""
+    return [
+        (place.layer.name, optimized)
+        for place in places
+        if isinstance(place.layer, keras.Model)
+        and (optimized := optimized_variables(place.layer)) is not None
+    ]
+
+
+def optimized_variables(model: Any) -> frozenset[int] | None:
+    """Identities of the variables that a model's optimizer was built for; ``None`` without one."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not getattr(optimizer, "built", False):
+        return None
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling wraps another one
+    return frozenset(id(variable) for variable in inner._trainable_variables)
+
+
+def trains(known: frozenset[int], layer: Any) -> bool:
+    """Whether any of the layer's own trainable variables is among these."""
+    return any(id(variable) in known for variable in layer._trainable_variables)
 
 
 def _keras_site(place: Place, model: Any) -> dict[str, Any]:

@@ -201,6 +201,8 @@ _SITE_HEADINGS = ("#", "site", "chan.", "gamma/beta", "statistics", "decay", "in
 
 def _site_cells(site: Site) -> tuple[str, ...]:
     uses = f" (used {site.calls}×)" if site.calls > 1 else ""
+    if site.trained_by is not None:
+        uses += f" (also trained by {site.trained_by})"
     return (
         str(site.index),
         site.path + uses,

@@ -1,4 +1,4 @@
-"""FL108 to FL110: sites whose mode is decided by how they are called, not by their flags.
+"""FL108 to FL110 and FL117: sites whose mode is decided by how they are called, not by their flags.
 
 The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
 """
@@ -147,4 +147,54 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
                 message="keeps no statistics: every prediction depends on the other samples of its "
                 "batch; track them",
                 evidence={"channels": float(each.site.channels or 0)},
+            )
+
+
+@rule("FL117", "two-regimes", severity="info", fix="freeze")
+def two_regimes(model: ModelFacts) -> Iterator[Hit]:
+    """One layer trains in one model and is frozen in another that contains it.
+
+    ## What it does
+    Reports sites inside an inner model that was trained for itself, and which this model freezes:
+    the discriminator of a GAN inside the combined model.
+
+    ## Why is this bad?
+    It need not be, but both models read one flag. On TensorFlow each step keeps the flag of its
+    first call; JAX and torch read it at every step, so that the model which is called under the
+    other's flag raises, or trains what should be frozen.
+
+    ## Example
+    ```python
+    inner = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    inner.compile("sgd", "mse")
+    inner.train_on_batch(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))
+    inner.trainable = False
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), inner])
+    ```
+
+    ## Use instead
+    ```python
+    inner = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), inner])
+    ```
+
+    ## When not to use it
+    When every step of this model runs inside `with fl.frozen(inner)`, as in `examples/gan.py`.
+
+    ## Options
+    None.
+
+    ## References
+    `examples/gan.py`; Keras issue 4674.
+    """
+    for each in model:
+        if each.two_regimes and each.site.trained_by is not None:
+            name = each.site.trained_by
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"trains in '{name[:30]}', frozen here, under one flag: run each step of "
+                "this model in fl.frozen(...)",
+                evidence={"trained_by": name},
             )
