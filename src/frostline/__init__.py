@@ -34,6 +34,7 @@ _EXPORTS = {
     "callbacks": "callbacks",
     "convert": "repair",
     "diagnose": "diagnosis",
+    "fit": "training",
     "fold": "repair",
     "freeze": "repair",
     "frozen": "repair",

@@ -16,6 +16,8 @@ from typing import Annotated
 
 import typer
 
+from frostline.commands import cache as cache_commands
+from frostline.commands import fit as fit_command
 from frostline.commands import looking
 from frostline.commands.options import (
     DATA_HELP,
@@ -59,6 +61,7 @@ app = typer.Typer(
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
 looking.register(app)
 app.add_typer(experiments, name="experiment")
+app.add_typer(cache_commands.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -211,6 +214,9 @@ def fold(
     from frostline.commands import models
 
     return models.fold(model, output=output, force=force)
+
+
+fit_command.add_to(app, start)
 
 
 @experiments.command()

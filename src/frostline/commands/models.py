@@ -87,9 +87,9 @@ def freeze(source: str, *, until: str | int | float, output: Path, force: bool) 
 
     model = load(source)
     found = _sites(model)
-    _check_output(output, source, force=force)
+    check_output(output, source, force=force)
     repair.freeze(model, until=until)
-    _save(model, output, force=force)
+    save(model, output, force=force)
     after = _sites(model)
     frozen = sum(site.stats_frozen for site in after)
     typer.echo(f"{output}: {frozen} of {len(found)} BN layers frozen, up to {until}")
@@ -103,9 +103,9 @@ def convert(source: str, *, output: Path, policy: Policy | None, version: str | 
 
     model = load(source)
     _sites(model)
-    _check_output(output, source, force=force)
+    check_output(output, source, force=force)
     converted = repair.convert(model, policy=policy, version=version, debias=debias)
-    _save(converted, output, force=force)
+    save(converted, output, force=force)
     after = _sites(converted)
     ways = sorted({site.version or site.policy for site in after})
     typer.echo(
@@ -120,9 +120,9 @@ def fold(source: str, *, output: Path, force: bool) -> int:
 
     model = load(source)
     _sites(model)
-    _check_output(output, source, force=force)
+    check_output(output, source, force=force)
     folded = view(model).fold()
-    _save(folded.model, output, force=force)
+    save(folded.model, output, force=force)
     alone = len(folded.replaced)
     typer.echo(
         f"{output}: {len(folded.absorbed)} BN layers folded into the layer before them"
@@ -146,10 +146,10 @@ def recalibrate(
 
     model = load(source)
     _sites(model)
-    _check_output(output, source, force=force)
+    check_output(output, source, force=force)
     x, _ = read_data(options, model)
     change = repair.recalibrate(model, x, sites=sites, method=method, batch_size=batch_size)
-    _save(model, output, force=force)
+    save(model, output, force=force)
     typer.echo(f"{output}: {change}")
     return 0
 
@@ -160,9 +160,9 @@ def set_momentum(source: str, momentum: float, *, sites: str, output: Path, forc
 
     model = load(source)
     _sites(model)
-    _check_output(output, source, force=force)
+    check_output(output, source, force=force)
     change = repair.set_momentum(model, momentum, sites=sites)
-    _save(model, output, force=force)
+    save(model, output, force=force)
     typer.echo(f"{output}: {change}")
     return 0
 
@@ -224,7 +224,8 @@ def load(source: str) -> Any:
         return load_model(source)
 
 
-def _save(model: Any, path: Path, *, force: bool) -> None:
+def save(model: Any, path: Path, *, force: bool) -> None:
+    """Write a model, whole or not at all."""
     with environment.native_noise_held_back():
         from frostline.models.keras_files import save_model
 
@@ -239,7 +240,7 @@ def _sites(model: Any) -> tuple[Site, ...]:
     return found
 
 
-def _check_output(path: Path, source: str, *, force: bool) -> None:
+def check_output(path: Path, source: str, *, force: bool) -> None:
     """Refuse an output that cannot be, before the work instead of after it."""
     if path.suffix not in (".keras", ".h5"):
         raise OutputError(f"a model is written as .keras or .h5. Received: {path}")

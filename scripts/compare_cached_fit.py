@@ -1,0 +1,109 @@
+"""Train a backbone with ``model.fit`` and with ``fl.fit``, same seed, and print the differences.
+
+    KERAS_BACKEND=tensorflow python scripts/compare_cached_fit.py --backbone resnet50
+
+Random weights, the backbone's usual boundary (ResNet50: 140 layers, as in the essay), shuffling,
+validation, SGD and Adam, three epochs. Exit code 1 when weights differ by more than 1e-5 or the
+history by more than 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def compiled(backbone: str, size: int, optimizer: str) -> Any:
+    """Return a backbone with a head, frozen up to its boundary and compiled."""
+    import keras
+
+    import frostline as fl
+    from frostline.experiments import backbones
+    from frostline.experiments.overfit import default_boundary
+
+    keras.utils.set_random_seed(1)
+    model = backbones.build(backbone, image_size=size, classes=2, weights=None, dropout=0.2)
+    # Fresh statistics (0 and 1) let activations of a random network grow from layer to layer.
+    images = np.random.default_rng(2).normal(size=(32, size, size, 3)).astype("float32")
+    fl.recalibrate(model, images)
+    fl.freeze(model, until=default_boundary(backbone))
+    rate = {"sgd": 1e-2, "adam": 1e-3}[optimizer]
+    chosen = {
+        "sgd": keras.optimizers.SGD(rate, momentum=0.9),
+        "adam": keras.optimizers.Adam(rate),
+    }[optimizer]
+    model.compile(chosen, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def compare(backbone: str, size: int, samples: int, optimizer: str, engine: str) -> dict[str, Any]:
+    """Train twice; return the largest differences."""
+    import keras
+
+    import frostline as fl
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(samples, size, size, 3)).astype("float32")
+    y = rng.integers(0, 2, samples)
+    held = max(2, samples // 3)
+    options = {"epochs": 3, "batch_size": 8, "verbose": 0,
+               "validation_data": (x[:held] + 1, y[:held])}  # fmt: skip
+    trained, histories = [], []
+    start: list[Any] = []
+    for way in (None, engine):
+        model = compiled(backbone, size, optimizer)
+        start = [np.array(w) for w in model.get_weights()]
+        keras.utils.set_random_seed(3)
+        if way is None:
+            history = model.fit(x, y, **options)
+        else:
+            history = fl.fit(model, x, y, engine=way, **options)
+        trained.append([np.array(w) for w in model.get_weights()])
+        histories.append(history.history)
+    pairs = list(zip(*trained, strict=True))
+    return {
+        "backend": keras.backend.backend(),
+        "backbone": backbone,
+        "image_size": size,
+        "optimizer": optimizer,
+        "engine": engine,
+        "weights": max(float(np.abs(a - b).max()) for a, b in pairs),
+        "history": max(
+            abs(a - b)
+            for name in histories[0]
+            for a, b in zip(histories[0][name], histories[1][name], strict=True)
+        ),
+        "moved": max(float(np.abs(a - b).max()) for a, b in zip(trained[0], start, strict=True)),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, print one line of JSON per comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--backbone", nargs="+", default=["efficientnet-lite0", "resnet50"])
+    parser.add_argument("--optimizer", nargs="+", default=["sgd", "adam"])
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--engine", default="native")
+    given = parser.parse_args(arguments)
+    worst = 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FROSTLINE_CACHE_DIR"] = str(Path(folder))
+        for backbone in given.backbone:
+            for optimizer in given.optimizer:
+                found = compare(backbone, given.image_size, given.samples, optimizer, given.engine)
+                same = found["weights"] <= 1e-5 and found["history"] <= 1e-4
+                worst |= not same
+                print(json.dumps({**found, "same": same}), flush=True)
+    return int(worst)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

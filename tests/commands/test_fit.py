@@ -1,0 +1,65 @@
+"""``frostline fit``: a compiled model file in, a trained one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from frostline.cli import main
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="relu", trainable=False),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    model.save("not-compiled.keras")
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.save("model.keras")
+    rng = np.random.default_rng(0)
+    np.savez("data.npz", x=rng.normal(size=(40, 6)), y=rng.integers(0, 2, 40))
+    return tmp_path
+
+
+def weights(path: str) -> list[Any]:
+    return [np.asarray(w) for w in keras.saving.load_model(path).get_weights()]
+
+
+def test_fit_writes_what_keras_would_train(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", "model.keras", "data.npz", "-o", "out.keras", "--epochs", "2",
+               "--batch-size", "8", "--seed", "5", "--learning-rate", "0.1"]  # fmt: skip
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "out.keras: 40 samples, 2 epoch(s): accuracy" in captured.out
+    assert "40 samples, 40 computed" in captured.err
+    model = keras.saving.load_model("model.keras")
+    model.optimizer.learning_rate = 0.1
+    keras.utils.set_random_seed(5)
+    with np.load("data.npz", allow_pickle=False) as data:
+        model.fit(data["x"], data["y"], epochs=2, batch_size=8, verbose=0)
+    for mine, theirs in zip(weights("out.keras"), model.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, np.asarray(theirs), atol=1e-5)
+    assert main(command) == 2  # it exists now
+    assert "--force" in capsys.readouterr().err
+
+
+def test_errors_take_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "not-compiled.keras", "data.npz", "-o", "out.keras"]) == 2
+    assert "is not compiled" in capsys.readouterr().err
+    tiny = ["fit", "model.keras", "data.npz", "-o", "out.keras", "--max-gb", "1e-8"]
+    assert main(tiny) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "beyond the limit" in error
+    assert not (files / "out.keras").exists()

@@ -1,0 +1,446 @@
+"""Cached training against Keras' own ``fit``: same seed, same weights, same history."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+
+import frostline as fl
+from frostline.types import DataError, ModelError
+
+# What Keras says of data sets that bring their own order, in plain `fit` as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(52, 8, 8, 3)).astype(np.float32), RNG.integers(0, 3, 52)
+XV, YV = RNG.normal(size=(20, 8, 8, 3)).astype(np.float32), RNG.integers(0, 3, 20)
+FROZEN = ("conv0", "bn0", "conv1", "bn1")
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def network(frozen: tuple[str, ...] = FROZEN) -> Any:
+    """Three residual blocks with BN, dropout and a regularizer; cut inside the second block."""
+    keras.utils.set_random_seed(1)
+    inputs = h = keras.Input((8, 8, 3))
+    for block in range(3):
+        skip = h
+        h = L.Conv2D(4, 3, padding="same", name=f"conv{block}")(h)
+        h = L.BatchNormalization(name=f"bn{block}", momentum=0.9)(h)
+        h = L.ReLU()(L.Add()([skip, h]) if block else h)
+    h = L.Dropout(0.3)(L.GlobalAveragePooling2D()(h))
+    outputs = L.Dense(3, activation="softmax", kernel_regularizer="l2", name="head")(h)
+    model = keras.Model(inputs, outputs)
+    for name in frozen:
+        model.get_layer(name).trainable = False
+    return model
+
+
+def compiled(optimizer: Any, **options: Any) -> Any:
+    model = network(**options)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def adam() -> Any:
+    return keras.optimizers.Adam(0.01)
+
+
+def sgd() -> Any:
+    return keras.optimizers.SGD(0.05, momentum=0.9)
+
+
+class Batches(keras.utils.PyDataset):  # type: ignore[misc]
+    """A ``PyDataset`` of 16 samples a batch."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return -(-len(self.x) // 16)
+
+    def __getitem__(self, index: int) -> Any:
+        rows = slice(16 * index, 16 * index + 16)
+        return self.x[rows], self.y[rows]
+
+
+def tf_data(x: Any, y: Any, *, shuffle: bool = True) -> Any:
+    tf = pytest.importorskip("tensorflow")
+    data = tf.data.Dataset.from_tensor_slices((x, y))
+    return (data.shuffle(len(x), seed=3) if shuffle else data).batch(16)
+
+
+def loader(x: Any, y: Any, *, shuffle: bool = True) -> Any:
+    torch = pytest.importorskip("torch")
+    data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y))
+    order = torch.Generator().manual_seed(3)  # Keras seeds torch's own on its torch backend only
+    return torch.utils.data.DataLoader(data, batch_size=16, shuffle=shuffle, generator=order)
+
+
+def weights(model: Any) -> list[Any]:
+    return [np.asarray(w) for w in model.get_weights()]
+
+
+def slots(model: Any) -> list[Any]:
+    return [np.asarray(keras.ops.convert_to_numpy(v)) for v in model.optimizer.variables]
+
+
+def assert_same(one: Any, other: Any, start: Any) -> None:
+    """Weights to 1e-5 and optimizer state; and training did something."""
+    for mine, theirs in zip(weights(one), weights(other), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    for mine, theirs in zip(slots(one), slots(other), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    moved = [np.abs(a - b).max() for a, b in zip(weights(one), weights(start), strict=True)]
+    assert max(moved) > 0.01
+
+
+def assert_same_history(one: Any, other: Any) -> None:
+    assert one.history.keys() == other.history.keys()
+    assert one.epoch == other.epoch
+    for name, values in one.history.items():
+        np.testing.assert_allclose(values, other.history[name], atol=1e-4, err_msg=name)
+
+
+def trained(fit: Callable[..., Any], make: Any, data: Any, options: Any) -> tuple[Any, Any]:
+    model = compiled(make())
+    keras.utils.set_random_seed(7)
+    given = {name: value() if callable(value) else value for name, value in options.items()}
+    history = fit(model, *data(), epochs=3, verbose=0, **given)
+    return model, history
+
+
+def plain(model: Any, *data: Any, **options: Any) -> Any:
+    return model.fit(*data, **options)
+
+
+CASES = {
+    "arrays": (adam, lambda: (X, Y), {"validation_data": (XV, YV), "batch_size": 16}),
+    "validation split": (sgd, lambda: (X, Y), {"validation_split": 0.3, "batch_size": 8}),
+    "weights": (
+        adam,
+        lambda: (X, Y),
+        {
+            "sample_weight": np.linspace(0, 2, 52),
+            "shuffle": "batch",
+            "validation_data": (XV, YV, np.linspace(1, 2, 20)),
+            "validation_freq": 2,
+            "initial_epoch": 1,
+        },
+    ),
+    "steps": (
+        sgd,
+        lambda: (X, Y),
+        {
+            "class_weight": {0: 1.0, 1: 2.0, 2: 3.0},
+            "batch_size": 16,
+            "shuffle": False,
+            "steps_per_epoch": 2,
+            "validation_data": (XV, YV),
+            "validation_steps": 1,
+        },
+    ),
+    "PyDataset": (adam, lambda: (Batches(X, Y),), {"validation_data": lambda: Batches(XV, YV)}),
+    "tf.data": (
+        adam,
+        lambda: (tf_data(X, Y),),
+        {"validation_data": lambda: tf_data(XV, YV, shuffle=False)},
+    ),
+    "DataLoader": (
+        sgd,
+        lambda: (loader(X, Y),),
+        {"validation_data": lambda: loader(XV, YV, shuffle=False)},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_fit_gives_the_weights_and_history_of_keras(case: str) -> None:
+    make, data, options = CASES[case]
+    one, expected = trained(plain, make, data, options)
+    other, history = trained(fl.fit, make, data, options)
+    assert_same(one, other, compiled(make()))
+    assert_same_history(expected, history)
+    assert history is other.history
+
+
+def test_shuffling_matters_in_these_tests() -> None:
+    """The comparison above would notice another order."""
+    one, _ = trained(plain, adam, lambda: (X, Y), {"batch_size": 16})
+    other, _ = trained(plain, adam, lambda: (X, Y), {"batch_size": 16, "shuffle": False})
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(weights(one), weights(other), strict=True)) > 1e-3
+    )
+
+
+def test_the_optimizer_goes_on_in_later_calls() -> None:
+    def in_turn(first: Any, second: Any) -> tuple[Any, Any]:
+        model = compiled(adam())
+        optimizer = model.optimizer
+        keras.utils.set_random_seed(7)
+        first(model, X, Y, epochs=1, verbose=0)
+        history = second(model, X, Y, epochs=3, initial_epoch=1, verbose=0)
+        assert model.optimizer is optimizer
+        return model, history
+
+    one, expected = in_turn(plain, plain)
+    for order in ((fl.fit, plain), (plain, fl.fit)):
+        other, history = in_turn(*order)
+        assert_same(one, other, compiled(adam()))
+        assert_same_history(expected, history)
+
+
+def test_nested_model_with_layers_that_are_ours() -> None:
+    """A backbone in a model, its BN layers converted: frozen ones can thaw at any time."""
+
+    def make() -> Any:
+        inner = network(())
+        backbone = keras.Model(inner.inputs, inner.get_layer("bn2").output, name="backbone")
+        model = keras.Sequential([keras.Input((8, 8, 3)), backbone, L.Flatten(), L.Dense(1)])
+        model = fl.convert(model)
+        fl.freeze(model, until="backbone/conv2")
+        model.compile(adam(), "mse", metrics=["mae"])
+        return model
+
+    one, other = make(), make()
+    targets = RNG.normal(size=(52, 1)).astype(np.float32)
+    keras.utils.set_random_seed(7)
+    expected = one.fit(X, targets, epochs=2, verbose=0, validation_split=0.2)
+    keras.utils.set_random_seed(7)
+    history = fl.fit(other, X, targets, epochs=2, verbose=0, validation_split=0.2)
+    assert_same(one, other, make())
+    assert_same_history(expected, history)
+
+
+class Spy(keras.callbacks.Callback):  # type: ignore[misc]
+    """Uses the whole model in the middle of training, on images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+        self.models: set[int] = set()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.models.add(id(self.model))
+        self.losses.append(self.model.evaluate(XV, YV, verbose=0)[0])
+        assert self.model.predict(X[:3], verbose=0).shape == (3, 3)
+
+
+def test_callbacks_act_on_the_whole_model(tmp_path: Path) -> None:
+    model, spy = compiled(adam()), Spy()
+    file = tmp_path / "best.keras"
+    callbacks = [
+        spy,
+        keras.callbacks.ModelCheckpoint(file),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=10.0),
+        keras.callbacks.TensorBoard(tmp_path / "logs") if _has_tensorflow() else spy,
+    ]
+    history = fl.fit(
+        model, X, Y, epochs=2, verbose=0, validation_data=(XV, YV), callbacks=callbacks
+    )
+    assert spy.models == {id(model)}
+    losses = spy.losses[:: len(spy.losses) // 2]
+    np.testing.assert_allclose(losses, history.history["val_loss"], rtol=1e-5)
+    saved = keras.saving.load_model(file)
+    np.testing.assert_allclose(
+        saved.predict(XV, verbose=0), model.predict(XV, verbose=0), atol=1e-6
+    )
+    assert len(saved.optimizer.variables) == len(model.optimizer.variables)
+    assert history.history["learning_rate"][0] == pytest.approx(0.01)
+
+
+def _has_tensorflow() -> bool:
+    return keras.backend.backend() == "tensorflow"
+
+
+def test_early_stopping_stops_and_restores() -> None:
+    def stopped(fit: Any) -> tuple[Any, Any]:
+        model = compiled(keras.optimizers.SGD(1.0))
+        stop = keras.callbacks.EarlyStopping(
+            "val_loss", patience=1, restore_best_weights=True, start_from_epoch=0
+        )
+        keras.utils.set_random_seed(7)
+        options = {"epochs": 8, "verbose": 0, "validation_data": (XV, YV), "callbacks": stop}
+        return model, fit(model, X, Y, **options)
+
+    one, expected = stopped(plain)
+    other, history = stopped(fl.fit)
+    assert len(history.epoch) < 8
+    assert_same_history(expected, history)
+    for mine, theirs in zip(weights(one), weights(other), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_the_second_call_computes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    fl.fit(compiled(adam()), X, Y, verbose=2)
+    assert "52 samples, 52 computed" in capfd.readouterr().err
+    fl.fit(compiled(sgd()), X, Y, verbose=2)
+    assert "52 samples, 0 computed, 52 already there" in capfd.readouterr().err
+    model = compiled(sgd())
+    model.get_layer("bn0").moving_mean.assign(np.ones(4))
+    fl.fit(model, X, Y, verbose=2)
+    assert "52 samples, 52 computed" in capfd.readouterr().err
+
+
+def test_epoch_e_trains_on_view_e() -> None:
+    """Against plain ``fit``, one epoch at a time, on the views computed by hand."""
+
+    def double(x: Any, seed: int) -> Any:
+        factors = np.random.default_rng(seed).uniform(0.5, 2, size=(len(x), 1, 1, 1))
+        return (x * factors).astype(np.float32)
+
+    seen: list[Any] = []
+
+    def recorded(x: Any, seed: int) -> Any:
+        seen.append(double(x, seed))
+        return seen[-1]
+
+    one = compiled(adam())
+    keras.utils.set_random_seed(7)
+    options = {"verbose": 0, "shuffle": False, "batch_size": 16}
+    fl.fit(one, X, Y, epochs=3, views=2, augment=recorded, augment_name="twice", **options)
+    batches = [each for position, each in enumerate(seen) if position % 3]  # without the trials
+    views = [np.concatenate(batches[:2])[:52], np.concatenate(batches[2:])[:52]]
+    other = compiled(adam())
+    keras.utils.set_random_seed(7)
+    for epoch in range(3):
+        other.fit(views[epoch % 2], Y, epochs=epoch + 1, initial_epoch=epoch, **options)
+    assert_same(one, other, compiled(adam()))
+
+
+def test_a_keras_layer_augments_reproducibly(cache_folder: Path) -> None:
+    prefix = fl.split(network()).prefix
+    flip = L.RandomFlip(seed=1)
+    state = np.asarray(keras.ops.convert_to_numpy(flip.generator.state))
+    one = fl.cache_features(prefix, X, cache_folder / "a", views=2, augment=flip, verbose=0)
+    two = fl.cache_features(
+        prefix, X, cache_folder / "b", views=2, augment=L.RandomFlip(seed=1), verbose=0
+    )
+    rows = np.arange(52)
+    assert one.keys == two.keys
+    for view in range(2):
+        np.testing.assert_array_equal(one.rows(rows, view=view)[0], two.rows(rows, view=view)[0])
+    assert not np.array_equal(one.rows(rows, view=0)[0], one.rows(rows, view=1)[0])
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(flip.generator.state), state)
+
+
+def test_identity_of_a_prefix() -> None:
+    from frostline.models.prefix import identity
+
+    def prefix(change: Callable[[Any], None] = lambda model: None) -> str:
+        model = network()
+        change(model)
+        return identity(fl.split(model).prefix)
+
+    base = prefix()
+    keras.Sequential([L.Conv2D(1, 1), L.BatchNormalization()])  # moves Keras' counters
+    assert prefix() == base
+    changes: list[Callable[[Any], None]] = [
+        lambda model: model.get_layer("conv0").bias.assign(np.full(4, 1e-6)),
+        lambda model: model.get_layer("bn1").moving_variance.assign(np.full(4, 1.0001)),
+        lambda model: setattr(model.get_layer("bn1"), "epsilon", 2e-3),
+        lambda model: setattr(model.get_layer("conv1"), "strides", (2, 2)),
+    ]
+    found = {base, *(prefix(change) for change in changes[:3])}
+    assert len(found) == 4
+
+
+# ---------------------------------------------------------------- faults and bad input
+
+
+class Fails(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch == 2:
+            raise RuntimeError("in the middle")
+
+
+def test_an_exception_leaves_a_model_that_goes_on() -> None:
+    model, start = compiled(adam()), compiled(adam())
+    before = {name: vars(model).get(name) for name in ("call", "_assert_input_compatibility")}
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fl.fit(model, X, Y, batch_size=8, verbose=0, callbacks=[Fails()])
+    assert {name: vars(model).get(name) for name in before} == before
+    assert any(
+        np.abs(a - b).max() > 1e-4 for a, b in zip(weights(model), weights(start), strict=True)
+    )
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"]).all()
+    assert np.isfinite(fl.fit(model, X, Y, verbose=0).history["loss"]).all()
+
+
+class Thaws(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.model.get_layer("conv1").trainable = epoch > 0
+
+
+class Moves(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.get_layer("bn0").moving_mean.assign(np.ones(4))
+
+
+def test_a_callback_that_makes_features_untrue_is_refused() -> None:
+    with pytest.raises(ModelError, match="'conv1' was thawed"):
+        fl.fit(compiled(adam()), X, Y, epochs=2, verbose=0, callbacks=[Thaws()])
+    with pytest.raises(ModelError, match="changed weights or statistics"):
+        fl.fit(compiled(adam()), X, Y, epochs=2, verbose=0, callbacks=[Moves()])
+
+
+class Noisy(Batches):
+    """Augments inside the data set."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + np.random.default_rng().normal(size=x.shape).astype(np.float32), y
+
+
+def test_data_that_change_from_epoch_to_epoch_are_refused() -> None:
+    model = compiled(adam())
+    with pytest.raises(DataError, match=r"change from epoch to epoch.*views="):
+        fl.fit(model, Noisy(X, Y), verbose=0)
+    assert "call" not in vars(model)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_plain_fit_where_nothing_can_be_kept() -> None:
+    with pytest.warns(UserWarning, match="plain model.fit: nothing in the model is frozen"):
+        history = fl.fit(compiled(adam(), frozen=()), X, Y, verbose=0)
+    assert len(history.history["loss"]) == 1
+    batches = ((X[i : i + 16], Y[i : i + 16]) for i in range(0, 48, 16))
+    with pytest.warns(UserWarning, match="plain model.fit: a generator"):
+        fl.fit(compiled(adam()), batches, verbose=0)
+    with warnings.catch_warnings(), pytest.raises(ModelError, match="views and augment need"):
+        fl.fit(compiled(adam(), frozen=()), X, Y, augment=lambda x, seed: x, verbose=0)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ModelError, match="not compiled"):
+        fl.fit(network(), X, Y)
+    model = compiled(adam())
+    model.trainable = False
+    with pytest.raises(ModelError, match="everything in the model is frozen"):
+        fl.fit(model, X, Y)
+    with pytest.raises(ModelError, match="not a model"):
+        fl.fit("model", X, Y)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        fl.fit(compiled(adam()), X, Y, epoch=3)
+    batches = ((X, Y) for _ in range(2))
+    with pytest.raises(DataError, match="views=2 reads the data more than once"):
+        fl.fit(compiled(adam()), batches, views=2, augment=lambda x, seed: x)
+    with pytest.raises(DataError, match="validation_split needs arrays"):
+        fl.fit(compiled(adam()), Batches(X, Y), validation_split=0.5, verbose=0)
+    broken = X.copy()
+    broken[13] = np.nan
+    with pytest.raises(DataError, match=r"sample\(s\) 13"):
+        fl.fit(compiled(adam()), broken, Y, verbose=0)
