@@ -19,6 +19,7 @@ import typer
 from frostline.commands import cache as cache_commands
 from frostline.commands import fit as fit_command
 from frostline.commands import looking
+from frostline.commands import transfer as transfer_command
 from frostline.commands.options import (
     DATA_HELP,
     BackendOption,
@@ -281,6 +282,9 @@ def overfit(
         seed=seed,
     )
     return command.run(settings, output=output, force=force)
+
+
+transfer_command.register(experiments)
 
 
 @app.command()

@@ -44,9 +44,13 @@ class Display:
 
     def started(self, row: Row, number: int, total: int) -> None:
         """Open a bar, or say which row begins."""
-        self._label = f"[{number}/{total}] {row.name}"
+        self.begin(row.name, row.meaning, number, total)
+
+    def begin(self, name: str, meaning: str, number: int, total: int) -> None:
+        """Open a bar for row ``number`` of ``total``, or print a line."""
+        self._label = f"[{number}/{total}] {name}"
         if not self._out.is_terminal:
-            self._out.print(f"{self._label}: {row.meaning}", markup=False, soft_wrap=True)
+            self._out.print(f"{self._label}: {meaning}", markup=False, soft_wrap=True)
             return
         if self._bar is None:
             self._bar = _bar(self._out)
@@ -59,11 +63,15 @@ class Display:
             f"epoch {epoch.number}/{total}  train {epoch.train_accuracy:.3f}  "
             f"phase 1 {epoch.phase1_accuracy:.3f}  phase 0 {epoch.phase0_accuracy:.3f}"
         )
+        self.advance(epoch.number, total, state, epoch.seconds)
+
+    def advance(self, number: int, total: int, state: str, seconds: float) -> None:
+        """Move the bar to epoch ``number``, or print a line."""
         if self._bar is None or self._task is None:
-            self._out.print(f"{self._label}: {state}  {epoch.seconds:.1f} s", markup=False,
+            self._out.print(f"{self._label}: {state}  {seconds:.1f} s", markup=False,
                             soft_wrap=True)  # fmt: skip
         else:
-            self._bar.update(self._task, total=total, completed=epoch.number, state=state)
+            self._bar.update(self._task, total=total, completed=number, state=state)
 
     def finished(self, result: RowResult) -> None:
         """Nothing more to show: the table comes at the end."""

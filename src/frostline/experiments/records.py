@@ -20,6 +20,7 @@ from frostline.types import OutputError, PhaseRow
 
 if TYPE_CHECKING:
     from frostline.experiments.overfit import OverfitResult, OverfitSettings, RowResult
+    from frostline.experiments.transfer import TransferSettings
 
 #: Version of the layout of ``results.json``; grows when a reader would have to change.
 SCHEMA_VERSION = 1
@@ -35,9 +36,11 @@ def data_name(data: str) -> str:
     return data
 
 
-def default_folder(settings: OverfitSettings) -> Path:
+def default_folder(
+    settings: OverfitSettings | TransferSettings, experiment: str = "overfit"
+) -> Path:
     """Return where results go when no folder is named; equal settings share a folder."""
-    name = f"overfit-{settings.backbone}-{data_name(settings.data)}-seed{settings.seed}"
+    name = f"{experiment}-{settings.backbone}-{data_name(settings.data)}-seed{settings.seed}"
     return Path("runs") / name
 
 
@@ -115,8 +118,8 @@ def as_json(result: OverfitResult) -> dict[str, Any]:
         "environment": result.environment,
         "rows": [_row_as_json(row) for row in result.rows],
     }
-    finite: dict[str, Any] = _finite(plain)
-    return finite
+    content: dict[str, Any] = finite(plain)
+    return content
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
@@ -188,14 +191,15 @@ def _phase_as_json(row: PhaseRow) -> dict[str, Any]:
     return {"loss": row.loss, **{name: float(value) for name, value in row.metrics.items()}}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data for JSON: numbers that are not finite become ``None``, paths text."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Path):
         return str(value)
     item = getattr(value, "item", None)
-    return _finite(item()) if callable(item) else value
+    return finite(item()) if callable(item) else value

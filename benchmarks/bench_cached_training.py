@@ -1,0 +1,271 @@
+"""Cached training against stock Keras: the essay's schedule, the head alone, one epoch, the prefix.
+
+Run with ``KERAS_BACKEND=tensorflow|jax|torch python benchmarks/bench_cached_training.py``
+(``--quick``: small images and few of them, minutes on two cores). What is compared lives in one
+process and takes turns, so that a busy machine hits both; figures are medians of the per-round
+ratios, with the smallest and largest beside them. Compilation counts, building the cache counts.
+
+- ``schedule``: head epochs, then fine-tuning epochs, with validation: stock ``fit`` / ``fl.fit``.
+- ``head``: the head alone: stock ``fit`` / ``fl.fit``.
+- ``epoch``: a cached epoch / training the suffix on features in memory (the physical limit).
+- ``prefix``: ``predict`` / the engine that ``auto`` takes, seconds for the same batch.
+- ``memory``: peak memory of building a cache of 4 n samples / of n samples, in processes of their
+  own, data made batch by batch.
+
+Prediction, written before the first run, full size (ResNet50 at 224², boundary 140, 10 + 5 epochs):
+schedule 6, head 25, epoch 1.05, memory 1.0; prefix 1.7 on TensorFlow, 2.6 on JAX, 3 on torch for
+ResNet50, from the images per second in the issue and ONNX Runtime's 44 to 50. ``--quick`` has few
+samples, so compilation dominates: schedule 1.5, head 2.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+import frostline as fl
+from frostline import engines
+from frostline.experiments import backbones
+from frostline.experiments.overfit import default_boundary
+
+CASES = ("schedule", "head", "epoch", "prefix", "memory")
+
+
+class Made(keras.utils.PyDataset):
+    """Images made from their number, batch by batch: nothing is held in memory."""
+
+    def __init__(self, samples: int, size: int, batch: int) -> None:
+        super().__init__()
+        self.samples, self.size, self.batch = samples, size, batch
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch)
+
+    def __getitem__(self, index: int) -> Any:
+        count = min(self.batch, self.samples - index * self.batch)
+        return (images(count, self.size, seed=index), np.zeros(count, "int32"))
+
+
+def images(count: int, size: int, seed: int) -> Any:
+    return np.random.default_rng(seed).normal(size=(count, size, size, 3)).astype("float32")
+
+
+def labelled(count: int, settings: argparse.Namespace, seed: int) -> Any:
+    labels = np.random.default_rng(seed).integers(0, settings.classes, count).astype("int32")
+    return images(count, settings.size, seed), labels
+
+
+def build(settings: argparse.Namespace) -> Any:
+    keras.utils.set_random_seed(0)
+    return backbones.build(
+        settings.backbone, image_size=settings.size, classes=settings.classes, weights=None
+    )
+
+
+def compiled(model: Any, optimizer: Any) -> Any:
+    model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def schedule(settings: argparse.Namespace, fit: Callable[..., Any], *, fine: int) -> float:
+    """Seconds of the head's epochs and, if ``fine`` is above 0, of fine-tuning."""
+    model = build(settings)
+    (x, y), held = labelled(settings.train, settings, 1), labelled(settings.validation, settings, 2)
+    fl.freeze(model, "head")
+    started = time.perf_counter()
+    ways = {"batch_size": settings.batch, "validation_data": held, "verbose": 0}
+    fit(compiled(model, keras.optimizers.RMSprop(1e-3)), x, y, epochs=settings.head_epochs, **ways)
+    if fine:
+        fl.unfreeze(model, since=default_boundary(settings.backbone))
+        fit(compiled(model, keras.optimizers.SGD(1e-4, momentum=0.9)), x, y, epochs=fine, **ways)
+    return time.perf_counter() - started
+
+
+def stock_fit(model: Any, *data: Any, **ways: Any) -> None:
+    model.fit(*data, **ways)
+
+
+def against_stock(settings: argparse.Namespace, fine: int) -> tuple[float, float]:
+    """Seconds of stock ``fit`` and of ``fl.fit`` with a cache that is empty at the start."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def cached(model: Any, *data: Any, **ways: Any) -> None:
+            fl.fit(model, *data, cache=folder, engine=settings.engine, **ways)
+
+        return (
+            schedule(settings, stock_fit, fine=fine),
+            schedule(settings, cached, fine=fine),
+        )
+
+
+def one_epoch(settings: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds of one cached epoch, and of one epoch of the suffix on arrays in memory."""
+    model = build(settings)
+    fl.freeze(model, default_boundary(settings.backbone))
+    parts = fl.split(model)
+    x, y = labelled(settings.train, settings, 1)
+    features = engines.choose(parts.prefix, x[: settings.batch], engine=settings.engine)
+    batches = [features.run(x[i : i + settings.batch]) for i in range(0, len(x), settings.batch)]
+    held = [np.concatenate([each[k] for each in batches]) for k in range(len(batches[0]))]
+    inside = held[0] if len(held) == 1 else held
+    compiled(parts.suffix, keras.optimizers.SGD(1e-4, momentum=0.9))
+    compiled(model, keras.optimizers.SGD(1e-4, momentum=0.9))
+
+    def seconds(fit: Callable[..., Any], *data: Any) -> float:
+        """The better of two epochs; the one before them compiles."""
+        marks: list[float] = []
+        mark = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_: marks.append(time.perf_counter())
+        )
+        fit(*data, batch_size=settings.batch, verbose=0, epochs=3, callbacks=[mark])
+        return min(np.diff(marks))
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def cached(*data: Any, **ways: Any) -> None:
+            fl.fit(model, *data, cache=folder, engine=settings.engine, **ways)
+
+        return [
+            (seconds(cached, x, y), seconds(parts.suffix.fit, inside, y))
+            for _ in range(settings.rounds * 3)
+        ]
+
+
+def prefix(settings: argparse.Namespace, backbone: str) -> tuple[list[tuple[float, float]], str]:
+    """Seconds of ``predict`` and of the engine for one batch."""
+    keras.utils.set_random_seed(0)
+    model = backbones.build(backbone, image_size=settings.size, classes=2, weights=None)
+    fl.freeze(model, default_boundary(backbone))
+    part = fl.split(model).prefix
+    x = images(settings.batch, settings.size, 3)
+    engine = engines.choose(part, x, engine=settings.engine)
+    runs = (
+        lambda: part.predict(x, batch_size=settings.batch, verbose=0),
+        lambda: engine.run(x),
+    )
+    for run in runs:
+        run()
+    seconds = []
+    for number in range(settings.rounds * 3):
+        pair = [0.0, 0.0]
+        for index in (0, 1) if number % 2 else (1, 0):
+            started = time.perf_counter()
+            runs[index]()
+            pair[index] = time.perf_counter() - started
+        seconds.append((pair[0], pair[1]))
+    return seconds, engine.name
+
+
+def peak(settings: argparse.Namespace, samples: int) -> float:
+    """Peak memory, in bytes, of a process that builds a cache of so many samples."""
+    words = [sys.executable, __file__, "--cache-samples", str(samples)]
+    for name in ("size", "backbone", "batch", "engine"):
+        words += [f"--{name}", str(getattr(settings, name))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def build_cache(settings: argparse.Namespace) -> None:
+    """What the process for the memory case does."""
+    model = build(settings)
+    fl.freeze(model, default_boundary(settings.backbone))
+    data = Made(settings.cache_samples, settings.size, settings.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        fl.cache_features(fl.split(model).prefix, data, folder, engine=settings.engine, verbose=0)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def figure(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = np.array([one / other for one, other in pairs])
+    first, second = np.median(np.array(pairs), axis=0)
+    return {
+        "ratio": float(np.median(ratios)),
+        "range": [float(ratios.min()), float(ratios.max())],
+        "rounds": len(pairs),
+        "first": float(first),
+        "second": float(second),
+    }
+
+
+def measured(case: str, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    if case == "schedule":
+        pairs = [against_stock(settings, settings.epochs) for _ in range(settings.rounds)]
+        return {case: figure(pairs)}
+    if case == "head":
+        return {case: figure([against_stock(settings, 0) for _ in range(settings.rounds)])}
+    if case == "epoch":
+        return {case: figure(one_epoch(settings))}
+    if case == "memory":
+        small = max(2 * settings.batch, settings.train // 2)
+        return {case: figure([(peak(settings, 4 * small), peak(settings, small))])}
+    found = {}
+    for backbone in dict.fromkeys((settings.backbone, "efficientnet-lite0")):
+        pairs, engine = prefix(settings, backbone)
+        found[f"prefix {backbone}"] = {**figure(pairs), "engine": engine}
+    return found
+
+
+def read_settings() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--classes", type=int, default=10)
+    for name, full in (
+        ("size", 224), ("train", 512), ("validation", 128), ("batch", 32), ("head-epochs", 10),
+        ("epochs", 5), ("rounds", 3), ("cache-samples", 0),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=full)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    if "--quick" in sys.argv:
+        parser.set_defaults(size=96, train=64, validation=32, head_epochs=5, epochs=2, rounds=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = read_settings()
+    if settings.cache_samples:
+        build_cache(settings)
+        return
+    backend = keras.backend.backend()
+    print(f"backend {backend}, keras {keras.__version__}, cpus {os.cpu_count()}, {settings}")
+    print(f"{'case':27} {'ratio':>7} {'range':>16} {'first':>12} {'second':>12}")
+    figures: dict[str, dict[str, Any]] = {}
+    for case in settings.cases:
+        for name, each in measured(case, settings).items():
+            figures[name] = each
+            low, high = each["range"]
+            print(
+                f"{name:27} {each['ratio']:7.2f} [{low:6.2f}, {high:6.2f}] {each['first']:12.4g} "
+                f"{each['second']:12.4g} {each.get('engine', '')}",
+                flush=True,
+            )
+    if settings.json:
+        kept = {key: value for key, value in vars(settings).items() if key != "json"}
+        content = {
+            "backend": backend,
+            "cpus": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "settings": kept,
+            "figures": figures,
+        }
+        settings.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

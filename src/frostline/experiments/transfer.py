@@ -1,0 +1,480 @@
+"""The essay's second experiment (§2.5): train a new head, then fine-tune, and look at test images.
+
+A pretrained network gets a new head, which is trained alone, and is then fine-tuned from a boundary
+on with small steps. What differs between the rows is how BN layers are treated; weights, images,
+order and seeds are the same. Frozen parts of the patched rows are computed once (``fl.fit``).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from frostline import environment, layers
+from frostline.diagnosis import phases, require_sites, sites
+from frostline.experiments import backbones, datasets, records
+from frostline.experiments.overfit import default_boundary
+from frostline.models import view
+from frostline.repair import convert, freeze, recalibrate, unfreeze
+from frostline.training import fit
+from frostline.types import Array, DataError, PhaseTable, Policy
+
+Stage = Literal["head", "fine-tuning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of treating BN.
+
+    Attributes:
+        name: The row's name, as in tables and files.
+        meaning: What it is, for people.
+        policy: What a frozen BN layer does in training.
+        cached: Train through ``fl.fit``, which computes the frozen part once; otherwise every
+            epoch runs the whole network.
+        every_site: Fine-tune with every BN layer frozen, also behind the boundary.
+        recalibrate: Measure the statistics behind the boundary on the training images before
+            they are thawed.
+        ramp: Let BN behind the boundary go from stored to batch statistics over the first epoch.
+    """
+
+    name: str
+    meaning: str
+    policy: Policy = "inference"
+    cached: bool = True
+    every_site: bool = False
+    recalibrate: bool = False
+    ramp: bool = False
+
+
+#: All rows, in the order in which they run and are shown.
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(
+            name="unpatched",
+            policy="batch",
+            cached=False,
+            meaning="frozen BN uses batch statistics in training (Keras 2.1.3 to 2.2.4); the whole "
+            "network runs in every epoch",
+        ),
+        Row(
+            name="patched",
+            meaning="frozen BN uses its stored statistics (the patch, Keras 3), frozen part cached",
+        ),
+        Row(
+            name="all-bn-frozen",
+            every_site=True,
+            meaning="as patched, and BN behind the boundary stays frozen while its neighbours are "
+            "fine-tuned",
+        ),
+        Row(
+            name="recalibrate",
+            recalibrate=True,
+            meaning="as patched, and the statistics behind the boundary are measured on the "
+            "training images before they are thawed (fl.recalibrate)",
+        ),
+        Row(
+            name="ramp",
+            cached=False,
+            ramp=True,
+            meaning="as patched, and BN behind the boundary goes from stored to batch statistics "
+            "over the first epoch of fine-tuning (fl.callbacks.GradualUnfreeze)",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """What one run depends on, and nothing else.
+
+    Attributes:
+        backbone: A name that `backbones.build` knows.
+        data: What `datasets.load` knows, with a train and a test split.
+        classes: Class names to use; all when empty.
+        train_per_class: Training images per class; all when ``None``.
+        test_per_class: Test images per class; all when ``None``.
+        image_size: Side of the square images, in pixels.
+        boundary: First layer that is fine-tuned; ``None`` takes the backbone's usual one.
+        rows: Names from `ROWS`.
+        head_epochs: Epochs of the head alone.
+        epochs: Epochs of fine-tuning.
+        batch_size: Images per step.
+        head_learning_rate: Step size of RMSprop for the head.
+        learning_rate: Step size of SGD for fine-tuning.
+        momentum: Momentum of SGD.
+        weights: ``"pretrained"`` or ``None`` for random weights.
+        seed: Seeds selection, head and order of batches.
+    """
+
+    backbone: str = "efficientnet-lite0"
+    data: str = "cifar10"
+    classes: tuple[str, ...] = ()
+    train_per_class: int | None = 100
+    test_per_class: int | None = 100
+    image_size: int = 96
+    boundary: str | int | float | None = None
+    rows: tuple[str, ...] = tuple(ROWS)
+    head_epochs: int = 10
+    epochs: int = 5
+    batch_size: int = 32
+    head_learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
+    momentum: float = 0.9
+    weights: str | None = "pretrained"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch.
+
+    Attributes:
+        number: Counted from 1 over both stages.
+        stage: ``"head"`` or ``"fine-tuning"``.
+        train_loss: Mean over the epoch's steps, while the weights moved (what `fit` reports).
+        train_accuracy: Likewise.
+        test_loss: On the test images, at inference, after the epoch.
+        test_accuracy: Likewise.
+        seconds: Time of the epoch with its evaluation; the first of a stage compiles.
+    """
+
+    number: int
+    stage: Stage
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """What one row showed.
+
+    Attributes:
+        row: The treatment.
+        epochs: Of both stages.
+        phases: The test images at the end, in both learning phases.
+        sites: Number of BN layers.
+        sites_frozen: How many of them had frozen statistics while fine-tuning.
+        boundary: The first layer that was fine-tuned.
+        seconds: Stage -> time of its whole `fit`, computing the cache included. Rows share one
+            cache, so the first cached one pays for it.
+    """
+
+    row: Row
+    epochs: tuple[Epoch, ...]
+    phases: PhaseTable
+    sites: int
+    sites_frozen: int
+    boundary: str | None
+    seconds: dict[str, float]
+
+    def accuracy(self, stage: Stage) -> float:
+        """Test accuracy at the end of a stage."""
+        return [epoch.test_accuracy for epoch in self.epochs if epoch.stage == stage][-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferResult:
+    """Everything that one run measured, with what is needed to repeat it."""
+
+    settings: TransferSettings
+    selection: dict[str, Any]
+    environment: dict[str, Any]
+    rows: tuple[RowResult, ...]
+    interrupted: bool = False
+    files: tuple[Path, ...] = field(default=(), compare=False)
+
+
+class Progress(Protocol):
+    """What a caller may do while the experiment runs."""
+
+    def started(self, row: Row, number: int, total: int) -> None:
+        """Row ``number`` of ``total`` (counted from 1) begins."""
+
+    def trained(self, epoch: Epoch, total: int) -> None:
+        """One of ``total`` epochs is done."""
+
+
+class Silent:
+    """Progress that shows nothing."""
+
+    def started(self, row: Row, number: int, total: int) -> None:
+        """Show nothing."""
+
+    def trained(self, epoch: Epoch, total: int) -> None:
+        """Show nothing."""
+
+
+def run_transfer(
+    settings: TransferSettings,
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TransferResult:
+    """Run the experiment; every row starts from the same weights, seeds and order of batches.
+
+    Global random states are seeded at the start of each stage: an experiment owns its process.
+
+    Args:
+        settings: What to run.
+        output: Folder for ``results.json``, ``history.csv`` and the figures, checked before
+            anything is trained and rewritten after each row. ``None`` writes nothing.
+        force: Write into a folder that already holds results.
+        progress: Told about rows and epochs.
+
+    Returns:
+        The measurements. On ``KeyboardInterrupt`` the rows that were finished, with
+        ``interrupted=True``.
+
+    Raises:
+        DataError: The settings or the data cannot be used, or training diverged.
+        ModelError: The backbone or the boundary is unknown.
+        OutputError: The folder holds results already, or cannot be written.
+    """
+    check_settings(settings)
+    if settings.boundary is None:
+        settings = replace(settings, boundary=default_boundary(settings.backbone))
+    made = () if output is None else records.check_folder(output, force=force)
+    try:
+        with tempfile.TemporaryDirectory(prefix="frostline-transfer-") as cache:
+            return _run_rows(settings, output, progress or Silent(), cache)
+    finally:
+        records.remove_empty(made)
+
+
+def check_settings(settings: TransferSettings) -> None:
+    """Refuse settings that cannot be run, before anything is loaded.
+
+    Raises:
+        DataError: With the setting's name, what is allowed and what was received.
+    """
+    least = {"image_size": 8, "head_epochs": 1, "epochs": 1, "batch_size": 2,
+             "train_per_class": 1, "test_per_class": 1, "seed": 0}  # fmt: skip
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            raise DataError(f"{name} must be at least {lowest}. Received: {name}={value}")
+    for name in ("head_learning_rate", "learning_rate"):
+        rate = getattr(settings, name)
+        if not (math.isfinite(rate) and rate > 0):
+            raise DataError(f"{name} must be above 0. Received: {name}={rate}")
+    if not 0 <= settings.momentum < 1:
+        raise DataError(f"momentum must be in [0, 1). Received: momentum={settings.momentum}")
+    unknown = [name for name in settings.rows if name not in ROWS]
+    if unknown or not settings.rows:
+        raise DataError(f"rows must be some of {', '.join(ROWS)}. Received: {unknown or 'none'}")
+    if len(set(settings.rows)) != len(settings.rows):
+        raise DataError(f"a row is named twice. Received: rows={settings.rows}")
+
+
+def describe(result: RowResult) -> str:
+    """Return one sentence: what is seen in this row, in numbers and nothing beyond them."""
+    head, end = result.accuracy("head"), result.accuracy("fine-tuning")
+    best = max(epoch.test_accuracy for epoch in result.epochs)
+    change = end - head
+    word = "rises" if change > 0 else "falls" if change < 0 else "stays"
+    return (
+        f"test accuracy {word} from {head:.1%} (head) to {end:.1%} (fine-tuned), {change:+.1%}; "
+        f"best epoch {best:.1%}; in training mode {result.phases['1'].metrics['accuracy']:.1%}."
+    )
+
+
+def _run_rows(
+    settings: TransferSettings, output: Path | None, progress: Progress, cache: str
+) -> TransferResult:
+    """Run row by row; what is finished is on disk before the next one starts."""
+    from frostline.experiments import transfer_records
+
+    train, test = (_images(settings, split) for split in ("train", "test"))
+    result = TransferResult(
+        settings=settings,
+        selection={"train": dict(train.selection), "test": dict(test.selection)},
+        environment=environment.facts(),
+        rows=(),
+    )
+    data = tuple(_arrays(settings, images) for images in (train, test))
+    for number, name in enumerate(settings.rows, start=1):
+        progress.started(ROWS[name], number, len(settings.rows))
+        try:
+            measured = _run_row(ROWS[name], settings, data, len(train.class_names), progress, cache)
+        except KeyboardInterrupt:
+            result = replace(result, interrupted=True)
+            break
+        result = replace(result, rows=(*result.rows, measured))
+        if output is not None:
+            transfer_records.write_numbers(result, output)
+    if output is not None and result.rows:
+        result = replace(result, files=transfer_records.write(result, output))
+    return result
+
+
+def _images(settings: TransferSettings, split: Literal["train", "test"]) -> datasets.ImageSet:
+    return datasets.load(
+        settings.data,
+        split=split,
+        classes=settings.classes or None,
+        per_class=settings.train_per_class if split == "train" else settings.test_per_class,
+        image_size=settings.image_size,
+        seed=settings.seed,
+    )
+
+
+def _arrays(settings: TransferSettings, images: datasets.ImageSet) -> tuple[Array, Array]:
+    x = np.asarray(backbones.preprocess(settings.backbone, images.images), dtype=np.float32)
+    return x, images.labels.astype(np.int32)
+
+
+def _run_row(
+    row: Row,
+    settings: TransferSettings,
+    data: tuple[tuple[Array, Array], ...],
+    classes: int,
+    progress: Progress,
+    cache: str,
+) -> RowResult:
+    """Build, train in two stages and measure one network, and free its memory."""
+    import keras
+
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(settings.seed)
+    model = backbones.build(
+        settings.backbone, image_size=settings.image_size, classes=classes, weights=settings.weights
+    )
+    require_sites(sites(model))
+    convert(model, policy=row.policy)
+    for layer in _bn_layers(model):
+        layer.live = row.ramp  # where nothing is thawed in mid-training, nothing pays for it
+    try:
+        run = _Run(model=model, row=row, settings=settings, data=data, progress=progress)
+        freeze(model, until="head")
+        run.train("head", keras.optimizers.RMSprop(settings.head_learning_rate), cache)
+        if not row.ramp:
+            _thaw(model, row, settings, data[0])
+        run.train(
+            "fine-tuning",
+            keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum),
+            cache,
+        )
+        table = phases(model, data[1], batch_size=settings.batch_size)
+        found = sites(model)
+        boundary = view(model).boundary(settings.boundary).path
+    finally:
+        del model
+        keras.utils.clear_session()
+        gc.collect()
+    return RowResult(
+        row=row,
+        epochs=tuple(run.epochs),
+        phases=replace(table, rows=tuple(replace(r, outputs=None) for r in table.rows)),
+        sites=len(found),
+        sites_frozen=sum(site.stats_frozen for site in found),
+        boundary=boundary,
+        seconds=run.seconds,
+    )
+
+
+def _bn_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+
+
+def _thaw(model: Any, row: Row, settings: TransferSettings, train: tuple[Array, Array]) -> None:
+    """Thaw what the row fine-tunes."""
+    unfreeze(model, since=settings.boundary)
+    if row.every_site:
+        for layer in _bn_layers(model):
+            layer.trainable = False
+    if row.recalibrate:
+        recalibrate(model, train, sites="unfrozen", batch_size=settings.batch_size)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The two stages of one row."""
+
+    model: Any
+    row: Row
+    settings: TransferSettings
+    data: tuple[tuple[Array, Array], ...]
+    progress: Progress
+    epochs: list[Epoch] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def train(self, stage: Stage, optimizer: Any, cache: str) -> None:
+        """Train one stage with an optimizer of its own."""
+        import keras
+
+        settings, (x, y) = self.settings, self.data[0]
+        self.model.compile(
+            optimizer=optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"]
+        )
+        keras.utils.set_random_seed(settings.seed)
+        callbacks = [_reporter(lambda *seen: self._seen(stage, *seen))]
+        if self.row.ramp and stage == "fine-tuning":
+            callbacks.insert(0, self._ramp(len(y)))
+        arguments: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "epochs": settings.head_epochs if stage == "head" else settings.epochs,
+            "validation_data": self.data[1],
+            "validation_batch_size": settings.batch_size,
+            "callbacks": callbacks,
+            "verbose": 0,
+        }
+        started = time.perf_counter()
+        # Only fine-tuning needs the callback that thaws; the head is trained alike in both rows.
+        if self.row.cached or (self.row.ramp and stage == "head"):
+            fit(self.model, x, y, cache=cache, **arguments)
+        else:
+            self.model.fit(x, y, **arguments)
+        self.seconds[stage] = time.perf_counter() - started
+
+    def _ramp(self, samples: int) -> Any:
+        from frostline.callbacks import GradualUnfreeze
+
+        steps = math.ceil(samples / self.settings.batch_size)
+        return GradualUnfreeze({0: self.settings.boundary}, ramp=steps)
+
+    def _seen(self, stage: Stage, logs: dict[str, float], seconds: float) -> None:
+        epoch = Epoch(
+            number=len(self.epochs) + 1,
+            stage=stage,
+            train_loss=float(logs["loss"]),
+            train_accuracy=float(logs["accuracy"]),
+            test_loss=float(logs["val_loss"]),
+            test_accuracy=float(logs["val_accuracy"]),
+            seconds=seconds,
+        )
+        if not math.isfinite(epoch.train_loss):
+            raise DataError(
+                f"training diverged: the loss of epoch {epoch.number} is {epoch.train_loss}. "
+                f"Received: learning_rate={self.settings.learning_rate}"
+            )
+        self.epochs.append(epoch)
+        self.progress.trained(epoch, self.settings.head_epochs + self.settings.epochs)
+
+
+def _reporter(told: Callable[[dict[str, float], float], None]) -> Any:
+    """A Keras callback that hands on the numbers of every epoch and how long it took."""
+    import keras
+
+    clock = [0.0]
+
+    def begin(*_: Any) -> None:
+        clock[0] = time.perf_counter()
+
+    def end(_: int, logs: dict[str, float]) -> None:
+        told(dict(logs), time.perf_counter() - clock[0])
+
+    return keras.callbacks.LambdaCallback(on_epoch_begin=begin, on_epoch_end=end)

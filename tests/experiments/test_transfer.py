@@ -1,0 +1,170 @@
+"""The transfer experiment against stock Keras by hand; its files; what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frostline.experiments import transfer, transfer_records
+from frostline.types import DataError, OutputError
+
+pytestmark = pytest.mark.once  # that fl.fit is model.fit on every backend is tested with fl.fit
+
+SETTINGS = transfer.TransferSettings(
+    backbone="tiny",
+    data="digits",
+    classes=("3", "8"),
+    train_per_class=16,
+    test_per_class=12,
+    image_size=16,
+    boundary="block2a_conv",
+    head_epochs=2,
+    epochs=2,
+    batch_size=8,
+    head_learning_rate=0.01,
+    learning_rate=0.01,
+    weights=None,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "all"
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> transfer.TransferResult:
+    """Run every row once, written to a folder."""
+    return transfer.run_transfer(SETTINGS, output=folder)
+
+
+def by_hand() -> list[float]:
+    """Losses and accuracies of the patched row, with stock layers and ``model.fit`` alone."""
+    import keras
+
+    from frostline.experiments import backbones, datasets
+
+    data = []
+    for split, count in (("train", 16), ("test", 12)):
+        images = datasets.load(
+            "digits", split=split, classes=("3", "8"), per_class=count, image_size=16, seed=0
+        )  # type: ignore[arg-type]
+        data.append((backbones.preprocess("tiny", images.images), images.labels.astype("int32")))
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    model = backbones.build("tiny", image_size=16, classes=2, weights=None)
+    names = [layer.name for layer in model.layers]
+    found: list[float] = []
+    for first, optimizer in (
+        ("head", keras.optimizers.RMSprop(0.01)),
+        ("block2a_conv", keras.optimizers.SGD(0.01, momentum=0.9)),
+    ):
+        for number, layer in enumerate(model.layers):
+            layer.trainable = number >= names.index(first)
+        model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+        keras.utils.set_random_seed(0)
+        logs = model.fit(
+            *data[0], batch_size=8, epochs=2, validation_data=data[1], validation_batch_size=8,
+            verbose=0,
+        ).history  # fmt: skip
+        for epoch in range(2):
+            found += [logs[name][epoch] for name in ("loss", "accuracy", "val_loss")]
+            found += [logs["val_accuracy"][epoch]]
+    return found
+
+
+def test_the_patched_row_is_stock_keras(result: transfer.TransferResult) -> None:
+    row = next(row for row in result.rows if row.row.name == "patched")
+    have = [
+        number
+        for epoch in row.epochs
+        for number in (
+            epoch.train_loss, epoch.train_accuracy, epoch.test_loss, epoch.test_accuracy
+        )
+    ]  # fmt: skip
+    np.testing.assert_allclose(have, by_hand(), rtol=2e-4, atol=1e-5)
+
+
+def test_rows_differ_where_they_should(result: transfer.TransferResult) -> None:
+    rows = {row.row.name: row for row in result.rows}
+    assert list(rows) == list(transfer.ROWS)
+    losses = {name: [e.test_loss for e in row.epochs] for name, row in rows.items()}
+    for name in ("all-bn-frozen", "recalibrate", "ramp"):  # the head is trained alike
+        np.testing.assert_allclose(losses[name][:2], losses["patched"][:2], rtol=1e-4)
+        assert abs(losses[name][-1] - losses["patched"][-1]) > 1e-5
+    assert abs(losses["unpatched"][0] - losses["patched"][0]) > 1e-5
+    assert rows["all-bn-frozen"].sites_frozen == rows["patched"].sites == 5
+    assert {rows[n].sites_frozen for n in ("unpatched", "patched", "recalibrate", "ramp")} == {3}
+    assert [e.stage for e in rows["ramp"].epochs] == ["head"] * 2 + ["fine-tuning"] * 2
+    frozen = rows["all-bn-frozen"].phases
+    assert frozen["0"].loss == pytest.approx(frozen["1"].loss, rel=1e-5)  # no gap without batches
+
+
+def test_the_files_say_what_was_measured(result: transfer.TransferResult, folder: Path) -> None:
+    content = json.loads((folder / "results.json").read_text())
+    assert content["experiment"] == "transfer"
+    assert content["settings"]["boundary"] == "block2a_conv"
+    for row, kept in zip(result.rows, content["rows"], strict=True):
+        assert kept["test_accuracy"]["fine-tuning"] == row.epochs[-1].test_accuracy
+        assert kept["phases"]["1"]["accuracy"] == row.phases["1"].metrics["accuracy"]
+    lines = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+    assert len(lines) == 5 * 4
+    assert float(lines[-1]["test_loss"]) == pytest.approx(result.rows[-1].epochs[-1].test_loss)
+    assert (folder / "figure.png").read_bytes() == transfer_records.draw(result, suffix=".png")
+    assert b"fine-tuned from" in (folder / "figure.svg").read_bytes()
+    assert {path.name for path in result.files} == {path.name for path in folder.iterdir()}
+
+
+def test_a_sentence_says_what_a_row_shows(result: transfer.TransferResult) -> None:
+    row = result.rows[0]
+    shown = transfer.describe(row)
+    assert f"{row.epochs[1].test_accuracy:.1%} (head)" in shown
+    assert f"{row.epochs[-1].test_accuracy:.1%} (fine-tuned)" in shown
+    rising = replace(row, epochs=(*row.epochs[:3], replace(row.epochs[3], test_accuracy=2.0)))
+    assert "rises" in transfer.describe(rising)
+
+
+def test_an_interruption_keeps_the_finished_rows(
+    result: transfer.TransferResult, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def row(row: transfer.Row, *_: Any) -> transfer.RowResult:
+        if row.name == "ramp":
+            raise KeyboardInterrupt
+        return next(each for each in result.rows if each.row is row)
+
+    monkeypatch.setattr(transfer, "_run_row", row)
+    settings = replace(SETTINGS, rows=("patched", "ramp", "recalibrate"))
+    found = transfer.run_transfer(settings, output=tmp_path / "run")
+    assert found.interrupted
+    assert [each.row.name for each in found.rows] == ["patched"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"test_per_class": 0}, "test_per_class must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"head_learning_rate": float("nan")}, "head_learning_rate must be above 0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"rows": ("magic",)}, "rows must be some of unpatched"),
+        ({"rows": ("ramp", "ramp")}, "named twice"),
+    ],
+    ids=["epochs", "test", "rate", "head-rate", "momentum", "unknown", "twice"],
+)
+def test_settings_that_cannot_be_run_are_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        transfer.run_transfer(replace(SETTINGS, **change))
+
+
+def test_a_folder_with_results_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(OutputError, match="--force"):
+        transfer.run_transfer(SETTINGS, output=tmp_path)
