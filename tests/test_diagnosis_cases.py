@@ -237,7 +237,7 @@ def test_interrupted_while_statistics_are_replaced(monkeypatch: pytest.MonkeyPat
 
 
 def regression() -> tuple[Any, Any]:
-    x, y = digits()
+    x, _ = digits()
     inputs = keras.Input((64,))
     sums = L.Dense(1, kernel_initializer=keras.initializers.Constant(0.5))
     model = keras.Model(inputs, sums(L.BatchNormalization(name="bn")(inputs)))

@@ -1,0 +1,86 @@
+"""The tables of README.md and docs/: each function makes one from the results of commands.
+
+A table of kind ``name`` is made by the function that ``KINDS`` has for it. It gets the contents of
+the named JSON files, in order, and returns Markdown; every number in it comes from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def overfit_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per policy: loss, accuracy and AUC of the three phases."""
+    found = results[0]
+    lines = [
+        "| policy | dynamic loss / acc | phase 0 loss / acc / AUC | phase 1 loss / acc / AUC |",
+        "|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        phases = row["phases"]
+        cells = [_cell(phases["dynamic"], ("loss", "accuracy"))]
+        cells += [_cell(phases[phase], ("loss", "accuracy", "auc")) for phase in ("0", "1")]
+        lines.append(f"| `{row['name']}` | {' | '.join(cells)} |")
+    settings, place = found["settings"], found["environment"]
+    versions = place["versions"]
+    caption = [
+        f"{settings['backbone']} at {settings['image_size']}²",
+        f"{' and '.join(settings['classes'])}, {settings['per_class']} images each",
+        f"layers before `{found['rows'][0]['boundary']}` frozen",
+        f"{settings['epochs']} epochs of {settings['optimizer'].upper()}",
+        f"learning rate {settings['learning_rate']}, momentum {settings['momentum']}",
+        f"batch {settings['batch_size']}",
+        f"seed {settings['seed']}",
+        "evaluated on the training images",
+        f"Keras {versions['keras']} on {place['backend']}, {place['cores']} cores",
+    ]
+    lines += ["", "; ".join(caption) + "."]
+    return "\n".join(lines)
+
+
+def _cell(phase: dict[str, Any], names: Sequence[str]) -> str:
+    return " / ".join(f"{phase[name]:.3f}" for name in names if name in phase)
+
+
+def layer_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per case: time of ours divided by time of the stock layer, per backend."""
+    backends = [result["backend"] for result in results]
+    lines = [
+        "| ours / stock, median [quartiles] | " + " | ".join(backends) + " |",
+        "|---|" + "---|" * len(backends),
+    ]
+    for case in results[0]["figures"]:
+        cells = []
+        for result in results:
+            figure = result["figures"][case]
+            low, high = figure["quartiles"]
+            cells.append(f"{figure['ratio']:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def peers_table(results: Sequence[dict[str, Any]], part: str = "recalibration") -> str:
+    """One line per situation, one column per tool: right or wrong."""
+    table: dict[str, dict[str, bool]] = results[0][part]
+    lines = ["| situation | " + " | ".join(f"{tool}" for tool in table) + " |"]
+    lines.append("|---|" + "---|" * len(table))
+    for row in next(iter(table.values())):
+        cells = ["right" if table[tool][row] else "**wrong**" for tool in table]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
+    return "\n".join([*lines, "", f"Run with {versions}."])
+
+
+def freezers_table(results: Sequence[dict[str, Any]]) -> str:
+    """The same for what freezes a backbone."""
+    return peers_table(results, part="freezing")
+
+
+#: Kind of a table -> what makes it from the contents of its files.
+KINDS: Mapping[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "overfit": overfit_table,
+    "layer": layer_table,
+    "peers": peers_table,
+    "freezers": freezers_table,
+}
