@@ -22,7 +22,7 @@ CIFAR = Path(__file__).parents[1].parent / "shared" / "data"
 def frostline(*words: Any, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in an own folder."""
     return subprocess.run(
-        [sys.executable, "-m", "frostline.cli", *map(str, words)],
+        [sys.executable, "-m", "frostline", *map(str, words)],
         cwd=cwd,
         env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **environment},
         capture_output=True,

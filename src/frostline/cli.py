@@ -396,7 +396,3 @@ def _in_one_line(error: Exception) -> str:
 
 def _joined(text: str) -> str:
     return " ".join(text.split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,6 +34,14 @@ def test_order_and_numbers() -> None:
     assert places == sorted(places)
 
 
+def test_one_remedy_is_the_first_choice() -> None:
+    report = samples.lite0()
+    best = report.remedies[0]
+    shown = str(replace(report, remedies=(best, replace(best, name="another that helps"))))
+    assert "★ remedy recalibrate all:" in shown
+    assert "✓ remedy another that helps:" in shown
+
+
 @pytest.mark.parametrize("name", samples.EVERY)
 def test_80_columns_but_for_what_is_pasted(name: str) -> None:
     report = samples.EVERY[name]()

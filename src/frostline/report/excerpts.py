@@ -103,6 +103,11 @@ def remedy_metric(remedies: Sequence[Remedy]) -> str:
     return "loss"
 
 
+def first_choice(remedies: Sequence[Remedy]) -> Remedy | None:
+    """Return the remedy to take: the first that helps for sure, as they come best first."""
+    return next((each for each in remedies if each.recommended), None)
+
+
 def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
     """Return the remedies that have this number before and after."""
     return [

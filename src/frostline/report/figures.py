@@ -179,7 +179,8 @@ def remedies(figure: Canvas, report: Report, *, wide: bool) -> None:
     """Draw each remedy's effect as a line from before (hollow) to after (filled)."""
     metric = excerpts.remedy_metric(report.remedies)
     shown = excerpts.measured_remedies(report.remedies, metric)[:MOST_ROWS]
-    names = [("★ " if each.recommended else "") + each.name for each in shown]
+    best = excerpts.first_choice(report.remedies)
+    names = [("★ " if each is best else "") + each.name for each in shown]
     ax = _rows(figure, names, wide=wide, right=64)
     for row, each in enumerate(shown):
         before, after = each.before[metric], each.after[metric]
@@ -190,7 +191,7 @@ def remedies(figure: Canvas, report: Report, *, wide: bool) -> None:
         ax.plot([after], [row], "o", ms=7.5, color=colour, zorder=4)
         ax.annotate(wording.number(after), (1, row), xycoords=("axes fraction", "data"),
                     xytext=(10, 0), textcoords="offset points", va="center",
-                    fontweight="bold" if each.recommended else "normal")  # fmt: skip
+                    fontweight="bold" if each is best else "normal")  # fmt: skip
     _training_line(ax, report, metric)
     ax.grid(axis="x")
     ax.margins(x=0.06)

@@ -93,7 +93,10 @@ def _context(report: Report) -> dict[str, Any]:
         "unexplained": excerpts.unexplained(report),
         "pictures": pictures(report),
         "top_sites": top_sites(report),
-        "remedies": [remedy_row(each) for each in report.remedies],
+        "remedies": [
+            remedy_row(each, best=each is excerpts.first_choice(report.remedies))
+            for each in report.remedies
+        ],
         "findings": finding_rows(report),
         "site_rows": [site_row(report, site) for site in report.sites],
         "many_sites": len(report.sites) > MANY_SITES,
@@ -169,7 +172,7 @@ def top_sites(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def remedy_row(remedy: Remedy) -> dict[str, Any]:
+def remedy_row(remedy: Remedy, *, best: bool) -> dict[str, Any]:
     """Return what the page says of a remedy."""
     effects = [
         (name, remedy.before[name], value)
@@ -179,6 +182,7 @@ def remedy_row(remedy: Remedy) -> dict[str, Any]:
     lines = [("Python", remedy.python), ("Shell", remedy.shell)]
     return {
         "remedy": remedy,
+        "best": best,
         "effects": effects,
         "lines": [(name, line) for name, line in lines if line],
     }
@@ -205,6 +209,8 @@ def finding_rows(report: Report) -> list[dict[str, Any]]:
 def remedy_of(report: Report, finding: Finding) -> Remedy | None:
     """Return the remedy that repairs a finding: of those with its fix, the one most about it."""
     codes = {cause.code for cause in report.causes if finding.code in cause.findings}
+    if not codes:  # no cause rests on it: those that blame the same layers
+        codes = {each.code for each in report.causes if set(each.sites) & set(finding.sites)}
     fitting = [each for each in report.remedies if each.fix == finding.fix]
     return min(fitting, key=lambda each: len(set(each.causes) ^ codes), default=None)
 

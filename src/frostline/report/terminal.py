@@ -130,14 +130,16 @@ def _remedy_lines(remedies: Sequence[Remedy]) -> list[RenderableType]:
     lines: list[RenderableType] = []
     if not any(each.recommended for each in remedies):
         lines.append(Text("no remedy that was tried helps on these samples", style="bold"))
+    best = excerpts.first_choice(remedies)
     for each in remedies:
+        mark = "★" if each is best else "✓" if each.recommended else " "
         effects = [
             f"{name} {wording.number(each.before[name])} → {wording.number(value)}"
             for name, value in each.after.items()
             if name in each.before
         ]
         head = Text.assemble(
-            ("★ remedy " if each.recommended else "  remedy ", "bold green"),
+            (f"{mark} remedy ", "bold green"),
             (wording.printable(each.name), "bold"),
             f": {', '.join(effects) or 'not measured'}",
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from frostline.measurement import Interval
+from frostline.report import excerpts
 from frostline.types import Certainty, Finding, Site, Skipped
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
         sure = "" if gap_found.loss.excludes_zero else ", may be 0"
         estimate = number(gap_found.loss.estimate, signed=True)
         shown.append(("gap in loss", estimate, f"{gap_found.loss.level:.0%}: {ends}{sure}"))
-    best = next((each for each in report.remedies if each.recommended and each.after), None)
+    best = excerpts.first_choice(report.remedies)
     if best is not None and "loss" in best.after:
         shown.append(("loss after the best remedy", number(best.after["loss"]), best.name))
     return shown
@@ -337,7 +338,7 @@ _CERTAINTY_READING = (
     "would settle it stands beside it."
 )
 _REMEDY_READING = (
-    "Measured on these samples with the model left as it is. Recommended: it lowers the loss and "
-    "its interval excludes 0. Statistics fitted to these samples say nothing about other data: "
-    "check on held-out samples."
+    "Measured on these samples with the model left as it is. It helps when it lowers the loss and "
+    "the interval excludes 0; the star marks the first choice among those. "
+    "Statistics fitted to these samples say nothing about other data: check on held-out samples."
 )
