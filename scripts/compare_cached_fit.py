@@ -53,7 +53,7 @@ def compare(backbone: str, size: int, samples: int, optimizer: str, engine: str)
     x = rng.normal(size=(samples, size, size, 3)).astype("float32")
     y = rng.integers(0, 2, samples)
     held = max(2, samples // 3)
-    options = {"epochs": 3, "batch_size": 8, "verbose": 0,
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "verbose": 0,
                "validation_data": (x[:held] + 1, y[:held])}  # fmt: skip
     trained, histories = [], []
     start: list[Any] = []

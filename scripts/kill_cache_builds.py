@@ -74,8 +74,7 @@ class Outcome:
 
 def stored(folder: Path) -> tuple[set[float], int]:
     """Numbers of the samples in complete shards, and how many shards these are."""
-    from frostline.cache import folder as folders
-    from frostline.cache import shards
+    from frostline.cache import folder as folders, shards
     from frostline.cache.files import DamagedError
 
     numbers: set[float] = set()

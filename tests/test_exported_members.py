@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -13,6 +14,13 @@ import frostline
 
 def test_all_is_the_sorted_list_of_exports() -> None:
     assert frostline.__all__ == sorted([*frostline._EXPORTS, "__version__"])
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    source = inspect.getsource(frostline)
+    block = source[source.index("if TYPE_CHECKING") : source.index("__version__ = ")]
+    shown = {name for name, again in re.findall(r"(\w+) as (\w+)", block) if name == again}
+    assert shown == set(frostline._EXPORTS)
 
 
 def test_dir_shows_the_public_names_and_nothing_else() -> None:

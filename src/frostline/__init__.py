@@ -8,7 +8,50 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import version as _version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __getattr__ finds
+    from frostline import callbacks as callbacks, layers as layers
+    from frostline.cache import cache_features as cache_features
+    from frostline.cache.features import FeatureCache as FeatureCache
+    from frostline.diagnosis import (
+        diagnose as diagnose,
+        lint as lint,
+        phases as phases,
+        sites as sites,
+    )
+    from frostline.momentum import suggest_momentum as suggest_momentum
+    from frostline.repair import (
+        Change as Change,
+        convert as convert,
+        fold as fold,
+        freeze as freeze,
+        frozen as frozen,
+        recalibrate as recalibrate,
+        restore as restore,
+        set_momentum as set_momentum,
+        unfreeze as unfreeze,
+    )
+    from frostline.report.report import Report as Report
+    from frostline.splitting import Split as Split, split as split
+    from frostline.training import fit as fit
+    from frostline.types import (
+        BackendError as BackendError,
+        Boundary as Boundary,
+        Crossing as Crossing,
+        DataError as DataError,
+        Finding as Finding,
+        FrostlineError as FrostlineError,
+        ModelError as ModelError,
+        OutputError as OutputError,
+        PhaseTable as PhaseTable,
+        Site as Site,
+    )
+    from frostline.watching import (
+        NotFrozenError as NotFrozenError,
+        assert_frozen as assert_frozen,
+        watch as watch,
+    )
 
 __version__ = _version("frostline")
 

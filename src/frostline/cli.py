@@ -16,10 +16,12 @@ from typing import Annotated
 
 import typer
 
-from frostline.commands import cache as cache_commands
-from frostline.commands import fit as fit_command
-from frostline.commands import looking
-from frostline.commands import transfer as transfer_command
+from frostline.commands import (
+    cache as cache_commands,
+    fit as fit_command,
+    looking,
+    transfer as transfer_command,
+)
 from frostline.commands.options import (
     DATA_HELP,
     BackendOption,
@@ -41,9 +43,9 @@ from frostline.commands.options import (
     Split,
     SplitOption,
     Weights,
+    boundary as read_boundary,
     names,
 )
-from frostline.commands.options import boundary as read_boundary
 from frostline.commands.starting import start
 from frostline.types import FrostlineError
 

@@ -12,8 +12,7 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.commands import diagnose as command
-from frostline.commands import models, showing
+from frostline.commands import diagnose as command, models, showing
 from frostline.measurement import Remedy
 from frostline.report.report import Report
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from frostline.report import github, terminal, text
-from frostline.report import report as module
+from frostline.report import github, report as module, terminal, text
 from frostline.report.report import Report
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
 

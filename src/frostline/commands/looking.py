@@ -138,8 +138,7 @@ def diagnose(
 ) -> int:
     """Find out whether BN makes training and inference differ, where, why, and what helps."""
     start(backend)
-    from frostline.commands import diagnose as command
-    from frostline.commands import models
+    from frostline.commands import diagnose as command, models
 
     options = models.DataOptions(
         source=data,

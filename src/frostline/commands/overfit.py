@@ -10,8 +10,7 @@ from frostline.report import text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bar, TaskID
 
     from frostline.experiments.overfit import Epoch, OverfitResult, OverfitSettings, Row, RowResult
 

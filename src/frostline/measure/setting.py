@@ -13,8 +13,7 @@ from frostline.measure.phases import class_labels, infer_task
 from frostline.measure.samples import Samples, draw
 from frostline.measurement import Behaviour
 from frostline.models import ModelView
-from frostline.models.facts import ModelFacts
-from frostline.models.facts import read as read_facts
+from frostline.models.facts import ModelFacts, read as read_facts
 from frostline.types import Array, FrostlineError, ModelError, Site
 
 #: Batches in which the sites are watched.
