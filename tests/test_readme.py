@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, on a smaller network."""
+"""The README's examples run as they stand, on smaller networks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from frostline.experiments import backbones, datasets
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def examples(*, torch: bool) -> str:
+    """The Python examples as one program: those of native PyTorch, or the others."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return "\n".join(block for block in blocks if ("import torch" in block) is torch)
+
+
+def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
     data = datasets.load("digits", classes=["3", "8"], per_class=16, image_size=16)
     model = backbones.build("tiny", image_size=16, classes=2, weights=None)
     names: dict[str, Any] = {
@@ -24,9 +32,11 @@ def test_the_example_runs() -> None:
     }
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     before = model.get_weights()
+    code = examples(torch=False)
     code = code.replace("block12_expand_conv", "block2a_conv").replace("epochs=10", "epochs=1")
     exec(code, names)
     assert "froze" in str(names["change"])
+    assert (tmp_path / "report.html").is_file()
     moved = {
         weight.path
         for weight, old in zip(model.weights, before, strict=True)
@@ -34,3 +44,41 @@ def test_the_example_runs() -> None:
     }
     assert not any("stem" in path or "block1" in path for path in moved)
     assert {"head/kernel", "block2a_bn/moving_mean"} <= moved
+
+
+@pytest.mark.once
+def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 3, 8, 8, generator=generator) * 2 + 1
+    y = (x.mean(dim=(1, 2, 3)) > 1).long()
+
+    def block(inputs: int, outputs: int) -> Any:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(outputs),
+            torch.nn.ReLU(),
+        )
+
+    net = torch.nn.Sequential()
+    net.add_module("layer1", block(3, 8))
+    net.add_module("layer2", block(8, 8))
+    net.add_module("pool", torch.nn.AdaptiveAvgPool2d(1))
+    net.add_module("flat", torch.nn.Flatten())
+    net.add_module("head", torch.nn.Linear(8, 2))
+
+    def train(module: Any) -> None:
+        module.train()
+        optimizer = torch.optim.SGD(module.parameters(), 0.05)
+        for start in range(0, 48, 16):
+            optimizer.zero_grad()
+            part = slice(start, start + 16)
+            torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+            optimizer.step()
+
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    exec(examples(torch=True), {"net": net, "x": x, "y": y, "train": train})
+    moved = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
+    assert not any(name.startswith("layer1") for name in moved)
+    assert {"layer2.1.running_mean", "head.weight"} <= moved
+    assert "1 checks of 2 BN layers" in capsys.readouterr().out
