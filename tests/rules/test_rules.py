@@ -77,6 +77,9 @@ def ones(value: float) -> Any:
 
 
 TORCH = {"kind": "torch.BatchNorm2d", "policy": "update", "decay": 0.9}
+NATIVE = {"framework": "torch", "backend": "torch", "mode": True}
+MODULE = {"kind": "BatchNorm2d", "policy": "update", "decay": 0.9}
+LOCKED = {**MODULE, **FROZEN, "policy": "inference"}
 BEHIND = (LayerFacts(path="conv", order=5, trains=False),)
 BEFORE = (LayerFacts(path="conv", order=-5, trains=True),)
 INITIAL = {"mean": ones(0.0), "variance": ones(1.0)}
@@ -108,6 +111,26 @@ TRIGGERS: list[tuple[str, ModelFacts]] = [
     ("FL115", model(facts("a/bn"), facts("b/bn"))),
     ("FL116", model(facts(values=1), batch=15)),
     ("FL117", model(facts(at={**FROZEN, "trained_by": "critic"}, two_regimes=True))),
+    (
+        "FL101",
+        model(
+            facts(at={**MODULE, "stats_frozen": True, "params_frozen": True, "policy": "batch"}),
+            **NATIVE,
+        ),
+    ),
+    ("FL103", model(facts(at={**MODULE, "params_frozen": True}), **NATIVE)),
+    ("FL104", model(facts(at={**LOCKED, "params_frozen": False}), **NATIVE)),
+    ("FL110", model(facts(at=MODULE, mean=None, variance=None), **NATIVE)),
+    ("FL111", model(facts(at={**MODULE, "decay": 0.1}), **NATIVE)),
+    ("FL112", model(facts(at={**MODULE, "decay": 1.0}), **NATIVE)),
+    ("FL112", model(facts(at={**MODULE, "decay": 0.0}), **NATIVE)),
+    ("FL118", model(facts(at={**LOCKED, "params_frozen": False}, undone=True), **NATIVE)),
+    ("FL118", model(facts(at=LOCKED, undone=True), **NATIVE)),
+    ("FL119", model(facts(at=MODULE, mode=True), **{**NATIVE, "mode": False})),
+    ("FL120", model(facts(at={**MODULE, "decay": 0.0}, cumulative=True, updates=0), **NATIVE)),
+    ("FL120", model(facts(at={**TORCH, "decay": 0.0}, cumulative=True, wrapper_frozen=False))),
+    ("FL203", model(facts("a", at=MODULE, updates=21), facts("b", at=MODULE), **NATIVE)),
+    ("FL204", model(facts(at=MODULE, **INITIAL, updates=0), **{**NATIVE, "steps": None})),
     ("FL201", model(facts(mean=np.array([0.0, np.nan, 1.0])))),
     ("FL201", model(facts(variance=np.array([1.0, np.inf, 1.0])))),
     ("FL202", model(facts(variance=np.array([1.0, -1e-9, 1.0])))),
@@ -144,8 +167,19 @@ HARMLESS: list[tuple[str, ModelFacts]] = [
     ("training=False and frozen", model(facts(at=FROZEN, training=False))),
     ("training=True and locked", model(facts(at=FROZEN, training=True))),
     ("momentum of a frozen site", model(facts(at={**FROZEN, "decay": 1.0}))),
-    ("cumulative average", model(facts(at={**TORCH, "decay": 0.0}, cumulative=True,
-                                       wrapper_frozen=False))),
+    ("cumulative average of a locked site", model(facts(at={**LOCKED, "decay": 0.0},
+                                                        cumulative=True, updates=9), **NATIVE)),
+    ("locked", model(facts(at=LOCKED, live=True, mode=False), **NATIVE)),
+    ("locked, all in eval()", model(facts(at=LOCKED, live=True, mode=False),
+                                    **{**NATIVE, "mode": False})),
+    ("a module that only serves", model(facts(at={**MODULE, "params_frozen": True}, mode=False),
+                                        **{**NATIVE, "mode": False})),
+    ("modules named by position", model(facts("a/1", at=MODULE), facts("b/1", at=MODULE),
+                                        **NATIVE)),
+    ("far mean in a torch kernel, which centres first",
+     model(facts(at=MODULE, mean=ones(3000.0)), **NATIVE)),
+    ("momenta of torch", model(facts("a", at=MODULE), facts("b", at={**MODULE, "decay": 0.99}),
+                               **NATIVE)),
     ("decay one half", model(facts(at={"decay": 0.5}))),
     ("epsilon without effect", model(facts("a"), facts("b"), facts("c", at={"epsilon": 1e-5}))),
     ("shared and locked", model(facts(at={**FROZEN, "calls": 2}))),
@@ -198,7 +232,7 @@ def test_findings_are_complete(code: str, given: ModelFacts) -> None:
     for finding in rules.check(given, rules.select(code))[0]:
         origin = rules.get(code)
         assert (finding.name, finding.severity) == (origin.name, origin.severity)
-        assert finding.fix == origin.fix
+        assert finding.fix == ("freeze" if given.native and code == "FL101" else origin.fix)
         assert 20 < len(finding.message) <= 120
         assert finding.evidence
         assert all(isinstance(value, float | str) for value in finding.evidence.values())

@@ -54,7 +54,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     elif any("half_initial" in each for each in verdicts):
         told = "one of mean and variance is the initial value in every channel"
     else:
-        told = f"training mode does not move them (decay {number(verdicts[0]['decay'])})"
+        told = f"training mode does not move them ({case.decay_told(paths[0])})"
     trained = f" after {count(case.steps, 'step')}" if case.steps else ""
     amount = _amount(case, paths)
     yield Claim(
@@ -91,15 +91,22 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if amount is not None and pretrained_elsewhere(case, assigned):
         shared = case.blame(paths[:1]) * case.stale_part / 2
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
-    shares = [s for path in paths if (s := case.old_share(path)) is not None]
+    shares = {path: s for path in paths if (s := case.old_share(path)) is not None}
     told = "the stored statistics trail the weights"
-    if shares and case.steps is not None:
-        decay = case.sites[paths[0]].site.decay
-        evidence |= {"steps": float(case.steps), "decay": decay, "old_share": max(shares)}
-        told = f"{count(case.steps, 'step')} at decay {decay:g} leave {max(shares):.1%} of the old"
-        told += " statistics"
-        if max(shares) <= OLD_SHARE:
+    if shares:
+        slowest = max(shares, key=lambda path: shares[path])
+        updates, oldest = case.updates(slowest) or 0, shares[slowest]
+        decay = case.sites[slowest].site.decay
+        evidence |= {"steps": float(updates), "decay": decay, "old_share": oldest}
+        told = f"{count(updates, 'update')} at {case.decay_told(slowest)} leave {oldest:.1%} of "
+        told += "the old statistics"
+        if oldest <= OLD_SHARE:
             told += ", the weights moved meanwhile"
+    elif case.sites[paths[0]].cumulative:
+        updates = case.updates(paths[0]) or 0
+        evidence["steps"] = float(updates)
+        told = "with momentum=None they are the plain mean over all updates "
+        told += f"({updates}), those of earlier weights too"
     ways = [n for path in paths if (n := assigned[path].number.get("way_from_initial")) is not None]
     if ways and not shares:
         evidence["way_from_initial"] = min(ways)
@@ -113,7 +120,7 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         certainty=_certainty(assigned, paths),
         evidence=evidence,
         settle=_settle(assigned, paths, f"{_REFERENCE}, or the training history"),
-        findings=case.found("FL203", sites=paths),
+        findings=case.found("FL203", "FL120", sites=paths),
     )
 
 
@@ -301,10 +308,13 @@ def _short(case: Case, assigned: Assigned, code: str) -> Iterator[Claim]:
     told = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
     told += f"last batch, off by up to {number(noise)} standard deviations"
     if code == "MOMENTUM_CONVENTION":
-        told += f"; {decay:g} is a PyTorch momentum, {1 - decay:g} in Keras"
+        usual = (f"{1 - decay:g} is a Keras momentum, {decay:g} in PyTorch" if
+                 case.facts.is_torch(case.sites[paths[0]]) else
+                 f"{decay:g} is a PyTorch momentum, {1 - decay:g} in Keras")  # fmt: skip
+        told += f"; {usual}"
     yield Claim(
         code=code,
-        message=f"{count(len(paths), 'site')} with decay {decay:g}: {told}",
+        message=f"{count(len(paths), 'site')} with {case.decay_told(paths[0])}: {told}",
         sites=paths,
         amount=amount,
         standing=0.1,

@@ -379,13 +379,28 @@ class Case:
         known = self.facts.steps if known is None else known
         return known or None
 
+    def updates(self, path: str) -> int | None:
+        """How often the statistics of a site were updated; ``None`` when not known."""
+        each = self.sites[path]
+        if each.updates is not None:
+            return each.updates
+        return None if self.steps is None else self.steps * max(1, each.site.calls)
+
     def old_share(self, path: str) -> float | None:
         """Share of the statistics from before training: decayⁿ; ``None`` when not known."""
-        each = self.sites[path]
+        each, updates = self.sites[path], self.updates(path)
         site = each.site
-        if self.steps is None or each.cumulative or site.debias or not 0 <= site.decay <= 1:
+        if not updates or each.cumulative or site.debias or not 0 <= site.decay <= 1:
             return None
-        return float(site.decay ** (self.steps * max(1, site.calls)))
+        return float(site.decay**updates)
+
+    def decay_told(self, path: str) -> str:
+        """The decay of a site in words of its framework."""
+        each = self.sites[path]
+        if each.cumulative:
+            return "momentum=None"
+        torch = self.facts.is_torch(each)
+        return f"momentum {1 - each.site.decay:g}" if torch else f"decay {each.site.decay:g}"
 
     # --- reference and findings ---------------------------------------------------------------
 

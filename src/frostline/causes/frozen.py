@@ -76,7 +76,7 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
         standing=_QUIET,
         certainty="is",
         evidence={"replaced_per_step": replaced, "bn_gap": case.bn_gap},
-        findings=case.found("FL105", sites=paths),
+        findings=case.found("FL105", "FL118", sites=paths),
     )
 
 

@@ -70,6 +70,11 @@ class Bench:
         return self.samples.batches
 
     @property
+    def channels(self) -> int:
+        """Axis of the channels in an input: 1 in PyTorch."""
+        return 1 if getattr(self.view, "framework", "keras") == "torch" else -1
+
+    @property
     def batch_size(self) -> int:
         """Samples per batch."""
         return self.samples.batch_size

@@ -32,8 +32,13 @@ _UNIT = 1.5
 Transform = Callable[[Any], Any]
 
 
-def moments(batches: Iterable[Batch]) -> InputMoments | None:
-    """Moments of the inputs per channel (last axis); ``None`` for several or for no numbers."""
+def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
+    """Moments of the inputs per channel; ``None`` for several inputs or for no numbers.
+
+    Args:
+        batches: Samples.
+        axis: Of the channels: -1, or 1 in PyTorch.
+    """
     total: Moments | None = None
     low: Array | None = None
     high: Array | None = None
@@ -41,7 +46,7 @@ def moments(batches: Iterable[Batch]) -> InputMoments | None:
         found = leaves(batch.x)
         if len(found) != 1 or found[0][1].dtype.kind not in "buif" or found[0][1].ndim < 2:
             return None
-        values = found[0][1]
+        values = np.moveaxis(found[0][1], axis, -1)
         flat = values.reshape(-1, values.shape[-1])
         part = Moments.of(flat)
         total = part if total is None else total.merge(part)
@@ -58,11 +63,15 @@ def moments(batches: Iterable[Batch]) -> InputMoments | None:
     )
 
 
-def transforms(seen: InputMoments) -> dict[str, Transform]:
+def transforms(seen: InputMoments, *, axis: int = -1) -> dict[str, Transform]:
     """Encodings that inputs of this range could have been meant to be in, by name.
 
     The names are written as functions of the inputs as given. Those of ImageNet's networks are
     tried on three channels; they start from 0 to 255 or from 0 to 1, whichever the range says.
+
+    Args:
+        seen: Moments of the inputs.
+        axis: Of the channels: -1, or 1 in PyTorch.
     """
     found: dict[str, Transform] = {
         "x/255": lambda x: x / 255.0,
@@ -74,7 +83,7 @@ def transforms(seen: InputMoments) -> dict[str, Transform]:
     }
     if len(seen.mean) == 3:
         found |= _colours(unit=float(seen.high.max()) <= _UNIT)
-    return {name: _floating(change) for name, change in found.items()}
+    return {name: _floating(change, axis) for name, change in found.items()}
 
 
 def _colours(*, unit: bool) -> dict[str, Transform]:
@@ -92,7 +101,7 @@ def _colours(*, unit: bool) -> dict[str, Transform]:
     }
 
 
-def _floating(change: Transform) -> Transform:
+def _floating(change: Transform, axis: int) -> Transform:
     """Apply to float32, whatever the inputs' own type, and give back a contiguous float32 array."""
 
     def apply(x: Any) -> Any:
@@ -101,7 +110,7 @@ def _floating(change: Transform) -> Transform:
             return {key: apply(value) for key, value in x.items()}
         if isinstance(x, (list, tuple)):
             return type(x)(apply(value) for value in x)
-        values = change(np.asarray(x, dtype=np.float32))
-        return np.ascontiguousarray(values, dtype=np.float32)
+        values = change(np.moveaxis(np.asarray(x, dtype=np.float32), axis, -1))
+        return np.ascontiguousarray(np.moveaxis(values, -1, axis), dtype=np.float32)
 
     return apply

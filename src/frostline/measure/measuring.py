@@ -303,7 +303,7 @@ class _Run:
 
     def input(self) -> None:
         """Moments of the inputs."""
-        self.found["input"] = inputs.moments(self.bench.batches)
+        self.found["input"] = inputs.moments(self.bench.batches, axis=self.bench.channels)
         if self.found["input"] is None:
             raise _Skip("several inputs, or inputs that are no numbers per channel")
 
@@ -320,7 +320,7 @@ class _Run:
         base = self.probes["inference"].losses[: len(part)]
         trials = {"x": float(base.mean())}
         best, gain = None, 0.0
-        for name, change in inputs.transforms(seen).items():
+        for name, change in inputs.transforms(seen, axis=bench.channels).items():
             probe = bench.own_probe(f"input {name}", part.batches, transform=change)
             trials[name] = probe.loss
             gap = self.interval(probe.losses, base)
@@ -348,7 +348,7 @@ class _Run:
         other = replace(bench, samples=samples, labels=None, cost={}, _probes={}, _populations={})
         name = "validation inference"
         self.probes[name] = other.own_probe(name, samples.batches)
-        self.found["validation_input"] = inputs.moments(samples.batches)
+        self.found["validation_input"] = inputs.moments(samples.batches, axis=bench.channels)
         if bench.paths:
             name = "validation batch"
             self.probes[name] = other.probe(name, blend=1.0)

@@ -35,6 +35,10 @@ class SiteFacts:
             ``None`` outside of one.
         undone: Put into inference mode by hand in a model that trains: the next ``train()`` of any
             parent puts it back (torch).
+        mode: Whether the module is in training mode now (torch); ``None`` where there is no such
+            thing.
+        updates: How often the statistics were updated, where the layer counts it
+            (``num_batches_tracked``).
         cumulative: The stored statistics are the plain mean over all updates, so `decay` grows.
         training: Value of ``training=`` that is written at the nearest call around the site in a
             functional graph; ``None`` when none is.
@@ -54,6 +58,8 @@ class SiteFacts:
     optimized: bool | None = None
     wrapper_frozen: bool | None = None
     undone: bool = False
+    mode: bool | None = None
+    updates: int | None = None
     cumulative: bool = False
     training: bool | None = None
     values: int | None = None
@@ -82,16 +88,21 @@ class ModelFacts:
     Attributes:
         name: The model's name.
         backend: ``"tensorflow"``, ``"jax"`` or ``"torch"``.
+        framework: ``"keras"``, or ``"torch"`` for a native module.
+        mode: Whether the model is in training mode now (torch), as of a site.
         sites: In execution order.
         layers: Layers with weights that are not sites, in execution order.
         order: Path of a site -> its rank in execution order.
         batch: Batch size that is fixed in the model's input; ``None`` when it is free.
-        steps: Training steps since the optimizer was made; ``None`` without an optimizer.
+        steps: Training steps since the optimizer was made; ``None`` without an optimizer. Of a
+            native torch module: the most updates that any site has counted.
         traced: A compiled training step exists, made under the flags of that moment.
     """
 
     name: str = "model"
     backend: str = "tensorflow"
+    framework: str = "keras"
+    mode: bool | None = None
     sites: tuple[SiteFacts, ...] = ()
     layers: tuple[LayerFacts, ...] = ()
     order: dict[str, int] = field(default_factory=dict)
@@ -102,12 +113,21 @@ class ModelFacts:
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)
 
+    @property
+    def native(self) -> bool:
+        """A torch module that is no Keras model."""
+        return self.framework == "torch"
+
+    def is_torch(self, each: SiteFacts) -> bool:
+        """Whether a site is a torch module: of a native model, or wrapped in a Keras one."""
+        return self.native or each.site.kind.startswith("torch.")
+
 
 def read(model: Any) -> ModelFacts:
     """Collect the facts of a model; nothing of it changes.
 
     Args:
-        model: A Keras 3 model; it need not be built or compiled.
+        model: A Keras 3 model, which need not be built or compiled, or a torch module.
 
     Returns:
         The facts.

@@ -12,7 +12,13 @@ import torch
 from frostline.measurement import Behaviour
 from frostline.models.torch_blend import along, batch_statistics
 from frostline.models.torch_graph import site_places
-from frostline.models.torch_pass import called, replaced_forward, tensors, untouched
+from frostline.models.torch_pass import (
+    called,
+    replaced_forward,
+    set_phase,
+    tensors,
+    untouched,
+)
 
 #: Two outputs this near, relative to their spread, are the same one in float32.
 _SAME = 1e-4
@@ -43,7 +49,7 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
             }
             before = {place.path: _stored(place.module) for place in places}
             with untouched(model, step=step) as root, torch.no_grad(), replaced_forward(changes):
-                root.train(training)
+                set_phase(root, training=training)
                 called(root, inputs)
                 if training:
                     for place in places:

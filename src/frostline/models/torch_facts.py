@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.models.torch_frozen import is_locked
@@ -41,12 +42,16 @@ def facts(model: Any) -> ModelFacts:
                 live=is_locked(module) or is_frozen_kind(module),
                 optimized=any(p.requires_grad for p in own) if own else None,
                 undone=root.training and not module.training and thawed[site.path],
+                mode=bool(module.training),
+                updates=_updates(module),
                 cumulative=getattr(module, "momentum", 0.0) is None,
             )
         )
     return ModelFacts(
         name=type(root).__name__,
         backend="torch",
+        framework="torch",
+        mode=bool(root.training),
         sites=tuple(found),
         layers=tuple(
             LayerFacts(
@@ -65,11 +70,21 @@ def facts(model: Any) -> ModelFacts:
 
 def _steps(places: Any) -> int | None:
     """Updates that the statistics have seen; a module has no optimizer that would say so."""
-    counts = [getattr(place.module, "num_batches_tracked", None) for place in places.values()]
-    return max((int(count) for count in counts if count is not None), default=0) or None
+    counts = [_updates(place.module) for place in places.values()]
+    return max((count for count in counts if count is not None), default=0) or None
+
+
+def _updates(module: Any) -> int | None:
+    count = getattr(module, "num_batches_tracked", None)
+    return None if count is None else int(count)
 
 
 def _numbers(tensor: Any) -> Array | None:
-    if tensor is None or not hasattr(tensor, "detach") or not tensor.numel():
+    if not isinstance(tensor, torch.Tensor) or not _built(tensor) or not tensor.numel():
         return None
     return np.array(arrays(tensor), dtype=np.float64)
+
+
+def _built(tensor: Any) -> bool:
+    """Whether it has a shape: lazy modules get theirs with the first batch."""
+    return not isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)

@@ -67,6 +67,18 @@ def arrays(structure: Any) -> Any:
     )
 
 
+def set_phase(root: Any, *, training: bool) -> None:
+    """Put a module into a phase as its user does.
+
+    A BN site that is in training mode inside of a model in evaluation mode stays in it at
+    inference: the model as it is now does that, too.
+    """
+    left = [] if root.training else [m for m in root.modules() if is_site(m) and m.training]
+    root.train(training)
+    for module in left:
+        module.training = True
+
+
 @contextmanager
 def untouched(model: Any, *, step: int = 0) -> Iterator[Any]:
     """Yield the root module; modes, flags, buffers and random state are put back on any exit.
@@ -116,7 +128,7 @@ def run(model: Any, x: Any, *, training: bool, step: int = 0) -> Any:
     """Outputs of one batch in a phase, tensors; the model is left as it was found."""
     inputs = tensors(x, model)
     with untouched(model, step=step) as root, torch.no_grad():
-        root.train(training)
+        set_phase(root, training=training)
         return called(root, inputs)
 
 

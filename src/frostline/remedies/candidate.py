@@ -78,6 +78,16 @@ class Workplace:
         """Path -> facts, in execution order."""
         return {each.site.path: each for each in self.facts}
 
+    @property
+    def native(self) -> bool:
+        """Whether the model is a torch module that is no Keras model."""
+        return self.facts.native
+
+    @property
+    def fixed(self) -> str:
+        """Name of the file that a command to paste writes."""
+        return "FIXED.pt" if self.native else "FIXED.keras"
+
     def named(self, *codes: str) -> tuple[str, ...]:
         """Which of these causes were named, the most important first."""
         return tuple(code for code in self.codes if code in codes)

@@ -48,7 +48,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             text=f"store the exact statistics of the data at {told}",
             after=after,
             python=f'fl.recalibrate(model, x, sites="{group}")',
-            shell=f"frostline recalibrate MODEL DATA --sites {group} --output FIXED.keras",
+            shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.fixed}",
             note=note,
         )
 
@@ -77,8 +77,12 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
         text=f"average over {1 / (1 - decay):.3g} batches instead of {_batches(site.decay)}, at "
         f"{len(paths)} sites",
         after=place.bench.probe(f"momentum {decay:g}", statistics=statistics),
-        python=f"fl.set_momentum(model, {decay:g})",
-        shell=f"frostline set-momentum MODEL {decay:g} --output FIXED.keras",
+        python=f"fl.set_momentum(model, {decay:g})"
+        + (f"  # momentum={1 - decay:.3g} in PyTorch" if place.native else ""),
+        # A state_dict holds no momentum.
+        shell=None
+        if place.native
+        else f"frostline set-momentum MODEL {decay:g} --output FIXED.keras",
         note="takes effect in training: the effect is that of an average that has settled, with "
         "the weights as they are now",
     )
@@ -96,14 +100,17 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
     if not statistics:
         return
     epsilon = Counter(wanted.values()).most_common(1)[0][0]
-    first = next(iter(statistics)).rpartition("/")[2]
+    path = next(iter(statistics))
+    line = f'model.get_layer("{path.rpartition("/")[2]}").epsilon = {epsilon:g}  # compile again'
+    if place.native:
+        line = f'model.get_submodule("{path.replace("/", ".")}").eps = {epsilon:g}'
     yield Candidate(
         name=f"epsilon {epsilon:g}",
         fix="set epsilon",
         treats=("EPS_MISMATCH",),
         text=f"use epsilon {epsilon:g} at {len(statistics)} sites",
         after=place.bench.probe(f"epsilon {epsilon:g}", statistics=statistics),
-        python=f'model.get_layer("{first}").epsilon = {epsilon:g}  # and compile again',
+        python=line,
     )
 
 
@@ -118,7 +125,7 @@ def stored_statistics(place: Workplace) -> Iterator[Candidate]:
         treats=("FORCED_TRAIN",),
         text="use the stored statistics at inference, whatever shares the batch",
         after=after,
-        python="model(x, training=False)",
+        python="model.eval()" if place.native else "model(x, training=False)",
         note="a score that falls with this was never that of the model on one sample",
     )
 

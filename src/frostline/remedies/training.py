@@ -20,6 +20,9 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     trial = getattr(place.bench.view, "trial", None)
     if not named or not paths or not trains or trial is None:
         return
+    if place.native:
+        yield _lock_in_own_loop(place, paths, named)
+        return
     tuples = [(batch.x, batch.y) for batch in place.bench.batches]
     with trial(tuples, policy="inference", epochs=TRIAL_EPOCHS):
         bench = replace(place.bench, _probes={}, _populations={})  # nothing known of these weights
@@ -53,6 +56,21 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
             shell=freeze,
             note=note,
         )
+
+
+def _lock_in_own_loop(
+    place: Workplace, paths: tuple[str, ...], named: tuple[str, ...]
+) -> Candidate:
+    """The lock of a torch module, whose optimizer and loop are the user's."""
+    return Candidate(
+        name="lock frozen sites and train on",
+        fix="freeze",
+        treats=named,
+        text=f"keep {len(paths)} frozen sites at their stored statistics, whatever train() does",
+        python=f"fl.freeze(model, until={_first_that_trains(place, paths)!r})",
+        note="it changes training, not the present inference; not measured: the loop is your own. "
+        "In your tests: fl.assert_frozen(model)",
+    )
 
 
 def larger_batches(place: Workplace) -> Iterator[Candidate]:

@@ -35,6 +35,7 @@ Check = Callable[..., Iterator["Hit"]]
 #: Modules with the rules that come with Frostline.
 _BUILTIN = (
     "freezing",
+    "modes",
     "calling",
     "configuration",
     "stored",
@@ -62,12 +63,14 @@ class Hit:
         message: As in :class:`~frostline.types.Finding`.
         evidence: The numbers behind it.
         certainty: ``"is"`` or ``"may"``.
+        fix: The repair as a word, where it is another one than the rule's.
     """
 
     sites: tuple[str, ...]
     message: str
     evidence: Mapping[str, float | str] = field(default_factory=dict)
     certainty: Certainty = "is"
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +273,7 @@ def _finding(origin: Rule, hit: Hit) -> Finding:
         sites=hit.sites,
         message=hit.message,
         evidence=hit.evidence,
-        fix=origin.fix,
+        fix=hit.fix or origin.fix,
     )
 
 

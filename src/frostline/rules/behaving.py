@@ -67,6 +67,7 @@ def frozen_seen_using_batch(model: ModelFacts, measurement: Measurement) -> Iter
                 message="frozen, but training mode normalises with the batch, as seen in its "
                 "output; lock it to its stored statistics",
                 evidence={"blend": float(seen.training or 0.0), "policy": each.site.policy},
+                fix="freeze" if model.native else None,
             )
 
 

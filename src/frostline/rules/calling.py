@@ -111,7 +111,7 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
     """A torch site keeps no statistics, so inference uses those of the batch.
 
     ## What it does
-    Reports wrapped torch BN layers made with `track_running_stats=False`.
+    Reports torch BN layers, native or wrapped, made with `track_running_stats=False`.
 
     ## Why is this bad?
     A prediction depends on the other samples in its batch: on their number, and on their classes.
@@ -141,7 +141,7 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
     jax issue 139; LearningToCompare issue 48.
     """
     for each in model:
-        if each.site.kind.startswith("torch.") and each.mean is None:
+        if model.is_torch(each) and each.site.channels is not None and each.mean is None:
             yield Hit(
                 sites=(each.site.path,),
                 message="keeps no statistics: every prediction depends on the other samples of its "

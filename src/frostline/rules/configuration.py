@@ -51,10 +51,12 @@ def swapped_momentum_convention(model: ModelFacts, *, lowest: float = 0.5) -> It
     for each in model:
         decay = each.site.decay
         if 0 < decay < lowest and not each.site.stats_frozen and not each.cumulative:
+            told = f"torch momentum {1 - decay:.2g}: a" if model.is_torch(each) else "one"
+            meant = decay if model.is_torch(each) else 1 - decay
             yield Hit(
                 sites=(each.site.path,),
-                message=f"one step keeps {decay:.2g} of the statistics: they are those of "
-                f"{1 / (1 - decay):.1f} batches; {1 - decay:.2g} may be meant",
+                message=f"{told} step keeps {decay:.2g} of the statistics: they are those of "
+                f"{1 / (1 - decay):.1f} batches; {meant:.2g} may be meant",
                 evidence={"decay": decay, "batches": 1 / (1 - decay)},
                 certainty="may",
             )
@@ -97,10 +99,12 @@ def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
         if 0 < decay < 1 or each.site.stats_frozen or each.cumulative:
             continue
         effect = {0.0: "its statistics are those of the last batch", 1.0: "they never move"}
+        native = model.is_torch(each)
+        told = f"torch momentum {1 - decay:g}: a" if native else "one"
         yield Hit(
             sites=(each.site.path,),
-            message=f"one step keeps {decay:g} of the statistics: "
-            f"{effect.get(decay, 'they diverge')}; set a decay between 0 and 1",
+            message=f"{told} step keeps {decay:g} of the statistics: "
+            f"{effect.get(decay, 'they diverge')}; set {'0.1' if native else 'a decay below 1'}",
             evidence={"decay": decay},
         )
 
@@ -246,7 +250,7 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
     """
     named: dict[str, list[str]] = {}
     for each in model:
-        if not each.site.kind.startswith("torch."):  # their names are positions
+        if not model.is_torch(each):  # their names are positions
             named.setdefault(each.site.name, []).append(each.site.path)
     for paths in named.values():
         if len(paths) > 1:

@@ -50,12 +50,17 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     """
     for each in model:
         site = each.site
-        switched_off = _is_torch(each) and each.mean is not None
+        switched_off = site.kind.startswith("torch.") and each.mean is not None
         if site.stats_frozen and (site.policy == "batch" or switched_off):
+            message = "frozen, but training uses batch statistics; set policy='inference'"
+            if model.is_torch(each):
+                message = "track_running_stats is off: training uses the batch, eval() what is "
+                message += "stored; lock the layer"
             yield Hit(
                 sites=(site.path,),
-                message="frozen, but training uses batch statistics; set policy='inference'",
+                message=message,
                 evidence={"policy": site.policy, "version": site.version or "none"},
+                fix="freeze" if model.native else None,
             )
 
 
@@ -96,7 +101,7 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
     for each in model:
         site = each.site
         frozen = site.params_frozen and not site.stats_frozen
-        if frozen and site.policy == "update" and not _is_torch(each):
+        if frozen and site.policy == "update" and not model.is_torch(each):
             yield Hit(
                 sites=(site.path,),
                 message=f"frozen, but each training step replaces {1 - site.decay:.2g} of its "
@@ -142,17 +147,20 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     torchvision issue 2079; Li et al. 2016 (AdaBN).
     """
+    if _only_serves(model):
+        return
     for each in model:
         site = each.site
         if not site.params_frozen or site.stats_frozen:
             continue
         own = each.gamma is not None or each.beta is not None
-        half = own and not each.wrapper_frozen if _is_torch(each) else site.policy != "update"
+        half = own and not each.wrapper_frozen if model.is_torch(each) else site.policy != "update"
         if half:
+            flags = "requires_grad is off" if model.native else "gamma and beta are frozen"
             yield Hit(
                 sites=(site.path,),
-                message=f"gamma and beta are frozen, but each step replaces {1 - site.decay:.2g} "
-                "of the statistics; freeze the layer",
+                message=f"{flags}, but each step replaces {1 - site.decay:.2g} of the statistics; "
+                "freeze the layer",
                 evidence={"replaced_per_step": 1 - site.decay},
             )
 
@@ -193,7 +201,9 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     Frankle, Schwab and Morcos 2021.
     """
     for each in model:
-        if each.site.stats_frozen and not each.site.params_frozen and not _is_torch(each):
+        if not each.site.stats_frozen or each.site.params_frozen or each.undone:
+            continue
+        if model.native or not model.is_torch(each):
             yield Hit(
                 sites=(each.site.path,),
                 message="the layer is frozen, but gamma or beta trains; freeze the variables too "
@@ -415,8 +425,10 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-def _is_torch(each: SiteFacts) -> bool:
-    return each.site.kind.startswith("torch.")
+def _only_serves(model: ModelFacts) -> bool:
+    """A torch module in evaluation mode of which nothing trains: flags of training say nothing."""
+    trains = any(not each.site.params_frozen for each in model)
+    return model.mode is False and not trains and not any(layer.trains for layer in model.layers)
 
 
 def next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:

@@ -149,13 +149,14 @@ def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Ite
         unknown = each.cumulative or site.debias or not 0 < site.decay < 1
         if site.stats_frozen or unknown or not model.steps:
             continue
-        share = site.decay ** (model.steps * site.calls)
+        updates = model.steps * site.calls if each.updates is None else each.updates
+        share = site.decay**updates
         if share > max_share:
             yield Hit(
                 sites=(site.path,),
                 message=f"{share:.0%} of the statistics are from before training "
-                f"({site.decay:g}**{model.steps * site.calls} is left); recalibrate",
-                evidence={"steps": float(model.steps), "decay": site.decay, "old_share": share},
+                f"({site.decay:g}**{updates} is left); recalibrate",
+                evidence={"steps": float(updates), "decay": site.decay, "old_share": share},
                 certainty="may",
             )
 
@@ -271,6 +272,8 @@ def _in_use(model: ModelFacts, each: SiteFacts) -> str | None:
     )
     if each.site.stats_frozen:
         return "the site is frozen"
+    if trained and each.updates == 0:
+        return "gamma and beta are not (num_batches_tracked is 0)"
     if model.steps:
         return f"training is at step {model.steps}"
     return "gamma and beta are not" if trained else None
