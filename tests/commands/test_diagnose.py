@@ -12,8 +12,8 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.commands import diagnose as command, models, showing
-from frostline.measurement import Remedy
+from frostline.commands import diagnose as command, fixing, models, showing
+from frostline.measurement import Cause, Remedy
 from frostline.report.report import Report
 
 keras = pytest.importorskip("keras")
@@ -160,3 +160,99 @@ def test_force(tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(fl.OutputError, match="is a folder"):
         showing.check_output(tmp_path / "folder.html", force=True)
+
+
+# --- --fix ----------------------------------------------------------------------------------------
+
+
+def test_fix_writes_what_it_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, fixed = folder / "model.keras", tmp_path / "fixed.keras"
+    given = source.read_bytes()
+    words = ["diagnose", source, folder / "data.npz", "--fix", "-o", fixed]
+    assert cli.main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    # The oracle: statistics by numpy, loss and accuracy by Keras' own evaluate.
+    data = np.load(folder / "data.npz")
+    written = keras.models.load_model(fixed)
+    _, _, mean, variance = (np.asarray(w) for w in written.get_layer("bn").get_weights())
+    np.testing.assert_allclose(mean, data["x"].mean(0, dtype="float64"), rtol=1e-6)
+    np.testing.assert_allclose(variance, data["x"].var(0, dtype="float64"), rtol=1e-5)
+    told = []
+    for path in (source, fixed):
+        loss, accuracy = keras.models.load_model(path).evaluate(data["x"], data["y"], verbose=0)
+        told.append(f"loss {loss:.4g}, accuracy {accuracy:.4g}")
+    assert f"inference: {told[0]} -> {told[1]}, measured on {fixed}" in out.splitlines()
+    assert accuracy == 1.0
+    assert source.read_bytes() == given
+    assert [path.name for path in tmp_path.iterdir()] == ["fixed.keras"]
+
+
+def test_fix_of_what_is_sound_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, again = tmp_path / "sound.keras", tmp_path / "again.keras"
+    words = [str(folder / "data.npz"), "--fix", "--format", "json", "-o"]
+    assert cli.main(["diagnose", str(folder / "model.keras"), *words, str(sound)]) == 0
+    capsys.readouterr()
+    code = cli.main(["diagnose", str(sound), *words, str(again)])
+    out, err = capsys.readouterr()
+    json.loads(out)  # the report alone: what --fix says goes to stderr
+    assert code == 0, err
+    assert f"nothing to fix: {again} is not written" in err
+    assert not again.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "-o OUT.keras"),
+        (["-o", "report.html"], ".keras or .h5"),
+        (["-o", "model.keras"], "the model itself"),
+    ],
+)
+def test_fix_needs_a_place_of_its_own(
+    words: list[str], told: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert cli.main(["diagnose", "model.keras", "data.npz", "--fix", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+RECALIBRATE = Remedy(name="recalibrate all", fix="recalibrate", causes=(), text="store exact ones",
+                     shell="frostline recalibrate m d", before={"loss": 2.0}, after={"loss": 1.0},
+                     recommended=True)  # fmt: skip
+LOCK = Remedy(name="lock frozen sites and train on", fix="freeze", causes=(), text="keep 3 sites",
+              shell="frostline freeze m", recommended=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("remedies", "told"),
+    [
+        ((LOCK,), "keep 3 sites (frostline freeze m). "),
+        ((LOCK, RECALIBRATE), "Less, but now: frostline recalibrate m d (loss 2 -> loss 1). "),
+        ((replace(RECALIBRATE, recommended=False),), "helps for sure (recalibrate all) for "),
+        ((), "there is no remedy for EMA_LAG. "),
+    ],
+)
+def test_fix_refuses_what_it_cannot_do_and_says_what_helps(
+    remedies: tuple[Remedy, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cause = Cause(code="EMA_LAG", share=1.0, sites=("bn",), certainty="is", message="it lags")
+    report = Report(verdict="bad", causes=(cause,), remedies=remedies)
+    path = tmp_path / "out.keras"
+    assert fixing.apply(None, report, SAMPLES, output=path, force=False, plain=True) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("not fixed: ")
+    assert told in err
+    assert not path.exists()
+
+
+SAMPLES = fixing.Samples(
+    x=np.zeros((2, 4)), y=np.zeros(2), loss=None, batch_size=2, max_samples=2, seed=0
+)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frostline import rules
-from frostline.commands import models, showing
+from frostline.commands import fixing, models, showing
 from frostline.commands.models import DataOptions
 from frostline.measurement import Remedy
 from frostline.types import Array, DataError
@@ -34,6 +34,7 @@ def run(
     output: Path | None = None,
     force: bool = False,
     exit_zero: bool = False,
+    fix: bool = False,
 ) -> int:
     """Diagnose a model on data; 1 when there is a gap with a cause, an error or a warning.
 
@@ -53,8 +54,11 @@ def run(
         output: Also write the report to this ``.html``, ``.json`` or ``.txt`` file.
         force: Overwrite it.
         exit_zero: Return 0 whatever is found.
+        fix: Apply the best remedy; ``output`` is the repaired model's file then, and the code is 0
+            when it was repaired.
     """
-    showing.check_output(output, force=force)
+    fixed = fixing.check_output(output, source, force=force) if fix else None
+    showing.check_output(None if fix else output, force=force)
     rules.select(select or None, ignore or None)
     run_log = None if history is None else _history(history)
     from frostline.diagnosis import diagnose
@@ -76,7 +80,15 @@ def run(
     )
     words = {"MODEL": shlex.quote(source), "DATA": _as_typed(options)}
     report = replace(report, remedies=tuple(_filled(each, words) for each in report.remedies))
-    return showing.show(report, format=format, output=output, exit_zero=exit_zero)
+    if fixed is None:
+        return showing.show(report, format=format, output=output, exit_zero=exit_zero)
+    showing.show(report, format=format, output=None, exit_zero=exit_zero)
+    samples = fixing.Samples(
+        x=x, y=y, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=options.seed
+    )
+    plain = format == "text"
+    code = fixing.apply(model, report, samples, output=fixed, force=force, plain=plain)
+    return 0 if exit_zero else code
 
 
 def _filled(remedy: Remedy, words: Mapping[str, str]) -> Remedy:

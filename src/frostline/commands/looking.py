@@ -131,6 +131,10 @@ def diagnose(
     select: SelectOption = None,
     ignore: IgnoreOption = None,
     format: ReportFormatOption = ReportFormat.text,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Apply the best remedy; -o is then the model file to write."),
+    ] = False,
     output: ReportOption = None,
     force: ForceOption = False,
     exit_zero: ExitZeroOption = False,
@@ -164,6 +168,7 @@ def diagnose(
         output=output,
         force=force,
         exit_zero=exit_zero,
+        fix=fix,
     )
 
 

@@ -17,6 +17,7 @@ from frostline.measurement import Cause, Interval, Measurement, Probe, Remedy
 from frostline.models.facts import ModelFacts
 from frostline.remedies import inputs, statistics, training
 from frostline.remedies.candidate import Candidate, Try, Workplace
+from frostline.remedies.statistics import group_of
 from frostline.stats import paired_bootstrap
 from frostline.types import FrostlineError
 
@@ -158,4 +159,4 @@ def _after(candidate: Candidate) -> dict[str, float]:
     return {} if candidate.accuracy is None else {"accuracy": candidate.accuracy}
 
 
-__all__ = ["remedies"]
+__all__ = ["group_of", "remedies"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from frostline.measurement import Remedy
 from frostline.momentum import suggest_momentum
 from frostline.remedies.candidate import STALE, UNSTEADY, Candidate, Workplace
 from frostline.types import Array
 
 #: Updates that a new momentum is suggested for where training steps are not known.
 _USUAL_STEPS = 200
+
+#: A recalibration's name is this and the group of its sites.
+_RECALIBRATE = "recalibrate "
 
 _AVERAGES = ("EMA_LAG", "EMA_NOISE", "MOMENTUM_CONVENTION", "STATS_NEVER_UPDATED")
 
@@ -42,7 +46,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
         elif group != "unfrozen" and any(frozen):
             note = "layers behind frozen sites were fitted to the old statistics: check other data"
         yield Candidate(
-            name=f"recalibrate {group}",
+            name=f"{_RECALIBRATE}{group}",
             fix="recalibrate",
             treats=treats,
             text=f"store the exact statistics of the data at {told}",
@@ -51,6 +55,11 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.fixed}",
             note=note,
         )
+
+
+def group_of(remedy: Remedy) -> str | None:
+    """Return the sites that a recalibration is for; ``None`` for other remedies."""
+    return remedy.name.removeprefix(_RECALIBRATE) if remedy.fix == "recalibrate" else None
 
 
 def settled_average(place: Workplace) -> Iterator[Candidate]:
