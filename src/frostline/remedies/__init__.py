@@ -41,6 +41,9 @@ _EQUAL_SHARE = 0.05
 #: Standard errors of an accuracy by which a renaming must raise it.
 _SURE = 3.0
 
+#: Share of the present loss that a repair must save: less is not worth a change of the model.
+_MATTERS = 0.01
+
 _SEED = 0
 
 
@@ -145,7 +148,9 @@ def _helps(candidate: Candidate, now: Probe, change: Interval | None) -> bool:
         return candidate.accuracy - now.accuracy > _SURE * error
     if now.broken:
         return after.broken < now.broken
-    return change is not None and change.high < 0 and after.broken == 0
+    if change is None or after.broken:
+        return False
+    return change.high < 0 and -change.estimate >= _MATTERS * abs(now.loss)
 
 
 def _numbers(probe: Probe) -> dict[str, float]:
