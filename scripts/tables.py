@@ -77,10 +77,67 @@ def freezers_table(results: Sequence[dict[str, Any]]) -> str:
     return peers_table(results, part="freezing")
 
 
+def casebook_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per case of the casebook: expected and given causes, layers, and the remedy."""
+    found = results[0]
+    missed = {miss["number"] for miss in found["misses"]}
+    lines = [
+        "| case | expected | first | second | layers (IoU) | remedy | loss | closes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["cases"]:
+        wrong = not row["right"] or row["blamed"] or row["number"] in missed
+        answers = [f"`{code}`" for code in row["answers"][:2]] + ["", ""]
+        cells = [
+            f"{row['number']} {row['title']}" + (" **missed**" if wrong else ""),
+            " + ".join(f"`{code}`" for code in row["expected"]),
+            *answers[:2],
+            "" if row["overlap"] is None else f"{row['overlap']:.2f}",
+            row["remedy"] or "",
+            _before_and_after(row),
+            "" if row["closed"] is None else f"{row['closed']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    place = found["environment"]
+    versions = ", ".join(
+        f"{name} {place['versions'][name]}"
+        for name in ("keras", "tensorflow", "jax", "torch", "frostline")
+        if name in place["versions"] and name in ("keras", "frostline", place["backend"])
+    )
+    run = f"{versions}, Python {place['python']}, seed {found['seed']}"
+    return "\n".join([*lines, "", f"Run with {run}."])
+
+
+def _before_and_after(row: Mapping[str, Any]) -> str:
+    if row["before"] is None or row["after"] is None:
+        return ""
+    return f"{float(row['before']):.3g} → {float(row['after']):.3g}"
+
+
+def casebook_scores(results: Sequence[dict[str, Any]]) -> str:
+    """The scores over the cases."""
+    lines = ["| score | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in results[0]["score"].items()]
+    return "\n".join(lines)
+
+
+def casebook_misses(results: Sequence[dict[str, Any]]) -> str:
+    """What is answered wrongly, or not covered, and why."""
+    found = results[0]
+    lines = [
+        f"- {miss['number']}, {miss['question']}: {miss['reason']}." for miss in found["misses"]
+    ]
+    lines += [f"- {number}, not covered: {why}." for number, why in found["not_covered"].items()]
+    return "\n".join(lines) or "None."
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "overfit": overfit_table,
     "layer": layer_table,
     "peers": peers_table,
     "freezers": freezers_table,
+    "casebook": casebook_table,
+    "casebook-scores": casebook_scores,
+    "casebook-misses": casebook_misses,
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 HEAD = ("case", "expected", "first", "second", "IoU", "remedy", "loss", "closed", "seconds")
 
@@ -18,7 +20,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="numbers: 1 N6 C1; all by default")
     parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="to docs/results/casebook-BACKEND.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file")
     parser.add_argument("--verdicts", action="store_true", help="print the reports' sentences too")
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = arguments.backend
@@ -40,19 +42,46 @@ def main() -> int:
         print(f"{name}: {value}")
     for number, reason in runner.NOT_COVERED.items():
         print(f"not covered: {number}: {reason}")
-    if arguments.json:
-        path = Path("docs/results") / f"casebook-{arguments.backend}.json"
-        content = {
-            "backend": arguments.backend,
-            "seed": arguments.seed,
-            "score": scores,
-            "not_covered": dict(runner.NOT_COVERED),
-            "cases": [row.as_dict() for row in rows],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        print(f"wrote {path}")
+    if arguments.json is not None:
+        write(arguments.json, arguments, rows, runner)
     return 0 if all(row.right and not row.blamed for row in rows) else 1
+
+
+def write(path: Path, arguments: argparse.Namespace, rows: Iterable, runner: Any) -> None:
+    """Rows, scores, misses with their reasons, and where they were measured, as JSON."""
+    from frostline import environment
+
+    from .misses import MISSES
+
+    rows = tuple(rows)
+    numbers = {row.number for row in rows}
+    content = {
+        "backend": arguments.backend,
+        "seed": arguments.seed,
+        "environment": environment.facts(),
+        "score": runner.score(rows),
+        "misses": [
+            {"number": miss.number, "question": miss.question, "reason": miss.reason}
+            for miss in MISSES
+            if miss.number in numbers and arguments.backend in miss.backends
+        ],
+        "not_covered": dict(runner.NOT_COVERED),
+        "cases": [row.as_dict() for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+    print(f"wrote {path}")
+
+
+def plain(value: Any) -> Any:
+    """Numbers that JSON has no word for become words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value
 
 
 def table(rows: Iterable) -> str:

@@ -92,17 +92,27 @@ class Row:
         return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
-def chosen(numbers: Sequence[str] = (), *, backend: str) -> tuple[Case, ...]:
-    """The cases that run on a backend: all on TensorFlow, a third on the others; or those named."""
+def chosen(numbers: Sequence[str] = (), *, backend: str, lean: bool = False) -> tuple[Case, ...]:
+    """The cases that run on a backend: all on TensorFlow, a third on the others; or those named.
+
+    Lean: a third everywhere, and each of the others on one backend.
+    """
     known = {case.number: case for case in CASES}
     unknown = [number for number in numbers if number not in known]
     if unknown:
         raise SystemExit(f"no case {unknown[0]!r}; there are {', '.join(known)}")
+    if lean:
+        return tuple(case for case in CASES if case.everywhere or home(case) == backend)
     return tuple(
         case
         for case in (known[number] for number in numbers or known)
         if backend in case.backends and (numbers or case.everywhere or backend == "tensorflow")
     )
+
+
+def home(case: Case) -> str:
+    """The one backend of a case that does not run everywhere: TensorFlow where it can."""
+    return "tensorflow" if "tensorflow" in case.backends else case.backends[0]
 
 
 def run(case: Case, *, seed: int = 0) -> Row:
