@@ -1,6 +1,7 @@
 """Run the static checks, then the test suite in one process per Keras backend.
 
-Keras reads its backend once, at import, so each backend needs a process of its own. The last line
+Keras reads its backend once, at import, so each backend needs a process of its own: two, in fact,
+that share the test files (`pytest -n 0` for one). The last line
 printed is ``N passed, N failed, N skipped`` over all processes; a static check that fails counts
 as one failed, and so does a process that died, hung or ran no test. The exit code is 0 only when
 tests ran and none failed.
@@ -33,6 +34,9 @@ STATIC_CHECKS = {
 }
 # The whole run has to end within 45 minutes on 2 cores, a fresh install included.
 TIME_LIMIT_S = 38 * 60
+# Whole files go to a process, for the fixtures they share; each process computes in one thread.
+# One that crashed is not started again: the rest of its file would only crash again and again.
+PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--max-worker-restart=0"]
 # Time for pytest to write its results after it was told to stop.
 GRACE_S = 20
 
@@ -147,7 +151,7 @@ def run_backend(
     """
     with tempfile.TemporaryDirectory() as scratch:
         junit = Path(scratch) / "results.xml"
-        command = [sys.executable, "-m", "pytest", f"--junit-xml={junit}"]
+        command = [sys.executable, "-m", "pytest", f"--junit-xml={junit}", *PROCESSES]
         if not first:
             command += ["-m", "not once"]
         command += pytest_arguments
@@ -178,6 +182,9 @@ def backend_environment(backend: str, scratch: Path) -> dict[str, str]:
         "MPLBACKEND": "Agg",
         "PYTHONFAULTHANDLER": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMP_NUM_THREADS": "1",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "1",
     }
 
 
@@ -201,7 +208,9 @@ def run_backends(backends: Sequence[str], pytest_arguments: Sequence[str]) -> It
     for index, backend in enumerate(backends):
         say(f"tests on Keras backend {backend}")
         start = time.monotonic()
-        limit_s = (deadline - start) / (len(backends) - index)
+        # The first one also runs what is marked `once`: it gets a double share.
+        shares = len(backends) - index + (index == 0)
+        limit_s = (deadline - start) / shares * (1 + (index == 0))
         counts = run_backend(backend, pytest_arguments, first=index == 0, limit_s=limit_s)
         say(f"{backend}: {counts}, in {time.monotonic() - start:.0f} s")
         yield counts

@@ -171,7 +171,8 @@ class TestRunBackend:
             def test_dies(): os.kill(os.getpid(), signal.SIGKILL)
             """,
         )
-        assert run_tests.run_backend("jax", [], first=True, limit_s=60) == Counts(failed=1)
+        counts = run_tests.run_backend("jax", [], first=True, limit_s=60)
+        assert counts == Counts(passed=1, failed=1)  # what others finished is not lost
 
     def test_hanging_process_is_stopped_and_what_it_finished_counts(
         self, project: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,9 +189,9 @@ class TestRunBackend:
             """,
         )
         start = time.monotonic()
-        counts = run_tests.run_backend("jax", [], first=True, limit_s=5)
+        counts = run_tests.run_backend("jax", [], first=True, limit_s=20)
         assert counts == Counts(passed=1, failed=1)
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 120
 
 
 def test_failed_static_check_is_counted_and_the_others_still_run(
