@@ -1,12 +1,13 @@
 """Cached training against stock Keras: the essay's schedule, the head alone, one epoch, the prefix.
 
 Run with ``KERAS_BACKEND=tensorflow|jax|torch python benchmarks/bench_cached_training.py``
-(``--quick``: small images and few of them, minutes on two cores). What is compared lives in one
+(``--quick``: small images and few of them, minutes on two cores; ``--train 96 --validation 32
+--rounds 1``: the essay's images, under eight minutes on two cores). What is compared lives in one
 process and takes turns, so that a busy machine hits both; figures are medians of the per-round
 ratios, with the smallest and largest beside them. Compilation counts, building the cache counts.
 
-- ``schedule``: head epochs, then fine-tuning epochs, with validation: stock ``fit`` / ``fl.fit``.
-- ``head``: the head alone: stock ``fit`` / ``fl.fit``.
+- ``schedule``: head epochs, then fine-tuning epochs, with validation: stock ``fit`` / ``fl.fit``;
+  and ``head``: the first part of it, the head alone.
 - ``epoch``: a cached epoch / training the suffix on features in memory (the physical limit).
 - ``prefix``: ``predict`` / the engine that ``auto`` takes, seconds for the same batch.
 - ``memory``: peak memory of building a cache of 4 n samples / of n samples, in processes of their
@@ -16,6 +17,12 @@ Prediction, written before the first run, full size (ResNet50 at 224², boundary
 schedule 6, head 25, epoch 1.05, memory 1.0; prefix 1.7 on TensorFlow, 2.6 on JAX, 3 on torch for
 ResNet50, from the images per second in the issue and ONNX Runtime's 44 to 50. ``--quick`` has few
 samples, so compilation dominates: schedule 1.5, head 2.5.
+
+Prediction before the engines were wired in, two cores, full size: what stock ``fit`` and the
+suffix alone need (issue: 20, 10.7, 11 and 51, 27, 44 images per second on TensorFlow, JAX, torch)
+bounds the schedule at 5.1, 5.1 and 7.5 whatever the cache does, and the head at 18, 26 and 31 with
+a prefix of 44 images per second. With 96 images instead of 512, compiling weighs four times as
+much: schedule 3, 3 and 5, head 6, 5 and 9.
 """
 
 from __future__ import annotations
@@ -42,7 +49,7 @@ from frostline import engines
 from frostline.experiments import backbones
 from frostline.experiments.overfit import default_boundary
 
-CASES = ("schedule", "head", "epoch", "prefix", "memory")
+CASES = ("schedule", "epoch", "prefix", "memory")
 
 
 class Made(keras.utils.PyDataset):
@@ -81,35 +88,39 @@ def compiled(model: Any, optimizer: Any) -> Any:
     return model
 
 
-def schedule(settings: argparse.Namespace, fit: Callable[..., Any], *, fine: int) -> float:
-    """Seconds of the head's epochs and, if ``fine`` is above 0, of fine-tuning."""
+def schedule(settings: argparse.Namespace, fit: Callable[..., Any]) -> tuple[float, float]:
+    """Seconds of the head's epochs alone, and with the fine-tuning behind them."""
     model = build(settings)
     (x, y), held = labelled(settings.train, settings, 1), labelled(settings.validation, settings, 2)
     fl.freeze(model, "head")
     started = time.perf_counter()
     ways = {"batch_size": settings.batch, "validation_data": held, "verbose": 0}
     fit(compiled(model, keras.optimizers.RMSprop(1e-3)), x, y, epochs=settings.head_epochs, **ways)
-    if fine:
-        fl.unfreeze(model, since=default_boundary(settings.backbone))
-        fit(compiled(model, keras.optimizers.SGD(1e-4, momentum=0.9)), x, y, epochs=fine, **ways)
-    return time.perf_counter() - started
+    head = time.perf_counter() - started
+    fl.unfreeze(model, since=default_boundary(settings.backbone))
+    sgd = keras.optimizers.SGD(1e-4, momentum=0.9)
+    fit(compiled(model, sgd), x, y, epochs=settings.epochs, **ways)
+    return head, time.perf_counter() - started
 
 
 def stock_fit(model: Any, *data: Any, **ways: Any) -> None:
     model.fit(*data, **ways)
 
 
-def against_stock(settings: argparse.Namespace, fine: int) -> tuple[float, float]:
-    """Seconds of stock ``fit`` and of ``fl.fit`` with a cache that is empty at the start."""
+def against_stock(settings: argparse.Namespace, number: int) -> list[tuple[float, float]]:
+    """Seconds of stock ``fit`` and of ``fl.fit``, cache empty at the start: head, whole schedule.
+
+    The one that comes first is the other one in every other round.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
         def cached(model: Any, *data: Any, **ways: Any) -> None:
             fl.fit(model, *data, cache=folder, engine=settings.engine, **ways)
 
-        return (
-            schedule(settings, stock_fit, fine=fine),
-            schedule(settings, cached, fine=fine),
-        )
+        seconds = {
+            fit: schedule(settings, fit) for fit in (stock_fit, cached)[:: 1 - number % 2 * 2]
+        }
+        return list(zip(seconds[stock_fit], seconds[cached], strict=True))
 
 
 def one_epoch(settings: argparse.Namespace) -> list[tuple[float, float]]:
@@ -203,10 +214,9 @@ def figure(pairs: list[tuple[float, float]]) -> dict[str, Any]:
 
 def measured(case: str, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if case == "schedule":
-        pairs = [against_stock(settings, settings.epochs) for _ in range(settings.rounds)]
-        return {case: figure(pairs)}
-    if case == "head":
-        return {case: figure([against_stock(settings, 0) for _ in range(settings.rounds)])}
+        rounds = [against_stock(settings, number) for number in range(settings.rounds)]
+        head, whole = zip(*rounds, strict=True)
+        return {"schedule": figure(list(whole)), "head": figure(list(head))}
     if case == "epoch":
         return {case: figure(one_epoch(settings))}
     if case == "memory":

@@ -1,6 +1,6 @@
 """Train a backbone with ``model.fit`` and with ``fl.fit``, same seed, and print the differences.
 
-    KERAS_BACKEND=tensorflow python scripts/compare_cached_fit.py --backbone resnet50
+    KERAS_BACKEND=tensorflow python scripts/compare_cached_fit.py --json cached-fit.json
 
 Random weights, the backbone's usual boundary (ResNet50: 140 layers, as in the essay), shuffling,
 validation, SGD and Adam, three epochs. Exit code 1 when weights differ by more than 1e-5 or the
@@ -10,6 +10,7 @@ history by more than 1e-4.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -91,18 +92,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--optimizer", nargs="+", default=["sgd", "adam"])
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--engine", default="native")
+    parser.add_argument("--engine", nargs="+", default=["native"])
+    parser.add_argument("--json", type=Path, help="also write what was found to this file")
     given = parser.parse_args(arguments)
-    worst = 0
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FROSTLINE_CACHE_DIR"] = str(Path(folder))
-        for backbone in given.backbone:
-            for optimizer in given.optimizer:
-                found = compare(backbone, given.image_size, given.samples, optimizer, given.engine)
-                same = found["weights"] <= 1e-5 and found["history"] <= 1e-4
-                worst |= not same
-                print(json.dumps({**found, "same": same}), flush=True)
-    return int(worst)
+        for backbone, optimizer, engine in itertools.product(
+            given.backbone, given.optimizer, given.engine
+        ):
+            found = compare(backbone, given.image_size, given.samples, optimizer, engine)
+            same = found["weights"] <= 1e-5 and found["history"] <= 1e-4
+            rows.append({**found, "same": same})
+            print(json.dumps(rows[-1]), flush=True)
+            if given.json:
+                given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(not all(row["same"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -284,6 +284,70 @@ def test_early_stopping_stops_and_restores() -> None:
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+def live(optimizer: Any) -> Any:
+    """The network with layers that thaw without compiling."""
+    model = fl.convert(network())
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+OURS: dict[str, Callable[[], list[Any]]] = {
+    "monitor": lambda: [fl.callbacks.BatchNormMonitor((XV, YV), batch_size=10)],
+    "recalibrate": lambda: [fl.callbacks.Recalibrate(X, batch_size=13)],
+    "keep frozen": lambda: [fl.callbacks.KeepFrozen(every=2)],
+    "thaw": lambda: [fl.callbacks.GradualUnfreeze({1: "conv1"}), fl.callbacks.KeepFrozen()],
+    "thaw with a ramp": lambda: [fl.callbacks.GradualUnfreeze({1: "bn1", 2: "conv1"}, ramp=3)],
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_our_own_callbacks_do_what_they_do_in_plain_fit(case: str) -> None:
+    def run(fit: Callable[..., Any]) -> tuple[Any, Any]:
+        model = live(adam())
+        keras.utils.set_random_seed(7)
+        options = {"epochs": 3, "batch_size": 16, "verbose": 0, "validation_data": (XV, YV)}
+        return model, fit(model, X, Y, callbacks=OURS[case](), **options)
+
+    one, expected = run(plain)
+    other, history = run(fl.fit)
+    assert_same(one, other, live(adam()))
+    assert_same_history(expected, history)
+    flags = [[layer.trainable for layer in model.layers] for model in (one, other)]
+    assert flags[0] == flags[1]
+    assert other.get_layer("conv1").trainable == case.startswith("thaw")
+
+
+def test_a_schedule_that_thaws_everything_runs_plain_fit() -> None:
+    model, start = live(adam()), live(adam())
+    with pytest.warns(UserWarning, match="plain model.fit"):
+        fl.fit(model, X, Y, epochs=2, verbose=0, callbacks=[fl.callbacks.GradualUnfreeze({1: 0})])
+    for layer in ("conv0", "conv1"):
+        kernels = [np.asarray(each.get_layer(layer).kernel) for each in (model, start)]
+        assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def test_the_engine_is_tried_on_more_than_two_batches(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    x, y = np.tile(X, (2, 1, 1, 1)) + np.arange(104.0).reshape(-1, 1, 1, 1), np.tile(Y, 2)
+    trained_by = {}
+    for engine in ("native", "auto", "onnxruntime"):
+        model = compiled(sgd())
+        keras.utils.set_random_seed(7)
+        fl.fit(model, x / 104, y, engine=engine, epochs=2, verbose=2)
+        trained_by[engine] = model
+        told = capfd.readouterr().err
+        assert ("onnxruntime" in told) == (engine != "native")
+        assert "frozen part, training data: up to" in told
+        assert "104 samples, 1,024 bytes each" in told
+    for engine in ("auto", "onnxruntime"):
+        for mine, theirs in zip(
+            weights(trained_by[engine]), weights(trained_by["native"]), strict=True
+        ):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    with pytest.raises(ModelError, match="engine must be one of"):
+        fl.fit(compiled(sgd()), x, y, engine="abacus", verbose=0)
+
+
 def test_the_second_call_computes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     fl.fit(compiled(adam()), X, Y, verbose=2)
     assert "52 samples, 52 computed" in capfd.readouterr().err

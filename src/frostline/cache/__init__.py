@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from frostline import engines
 from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
@@ -24,10 +26,12 @@ from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Tensor
 from frostline.data import Batch, batches, leaves, require_reiterable
 from frostline.models import prefix as prefixes
-from frostline.types import Array, DataError
+from frostline.types import Array, DataError, FrostlineError
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
 BATCH_SIZE = 32
+#: Up to so many batches, ``"auto"`` means native.
+_FEW_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,9 @@ def cache_features(
             sample i.
         path: Cache folder; by default ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
             Nothing is written outside it.
-        engine: What runs the prefix.
+        engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
+            ``"auto"``: the fastest of those that are installed and agree with native to 1e-4
+            (:func:`frostline.engines.choose`); native where two batches are all there is.
         dtype: ``"float32"`` keeps features exactly as computed; ``"float16"`` and ``"bfloat16"``
             halve the disk and round.
         views: How many augmented views to store of every sample.
@@ -143,19 +149,30 @@ def _view(prefix: Any, identity: str, data: Any, order: _Order, view: int, views
     first = next(stream)  # an empty data set is refused here
     forms = sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(first.x))
     augmented = (order.augmentation, order.seed, view) if order.augmentation else ()
-    key = build.collection_key(
-        identity, order.engine, order.dtype, order.batch_size, forms, augmented
-    )
     title = order.title if views == 1 else f"{order.title}, view {view + 1} of {views}"
     expected = expected_samples(data, len(first))
+
+    def key_with(engine: str) -> str:
+        return build.collection_key(
+            identity, engine, order.dtype, order.batch_size, forms, augmented
+        )
+
+    key = key_with(order.engine)
+    small = expected is not None and expected <= _FEW_BATCHES * order.batch_size
+    if order.engine == "auto" and small and not (order.root / key).exists():
+        # Trying engines would take longer than the work itself.
+        order = replace(order, engine="native")
+        key = key_with("native")
     progress = Progress(title, expected, order.verbose)
     home = order.root / key
     with folder.locked(home, progress, timeout=order.lock_timeout):
-        lazy = _Lazy(prefix, first.x, order, view, _known(home))
+        start = _Start(prefix, (identity, repr(forms)), order, progress)
+        lazy = _Lazy(start, first.x, view, _known(home))
         collection = lazy.collection(home, key)
         shards.create(collection)
         used = folder.size(order.root)
         build.require_room(collection, expected, max_bytes=order.max_bytes, used=used)
+        progress.say(build.estimate(collection, title, expected))
         builder = build.Builder(collection, lazy.run, order.dtype, progress, order.max_bytes, used)
         rest: Iterator[Batch] = itertools.chain([first], stream)
         manifest = builder.build(batch.x for batch in rest)
@@ -171,26 +188,72 @@ def _known(home: Path) -> Collection | None:
         return None
 
 
+#: Prefix -> (what it was then, the engine asked for, the engine): views and data sets share one.
+_CHOSEN: weakref.WeakKeyDictionary[Any, tuple[tuple[str, str], str, engines.Engine]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What it takes to get an engine going.
+
+    Attributes:
+        prefix: The frozen part.
+        known_by: Its identity, and the forms of its inputs.
+        order: What was asked for.
+        progress: Told what was chosen and why.
+    """
+
+    prefix: Any
+    known_by: tuple[str, str]
+    order: _Order
+    progress: Progress
+
+    def run(self, first: Any, known: Collection | None) -> tuple[str, Any]:
+        """Name and function of what computes: for an earlier build, the engine that it took."""
+        if prefixes.is_callable_prefix(self.prefix):
+            return "callable", self.prefix
+        wanted = self.order.engine if known is None else known.engine
+        known_by, asked, chosen = _CHOSEN.get(self.prefix, (None, "", None))
+        if chosen is None or known_by != self.known_by or wanted not in (asked, chosen.name):
+            chosen = self._choose(first, wanted)
+            _CHOSEN[self.prefix] = (self.known_by, self.order.engine, chosen)
+        return chosen.name, chosen.run
+
+    def _choose(self, first: Any, wanted: str) -> engines.Engine:
+        try:
+            chosen = engines.choose(self.prefix, first, wanted)
+        except FrostlineError as problem:
+            if self.order.engine != "auto" or wanted == "auto":
+                raise
+            self.progress.say(f"{self.order.title}: {problem}; going on with native")
+            chosen = engines.choose(self.prefix, first, "native")
+        for note in chosen.notes:
+            self.progress.say(f"{self.order.title}: {note}")
+        if len(chosen.rates) > 1:
+            rates = ", ".join(f"{name} {rate:.3g}/s" for name, rate in chosen.rates.items())
+            self.progress.say(f"{self.order.title}: on the first batch {rates}")
+        return chosen
+
+
 class _Lazy:
     """The prefix, prepared when the first features are missing: often none are."""
 
-    def __init__(
-        self, prefix: Any, x: Any, order: _Order, view: int, known: Collection | None
-    ) -> None:
-        self.prefix = prefix
-        self.first = _full(x, order.batch_size)
-        self.order = order
+    def __init__(self, start: _Start, x: Any, view: int, known: Collection | None) -> None:
+        self.start = start
+        self.order = start.order
+        self.first = _full(x, self.order.batch_size)
         self.view = view
         self.known = known
-        self.engine = order.engine if known is None else known.engine
+        self.engine = self.order.engine
         self._run: build.Run | None = None
 
     def run(self, x: Any, digests: Array) -> Any:
         """Features of a full batch."""
         if self._run is None:
-            runner = prefixes.runner(self.prefix, self.first, engine=self.engine)
-            self.engine = runner.engine
-            self._run = _augmented(runner.run, self.order, self.view)
+            self.engine, run = self.start.run(self.first, self.known)
+            self._run = _augmented(run, self.order, self.view)
         return self._run(x, digests)
 
     def collection(self, home: Path, key: str) -> Collection:
@@ -198,13 +261,13 @@ class _Lazy:
         if self.known is not None:
             return self.known
         trial = self.run(self.first, shards.sample_digests(leaves(self.first)))
-        dtype = self.order.dtype
+        dtype, prefix = self.order.dtype, self.start.prefix
         tensors = tuple(
             Tensor(shape=array.shape[1:], dtype=shards.stored_dtype(array, dtype))
             for array in map(np.asarray, trial)
         )
         about = {
-            "model": str(getattr(self.prefix, "name", type(self.prefix).__name__)),
+            "model": str(getattr(prefix, "name", type(prefix).__name__)),
             "dtype": dtype,
             "view": self.view,
             "augmented": bool(self.order.augmentation),

@@ -349,6 +349,17 @@ def require_room(
         )
 
 
+def estimate(collection: Collection, title: str, expected: int | None) -> str:
+    """Say, before the work, how much disk it takes at most and how much is free."""
+    each = f"{collection.row_bytes:,} bytes each"
+    free = shutil.disk_usage(collection.folder).free
+    if expected is None:
+        size = f"an unknown number of samples, {each}"
+    else:
+        size = f"up to {expected * collection.row_bytes / 1e9:.3g} GB: {expected:,} samples, {each}"
+    return f"{title}: {size}; {free / 1e9:.3g} GB are free in {collection.folder.parent}"
+
+
 def write_manifest(collection: Collection, manifest: Manifest) -> None:
     """Write pointers, then the manifest that makes them count; untouched if it is there."""
     path = collection.manifests / f"{manifest.fingerprint}.json"

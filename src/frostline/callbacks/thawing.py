@@ -143,6 +143,10 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         keras_edit.retarget(model, always=True)
         model.train_function = None
 
+    def will_thaw(self, model: Any) -> list[Place]:
+        """Every layer that the schedule will thaw; ``fl.fit`` keeps no features of them."""
+        return [each.place for each in self._plan(model, keras_graph.walk(model))]
+
     def _plan(self, model: Any, places: tuple[Place, ...]) -> list[_Planned]:
         """What is frozen and will be thawed, in execution order, each at its first epoch."""
         found: dict[str, _Planned] = {}

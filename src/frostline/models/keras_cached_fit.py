@@ -25,7 +25,8 @@ from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arra
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from frostline.data import to_numpy
-from frostline.models.keras_graph import walk
+from frostline.models import keras_edit
+from frostline.models.keras_graph import Place, walk
 from frostline.models.keras_prefix import weights_digest
 from frostline.types import Array, ModelError
 
@@ -246,6 +247,29 @@ def without_callback(given: Any, callback: Any) -> None:
     """Take a callback out of the user's own list again."""
     if isinstance(given, keras.callbacks.CallbackList) and callback in given.callbacks:
         given.callbacks.remove(callback)
+
+
+def to_be_thawed(model: Any, given: Any) -> list[Place]:
+    """Layers that callbacks will thaw, as far as they say so: ``GradualUnfreeze`` does."""
+    if isinstance(given, keras.callbacks.CallbackList):
+        given = given.callbacks
+    every = keras.tree.flatten(given or [])
+    return [
+        place for each in every if hasattr(each, "will_thaw") for place in each.will_thaw(model)
+    ]
+
+
+@contextmanager
+def as_thawed(model: Any, places: Sequence[Place]) -> Iterator[None]:
+    """Let these layers count as thawed for a block; flags come back as they were."""
+    before = keras_edit.flags(model)
+    try:
+        for place in places:
+            keras_edit.set_place(place, False, True, True)
+        keras_edit.open_containers(model, walk(model), list(places))
+        yield
+    finally:
+        keras_edit.set_flags(before)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A Keras prefix: its identity, and its plain compiled forward pass."""
+"""A Keras prefix: its identity; and augmentations that are Keras layers, seeded."""
 
 from __future__ import annotations
 
@@ -68,17 +68,6 @@ def _plain(value: Any, names: dict[str, str]) -> Any:
 def _numpy(variable: Any) -> Array:
     value: Array = np.asarray(keras.ops.convert_to_numpy(variable))
     return value
-
-
-def native(model: Any) -> Callable[[Any], list[Array]]:
-    """Return the model's own compiled forward pass, inference mode."""
-
-    def run(x: Any) -> list[Array]:
-        with without_gradients():
-            outputs = model.predict_on_batch(x)
-        return [np.asarray(each) for each in keras.tree.flatten(outputs)]
-
-    return run
 
 
 def seeded(layer: Any) -> Callable[[Any, int], Any]:

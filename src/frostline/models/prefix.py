@@ -1,26 +1,12 @@
-"""The frozen part of a model as the feature cache sees it: who it is, and how to run it."""
+"""The frozen part of a model as the feature cache sees it: who it is."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from frostline.types import Array, ModelError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runner:
-    """Something that computes features.
-
-    Attributes:
-        run: A full batch of inputs -> one array of shape ``(n, ...)`` per tensor of the frontier.
-        engine: Its name.
-    """
-
-    run: Callable[[Any], Sequence[Array]]
-    engine: str
+from frostline.types import ModelError
 
 
 def identity(prefix: Any) -> str:
@@ -32,35 +18,17 @@ def identity(prefix: Any) -> str:
     Raises:
         ModelError: Neither.
     """
-    own = getattr(prefix, "identity", None)
-    if isinstance(own, str):
-        return own
+    if is_callable_prefix(prefix):
+        return str(prefix.identity)
     _require_keras(prefix)
     from frostline.models.keras_prefix import identity as of_keras
 
     return of_keras(prefix)
 
 
-def runner(prefix: Any, first: Any, *, engine: str = "auto") -> Runner:
-    """Return what runs a prefix.
-
-    Args:
-        prefix: As for :func:`identity`; with an ``identity`` of its own it is called as it is.
-        first: A full batch of inputs.
-        engine: ``"auto"`` or ``"native"``.
-
-    Raises:
-        ModelError: Not a prefix, or an unknown engine.
-    """
-    if isinstance(getattr(prefix, "identity", None), str):
-        return Runner(run=prefix, engine="callable")
-    _require_keras(prefix)
-    del first
-    if engine not in ("auto", "native"):
-        raise ModelError(f"engine must be 'auto' or 'native'. Received: engine={engine!r}")
-    from frostline.models.keras_prefix import native
-
-    return Runner(run=native(prefix), engine="native")
+def is_callable_prefix(prefix: Any) -> bool:
+    """Whether a prefix is a function with an ``identity`` of its own, which runs as it is."""
+    return isinstance(getattr(prefix, "identity", None), str)
 
 
 def augmenter(augment: Any) -> Callable[[Any, int], Any]:
