@@ -85,6 +85,11 @@ def compare(backbone: str, size: int, samples: int, optimizer: str, engine: str)
     }
 
 
+def which(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row compared."""
+    return tuple(row[name] for name in ("backend", "backbone", "optimizer", "engine", "image_size"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print one line of JSON per comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -93,9 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--engine", nargs="+", default=["native"])
-    parser.add_argument("--json", type=Path, help="also write what was found to this file")
+    parser.add_argument("--json", type=Path, help="also put what was found into this file")
     given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
+    kept = json.loads(given.json.read_text()) if given.json and given.json.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FROSTLINE_CACHE_DIR"] = str(Path(folder))
         for backbone, optimizer, engine in itertools.product(
@@ -106,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({**found, "same": same})
             print(json.dumps(rows[-1]), flush=True)
             if given.json:
-                given.json.write_text(json.dumps(rows, indent=1) + "\n")
+                kept = [row for row in kept if which(row) != which(found)] + [rows[-1]]
+                given.json.write_text(json.dumps(sorted(kept, key=which), indent=1) + "\n")
     return int(not all(row["same"] for row in rows))
 
 
