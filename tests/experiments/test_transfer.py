@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frostline import cli
 from frostline.experiments import transfer, transfer_records
 from frostline.types import DataError, OutputError
 
@@ -146,6 +147,47 @@ def test_an_interruption_keeps_the_finished_rows(
     assert json.loads((tmp_path / "run" / "results.json").read_text())["interrupted"]
 
 
+def test_a_resumed_run_is_an_uninterrupted_one(
+    result: transfer.TransferResult, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shorter = replace(SETTINGS, rows=("patched",))
+    transfer.run_transfer(shorter, output=tmp_path, resume=True)  # nothing there: starts anew
+    real, ran = transfer._run_row, []
+
+    def row(row: transfer.Row, *rest: Any) -> transfer.RowResult:
+        ran.append(row.name)
+        return real(row, *rest)
+
+    monkeypatch.setattr(transfer, "_run_row", row)
+    longer = replace(SETTINGS, rows=("recalibrate", "patched"))
+    found = transfer.run_transfer(longer, output=tmp_path, resume=True)
+    assert ran == ["recalibrate"]
+    assert [each.row.name for each in found.rows] == ["patched", "recalibrate"]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["settings"]["rows"] == ["patched", "recalibrate"]
+    whole = {each.row.name: each for each in result.rows}
+    for have, kept in zip(found.rows, content["rows"], strict=True):
+        want = [epoch.test_loss for epoch in whole[have.row.name].epochs]
+        np.testing.assert_allclose([e.test_loss for e in have.epochs], want, rtol=1e-5)
+        np.testing.assert_allclose([e["test_loss"] for e in kept["epochs"]], want, rtol=1e-5)
+        assert have.phases.samples == 24
+    with pytest.raises(DataError, match=r"learning_rate 0\.5 \(the file: 0\.01\)"):
+        transfer.run_transfer(replace(longer, learning_rate=0.5), output=tmp_path, resume=True)
+    with pytest.raises(DataError, match="test images"):
+        transfer.run_transfer(replace(longer, seed=1), output=tmp_path, resume=True)
+    assert json.loads((tmp_path / "results.json").read_text()) == content
+
+
+def test_what_is_no_result_is_not_continued(tmp_path: Path) -> None:
+    for text in ("{", "[]", '{"experiment": "overfit", "schema_version": 1}', '{"experiment": 1}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(DataError, match="cannot be continued"):
+            transfer.run_transfer(SETTINGS, output=tmp_path, resume=True)
+        assert (tmp_path / "results.json").read_text() == text
+    with pytest.raises(DataError, match="does not go with force"):
+        transfer.run_transfer(SETTINGS, output=tmp_path, resume=True, force=True)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -168,3 +210,21 @@ def test_a_folder_with_results_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(OutputError, match="--force"):
         transfer.run_transfer(SETTINGS, output=tmp_path)
+
+
+def test_the_command_runs_without_a_download_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "experiment transfer --data digits --backbone tiny --weights none --classes 3 8 "
+    words += "--image-size 16 --train-per-class 16 --test-per-class 12 --batch-size 8 "
+    words += f"--head-epochs 1 --epochs 1 --rows patched -o {tmp_path / 'run'}"
+    assert cli.main(words.split()) == 0
+    first = capsys.readouterr()
+    assert "epoch 2/2 (fine-tuning)" in first.err
+    assert "test accuracy" in first.out
+    assert cli.main(words.split()) == 2
+    assert "already holds" in capsys.readouterr().err
+    assert cli.main([*words.split(), "--resume"]) == 0
+    again = capsys.readouterr()
+    assert again.err == ""  # nothing was trained
+    assert again.out == first.out

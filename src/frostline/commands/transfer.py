@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def transfer(
     backbone: Annotated[
-        str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
+        str, typer.Option(help="efficientnet-lite0|1|2, tiny, or a keras.applications name.")
     ] = "efficientnet-lite0",
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "cifar10",
     classes: ClassesOption = None,
@@ -70,9 +70,19 @@ def transfer(
         Path | None, typer.Option("-o", "--output", help="Folder for the results.")
     ] = None,
     force: ForceOption = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep the rows in the folder and run those that are missing."
+        ),
+    ] = False,
     backend: BackendOption = None,
 ) -> int:
-    """Train a new head, then fine-tune, under every treatment of BN (§2.5)."""
+    """Train a new head, then fine-tune, under every treatment of BN (§2.5).
+
+    Each row is written when it is finished; after an interruption, the same command with --resume
+    goes on. Without a download: --data digits --image-size 32 --backbone tiny --weights none.
+    """
     start(backend)
     from frostline.experiments.transfer import ROWS, TransferSettings
 
@@ -94,7 +104,7 @@ def transfer(
         weights=None if weights is Weights.none else weights.value,
         seed=seed,
     )
-    return run(settings, output=output, force=force)
+    return run(settings, output=output, force=force, resume=resume)
 
 
 class TransferProgress:
@@ -116,14 +126,18 @@ class TransferProgress:
         self._display.advance(epoch.number, total, state, epoch.seconds)
 
 
-def run(settings: TransferSettings, *, output: Path | None, force: bool) -> int:
+def run(
+    settings: TransferSettings, *, output: Path | None, force: bool, resume: bool = False
+) -> int:
     """Run the experiment, print what was seen; 0, or raise ``KeyboardInterrupt`` at the end."""
     from frostline.experiments import records, transfer
 
     folder = records.default_folder(settings, "transfer") if output is None else output
     with Display() as display:
         progress = TransferProgress(display)
-        result = transfer.run_transfer(settings, output=folder, force=force, progress=progress)
+        result = transfer.run_transfer(
+            settings, output=folder, force=force, resume=resume, progress=progress
+        )
     if result.rows:
         show(result)
     if result.interrupted:

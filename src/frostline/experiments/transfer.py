@@ -168,8 +168,9 @@ class RowResult:
         sites: Number of BN layers.
         sites_frozen: How many of them had frozen statistics while fine-tuning.
         boundary: The first layer that was fine-tuned.
-        seconds: Stage -> time of its whole `fit`, computing the cache included. Rows share one
-            cache, so the first cached one pays for it.
+        seconds: Stage -> time of its whole `fit`, computing the cache included; ``"thawing"``
+            is the time between the stages, recalibration included. Rows share one cache, so the
+            first cached one of a run pays for it.
     """
 
     row: Row
@@ -222,6 +223,7 @@ def run_transfer(
     *,
     output: Path | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> TransferResult:
     """Run the experiment; every row starts from the same weights, seeds and order of batches.
@@ -233,6 +235,8 @@ def run_transfer(
         output: Folder for ``results.json``, ``history.csv`` and the figures, checked before
             anything is trained and rewritten after each row. ``None`` writes nothing.
         force: Write into a folder that already holds results.
+        resume: Keep the rows that the folder holds, after a check that settings (but ``rows``),
+            images, backend and versions are the same, and run those that are missing.
         progress: Told about rows and epochs.
 
     Returns:
@@ -240,17 +244,21 @@ def run_transfer(
         ``interrupted=True``.
 
     Raises:
-        DataError: The settings or the data cannot be used, or training diverged.
+        DataError: The settings or the data cannot be used, training diverged, or the folder's
+            rows were measured on something else.
         ModelError: The backbone or the boundary is unknown.
         OutputError: The folder holds results already, or cannot be written.
     """
     check_settings(settings)
     if settings.boundary is None:
         settings = replace(settings, boundary=default_boundary(settings.backbone))
-    made = () if output is None else records.check_folder(output, force=force)
+    if resume and (force or output is None):
+        raise DataError("resume needs an output folder and does not go with force")
+    made = () if output is None else records.check_folder(output, force=force or resume)
     try:
         with tempfile.TemporaryDirectory(prefix="frostline-transfer-") as cache:
-            return _run_rows(settings, output, progress or Silent(), cache)
+            run = _start(settings, output if resume else None)
+            return _run_rows(*run, output, progress or Silent(), cache)
     finally:
         records.remove_empty(made)
 
@@ -292,24 +300,40 @@ def describe(result: RowResult) -> str:
     )
 
 
+def _start(
+    settings: TransferSettings, earlier: Path | None
+) -> tuple[TransferResult, tuple[datasets.ImageSet, ...]]:
+    """Load the images; return the result so far, with the rows that a folder holds, and them."""
+    from frostline.experiments import transfer_records
+
+    images = tuple(_images(settings, split) for split in ("train", "test"))
+    result = TransferResult(
+        settings=settings,
+        selection={"train": dict(images[0].selection), "test": dict(images[1].selection)},
+        environment=environment.facts(),
+        rows=(),
+    )
+    return (transfer_records.continued(result, earlier) if earlier else result), images
+
+
 def _run_rows(
-    settings: TransferSettings, output: Path | None, progress: Progress, cache: str
+    result: TransferResult,
+    images: tuple[datasets.ImageSet, ...],
+    output: Path | None,
+    progress: Progress,
+    cache: str,
 ) -> TransferResult:
     """Run row by row; what is finished is on disk before the next one starts."""
     from frostline.experiments import transfer_records
 
-    train, test = (_images(settings, split) for split in ("train", "test"))
-    result = TransferResult(
-        settings=settings,
-        selection={"train": dict(train.selection), "test": dict(test.selection)},
-        environment=environment.facts(),
-        rows=(),
-    )
-    data = tuple(_arrays(settings, images) for images in (train, test))
+    settings, classes = result.settings, len(images[0].class_names)
+    data = tuple(_arrays(settings, each) for each in images)
     for number, name in enumerate(settings.rows, start=1):
+        if number <= len(result.rows):
+            continue  # kept from an earlier run; those come first
         progress.started(ROWS[name], number, len(settings.rows))
         try:
-            measured = _run_row(ROWS[name], settings, data, len(train.class_names), progress, cache)
+            measured = _run_row(ROWS[name], settings, data, classes, progress, cache)
         except KeyboardInterrupt:
             result = replace(result, interrupted=True)
             break
@@ -362,7 +386,9 @@ def _run_row(
         freeze(model, until="head")
         run.train("head", keras.optimizers.RMSprop(settings.head_learning_rate), cache)
         if not row.ramp:
+            started = time.perf_counter()
             _thaw(model, row, settings, data[0])
+            run.seconds["thawing"] = time.perf_counter() - started
         run.train(
             "fine-tuning",
             keras.optimizers.SGD(settings.learning_rate, momentum=settings.momentum),

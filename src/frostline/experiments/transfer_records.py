@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frostline.experiments import records
 from frostline.experiments.records import data_name, finite, write_atomically
+from frostline.types import DataError, PhaseRow, PhaseTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +65,94 @@ def as_json(result: TransferResult) -> dict[str, Any]:
     return content
 
 
+def continued(result: TransferResult, folder: Path) -> TransferResult:
+    """Return ``result`` with the rows that were measured before, those first.
+
+    Args:
+        result: Of a run that starts now, without rows.
+        folder: May hold ``results.json`` of a run that was interrupted, or that had fewer rows.
+
+    Returns:
+        ``settings.rows`` names the rows of the folder, then those that are still to be run.
+
+    Raises:
+        DataError: The file is not one of this experiment, or was measured with other settings,
+            images, backend or versions, which are named: its rows could not be compared.
+    """
+    path = folder / records.RESULTS
+    if not path.exists():
+        return result
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content["experiment"], content["schema_version"]) != (
+            "transfer", records.SCHEMA_VERSION
+        ):  # fmt: skip
+            raise ValueError("another experiment or version")
+        rows = tuple(_read_row(row) for row in content["rows"])
+        had = {name: content[name] for name in ("settings", "selection", "environment")}
+        differing = _differing(finite(json.loads(json.dumps(as_json(result)))), had)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DataError(
+            f"{path} cannot be continued: it is not a result of this experiment "
+            f"({type(problem).__name__}: {problem})"
+        ) from problem
+    if differing:
+        raise DataError(
+            f"{path} was measured on something else and cannot be continued; choose another "
+            f"folder, or start anew with force. Received: {'; '.join(differing)}"
+        )
+    order = dict.fromkeys([*(row.row.name for row in rows), *result.settings.rows])
+    return replace(result, settings=replace(result.settings, rows=tuple(order)), rows=rows)
+
+
+def _differing(now: Mapping[str, Any], had: Mapping[str, Any]) -> list[str]:
+    """What makes rows incomparable, as ``name now (file)``; how many cores do not."""
+    pairs = {
+        name: (value, had["settings"][name])
+        for name, value in now["settings"].items()
+        if name != "rows"
+    }
+    for split in ("train", "test"):
+        digests = (now["selection"][split]["digest"], had["selection"][split]["digest"])
+        pairs[f"{split} images"] = digests
+    for name in ("backend", "versions"):
+        pairs[name] = (now["environment"][name], had["environment"][name])
+    return [f"{name} {one} (the file: {other})" for name, (one, other) in pairs.items()
+            if one != other]  # fmt: skip
+
+
+def _read_row(content: Mapping[str, Any]) -> RowResult:
+    from frostline.experiments.transfer import ROWS, Epoch, RowResult
+
+    number = {None: float("nan")}
+    epochs = tuple(
+        Epoch(**{f.name: number.get(epoch[f.name], epoch[f.name]) for f in fields(Epoch)})
+        for epoch in content["epochs"]
+    )
+    table = PhaseTable(
+        rows=tuple(
+            PhaseRow(
+                phase=phase,
+                loss=values["loss"],
+                metrics={name: value for name, value in values.items() if name != "loss"},
+            )
+            for phase, values in content["phases"].items()
+        ),
+        task=content["task"],
+        samples=content["samples"],
+        sites=content["sites"],
+    )
+    return RowResult(
+        row=ROWS[content["name"]],
+        epochs=epochs,
+        phases=table,
+        sites=content["sites"],
+        sites_frozen=content["sites_frozen"],
+        boundary=content["boundary"],
+        seconds=dict(content["seconds"]),
+    )
+
+
 def _row(result: RowResult) -> dict[str, Any]:
     return {
         **asdict(result.row),
@@ -74,6 +164,8 @@ def _row(result: RowResult) -> dict[str, Any]:
             "head": result.accuracy("head"),
             "fine-tuning": result.accuracy("fine-tuning"),
         },
+        "samples": result.phases.samples,
+        "task": result.phases.task,
         "phases": {
             row.phase: {"loss": row.loss, **{name: float(v) for name, v in row.metrics.items()}}
             for row in result.phases.rows
