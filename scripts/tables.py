@@ -131,12 +131,45 @@ def casebook_misses(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) or "None."
 
 
+def engines_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per model and engine: how much faster than ``predict``, and how near, per backend.
+
+    Where a backend has no figure, its cell says why the engine falls back.
+    """
+    backends = [result["backend"] for result in results]
+    lines = ["| prefix of | engine | " + " | ".join(backends) + " |"]
+    lines.append("|---|---|" + "---|" * len(backends))
+    found = [{_measured(row): row for row in result["rows"]} for result in results]
+    for key in dict.fromkeys(key for rows in found for key in rows):
+        engines = dict.fromkeys(name for rows in found if key in rows for name in
+                                rows[key]["engines"])  # fmt: skip
+        for engine in engines:
+            cells = [_engine_cell(rows[key]["engines"].get(engine)) if key in rows else ""
+                     for rows in found]  # fmt: skip
+            model = f"{key[0]} at {key[1]}², batch {key[2]}"
+            lines.append(f"| {model} | {engine} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measured(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["model"], row["image_size"], row["batch_size"]
+
+
+def _engine_cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "reason" in found:
+        return f"falls back: {found['reason']}".replace("|", "/")
+    return f"{found['ratio']:.2f}× (error {found['error']:.0e})"
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "overfit": overfit_table,
     "layer": layer_table,
     "peers": peers_table,
     "freezers": freezers_table,
+    "engines": engines_table,
     "casebook": casebook_table,
     "casebook-scores": casebook_scores,
     "casebook-misses": casebook_misses,

@@ -91,7 +91,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
 def test_what_cannot_be_exported_runs_natively_and_says_why() -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    model = keras.Sequential([keras.Input((4, 3)), L.LayerNormalization(name="norm"), L.Dense(2)])
+    model = keras.Sequential([keras.Input((4, 3)), L.UnitNormalization(name="norm"), L.Dense(2)])
     engine = engines.choose(model, normal(2, 4, 3))
     assert engine.name == "native"
     assert any("layer 'norm' cannot be exported" in note for note in engine.notes)
@@ -99,6 +99,54 @@ def test_what_cannot_be_exported_runs_natively_and_says_why() -> None:
         engines.choose(model, normal(2, 4, 3), engine="onnxruntime")
     with pytest.raises(ModelError, match="engine must be one of auto, native"):
         engines.choose(model, normal(2, 4, 3), engine="fast")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("package", "machine", "device"),
+    [
+        (["CPUExecutionProvider"], ["CPUExecutionProvider"], "CPU"),
+        (
+            ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+            ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            "CUDA",
+        ),
+        (
+            ["AzureExecutionProvider", "CPUExecutionProvider", "TensorrtExecutionProvider"],
+            ["TensorrtExecutionProvider", "CPUExecutionProvider"],
+            "Tensorrt",
+        ),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"], "CPU"),
+    ],
+    ids=["cpu", "no-tensorrt-library", "tensorrt", "no-gpu"],
+)
+def test_onnxruntime_takes_the_fastest_provider_of_package_and_machine(
+    prefix: Any, monkeypatch: Any, package: list[str], machine: list[str], device: str
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    real, asked = onnxruntime.InferenceSession, []
+
+    class Session:
+        """Computes on the CPU, and says what a machine would say that has these devices."""
+
+        def __init__(self, content: bytes, options: Any, *, providers: Any) -> None:
+            asked.extend(providers)
+            self._session = real(content, options, providers=["CPUExecutionProvider"])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def get_providers(self) -> list[str]:
+            return machine
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: package)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
+    assert engines.choose(prefix, x, engine="onnxruntime").device == device
+    order = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert [name for name, _ in asked] == [name for name in order if name in package]
+    assert all(given == {"use_tf32": "0"} for name, given in asked if name.startswith("CUDA"))
 
 
 @pytest.mark.once

@@ -41,3 +41,18 @@ def test_a_number_typed_by_hand_is_noticed(tmp_path: Path) -> None:
     assert "| training | 1.000 [0.990, 1.010] |" in made
     assert load().filled(made, tmp_path) == made
     assert load().filled(made.replace("1.000", "0.500"), tmp_path) == made
+
+
+def test_engines_per_model_and_backend() -> None:
+    row = {"model": "resnet50", "image_size": 96, "batch_size": 8}
+    fast = {"ratio": 1.5, "error": 2e-6}
+    slow = {"reason": "layer 'a': a|b"}
+    results = [
+        {"backend": "jax", "rows": [{**row, "engines": {"native": fast, "openvino": slow}}]},
+        {"backend": "torch", "rows": [{**row, "model": "vgg16", "engines": {"native": fast}}]},
+    ]
+    assert load().tables.KINDS["engines"](results).splitlines()[2:] == [
+        "| resnet50 at 96², batch 8 | native | 1.50× (error 2e-06) |  |",
+        "| resnet50 at 96², batch 8 | openvino | falls back: layer 'a': a/b |  |",
+        "| vgg16 at 96², batch 8 | native |  | 1.50× (error 2e-06) |",
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras.src.applications.convnext import LayerScale
 
 from frostline.models.keras_graph import walk
 from frostline.models.keras_onnx import to_onnx
@@ -69,9 +70,13 @@ LAYERS: dict[str, Callable[[], list[Any]]] = {
     "first-bn": lambda: [BN(), L.Conv2D(3, 1)],
     "max": lambda: [L.MaxPooling2D(3, strides=2, padding="same")],
     "average": lambda: [L.AveragePooling2D(3, strides=2, padding="same")],
+    "average-even": lambda: [L.AveragePooling2D(3, strides=1, padding="same"), L.Conv2D(2, 1)],
     "global-average": lambda: [L.GlobalAveragePooling2D(), L.Dense(3), BN()],
     "global-max": lambda: [L.GlobalMaxPooling2D(keepdims=True), L.Conv2D(3, 1)],
     "pad": lambda: [L.ZeroPadding2D(((1, 0), (2, 3))), L.Conv2D(3, 3)],
+    "layer-norm": lambda: [L.Conv2D(5, 2), L.LayerNormalization(epsilon=1e-6), L.Conv2D(3, 1)],
+    "layer-norm-bare": lambda: [L.LayerNormalization(center=False, scale=False), L.Dense(3)],
+    "layer-scale": lambda: [L.Conv2D(5, 2), LayerScale(0.5, 5), L.Conv2D(3, 1)],
     "rescale": lambda: [L.Rescaling([0.5, 2.0, 1.0, 3.0], offset=-1.0), L.Conv2D(2, 1)],
     "normalize": lambda: [
         L.Normalization(mean=[1.0, 2.0, 0.5, 0.1], variance=[2.0, 0.5, 1.0, 3.0])
@@ -172,10 +177,11 @@ class Doubling(L.Conv2D):  # type: ignore[misc]
             lambda: L.Conv2D(2, 3, activation="mish", name="odd"),
             "no rule for the activation 'mish'",
         ),
-        (lambda: L.LayerNormalization(name="odd"), "no rule for .*LayerNormalization"),
+        (lambda: L.UnitNormalization(name="odd"), "no rule for .*UnitNormalization"),
+        (lambda: L.LayerNormalization(axis=(1, 2), name="odd"), "layer normalization along"),
         (lambda: L.Conv2D(2, 3, dtype="float16", name="odd"), "only float32"),
     ],
-    ids=["subclass", "activation", "layer", "dtype"],
+    ids=["subclass", "activation", "layer", "axes", "dtype"],
 )
 def test_what_has_no_rule_is_refused_by_name(layer: Any, reason: str) -> None:
     model = keras.Sequential([keras.Input((6, 6, 3)), layer()])

@@ -34,6 +34,8 @@ def rule_for(operation: Any) -> Rule:
     if rule is not None:
         return rule
     kind = type(operation).__name__
+    if type(operation).__module__ == "keras.src.applications.convnext" and kind == "LayerScale":
+        return _layer_scale  # Keras does not export the class
     if type(operation).__module__.startswith("keras.src.ops") and kind in _OPERATIONS:
         return _OPERATIONS[kind]
     if operation is keras.ops.cast:
@@ -169,11 +171,13 @@ def _pooling(kind: str) -> Rule:
         layer, value = call.operation, _entry(writer, call)
         name, last = _images(writer, value, layer)
         size = list(layer.pool_size)
-        _require(
-            kind == "MaxPool" or layer.padding == "valid" or keras.backend.backend() != "torch",
-            "on torch, Keras repeats the border where the others leave it out of the average",
-        )
         pads = _pads(layer.padding, _sizes(value, last=last), size, layer.strides)
+        even = "pads" in pads and pads["pads"][: len(size)] == pads["pads"][len(size) :]
+        _require(
+            kind == "MaxPool" or even or keras.backend.backend() != "torch",
+            "on torch, where padding is uneven, Keras repeats the border, which the others leave "
+            "out of the average",
+        )
         name = writer.add(kind, [name], kernel_shape=size, strides=list(layer.strides), **pads)
         return _made(writer, call, name, moved=last)
 
@@ -224,6 +228,30 @@ def _site(writer: Writer, call: Call) -> Value:
     scale, shift = (each.reshape(-1, *[1] * (rank - 2)) for each in factors(layer))
     name = writer.add("Mul", [writer.plain(value).name, writer.constant(scale)])
     return _made(writer, call, writer.add("Add", [name, writer.constant(shift)]))
+
+
+def _layer_norm(writer: Writer, call: Call) -> Value:
+    """Over the last axis alone, which Keras' layout and ONNX then have in common."""
+    layer, value = call.operation, writer.plain(_entry(writer, call))
+    _require_float32(value)
+    rank = len(value.shape)
+    axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+    _require([axis % rank for axis in axes] == [rank - 1], f"layer normalization along {axes}")
+    _require(not layer.rms_scaling, "layer normalization with rms_scaling")
+    count = value.shape[-1]
+    gamma = np.ones(count or 1) if layer.gamma is None else float64(layer.gamma)
+    beta = np.zeros(len(gamma)) if layer.beta is None else float64(layer.beta)
+    inputs = [value.name, writer.constant(gamma), writer.constant(beta)]
+    name = writer.add("LayerNormalization", inputs, axis=-1, epsilon=float(layer.epsilon))
+    return _made(writer, call, name)
+
+
+def _layer_scale(writer: Writer, call: Call) -> Value:
+    """ConvNeXt's layer: one factor per channel."""
+    value = _entry(writer, call)
+    _require_float32(value)
+    name = writer.add("Mul", [value.name, writer.along(float64(call.operation.gamma), value)])
+    return _made(writer, call, name, moved=value.moved)
 
 
 def _rescaling(writer: Writer, call: Call) -> Value:
@@ -454,6 +482,7 @@ _RULES: dict[type, Rule] = {
     L.GlobalAveragePooling2D: _global_pooling("GlobalAveragePool"),
     L.GlobalMaxPooling2D: _global_pooling("GlobalMaxPool"),
     L.Identity: _unchanged,
+    L.LayerNormalization: _layer_norm,
     L.LeakyReLU: _leaky,
     L.MaxPooling2D: _pooling("MaxPool"),
     L.Maximum: _joined("Max"),
