@@ -22,6 +22,7 @@ from frostline.commands import (
     looking,
     transfer as transfer_command,
 )
+from frostline.commands.modules import is_module
 from frostline.commands.options import (
     DATA_HELP,
     BackendOption,
@@ -42,6 +43,7 @@ from frostline.commands.options import (
     Solver,
     Split,
     SplitOption,
+    StateOption,
     Weights,
     boundary as read_boundary,
     names,
@@ -104,12 +106,15 @@ def freeze(
     output: OutputOption,
     force: ForceOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Freeze all layers before a boundary, parameters and statistics."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.freeze(model, until=read_boundary(until), output=output, force=force)
+    return models.freeze(
+        model, until=read_boundary(until), output=output, force=force, state=state
+    )
 
 
 @app.command()
@@ -160,9 +165,10 @@ def recalibrate(
     seed: SeedOption = 0,
     force: ForceOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Store the exact statistics of the data in BN layers."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
     options = models.DataOptions(
@@ -182,6 +188,7 @@ def recalibrate(
         batch_size=batch_size,
         output=output,
         force=force,
+        state=state,
     )
 
 
@@ -197,12 +204,15 @@ def set_momentum(
     ] = "all",
     force: ForceOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Set how much of the old statistics a BN layer keeps per update."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.set_momentum(model, momentum, sites=sites, output=output, force=force)
+    return models.set_momentum(
+        model, momentum, sites=sites, output=output, force=force, state=state
+    )
 
 
 @app.command()
@@ -211,12 +221,13 @@ def fold(
     output: OutputOption,
     force: ForceOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Fold BN layers into the layers before them: plain Keras, for inference."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.fold(model, output=output, force=force)
+    return models.fold(model, output=output, force=force, state=state)
 
 
 fit_command.add_to(app, start)

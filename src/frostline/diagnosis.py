@@ -227,6 +227,7 @@ def phases(
     data: Any,
     *,
     metrics: measure.Metrics | None = None,
+    loss: Any = None,
     batch_size: int = 32,
 ) -> PhaseTable:
     """Compare a model with itself in the dynamic phase, phase 0 and phase 1, on the same data.
@@ -240,12 +241,14 @@ def phases(
     seed generators), also when interrupted.
 
     Args:
-        model: A Keras 3 model. Without ``compile`` there is no loss and no dynamic phase.
+        model: A Keras 3 model, or a torch module. Without ``compile`` there is no dynamic phase,
+            and no loss but ``loss``.
         data: ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable
             of batches. Read twice; a one-shot iterator is held in memory.
         metrics: More metrics of phases 0 and 1: name -> function of labels and outputs, arrays of
             shape ``(n, ...)``, to a number. Not weighted by ``sample_weight``, nor are the
             built-in ones; the loss is.
+        loss: Loss of phases 0 and 1, as in :func:`diagnose`; default: the compiled one.
         batch_size: Samples per batch for data given as arrays. Phase 1 depends on it, as training
             does: use the one that you train with.
 
@@ -261,4 +264,6 @@ def phases(
         >>> table = fl.phases(model, (x, y))                             # doctest: +SKIP
         >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
     """
-    return measure.phase_table(view(model), data, metrics=metrics, batch_size=batch_size)
+    return measure.phase_table(
+        view(model), data, metrics=metrics, loss=loss, batch_size=batch_size
+    )

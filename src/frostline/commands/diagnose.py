@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from frostline import rules
-from frostline.commands import fixing, models, showing
+from frostline.commands import fixing, models, modules, showing
 from frostline.commands.models import DataOptions
 from frostline.measurement import Remedy
-from frostline.types import Array, DataError
+from frostline.types import Array, DataError, ModelError
 
 
 def run(
@@ -35,6 +35,7 @@ def run(
     force: bool = False,
     exit_zero: bool = False,
     fix: bool = False,
+    state: str | None = None,
 ) -> int:
     """Diagnose a model on data; 1 when there is a gap with a cause, an error or a warning.
 
@@ -45,7 +46,7 @@ def run(
             again means its test part.
         reference: MODEL to compare with.
         history: The training run: a CSV log, or a JSON file with a list of numbers per metric.
-        loss: Name of a Keras loss; ``None`` for the compiled one.
+        loss: Name of a loss; ``None`` for the compiled one. ``module:function`` for torch.
         max_samples: At most so many samples are drawn.
         batch_size: Samples per batch.
         select: Rules to apply; empty for the default set.
@@ -56,6 +57,7 @@ def run(
         exit_zero: Return 0 whatever is found.
         fix: Apply the best remedy; ``output`` is the repaired model's file then, and the code is 0
             when it was repaired.
+        state: File with the ``state_dict`` of a torch module.
     """
     fixed = fixing.check_output(output, source, force=force) if fix else None
     showing.check_output(None if fix else output, force=force)
@@ -63,22 +65,28 @@ def run(
     run_log = None if history is None else _history(history)
     from frostline.diagnosis import diagnose
 
-    model = models.load(source)
+    model = models.load(source, state)
+    if fix and modules.is_native(model):
+        raise ModelError(
+            "--fix writes a Keras model; of a torch module: frostline recalibrate, or the line of "
+            f"the remedy in your code. Received: {source}"
+        )
     x, y = models.read_data(options, model)
     report = diagnose(
         model,
         (x, y),
         validation=None if validation is None else _held_out(validation, options, model, x),
-        reference=None if reference is None else models.load(reference),
+        reference=None if reference is None else _reference(reference, model),
         history=run_log,
-        loss=loss,
+        loss=modules.loss(loss, model),
         max_samples=max_samples,
         batch_size=batch_size,
         seed=options.seed,
         select=select or None,
         ignore=ignore or None,
     )
-    words = {"MODEL": shlex.quote(source), "DATA": _as_typed(options)}
+    name = shlex.quote(source) + ("" if state is None else f" --state {shlex.quote(state)}")
+    words = {"MODEL": name, "DATA": _as_typed(options)}
     report = replace(report, remedies=tuple(_filled(each, words) for each in report.remedies))
     if fixed is None:
         return showing.show(report, format=format, output=output, exit_zero=exit_zero)
@@ -89,6 +97,12 @@ def run(
     plain = format == "text"
     code = fixing.apply(model, report, samples, output=fixed, force=force, plain=plain)
     return 0 if exit_zero else code
+
+
+def _reference(source: str, model: Any) -> Any:
+    """Return a model to compare with; for a torch module, a file with a state will do."""
+    known = modules.reference(source) if modules.is_native(model) else None
+    return models.load(source) if known is None else known
 
 
 def _filled(remedy: Remedy, words: Mapping[str, str]) -> Remedy:

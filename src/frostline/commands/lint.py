@@ -24,6 +24,7 @@ def run(
     output: Path | None = None,
     force: bool = False,
     exit_zero: bool = False,
+    state: str | None = None,
 ) -> int:
     """Apply the rules that need no data to a model; 1 when an error or a warning is found.
 
@@ -35,13 +36,14 @@ def run(
         output: Also write the report to this ``.html``, ``.json`` or ``.txt`` file.
         force: Overwrite it.
         exit_zero: Return 0 whatever is found.
+        state: File with the ``state_dict`` of a torch module.
     """
     showing.check_output(output, force=force)
     rules.select(select or None, ignore or None)  # a misspelt code is told before the model loads
     from frostline.commands.models import load
     from frostline.diagnosis import lint
 
-    report = lint(load(source), select=select or None, ignore=ignore or None)
+    report = lint(load(source, state), select=select or None, ignore=ignore or None)
     return showing.show(report, format=format, output=output, exit_zero=exit_zero)
 
 

@@ -18,6 +18,7 @@ from frostline.commands.options import (
     FormatOption,
     IgnoreOption,
     ImageSizeOption,
+    LossOption,
     ModelArgument,
     PerClassOption,
     PreprocessOption,
@@ -28,8 +29,10 @@ from frostline.commands.options import (
     SelectOption,
     Split,
     SplitOption,
+    StateOption,
     names,
 )
+from frostline.commands.modules import is_module
 from frostline.commands.starting import start
 
 
@@ -40,13 +43,16 @@ def register(app: typer.Typer) -> None:
 
 
 def sites(
-    model: ModelArgument, format: FormatOption = Format.text, backend: BackendOption = None
+    model: ModelArgument,
+    format: FormatOption = Format.text,
+    backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """List the BN layers of a model and where its frozen prefix ends."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.show_sites(model, as_json=format is Format.json)
+    return models.show_sites(model, as_json=format is Format.json, state=state)
 
 
 def phases(
@@ -58,12 +64,14 @@ def phases(
     preprocess: PreprocessOption = None,
     split: SplitOption = Split.train,
     batch_size: BatchSizeOption = 32,
+    loss: LossOption = None,
     seed: SeedOption = 0,
     format: FormatOption = Format.text,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Compare training mode and inference on the same data; exit code 1 when there is a gap."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
     options = models.DataOptions(
@@ -75,7 +83,14 @@ def phases(
         split=split.value,
         seed=seed,
     )
-    return models.show_phases(model, options, batch_size=batch_size, as_json=format is Format.json)
+    return models.show_phases(
+        model,
+        options,
+        batch_size=batch_size,
+        as_json=format is Format.json,
+        state=state,
+        loss=loss,
+    )
 
 
 def lint(
@@ -87,9 +102,10 @@ def lint(
     force: ForceOption = False,
     exit_zero: ExitZeroOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Check BN configuration and stored numbers; needs no data. Exit code 1 on findings."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import lint as command
 
     return command.run(
@@ -100,6 +116,7 @@ def lint(
         output=output,
         force=force,
         exit_zero=exit_zero,
+        state=state,
     )
 
 
@@ -115,9 +132,7 @@ def diagnose(
     history: Annotated[
         Path | None, typer.Option(help="Log of the training run, .csv or .json.")
     ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="Name of a Keras loss; else the compiled one.")
-    ] = None,
+    loss: LossOption = None,
     max_samples: Annotated[int, typer.Option(min=2, help="At most so many, at random.")] = 1024,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Samples per batch, best as in training.")
@@ -139,9 +154,10 @@ def diagnose(
     force: ForceOption = False,
     exit_zero: ExitZeroOption = False,
     backend: BackendOption = None,
+    state: StateOption = None,
 ) -> int:
     """Find out whether BN makes training and inference differ, where, why, and what helps."""
-    start(backend)
+    start(backend, keras=not is_module(model, state))
     from frostline.commands import diagnose as command, models
 
     options = models.DataOptions(
@@ -169,6 +185,7 @@ def diagnose(
         force=force,
         exit_zero=exit_zero,
         fix=fix,
+        state=state,
     )
 
 

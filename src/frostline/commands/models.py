@@ -14,6 +14,7 @@ import numpy as np
 import typer
 
 from frostline import environment
+from frostline.commands import modules
 from frostline.report import text
 from frostline.types import Array, DataError, OutputError, Policy, Site
 
@@ -41,9 +42,9 @@ class DataOptions:
     seed: int = 0
 
 
-def show_sites(source: str, *, as_json: bool) -> int:
+def show_sites(source: str, *, as_json: bool, state: str | None = None) -> int:
     """Print the table of BN sites with the line where the frozen prefix ends."""
-    model = load(source)
+    model = load(source, state)
     found = _sites(model)
     before, boundary = frozen_prefix(model, found)
     if as_json:
@@ -54,14 +55,22 @@ def show_sites(source: str, *, as_json: bool) -> int:
     return 0
 
 
-def show_phases(source: str, options: DataOptions, *, batch_size: int, as_json: bool) -> int:
+def show_phases(
+    source: str,
+    options: DataOptions,
+    *,
+    batch_size: int,
+    as_json: bool,
+    state: str | None = None,
+    loss: str | None = None,
+) -> int:
     """Print dynamic, phase 0 and phase 1 on the same data; 1 when a pattern or gap is found."""
     from frostline.diagnosis import phases
 
-    model = load(source)
+    model = load(source, state)
     _sites(model)
     x, y = read_data(options, model)
-    table = phases(model, (x, y), batch_size=batch_size)
+    table = phases(model, (x, y), loss=modules.loss(loss, model), batch_size=batch_size)
     gaps = text.phase_gaps(table["0"], table["1"])
     found = bool(table.patterns)
     if as_json:
@@ -81,14 +90,18 @@ def show_phases(source: str, options: DataOptions, *, batch_size: int, as_json: 
     return int(found)
 
 
-def freeze(source: str, *, until: str | int | float, output: Path, force: bool) -> int:
+def freeze(
+    source: str, *, until: str | int | float, output: Path, force: bool, state: str | None = None
+) -> int:
     """Freeze the prefix of a model and write the result."""
     from frostline import repair
 
-    model = load(source)
+    model = load(source, state)
     found = _sites(model)
-    check_output(output, source, force=force)
+    check_output(output, source, force=force, native=modules.is_native(model))
     repair.freeze(model, until=until)
+    if modules.is_native(model):
+        modules.refuse("a freeze", f"fl.freeze(model, until={until!r})")
     save(model, output, force=force)
     after = _sites(model)
     frozen = sum(site.stats_frozen for site in after)
@@ -114,14 +127,16 @@ def convert(source: str, *, output: Path, policy: Policy | None, version: str | 
     return 0
 
 
-def fold(source: str, *, output: Path, force: bool) -> int:
+def fold(source: str, *, output: Path, force: bool, state: str | None = None) -> int:
     """Fold the BN layers of a model into the layers before them and write the result."""
     from frostline.models import view
 
-    model = load(source)
+    model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force)
+    check_output(output, source, force=force, native=modules.is_native(model))
     folded = view(model).fold()
+    if modules.is_native(model):
+        modules.refuse("the folded network's layers", "folded = fl.fold(model)")
     save(folded.model, output, force=force)
     alone = len(folded.replaced)
     typer.echo(
@@ -140,13 +155,14 @@ def recalibrate(
     batch_size: int,
     output: Path,
     force: bool,
+    state: str | None = None,
 ) -> int:
     """Store the statistics of the data in a model's BN layers and write the result."""
     from frostline import repair
 
-    model = load(source)
+    model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force)
+    check_output(output, source, force=force, native=modules.is_native(model))
     x, _ = read_data(options, model)
     change = repair.recalibrate(model, x, sites=sites, method=method, batch_size=batch_size)
     save(model, output, force=force)
@@ -154,14 +170,24 @@ def recalibrate(
     return 0
 
 
-def set_momentum(source: str, momentum: float, *, sites: str, output: Path, force: bool) -> int:
+def set_momentum(
+    source: str,
+    momentum: float,
+    *,
+    sites: str,
+    output: Path,
+    force: bool,
+    state: str | None = None,
+) -> int:
     """Set the momentum of a model's BN layers and write the result."""
     from frostline import repair
 
-    model = load(source)
+    model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force)
+    check_output(output, source, force=force, native=modules.is_native(model))
     change = repair.set_momentum(model, momentum, sites=sites)
+    if modules.is_native(model):
+        modules.refuse("a momentum", f"fl.set_momentum(model, {momentum:g})")
     save(model, output, force=force)
     typer.echo(f"{output}: {change}")
     return 0
@@ -177,7 +203,7 @@ def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
     if plain and Path(options.source).suffix == ".npz":
         arrays = _read_arrays(Path(options.source))
         if arrays is not None:
-            return arrays
+            return (arrays[0], modules.data(*arrays)[1]) if modules.is_native(model) else arrays
     from frostline.experiments import datasets
 
     images = datasets.load(
@@ -188,7 +214,10 @@ def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
         image_size=options.image_size or _input_size(model),
         seed=options.seed,
     )
-    return _preprocessed(images.images, options.preprocess), _targets(images.labels, model)
+    x = _preprocessed(images.images, options.preprocess)
+    if modules.is_native(model):
+        return modules.data(x, images.labels)
+    return x, _targets(images.labels, model)
 
 
 def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | None]:
@@ -198,6 +227,8 @@ def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | 
         ``(None, None)`` when the first layer with weights trains: there is no prefix.
         ``(len(found), None)`` when every layer is frozen.
     """
+    if modules.is_native(model):
+        return modules.frozen_prefix(model, found)
     from frostline.models.keras_graph import walk
 
     frozen: list[str] = []
@@ -216,9 +247,11 @@ def _is_within(path: str, places: Sequence[str]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
-def load(source: str) -> Any:
+def load(source: str, state: str | None = None) -> Any:
     """Load MODEL; Keras' file code may start TensorFlow on any backend, which is noisy."""
     with environment.native_noise_held_back():
+        if modules.is_module(source, state):
+            return modules.load(source, state)
         from frostline.models.keras_files import load_model
 
         return load_model(source)
@@ -227,6 +260,11 @@ def load(source: str) -> Any:
 def save(model: Any, path: Path, *, force: bool) -> None:
     """Write a model, whole or not at all."""
     with environment.native_noise_held_back():
+        if modules.is_native(model):
+            from frostline.models.torch_files import save_state
+
+            save_state(model, path, overwrite=force)
+            return
         from frostline.models.keras_files import save_model
 
         save_model(model, path, overwrite=force)
@@ -240,9 +278,11 @@ def _sites(model: Any) -> tuple[Site, ...]:
     return found
 
 
-def check_output(path: Path, source: str, *, force: bool) -> None:
+def check_output(path: Path, source: str, *, force: bool, native: bool = False) -> None:
     """Refuse an output that cannot be, before the work instead of after it."""
-    if path.suffix not in (".keras", ".h5"):
+    if native:
+        modules.check_output(path)
+    elif path.suffix not in (".keras", ".h5"):
         raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
     if path.is_dir():
         raise OutputError(f"{path} is a folder")

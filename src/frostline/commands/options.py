@@ -76,7 +76,18 @@ class Method(StrEnum):
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .keras or .h5 file, or module:function.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A .keras, .h5, .pt2 or TorchScript file, or module:function."
+    ),
+]
+StateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="state_dict of the torch module that module:function returns; it is read with "
+        "weights_only=True.",
+    ),
 ]
 BackendOption = Annotated[
     Backend | None,
@@ -112,6 +123,13 @@ ReportOption = Annotated[
     typer.Option("-o", "--output", help="Also write the report: .html, .json or .txt."),
 ]
 ExitZeroOption = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever is found.")]
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a loss, else the compiled one; for torch also module:function, called with "
+        "outputs and targets."
+    ),
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 
 

@@ -63,6 +63,7 @@ def phase_table(
     data: Any,
     *,
     metrics: Metrics | None = None,
+    loss: Any = None,
     batch_size: int = 32,
 ) -> PhaseTable:
     """Evaluate a model in the dynamic phase, phase 0 and phase 1; see :func:`frostline.phases`."""
@@ -70,15 +71,16 @@ def phase_table(
         data = list(batches(data, batch_size=batch_size))  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Array] = []
+    judge_batch = view.score if loss is None else _by_loss(view, loss)
     with view.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
         for step, batch in enumerate(batches(data, batch_size=batch_size)):
             labels.append(_labels_of(batch, step))
             for phase, training in (("0", False), ("1", True)):
-                outputs, loss = view.score(
+                outputs, value = judge_batch(
                     batch.x, batch.y, batch.sample_weight, training=training, step=step
                 )
-                passes[phase].add(outputs, loss, len(batch))
+                passes[phase].add(outputs, value, len(batch))
         dynamic = dict(view.evaluate(_tuples(data, batch_size)))
     samples = sum(len(leaf) for leaf in labels)
     known = _known_outputs(labels, passes)
@@ -112,6 +114,17 @@ def phase_table(
         sites=sites,
         patterns=patterns(task, judged, sites) if known is not None else (),
     )
+
+
+def _by_loss(view: ModelView, loss: Any) -> Callable[..., tuple[Any, float]]:
+    """Score batches by a loss that was given; see ``ModelView.score``."""
+    forward = view.blend_forward(loss=loss)
+
+    def score(x: Any, y: Any, weight: Any = None, **phase: Any) -> tuple[Any, float]:
+        outcome = forward.own(x, y, weight, **phase)
+        return outcome.outputs, float(np.mean(outcome.losses))
+
+    return score
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from frostline.models.protocols import FlagCounts, Forward, Meter, ModelView, Outcome, SplitModel
 from frostline.types import Array, ModelError
@@ -36,6 +36,10 @@ def view(model: Any) -> ModelView:
 
         return KerasView(model)
     torch = sys.modules.get("torch")
+    if torch is not None and type(model).__module__.startswith(("torch.export", "torch.jit")):
+        from frostline.models.torch_program import ProgramView
+
+        return cast(ModelView, ProgramView(model))
     if torch is not None and _is_native(model, torch, keras):
         from frostline.models.torch import TorchView
 
@@ -49,6 +53,12 @@ def _is_native(model: Any, torch: Any, keras: Any) -> bool:
     ancestry = (parent.__module__ for parent in type(model).__mro__)
     foreign = any(name.startswith(("keras.src.", "tensorflow.python.keras.")) for name in ancestry)
     return isinstance(model, torch.nn.Module) and not layer and not foreign
+
+
+def is_native(model: Any) -> bool:
+    """Whether it is a torch module that is no Keras model; loads nothing."""
+    torch = sys.modules.get("torch")
+    return torch is not None and _is_native(model, torch, sys.modules.get("keras"))
 
 
 def layers_of(target: Any) -> tuple[Any, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +17,8 @@ from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from
 
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
+from frostline.models import is_native
+from frostline.models.sources import built, first_line as first_line
 from frostline.types import ModelError, OutputError
 
 SUFFIXES = (".keras", ".h5")
@@ -38,16 +38,19 @@ def load_model(source: str) -> Any:
             arguments that returns a model; the module may be in the current folder.
 
     Returns:
-        The model, with its compile state where the file has one. Keras cannot read every compile
-        state that it wrote into an ``.h5`` file; such a model comes back not compiled, and the log
-        says so. The optimizer state of an ``.h5`` file, which Keras drops, is read here.
+        The model, with its compile state where the file has one; a torch module, where a function
+        returns one. Keras cannot read every compile state that it wrote into an ``.h5`` file; such
+        a model comes back not compiled, and the log says so. The optimizer state of an ``.h5``
+        file, which Keras drops, is read here.
 
     Raises:
         ModelError: No such file or function, an unreadable file, or not a model.
     """
     path = Path(source)
     if not path.exists() and path.suffix not in SUFFIXES and ":" in source:
-        model = _from_function(source)
+        model = built(source)
+        if is_native(model):
+            return model
     else:
         model = read_model(path)
     if not isinstance(model, keras.Model):
@@ -145,28 +148,3 @@ def _not_compiled(path: Path, custom_objects: Mapping[str, Any] | None) -> Any |
         return keras.saving.load_model(path, custom_objects, safe_mode=True, compile=False)
     except Exception:  # the first complaint is the one to report
         return None
-
-
-def _from_function(source: str) -> Any:
-    name, _, attribute = source.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # the user's module runs: anything can happen
-        raise ModelError(f"{source}: cannot import {name!r} ({first_line(error)})") from error
-    build = getattr(module, attribute, None)
-    if not callable(build):
-        raise ModelError(f"{source}: module {name!r} has no function {attribute!r}")
-    try:
-        return build()
-    except Exception as error:
-        raise ModelError(f"{source}: the function failed ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line of at most 160 characters."""
-    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

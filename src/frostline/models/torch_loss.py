@@ -36,6 +36,7 @@ _NUMBERS: dict[str, Loss] = {
     "mean_absolute_error": functional.l1_loss,
     "huber": functional.huber_loss,
     "smooth_l1_loss": functional.smooth_l1_loss,
+    "bce_with_logits": functional.binary_cross_entropy_with_logits,
 }
 
 

@@ -1,0 +1,95 @@
+"""Torch modules on the command line: what MODEL and ``--state`` mean, and what a file can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostline.types import Array, ModelError, OutputError, Site
+
+#: Files that only torch reads.
+SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
+
+
+def is_module(source: str, state: str | None = None) -> bool:
+    """Whether MODEL is for torch alone, as far as its name tells; Keras need not be loaded."""
+    return state is not None or Path(source).suffix in SUFFIXES
+
+
+def is_native(model: Any) -> bool:
+    """Whether a model is a torch module or program that is no Keras model."""
+    from frostline.models import view
+
+    return view(model).framework == "torch"
+
+
+def load(source: str, state: str | None) -> Any:
+    """Load what :func:`is_module` says is torch's."""
+    from frostline.models import torch_files
+
+    return torch_files.load_model(source, state)
+
+
+def reference(source: str) -> Any:
+    """A file with a state as its tensors; ``None`` when it is something else."""
+    if Path(source).suffix not in (".pt", ".pth"):
+        return None
+    from frostline.models import torch_files
+
+    return torch_files.read_state_file(Path(source))
+
+
+def loss(text: str | None, model: Any) -> Any:
+    """What ``--loss`` means for a torch module: a name, or ``module:function``."""
+    if text is None or ":" not in text or not is_native(model):
+        return text
+    from frostline.models.sources import named
+
+    return named(text)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a name that no state is written under."""
+    if path.suffix not in (".pt", ".pth"):
+        raise OutputError(
+            f"the state of a torch module is written as .pt or .pth. Received: {path}"
+        )
+
+
+def refuse(verb: str, line: str) -> None:
+    """Refuse to write what a ``state_dict`` cannot hold, with the line that does it in code.
+
+    Raises:
+        ModelError: Always.
+    """
+    raise ModelError(
+        f"a state_dict holds parameters and statistics only, so nothing of {verb} would be in the "
+        f"file; in your code, behind load_state_dict: {line}"
+    )
+
+
+def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | None]:
+    """As :func:`frostline.commands.models.frozen_prefix`, of a torch module."""
+    from frostline.models.facts import read
+
+    facts = read(model)
+    trains = {each.order: each.path for each in facts.layers if each.trains}
+    trains |= {
+        facts.order[s.path]: s.path for s in found if not (s.params_frozen and s.stats_frozen)
+    }
+    if not trains:
+        return len(found), None
+    first = min(trains)
+    before = sum(facts.order[site.path] < first for site in found)
+    frozen = before or any(layer.order < first for layer in facts.layers)
+    return (before, trains[first]) if frozen else (None, None)
+
+
+def data(x: Array, y: Array) -> tuple[Array, Array]:
+    """Images with the channels on axis 1, and labels as torch's losses take them."""
+    if x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        x = np.ascontiguousarray(np.moveaxis(x, -1, 1))
+    return x, y.astype(np.int64) if y.dtype.kind in "iu" else y
