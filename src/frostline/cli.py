@@ -112,9 +112,7 @@ def freeze(
     start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.freeze(
-        model, until=read_boundary(until), output=output, force=force, state=state
-    )
+    return models.freeze(model, until=read_boundary(until), output=output, force=force, state=state)
 
 
 @app.command()

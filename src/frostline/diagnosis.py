@@ -264,6 +264,4 @@ def phases(
         >>> table = fl.phases(model, (x, y))                             # doctest: +SKIP
         >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
     """
-    return measure.phase_table(
-        view(model), data, metrics=metrics, loss=loss, batch_size=batch_size
-    )
+    return measure.phase_table(view(model), data, metrics=metrics, loss=loss, batch_size=batch_size)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from frostline.commands.modules import is_module
 from frostline.commands.options import (
     BackendOption,
     BatchSizeOption,
@@ -32,7 +33,6 @@ from frostline.commands.options import (
     StateOption,
     names,
 )
-from frostline.commands.modules import is_module
 from frostline.commands.starting import start
 
 
