@@ -114,6 +114,9 @@ def batch_leak(case: Case, _: Assigned) -> Iterator[Claim]:
     sorted_loss, inference = case.loss("sorted"), case.loss("inference")
     if not _tells_class(case) or sorted_loss is None or inference is None:
         return
+    accuracies = case.accuracy("sorted"), case.accuracy("inference")
+    if None not in accuracies and accuracies[0] <= accuracies[1]:  # type: ignore[operator]
+        return  # less confident in wrong answers: whatever that is, no label was told
     amount = max(0.0, -case.change("sorted", "inference"))
     exact = max(0.0, -case.change("sorted", "population"))
     if not amount or not exact:  # without an advantage over inference there is nothing to explain
