@@ -10,7 +10,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from frostline.models import (
     torch_graph,
     torch_pass,
     torch_reference,
+    torch_split,
 )
 from frostline.models.facts import ModelFacts
 from frostline.models.torch_behaviour import behaviour
@@ -178,14 +179,6 @@ class TorchView:
         """Fold every BN layer at its stored statistics; the outcome is a new module."""
         return torch_fold.fold(self.model)
 
-    def split(self, at: Any = None, *, sample: Any = None) -> NoReturn:
-        """Refuse: cached training follows the graph of a Keras model.
-
-        Raises:
-            ModelError: Always.
-        """
-        del sample
-        raise ModelError(
-            "native PyTorch modules cannot be split yet, only Keras models (also those on the "
-            f"torch backend). Received: {type(self.model).__name__}, at={at!r}"
-        )
+    def split(self, at: Any = None, *, sample: Any = None) -> torch_split.Parts:
+        """Cut the module into its frozen prefix and the rest, which share its modules."""
+        return torch_split.split(self.model, at, sample=sample)
