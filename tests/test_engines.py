@@ -62,7 +62,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
         return (lambda batch: 1 // 0), "there"
 
     made = {"right": right, "wrong": wrong, "broken": broken}
-    monkeypatch.setattr(engines, "_candidates", lambda p, w: list(made.items()))
+    monkeypatch.setattr(engines, "_candidates", lambda *_: list(made.items()))
     runs = {}
     real = engines._attempt
 
@@ -82,7 +82,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
     assert "broken is not used: it fails on the first batch" in engine.notes[1]
     rates["right"] = 0.5
     assert engines.choose(prefix, x).name == "native"
-    monkeypatch.setattr(engines, "_candidates", lambda p, w: [("openvino", wrong)])
+    monkeypatch.setattr(engines, "_candidates", lambda *_: [("openvino", wrong)])
     with pytest.raises(ModelError, match="engine openvino cannot run this prefix: it differs"):
         engines.choose(prefix, x, engine="openvino")
 

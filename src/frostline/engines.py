@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.models import prefix as prefixes
 from frostline.types import Array, BackendError, FrostlineError, ModelError
 
 Run = Callable[[Any], list[Array]]
@@ -74,7 +75,8 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
     TensorRT or CUDA where its package and the machine have them.
 
     Args:
-        prefix: A built functional Keras model, for example :attr:`frostline.Split.prefix`.
+        prefix: A built functional Keras model or a torch module, for example
+            :attr:`frostline.Split.prefix`.
         batch: The first batch, in the structure of the model's inputs, shape ``(n, ...)`` each.
         engine: ``"auto"``, ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
 
@@ -88,7 +90,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
     if engine not in ("auto", *NAMES):
         allowed = ", ".join(("auto", *NAMES))
         raise ModelError(f"engine must be one of {allowed}. Received: engine={engine!r}")
-    native = _native(prefix)
+    native = prefixes.native(prefix)
     if engine == "native":
         return Engine(name="native", device=_backend(prefix), _run=native)
     expected = native(batch)
@@ -96,7 +98,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
     found: dict[str, tuple[Run, str]] = {"native": (native, _backend(prefix))}
     errors: dict[str, float] = {}
     notes: list[str] = []
-    for name, outcome in _candidates(prefix, wanted):
+    for name, outcome in _candidates(prefix, wanted, batch):
         try:
             run, device = outcome()
             errors[name] = error = relative_error(expected, _attempt(run, batch))
@@ -163,12 +165,6 @@ def _rate(run: Run, batch: Any) -> float:
     return len(outputs[0]) / max(min(seconds), 1e-9)
 
 
-def _native(prefix: Any) -> Run:
-    from frostline.models.keras_native import native
-
-    return native(prefix)
-
-
 def _backend(prefix: Any) -> str:
     from frostline.models import view
 
@@ -176,16 +172,14 @@ def _backend(prefix: Any) -> str:
 
 
 def _candidates(
-    prefix: Any, wanted: Sequence[str]
+    prefix: Any, wanted: Sequence[str], batch: Any
 ) -> list[tuple[str, Callable[[], tuple[Run, str]]]]:
     """Engines to try; the graph is written once for all of them."""
     written: list[bytes] = []
 
     def graph() -> bytes:
-        from frostline.models.keras_onnx import to_onnx
-
         if not written:
-            written.append(to_onnx(prefix))
+            written.append(prefixes.to_onnx(prefix, batch))
         return written[0]
 
     start = {"onnxruntime": _onnxruntime, "openvino": _openvino}

@@ -16,6 +16,7 @@ from frostline.cache.shards import Tensor, sample_digests
 from frostline.data import Batch, is_reiterable, leaves
 from frostline.models import view as view_of
 from frostline.models.keras_cached_data import randomness_kept, untouched
+from frostline.models.prefix import is_native
 from frostline.splitting import Split, split
 from frostline.types import Array, DataError, ModelError
 
@@ -112,7 +113,13 @@ def fit(
         UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs.
     """
     arguments = _arguments(as_keras_fit)
-    view_of(model)  # a Keras model, or a ModelError
+    view_of(model)  # a model, or a ModelError
+    if is_native(model):
+        raise ModelError(
+            "fl.fit runs Keras' own fit, and the training loop of a torch module is yours: "
+            "parts = fl.split(model), data = fl.cache_features(parts.prefix, dataset), then train "
+            f"parts.suffix on a DataLoader over data. Received: {type(model).__name__}"
+        )
     from frostline.models import keras_cached_fit as adapters
 
     _require_trainable(model)

@@ -76,9 +76,10 @@ def cache_features(
     one shard of features (64 MB per tensor), and 200 bytes per sample.
 
     Args:
-        prefix: The frozen part, for example ``fl.split(model).prefix``.
-        data: What :func:`frostline.data.batches` takes; only ``x`` is used. Row i of the cache is
-            sample i.
+        prefix: The frozen part, for example ``fl.split(model).prefix``; a torch module is run at
+            inference.
+        data: What :func:`frostline.data.batches` takes, or a torch ``Dataset``; the prefix sees
+            ``x`` alone. Row i of the cache is sample i.
         path: Cache folder; by default ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
             Nothing is written outside it.
         engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
@@ -99,14 +100,16 @@ def cache_features(
         title: What progress lines begin with.
 
     Returns:
-        The features, memory-mapped.
+        The features, memory-mapped. For a torch module a ``torch.utils.data.Dataset`` of them with
+        the labels in ``data``, for the user's own loop; row i is sample i of the data set, in
+        whatever order its ``DataLoader`` would shuffle.
 
     Raises:
         DataError: NaN or infinite features, with the samples; data that can be read only once with
             ``views`` > 1; a folder of another version.
         OutputError: No room on the disk or within ``max_gb``: before the work where it can be
             foreseen, and always with what is complete kept.
-        ModelError: A prefix that is no Keras model.
+        ModelError: A prefix that is neither a Keras model nor a torch module.
     """
     _check(views=views, augment=augment, batch_size=batch_size, max_gb=max_gb)
     if views > 1:
@@ -125,8 +128,16 @@ def cache_features(
         title=title,
     )
     identity = prefixes.identity(prefix)
-    made = [_view(prefix, identity, data, order, view, views) for view in range(views)]
-    return FeatureCache(path=order.root, views=tuple(made))
+    data = prefixes.readable(prefix, data, batch_size)
+    labels: list[Any] | None = [] if prefixes.is_native(prefix) else None
+    made = [
+        _view(prefix, identity, data, order, view, views, None if view else labels)
+        for view in range(views)
+    ]
+    found: FeatureCache = prefixes.handed_out(
+        prefix, FeatureCache(path=order.root, views=tuple(made)), labels or ()
+    )
+    return found
 
 
 def _check(*, views: int, augment: Any, batch_size: int, max_gb: float | None) -> None:
@@ -143,8 +154,16 @@ def _check(*, views: int, augment: Any, batch_size: int, max_gb: float | None) -
         raise DataError(f"max_gb must be above 0. Received: max_gb={max_gb}")
 
 
-def _view(prefix: Any, identity: str, data: Any, order: _Order, view: int, views: int) -> View:
-    """Build one view, or find it."""
+def _view(
+    prefix: Any,
+    identity: str,
+    data: Any,
+    order: _Order,
+    view: int,
+    views: int,
+    labels: list[Any] | None,
+) -> View:
+    """Build one view, or find it; labels are noted where there is a list for them."""
     stream = batches(data, batch_size=order.batch_size)
     first = next(stream)  # an empty data set is refused here
     forms = sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(first.x))
@@ -175,9 +194,16 @@ def _view(prefix: Any, identity: str, data: Any, order: _Order, view: int, views
         progress.say(build.estimate(collection, title, expected))
         builder = build.Builder(collection, lazy.run, order.dtype, progress, order.max_bytes, used)
         rest: Iterator[Batch] = itertools.chain([first], stream)
-        manifest = builder.build(batch.x for batch in rest)
+        manifest = builder.build(batch.x for batch in _noted(rest, labels))
     progress.finish()
     return View(collection=collection, manifest=manifest)
+
+
+def _noted(stream: Iterator[Batch], labels: list[Any] | None) -> Iterator[Batch]:
+    for batch in stream:
+        if labels is not None:
+            labels.append(batch.y)
+        yield batch
 
 
 def _known(home: Path) -> Collection | None:

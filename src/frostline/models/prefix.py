@@ -3,27 +3,84 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from frostline.types import ModelError
+from frostline.models import _is_native
+from frostline.types import Array, ModelError
 
 
 def identity(prefix: Any) -> str:
     """Return the hash of a prefix: what it computes, weights and stored statistics included.
 
     Args:
-        prefix: A built Keras model, or anything with an ``identity`` of its own.
+        prefix: A built Keras model, a torch module, or anything with an ``identity`` of its own.
 
     Raises:
         ModelError: Neither.
     """
     if is_callable_prefix(prefix):
         return str(prefix.identity)
+    if is_native(prefix):
+        from frostline.models.torch_prefix import identity as of_torch
+
+        return of_torch(prefix)
     _require_keras(prefix)
     from frostline.models.keras_prefix import identity as of_keras
 
     return of_keras(prefix)
+
+
+def is_native(prefix: Any) -> bool:
+    """Whether a prefix is a native torch module, which is trained in its user's own loop."""
+    torch = sys.modules.get("torch")
+    return torch is not None and _is_native(prefix, torch, sys.modules.get("keras"))
+
+
+def native(prefix: Any) -> Callable[[Any], list[Array]]:
+    """Return what runs a prefix on its own framework: a batch of inputs -> arrays."""
+    if is_native(prefix):
+        from frostline.models.torch_prefix import native as of_torch
+
+        return of_torch(prefix)
+    from frostline.models.keras_native import native as of_keras
+
+    return of_keras(prefix)
+
+
+def to_onnx(prefix: Any, batch: Any) -> bytes:
+    """Serialize a prefix as an ONNX model; ``batch`` is a batch of its inputs."""
+    if is_native(prefix):
+        from frostline.models.torch_prefix import to_onnx as of_torch
+
+        return of_torch(prefix, batch)
+    from frostline.models.keras_onnx import to_onnx as of_keras
+
+    return of_keras(prefix)
+
+
+def readable(prefix: Any, data: Any, batch_size: int) -> Any:
+    """Data as the cache reads them: torch's data sets in the order of their samples."""
+    if not is_native(prefix):
+        return data
+    from frostline.models.torch_cached_data import in_order
+
+    return in_order(data, batch_size)
+
+
+def handed_out(prefix: Any, cache: Any, labels: Sequence[Any]) -> Any:
+    """What the user gets: the cache, or for a torch module a data set of features and labels.
+
+    Args:
+        prefix: As for :func:`identity`.
+        cache: The features.
+        labels: Those of each batch.
+    """
+    if not is_native(prefix):
+        return cache
+    from frostline.models.torch_cached_data import FeatureDataset, joined
+
+    return FeatureDataset(cache, joined(labels))
 
 
 def is_callable_prefix(prefix: Any) -> bool:
@@ -46,7 +103,7 @@ def _require_keras(prefix: Any) -> None:
     keras = sys.modules.get("keras")
     if keras is None or not isinstance(prefix, getattr(keras, "Model", ())):
         raise ModelError(
-            "a prefix is a Keras model, for example fl.split(model).prefix, or a callable with an "
-            "`identity` that changes whenever what it computes does. Received: "
+            "a prefix is a Keras model or a torch module, for example fl.split(model).prefix, or a "
+            "callable with an `identity` that changes whenever what it computes does. Received: "
             f"{type(prefix).__name__}"
         )

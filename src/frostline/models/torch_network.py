@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from frostline.models.torch_graph import modes_kept, unwrapped
 from frostline.models.torch_trace import Tracer
 from frostline.types import ModelError
 
+#: Classes whose subclasses, a convolution that pads in its own way for example, are one call.
+_ONE_CALL = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
 Modes = Mapping[Any, bool]
 
 
@@ -156,7 +158,7 @@ def network(model: Any) -> Network:
                 "Move what only training does into a module of its own. "
                 f"Received: {type(root).__name__}"
             )
-        whole[place] = "it calls other things in training than at inference"
+        whole.setdefault(place, "it calls other things in training than at inference")
         varying.add(place)
     training = {
         node: _translated(twin, graph, other)
@@ -183,7 +185,9 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, module: Any, name: str) -> bool:
         hooked = module._forward_hooks or module._forward_pre_hooks  # tracing would leave them out
-        return name in self.whole or bool(hooked) or super().is_leaf_module(module, name)
+        if name in self.whole or hooked or isinstance(module, _ONE_CALL):
+            return True
+        return bool(super().is_leaf_module(module, name))
 
     def call_module(self, module: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -196,22 +200,51 @@ class _Tracer(Tracer):
 
 def _followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
     """The graph in one phase; modules that cannot be followed are added to ``whole``."""
+    kind = type(root).__name__
     while True:
         tracer = _Tracer(whole)
-        with modes_kept(root), warnings.catch_warnings(), phase(list(root.modules()), modes):
+        reason, moved = "", None
+        with _buffers_kept(root) as changed, modes_kept(root), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return _without_defaults(tracer.trace(root, _defaults(root)), root)
+                with phase(list(root.modules()), modes):
+                    graph = tracer.trace(root, _defaults(root))
             except Exception as problem:  # whatever the model's own code raises on a stand-in
                 lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
                 reason = lines[0] if lines else type(problem).__name__
-        if not tracer.failed:
+            moved = changed()
+        if not reason and moved is None:
+            return _without_defaults(graph, root)
+        owner = tracer.failed if reason else (moved or "").rpartition(".")[0]
+        reason = reason or f"it changes its buffer {moved!r} in training"
+        if not owner:
             raise ModelError(
-                f"torch.fx cannot follow {type(root).__name__}.forward ({reason}), so there is no "
-                "graph to cut. Say at which of its modules to cut (at='layer4'), or move that code "
-                f"into a module of its own. Received: {type(root).__name__}"
+                f"torch.fx cannot follow {kind}.forward ({reason}), so there is no graph to cut. "
+                "Say at which of its modules to cut (at='layer4'), or move that code into a module "
+                f"of its own. Received: {kind}"
             )
-        whole[tracer.failed] = f"torch.fx cannot follow it ({reason})"
+        whole[owner] = reason
+
+
+@contextmanager
+def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
+    """Put buffers back on any exit; what is yielded names one that moved."""
+    before = [
+        (name, buffer, buffer.clone())
+        for name, buffer in root.named_buffers()
+        if not isinstance(buffer, nn.parameter.UninitializedTensorMixin)
+    ]
+
+    def moved() -> str | None:
+        return next((name for name, now, was in before if not torch.equal(now, was)), None)
+
+    try:
+        yield moved
+    finally:
+        if moved() is not None:
+            with torch.no_grad():
+                for _, buffer, value in before:
+                    buffer.copy_(value)
 
 
 def _defaults(root: Any) -> dict[str, Any]:

@@ -73,8 +73,7 @@ class Flags:
             if found is not None:
                 return found
         if node.target in network.varying:
-            text = "it computes something else in training than at inference"
-            return self._found("random", network.name(node), text)
+            return self._found("random", network.name(node), network.whole[node.target])
         return None
 
     def _path(self, module: Any, node: Any) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.cut import later_cut
-from frostline.models.torch_graph import is_site, resolve, unwrapped, walk
+from frostline.models.torch_graph import Place, is_site, resolve, unwrapped, walk
 from frostline.models.torch_network import Network, network, phase
 from frostline.models.torch_parts import build
 from frostline.models.torch_pass import untouched
@@ -147,11 +147,12 @@ def _before(net: Network, flags: Flags, pure: Sequence[Any], model: Any, at: Any
     edge = next(place for place in places.values() if place.path == boundary.path)
     allowed, good, before = set(pure), set(net.inputs), []
     for node in net.calls:
-        module = net.module(node)
-        place = None if module is None else places.get(id(module))
-        around = place is not None and edge.path.startswith(f"{place.path}/")
-        behind = place is not None and (place.order >= edge.order or around)
-        if behind or not good.issuperset(node.all_input_nodes):
+        if node.op == "get_attr" and node not in allowed:
+            continue  # what reads it is not before the boundary either
+        place = places.get(id(net.module(node)))
+        if place is not None and _behind(place, edge, weights=_weights(net, node)):
+            continue
+        if not good.issuperset(node.all_input_nodes):
             continue
         if node not in allowed:
             blame = flags.impurity(node)
@@ -166,6 +167,16 @@ def _before(net: Network, flags: Flags, pure: Sequence[Any], model: Any, at: Any
     if not any(node.op == "call_module" for node in before):
         raise ModelError(f"no module is before the boundary '{boundary.path}'. Received: at={at!r}")
     return before
+
+
+def _behind(place: Place, edge: Place, *, weights: bool) -> bool:
+    """Whether a call of a module is not before a boundary.
+
+    One without weights, a ReLU that is called in many places, is where its inputs are.
+    """
+    if f"{place.path}/".startswith(f"{edge.path}/") or edge.path.startswith(f"{place.path}/"):
+        return True
+    return weights and place.order >= edge.order
 
 
 # --- where to cut ---------------------------------------------------------------------------------

@@ -1,0 +1,250 @@
+"""Native torch modules cut in two: against training and running the whole module."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import frostline as fl
+from frostline.types import ModelError
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Any) -> Any:
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x
+        return functional.relu(y, inplace=True)
+
+
+class ResNet(nn.Module):
+    """A small residual network as people write them: in place, functional, sizes read off."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(True))
+        self.layer1 = Block(8)
+        self.layer2 = Block(8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 4)
+        self.drop = drop
+
+    def forward(self, x: Any) -> Any:
+        count = x.size(0)
+        x = self.pool(self.layer2(self.layer1(self.stem(x)))).view(count, -1)
+        x = functional.dropout(x, self.drop, training=self.training)
+        return self.fc(x)
+
+
+def resnet(drop: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    model = ResNet(drop)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def images(count: int = 12, seed: int = 1) -> Any:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: Any, optimizer: Any, step: Any) -> None:
+    model.train()
+    labels = torch.arange(12) % 4
+    for _ in range(4):
+        optimizer.zero_grad()
+        functional.cross_entropy(step(), labels).backward()
+        optimizer.step()
+
+
+def together(parts: Any, x: Any) -> Any:
+    features = parts.prefix(x)
+    return parts.suffix(*features) if isinstance(features, tuple) else parts.suffix(features)
+
+
+@pytest.mark.parametrize(
+    ("until", "frontier"),
+    [
+        ("fc", [("dropout", (8,))]),
+        ("layer2", [("layer1/relu_1", (8, 8, 8))]),
+        ("layer2/conv2", [("layer1/relu_1", (8, 8, 8)), ("layer2/relu_2", (8, 8, 8))]),
+    ],
+)
+def test_training_the_suffix_trains_the_model(until: str, frontier: Any) -> None:
+    whole, cut = resnet(), resnet()
+    x = images()
+    for model in (whole, cut):
+        fl.freeze(model, until)
+    optimizer = torch.optim.SGD(cut.parameters(), 0.1, momentum=0.9)  # before the split
+    parts = fl.split(cut, sample=x)
+    assert [(c.path, c.shape) for c in parts.frontier] == frontier
+    assert parts.bytes_per_sample == sum(4 * torch.Size(shape).numel() for _, shape in frontier)
+    train(whole, torch.optim.SGD(whole.parameters(), 0.1, momentum=0.9), lambda: whole(x))
+    train(parts.suffix, optimizer, lambda: together(parts, x))
+    assert set(map(id, parts.suffix.parameters())) <= set(map(id, cut.parameters()))
+    assert not torch.equal(cut.fc.weight, resnet().fc.weight)
+    for (name, one), other in zip(
+        whole.state_dict().items(), cut.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(together(parts, x), cut(x))
+
+
+def test_the_phase_of_functions_is_that_of_the_model() -> None:
+    model = resnet(drop=0.5)
+    fl.freeze(model, "fc")
+    parts = fl.split(model)
+    assert any("dropout" in note for note in parts.notes)
+    features = parts.prefix(images())
+    for run in (parts.suffix.train, model.train):
+        run()
+        torch.manual_seed(3)
+        one = parts.suffix(features)
+        torch.manual_seed(3)
+        torch.testing.assert_close(one, model.fc(functional.dropout(features, 0.5, training=True)))
+    for run in (parts.suffix.eval, model.eval):
+        model.train()
+        run()
+        assert not model.training
+        torch.testing.assert_close(parts.suffix(features), model.fc(features))
+    twin = copy.deepcopy(parts.suffix).eval()
+    torch.testing.assert_close(twin(features), model.fc(features))
+
+
+class Centred(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x - x.mean(0)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            self.seen += 1
+        return x
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x + torch.rand_like(x) if self.training else x
+
+
+def sequence(*middle: Any) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), *middle, nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("middle", "at", "match"),
+    [
+        (nn.BatchNorm1d(6), None, "'1' is frozen, but in training it normalises with"),
+        (nn.BatchNorm1d(6, track_running_stats=False), None, "'1' is frozen, but in training"),
+        (Centred(), None, "depends on the other samples"),
+        (nn.Dropout(0.5), 2, "'1' is before the boundary '2' but not pure: it is random"),
+        (Noisy(), 2, "'1' is before the boundary '2' but not pure: it calls other things"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), None, "'1' .* training step"),
+        (
+            Counting(),
+            2,
+            "'1' is before the boundary '2' but not pure: it changes its buffer '1.seen'",
+        ),
+    ],
+)
+def test_what_is_not_pure_is_refused_by_name(middle: Any, at: Any, match: str) -> None:
+    model = sequence(middle, nn.ReLU())
+    model[:2].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=match):
+        fl.split(model, at)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_cut_at_all() -> None:
+    with pytest.raises(ModelError, match=r"nothing is frozen.*'0' comes first"):
+        fl.split(sequence())
+    with pytest.raises(ModelError, match="everything is frozen"):
+        fl.split(sequence().requires_grad_(False))
+    model = sequence()
+    with pytest.raises(ModelError, match="'0' is before the boundary '1' but not pure"):
+        fl.split(model, 1)
+    model[0].requires_grad_(False)
+    with pytest.raises(ModelError, match="at least two rows"):
+        fl.split(model, sample=torch.zeros(1, 6))
+    with pytest.raises(ModelError, match="end of the model"):
+        fl.split(model, 1.0)
+
+
+class Choosing(nn.Module):
+    """Decides by values: nothing that can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x) if bool((x < 1e9).all()) else x
+
+
+def test_a_module_that_cannot_be_followed_is_kept_whole() -> None:
+    model = sequence(Choosing(), nn.ReLU(), Choosing())
+    model[:2].requires_grad_(False)
+    x = torch.randn(5, 6)
+    parts = fl.split(model)
+    assert [type(layer).__name__ for layer in parts.prefix.layers] == ["Linear", "Choosing", "ReLU"]
+    torch.testing.assert_close(together(parts, x), model(x))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "parallel"])
+def test_wrappers_are_taken_off(wrap: str) -> None:
+    model = resnet()
+    fl.freeze(model, "fc")
+    wrapped = torch.compile(model, backend="eager") if wrap == "compile" else nn.DataParallel(model)
+    parts = fl.split(wrapped)
+    assert parts.suffix.fc is model.fc
+    assert "wrap the suffix" in parts.notes[-1]
+
+
+def test_an_exception_in_the_middle_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+    model = resnet().train()
+    fl.freeze(model, "fc")
+    model.layer2.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    calls: list[Any] = []
+
+    def failing(x: Any) -> Any:
+        calls.append(x)
+        if len(calls) == 2:
+            raise RuntimeError("in the middle")
+        return nn.Conv2d.forward(model.layer2.conv1, x)
+
+    monkeypatch.setattr(model.layer2.conv1, "forward", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fl.split(model, sample=images())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
