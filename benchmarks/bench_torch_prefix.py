@@ -153,7 +153,7 @@ def prefixes(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
         seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in runs}
         for _ in range(settings.rounds):
             for engine, run in runs.items():
-                seconds[engine].append((timed(forward), timed(lambda run=run: run(x))))
+                seconds[engine].append((timed(forward), timed(lambda run=run, x=x: run(x))))
         for engine, pairs in seconds.items():
             rates = [settings.batch / each for each in np.median(np.array(pairs), axis=0)]
             found[f"prefix {name} {engine}"] = figure(
