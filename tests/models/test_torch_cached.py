@@ -6,6 +6,7 @@ import copy
 import importlib.resources
 import os
 import pickle
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,12 @@ def test_what_cannot_be_exported_runs_natively(tmp_path: Path) -> None:
     assert any("torch cannot export it" in note for note in engine.notes)
     features = fl.cache_features(parts.prefix, x, tmp_path, verbose=0)
     torch.testing.assert_close(features[2], parts.prefix(x)[2])
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[2] / "examples" / "torch_cached.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--epochs", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "frontier: '0/2' 16x16x16 float32" in text
+    assert "epoch 1: loss" in text

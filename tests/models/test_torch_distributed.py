@@ -23,5 +23,4 @@ def test_frozen_statistics_stay_and_ranks_agree(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "both ranks are done" in done.stdout
-    assert "DistributedDataParallel was taken off" in done.stdout
+    assert len(list(tmp_path.glob("meeting.[01]"))) == 2, "a rank did not come to the end"

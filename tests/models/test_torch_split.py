@@ -217,6 +217,12 @@ def test_a_module_that_cannot_be_followed_is_kept_whole() -> None:
     torch.testing.assert_close(together(parts, x), model(x))
 
 
+def test_a_model_that_cannot_be_followed_itself_is_refused() -> None:
+    for at in (None, "body"):
+        with pytest.raises(ModelError, match=r"cannot follow Choosing\.forward .*control flow"):
+            fl.split(Choosing(), at)
+
+
 @pytest.mark.parametrize("wrap", ["compile", "parallel"])
 def test_wrappers_are_taken_off(wrap: str) -> None:
     model = resnet()

@@ -220,8 +220,8 @@ def _followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
         if not owner:
             raise ModelError(
                 f"torch.fx cannot follow {kind}.forward ({reason}), so there is no graph to cut. "
-                "Say at which of its modules to cut (at='layer4'), or move that code into a module "
-                f"of its own. Received: {kind}"
+                "Move that code into a module of its own: one that cannot be followed is kept "
+                f"whole. Received: {kind}"
             )
         whole[owner] = reason
 
