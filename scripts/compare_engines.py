@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     from frostline import environment
 
+    environment.quiet_frameworks()
     backend = environment.choose_backend()
     rows: list[dict[str, Any]] = []
     if given.json and given.json.exists():

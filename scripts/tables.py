@@ -39,6 +39,41 @@ def overfit_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def transfer_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per row: test accuracy after the head, at the end, at best, and in training mode."""
+    found = results[0]
+    lines = [
+        "| row | head | fine-tuned | best epoch | fine-tuned, phase 1 | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        figures = (
+            row["test_accuracy"]["head"],
+            row["test_accuracy"]["fine-tuning"],
+            max(epoch["test_accuracy"] for epoch in row["epochs"]),
+            row["phases"]["1"]["accuracy"],
+        )
+        cells = [f"{figure:.3f}" for figure in figures]
+        lines.append(
+            f"| `{row['name']}` | {' | '.join(cells)} | {sum(row['seconds'].values()):.0f} |"
+        )
+    settings, place = found["settings"], found["environment"]
+    per_class = settings["train_per_class"]
+    caption = [
+        f"{settings['backbone']} at {settings['image_size']}²",
+        ", ".join(found["selection"]["train"]["classes"]),
+        f"{per_class or 'all'} training images each",
+        f"{found['rows'][0]['samples']} test images",
+        f"fine-tuned from `{found['rows'][0]['boundary']}`",
+        f"{settings['head_epochs']} epochs of RMSprop {settings['head_learning_rate']}",
+        f"{settings['epochs']} of SGD {settings['learning_rate']}, momentum {settings['momentum']}",
+        f"batch {settings['batch_size']}",
+        f"seed {settings['seed']}",
+        f"Keras {place['versions']['keras']} on {place['backend']}, {place['cores']} cores",
+    ]
+    return "\n".join([*lines, "", "; ".join(caption) + "."])
+
+
 def _cell(phase: dict[str, Any], names: Sequence[str]) -> str:
     return " / ".join(f"{phase[name]:.3f}" for name in names if name in phase)
 
@@ -170,6 +205,7 @@ KINDS: Mapping[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "peers": peers_table,
     "freezers": freezers_table,
     "engines": engines_table,
+    "transfer": transfer_table,
     "casebook": casebook_table,
     "casebook-scores": casebook_scores,
     "casebook-misses": casebook_misses,

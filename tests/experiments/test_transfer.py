@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tables
 
 from frostline import cli
 from frostline.experiments import transfer, transfer_records
@@ -114,6 +115,13 @@ def test_the_files_say_what_was_measured(result: transfer.TransferResult, folder
     for row, kept in zip(result.rows, content["rows"], strict=True):
         assert kept["test_accuracy"]["fine-tuning"] == row.epochs[-1].test_accuracy
         assert kept["phases"]["1"]["accuracy"] == row.phases["1"].metrics["accuracy"]
+    table = tables.KINDS["transfer"]([content])
+    for row in result.rows:
+        seconds = sum(row.seconds.values())
+        head, end = row.accuracy("head"), row.accuracy("fine-tuning")
+        assert f"| `{row.row.name}` | {head:.3f} | {end:.3f} | " in table
+        assert f"| {seconds:.0f} |" in table
+    assert "3, 8; 16 training images each; 24 test images; fine-tuned from `block2a_conv`" in table
     lines = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
     assert len(lines) == 5 * 4
     assert float(lines[-1]["test_loss"]) == pytest.approx(result.rows[-1].epochs[-1].test_loss)
