@@ -269,6 +269,10 @@ def overfit(
         Path | None, typer.Option("-o", "--output", help="Folder for the results.")
     ] = None,
     force: ForceOption = False,
+    diagnosed: Annotated[
+        bool,
+        typer.Option("--diagnose", help="Also diagnose each trained network; reports go along."),
+    ] = False,
     backend: BackendOption = None,
 ) -> int:
     """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
@@ -292,7 +296,7 @@ def overfit(
         weights=None if weights is Weights.none else weights.value,
         seed=seed,
     )
-    return command.run(settings, output=output, force=force)
+    return command.run(settings, output=output, force=force, diagnosed=diagnosed)
 
 
 transfer_command.register(experiments)

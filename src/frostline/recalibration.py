@@ -152,13 +152,13 @@ def recalibrated(
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Recalibration:
-    """Measure the population statistics of the meter's sites and store them.
+    """Measure the population statistics of chosen sites of the meter and store them.
 
     On any exception, KeyboardInterrupt included, the statistics are put back before it propagates.
 
     Args:
         meter: The model's sites.
-        paths: Their paths, in execution order.
+        paths: The sites, in execution order; all of the meter's or some of them.
         data: Anything that :func:`frostline.data.batches` reads.
         method: ``"sequential"`` or ``"batch"``.
         batch_size: Samples per batch for data given as arrays.
@@ -172,7 +172,7 @@ def recalibrated(
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
     before = {path: meter.stored(path) for path in paths}
-    run = _Run(meter, data, batch_size)
+    run = _Run(meter, data, batch_size, paths)
     restore = meter.snapshot()
     try:
         if method == "batch":
@@ -207,8 +207,9 @@ def _shift(meter: Meter, path: str, before: tuple[Array, Array], count: int) -> 
 class _Run:
     """One recalibration: what was read, skipped and counted so far."""
 
-    def __init__(self, meter: Meter, data: Any, batch_size: int) -> None:
+    def __init__(self, meter: Meter, data: Any, batch_size: int, paths: Sequence[str]) -> None:
         self.meter = meter
+        self.chosen = frozenset(paths)
         self.data = data
         self.batch_size = batch_size
         self.sizes: dict[int, int] = {}
@@ -277,7 +278,7 @@ class _Run:
         """Measure and store one stage's sites, again and again where they hang on each other."""
         stage = self.meter.stage(program)
         for number in itertools.count(1):
-            total = _Total(program.paths)
+            total = _Total([path for path in program.paths if path in self.chosen])
             for index, values in source():
                 if index in self.skipped:
                     continue
@@ -286,7 +287,7 @@ class _Run:
                     following.append(index, outputs)
             if not total.count:
                 raise DataError(self.nothing_finite(total.skipped))
-            before = {path: self.meter.stored(path) for path in program.paths}
+            before = {path: self.meter.stored(path) for path in total.moments}
             self.store(total)
             self.passes = max(self.passes, number)
             if self.settled(program, before, number, total.reused):
@@ -295,11 +296,11 @@ class _Run:
 
     def settled(self, program: Program, before: dict[str, Any], number: int, reused: bool) -> bool:
         chain = program.passes is not None and not (program.closed and reused)
-        if chain and program.passes == number:
+        if (chain and program.passes == number) or not before:
             return True
         moved = [
             np.max([np.max(np.abs(new - old) / scale), np.max(np.abs(wide - narrow) / scale**2)])
-            for path in program.paths
+            for path in before
             for (old, narrow), (new, wide) in [(before[path], self.meter.stored(path))]
             for scale in [np.sqrt(wide + self.meter.epsilon(path))]
         ]
@@ -307,7 +308,7 @@ class _Run:
             return True
         if not chain and number >= MAX_PASSES:
             self.notes.append(
-                f"'{program.paths[int(np.argmax(moved))]}' is used behind its own output and did "
+                f"'{list(before)[int(np.argmax(moved))]}' is used behind its own output and did "
                 f"not settle in {MAX_PASSES} passes: its statistics still moved by "
                 f"{max(moved):.2g} standard deviations"
             )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from frostline.experiments import figures, overfit, records
+from frostline.report.report import Report
 from frostline.types import DataError, ModelError, OutputError, PhaseRow, PhaseTable
 
 SETTINGS = overfit.OverfitSettings(
@@ -170,12 +171,32 @@ def test_files(result: overfit.OverfitResult) -> None:
     assert float(lines[0]["phase1_loss"]) == pytest.approx(first.phase1_loss)
 
 
+def test_each_trained_network_is_diagnosed_when_asked(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, rows=("update", "all-bn-frozen"), epochs=1)
+    done = overfit.run_overfit(settings, output=tmp_path / "run", diagnosed=True)
+    found = json.loads((tmp_path / "run" / records.DIAGNOSIS).read_text())
+    assert list(found["rows"]) == ["update", "all-bn-frozen"]
+    for row in done.rows:
+        assert row.report is not None
+        name = f"diagnosis-{row.row.name}"
+        page, plain = (tmp_path / "run" / f"{name}{ending}" for ending in (".html", ".json"))
+        assert {page, plain} < set(done.files)
+        assert page.read_text().lstrip().startswith("<!")
+        read = Report.from_dict(json.loads(plain.read_text()))
+        assert read.verdict == row.report.verdict == found["rows"][row.row.name]["verdict"]
+        # The report is about the images and weights that the table is about.
+        probe = row.report.measurement.probes["inference"]  # type: ignore[union-attr]
+        assert probe.loss == pytest.approx(row.phases["0"].loss, rel=1e-4)
+    gap = found["rows"]["all-bn-frozen"]["gap_in_loss"]
+    assert abs(gap["estimate"]) < 1e-5
+
+
 def test_defaults_are_recorded_as_what_was_used() -> None:
-    settings = overfit._resolved(overfit.OverfitSettings(backbone="resnet50", optimizer="adam"))
+    settings = overfit.resolved(overfit.OverfitSettings(backbone="resnet50", optimizer="adam"))
     assert settings.boundary == 140  # the essay's
     assert settings.learning_rate == 1e-4
     assert records.default_folder(settings) == Path("runs/overfit-resnet50-digits-seed0")
-    kept = overfit._resolved(overfit.OverfitSettings(boundary="conv", learning_rate=0.5))
+    kept = overfit.resolved(overfit.OverfitSettings(boundary="conv", learning_rate=0.5))
     assert (kept.boundary, kept.learning_rate) == ("conv", 0.5)
 
 

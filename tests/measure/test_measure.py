@@ -10,6 +10,7 @@ import scipy.stats
 from fake_view import EPSILON, FakeView, data
 
 from frostline.measure import measure
+from frostline.measure.shares import part_for
 from frostline.measurement import Measurement
 from frostline.types import DataError, ModelError
 
@@ -93,9 +94,9 @@ class TestProbesAndGaps:
 
         view.run = corrupt  # type: ignore[method-assign]
         changes = {each.batch_size: each.inference_change for each in measured(view).sweep}
-        assert list(changes) == [2, 8, 25, 200]
+        assert list(changes) == [2, 8, 25, 64]
         assert changes[8] > 0.3
-        assert max(changes[2], changes[25], changes[200]) < 1e-9
+        assert max(changes[2], changes[25], changes[64]) < 1e-9
 
     def test_without_sites(self) -> None:
         found = measured(FakeView(sites=()), data(shift=0))
@@ -127,8 +128,9 @@ class TestBroken:
         assert found.probes["batch"].broken == 25  # its whole batch
         gap = found.gaps["bn"].loss
         assert np.isfinite([gap.estimate, gap.low, gap.high]).all()
+        x[::10] = np.nan  # too many to be left out of the part that is differentiated
+        found = measured(FakeView(), (x, y))
         assert found.attribution is None
-        assert "not finite" in found.skipped["attribution"]
 
     def test_poisoned_statistics(self) -> None:
         view = FakeView()
@@ -191,7 +193,7 @@ class TestAttribution:
         for path, effect in found.alone.items():
             blend = [float(each != path) for each in found.paths]
             _, bench = measure(view, data(shift=1.5), batch_size=25)  # type: ignore[arg-type]
-            part = bench.samples.first(128).batches
+            part = part_for(bench.samples, found.nodes).batches
             losses = [view.blend_forward().losses(b.x, b.y, blend=blend).mean() for b in part]
             assert effect == pytest.approx(high - np.mean(losses))
 
@@ -298,9 +300,10 @@ def test_cost_is_counted_in_passes_over_the_samples() -> None:
     view = FakeView()
     found, bench = measure(view, data(shift=1.5), batch_size=25)  # type: ignore[arg-type]
     samples = len(bench.samples)
-    # Every pass of the network, but those that watch or judge the first batch; a gradient of the
-    # fake takes five passes where a framework takes three, and is counted as three.
-    seen = sum(n for kind, n in view.calls if kind in ("own", "outcome")) / samples
+    # Every pass of the network, but the first batch once more, which is judged before there is a
+    # bench; a gradient of the fake takes five passes where a framework takes three, and is counted
+    # as three.
+    seen = (sum(n for kind, n in view.calls if kind in ("own", "outcome")) - 25) / samples
     nodes = sum(n for kind, n in view.calls if kind == "gradient") / samples / 4
     counted = sum(v for name, v in found.cost.items() if name.endswith("(passes)"))
     statistics = found.cost["statistics of all sites (passes)"]

@@ -83,13 +83,17 @@ def _bar(out: Console) -> Bar:
     return Progress(words, BarColumn(bar_width=20), state, TimeElapsedColumn(), console=out)
 
 
-def run(settings: OverfitSettings, *, output: Path | None, force: bool) -> int:
+def run(
+    settings: OverfitSettings, *, output: Path | None, force: bool, diagnosed: bool = False
+) -> int:
     """Run the experiment, print what was seen; 0, or raise ``KeyboardInterrupt`` at the end."""
     from frostline.experiments import overfit, records
 
     folder = output if output is not None else records.default_folder(settings)
     with Display() as display:
-        result = overfit.run_overfit(settings, output=folder, force=force, progress=display)
+        result = overfit.run_overfit(
+            settings, output=folder, force=force, diagnosed=diagnosed, progress=display
+        )
     if result.rows:
         show(result)
     if result.interrupted:
@@ -106,6 +110,8 @@ def show(result: OverfitResult) -> None:
     for row in result.rows:
         out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
         out.print(overfit.describe(row), markup=False)
+        if row.report is not None:
+            out.print(row.report.verdict, markup=False)
     if result.files:
         out.print("\nwritten: " + ", ".join(str(path) for path in result.files), markup=False,
                   soft_wrap=True)  # fmt: skip

@@ -10,145 +10,45 @@ the same head and the same order of batches.
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from frostline import environment, layers
-from frostline.diagnosis import phases, require_sites, sites
+from frostline.diagnosis import diagnose, phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
+from frostline.experiments.overfit_settings import (
+    ROWS,
+    OverfitSettings,
+    Row,
+    check_settings,
+    default_boundary,
+    resolved,
+)
 from frostline.models import ModelView, view
 from frostline.repair import convert, freeze, recalibrate
-from frostline.types import Array, DataError, PhaseTable, Policy
+from frostline.report.report import Report
+from frostline.types import Array, DataError, PhaseTable
 
-log = logging.getLogger("frostline")
-
-Optimizer = Literal["sgd", "rmsprop", "adam"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way of treating BN in the experiment.
-
-    Attributes:
-        name: The row's name, as in tables and files.
-        meaning: What it is, for people.
-        policy: What a frozen BN layer does in training.
-        debias: Whether the moving averages start from nothing and are corrected for it.
-        frozen: ``"prefix"`` (all layers before the boundary), ``"nothing"``, or ``"prefix and
-            every BN"`` (also the BN layers behind the boundary; the other weights there train).
-        recalibrate: Whether the statistics behind the boundary are measured anew after training,
-            on the same images; the curves show the training, the table what comes after.
-    """
-
-    name: str
-    meaning: str
-    policy: Policy = "inference"
-    debias: bool = False
-    frozen: Literal["prefix", "nothing", "prefix and every BN"] = "prefix"
-    recalibrate: bool = False
-
-
-#: All rows, in the order in which they run and are shown.
-ROWS: dict[str, Row] = {
-    row.name: row
-    for row in (
-        Row(
-            name="update",
-            policy="update",
-            meaning="frozen BN uses batch statistics and updates the stored ones "
-            "(Keras before 2.1.3, PyTorch today)",
-        ),
-        Row(
-            name="batch",
-            policy="batch",
-            meaning="frozen BN uses batch statistics, no update (Keras 2.1.3 to 2.2.4)",
-        ),
-        Row(
-            name="inference",
-            meaning="frozen BN uses its stored statistics (the patch, Keras 3)",
-        ),
-        Row(
-            name="inference+debias",
-            debias=True,
-            meaning="the same, and the moving averages behind the boundary start from nothing, "
-            "corrected for it",
-        ),
-        Row(
-            name="inference+recalibrate",
-            recalibrate=True,
-            meaning="as inference, and after training the statistics behind the boundary are "
-            "measured anew (fl.recalibrate)",
-        ),
-        Row(
-            name="none-frozen",
-            frozen="nothing",
-            meaning="control: no layer frozen, the whole network trains",
-        ),
-        Row(
-            name="all-bn-frozen",
-            frozen="prefix and every BN",
-            meaning="control: every BN layer frozen on its stored statistics, also behind the "
-            "boundary; the other weights there train",
-        ),
-    )
-}
-
-#: Step sizes that are used when none is given.
-LEARNING_RATES: dict[str, float] = {"sgd": 0.01, "rmsprop": 1e-4, "adam": 1e-4}
-
-
-#: First layer that trains. EfficientNet-Lite: the last but one stage, eleven blocks of Lite0 as in
-#: the design's first measurement; ResNet50: 140 layers are frozen, as in the essay.
-_BOUNDARIES: dict[str, str | int | float] = {
-    "efficientnet-lite0": "block12_expand_conv",
-    "efficientnet-lite1": "block16_expand_conv",
-    "efficientnet-lite2": "block16_expand_conv",
-    "resnet50": 140,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverfitSettings:
-    """What one run of the experiment depends on, and nothing else.
-
-    Attributes:
-        backbone: A name that `backbones.build` knows.
-        data: What `datasets.load` knows: ``digits``, ``cifar10``, a folder, a parquet, an npz.
-        classes: Class names to use; all classes when empty.
-        per_class: Images per class; all when ``None``.
-        image_size: Side of the square images, in pixels.
-        boundary: First layer that trains: a name or path, an index into the model's layers, or a
-            share of them (a float in (0, 1)); ``None`` takes the backbone's usual boundary.
-        rows: Names from `ROWS`.
-        epochs: Passes over the images.
-        batch_size: Images per step.
-        optimizer: ``"sgd"``, ``"rmsprop"`` or ``"adam"``.
-        learning_rate: Step size; ``None`` takes the optimizer's from `LEARNING_RATES`.
-        momentum: Momentum of SGD.
-        weights: ``"pretrained"`` or ``None`` for random weights.
-        seed: Seeds selection, head, order of batches.
-    """
-
-    backbone: str = "efficientnet-lite0"
-    data: str = "digits"
-    classes: tuple[str, ...] = ()
-    per_class: int | None = 100
-    image_size: int = 128
-    boundary: str | int | float | None = None
-    rows: tuple[str, ...] = tuple(ROWS)
-    epochs: int = 10
-    batch_size: int = 32
-    optimizer: Optimizer = "sgd"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    weights: str | None = "pretrained"
-    seed: int = 0
+__all__ = [
+    "ROWS",
+    "Epoch",
+    "OverfitResult",
+    "OverfitSettings",
+    "Progress",
+    "Row",
+    "RowResult",
+    "Silent",
+    "check_settings",
+    "default_boundary",
+    "describe",
+    "resolved",
+    "run_overfit",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +89,7 @@ class RowResult:
         sites_frozen: How many of them had frozen statistics.
         boundary: The first layer that trains; ``None`` where nothing is frozen.
         seconds: Time of the whole row, with building the model.
+        report: Diagnosis of the trained network on the same images; ``None`` when not asked for.
     """
 
     row: Row
@@ -198,6 +99,7 @@ class RowResult:
     sites_frozen: int
     boundary: str | None
     seconds: float
+    report: Report | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +145,7 @@ def run_overfit(
     *,
     output: Path | None = None,
     force: bool = False,
+    diagnosed: bool = False,
     progress: Progress | None = None,
 ) -> OverfitResult:
     """Run the experiment; every row starts from the same weights, seeds and order of batches.
@@ -254,6 +157,8 @@ def run_overfit(
         output: Folder for ``results.json``, ``history.csv`` and the figures; it is checked before
             anything is trained, and rewritten after each row. ``None`` writes nothing.
         force: Write into a folder that already holds results.
+        diagnosed: Also diagnose each trained network on the training images; the report goes into
+            ``diagnosis-ROW.html`` and ``.json``, what it blames into ``diagnosis.json``.
         progress: Told about rows and epochs.
 
     Returns:
@@ -266,45 +171,12 @@ def run_overfit(
         OutputError: If the folder holds results already, or cannot be written.
     """
     check_settings(settings)
-    settings = _resolved(settings)
+    settings = resolved(settings)
     made = () if output is None else records.check_folder(output, force=force)
     try:
-        return _run_rows(settings, output, progress or Silent())
+        return _run_rows(settings, output, diagnosed, progress or Silent())
     finally:
         records.remove_empty(made)
-
-
-def check_settings(settings: OverfitSettings) -> None:
-    """Refuse settings that cannot be run, before anything is loaded.
-
-    Raises:
-        DataError: With the setting's name, what is allowed and what was received.
-    """
-    for name, least in (("image_size", 8), ("epochs", 1), ("batch_size", 2), ("per_class", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise DataError(f"{name} must be at least {least}. Received: {name}={value}")
-    if settings.seed < 0:
-        raise DataError(f"seed must not be negative. Received: seed={settings.seed}")
-    unknown = [name for name in settings.rows if name not in ROWS]
-    if unknown or not settings.rows:
-        raise DataError(f"rows must be some of {', '.join(ROWS)}. Received: {unknown or 'none'}")
-    if len(set(settings.rows)) != len(settings.rows):
-        raise DataError(f"a row is named twice. Received: rows={settings.rows}")
-    if settings.optimizer not in LEARNING_RATES:
-        raise DataError(
-            f"optimizer must be one of {', '.join(LEARNING_RATES)}. "
-            f"Received: optimizer={settings.optimizer!r}"
-        )
-    rate = settings.learning_rate
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise DataError(f"learning_rate must be above 0. Received: learning_rate={rate}")
-    if not 0 <= settings.momentum < 1:
-        raise DataError(f"momentum must be in [0, 1). Received: momentum={settings.momentum}")
-    if isinstance(settings.boundary, float) and not 0 < settings.boundary < 1:
-        raise DataError(
-            f"a boundary given as a share must be in (0, 1). Received: boundary={settings.boundary}"
-        )
 
 
 def describe(result: RowResult) -> str:
@@ -324,22 +196,9 @@ def describe(result: RowResult) -> str:
     return f"{sentence}: no loss at inference."
 
 
-def default_boundary(backbone: str) -> str | int | float:
-    """Return the boundary that is used when none is given; three quarters of other backbones."""
-    return _BOUNDARIES.get(backbone.lower().replace("_", "-"), 0.75)
-
-
-def _resolved(settings: OverfitSettings) -> OverfitSettings:
-    """Fill in what was left to the backbone and the optimizer, so that results record it."""
-    boundary, rate = settings.boundary, settings.learning_rate
-    return replace(
-        settings,
-        boundary=default_boundary(settings.backbone) if boundary is None else boundary,
-        learning_rate=LEARNING_RATES[settings.optimizer] if rate is None else rate,
-    )
-
-
-def _run_rows(settings: OverfitSettings, output: Path | None, progress: Progress) -> OverfitResult:
+def _run_rows(
+    settings: OverfitSettings, output: Path | None, diagnosed: bool, progress: Progress
+) -> OverfitResult:
     """Run row by row; what is finished is on disk before the next one starts."""
     images = datasets.load(
         settings.data,
@@ -359,7 +218,9 @@ def _run_rows(settings: OverfitSettings, output: Path | None, progress: Progress
     for number, name in enumerate(settings.rows, start=1):
         progress.started(ROWS[name], number, len(settings.rows))
         try:
-            measured = _run_row(ROWS[name], settings, x, y, len(images.class_names), progress)
+            measured = _run_row(
+                ROWS[name], settings, x, y, len(images.class_names), diagnosed, progress
+            )
         except KeyboardInterrupt:
             result = replace(result, interrupted=True)
             break
@@ -378,6 +239,7 @@ def _run_row(
     x: Array,
     y: Array,
     classes: int,
+    diagnosed: bool,
     progress: Progress,
 ) -> RowResult:
     """Build, treat, train and measure one network, and free its memory."""
@@ -407,6 +269,7 @@ def _run_row(
             recalibrate(model, (x, y), batch_size=settings.batch_size)
         table = phases(model, (x, y), batch_size=settings.batch_size)
         found = sites(model)
+        report = _diagnosis(model, settings, x, y) if diagnosed else None
     finally:
         del model
         keras.utils.clear_session()
@@ -419,6 +282,19 @@ def _run_row(
         sites_frozen=sum(site.stats_frozen for site in found),
         boundary=boundary,
         seconds=time.perf_counter() - started,
+        report=report,
+    )
+
+
+def _diagnosis(model: Any, settings: OverfitSettings, x: Array, y: Array) -> Report:
+    """Diagnose the network on all images that it was trained on."""
+    return diagnose(
+        model,
+        (x, y),
+        batch_size=settings.batch_size,
+        max_samples=len(x),
+        seed=settings.seed,
+        verbose=0,
     )
 
 

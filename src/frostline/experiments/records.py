@@ -21,11 +21,15 @@ from frostline.types import OutputError, PhaseRow
 if TYPE_CHECKING:
     from frostline.experiments.overfit import OverfitResult, OverfitSettings, RowResult
     from frostline.experiments.transfer import TransferSettings
+    from frostline.report.report import Report
 
 #: Version of the layout of ``results.json``; grows when a reader would have to change.
 SCHEMA_VERSION = 1
 
 RESULTS, HISTORY, FIGURES = "results.json", "history.csv", ("figure.png", "figure.svg")
+
+#: What the diagnoses blame; each whole report lies beside it under its row's name.
+DIAGNOSIS = "diagnosis.json"
 
 
 def data_name(data: str) -> str:
@@ -62,7 +66,9 @@ def check_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
     """
     made = _missing_parents(folder)
     try:
-        existing = [name for name in (RESULTS, HISTORY, *FIGURES) if (folder / name).exists()]
+        existing = [
+            name for name in (RESULTS, HISTORY, DIAGNOSIS, *FIGURES) if (folder / name).exists()
+        ]
         if existing and not force:
             raise OutputError(
                 f"{folder} already holds {existing[0]}; choose another folder, or overwrite it "
@@ -104,7 +110,59 @@ def write_numbers(result: OverfitResult, folder: Path) -> tuple[Path, ...]:
     return (
         write_atomically(folder / RESULTS, content.encode() + b"\n"),
         write_atomically(folder / HISTORY, _history(result).encode()),
+        *_write_reports(result, folder),
     )
+
+
+def _write_reports(result: OverfitResult, folder: Path) -> list[Path]:
+    """Write the report of each row that was diagnosed, and what they blame in one small file."""
+    reports = {row.row.name: row.report for row in result.rows if row.report is not None}
+    if not reports:
+        return []
+    paths = [
+        report.save(folder / f"diagnosis-{name}{ending}")
+        for name, report in reports.items()
+        for ending in (".html", ".json")
+    ]
+    plain = finite(
+        {
+            "experiment": "overfit",
+            "settings": asdict(result.settings),
+            "environment": result.environment,
+            "rows": {name: blamed(report) for name, report in reports.items()},
+        }
+    )
+    content = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    return [*paths, write_atomically(folder / DIAGNOSIS, content.encode() + b"\n")]
+
+
+def blamed(report: Report) -> dict[str, Any]:
+    """Return verdict, gap, causes and remedies of a report as plain data."""
+    gap, seen = report.gap, report.measurement
+    return {
+        "verdict": report.verdict,
+        "gap_in_loss": None if gap is None else asdict(gap.loss),
+        "inference_accuracy": None if seen is None else seen.probes["inference"].accuracy,
+        "causes": [
+            {
+                "code": each.code,
+                "share": each.share,
+                "certainty": each.certainty,
+                "sites": len(each.sites),
+                "message": each.message,
+            }
+            for each in report.causes
+        ],
+        "remedies": [
+            {
+                "name": each.name,
+                "before": dict(each.before),
+                "after": dict(each.after),
+                "recommended": each.recommended,
+            }
+            for each in report.remedies
+        ],
+    }
 
 
 def as_json(result: OverfitResult) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 from frostline import environment, layers
 from frostline.diagnosis import phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
-from frostline.experiments.overfit import default_boundary
+from frostline.experiments.overfit_settings import default_boundary
 from frostline.models import view
 from frostline.repair import convert, freeze, recalibrate, unfreeze
 from frostline.training import fit

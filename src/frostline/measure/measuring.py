@@ -38,8 +38,8 @@ GAPS = {
 #: Inference of so many right answers leaves nothing that another encoding of the inputs could add.
 NOTHING_TO_GAIN = 0.99
 
-#: Samples on which encodings of the inputs are tried.
-TRIAL_SAMPLES = 128
+#: Samples on which encodings of the inputs are tried; the best is then judged on all of them.
+TRIAL_SAMPLES = 32
 
 #: Validation data are a check, not the subject: so many of ``max_samples``.
 VALIDATION_PART = 2
@@ -319,17 +319,18 @@ class _Run:
         part = bench.samples.first(TRIAL_SAMPLES)
         base = self.probes["inference"].losses[: len(part)]
         trials = {"x": float(base.mean())}
-        best, gain = None, 0.0
-        for name, change in inputs.transforms(seen, axis=bench.channels).items():
-            probe = bench.own_probe(f"input {name}", part.batches, transform=change)
+        changes = inputs.transforms(seen, axis=bench.channels)
+        for name, change in changes.items():
+            probe = bench.own_probe("input trials", part.batches, transform=change)
             trials[name] = probe.loss
-            gap = self.interval(probe.losses, base)
-            if gap.excludes_zero and gap.estimate < gain:
-                best, gain = (name, change), gap.estimate
         self.found["input_trials"] = trials
-        if best is not None:
-            name = f"input {best[0]}"
-            self.probes[name] = bench.own_probe(name, bench.batches, transform=best[1])
+        best = min((name for name in trials if np.isfinite(trials[name])), key=trials.__getitem__)
+        if best == "x":
+            return
+        probe = bench.own_probe(f"input {best}", bench.batches, transform=changes[best])
+        gap = self.interval(probe.losses, self.probes["inference"].losses)
+        if gap.excludes_zero and gap.estimate < 0:
+            self.probes[probe.name] = probe
 
     # --- what else was given --------------------------------------------------------------------
 

@@ -10,14 +10,15 @@ import numpy as np
 from frostline.data import Batch, leaves
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import class_labels, infer_task
-from frostline.measure.samples import Samples, draw
+from frostline.measure.samples import Samples, draw, take
 from frostline.measurement import Behaviour
 from frostline.models import ModelView
 from frostline.models.facts import ModelFacts, read as read_facts
 from frostline.types import Array, FrostlineError, ModelError, Site
 
-#: Batches in which the sites are watched.
-WATCHED = 2
+#: Batches in which the sites are watched, and samples of each: stored and batch statistics are
+#: told apart the better the fewer there are.
+WATCHED, WATCHED_SAMPLES = 2, 8
 
 
 def facts_of(view: ModelView) -> ModelFacts:
@@ -70,7 +71,7 @@ def make_bench(
     judged = labels
     if task in ("binary", "multiclass") and labels is not None and outputs is not None:
         judged = class_labels(labels, outputs)
-    behaviour = behaviour_of(view, samples)
+    behaviour = behaviour_of(view, samples, whole=fixed is not None)
     noise = getattr(view, "noise_layers", None)
     bench = Bench(
         view=view,
@@ -99,11 +100,13 @@ def training_blend(
     return blend
 
 
-def behaviour_of(view: ModelView, samples: Samples) -> dict[str, Behaviour]:
-    """What each site does, watched in passes of the model."""
+def behaviour_of(view: ModelView, samples: Samples, *, whole: bool) -> dict[str, Behaviour]:
+    """What each site does, watched in passes of the model; ``whole``: it takes no other batches."""
     watch = getattr(view, "behaviour", None)
     if watch is not None:
-        return dict(watch([(batch.x, batch.y) for batch in samples.batches[:WATCHED]]))
+        few = slice(None) if whole else slice(WATCHED_SAMPLES)
+        parts = [take(batch, few) for batch in samples.batches[:WATCHED]]
+        return dict(watch([(part.x, part.y) for part in parts]))
     return {site.path: _from_flags(site) for site in view.sites()}
 
 

@@ -6,6 +6,8 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,10 @@ from frostline.types import Array, DataError
 
 #: Samples that are differentiated: a derivative costs three passes, and there is one per node.
 SAMPLES = 128
+
+#: What the derivatives may cost, in passes over all samples, and what they may cost altogether
+#: where the shares do not add up at the first try.
+BUDGET, MOST = 6.0, 18.0
 
 #: Sites that are switched off one at a time, as a check.
 ALONE = 3
@@ -39,7 +45,8 @@ def attribute(
     """Split the gap between the training blend and λ = 0 among the sites.
 
     Args:
-        bench: Model and samples; the first :data:`SAMPLES` are used.
+        bench: Model and samples; the first :data:`SAMPLES` are used, or fewer for the
+            :data:`BUDGET`, but a whole batch.
         blend: λ as training uses it, shape ``(sites,)``.
         training: The probe at that blend, on all samples.
         stored: The probe at λ = 0, on all samples.
@@ -49,7 +56,11 @@ def attribute(
     Raises:
         DataError: A loss or derivative that is not finite.
     """
-    begin, part = time.perf_counter(), bench.samples.first(SAMPLES)
+    begin = time.perf_counter()
+    nodes = next((n for limit, n in NODES if quotient < limit), MAX_NODES)
+    part = part_for(bench.samples, nodes)
+    chosen = np.flatnonzero(blend)
+    forward = _only(bench, chosen)
     high, low = (float(probe.losses[: len(part)].mean()) for probe in (training, stored))
     if not np.isfinite(high - low):
         raise DataError("some losses are not finite, so nothing can be attributed. Received: NaN")
@@ -57,14 +68,20 @@ def attribute(
 
     def gradient(u: float) -> Array:
         t, speed = walk(u, quotient)
-        losses, slope = _slope(bench, part, t * blend)
+        here = t * blend[chosen]
+        losses, slope = _slope(forward, part, here)
         curve[t] = losses
-        return slope * blend * speed
+        shares = np.zeros(len(blend))
+        shares[chosen] = slope * blend[chosen] * speed
+        return shares
 
-    nodes = next((n for limit, n in NODES if quotient < limit), MAX_NODES)
-    found = path_integral(gradient, high - low, nodes=nodes)
+    each = 3 * len(part) / len(bench.samples)
+    again = 3 * nodes * each <= MOST and 2 * nodes <= MAX_NODES
+    found = path_integral(
+        gradient, high - low, nodes=nodes, max_nodes=2 * nodes if again else nodes
+    )
     seconds = time.perf_counter() - begin
-    bench.spend("attribution", seconds, 3 * found.gradients * len(part) / len(bench.samples))
+    bench.spend("attribution", seconds, found.gradients * each)
     top = np.argsort(-np.abs(found.shares))[:ALONE]
     return Attribution(
         paths=bench.paths,
@@ -77,6 +94,41 @@ def attribute(
         alone={bench.paths[i]: high - _without(bench, part, blend, i) for i in top if blend[i]},
         curve=tuple(sorted(curve.items())),
     )
+
+
+def part_for(samples: Samples, nodes: int) -> Samples:
+    """The samples that are differentiated at so many nodes: whole batches, at least one.
+
+    Example:
+        Of 200 samples in batches of 25 five nodes are taken on 75, twenty on 25.
+    """
+    affordable = int(BUDGET * len(samples) / (3 * nodes)) // samples.batch_size
+    return samples.first(min(SAMPLES, max(1, affordable) * samples.batch_size))
+
+
+def _only(bench: Bench, chosen: Array) -> Any:
+    """Passes that differentiate by these sites alone: the others stay at λ = 0."""
+    narrow = getattr(bench.forward, "only", None)
+    paths = [bench.paths[index] for index in chosen]
+    if narrow is not None and len(paths) < len(bench.paths):
+        return narrow(paths)
+    return _Embedded(bench.forward, len(bench.paths), chosen)
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """Derivatives by some of the sites, taken from those by all."""
+
+    forward: Any
+    sites: int
+    chosen: Array
+
+    def gradient(self, *batch: Any, blend: Array, step: int) -> tuple[Array, Array]:
+        """Losses and slope, shapes ``(n,)`` and ``(chosen,)``."""
+        whole = np.zeros(self.sites)
+        whole[self.chosen] = blend
+        losses, slope = self.forward.gradient(*batch, blend=whole, step=step)
+        return losses, slope[self.chosen]
 
 
 def walk(u: float, quotient: float) -> tuple[float, float]:
@@ -96,11 +148,11 @@ def walk(u: float, quotient: float) -> tuple[float, float]:
     return (here - end) / (1 - 2 * end), steepness * here * (1 - here) / (1 - 2 * end)
 
 
-def _slope(bench: Bench, part: Samples, blend: Array) -> tuple[float, Array]:
+def _slope(forward: Any, part: Samples, blend: Array) -> tuple[float, Array]:
     """Mean loss and its derivative; all batches have one size, so plain means are right."""
     losses, slopes = zip(
         *(
-            bench.forward.gradient(each.x, each.y, each.sample_weight, blend=blend, step=step)
+            forward.gradient(each.x, each.y, each.sample_weight, blend=blend, step=step)
             for step, each in enumerate(part.batches)
         ),
         strict=True,

@@ -11,17 +11,20 @@ from frostline.types import Array, as_float64
 
 Outputs = tuple[Array, ...] | None
 
-#: Samples of the sweep, and its sizes beside the bench's own; each is compiled anew.
-SAMPLES = 256
+#: Samples of the sweep, and its sizes beside the bench's own; JAX compiles each anew.
+SAMPLES = 128
 SIZES = (2, 8)
+
+#: The largest size: enough for good statistics, and not much more memory than the model needs.
+LARGE, TIMES = 64, 2
 
 #: Batches that are mixed anew to look at neighbours.
 NEIGHBOUR_BATCHES = 4
 
 
 def sizes(count: int, batch_size: int) -> tuple[int, ...]:
-    """Batch sizes to try on so many samples, ascending: small ones, the base, and all at once."""
-    wanted = {*SIZES, batch_size, min(count, SAMPLES)}
+    """Batch sizes to try on so many samples, ascending: small ones, the base, and a large one."""
+    wanted = {*SIZES, batch_size, min(count, max(LARGE, TIMES * batch_size))}
     return tuple(sorted(size for size in wanted if size <= count))
 
 

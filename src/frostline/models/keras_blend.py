@@ -43,8 +43,8 @@ class BlendForward:
     A subclass of BN with a ``call`` of its own runs that ``call`` in inference with the blended
     statistics in the place of the stored ones; the batch's are those of the layer's input.
 
-    A pass is compiled once per batch shape and kind of answer on TensorFlow and JAX, and runs
-    eagerly on torch or where the model is compiled with ``run_eagerly``.
+    A pass is compiled once per kind of answer on TensorFlow, once per batch size too on JAX, and
+    runs eagerly on torch or where the model is compiled with ``run_eagerly``.
 
     Args:
         model: A built Keras model: functional, sequential or subclassed, on any backend.
@@ -74,6 +74,13 @@ class BlendForward:
         self._given_loss = loss
         self._loss: PerSampleLoss | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def only(self, paths: Sequence[str]) -> BlendForward:
+        """The same passes over some of the sites, the others on what they have stored.
+
+        Derivatives end at the first of them, so those of a few late sites cost little.
+        """
+        return BlendForward(self.model, paths, loss=self._given_loss)
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -212,8 +219,9 @@ class BlendForward:
         if record:
             self._require_recordable()
         batch = (x, y, sample_weight)
+        # The batch's moments are formed anyway: one compiled pass that gives them serves both.
         found, losses, seen = self._run(
-            "outcome", batch, blend, statistics, dropout, step, record=record
+            "outcome", batch, blend, statistics, dropout, step, record=record or self._recordable
         )
         return Outcome(
             outputs=keras.tree.map_structure(_outgoing, found),
@@ -260,6 +268,11 @@ class BlendForward:
                 self._loss = self._prepared_loss(x, y)
             run = self._function(kind, bool(dropout), bool(record))
             return run(moved, weights, stored, x, y, sample_weight)
+
+    @property
+    def _recordable(self) -> bool:
+        """Moments may be recorded whether or not a mask comes along."""
+        return not self._looped and all(port.axis == -1 for port in self._ports.values())
 
     def _require_recordable(self) -> None:
         if self._looped:

@@ -86,12 +86,50 @@ def _on_tensorflow(
         zero = tf.UnconnectedGradients.ZERO
         return losses, tape.gradient(mean, blend, unconnected_gradients=zero)
 
-    if eager:
-        return run
-    function: Callable[..., Any] = tf.function(run, autograph=False)
-    # One trace per kind and batch shape is the plan, not the accident that TensorFlow warns of.
+    return run if eager else _one_trace_for_all_batch_sizes(tf.function(run, autograph=False))
+
+
+def _one_trace_for_all_batch_sizes(function: Any) -> Callable[..., Any]:
+    """``f(seeds, blend, statistics, *batch)`` whose trace leaves the number of samples open.
+
+    A model whose code must know that number gets a trace per batch size.
+    """
+    # More than one trace is then the plan, not the accident that TensorFlow warns of.
     vars(function)["_omit_frequent_tracing_warning"] = True
-    return function
+    known: dict[str, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        specs = _open_specs(*arguments)
+        key = str(specs)
+        if key not in known:
+            try:
+                known[key] = function.get_concrete_function(*specs)
+            except Exception:  # code of the user's own may raise anything, and then raises it again
+                known[key] = function
+        return known[key](*arguments)
+
+    return call
+
+
+def _open_specs(*arguments: Any) -> Any:
+    """What ``arguments`` look like with any number of samples in x, labels and weights."""
+    import tensorflow as tf
+
+    *others, x, y, weight = arguments
+    samples = keras.tree.flatten(x)[0].shape[:1]
+
+    def fixed(leaf: Any) -> Any:
+        return None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype)
+
+    def any_number(leaf: Any) -> Any:
+        if leaf is None or leaf.shape[:1] != samples:
+            return fixed(leaf)
+        return tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
+
+    return (
+        *keras.tree.map_structure(fixed, others),
+        *keras.tree.map_structure(any_number, (x, y, weight)),
+    )
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.trainers.compile_utils import CompileLoss
@@ -93,7 +92,7 @@ class _Unreduced:
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         values = self.loss(y_true, y_pred, sample_weight)
-        samples = keras.tree.flatten(y_pred)[0].shape[0]
+        samples = keras.tree.flatten(y_pred)[0].shape[0]  # None: a trace leaves it open
         if len(values.shape) == 0 or values.shape[0] != samples:
             raise ModelError(
                 f"loss '{self.name}' gives one number per batch; one per sample is needed: reduce "
@@ -103,8 +102,9 @@ class _Unreduced:
         mask = get_keras_mask(y_pred)
         if mask is not None and self.mean:
             inside = ops.sum(ops.cast(mask, values.dtype))
-            values = values * (float(np.prod(mask.shape)) / ops.maximum(inside, 1.0))
-        return ops.mean(ops.reshape(values, (samples, -1)), axis=-1)
+            values = values * (ops.cast(ops.size(mask), values.dtype) / ops.maximum(inside, 1.0))
+        rows = ops.shape(values)[0] if samples is None else samples
+        return ops.mean(ops.reshape(values, (rows, -1)), axis=-1)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import keras
-import numpy as np
 from keras import ops
 
 from frostline.layers import BatchNormalization
@@ -209,7 +208,7 @@ class KerasUse:
                 "the moments of a masked BN layer can be recorded only with the channels on the "
                 f"last axis. Received: axis={axis} at layer '{self.layer.name}'"
             )
-        return ops.sum(ops.cast(ops.broadcast_to(self.mask, x.shape[:-1]), "int32"))
+        return ops.sum(ops.cast(ops.broadcast_to(self.mask, ops.shape(x)[:-1]), "int32"))
 
     def normalised(self, mean: Any, variance: Any) -> Any:
         """What the layer gives in inference with these statistics."""
@@ -353,8 +352,9 @@ def reduced(x: Any, axis: int) -> list[int]:
 
 
 def _values(x: Any, axis: int) -> Any:
-    whole = np.prod([x.shape[each] for each in reduced(x, axis)], dtype=np.int64)
-    return ops.convert_to_tensor(int(whole), "int32")
+    sizes = ops.shape(x)  # tensors where a trace leaves a size open
+    whole = functools.reduce(lambda one, other: one * other, (sizes[a] for a in reduced(x, axis)))
+    return ops.convert_to_tensor(whole, "int32")
 
 
 def _mixed(weight: Any, stored: Any, batch: Any) -> Any:

@@ -57,6 +57,8 @@ def _train(model: Any, collected: Collected, epochs: int) -> None:
     locked = [(port, stored_call) for port in ports(model).values() if not port.trainable]
     with _fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
         _renew_optimizer(model)
+        if keras.backend.backend() == "tensorflow":
+            model.jit_compile = False  # XLA compiles for longer than a few steps take without it
         model.fit(collected, epochs=epochs, shuffle=False, verbose=0)
 
 
