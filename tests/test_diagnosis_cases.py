@@ -302,6 +302,73 @@ def test_words_for_bad_input() -> None:
         diagnose(model, (x, y), history=7)
 
 
+def wrong_shape(x: Any, y: Any) -> Any:
+    return x, np.stack([y, y], axis=1)
+
+
+def broken_stream(x: Any, y: Any) -> Any:
+    yield x[:16], y[:16]
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (wrong_shape, DataError, r"does not take these labels.*Received: label shapes"),
+        (broken_stream, OSError, "the disk is gone"),
+        (lambda x, y: iter(()), DataError, "Received"),
+    ],
+    ids=["wrong-shape", "stream-that-breaks", "empty-iterator"],
+)
+def test_bad_data_leave_the_model_as_it_was(data: Any, error: Any, words: str) -> None:
+    model = trained(epochs=1)
+    before = everything(model)
+    x, y = digits()
+    with pytest.raises(error, match=words):
+        diagnose(model, data(x[:64], y[:64]))
+    for old, new in zip(before, everything(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_an_iterator_that_can_be_read_once_is_enough() -> None:
+    x, y = digits()
+    stream = ((x[at : at + 16], y[at : at + 16]) for at in range(0, 64, 16))
+    report = diagnose(trained(epochs=1), stream)
+    assert report.measurement.samples == 64
+    assert next(stream, None) is None
+
+
+def test_images_that_are_not_numbers_are_counted_not_believed() -> None:
+    model = trained(epochs=1)
+    before = everything(model)
+    x, y = digits()
+    report = diagnose(model, (np.full_like(x[:64], np.nan), y[:64]))
+    assert report.measurement.probes["inference"].broken == 64
+    assert not any(each.recommended for each in report.remedies)
+    for old, new in zip(before, everything(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+class FailsInTraining(L.Layer):
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            raise NotImplementedError("no training mode here")
+        return x
+
+
+def test_a_layer_that_fails_in_training_mode() -> None:
+    inputs = keras.Input((64,))
+    x = FailsInTraining()(L.BatchNormalization(name="bn")(inputs), training=None)
+    model = keras.Model(inputs, L.Dense(10, activation="softmax")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    before = everything(model)
+    x, y = digits()
+    with pytest.raises(Exception, match="no training mode here"):
+        diagnose(model, (x[:64], y[:64]))
+    for old, new in zip(before, everything(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 @pytest.mark.parametrize("verbose", [0, 1, 2])
 def test_progress_is_on_stderr(verbose: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model, (x, y) = regression()
