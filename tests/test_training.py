@@ -303,14 +303,15 @@ OURS: dict[str, Callable[[], list[Any]]] = {
 @pytest.mark.parametrize("case", OURS)
 def test_our_own_callbacks_do_what_they_do_in_plain_fit(case: str) -> None:
     def run(fit: Callable[..., Any]) -> tuple[Any, Any]:
-        model = live(adam())
+        # A bias before BN has a gradient of rounding noise, which Adam would scale up.
+        model = live(sgd())
         keras.utils.set_random_seed(7)
         options = {"epochs": 3, "batch_size": 16, "verbose": 0, "validation_data": (XV, YV)}
         return model, fit(model, X, Y, callbacks=OURS[case](), **options)
 
     one, expected = run(plain)
     other, history = run(fl.fit)
-    assert_same(one, other, live(adam()))
+    assert_same(one, other, live(sgd()))
     assert_same_history(expected, history)
     flags = [[layer.trainable for layer in model.layers] for model in (one, other)]
     assert flags[0] == flags[1]
@@ -326,6 +327,8 @@ def test_a_schedule_that_thaws_everything_runs_plain_fit() -> None:
         assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
+# JAX warns when a process with threads forks, as trying the engines does.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_the_engine_is_tried_on_more_than_two_batches(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     x, y = np.tile(X, (2, 1, 1, 1)) + np.arange(104.0).reshape(-1, 1, 1, 1), np.tile(Y, 2)
