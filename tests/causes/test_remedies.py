@@ -193,13 +193,15 @@ def test_broken_inference_that_is_finite_again():
 
 
 def test_the_encoding_of_the_inputs():
-    found = tried(
-        {"input x/255": (0.1, 0.97), "population unfrozen": (0.1, 0.97)}, cause("PREPROCESS")
-    )
+    def scaled(trial: str) -> Cause:
+        return replace(cause("PREPROCESS"), evidence={"trial": trial})
+
+    found = tried({"input x/255": (0.1, 0.97), "population unfrozen": (0.1, 0.97)}, scaled("x/255"))
     assert [remedy.name for remedy in found] == ["inputs as x/255"]
     assert found[0].python == "x = x/255"
-    named = tried({"input caffe(255x)": (0.1, 0.97)}, cause("PREPROCESS"))
+    named = tried({"input caffe(255x)": (0.1, 0.97)}, scaled("caffe(255x)"))
     assert named[0].python is None  # no expression that could be pasted
+    assert not tried({"input x/255": (0.1, 0.97)}, cause("PREPROCESS"))  # not what was found
 
 
 def test_names_of_classes_in_the_order_of_the_model():

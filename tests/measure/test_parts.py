@@ -91,6 +91,19 @@ class TestInputs:
             np.testing.assert_allclose(tried["x/127.5-1"], raw / 127.5 - 1, atol=1e-6)
         assert all(values.dtype == np.float32 for values in tried.values())
 
+    def test_other_sizes_undo_each_other(self) -> None:
+        x = pictures(0, 1)
+        tried = inputs.resolutions(x.shape)
+        double = tried[inputs.DOUBLE](x)
+        assert double.shape == (len(x), 2 * x.shape[1], 2 * x.shape[2], x.shape[3])
+        np.testing.assert_array_equal(double, np.kron(x, np.ones((1, 2, 2, 1))))
+        half = inputs.resolutions(double.shape)[inputs.HALF]
+        np.testing.assert_allclose(half(double), x, atol=1e-6)
+        channels_first = np.moveaxis(double, -1, 1)
+        torch = inputs.resolutions(channels_first.shape, axis=1)[inputs.HALF]
+        np.testing.assert_allclose(torch(channels_first), np.moveaxis(x, -1, 1), atol=1e-6)
+        assert inputs.HALF not in inputs.resolutions((4, 9, 16, 3))
+
     def test_one_channel_has_no_colours(self) -> None:
         seen = inputs.moments([Batch(pictures(0, 1, 1))])
         assert seen is not None

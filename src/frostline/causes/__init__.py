@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from frostline.causes import averages, batches, data, files, frozen
-from frostline.causes.assignment import Assigned, assign, victims
+from frostline.causes.assignment import Assigned, assign, scale_of_inputs, victims
 from frostline.causes.case import Case, Claim, number
 from frostline.measurement import OTHER_CAUSES, Cause, Measurement
 from frostline.models.facts import ModelFacts
@@ -73,7 +73,7 @@ def causes(
     assigned = assign(case)
     case = replace(case, victims=victims(case, assigned))
     claims = [claim for explain in _EXPLANATIONS for claim in explain(case, assigned)]
-    claims = _explained_away(case, _merged(claims))
+    claims = _explained_away(case, assigned, _not_void(_merged(claims)))
     total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))
     made = [(claim, _share(claim, total)) for claim in claims]
     made = [(c, s) for c, s in made if c.standing > 0 or (s is not None and s >= _SMALLEST_SHARE)]
@@ -100,17 +100,30 @@ def _merged(claims: Sequence[Claim]) -> list[Claim]:
     return list(found.values())
 
 
-def _explained_away(case: Case, claims: list[Claim]) -> list[Claim]:
-    """Take from BN what a repaired input explains.
+#: Where one of these is told, losses or statistics of the data are not those of training, and what
+#: is only inferred from them says nothing.
+_VOIDING = ("LABEL_ORDER", "LOADING", "STALE_PARAMS", "KERNEL_BUG")
+
+
+def _not_void(claims: list[Claim]) -> list[Claim]:
+    """Leave out what is inferred from a gap that wrong labels, weights or outputs make."""
+    strong = [each for each in claims if each.code in _VOIDING and each.standing >= 1]
+    if not strong:
+        return claims
+    return [each for each in claims if each.code in OTHER_CAUSES or each.standing > 0]
+
+
+def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list[Claim]:
+    """Take from BN what a repaired input, or one of another scale, explains.
 
     Where the inputs are prepared wrongly the stored statistics cannot fit them: what is only
     inferred from that misfit is dropped. Where a site is at fault by other evidence too, either
     repair alone closes the gap, and each gets half of it (Shapley's value of two such causes).
     """
     repair = data.best_trial(case)
-    if repair is None:
+    if repair is None and scale_of_inputs(case, assigned) is None:
         return claims
-    part, kept, taken = repair[2], [], 0.0
+    part, kept, taken = 1.0 if repair is None else repair[2], [], 0.0
     for claim in claims:
         if claim.code in OTHER_CAUSES or claim.amount is None:
             kept.append(claim)
@@ -151,6 +164,10 @@ def _none(case: Case) -> Cause:
     samples = case.measurement.samples
     if known is None:
         told, settle = "no gap was measured, and nothing else explains one", "labelled data"
+    elif case.bn_gap or case.total_gap:
+        told = f"training mode and inference differ by {number(known.estimate)} in loss, and "
+        told += "nothing that is known here explains it"
+        settle = "the data and the batch size of training, and a reference, as reference="
     elif known.excludes_zero:
         told = f"training mode and inference differ by {number(known.estimate)} in loss, too "
         told += "little to matter, and nothing else was found"
@@ -164,7 +181,7 @@ def _none(case: Case) -> Cause:
         code="NONE",
         share=None,
         sites=(),
-        certainty="is" if known is not None else "may",
+        certainty="may" if known is None or case.bn_gap or case.total_gap else "is",
         message=told,
         evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
         settle=settle,

@@ -18,9 +18,20 @@ from frostline.types import Array, Certainty
 #: Share of the old value above which an average has not caught up: as of rule FL203.
 OLD_SHARE = 0.1
 
-#: Updates below which a network itself has hardly settled, so that an average which has forgotten
-#: its start still trails the weights. The public reports of lag end at a few hundred updates.
-YOUNG = 300
+#: Windows of a moving average, ``1 / (1 − decay)`` updates each, below which a run is so short that
+#: the average still trails weights that settle. A longer one saw its last weights long enough: what
+#: it lags behind by then changed after the last update. The public reports of lag end at five.
+WINDOWS = 7.5
+
+#: What is left of the way from the initial values may be this many times ``decayⁿ``: batches of
+#: early training, which were like the initial values, stand in the average as well.
+LEFT_OF_WAY = 5.0
+
+#: Classes that come in batches of their own because they are two sources: real and made up.
+SOURCES = 2
+
+#: Part of the predicted n/(n − 1) by which its channels, and their median, may miss it.
+BESSEL_FITS = 0.35
 
 #: A Keras momentum below this averages fewer than two batches: 1 / (1 − momentum).
 SHORTEST = 0.5
@@ -45,6 +56,14 @@ NEAR_INITIAL = 0.5
 #: input explains a site: borders of padded images add to the spread.
 ONE_RATIO = 0.4
 
+#: Quotients of the usual encodings of pixels: 0 to 255, against 0 to 1, −1 to 1, and ImageNet's
+#: deviations; the contrast that other images may have beside it; the spread of the logarithm over
+#: channels; and how well large channels must be those that are large in the data.
+ENCODINGS = (255.0, 127.5, 57.0)
+CONTRAST = 2.7
+ONE_SCALE = 0.5
+SAME_CHANNELS = 0.6
+
 #: A site differs abruptly when it is this many times as far off as every site before it.
 ABRUPT = 4.0
 
@@ -58,6 +77,9 @@ EXTREME = 100.0
 
 #: Roles of frozen sites that do something else in training than at inference.
 _UNSTEADY = ("frozen batch", "frozen drift")
+
+#: What the first site may be blamed for, where its inputs may be to blame.
+_TELLING = ("EMA_LAG", "DOMAIN_STATS", "STALE_AFTER_WEIGHT_EDIT")
 
 #: Path -> what explains the stored statistics of the site.
 Assigned = Mapping[str, "Verdict"]
@@ -218,7 +240,8 @@ def young_average(case: Case, path: str) -> Verdict | None:
     if share is not None and share > OLD_SHARE and case.mismatch(path) > AGREES / 2:
         return Verdict(code="EMA_LAG", certainty="is", number={"old_share": share})
     way = way_from_initial(case, path)
-    if way is not None and way < ON_THE_WAY:
+    possible = way is not None and (share is None or 1 - way <= LEFT_OF_WAY * share)
+    if way is not None and possible and way < ON_THE_WAY:
         return Verdict(code="EMA_LAG", certainty="is", number={"way_from_initial": way})
     return None
 
@@ -270,8 +293,20 @@ def way_from_initial(case: Case, path: str) -> float | None:
 def _later_tests(case: Case) -> tuple[Callable[[Case, str], Verdict | None], ...]:
     """Tests of sites that train, the last of them one for all that is left."""
     if not case.inference_is_worse:
-        return (mixed_sources,)
-    return (_edited_since_reference, mixed_sources, young_average, _stacked_bessel, _settled(case))
+        return (mixed_sources, _exact_bessel)
+    first = (_edited_since_reference, mixed_sources, _pure_batches, young_average)
+    return (*first, _as_in_batches, _stacked_bessel, _settled(case))
+
+
+def _pure_batches(case: Case, path: str) -> Verdict | None:
+    """A network that does best in batches of one class each was trained on such."""
+    if not case.best_in_pure_batches or agrees(case, path):
+        return None
+    if (case.old_share(path) or 0.0) > OLD_SHARE:
+        return None
+    code = "MIXED_SOURCES" if case.measurement.classes == SOURCES else "BATCH_LEAK"
+    number = {"pure_batches": -case.change("sorted", "batch")}
+    return Verdict(code=code, certainty="is", number=number)
 
 
 def _edited_since_reference(case: Case, path: str) -> Verdict | None:
@@ -285,9 +320,36 @@ def _edited_since_reference(case: Case, path: str) -> Verdict | None:
     return Verdict(code="STALE_AFTER_WEIGHT_EDIT", certainty="is", number=number)
 
 
+def _as_in_batches(case: Case, path: str) -> Verdict | None:
+    """Statistics of batches that are too small to be those of the data."""
+    found = case.measurement.sites.get(path)
+    if found is None or path not in case.few_values(case.measurement.batch_size):
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = (found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance)
+        ratio = np.log(found.stored_variance / found.batch_variance)
+        off = float(np.median(np.sqrt(np.square(shift) + np.square(ratio) / 2)))
+    if agrees(case, path) or not off <= case.mismatch(path) / 2:
+        return None
+    return Verdict(code="SMALL_BATCH", certainty="is", number={"off_batches": off})
+
+
 def _stacked_bessel(case: Case, path: str) -> Verdict | None:
     bias = bessel_bias(case, path)
     return None if bias is None else Verdict(code="BESSEL", certainty="is", number={"bias": bias})
+
+
+def _exact_bessel(case: Case, path: str) -> Verdict | None:
+    """The same in every channel, which neither lag nor other data are; no gap is needed."""
+    bias, found = bessel_bias(case, path), case.measurement.sites.get(path)
+    if bias is None or found is None:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measured = np.log(found.stored_variance / found.batch_variance)
+    low, high = np.quantile(measured[np.isfinite(measured)], [0.25, 0.75])
+    if high - low > BESSEL_FITS * math.log(bias):
+        return None
+    return Verdict(code="BESSEL", certainty="is", number={"bias": bias})
 
 
 def bessel_bias(case: Case, path: str) -> float | None:
@@ -303,7 +365,7 @@ def bessel_bias(case: Case, path: str) -> float | None:
     if not measured.size or predicted < 2e-4:  # not to be told from rounding and noise
         return None
     shift = np.abs(found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance + 1e-12)
-    fits = abs(float(np.median(measured)) - predicted) <= 0.35 * predicted
+    fits = abs(float(np.median(measured)) - predicted) <= BESSEL_FITS * predicted
     return math.exp(predicted) if fits and float(np.median(shift)) <= AGREES else None
 
 
@@ -326,8 +388,9 @@ def _settled_answer(case: Case) -> tuple[str, Certainty, dict[str, float]]:
         return "EMA_LAG", "may", {}
     first = sizes[0]
     share = case.old_share(moving[0])
-    if case.steps is not None and case.steps < YOUNG and share is not None:
-        return "EMA_LAG", "may", {"steps": float(case.steps), "old_share": share}
+    windows = case.windows(moving[0])
+    if share is not None and windows is not None and windows < WINDOWS:
+        return "EMA_LAG", "may", {"windows": windows, "old_share": share}
     onset = abrupt_onset(case)
     if onset is not None:
         return "STALE_AFTER_WEIGHT_EDIT", "may", {"onset": float(onset)}
@@ -335,8 +398,8 @@ def _settled_answer(case: Case) -> tuple[str, Certainty, dict[str, float]]:
         return "DOMAIN_STATS", "may", {"first_mismatch": first}
     if first > FAR and first >= 2 * float(np.median(sizes)):
         return "DOMAIN_STATS", "may", {"first_mismatch": first}
-    if first > 2 * FAR and case.steps is not None:
-        return "STALE_AFTER_WEIGHT_EDIT", "may", {"first_mismatch": first}
+    if windows is not None:
+        return "STALE_AFTER_WEIGHT_EDIT", "may", {"windows": windows, "first_mismatch": first}
     return "EMA_LAG", "may", {"first_mismatch": first}
 
 
@@ -366,6 +429,33 @@ def explained_by_input(case: Case, path: str) -> bool:
         return False
     low, middle, high = np.quantile(logs, [0.25, 0.5, 0.75])
     return bool(high - low <= max(ONE_RATIO * abs(middle), AGREES))
+
+
+def scale_of_inputs(case: Case, assigned: Assigned) -> float | None:
+    """By how much stronger inputs were when the first site's statistics were taken.
+
+    Contrast and light change them by a small factor, an encoding of pixels by one of
+    :data:`ENCODINGS`: the quotient of the stored and the present standard deviation, one number
+    over the channels of the first site. Initial values, alike in all channels, tell nothing.
+    """
+    path = next(iter(case.mismatches), None)
+    if path is None or (path in assigned and assigned[path].code not in _TELLING):
+        return None
+    found = case.measurement.sites[path]
+    if found.stored_variance.size < 3 or began_at_initial(case, path):
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both = np.log([found.stored_variance, found.batch_variance])
+    both = both[:, np.isfinite(both).all(axis=0)]
+    if both.shape[1] < max(3, found.stored_variance.size / 2) or not np.ptp(both, axis=1).all():
+        return None
+    if float(np.corrcoef(both)[0, 1]) < SAME_CHANNELS:
+        return None
+    low, middle, high = np.quantile((both[0] - both[1]) / 2, [0.25, 0.5, 0.75])
+    near = min(abs(abs(middle) - math.log(each)) for each in ENCODINGS)
+    if near > math.log(CONTRAST) or high - low > ONE_SCALE:
+        return None
+    return math.exp(float(middle))
 
 
 def _trained(weights: Array | None, initial: float) -> bool:

@@ -21,6 +21,10 @@ _REFERENCE = "the checkpoint from before, as reference="
 _TRAINING_DATA = "the data the model was trained on"
 
 
+#: Outputs that stacked layers make smaller by less than this are nobody's trouble.
+SHRINKS = 0.05
+
+
 def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Statistics that no data give, and what they break."""
     paths = _of("POISONED", assigned)
@@ -137,6 +141,9 @@ def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
     else:
         told = f"the statistics are {number(case.mismatch(first))} standard deviations off from "
         told += "this site on, although the average had time to settle"
+        if "windows" in assigned[first].number:
+            evidence |= assigned[first].number
+            told += f", {number(assigned[first].number['windows'])} times as long as it looks back"
         if "onset" in assigned[first].number:
             told += ", and agree at every site before"
     yield Claim(
@@ -183,18 +190,12 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     worse = max(0.0, -case.change("population", "inference"))
     sorted_better = max(0.0, -case.change("sorted", "inference"))
-    amount = max(_amount(case, paths) or 0.0, worse, sorted_better)
+    shared = tuple(path for path in paths if "uses_apart" in assigned[path].number)
+    # No one pair of statistics serves uses that see different data: the whole gap is theirs.
+    amount = max(_amount(case, paths) or 0.0, case.blame(shared), worse, sorted_better)
     if not amount:
         return
-    missing = [n for path in paths if (n := assigned[path].number.get("missing_variance"))]
-    if missing:
-        told = f"the stored variance lacks {max(missing):.0%}, just the part between the classes: "
-        told += "it was averaged over batches of one class each"
-        evidence = {"missing_variance": max(missing)}
-    else:
-        apart = max(assigned[path].number.get("uses_apart", 0.0) for path in paths)
-        told = f"one average serves inputs that are {number(apart)} standard deviations apart"
-        evidence = {"uses_apart": apart}
+    told, evidence = _mixed_told(assigned, paths)
     yield Claim(
         code="MIXED_SOURCES",
         message=f"{count(len(paths), 'site')} mix sources: {told}",
@@ -207,6 +208,21 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+def _mixed_told(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[str, float]]:
+    missing, apart, pure = (
+        max((assigned[path].number.get(name, 0.0) for path in paths), default=0.0)
+        for name in ("missing_variance", "uses_apart", "pure_batches")
+    )
+    if apart:
+        told = f"one average serves inputs that are {number(apart)} standard deviations apart"
+        return told, {"uses_apart": apart}
+    if missing:
+        told = f"the stored variance lacks {missing:.0%}, just the part between the classes: it "
+        return told + "was averaged over batches of one class each", {"missing_variance": missing}
+    told = f"batches of one class each give a loss {number(pure)} lower than mixed ones, as if "
+    return told + "trained on such, and one average serves all of them", {"pure_batches": pure}
+
+
 def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """The unbiased variance, stacked: each site shrinks its output by √((n − 1)/n)."""
     paths = _of("BESSEL", assigned)
@@ -215,6 +231,9 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     biases = np.array([assigned[path].number["bias"] for path in paths])
     product = float(np.sqrt(np.prod(biases)))
     amount = _amount(case, paths)
+    saved = max(0.0, -case.change("population", "inference"))
+    if amount is None and (product - 1 < SHRINKS or not saved):
+        return  # benign
     yield Claim(
         code="BESSEL",
         message=f"the stored variances of {count(len(paths), 'site')} are n/(n − 1) = "
@@ -222,6 +241,7 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
         f"are smaller by up to {product:.4g}",
         sites=paths,
         amount=amount,
+        standing=0.5 if amount is None else 0.0,
         certainty="is",
         evidence={"predicted_ratio": product, "bias": float(np.median(biases))},
     )

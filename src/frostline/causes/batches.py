@@ -7,11 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import Assigned
-from frostline.causes.case import USES_BATCH, Case, Claim, count, number
-
-#: Values per channel below which batch statistics are a matter of luck: the variance of 16 values
-#: has a relative standard error of 37% (rule FL116).
-FEW_VALUES = 16
+from frostline.causes.case import FEW_VALUES, USES_BATCH, Case, Claim, count, number
 
 #: Part of the excess of inference that batches must give beyond the population's statistics.
 BEYOND = 0.2
@@ -75,32 +71,41 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     else:
         told = f"by {number(neighbours)} with the neighbours in the batch"
     change = max([neighbours, *(point.inference_change for point in wrong)])
+    unknown = any(seen.inference is None for seen in behaviour)
+    sure = bool(wrong) and not unknown
+    told += ", although no BN layer uses the batch" if not unknown else (
+        ", and whether a BN layer uses the batch could not be told of all"
+    )  # fmt: skip
     yield Claim(
         code="KERNEL_BUG",
-        message=f"inference outputs change {told}, although no BN layer uses the batch",
+        message=f"inference outputs change {told}",
         standing=2.0,
-        certainty="is" if wrong else "may",
+        certainty="is" if sure else "may",
         evidence={"largest_change": change},
-        settle=None if wrong else "the same model on another backend or device",
+        settle=None if sure else "the same model on another backend or device",
     )
 
 
-def small_batch(case: Case, _: Assigned) -> Iterator[Claim]:
+def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Batches of so few values that the network fits each batch, not the data."""
     if _tells_class(case):
         return
     size = case.measurement.batch_size
-    paths = _few(case, size)
+    paths = case.few_values(size)
     amount = case.beyond_population
+    averaged = tuple(path for path, each in assigned.items() if each.code == "SMALL_BATCH")
     if case.inference_is_worse and paths and amount >= BEYOND * abs(case.bn_gap):
         fewest = min(case.values_per_batch(path, size) or 0 for path in paths)
+        told = f"see as few as {count(fewest, 'value')} per channel in a batch of {size}"
+        if fewest >= FEW_VALUES:
+            told = f"see {fewest} values per channel in a batch of {size}, of images so unlike "
+            told += "that they are worth few"
         yield Claim(
             code="SMALL_BATCH",
-            message=f"{count(len(paths), 'site')} see as few as {count(fewest, 'value')} per "
-            f"channel in a batch of {size}: batches of that size give a loss "
+            message=f"{count(len(paths), 'site')} {told}: batches of that size give a loss "
             f"{number(amount)} lower than exact statistics of all the data",
             sites=paths,
-            amount=min(amount, abs(case.bn_gap)),
+            amount=min(amount, abs(case.bn_gap)) + case.blame(averaged) * case.stale_part,
             certainty="is",
             evidence={"values": float(fewest), "beyond_population": amount},
             findings=case.found("FL116", sites=paths),
@@ -109,10 +114,15 @@ def small_batch(case: Case, _: Assigned) -> Iterator[Claim]:
     yield from _trained_on_smaller(case)
 
 
-def batch_leak(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Batches whose make-up tells the label."""
+def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Batches whose make-up tells the label, or that tell more than any fixed statistics."""
+    if not _tells_class(case):
+        yield from _beyond_statistics(case, assigned)
+        return
+    if any(verdict.code == "MIXED_SOURCES" for verdict in assigned.values()):
+        return  # two sources, one in each batch: told there
     sorted_loss, inference = case.loss("sorted"), case.loss("inference")
-    if not _tells_class(case) or sorted_loss is None or inference is None:
+    if sorted_loss is None or inference is None:
         return
     accuracies = case.accuracy("sorted"), case.accuracy("inference")
     if None not in accuracies and accuracies[0] <= accuracies[1]:  # type: ignore[operator]
@@ -135,17 +145,29 @@ def batch_leak(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
+def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Batch statistics that no fixed ones can stand for, although the batches are large enough."""
+    amount = case.beyond_population
+    if not case.inference_is_worse or amount < BEYOND * abs(case.bn_gap):
+        return
+    if case.few_values(case.measurement.batch_size) or any(
+        verdict.code == "MIXED_SOURCES" for verdict in assigned.values()
+    ):
+        return
+    yield Claim(
+        code="BATCH_LEAK",
+        message=f"batches give a loss {number(amount)} lower than exact statistics of all the "
+        "data, although they are large: the model reads something from what shares a batch",
+        sites=case.with_role("moving", "frozen batch", "frozen drift", "unmoved"),
+        amount=min(amount, abs(case.bn_gap)),
+        certainty="may",
+        evidence={"beyond_population": amount},
+        settle="the batches of training, in their order, as data",
+    )
+
+
 def _tells_class(case: Case) -> bool:
     return case.measurement.batch_size > 1 and case.change("sorted", "batch") < 0
-
-
-def _few(case: Case, batch_size: int) -> tuple[str, ...]:
-    active = case.with_role("moving", "frozen batch", "frozen drift", "unmoved")
-    return tuple(
-        path
-        for path in active
-        if (values := case.values_per_batch(path, batch_size)) is not None and values < FEW_VALUES
-    )
 
 
 def _trained_on_smaller(case: Case) -> Iterator[Claim]:
@@ -156,7 +178,7 @@ def _trained_on_smaller(case: Case) -> Iterator[Claim]:
     if not smaller or inference is None:
         return
     best = min(smaller, key=lambda point: point.batch_loss)
-    paths = _few(case, best.batch_size)
+    paths = case.few_values(best.batch_size)
     others = [p.batch_loss for p in sound if p.batch_size >= 4 * best.batch_size]
     rivals = [inference, *others, *([] if population is None else [population])]
     amount = min(rivals) - best.batch_loss

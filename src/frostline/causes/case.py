@@ -45,6 +45,13 @@ AGREES = 0.1
 #: Distance from which the two are told to be far apart.
 FAR = 0.25
 
+#: Values per channel below which batch statistics are a matter of luck: the variance of 16 values
+#: has a relative standard error of 37% (rule FL116).
+FEW_VALUES = 16
+
+#: Samples per batch up to which the values of a channel, however many, are those of one image.
+FEW_SAMPLES = 2
+
 #: Relative difference up to which weights, statistics or outputs are equal: float32 rounding
 #: summed over some thousand terms.
 EQUAL = 1e-5
@@ -201,6 +208,17 @@ class Case:
         The part of a gap that no stored statistics can close: it lies in the batches themselves.
         """
         return max(0.0, self.change("population", "training blend"))
+
+    @cached_property
+    def best_in_pure_batches(self) -> bool:
+        """Batches of one class each do better than mixed ones, inference and exact statistics.
+
+        In a network trained on mixed batches they lose what tells the classes apart.
+        """
+        rivals = ("batch", "inference", "population")
+        return self.measurement.batch_size > 1 and all(
+            self.change("sorted", rival) < 0 for rival in rivals
+        )
 
     @cached_property
     def stale_part(self) -> float:
@@ -363,6 +381,26 @@ class Case:
         values = self.sites[path].values if values is None and path in self.sites else values
         return None if values is None else values * batch_size
 
+    def few_values(self, batch_size: int) -> tuple[str, ...]:
+        """Sites to which one batch of this size gives few values that are independent."""
+        active = self.with_role("moving", "frozen batch", "frozen drift", "unmoved")
+        if batch_size <= FEW_SAMPLES:
+            return active
+        return tuple(
+            path
+            for path in active
+            if (values := self.values_per_batch(path, batch_size)) is not None
+            and (values < FEW_VALUES or self._as_noisy(path, batch_size))
+        )
+
+    def _as_noisy(self, path: str, batch_size: int) -> bool:
+        """Batch means scatter as those of few values do: by more than ``1 / √FEW_VALUES``.
+
+        Neighbouring pixels are alike, so that many of them are worth few.
+        """
+        found, size = self.measurement.sites.get(path), self.measurement.batch_size
+        return found is not None and found.noise**2 * size > batch_size / FEW_VALUES
+
     def stored(self, path: str) -> tuple[Array, Array] | None:
         """Stored mean and variance of a site."""
         each = self.sites[path]
@@ -393,6 +431,13 @@ class Case:
         if not updates or each.cumulative or site.debias or not 0 <= site.decay <= 1:
             return None
         return float(site.decay**updates)
+
+    def windows(self, path: str) -> float | None:
+        """Length of the run in windows of the moving average, ``1 / (1 − decay)`` updates each."""
+        updates, decay = self.updates(path), self.sites[path].site.decay
+        if not updates or self.sites[path].cumulative or self.sites[path].site.debias:
+            return None
+        return updates * (1 - decay)
 
     def decay_told(self, path: str) -> str:
         """The decay of a site in words of its framework."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import Assigned
+from frostline.causes.assignment import Assigned, scale_of_inputs
 from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
 from frostline.measurement import InputMoments
 
@@ -133,7 +133,7 @@ def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
-def preprocess(case: Case, _: Assigned) -> Iterator[Claim]:
+def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Inputs that are not prepared as in training."""
     repair = best_trial(case)
     if repair is not None:
@@ -147,6 +147,22 @@ def preprocess(case: Case, _: Assigned) -> Iterator[Claim]:
             standing=0.6 if part >= REPAIRS else 0.0,
             certainty="is" if part >= REPAIRS else "may",
             evidence={"trial": name, "loss": loss, "inference": inference, "closes": part},
+        )
+        return
+    scale = scale_of_inputs(case, assigned)
+    if scale is not None:
+        told = (
+            f"{number(scale)} times as strong" if scale > 1 else f"1/{number(1 / scale)} of these"
+        )
+        yield Claim(
+            code="PREPROCESS",
+            message=f"the statistics of the first site were taken of inputs {told}, by one factor "
+            "in all channels, as between pixels from 0 to 255 and others: the inputs are scaled in "
+            "another way than then",
+            standing=0.3,
+            certainty="may",
+            evidence={"scale": scale},
+            settle="the preprocessing of both",
         )
         return
     yield from _other_validation_inputs(case)

@@ -29,6 +29,14 @@ TORCH_DEVIATION = (0.229, 0.224, 0.225)
 #: Inputs of at most this size are in the unit interval, apart from what augmentation adds.
 _UNIT = 1.5
 
+#: Sides of images that are halved, and of those that are doubled.
+_SMALLEST = 8
+_LARGEST = 256
+
+#: Names of the transformations to another size.
+HALF = "x at half the size"
+DOUBLE = "x at double the size"
+
 Transform = Callable[[Any], Any]
 
 
@@ -83,6 +91,26 @@ def transforms(seen: InputMoments, *, axis: int = -1) -> dict[str, Transform]:
     }
     if len(seen.mean) == 3:
         found |= _colours(unit=float(seen.high.max()) <= _UNIT)
+    return {name: _floating(change, axis) for name, change in found.items()}
+
+
+def resolutions(shape: tuple[int, ...], *, axis: int = -1) -> dict[str, Transform]:
+    """Other sizes that images could have been meant to have, by name: half and double.
+
+    Half is the mean of two by two pixels, double repeats each.
+
+    Args:
+        shape: Of a batch of the inputs, with four axes.
+        axis: Of the channels: -1, or 1 in PyTorch.
+    """
+    height, width = shape[1:3] if axis == -1 else shape[2:4]
+    found: dict[str, Transform] = {}
+    if not height % 2 and not width % 2 and min(height, width) >= _SMALLEST:
+        found[HALF] = lambda x: x.reshape(
+            len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]
+        ).mean(axis=(2, 4))
+    if max(height, width) <= _LARGEST:
+        found[DOUBLE] = lambda x: x.repeat(2, axis=1).repeat(2, axis=2)
     return {name: _floating(change, axis) for name, change in found.items()}
 
 

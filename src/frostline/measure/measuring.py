@@ -320,6 +320,8 @@ class _Run:
         base = self.probes["inference"].losses[: len(part)]
         trials = {"x": float(base.mean())}
         changes = inputs.transforms(seen, axis=bench.channels)
+        if self.facts.any_size:
+            changes |= inputs.resolutions(leaf.shape, axis=bench.channels)
         for name, change in changes.items():
             probe = bench.own_probe("input trials", part.batches, transform=change)
             trials[name] = probe.loss

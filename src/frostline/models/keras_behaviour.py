@@ -29,6 +29,9 @@ from frostline.types import Array, as_float64
 #: statistics are so alike tells nothing.
 _ROUNDINGS = 32
 
+#: Largest difference, of the largest output, at which a layer does what the formula says.
+_ALIKE = 1e-2
+
 #: Steps in which λ is searched, and how near to 0 or 1 it is taken to be 0 or 1.
 _GRID = np.linspace(0.0, 1.0, 1001)
 _NEAR = 0.005
@@ -168,6 +171,16 @@ def _watched(
         ops.any(ops.logical_not(ops.logical_or(new == old, ops.isnan(new) & ops.isnan(old))))
         for old, new in zip(before, after, strict=True)
     ]
+    if (formula := use.textbook(*batch)) is not None:
+        # A call that reads no stored statistics gives the same with any: the formula tells then.
+        deaf = ops.all(ops.equal(candidates[0], candidates[2]))
+        plain = [use.textbook(*mixed(ops.full((), weight, use.x.dtype), before, batch))
+                 for weight in (0.0, middle)]  # fmt: skip
+        obeys = _alike(outputs, formula)
+        candidates = [
+            ops.where(ops.logical_and(deaf, obeys), other, own_candidate)
+            for own_candidate, other in zip(candidates, (*plain, formula), strict=True)
+        ]
     sums = _sums(port, outputs, candidates)
     mean, variance = batch
     noise = 1 + ops.square(mean) / (variance + port.epsilon)
@@ -175,6 +188,14 @@ def _watched(
         noise = ops.max(noise, keepdims=True)
     seen.append((*sums, noise, ops.logical_or(*moved)))
     return outputs
+
+
+def _alike(outputs: Any, formula: Any) -> Any:
+    """Whether a layer gave what the formula does with the batch's statistics, up to rounding."""
+    if outputs.shape != formula.shape:
+        return ops.full((), False, "bool")
+    one, other = (ops.cast(each, "float32") for each in (outputs, formula))
+    return ops.max(ops.abs(one - other)) <= _ALIKE * ops.max(ops.abs(other))
 
 
 def _stored(port: Port) -> tuple[Any, Any]:

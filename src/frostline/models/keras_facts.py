@@ -55,6 +55,7 @@ def facts(model: Any) -> ModelFacts:
         layers=_layers(model, places),
         order={path: place.order for path, (place, _) in modules.items()},
         batch=_batch(model),
+        any_size=_any_size(model),
         steps=_steps(optimizer),
         traced=getattr(model, "train_function", None) is not None,
     )
@@ -167,12 +168,20 @@ def _layers(model: Any, places: tuple[Place, ...]) -> tuple[LayerFacts, ...]:
 
 
 def _batch(model: Any) -> int | None:
-    try:
-        tensors = model.inputs
-    except (AttributeError, ValueError):  # a subclassed model
-        return None
-    sizes = {tensor.shape[0] for tensor in tensors or () if len(tensor.shape)}
+    sizes = {tensor.shape[0] for tensor in _inputs(model) if len(tensor.shape)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def _any_size(model: Any) -> bool:
+    shapes = [tuple(tensor.shape) for tensor in _inputs(model)]
+    return len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1:].count(None) == 2
+
+
+def _inputs(model: Any) -> list[Any]:
+    try:
+        return list(model.inputs or ())
+    except (AttributeError, ValueError):  # a subclassed model
+        return []
 
 
 def _nodes(model: Any, places: tuple[Place, ...]) -> dict[int, list[Any]]:

@@ -50,6 +50,10 @@ class Use(Protocol):
         """What the layer gives in inference, whatever phase the model runs in."""
         ...
 
+    def textbook(self, mean: Any, variance: Any) -> Any | None:
+        """The formula with these statistics; ``None`` where :meth:`normalised` is just that."""
+        ...
+
 
 class Port(Protocol):
     """One BN layer; ``name`` is the attribute of ``owner`` that holds its forward function."""
@@ -212,9 +216,18 @@ class KerasUse:
 
     def normalised(self, mean: Any, variance: Any) -> Any:
         """What the layer gives in inference with these statistics."""
-        layer, x = self.layer, self.x
         if getattr(self.own, "__func__", None) not in _KNOWN_CALLS:
             return self._own_call(mean, variance)
+        return self._formula(mean, variance)
+
+    def textbook(self, mean: Any, variance: Any) -> Any | None:
+        """The formula, for a ``call`` that Frostline does not know."""
+        if getattr(self.own, "__func__", None) in _KNOWN_CALLS:
+            return None
+        return self._formula(mean, variance)
+
+    def _formula(self, mean: Any, variance: Any) -> Any:
+        layer, x = self.layer, self.x
         outputs = ops.batch_normalization(
             x=x,
             mean=mean,
@@ -319,6 +332,10 @@ class TorchUse:
             epsilon=module.eps,
         )
         return outputs.to(self.inputs.dtype)
+
+    def textbook(self, mean: Any, variance: Any) -> None:  # noqa: ARG002
+        """A torch module is asked by the formula anyway."""
+        return
 
     def locked(self) -> Any:
         """What the module gives in eval mode; one without statistics always uses the batch's."""

@@ -14,11 +14,10 @@ _FEW_CLASSES = 20
 
 
 def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
-    """The encoding of the inputs that inference does best with."""
-    if "PREPROCESS" not in place.codes:
-        return
+    """The encoding of the inputs that inference does best with, where it is taken for the cause."""
+    named = {each.evidence.get("trial") for each in place.causes if each.code == "PREPROCESS"}
     for name, probe in place.measurement.probes.items():
-        if name.startswith(_TRIAL):
+        if name.startswith(_TRIAL) and name.removeprefix(_TRIAL) in named:
             change = name.removeprefix(_TRIAL)
             yield Candidate(
                 name=f"inputs as {change}",
