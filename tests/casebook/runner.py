@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 import frostline as fl
+from frostline.measurement import BN_CAUSES
 
 from . import batches, compound, frozen, held_out, lagging, other
 from .bench import Case, Scenario
@@ -108,6 +109,11 @@ def chosen(numbers: Sequence[str] = (), *, backend: str, lean: bool = False) -> 
         for case in (known[number] for number in numbers or known)
         if backend in case.backends and (numbers or case.everywhere or backend == "tensorflow")
     )
+
+
+def is_bn(case: Case) -> bool:
+    """BN alone is to blame."""
+    return len(case.expected) == 1 and case.expected[0] in BN_CAUSES
 
 
 def home(case: Case) -> str:
