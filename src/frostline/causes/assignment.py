@@ -398,7 +398,7 @@ def _settled_answer(case: Case) -> tuple[str, Certainty, dict[str, float]]:
         return "DOMAIN_STATS", "may", {"first_mismatch": first}
     if first > FAR and first >= 2 * float(np.median(sizes)):
         return "DOMAIN_STATS", "may", {"first_mismatch": first}
-    if windows is not None:
+    if windows is not None and first > FAR:  # large steps leave less at a first site
         return "STALE_AFTER_WEIGHT_EDIT", "may", {"windows": windows, "first_mismatch": first}
     return "EMA_LAG", "may", {"first_mismatch": first}
 

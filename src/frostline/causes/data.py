@@ -236,7 +236,7 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
 
 def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
     """Training samples are fitted, others are not, whatever the statistics."""
-    if case.bn_gap or not _is_good(case, "inference"):
+    if case.inference_is_worse or not _is_good(case, "inference"):
         return
     validation = case.probe("validation inference")
     if validation is None:
