@@ -203,6 +203,18 @@ def test_what_an_average_missed_in_ten_windows_changed_afterwards():
     assert found[0].settle is not None
 
 
+def test_large_steps_that_an_average_trails_are_no_edit():
+    """An edit of weights moves the first site at once; large steps leave more behind it."""
+    near = {"bn1": site_measurement("bn1", shift=0.1, ratio=1.1)}
+    found = causes(
+        facts({path: {"decay": 0.9} for path in PATHS}, steps=120),
+        measurement(GAP, shares=[0.25] * 4, sites=far(*PATHS[1:]) | near),
+        [],
+    )
+    assert codes(found) == ["EMA_LAG"]
+    assert found[0].certainty == "may"
+
+
 def test_statistics_on_their_way_from_0_and_1_tell_lag_without_any_step_count():
     mean, variance = np.linspace(-2, 2, CHANNELS), np.geomspace(0.05, 4, CHANNELS)
     half = (0.4 * mean, 1 + 0.4 * (variance - 1))
@@ -626,6 +638,20 @@ def test_validation_inputs_in_another_scale():
     found = causes(facts(steps=600), measurement(probes, **given_inputs), [])
     assert codes(found) == ["PREPROCESS"]
     assert found[0].evidence["scale"] == pytest.approx(255)
+
+
+def test_overfit_where_small_batches_make_training_mode_worse():
+    probes = {
+        **dict.fromkeys(NO_GAP, (0.3, 0.9)),
+        "inference": (0.1, 0.97),
+        "population": (0.1, 0.97),
+        "validation inference": (2.0, 0.5),
+        "validation batch": (2.0, 0.5),
+        "validation population": (2.0, 0.5),
+    }
+    inputs = {"input": moments(), "validation_input": moments()}
+    found = causes(facts(steps=600), measurement(probes, **inputs), [])
+    assert codes(found) == ["OVERFIT"]
 
 
 def test_overfit_is_both_phases_alike():
