@@ -781,7 +781,7 @@ def test_shares_add_up_to_at_most_one(
     assert all(cause.code in BN_CAUSES or not cause.sites for cause in found)
 
 
-# --- two causes, and what one of them makes of the others ------------------------------------------
+# --- two causes, and what one of them makes of the others -----------------------------------------
 
 
 def scaled(factor: float) -> dict[str, Any]:
