@@ -18,14 +18,23 @@ def main() -> int:
     """Parse, run, print; 1 when a case is answered wrongly."""
     parser = argparse.ArgumentParser(prog="python -m tests.casebook", description=__doc__)
     parser.add_argument("cases", nargs="*", help="numbers: 1 N6 C1; all by default")
-    parser.add_argument("--backend", choices=("tensorflow", "jax", "torch"), default="tensorflow")
+    parser.add_argument(
+        "--backend",
+        choices=("tensorflow", "jax", "torch", "native"),
+        default="tensorflow",
+        help="of Keras; native: torch modules without Keras",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file")
     parser.add_argument("--verdicts", action="store_true", help="print the reports' sentences too")
     arguments = parser.parse_args()
-    os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from . import runner  # Keras reads its backend when it is imported
+    runner: Any
+    if arguments.backend == "native":
+        from . import torch_runner as runner
+    else:
+        os.environ["KERAS_BACKEND"] = arguments.backend
+        from . import runner  # Keras reads its backend when it is imported
 
     rows = []
     for case in runner.chosen(arguments.cases, backend=arguments.backend):
