@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import Assigned
+from frostline.causes.assignment import SOURCES, Assigned
 from frostline.causes.case import FEW_VALUES, USES_BATCH, Case, Claim, count, number
 
 #: Part of the excess of inference that batches must give beyond the population's statistics.
@@ -134,7 +134,8 @@ def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
     amount = min(amount, exact)
     size = case.measurement.batch_size
     yield Claim(
-        code="BATCH_LEAK",
+        # Two classes in batches of their own are two sources: real and made up.
+        code="MIXED_SOURCES" if case.measurement.classes == SOURCES else "BATCH_LEAK",
         message=f"batches of one class give a loss {number(-case.change('sorted', 'batch'))} lower "
         f"than mixed batches, and {number(amount)} lower than exact statistics: the make-up of a "
         "batch tells the label",
