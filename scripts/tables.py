@@ -135,9 +135,9 @@ def casebook_table(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     place = found["environment"]
     versions = ", ".join(
-        f"{name} {place['versions'][name]}"
-        for name in ("keras", "tensorflow", "jax", "torch", "frostline")
-        if name in place["versions"] and name in ("keras", "frostline", place["backend"])
+        f"{name} {version}"
+        for name, version in place["versions"].items()
+        if name in ("keras", "frostline") or name.startswith(place["backend"])
     )
     run = f"{versions}, Python {place['python']}, seed {found['seed']}"
     return "\n".join([*lines, "", f"Run with {run}."])

@@ -308,7 +308,6 @@ CASES = (
         expected=("STALE_AFTER_WEIGHT_EDIT",),
         sites=ALL,
         build=case_h4,
-        everywhere=True,
     ),
     Case(
         number="H5",
@@ -338,7 +337,6 @@ CASES = (
         expected=("EMA_LAG",),
         sites=ALL,
         build=case_h9,
-        everywhere=True,
     ),
     Case(
         number="H10",
@@ -348,8 +346,20 @@ CASES = (
         build=case_h10,
     ),
     Case(number="H11", title="healthy", expected=("NONE",), build=case_h11, everywhere=True),
-    Case(number="H12", title="healthy, without BN", expected=("NONE",), build=case_h12),
-    Case(number="H13", title="canary of a true freeze", expected=("NONE",), build=case_h13),
+    Case(
+        number="H12",
+        title="healthy, without BN",
+        expected=("NONE",),
+        build=case_h12,
+        everywhere=True,
+    ),
+    Case(
+        number="H13",
+        title="canary of a true freeze",
+        expected=("NONE",),
+        build=case_h13,
+        everywhere=True,
+    ),
     Case(
         number="H14",
         title="Keras 2.1.5 in two of the frozen blocks, inverted images",
