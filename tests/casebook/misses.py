@@ -35,11 +35,4 @@ MISSES: tuple[Miss, ...] = (
         "averaged weights leave the same traces as large steps that a short average trails; the "
         "checkpoint from before, as reference=, tells them apart",
     ),
-    Miss(
-        "32",
-        "cause",
-        "the stored statistics agree with those of both sources together there, so that no site "
-        "shows the mixture, only that batches of one source are better",
-        backends=("torch",),
-    ),
 )
