@@ -267,7 +267,7 @@ def _light(call: Call) -> bool:
     if isinstance(operation, keras.Layer):
         return type(operation) in _LIGHT_LAYERS or (
             isinstance(operation, L.BatchNormalization)
-            and type(operation).__module__ == "frostline.layers"
+            and type(operation).__module__.startswith("frostline.layers.")
         )
     return operation is keras.ops.cast or type(operation).__name__ in _LIGHT_OPERATIONS
 

@@ -13,66 +13,19 @@ This room must not know about models, data or reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from frostline.layers.state import State, WhileTrainable
+from frostline.layers.tensors import copy_of, move, read, select, traced, values_per_channel
 from frostline.releases import Release, release
 from frostline.types import Policy
 
 _POLICIES = ("inference", "batch", "update")
-
-
-@dataclass(frozen=True)
-class _State:
-    """Variables beside the stock four.
-
-    They are in ``variables``, so every backend carries them as state, but not in ``weights`` and
-    not saved, so checkpoints stay those of the stock layer.
-    """
-
-    flag: Any  # () bool: is the layer trainable?
-    decay: Any  # (2,): decay and 1 - decay, each rounded once as in the stock layer
-    held_gamma: Any | None
-    held_beta: Any | None
-    biased_mean: Any  # zero-debias: average that starts from 0; None without debias
-    biased_variance: Any
-    unseen: Any  # (): share of the start value still in it, decay**t
-    ramp: Any | None = None  # (2,): steps of a ramp done and in all; None without a ramp
-
-    def variables(self) -> list[Any]:
-        every = (
-            self.flag,
-            self.decay,
-            self.held_gamma,
-            self.held_beta,
-            self.biased_mean,
-            self.biased_variance,
-            self.unseen,
-            self.ramp,
-        )
-        return [variable for variable in every if variable is not None]
-
-
-class _WhileTrainable:
-    """A regularizer that counts only while its layer is trainable, as in a stock frozen layer."""
-
-    def __init__(self, layer: BatchNormalization, regularizer: Callable[[Any], Any]) -> None:
-        self.layer = layer
-        self.regularizer = regularizer
-
-    def __call__(self, value: Any) -> Any:
-        live = self.layer._is_trainable()
-        if live is True:
-            return self.regularizer(value)
-        if live is False:
-            return ops.zeros((), dtype=value.dtype)
-        penalty = self.regularizer(value)
-        return ops.where(live, penalty, ops.zeros_like(penalty))
 
 
 @keras.saving.register_keras_serializable(package="frostline")
@@ -139,14 +92,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self._live = bool(live)
-        self._state: _State | None = None
+        self._state: State | None = None
         self._trainable: bool
         self._momentum = float(momentum)
         super().__init__(axis, momentum, epsilon, *args, **kwargs)
         self._behave(policy, debias, version)
 
     def _behave(self, policy: Any, debias: Any, version: str | None) -> None:
-        chosen, corrected, name = _behaviour(policy, debias, version)
+        chosen, corrected, name = behaviour(policy, debias, version)
         if self.renorm and (chosen != "inference" or corrected or name is not None):
             raise ValueError(
                 f"Layer '{self.name}': renorm=True keeps running statistics of its own and allows "
@@ -207,7 +160,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Copy gamma and beta from the held to the trained variables, or the other way."""
         for trained, held in self._twins():
             source, target = (held, trained) if thaw else (trained, held)
-            target.assign(_copy(source))
+            target.assign(copy_of(source))
 
     def _offer_to_optimizer(self) -> None:
         """Mark gamma and beta for the optimizer: always while live, else as the stock layer."""
@@ -247,7 +200,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """The stock weights in stock order: gamma, beta, moving mean, moving variance."""
         own = [*self._trainable_variables, *self._non_trainable_variables]
         # A step that is being traced must serve both states: it gets the optimizer's variables.
-        if self._reads_trained() or _traced(self._require_state().flag) is not None:
+        if self._reads_trained() or traced(self._require_state().flag) is not None:
             return own
         held = {id(trained): held for trained, held in self._twins()}
         return [held.get(id(variable), variable) for variable in own]
@@ -281,7 +234,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Whether gamma and beta are, at this moment, the optimizer's variables."""
         return self._trainable or self._state is None or not self._live
 
-    def _require_state(self) -> _State:
+    def _require_state(self) -> State:
         if self._state is None:
             raise ValueError(f"Layer '{self.name}' is not built yet: call it or build() it first.")
         return self._state
@@ -306,11 +259,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _add_state(self) -> None:
         for variable in (self._trained_gamma, self._trained_beta):
             if variable is not None and variable.regularizer is not None:
-                variable.regularizer = _WhileTrainable(self, variable.regularizer)
+                variable.regularizer = WhileTrainable(self, variable.regularizer)
         self._state = self._make_state()
         self._offer_to_optimizer()
 
-    def _make_state(self) -> _State:
+    def _make_state(self) -> State:
         def variable(initializer: Any, shape: tuple[int, ...], dtype: Any, name: str) -> Any:
             return keras.Variable(
                 initializer=initializer,
@@ -325,14 +278,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         def held(trained: Any, name: str) -> Any:
             if trained is None:
                 return None
-            return variable(lambda *_, **__: _copy(trained), trained.shape, trained.dtype, name)
+            return variable(lambda *_, **__: copy_of(trained), trained.shape, trained.dtype, name)
 
         def average(name: str, like: Any, start: str) -> Any:
             shape = () if like is None else like.shape
             return variable(start, shape, self.variable_dtype, name) if self.debias else None
 
         decay = np.array([self._momentum, 1.0 - self._momentum])
-        return _State(
+        return State(
             flag=variable(lambda *_, **__: ops.array(self._trainable, "bool"), (), "bool", "flag"),
             decay=variable(
                 lambda _, dtype: ops.convert_to_tensor(decay, dtype),
@@ -374,8 +327,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         live = self._is_trainable()
         gamma = self._parameter(live, self._trained_gamma, "held_gamma", x.dtype)
         beta = self._parameter(live, self._trained_beta, "held_beta", x.dtype)
-        mean = _read(self.moving_mean, x.dtype)
-        variance = _read(self.moving_variance, x.dtype)
+        mean = read(self.moving_mean, x.dtype)
+        variance = read(self.moving_variance, x.dtype)
         if training:
             if self.renorm:
                 mean, variance, gamma, beta = self._renormalise(x, mask, live, gamma, beta)
@@ -398,16 +351,16 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """Whether the layer trains: a bool, or the flag's tensor inside a step being traced."""
         if self._state is None or not self._live:
             return self._trainable
-        flag = _traced(self._state.flag)
+        flag = traced(self._state.flag)
         return self._trainable if flag is None else flag
 
     def _parameter(self, live: Any, trained: Any, held_name: str, dtype: Any) -> Any:
         if trained is None:
             return None
         if self._state is None or not self._live:
-            return _read(trained, dtype)
+            return read(trained, dtype)
         held = getattr(self._state, held_name)
-        return _select(live, _read(trained, dtype), _read(held, dtype))
+        return select(live, read(trained, dtype), read(held, dtype))
 
     def _train(
         self, x: Any, mask: Any, use_batch: Any, update: Any, stored: tuple[Any, Any]
@@ -421,7 +374,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             )
         else:
             batch = self._channel_moments(x, mask)
-            mean, variance = (_select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
+            mean, variance = (select(use_batch, *pair) for pair in zip(batch, stored, strict=True))
         used = (mean, variance)
         if self._state is not None and self._state.ramp is not None:
             # Before the update: torch changes in place what `stored` refers to.
@@ -435,9 +388,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     ) -> tuple[Any, Any]:
         """Blend the two by λ = steps done / steps in all, and count this step if it trains."""
         ramp = self._require_state().ramp
-        counts = _read(ramp, batch[0].dtype)
+        counts = read(ramp, batch[0].dtype)
         blend = ops.minimum(counts[0] / counts[1], 1.0)
-        _move(ramp, ops.stack([ops.minimum(counts[0] + 1.0, counts[1]), counts[1]]), live)
+        move(ramp, ops.stack([ops.minimum(counts[0] + 1.0, counts[1]), counts[1]]), live)
         mixed = [old + blend * (new - old) for new, old in zip(batch, stored, strict=True)]
         # At λ = 1 the bits of the batch, not those of old + (new - old).
         mean, variance = (
@@ -470,7 +423,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     ) -> None:
         if self._release is not None and self._release.variance != "biased":
             fused = len(x.shape) == 4 and self.axis in (-1, 3)
-            n = _values_per_channel(x, mask, self._reduction_axes)
+            n = values_per_channel(x, mask, self._reduction_axes)
             variance = variance * self._release.variance_factor(
                 n, fused=fused, epsilon=self.epsilon
             )
@@ -478,8 +431,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if self.debias:
             self._update_debiased(mean, variance, update, stored, decay, rest)
             return
-        _move(self.moving_mean, stored[0] * decay + mean * rest, update)
-        _move(self.moving_variance, stored[1] * decay + variance * rest, update)
+        move(self.moving_mean, stored[0] * decay + mean * rest, update)
+        move(self.moving_variance, stored[1] * decay + variance * rest, update)
 
     def _update_debiased(
         self,
@@ -492,51 +445,51 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     ) -> None:
         """Zero-debias: ``b += (batch - b)(1 - decay)``, ``stored = b / (1 - decay**t)``."""
         state = self._require_state()
-        unseen = _read(state.unseen, mean.dtype) * decay
+        unseen = read(state.unseen, mean.dtype) * decay
         seen = 1.0 - unseen
         rows = (
             (self.moving_mean, state.biased_mean, mean, stored[0]),
             (self.moving_variance, state.biased_variance, variance, stored[1]),
         )
         for moving, average, batch, old in rows:
-            biased = _read(average, batch.dtype)
+            biased = read(average, batch.dtype)
             biased = biased + (batch - biased) * rest
             # With decay 1 nothing is ever seen: keep what is stored instead of 0/0.
             fresh = ops.where(seen > 0, biased / ops.where(seen > 0, seen, 1.0), old)
-            _move(average, biased, update)
-            _move(moving, fresh, update)
-        _move(state.unseen, unseen, update)
+            move(average, biased, update)
+            move(moving, fresh, update)
+        move(state.unseen, unseen, update)
 
     def _decay(self, dtype: Any) -> tuple[Any, Any]:
-        if self._state is None or _traced(self._state.flag) is None:
+        if self._state is None or traced(self._state.flag) is None:
             return self._momentum, 1.0 - self._momentum
-        pair = _read(self._state.decay, dtype)
+        pair = read(self._state.decay, dtype)
         return pair[0], pair[1]
 
     def _renormalise(
         self, x: Any, mask: Any, live: Any, gamma: Any, beta: Any
     ) -> tuple[Any, Any, Any, Any]:
         """Batch renormalisation (Ioffe 2017, algorithm 1), switched off while frozen."""
-        stored = _read(self.moving_mean, x.dtype), _read(self.moving_variance, x.dtype)
+        stored = read(self.moving_mean, x.dtype), read(self.moving_variance, x.dtype)
         if live is False:
             return *stored, gamma, beta
         mean, variance = self._channel_moments(x, mask)
         r, d, mean, variance = self._renorm_correction_and_moments(mean, variance)
-        r, d = _select(live, r, ops.ones_like(r)), _select(live, d, ops.zeros_like(d))
+        r, d = select(live, r, ops.ones_like(r)), select(live, d, ops.zeros_like(d))
         gamma, beta = self._compose_transforms(r, d, gamma, beta, x.dtype)
         stddev = ops.sqrt(variance + self.epsilon)
         decay, rest = self._decay(x.dtype)
         slow, quick = self.renorm_momentum, 1.0 - self.renorm_momentum
-        _move(self.renorm_mean, _read(self.renorm_mean, x.dtype) * slow + mean * quick, live)
-        moved = _read(self.renorm_stddev, x.dtype) * slow + stddev * quick
-        _move(self.renorm_stddev, moved, live)
-        _move(self.moving_mean, stored[0] * decay + mean * rest, live)
-        moved = _read(self.moving_stddev, x.dtype) * decay + stddev * rest
-        _move(self.moving_stddev, moved, live)
-        _move(self.moving_variance, ops.relu(moved * moved - self.epsilon), live)
+        move(self.renorm_mean, read(self.renorm_mean, x.dtype) * slow + mean * quick, live)
+        moved = read(self.renorm_stddev, x.dtype) * slow + stddev * quick
+        move(self.renorm_stddev, moved, live)
+        move(self.moving_mean, stored[0] * decay + mean * rest, live)
+        moved = read(self.moving_stddev, x.dtype) * decay + stddev * rest
+        move(self.moving_stddev, moved, live)
+        move(self.moving_variance, ops.relu(moved * moved - self.epsilon), live)
         return (
-            _select(live, mean, stored[0]),
-            _select(live, variance, stored[1]),
+            select(live, mean, stored[0]),
+            select(live, variance, stored[1]),
             gamma,
             beta,
         )
@@ -626,8 +579,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         state = self._state
         if state is None or state.unseen is None:
             return
-        state.biased_mean.assign(_copy(self.moving_mean))
-        state.biased_variance.assign(_copy(self.moving_variance))
+        state.biased_mean.assign(copy_of(self.moving_mean))
+        state.biased_variance.assign(copy_of(self.moving_variance))
         state.unseen.assign(0.0)
 
     def get_config(self) -> dict[str, Any]:
@@ -641,69 +594,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         }
 
 
-#: Attributes that a stock layer does not have; `dismiss` takes them away.
-_OWN = ("_state", "_live", "_release", "policy", "debias", "version")
-#: Stock attribute -> where ours keeps it, because ours computes it.
-_MOVED = {"gamma": "_trained_gamma", "beta": "_trained_beta", "momentum": "_momentum"}
-
-
-def adopt(
-    layer: Any, *, policy: Policy = "inference", debias: bool = False, version: str | None = None
-) -> None:
-    """Turn a built stock layer into ours, in place: same object, same weight variables.
-
-    The model's graph, its optimizer's slots and every reference to the layer stay valid. A layer
-    that is ours already gets the new settings.
-
-    Args:
-        layer: A built ``keras.layers.BatchNormalization`` or one of ours.
-        policy: As in :class:`BatchNormalization`.
-        debias: As in :class:`BatchNormalization`.
-        version: As in :class:`BatchNormalization`.
-
-    Raises:
-        ValueError: Settings that contradict each other or the layer; the layer is unchanged.
-    """
-    if isinstance(layer, BatchNormalization):
-        before = layer.debias
-        layer._behave(policy, debias, version)
-        if layer.debias != before:
-            with layer._open_name_scope():
-                layer._state = layer._make_state()
-            layer._offer_to_optimizer()
-        return
-    behaviour = _behaviour(policy, debias, version)
-    if layer.renorm and behaviour != ("inference", False, None):
-        BatchNormalization._behave(layer, policy, debias, version)  # raises with the reason
-    attributes = layer.__dict__
-    for stock, ours in _MOVED.items():
-        attributes[ours] = attributes.pop(stock)
-    attributes |= {"_state": None, "_live": True}
-    layer.__class__ = BatchNormalization
-    layer._behave(policy, debias, version)
-    with layer._open_name_scope():
-        layer._add_state()
-
-
-def dismiss(layer: BatchNormalization) -> None:
-    """Turn one of our layers back into a stock layer, in place, with the weights it has now."""
-    if layer._live and not layer.trainable:
-        layer._exchange(thaw=True)
-    for trained, _ in layer._twins():
-        trained.trainable = layer.trainable
-        if isinstance(trained.regularizer, _WhileTrainable):
-            trained.regularizer = trained.regularizer.regularizer
-    attributes = layer.__dict__
-    for stock, ours in _MOVED.items():
-        attributes[stock] = attributes.pop(ours)
-    for name in _OWN:
-        attributes.pop(name)
-    layer.__class__ = keras.layers.BatchNormalization
-    if keras.backend.backend() == "torch":
-        layer._track_variables()
-
-
-def _behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, bool, str | None]:
+def behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, bool, str | None]:
     """Check the three arguments against each other; a version decides the other two."""
     if policy not in _POLICIES:
         raise ValueError(f"policy must be one of {', '.join(_POLICIES)}. Received: {policy!r}")
@@ -718,61 +609,6 @@ def _behaviour(policy: Any, debias: Any, version: str | None) -> tuple[Policy, b
             f"the two out or let them agree. Received: policy={policy!r}, debias={debias!r}"
         )
     return preset.policy, preset.debias, str(version)
-
-
-def _traced(variable: Any) -> Any:
-    """Return the variable's tensor inside a step that is being traced, else ``None``.
-
-    Eager code reads Python attributes: they cost nothing and are always current.
-    """
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return None if tf.executing_eagerly() else _read(variable)
-    if backend == "jax":
-        import jax
-
-        value = variable.value
-        return value if isinstance(value, jax.core.Tracer) else None
-    return None
-
-
-def _select(live: Any, when_live: Any, when_frozen: Any) -> Any:
-    """Choose between two values of one shape by a bool or by a scalar bool tensor."""
-    if isinstance(live, bool):
-        return when_live if live else when_frozen
-    return ops.where(live, when_live, when_frozen)
-
-
-def _move(variable: Any, value: Any, update: Any) -> None:
-    """Assign ``value`` where ``update`` holds; otherwise the variable keeps its bits."""
-    if update is False:
-        return
-    value = ops.cast(value, variable.dtype)
-    variable.assign(value if update is True else ops.where(update, value, _read(variable)))
-
-
-def _read(variable: Any, dtype: Any = None) -> Any:
-    """Return the variable's present value; TensorFlow would pass on the variable itself."""
-    value = variable.value if dtype is None else ops.cast(variable.value, dtype)
-    return value.read_value() if hasattr(value, "read_value") else value
-
-
-def _copy(variable: Any) -> Any:
-    """Return the value in a buffer of its own: JAX donates buffers, so none may be shared."""
-    return ops.multiply(variable.value, ops.ones((), dtype=variable.dtype))
-
-
-def _values_per_channel(x: Any, mask: Any, axes: list[int]) -> Any:
-    if mask is not None:
-        inner = ops.size(x) / (ops.size(mask) * ops.shape(x)[-1])
-        return ops.cast(ops.sum(ops.cast(mask, "float32")) * inner, x.dtype)
-    shape = ops.shape(x)
-    count: Any = 1
-    for axis in axes:
-        count = count * shape[axis]
-    return float(count) if isinstance(count, int) else ops.cast(count, x.dtype)
 
 
 def _require_values(layer: BatchNormalization, variables: list[Any]) -> None:
