@@ -307,7 +307,7 @@ def own() -> Any:
         (functional, {"version": "2.2.4", "policy": "update"}, "version='2.2.4' means"),
         (functional, {"version": "7"}, "version must be one of"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_refused_conversions_change_nothing(
     make: Callable[[], Any], options: dict[str, Any], message: str
