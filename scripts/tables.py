@@ -198,8 +198,27 @@ def _engine_cell(found: dict[str, Any] | None) -> str:
     return f"{found['ratio']:.2f}× (error {found['error']:.0e})"
 
 
+def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
+    """One line per network, backend and optimizer: how far fl.fit and model.fit are apart."""
+    lines = [
+        "| network | backend | optimizer | weights | one rounding | history | one rounding | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = sorted(
+        (row for result in results for row in result),
+        key=lambda row: (row["backbone"], row["backend"], row["optimizer"] != "sgd"),
+    )
+    for row in rows:
+        cells = [row["backbone"], row["backend"], row["optimizer"]]
+        for name in ("weights", "history"):
+            cells += [f"{row[name]:.1e}", f"{row[f'{name}_one_rounding']:.1e}"]
+        lines.append(f"| {' | '.join(cells)} | {'same' if row['same'] else '**differs**'} |")
+    return "\n".join(lines)
+
+
 #: Kind of a table -> what makes it from the contents of its files.
-KINDS: Mapping[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
+    "cached-fit": cached_fit_table,
     "overfit": overfit_table,
     "layer": layer_table,
     "peers": peers_table,
