@@ -475,6 +475,21 @@ def test_large_batches_are_not_small():
     assert "SMALL_BATCH" not in codes(found)
 
 
+def test_layers_behind_locked_sites_need_what_those_have_stored():
+    """The essay's patched network: exact statistics everywhere do harm, at thawed sites they help."""
+    locked = dict.fromkeys(PATHS, {}) | dict.fromkeys(PATHS[:2], FROZEN)
+    probes = {
+        **GAP,
+        "population": (0.8, 0.75),
+        "population frozen": (0.9, 0.75),
+        "population unfrozen": GAP["training blend"],
+    }
+    made = measurement(probes, shares=[0, 0, 0.5, 0.5], sites=FAR)
+    found = causes(facts(locked, steps=30), made, [])
+    assert codes(found) == ["EMA_LAG"]
+    assert set(found[0].sites) == set(PATHS[2:])
+
+
 def test_batches_of_a_single_image_are_small_whatever_its_size():
     probes = {**GAP, "population": (0.8, 0.75), "population unfrozen": (0.8, 0.75)}
     own = np.linspace(0.5, 2, CHANNELS)  # within an image; images differ from each other as well
