@@ -198,6 +198,24 @@ def _engine_cell(found: dict[str, Any] | None) -> str:
     return f"{found['ratio']:.2f}× (error {found['error']:.0e})"
 
 
+def overfit_diagnosis_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per policy: causes with their shares, and what the first remedy gives."""
+    lines = ["| policy | causes, share of the gap | first remedy | accuracy at inference |",
+             "|---|---|---|---|"]  # fmt: skip
+    for name, row in results[0]["rows"].items():
+        causes = ", ".join(
+            f"`{cause['code']}`" + ("" if cause["share"] is None else f" {cause['share']:.0%}")
+            for cause in row["causes"]
+        )
+        first = next((each for each in row["remedies"] if each["recommended"]), None)
+        before = row["inference_accuracy"]
+        told = ("–", f"{before:.3f}")
+        if first is not None:
+            told = (first["name"], f"{before:.3f} → {first['after']['accuracy']:.3f}")
+        lines.append(f"| `{name}` | {causes} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
     """One line per network, backend and optimizer: how far fl.fit and model.fit are apart."""
     lines = [
@@ -218,6 +236,7 @@ def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
 
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
+    "overfit-diagnosis": overfit_diagnosis_table,
     "cached-fit": cached_fit_table,
     "overfit": overfit_table,
     "layer": layer_table,
