@@ -488,6 +488,7 @@ def test_layers_behind_locked_sites_need_what_those_have_stored():
     found = causes(facts(locked, steps=30), made, [])
     assert codes(found) == ["EMA_LAG"]
     assert set(found[0].sites) == set(PATHS[2:])
+    assert "close 100% of the BN gap" in found[0].message
 
 
 def test_batches_of_a_single_image_are_small_whatever_its_size():

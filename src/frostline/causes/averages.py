@@ -400,8 +400,10 @@ def _settle(assigned: Assigned, paths: tuple[str, ...], what: str) -> str | None
 
 
 def _closes(case: Case, words: str) -> str:
-    exact = case.difference("population", "inference")
-    if not case.inference_is_worse or exact is None:
+    # Behind locked sites exact statistics everywhere may do harm: those that do best count.
+    tried = [case.difference(n, "inference") for n in ("population", "population unfrozen")]
+    saved = [-exact.estimate for exact in tried if exact is not None]
+    if not case.inference_is_worse or not saved:
         return ""
-    closed = min(1.0, max(0.0, -exact.estimate / abs(case.bn_gap)))
+    closed = min(1.0, max(0.0, *saved) / abs(case.bn_gap))
     return words.format(f"{closed:.0%}")
