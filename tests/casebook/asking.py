@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from .bench import Case
+from .judging import Row
 from .misses import MISSES
-from .runner import Row, run
+from .scenario import Case
 
 #: Layers are named rightly from this intersection over union on.
 OVERLAP = 0.75
 
 
-def ask(case: Case, backend: str) -> None:
+def ask(case: Case, backend: str, run: Callable[[Case], Row]) -> None:
     """Build and diagnose a case once, and hold the answer to the book's; misses are strict."""
     wrong = answered_wrongly(run(case))
     known = {

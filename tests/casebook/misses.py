@@ -8,6 +8,7 @@ from typing import Literal
 Question = Literal["cause", "blame", "layers", "remedy"]
 
 KERAS = ("tensorflow", "jax", "torch")
+NATIVE = ("native",)
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,18 @@ MISSES: tuple[Miss, ...] = (
         "averaged weights leave the same traces as large steps that a short average trails; the "
         "checkpoint from before, as reference=, tells them apart",
     ),
+    Miss(
+        "TS1",
+        "cause",
+        "as H4: weights that were averaged look like those that a short average trails",
+        NATIVE,
+    ),
+    Miss(
+        "TH16",
+        "cause",
+        "a module that is only served, frozen and left in training mode, would drift if a pass in "
+        "that mode came; it is told as if one had come",
+        NATIVE,
+    ),
+    Miss("TH16", "blame", "the same", NATIVE),
 )

@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
 def test_bn_case(case: Case) -> None:
-    ask(case, BACKEND)
+    ask(case, BACKEND, runner.run)
 
 
 @pytest.mark.once
@@ -42,7 +42,7 @@ def test_every_case_has_one_number_and_known_codes() -> None:
     assert codes <= {*BN_CAUSES, *OTHER_CAUSES}
     everywhere = [case for case in runner.CASES if case.everywhere]
     assert len(everywhere) * 3 >= len(runner.CASES)
-    assert {miss.number for miss in MISSES} <= set(numbers)
+    assert {miss.number for miss in MISSES if "native" not in miss.backends} <= set(numbers)
     assert len({(miss.number, miss.question) for miss in MISSES}) == len(MISSES)
 
 

@@ -21,4 +21,4 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.number)
 def test_other_case(case: Case) -> None:
-    ask(case, BACKEND)
+    ask(case, BACKEND, runner.run)

@@ -104,7 +104,7 @@ def fit(
             value = loss(model(x[rows]), y[rows])
             value.backward()
             optimizer.step()
-            total += float(value) * len(rows)
+            total += float(value.detach()) * len(rows)
             if each_step is not None:
                 each_step(model)
         losses.append(total / len(x))
