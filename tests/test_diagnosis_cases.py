@@ -178,8 +178,12 @@ def test_dropout_alone() -> None:
 
 def test_16_samples_say_how_little_they_tell() -> None:
     x, y = digits()
-    few, many = (diagnose(healthy(), (x[:n], y[:n])).gap.loss for n in (16, 800))
+    model = trained(epochs=1, dropout=0.3)  # every sample has its part in the gap
+    reports = [diagnose(model, (x[:n], y[:n])) for n in (16, 800)]
+    few, many = (report.gap.loss for report in reports)
     assert few.high - few.low > 2 * (many.high - many.low)
+    assert "16 samples" in reports[0].verdict
+    assert "samples tell little" not in reports[1].verdict
 
 
 # --- nothing is changed ---------------------------------------------------------------------------
