@@ -11,7 +11,10 @@ from . import torch_runner
 from .asking import ask
 from .scenario import Case
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad"),
+]
 
 
 @pytest.mark.parametrize("case", torch_runner.chosen(), ids=lambda case: case.number)
