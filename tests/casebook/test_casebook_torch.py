@@ -11,10 +11,7 @@ from . import torch_runner
 from .asking import ask
 from .scenario import Case
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad"),
-]
+pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("case", torch_runner.chosen(), ids=lambda case: case.number)
