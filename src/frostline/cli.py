@@ -228,7 +228,7 @@ def fold(
     return models.fold(model, output=output, force=force, state=state)
 
 
-fit_command.add_to(app, start)
+fit_command.register(app)
 
 
 @experiments.command()

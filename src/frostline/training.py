@@ -14,9 +14,8 @@ from frostline.cache import FeatureCache, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
 from frostline.data import Batch, is_reiterable, leaves
-from frostline.models import view as view_of
+from frostline.models import is_native, view as view_of
 from frostline.models.keras_cached_data import randomness_kept, untouched
-from frostline.models.prefix import is_native
 from frostline.splitting import Split, split
 from frostline.types import Array, DataError, ModelError
 

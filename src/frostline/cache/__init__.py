@@ -25,7 +25,7 @@ from frostline.cache.files import DamagedError, sha256
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Tensor
 from frostline.data import Batch, batches, leaves, require_reiterable
-from frostline.models import prefix as prefixes
+from frostline.models import is_native, prefix as prefixes
 from frostline.types import Array, DataError, FrostlineError
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
@@ -129,7 +129,7 @@ def cache_features(
     )
     identity = prefixes.identity(prefix)
     data = prefixes.readable(prefix, data, batch_size)
-    labels: list[Any] | None = [] if prefixes.is_native(prefix) else None
+    labels: list[Any] | None = [] if is_native(prefix) else None
     made = [
         _view(prefix, identity, data, order, view, views, None if view else labels)
         for view in range(views)

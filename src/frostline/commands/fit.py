@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from frostline.commands.options import (
-    Backend,
     BackendOption,
     BatchSizeOption,
     ClassesOption,
@@ -26,6 +24,7 @@ from frostline.commands.options import (
     SplitOption,
     names,
 )
+from frostline.commands.starting import start
 from frostline.types import ModelError
 
 
@@ -37,62 +36,63 @@ class Storage(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def add_to(app: typer.Typer, start: Callable[[Backend | None], None]) -> None:
-    """Add the command; ``start`` settles the backend before anything imports Keras."""
+def register(app: typer.Typer) -> None:
+    """Make ``fit`` a command."""
+    app.command()(fit)
 
-    @app.command()
-    def fit(
-        model: ModelArgument,
-        data: DataArgument,
-        output: OutputOption,
-        epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 1,
-        learning_rate: Annotated[
-            float | None, typer.Option(min=0.0, help="Step size; else the compiled one.")
-        ] = None,
-        validation_split: Annotated[
-            float, typer.Option(min=0.0, max=0.99, help="Last share of the data, to validate.")
-        ] = 0.0,
-        engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
-        dtype: Annotated[Storage, typer.Option(help="How features are stored.")] = Storage.float32,
-        cache: Annotated[
-            Path | None,
-            typer.Option(help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
-        ] = None,
-        max_gb: Annotated[float | None, typer.Option(help="Largest size of the cache.")] = None,
-        classes: ClassesOption = None,
-        per_class: PerClassOption = None,
-        image_size: ImageSizeOption = None,
-        preprocess: PreprocessOption = None,
-        split: SplitOption = Split.train,
-        batch_size: BatchSizeOption = 32,
-        seed: SeedOption = 0,
-        force: ForceOption = False,
-        backend: BackendOption = None,
-    ) -> int:
-        """Train a compiled model; its frozen part runs over the data only once."""
-        start(backend)
-        from frostline.commands import models
 
-        options = models.DataOptions(
-            source=data,
-            classes=names(classes),
-            per_class=per_class,
-            image_size=image_size,
-            preprocess=preprocess,
-            split=split.value,
-            seed=seed,
-        )
-        settings = {
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "validation_split": validation_split,
-            "engine": engine,
-            "dtype": dtype.value,
-            "cache": cache,
-            "max_gb": max_gb,
-        }
-        return _run(model, options, settings, learning_rate=learning_rate, seed=seed,
-                    output=output, force=force)  # fmt: skip
+def fit(
+    model: ModelArgument,
+    data: DataArgument,
+    output: OutputOption,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Step size; else the compiled one.")
+    ] = None,
+    validation_split: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Last share of the data, to validate.")
+    ] = 0.0,
+    engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
+    dtype: Annotated[Storage, typer.Option(help="How features are stored.")] = Storage.float32,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
+    ] = None,
+    max_gb: Annotated[float | None, typer.Option(help="Largest size of the cache.")] = None,
+    classes: ClassesOption = None,
+    per_class: PerClassOption = None,
+    image_size: ImageSizeOption = None,
+    preprocess: PreprocessOption = None,
+    split: SplitOption = Split.train,
+    batch_size: BatchSizeOption = 32,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    backend: BackendOption = None,
+) -> int:
+    """Train a compiled model; its frozen part runs over the data only once."""
+    start(backend)
+    from frostline.commands import models
+
+    options = models.DataOptions(
+        source=data,
+        classes=names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        preprocess=preprocess,
+        split=split.value,
+        seed=seed,
+    )
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "validation_split": validation_split,
+        "engine": engine,
+        "dtype": dtype.value,
+        "cache": cache,
+        "max_gb": max_gb,
+    }
+    return _run(model, options, settings, learning_rate=learning_rate, seed=seed,
+                output=output, force=force)  # fmt: skip
 
 
 def _run(
@@ -105,9 +105,9 @@ def _run(
     output: Path,
     force: bool,
 ) -> int:
+    from frostline import training
     from frostline.commands import models
     from frostline.models.keras_cached_fit import seed_everything
-    from frostline.training import fit
 
     model = models.load(source)
     models.check_output(output, source, force=force)
@@ -119,7 +119,7 @@ def _run(
         model.optimizer.learning_rate = learning_rate
     x, y = models.read_data(options, model)
     seed_everything(seed)
-    history = fit(model, x, y, verbose="auto", **settings)
+    history = training.fit(model, x, y, verbose="auto", **settings)
     models.save(model, output, force=force)
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in history.history.items())
     typer.echo(f"{output}: {len(x)} samples, {len(history.epoch)} epoch(s): {last}")

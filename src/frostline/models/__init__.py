@@ -35,30 +35,26 @@ def view(model: Any) -> ModelView:
         from frostline.models.keras import KerasView
 
         return KerasView(model)
-    torch = sys.modules.get("torch")
-    if torch is not None and type(model).__module__.startswith(("torch.export", "torch.jit")):
+    if "torch" in sys.modules and type(model).__module__.startswith(("torch.export", "torch.jit")):
         from frostline.models.torch_program import ProgramView
 
         return cast(ModelView, ProgramView(model))
-    if torch is not None and _is_native(model, torch, keras):
+    if is_native(model):
         from frostline.models.torch import TorchView
 
         return TorchView(model)
     raise ModelError(_why_not(model, keras))
 
 
-def _is_native(model: Any, torch: Any, keras: Any) -> bool:
-    """Whether ``model`` is a torch module and not a Keras layer on the torch backend."""
+def is_native(model: Any) -> bool:
+    """Whether it is a torch module and no Keras layer on the torch backend; loads nothing."""
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    if torch is None or not isinstance(model, torch.nn.Module):
+        return False
     layer = keras is not None and isinstance(model, getattr(keras, "Layer", ()))
     ancestry = (parent.__module__ for parent in type(model).__mro__)
     foreign = any(name.startswith(("keras.src.", "tensorflow.python.keras.")) for name in ancestry)
-    return isinstance(model, torch.nn.Module) and not layer and not foreign
-
-
-def is_native(model: Any) -> bool:
-    """Whether it is a torch module that is no Keras model; loads nothing."""
-    torch = sys.modules.get("torch")
-    return torch is not None and _is_native(model, torch, sys.modules.get("keras"))
+    return not layer and not foreign
 
 
 def layers_of(target: Any) -> tuple[Any, ...]:
@@ -67,13 +63,12 @@ def layers_of(target: Any) -> tuple[Any, ...]:
     Raises:
         ModelError: Something else, or nothing.
     """
-    keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
+    keras = sys.modules.get("keras")
     kind = getattr(keras, "Layer", ())
     # torch containers can be iterated and are modules nevertheless.
     several = isinstance(target, (list, tuple, Iterator))
     found = tuple(target) if several else (target,)
-    native = [torch is not None and _is_native(each, torch, keras) for each in found]
-    if found and all(native):
+    if found and all(is_native(each) for each in found):
         return found
     for each in found:
         if keras is None or not isinstance(each, kind):
@@ -87,8 +82,7 @@ def freezing(
     layers: tuple[Any, ...],
 ) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
     """Freeze layers for a block; see :func:`frostline.frozen`."""
-    torch = sys.modules.get("torch")
-    if torch is not None and _is_native(layers[0], torch, sys.modules.get("keras")):
+    if is_native(layers[0]):
         from frostline.models import torch_edit
 
         return torch_edit.frozen(layers)

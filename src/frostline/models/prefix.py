@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frostline.models import _is_native
+from frostline.models import is_native
 from frostline.types import Array, ModelError
 
 
@@ -29,12 +29,6 @@ def identity(prefix: Any) -> str:
     from frostline.models.keras_prefix import identity as of_keras
 
     return of_keras(prefix)
-
-
-def is_native(prefix: Any) -> bool:
-    """Whether a prefix is a native torch module, which is trained in its user's own loop."""
-    torch = sys.modules.get("torch")
-    return torch is not None and _is_native(prefix, torch, sys.modules.get("keras"))
 
 
 def native(prefix: Any) -> Callable[[Any], list[Array]]:
