@@ -381,3 +381,19 @@ def test_progress_is_on_stderr(verbose: Any, capsys: pytest.CaptureFixture[str])
     assert out == ""
     assert ("training" in err) == (verbose == 2)
     assert verbose != 0 or err == ""
+
+
+def test_no_encoding_of_images_repairs_statistics_that_are_nan() -> None:
+    x, y = digits()
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            L.BatchNormalization(name="bn"),
+            L.GlobalAveragePooling2D(),
+            L.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.get_layer("bn").moving_variance.assign(np.full(1, np.nan, "float32"))
+    skipped = diagnose(model, (x[:32].reshape(-1, 8, 8, 1), y[:32])).measurement.skipped
+    assert skipped["input trials"] == "no encoding of the inputs gives a finite loss"

@@ -150,9 +150,8 @@ class _Run:
                 step()
             except _Skip as reason:
                 self.skipped[name] = str(reason)
-            except (
-                Exception
-            ) as error:  # one measurement that fails must not take the others with it
+            except Exception as error:
+                # One measurement that fails must not take the others with it.
                 self.skipped[name] = first_line(error)
             else:
                 self.bench.cost.setdefault(name, time.perf_counter() - begin)
@@ -326,7 +325,10 @@ class _Run:
             probe = bench.own_probe("input trials", part.batches, transform=change)
             trials[name] = probe.loss
         self.found["input_trials"] = trials
-        best = min((name for name in trials if np.isfinite(trials[name])), key=trials.__getitem__)
+        finite = [name for name in trials if np.isfinite(trials[name])]
+        if not finite:
+            raise _Skip("no encoding of the inputs gives a finite loss")
+        best = min(finite, key=trials.__getitem__)
         if best == "x":
             return
         probe = bench.own_probe(f"input {best}", bench.batches, transform=changes[best])
