@@ -37,6 +37,8 @@ TIME_LIMIT_S = 38 * 60
 # Whole files go to a process, for the fixtures they share; each process computes in one thread.
 # One that crashed is not started again: the rest of its file would only crash again and again.
 PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--max-worker-restart=0"]
+# What a backend leaves for each one after it.
+RESERVE_S = 5 * 60
 # Time for pytest to write its results after it was told to stop.
 GRACE_S = 20
 
@@ -203,17 +205,23 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_backends(backends: Sequence[str], pytest_arguments: Sequence[str]) -> Iterator[Counts]:
-    """Run the suite on each backend in turn, each with its share of the time that is left."""
+    """Run the suite on each backend in turn, within the time limit of the whole."""
     deadline = time.monotonic() + TIME_LIMIT_S
     for index, backend in enumerate(backends):
         say(f"tests on Keras backend {backend}")
         start = time.monotonic()
-        # The first one also runs what is marked `once`: it gets a double share.
-        shares = len(backends) - index + (index == 0)
-        limit_s = (deadline - start) / shares * (1 + (index == 0))
+        limit_s = time_for_one(deadline - start, after=len(backends) - index - 1)
         counts = run_backend(backend, pytest_arguments, first=index == 0, limit_s=limit_s)
         say(f"{backend}: {counts}, in {time.monotonic() - start:.0f} s")
         yield counts
+
+
+def time_for_one(left_s: float, *, after: int) -> float:
+    """Return the seconds that a backend may take: all that are left, but for those after it.
+
+    Backends differ by a factor of four, so equal shares would stop one that had time enough.
+    """
+    return max(left_s - after * RESERVE_S, left_s / (after + 1))
 
 
 def say(text: str) -> None:

@@ -118,6 +118,12 @@ class TestSelectedBackends:
             run_tests.selected_backends({"FROSTLINE_TEST_BACKENDS": "jax,theano"})
 
 
+def test_a_backend_may_use_what_the_others_before_it_left() -> None:
+    assert run_tests.time_for_one(2280, after=2) == 2280 - 2 * run_tests.RESERVE_S
+    assert run_tests.time_for_one(900, after=0) == 900
+    assert run_tests.time_for_one(120, after=2) == 40  # short of time: equal shares
+
+
 class TestRunBackend:
     """On a project of its own, so that it takes a second and not the whole suite."""
 
