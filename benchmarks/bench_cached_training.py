@@ -253,7 +253,8 @@ def main() -> None:
         build_cache(settings)
         return
     backend = keras.backend.backend()
-    print(f"backend {backend}, keras {keras.__version__}, cpus {os.cpu_count()}, {settings}")
+    cpus = len(os.sched_getaffinity(0))
+    print(f"backend {backend}, keras {keras.__version__}, cpus {cpus}, {settings}")
     print(f"{'case':27} {'ratio':>7} {'range':>16} {'first':>12} {'second':>12}")
     figures: dict[str, dict[str, Any]] = {}
     for case in settings.cases:
@@ -269,7 +270,7 @@ def main() -> None:
         kept = {key: value for key, value in vars(settings).items() if key != "json"}
         content = {
             "backend": backend,
-            "cpus": os.cpu_count(),
+            "cpus": cpus,
             "threads": os.environ.get("OMP_NUM_THREADS"),
             "settings": kept,
             "figures": figures,

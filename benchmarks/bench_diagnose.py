@@ -124,7 +124,7 @@ def main() -> None:
         return
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     how = {name: getattr(settings, name) for name in ("samples", "size", "batch")}
-    print(f"backend {backend}, cpus {os.cpu_count()}, {how}")
+    print(f"backend {backend}, cpus {len(os.sched_getaffinity(0))}, {how}")
     print(f"{'case':20} {'sites':>5} {'evaluate':>9} {'units':>7} {'again':>7} {'passes':>7} "
           f"{'memory':>7}  causes")  # fmt: skip
     figures = {}
@@ -137,7 +137,12 @@ def main() -> None:
               f"{one['again']:7.1f} {one['passes']:7.1f} {one['memory']:7.2f}  "
               f"{', '.join(one['causes'])}", flush=True)  # fmt: skip
         if settings.json:
-            content = {"backend": backend, "cpus": os.cpu_count(), **how, "figures": figures}
+            content = {
+                "backend": backend,
+                "cpus": len(os.sched_getaffinity(0)),
+                **how,
+                "figures": figures,
+            }
             settings.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

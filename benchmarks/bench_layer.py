@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     settings = parser.parse_args()
     backend = keras.backend.backend()
-    print(f"backend {backend}, keras {keras.__version__}, cpus {os.cpu_count()}, {settings}")
+    cpus = len(os.sched_getaffinity(0))
+    print(f"backend {backend}, keras {keras.__version__}, cpus {cpus}, {settings}")
     print(f"{'case':14} {'ours/stock':>10} {'quartiles':>15} {'ours ms':>9} {'stock ms':>9}")
     figures = {}
     for case in settings.cases:

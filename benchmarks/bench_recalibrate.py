@@ -99,7 +99,8 @@ def main() -> None:
     shape = (settings.samples, settings.size, settings.size, 3)
     short = rng.normal(size=shape).astype("float32")
     long = np.concatenate([short, short])
-    print(f"backend {keras.backend.backend()}, keras {keras.__version__}, cpus {os.cpu_count()}")
+    cpus = len(os.sched_getaffinity(0))
+    print(f"backend {keras.backend.backend()}, keras {keras.__version__}, cpus {cpus}")
     print(f"{settings}, {len(sites(model))} BN layers")
     runs = runners(model, settings.batch)
     first = {name: timed(lambda run=run: run(short)) for name, run in runs.items()}
@@ -134,7 +135,7 @@ def main() -> None:
         head = {
             "backend": keras.backend.backend(),
             "keras": keras.__version__,
-            "cpus": os.cpu_count(),
+            "cpus": cpus,
             "columns": ["wall", "processor"],
             "settings": {**vars(settings), "json": None},
         }

@@ -251,7 +251,7 @@ def main() -> None:
     settings = read_settings()
     torch.set_num_threads(settings.threads)
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # what the engines read
-    print(f"torch {torch.__version__}, cpus {os.cpu_count()}, {settings}")
+    print(f"torch {torch.__version__}, cpus {len(os.sched_getaffinity(0))}, {settings}")
     print(f"{'case':38} {'ratio':>7} {'range':>16} {'first':>12} {'second':>12}")
     figures: dict[str, dict[str, Any]] = {}
     measured = {"prefix": prefixes, "training": training, "step": steps}
@@ -266,7 +266,11 @@ def main() -> None:
             )
         if settings.json:  # after each case: a run that is cut short keeps what it has
             kept = {key: value for key, value in vars(settings).items() if key != "json"}
-            content = {"torch": torch.__version__, "cpus": os.cpu_count(), "settings": kept}
+            content = {
+                "torch": torch.__version__,
+                "cpus": len(os.sched_getaffinity(0)),
+                "settings": kept,
+            }
             settings.json.write_text(json.dumps({**content, "figures": figures}, indent=1) + "\n")
 
 

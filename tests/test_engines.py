@@ -189,3 +189,16 @@ def test_native_follows_the_weights(prefix: Any) -> None:
 def test_relative_error(want: list[float], have: list[float], error: float) -> None:
     received = engines.relative_error([np.array(want)], [np.array(have)])
     assert received == pytest.approx(error)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "given", "threads"),
+    [("3", {0, 1}, 3), ("", {0, 1}, 2), ("", set(range(16)), 0)],
+)
+def test_an_engine_gets_the_threads_that_the_process_has(
+    monkeypatch: pytest.MonkeyPatch, allowed: str, given: set[int], threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    monkeypatch.setattr(engines.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: given, raising=False)
+    assert engines._threads() == threads

@@ -71,8 +71,8 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
     native to a relative error of 1e-4; where none is faster or agrees, native. With one engine
     asked for by name, that one is taken if it agrees, and an error says why not otherwise.
 
-    Engines get as many threads as ``OMP_NUM_THREADS`` says, or all cores. ONNX Runtime takes
-    TensorRT or CUDA where its package and the machine have them.
+    Engines get as many threads as ``OMP_NUM_THREADS`` says, or one per core of this process. ONNX
+    Runtime takes TensorRT or CUDA where its package and the machine have them.
 
     Args:
         prefix: A built functional Keras model or a torch module, for example
@@ -187,9 +187,13 @@ def _candidates(
 
 
 def _threads() -> int:
-    """Threads that the user allows; 0: all cores."""
+    """Threads that the user, or the cores given to this process, allow; 0: all cores."""
     text = os.environ.get("OMP_NUM_THREADS", "")
-    return int(text) if text.isdigit() else 0
+    if text.isdigit():
+        return int(text)
+    # ONNX Runtime counts the machine's cores, also where ``taskset`` or a container gives it two.
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return given if given != os.cpu_count() else 0
 
 
 def _leaves(batch: Any) -> list[Array]:
