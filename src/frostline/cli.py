@@ -104,6 +104,10 @@ def freeze(
         ),
     ],
     output: OutputOption,
+    dropout: Annotated[
+        bool,
+        typer.Option("--dropout", help="Also set the rates of frozen dropout to 0, for good."),
+    ] = False,
     force: ForceOption = False,
     backend: BackendOption = None,
     state: StateOption = None,
@@ -112,7 +116,14 @@ def freeze(
     start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    return models.freeze(model, until=read_boundary(until), output=output, force=force, state=state)
+    return models.freeze(
+        model,
+        until=read_boundary(until),
+        dropout=dropout,
+        output=output,
+        force=force,
+        state=state,
+    )
 
 
 @app.command()

@@ -49,7 +49,12 @@ class Change:
 
 
 def freeze(
-    model: Any, until: Any = None, *, params: bool = True, statistics: bool = True
+    model: Any,
+    until: Any = None,
+    *,
+    params: bool = True,
+    statistics: bool = True,
+    dropout: bool = False,
 ) -> Change:
     """Freeze, in place, every layer before a boundary.
 
@@ -65,20 +70,30 @@ def freeze(
         statistics: Freeze the stored statistics of BN layers. With ``statistics=False`` gamma and
             beta are frozen while the statistics move on; with ``params=False`` stock BN layers use
             their stored statistics while gamma and beta train.
+        dropout: Also set the rates of dropout to 0, so that the frozen part computes in training
+            what it computes at inference. Without it dropout goes on acting on what is frozen, and
+            :func:`split` ends the prefix there. Rates come back with ``undo()`` and with
+            :func:`unfreeze`. Noise and random augmentation are left alone; dropout that a torch
+            module calls as a function is not seen.
 
     Returns:
-        A change; ``undo()`` puts every flag back.
+        A change; ``undo()`` puts every flag and rate back.
 
     Raises:
         ModelError: Unknown boundary (with the closest names); ``params=False`` for our own layer,
             which freezes both together; BN inside a ``TorchModuleWrapper``, whose statistics Keras
-            cannot freeze.
+            cannot freeze; ``dropout=True`` for a class of your own whose rate cannot be told.
     """
-    return _switch(model, until, frozen=True, params=params, statistics=statistics)
+    return _switch(model, until, frozen=True, params=params, statistics=statistics, dropout=dropout)
 
 
 def unfreeze(
-    model: Any, since: Any = None, *, params: bool = True, statistics: bool = True
+    model: Any,
+    since: Any = None,
+    *,
+    params: bool = True,
+    statistics: bool = True,
+    dropout: bool = True,
 ) -> Change:
     """Thaw, in place, a boundary's layer and every layer behind it.
 
@@ -87,14 +102,17 @@ def unfreeze(
         since: First layer to thaw, as ``until`` of :func:`freeze`; ``None`` thaws everything.
         params: Thaw kernels, biases, gamma and beta.
         statistics: Thaw the stored statistics of BN layers.
+        dropout: Give dropout the rates that it had before :func:`freeze` turned it off.
 
     Returns:
-        A change; ``undo()`` puts every flag back.
+        A change; ``undo()`` puts every flag and rate back.
 
     Raises:
         ModelError: As :func:`freeze`.
     """
-    return _switch(model, since, frozen=False, params=params, statistics=statistics)
+    return _switch(
+        model, since, frozen=False, params=params, statistics=statistics, dropout=dropout
+    )
 
 
 @contextmanager
@@ -291,26 +309,36 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
     return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
 
 
-def _switch(model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool) -> Change:
-    if not (params or statistics):
+def _switch(
+    model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool, dropout: bool
+) -> Change:
+    if not (params or statistics or dropout):
         raise ModelError(
-            "params and statistics are both False, so there is nothing to do. "
-            "Received: params=False, statistics=False"
+            "params, statistics and dropout are all False, so there is nothing to do. "
+            "Received: params=False, statistics=False, dropout=False"
         )
     seen = view(model)
     boundary = seen.boundary(reference)
     # No boundary means the end, and all of the model is before it, for thawing as well.
     before = frozen or reference is None
     counts, undo = seen.set_frozen(
-        boundary, before=before, frozen=frozen, params=params, statistics=statistics
+        boundary,
+        before=before,
+        frozen=frozen,
+        params=params,
+        statistics=statistics,
+        dropout=dropout,
     )
-    what = "" if params and statistics else " (parameters only)" if params else " (statistics only)"
+    what = [_counted(counts)] if params or statistics else []
+    if params != statistics:
+        what[0] += " (parameters only)" if params else " (statistics only)"
+    if dropout and (frozen or counts.dropouts or not what):
+        what.append(f"the dropout of {counts.dropouts:,} layers")
     where = _where(boundary.path, reference, frozen)
-    text = f"{'froze' if frozen else 'thawed'} {_counted(counts)}{what} {where}"
     return Change(
         verb="freeze" if frozen else "unfreeze",
-        text=text,
-        notes=_notes(seen, counts.layers, counts.stock_sites, half=params != statistics),
+        text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
+        notes=_notes(seen, counts, half=params != statistics, off=frozen and dropout),
         _undo=undo,
     )
 
@@ -325,19 +353,25 @@ def _where(path: str | None, reference: Any, frozen: bool) -> str:
     return f"before '{path}'" if frozen else f"from '{path}' on"
 
 
-def _notes(seen: Any, layers: int, stock_sites: int, *, half: bool) -> tuple[str, ...]:
+def _notes(seen: Any, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
     notes = []
-    if layers and seen.compiled():
+    if (counts.layers or counts.dropouts) and seen.compiled():
+        changed = "flags and rates" if counts.dropouts else "flags"
         note = (
-            "the model is compiled: call compile() again, or the change of flags may not take "
+            f"the model is compiled: call compile() again, or the change of {changed} may not take "
             "effect"
         )
-        if stock_sites == 0:
+        if counts.stock_sites == 0 and counts.sites:
             note += " (for the BN sites, which are Frostline's, it does at once)"
         notes.append(note)
-    if half and stock_sites:
+    if half and counts.stock_sites:
         notes.append(
             "a saved model keeps the flag of a stock BN layer but not those of its gamma and beta: "
             "do this again after loading"
+        )
+    if off and counts.dropouts:
+        notes.append(
+            "the rates are kept beside the layers, in no file: a saved Keras model has dropout off "
+            "for good, a state_dict says nothing of it; unfreeze before saving to keep them"
         )
     return tuple(notes)

@@ -33,7 +33,8 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
     """Thaw a frozen model step by step during ``fit``, without compiling at any of the steps.
 
     At the start of an epoch in the schedule, everything from its boundary on is thawed, as by
-    ``frostline.unfreeze(model, since=boundary)``; what is before it stays as it is. The training
+    ``frostline.unfreeze(model, since=boundary)`` (but dropout that :func:`frostline.freeze` turned
+    off stays off); what is before it stays as it is. The training
     step is compiled once, for all that the schedule will ever thaw: what is not thawed yet keeps
     its bits under any optimizer, and its slots start when it does. So the optimizer's state, its
     counters and its learning rate go on. The price is that the gradients of all these layers are

@@ -91,7 +91,13 @@ def show_phases(
 
 
 def freeze(
-    source: str, *, until: str | int | float, output: Path, force: bool, state: str | None = None
+    source: str,
+    *,
+    until: str | int | float,
+    output: Path,
+    force: bool,
+    dropout: bool = False,
+    state: str | None = None,
 ) -> int:
     """Freeze the prefix of a model and write the result."""
     from frostline import repair
@@ -99,13 +105,15 @@ def freeze(
     model = load(source, state)
     found = _sites(model)
     check_output(output, source, force=force, native=modules.is_native(model))
-    repair.freeze(model, until=until)
+    change = repair.freeze(model, until=until, dropout=dropout)
     if modules.is_native(model):
-        modules.refuse("a freeze", f"fl.freeze(model, until={until!r})")
+        more = ", dropout=True" if dropout else ""
+        modules.refuse("a freeze", f"fl.freeze(model, until={until!r}{more})")
     save(model, output, force=force)
     after = _sites(model)
     frozen = sum(site.stats_frozen for site in after)
-    typer.echo(f"{output}: {frozen} of {len(found)} BN layers frozen, up to {until}")
+    more = f" ({change.text})" if dropout else ""
+    typer.echo(f"{output}: {frozen} of {len(found)} BN layers frozen, up to {until}{more}")
     return 0
 
 

@@ -185,7 +185,14 @@ class KerasView:
         return bool(getattr(self.model, "compiled", False))
 
     def set_frozen(
-        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
     ) -> tuple[keras_edit.Counts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
         flags = keras_edit.flags(self.model)
@@ -196,6 +203,7 @@ class KerasView:
             frozen=frozen,
             params=params,
             statistics=statistics,
+            dropout=dropout,
         )
         return counts, lambda: keras_edit.set_flags(flags)
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import keras
 
-from frostline.models import keras_state
+from frostline.models import keras_dropout, keras_state
 from frostline.models.keras_graph import Place, ancestors, is_site, walk, wrapped_module
+from frostline.models.rates import Rates
 from frostline.types import Boundary, ModelError, Policy
 
 Stock = keras.layers.BatchNormalization
@@ -25,11 +26,12 @@ Stock = keras.layers.BatchNormalization
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """`trainable` of every layer and variable, to be put back by :func:`set_flags`."""
+    """`trainable` of every layer and variable, dropout rates; put back by :func:`set_flags`."""
 
     layers: tuple[tuple[Any, bool], ...]
     variables: tuple[tuple[Any, bool], ...]
     policies: tuple[tuple[Any, Policy], ...]
+    rates: Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Counts:
     sites: int
     parameters: int
     stock_sites: int
+    dropouts: int = 0
 
 
 def flags(model: Any) -> Flags:
@@ -49,6 +52,7 @@ def flags(model: Any) -> Flags:
         layers=tuple((layer, bool(layer.trainable)) for layer in layers),
         variables=tuple((v, bool(v.trainable)) for v in model.variables),
         policies=tuple((each, each.policy) for each in layers if _ours(each)),
+        rates=keras_dropout.rates(model),
     )
 
 
@@ -63,10 +67,18 @@ def set_flags(wanted: Flags) -> None:
     for variable, value in wanted.variables:
         if variable.trainable != value:
             variable.trainable = value
+    wanted.rates.restore()
 
 
 def set_frozen(
-    model: Any, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+    model: Any,
+    boundary: Boundary,
+    *,
+    before: bool,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool = False,
 ) -> Counts:
     """Freeze or thaw every layer on one side of a boundary.
 
@@ -77,14 +89,23 @@ def set_frozen(
         frozen: The state they shall have.
         params: Whether parameters (kernels, gamma, beta, ...) are meant.
         statistics: Whether stored BN statistics are meant.
+        dropout: Whether dropout rates are meant: 0 while frozen, what they were when thawed.
 
     Raises:
-        ModelError: This layer cannot freeze one without the other; names the layer and a way out.
+        ModelError: This layer cannot freeze one without the other, or its dropout rate is not
+            known; names the layer and a way out.
     """
     places = walk(model)
     chosen = side(places, boundary, before=before)
     wanted = flags(model)
+    dropouts = 0
     try:
+        if dropout:
+            there = _there(places, boundary, before=before)
+            turn_off = keras_dropout.turn_off
+            dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
+        if not (params or statistics):
+            chosen = []
         changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
         if not frozen:
             open_containers(model, places, chosen)
@@ -96,19 +117,24 @@ def set_frozen(
         sites=sum(is_site(place.layer) for place in changed),
         parameters=sum(_parameters(place.layer) for place in changed) if params else 0,
         stock_sites=sum(is_site(place.layer) and not _ours(place.layer) for place in changed),
+        dropouts=dropouts,
     )
 
 
 def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     """Leaves (and containers with weights of their own) on one side, in execution order."""
-    own = [place for place in places if place.leaf or _has_own_weights(place.layer)]
+    there = _there(places, boundary, before=before)
+    return [place for place in there if place.leaf or _has_own_weights(place.layer)]
+
+
+def _there(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     if boundary.path is None:
-        return own if before else []
+        return list(places) if before else []
     edge = next(place for place in places if place.path == boundary.path)
     around = set(ancestors(places, boundary.path))
     if before:
-        return [place for place in own if place.order < edge.order and place.path not in around]
-    return [place for place in own if place.order >= edge.order]
+        return [p for p in places if p.order < edge.order and p.path not in around]
+    return [place for place in places if place.order >= edge.order]
 
 
 def _has_own_weights(layer: Any) -> bool:

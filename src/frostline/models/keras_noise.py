@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from frostline.models import keras_graph
+from frostline.models.rates import all_off
 
 #: Words in a class name -> kind, in the order in which they are looked for. A layer whose class
 #: says none of them is noise if it holds a seed generator.
@@ -17,8 +18,6 @@ _WORDS = (
     ("dropout", ("dropout", "droppath", "dropblock", "stochasticdepth")),
     ("noise", ("noise", "jitter")),
 )
-#: Attributes that say how much a layer does; 0 or nothing: it does nothing.
-_STRENGTHS = ("rate", "stddev", "p", "drop_prob", "survival_probability")
 
 
 def noise_layers(model: Any) -> dict[str, str]:
@@ -46,7 +45,7 @@ def _kind(layer: Any, leaf: bool) -> str | None:
     rates = [getattr(layer, name, None) for name in ("dropout", "recurrent_dropout")]
     if any(isinstance(rate, (int, float)) and rate for rate in rates) and not _inner(layer):
         return "dropout"
-    if not leaf or _does_nothing(layer):
+    if not leaf or all_off(layer):
         return None
     kind = _named(type(layer).__name__)
     seeded = bool(layer._seed_generators) or hasattr(layer, "generator")
@@ -62,12 +61,6 @@ _RECURRENT = ("recurrent_dropout", "state_size")
 def _inner(layer: Any) -> bool:
     """Whether a layer with a rate leaves the work to a dropout layer inside it."""
     return any(_named(type(place.layer).__name__) for place in keras_graph.walk(layer))
-
-
-def _does_nothing(layer: Any) -> bool:
-    strengths = [getattr(layer, name) for name in _STRENGTHS if hasattr(layer, name)]
-    numbers = [value for value in strengths if isinstance(value, (int, float))]
-    return bool(numbers) and not any(numbers)
 
 
 def _named(name: str) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from frostline.models.keras_calls import Call, Graph, Slot, run, takes_training
 from frostline.models.keras_graph import is_site, walk, wrapped_module
+from frostline.models.rates import all_off
 from frostline.types import Array, ModelError
 
 L = keras.layers
@@ -71,11 +72,11 @@ def _impurity(layer: Any) -> Impurity | None:
             return Impurity(why="statistics", layer=layer, text=text)
     module = wrapped_module(layer)
     if module is not None:
-        kinds = [type(inner).__name__ for inner in module.modules()]
-        if any("BatchNorm" in kind for kind in kinds):
+        inside = list(module.modules())
+        if any("BatchNorm" in type(inner).__name__ for inner in inside):
             text = "Keras puts the BN inside of it into training mode in every step"
             return Impurity(why="statistics", layer=layer, text=text)
-        if any("Dropout" in kind for kind in kinds):
+        if any("Dropout" in type(inner).__name__ and not all_off(inner) for inner in inside):
             return Impurity(why="random", layer=layer, text="its dropout is active in training")
     if getattr(layer, "stateful", False) or isinstance(layer, L.SpectralNormalization):
         return Impurity(why="state", layer=layer, text="it carries state from batch to batch")
@@ -90,9 +91,7 @@ def _random(layer: Any) -> bool:
     own = [*getattr(layer, "_seed_generators", ()), *vars(layer).values()]
     if not any(type(each).__name__ == "SeedGenerator" for each in own):
         return False
-    if hasattr(layer, "recurrent_dropout"):  # recurrent layers have a generator in any case
-        return bool(layer.dropout or layer.recurrent_dropout)
-    return True
+    return not all_off(layer)  # recurrent layers have a generator in any case
 
 
 # --- behaviour ------------------------------------------------------------------------------------

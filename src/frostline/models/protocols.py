@@ -41,6 +41,11 @@ class FlagCounts(Protocol):
         """BN layers among them whose flag is read when a step is compiled."""
         ...
 
+    @property
+    def dropouts(self) -> int:
+        """Layers whose dropout was turned off, or given its rate back; not among ``layers``."""
+        ...
+
 
 class FoldedModel(Protocol):
     """A new model without BN layers, and where they went."""
@@ -250,7 +255,14 @@ class ModelView(Protocol):
         ...
 
     def set_frozen(
-        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
     ) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
         ...

@@ -139,7 +139,14 @@ class TorchView:
     # --- edits --------------------------------------------------------------------------------
 
     def set_frozen(
-        self, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
     ) -> tuple[torch_edit.Counts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
         return torch_edit.set_frozen(
@@ -149,6 +156,7 @@ class TorchView:
             frozen=frozen,
             params=params,
             statistics=statistics,
+            dropout=dropout,
         )
 
     def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:

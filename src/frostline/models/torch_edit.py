@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from frostline.models import torch_dropout
 from frostline.models.torch_frozen import is_locked, lock, unlock
 from frostline.models.torch_graph import Place, is_frozen_kind, is_site, unwrapped, walk
 from frostline.types import Boundary, ModelError
@@ -22,10 +23,18 @@ class Counts:
     sites: int
     parameters: int
     stock_sites: int = 0
+    dropouts: int = 0
 
 
 def set_frozen(
-    model: Any, boundary: Boundary, *, before: bool, frozen: bool, params: bool, statistics: bool
+    model: Any,
+    boundary: Boundary,
+    *,
+    before: bool,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool = False,
 ) -> tuple[Counts, Callable[[], None]]:
     """Freeze or thaw every module on one side of a boundary.
 
@@ -37,9 +46,10 @@ def set_frozen(
         ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
     """
     undo = snapshot(model)
-    chosen = _side(walk(model), boundary, before=before)
+    there = _side(walk(model), boundary, before=before)
+    chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
-    touched = 0
+    touched = dropouts = 0
     try:
         for place in chosen:
             count = _set_params(place.module, frozen) if params else 0
@@ -49,11 +59,15 @@ def set_frozen(
             touched += count
             if count or moved:
                 changed.append(place)
+        if dropout:
+            turn_off = torch_dropout.turn_off
+            dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
     except BaseException:
         undo()
         raise
     sites = sum(is_site(place.module) for place in changed)
-    return Counts(layers=len(changed), sites=sites, parameters=touched), undo
+    counts = Counts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
+    return counts, undo
 
 
 @contextmanager
@@ -86,16 +100,15 @@ def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]
 
 
 def _side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
-    own = [p for p in places if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     if boundary.path is None:
-        return own if before else []
+        return list(places) if before else []
     edge = next(place for place in places if place.path == boundary.path)
     if before:
-        around = tuple(f"{boundary.path}/".startswith(f"{p.path}/") for p in own)
+        around = tuple(f"{boundary.path}/".startswith(f"{p.path}/") for p in places)
         return [
-            p for p, holds in zip(own, around, strict=True) if p.order < edge.order and not holds
+            p for p, holds in zip(places, around, strict=True) if p.order < edge.order and not holds
         ]
-    return [place for place in own if place.order >= edge.order]
+    return [place for place in places if place.order >= edge.order]
 
 
 def _set_params(module: Any, frozen: bool) -> int:
@@ -171,13 +184,14 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
 
 
 def snapshot(model: Any) -> Callable[[], None]:
-    """Remember flags, modes, classes and gradients; returns what puts them back."""
+    """Remember flags, modes, classes, rates and gradients; returns what puts them back."""
     root = unwrapped(model)
     modules = [
         (module, type(module), module.training, getattr(module, "track_running_stats", None))
         for module in root.modules()
     ]
     parameters = [(p, p.requires_grad, p.grad) for p in root.parameters()]
+    rates = torch_dropout.rates(root)
 
     def undo() -> None:
         for module, kind, training, tracks in modules:
@@ -189,6 +203,7 @@ def snapshot(model: Any) -> Callable[[], None]:
         for parameter, flag, gradient in parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
+        rates.restore()
 
     return undo
 
