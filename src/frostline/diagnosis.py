@@ -14,23 +14,28 @@ from frostline.models import ModelView, view
 from frostline.models.facts import ModelFacts
 from frostline.remedies import remedies as repairs_for
 from frostline.report.report import Report
+from frostline.report.sites import Sites
 from frostline.types import FrostlineError, ModelError, PhaseTable, Site
 
 
-def sites(model: Any) -> tuple[Site, ...]:
+def sites(model: Any) -> Sites:
     """List every BN layer of a model.
 
     Args:
-        model: A Keras 3 model; functional, sequential or subclassed, with any nesting.
+        model: A Keras 3 model; functional, sequential or subclassed, with any nesting; or a torch
+            module.
 
     Returns:
-        One :class:`~frostline.types.Site` per BN layer, in execution order where the graph is
-        known. Empty for a model without BN.
+        A tuple with one :class:`~frostline.types.Site` per BN layer, in execution order where the
+        graph is known; empty for a model without BN. ``print`` shows it as a table with a line
+        where the frozen prefix ends.
 
     Raises:
         ModelError: Not a model that Frostline can read.
     """
-    return view(model).sites()
+    seen = view(model)
+    before, boundary = seen.frozen_prefix()
+    return Sites(seen.sites(), before=before, boundary=boundary)
 
 
 def require_sites(found: Sequence[Site]) -> None:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+import frostline as fl
 from frostline.models import keras_graph, view
 from frostline.types import Boundary, ModelError
 
@@ -250,3 +251,29 @@ def test_native_torch_has_a_view_of_its_own(backend: str) -> None:
     torch = pytest.importorskip("torch")
     assert view(torch.nn.Linear(2, 2)).framework == "torch"
     assert view(torch.nn.Linear(2, 2)).sites() == ()
+
+
+@pytest.mark.parametrize(
+    ("until", "expected"),
+    [
+        (0, (None, None)),
+        ("first/bn1", (0, "first/bn1")),
+        ("second", (2, "second/d1")),
+        ("head", (4, "head")),
+        (None, (4, None)),
+    ],
+)
+def test_where_the_frozen_prefix_ends(until: Any, expected: Any) -> None:
+    model = two_backbones()
+    fl.freeze(model, until)
+    found = fl.sites(model)
+    assert (found.before, found.boundary) == expected
+    assert ("boundary: " in str(found)) == (until != 0)
+
+
+@pytest.mark.parametrize("half", ["params", "statistics"])
+def test_a_layer_that_is_frozen_by_half_is_not_in_the_prefix(half: str) -> None:
+    model = two_backbones()
+    fl.freeze(model)
+    fl.unfreeze(model, "second/bn1", **{half: False})
+    assert fl.sites(model).boundary == ("second/bn1")

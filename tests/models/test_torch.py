@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import frostline as fl
 from frostline.data import Batch
 from frostline.models.torch import TorchView
 from frostline.models.torch_frozen import is_locked
@@ -94,6 +95,16 @@ def test_sites() -> None:
     assert first.decay == pytest.approx(0.9)
     assert first.epsilon == 1e-5
     assert (first.params_frozen, first.stats_frozen, first.policy) == (False, False, "update")
+
+
+def test_where_the_frozen_prefix_ends() -> None:
+    model = net()
+    assert (fl.sites(model).before, fl.sites(model).boundary) == (None, None)
+    for until, expected in (("block", (1, "block/conv")), ("drop", (2, "head")), (None, (3, None))):
+        fl.freeze(model, until)
+        assert (fl.sites(model).before, fl.sites(model).boundary) == expected
+    fl.unfreeze(model, "block.bn", params=False)  # its statistics alone
+    assert fl.sites(model).boundary == "block/bn"
 
 
 def test_eval_alone_is_undone_but_an_overridden_train_is_not() -> None:

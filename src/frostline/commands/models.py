@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,8 @@ import typer
 from frostline import environment
 from frostline.commands import modules
 from frostline.report import text
-from frostline.types import Array, DataError, OutputError, Policy, Site
+from frostline.report.sites import Sites
+from frostline.types import Array, DataError, OutputError, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,12 @@ def show_sites(source: str, *, as_json: bool, state: str | None = None) -> int:
     """Print the table of BN sites with the line where the frozen prefix ends."""
     model = load(source, state)
     found = _sites(model)
-    before, boundary = frozen_prefix(model, found)
     if as_json:
-        typer.echo(json.dumps({"sites": [asdict(site) for site in found], "boundary": boundary}))
+        plain = {"sites": [asdict(site) for site in found], "boundary": found.boundary}
+        typer.echo(json.dumps(plain))
         return 0
     out = text.console()
-    out.print(text.sites_table(found, boundary=boundary, before=before, width=out.width))
+    out.print(found.table(out.width))
     return 0
 
 
@@ -228,33 +228,6 @@ def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
     return x, _targets(images.labels, model)
 
 
-def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | None]:
-    """Return how many sites lie in the frozen prefix, and the first layer that trains.
-
-    Returns:
-        ``(None, None)`` when the first layer with weights trains: there is no prefix.
-        ``(len(found), None)`` when every layer is frozen.
-    """
-    if modules.is_native(model):
-        return modules.frozen_prefix(model, found)
-    from frostline.models.keras_graph import walk
-
-    frozen: list[str] = []
-    for place in walk(model):
-        if not place.leaf or not place.layer.weights:
-            continue
-        if place.layer.trainable:
-            before = sum(_is_within(site.path, frozen) for site in found)
-            return (before, place.path) if frozen else (None, None)
-        frozen.append(place.path)
-    return len(found), None
-
-
-def _is_within(path: str, places: Sequence[str]) -> bool:
-    """Say whether a site is one of these layers, or inside one (a wrapped torch module)."""
-    return any(path == place or path.startswith(f"{place}/") for place in places)
-
-
 def load(source: str, state: str | None = None) -> Any:
     """Load MODEL; Keras' file code may start TensorFlow on any backend, which is noisy."""
     with environment.native_noise_held_back():
@@ -278,7 +251,7 @@ def save(model: Any, path: Path, *, force: bool) -> None:
         save_model(model, path, overwrite=force)
 
 
-def _sites(model: Any) -> tuple[Site, ...]:
+def _sites(model: Any) -> Sites:
     from frostline.diagnosis import require_sites, sites
 
     found = sites(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from frostline.types import Array, ModelError, OutputError, Site
+from frostline.types import Array, ModelError, OutputError
 
 #: Files that only torch reads.
 SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
@@ -69,23 +68,6 @@ def refuse(verb: str, line: str) -> None:
         f"a state_dict holds parameters and statistics only, so nothing of {verb} would be in the "
         f"file; in your code, behind load_state_dict: {line}"
     )
-
-
-def frozen_prefix(model: Any, found: Sequence[Site]) -> tuple[int | None, str | None]:
-    """As :func:`frostline.commands.models.frozen_prefix`, of a torch module."""
-    from frostline.models.facts import read
-
-    facts = read(model)
-    trains = {each.order: each.path for each in facts.layers if each.trains}
-    trains |= {
-        facts.order[s.path]: s.path for s in found if not (s.params_frozen and s.stats_frozen)
-    }
-    if not trains:
-        return len(found), None
-    first = min(trains)
-    before = sum(facts.order[site.path] < first for site in found)
-    frozen = before or any(layer.order < first for layer in facts.layers)
-    return (before, trains[first]) if frozen else (None, None)
 
 
 def data(x: Array, y: Array) -> tuple[Array, Array]:

@@ -62,6 +62,10 @@ class KerasView:
         """Translate a layer name, path, index, fraction or layer into a boundary."""
         return keras_graph.resolve(self.model, reference)
 
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first layer that trains, and the path of that layer."""
+        return keras_graph.frozen_prefix(self.model)
+
     def preserved(self) -> AbstractContextManager[None]:
         """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
         return keras_state.preserved(self.model)

@@ -152,6 +152,33 @@ def sites(model: Any) -> tuple[Site, ...]:
     return tuple(Site(index=index, **fields) for index, fields in enumerate(found))
 
 
+def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
+    """How many sites lie before the first layer with weights that trains, and its path.
+
+    A BN layer trains where its gamma and beta do, or where its statistics move.
+
+    Returns:
+        ``(None, None)`` when that is the very first one: there is no prefix. ``(sites, None)`` when
+        every layer is frozen.
+    """
+    found = sites(model)
+    live = {site.path for site in found if not (site.params_frozen and site.stats_frozen)}
+    frozen: list[str] = []
+    for place in walk(model):
+        if not place.leaf or not place.layer.weights:
+            continue
+        if place.path in live or (place.layer.trainable and not is_site(place.layer)):
+            before = sum(_is_within(site.path, frozen) for site in found)
+            return (before, place.path) if frozen else (None, None)
+        frozen.append(place.path)
+    return len(found), None
+
+
+def _is_within(path: str, places: list[str]) -> bool:
+    """Whether a site is one of these layers, or inside one (a wrapped torch module)."""
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
 def inner_optimizers(places: tuple[Place, ...]) -> list[tuple[str, frozenset[int]]]:
     """Inner models that have trained for themselves: name and identities of what they train."""
     return [

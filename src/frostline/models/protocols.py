@@ -254,6 +254,14 @@ class ModelView(Protocol):
         """Whether the model is compiled for training."""
         ...
 
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first layer that trains, and the path of that layer.
+
+        ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
+        ``(sites, None)``: no layer trains.
+        """
+        ...
+
     def set_frozen(
         self,
         boundary: Boundary,

@@ -59,6 +59,10 @@ class TorchView:
         """Translate a module name, path, index, fraction or module into a boundary."""
         return torch_graph.resolve(self.model, reference)
 
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first module that trains, and the path of that module."""
+        return torch_graph.frozen_prefix(self.model)
+
     def preserved(self) -> AbstractContextManager[None]:
         """Restore everything on any exit, bit for bit."""
         return torch_edit.preserved(self.model)

@@ -117,6 +117,30 @@ def sites(model: Any) -> tuple[Site, ...]:
     )
 
 
+def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
+    """How many sites lie before the first module with parameters that trains, and its path.
+
+    A BN module trains where its parameters do, or where its statistics move.
+
+    Returns:
+        ``(None, None)`` when that is the very first one: there is no prefix. ``(sites, None)`` when
+        every module is frozen.
+    """
+    found = {site.path: site for site in sites(model)}
+    before = met = 0
+    for place in walk(model):
+        own = list(place.module.parameters(recurse=False))
+        site = found.get(place.path)
+        if site is None and not own:
+            continue
+        moves = site is not None and not site.stats_frozen
+        if moves or any(parameter.requires_grad for parameter in own):
+            return (before, place.path) if met else (None, None)
+        met += 1
+        before += site is not None
+    return len(found), None
+
+
 def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
     """Mode of each module after the model's own ``train()``, which some models override."""
     with modes_kept(model):

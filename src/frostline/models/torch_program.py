@@ -34,6 +34,10 @@ class ProgramView:
         """Every BN layer, in execution order (TorchScript: of registration)."""
         return tuple(each.site for each in self.facts())
 
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """All of it: nothing trains."""
+        return len(self.sites()), None
+
     def facts(self) -> ModelFacts:
         """Stored numbers; nothing trains."""
         scripted = isinstance(self.model, torch.jit.ScriptModule)
