@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,43 @@ def test_onnxruntime_takes_the_fastest_provider_of_package_and_machine(
 
 
 @pytest.mark.once
+def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
+    prefix: Any, monkeypatch: Any
+) -> None:
+    tried: list[int] = []
+
+    def run(batch: Any) -> Any:
+        tried.append(len(batch["a"] if isinstance(batch, dict) else batch))
+        raise RuntimeError
+
+    monkeypatch.setattr(
+        engines, "_candidates", lambda *_: [("onnxruntime", lambda: (run, "there"))]
+    )
+    engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)})
+    engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
+    assert tried == [engines.TRIAL_SAMPLES, 16]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("package", "engine_names"),
+    [(["CPUExecutionProvider"], []), (["CUDAExecutionProvider"], ["onnxruntime", "openvino"])],
+)
+def test_beside_an_accelerator_no_engine_of_the_processor_is_tried(
+    prefix: Any, monkeypatch: Any, package: list[str], engine_names: list[str]
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: package)
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
+    asked: list[str] = []
+    monkeypatch.setattr(engines, "_candidates", lambda _, wanted, __: asked.extend(wanted) or [])
+    engine = engines.choose(prefix, {"a": normal(2, 4), "z": normal(2, 8, 8, 3)})
+    assert engine.name == "native"
+    assert asked == engine_names
+    assert any("native runs on gpu" in note for note in engine.notes) == (not engine_names)
+
+
+@pytest.mark.once
 def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
     prefix: Any, monkeypatch: Any
 ) -> None:
@@ -202,3 +241,16 @@ def test_an_engine_gets_the_threads_that_the_process_has(
     monkeypatch.setattr(engines.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: given, raising=False)
     assert engines._threads() == threads
+
+
+@pytest.mark.once
+def test_openvino_sends_no_usage_reports() -> None:
+    pytest.importorskip("openvino_telemetry")
+    code = (
+        "import sys\n"
+        "from frostline.engines import _quiet_openvino\n"
+        "core = _quiet_openvino().Core()\n"
+        "assert 'openvino_telemetry' not in sys.modules\n"
+        "import openvino_telemetry\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

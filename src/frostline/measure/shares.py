@@ -22,7 +22,7 @@ SAMPLES = 128
 
 #: What the derivatives may cost, in passes over all samples, and what they may cost altogether
 #: where the shares do not add up at the first try.
-BUDGET, MOST = 6.0, 18.0
+BUDGET, MOST = 4.0, 12.0
 
 #: Sites that are switched off one at a time, as a check.
 ALONE = 3
@@ -100,7 +100,7 @@ def part_for(samples: Samples, nodes: int) -> Samples:
     """The samples that are differentiated at so many nodes: whole batches, at least one.
 
     Example:
-        Of 200 samples in batches of 25 five nodes are taken on 75, twenty on 25.
+        Of 200 samples in batches of 25 five nodes are taken on 50, twenty on 25.
     """
     affordable = int(BUDGET * len(samples) / (3 * nodes)) // samples.batch_size
     return samples.first(min(SAMPLES, max(1, affordable) * samples.batch_size))

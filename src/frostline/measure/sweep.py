@@ -11,8 +11,9 @@ from frostline.types import Array, as_float64
 
 Outputs = tuple[Array, ...] | None
 
-#: Samples of the sweep, and its sizes beside the bench's own; JAX compiles each anew.
-SAMPLES = 128
+#: Samples of the sweep, and its sizes beside the bench's own; JAX compiles each anew. In batches of
+#: two a sample costs several times as much as in whole ones.
+SAMPLES = 64
 SIZES = (2, 8)
 
 #: The largest size: enough for good statistics, and not much more memory than the model needs.

@@ -45,6 +45,20 @@ def native(model: Any) -> Callable[[Any], list[Array]]:
     return run
 
 
+def device(model: Any) -> str:
+    """Kind of device that the model's backend computes on, in lower case: ``"cpu"``, ``"gpu"``."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return str(jax.default_backend())
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+    return next((str(v.value.device.type) for v in model.variables), "cpu")
+
+
 def _traced(model: Any) -> Callable[[Any], Any]:
     import tensorflow as tf
 

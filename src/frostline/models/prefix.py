@@ -53,6 +53,25 @@ def to_onnx(prefix: Any, batch: Any) -> bytes:
     return of_keras(prefix)
 
 
+def takes_any_number(prefix: Any) -> bool:
+    """Whether a prefix is known to take any number of samples at once: Keras models say so."""
+    inputs = () if is_native(prefix) else getattr(prefix, "inputs", None) or ()
+    return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+
+
+def accelerator(prefix: Any) -> str:
+    """What a prefix runs on where that is not the processor, such as ``"gpu"``; else empty."""
+    if is_native(prefix):
+        from frostline.models.torch_prefix import device as of_torch
+
+        found = of_torch(prefix)
+    else:
+        from frostline.models.keras_native import device as of_keras
+
+        found = of_keras(prefix)
+    return "" if found == "cpu" else found
+
+
 def readable(prefix: Any, data: Any, batch_size: int) -> Any:
     """Data as the cache reads them: torch's data sets in the order of their samples."""
     if not is_native(prefix):

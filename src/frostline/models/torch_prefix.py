@@ -74,6 +74,12 @@ def _code(function: Any) -> str:
     return f"{code.co_code.hex()}{code.co_names}{constants!r}"
 
 
+def device(module: Any) -> str:
+    """Kind of device that holds the module's weights, such as ``"cpu"`` or ``"cuda"``."""
+    held = (*unwrapped(module).parameters(), *unwrapped(module).buffers())
+    return str(held[0].device.type) if held else "cpu"
+
+
 def native(module: Any) -> Callable[[Any], list[Array]]:
     """Return ``f(batch) -> arrays``: the module itself, at inference, without autograd.
 
