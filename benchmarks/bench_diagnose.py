@@ -6,16 +6,20 @@ random: there is a BN gap with causes, so every probe, the attribution and the r
 case has a process of its own, in which ``evaluate`` comes first and the peak of the resident memory
 is read after it and after the diagnosis.
 
-``units`` is the time of a diagnosis divided by that of a warm ``evaluate``; ``again`` that of a
-second one of the same model in the same process, whose passes are compiled anew as well; ``passes``
-what a diagnosis would cost if nothing had to be compiled and nothing but passes took time (a
-derivative counts three). The difference is what a backend compiles, and the overhead.
+``units`` is the time of a diagnosis divided by that of a warm ``evaluate``; ``passes`` what it would
+cost if nothing had to be compiled and nothing but passes took time (a derivative counts three). The
+difference is what a backend compiles, and the overhead.
 
 Prediction, written before the first run: 20 to 25 passes whatever the number of sites; 40 units on
 torch, which compiles nothing, 60 on TensorFlow, over 100 on JAX, where each batch size is compiled,
 for ResNet50 and EfficientNet-Lite0 on some hundred small images; units fall with the number of
 samples as what is compiled does not grow. Memory 2 times that of ``evaluate``, for the derivative,
 which keeps the activations of one batch.
+
+First run, 10 and 50 layers at 64²: 53 and 32 units on torch, 58 and 52 on TensorFlow, 137 and 67 on
+JAX, of 16 to 35 passes; batches of two in the sweep cost 11 to 14 units on torch. So the sweep went
+from 128 to 64 samples and the derivatives from 6 passes to 4. Prediction: 24 to 28 passes at most, 40
+and 26 units on torch, 50 and 45 on TensorFlow, 120 and 55 on JAX; below 25 for ResNet50 at 128².
 """
 
 from __future__ import annotations
@@ -86,20 +90,17 @@ def measured(case: str, samples: int, size: int, batch: int) -> dict[str, Any]:
 
     first = evaluate()
     warm, before = float(np.median([evaluate() for _ in range(3)])), peak()
-    seconds, passes = [], 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        report = fl.diagnose(model, (x, y), batch_size=batch, max_samples=samples, verbose=0)
-        seconds.append(time.perf_counter() - start)
-        cost = report.measurement.cost
-        passes = sum(value for name, value in cost.items() if name.endswith("(passes)"))
+    start = time.perf_counter()
+    report = fl.diagnose(model, (x, y), batch_size=batch, max_samples=samples, verbose=0)
+    seconds = time.perf_counter() - start
+    cost = report.measurement.cost
+    passes = sum(value for name, value in cost.items() if name.endswith("(passes)"))
     return {
         "sites": len(report.sites),
         "evaluate_first_s": first,
         "evaluate_s": warm,
-        "diagnose_s": seconds[0],
-        "units": seconds[0] / warm,
-        "again": seconds[1] / warm,
+        "diagnose_s": seconds,
+        "units": seconds / warm,
         "passes": passes,
         "peak_evaluate_mib": before,
         "peak_diagnose_mib": peak(),
@@ -125,7 +126,7 @@ def main() -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     how = {name: getattr(settings, name) for name in ("samples", "size", "batch")}
     print(f"backend {backend}, cpus {len(os.sched_getaffinity(0))}, {how}")
-    print(f"{'case':20} {'sites':>5} {'evaluate':>9} {'units':>7} {'again':>7} {'passes':>7} "
+    print(f"{'case':20} {'sites':>5} {'evaluate':>9} {'units':>7} {'passes':>7} "
           f"{'memory':>7}  causes")  # fmt: skip
     figures = {}
     for case in settings.cases:
@@ -134,7 +135,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         one = figures[case] = json.loads(done.stdout.splitlines()[-1])
         print(f"{case:20} {one['sites']:5} {one['evaluate_s']:7.2f} s {one['units']:7.1f} "
-              f"{one['again']:7.1f} {one['passes']:7.1f} {one['memory']:7.2f}  "
+              f"{one['passes']:7.1f} {one['memory']:7.2f}  "
               f"{', '.join(one['causes'])}", flush=True)  # fmt: skip
         if settings.json:
             content = {
