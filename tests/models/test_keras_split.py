@@ -373,8 +373,8 @@ def test_statistics_that_move_under_frozen_parameters_are_refused() -> None:
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
-        (lambda: L.Dropout(0.3, name="end"), "random"),
-        (lambda: L.GaussianNoise(0.1, name="end"), "random"),
+        (lambda: L.Dropout(0.3, name="end"), "in training; freeze(dropout=True) turns it off"),
+        (lambda: L.GaussianNoise(0.1, name="end"), "it is random in training"),
         (lambda: L.ActivityRegularization(l2=0.1, name="end"), "adds to the loss"),
         (lambda: L.SpectralNormalization(L.Dense(4, trainable=False), name="end"), "state"),
     ],

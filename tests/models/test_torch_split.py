@@ -162,7 +162,11 @@ def sequence(*middle: Any) -> Any:
         (nn.BatchNorm1d(6), None, "'1' is frozen, but in training it normalises with"),
         (nn.BatchNorm1d(6, track_running_stats=False), None, "'1' is frozen, but in training"),
         (Centred(), None, "depends on the other samples"),
-        (nn.Dropout(0.5), 2, "'1' is before the boundary '2' but not pure: it is random"),
+        (
+            nn.Dropout(0.5),
+            2,
+            r"'1' is before .* not pure: it is random in training; freeze\(dropout=True\)",
+        ),
         (Noisy(), 2, "'1' is before the boundary '2' but not pure: it calls other things"),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), None, "'1' .* training step"),
         (

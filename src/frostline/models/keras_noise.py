@@ -63,6 +63,11 @@ def _inner(layer: Any) -> bool:
     return any(_named(type(place.layer).__name__) for place in keras_graph.walk(layer))
 
 
+def drops(layer: Any) -> bool:
+    """Whether what a random layer does is dropout."""
+    return _named(type(layer).__name__) == "dropout" or bool(getattr(layer, "dropout", 0))
+
+
 def _named(name: str) -> str | None:
     lower = name.lower()
     return next((kind for kind, words in _WORDS if any(w in lower for w in words)), None)

@@ -20,7 +20,8 @@ import numpy as np
 
 from frostline.models.keras_calls import Call, Graph, Slot, run, takes_training
 from frostline.models.keras_graph import is_site, walk, wrapped_module
-from frostline.models.rates import all_off
+from frostline.models.keras_noise import drops
+from frostline.models.rates import TURN_OFF, all_off
 from frostline.types import Array, ModelError
 
 L = keras.layers
@@ -77,11 +78,13 @@ def _impurity(layer: Any) -> Impurity | None:
             text = "Keras puts the BN inside of it into training mode in every step"
             return Impurity(why="statistics", layer=layer, text=text)
         if any("Dropout" in type(inner).__name__ and not all_off(inner) for inner in inside):
-            return Impurity(why="random", layer=layer, text="its dropout is active in training")
+            text = f"its dropout is active in training{TURN_OFF}"
+            return Impurity(why="random", layer=layer, text=text)
     if getattr(layer, "stateful", False) or isinstance(layer, L.SpectralNormalization):
         return Impurity(why="state", layer=layer, text="it carries state from batch to batch")
     if _random(layer):
-        return Impurity(why="random", layer=layer, text="it is random in training")
+        text = f"it is random in training{TURN_OFF if drops(layer) else ''}"
+        return Impurity(why="random", layer=layer, text=text)
     if layer.activity_regularizer is not None:
         return Impurity(why="loss", layer=layer, text="it adds to the loss in every step")
     return None

@@ -23,6 +23,8 @@ OFF: Mapping[str, float] = {
     "stddev": 0.0,
     "survival_probability": 1.0,
 }
+#: What to do about dropout in a part that should be frozen, behind what it does there.
+TURN_OFF = "; freeze(dropout=True) turns it off"
 _KEPT = "_frostline_rates"
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from frostline.data import leaves
+from frostline.models.rates import TURN_OFF
 from frostline.models.torch_graph import is_site, sites
 from frostline.models.torch_network import Network, attribute, phase
 from frostline.models.torch_pass import noise_layers, tensors, untouched
@@ -88,7 +89,10 @@ class Flags:
             text = "in training it normalises with the statistics of the batch"
             return self._found("statistics", path, text, seems=True)
         if acts and (path in self.noise or _drops(module)):
-            return self._found("random", path, "it is random in training")
+            drops = self.noise.get(path, "dropout") == "dropout"
+            return self._found(
+                "random", path, f"it is random in training{TURN_OFF if drops else ''}"
+            )
         return None
 
     def _function(self, node: Any) -> Impurity | None:
