@@ -6,9 +6,9 @@ random: there is a BN gap with causes, so every probe, the attribution and the r
 case has a process of its own, in which ``evaluate`` comes first and the peak of the resident memory
 is read after it and after the diagnosis.
 
-``units`` is the time of a diagnosis divided by that of a warm ``evaluate``; ``passes`` what it would
-cost if nothing had to be compiled and nothing but passes took time (a derivative counts three). The
-difference is what a backend compiles, and the overhead.
+``units`` is the time of a diagnosis divided by that of a warm ``evaluate``; ``passes`` what it
+would cost if nothing had to be compiled and nothing but passes took time (a derivative counts
+three). The difference is what a backend compiles, and the overhead.
 
 Prediction, written before the first run: 20 to 25 passes whatever the number of sites; 40 units on
 torch, which compiles nothing, 60 on TensorFlow, over 100 on JAX, where each batch size is compiled,
@@ -18,8 +18,11 @@ which keeps the activations of one batch.
 
 First run, 10 and 50 layers at 64²: 53 and 32 units on torch, 58 and 52 on TensorFlow, 137 and 67 on
 JAX, of 16 to 35 passes; batches of two in the sweep cost 11 to 14 units on torch. So the sweep went
-from 128 to 64 samples and the derivatives from 6 passes to 4. Prediction: 24 to 28 passes at most, 40
-and 26 units on torch, 50 and 45 on TensorFlow, 120 and 55 on JAX; below 25 for ResNet50 at 128².
+from 128 to 64 samples and the derivatives from 6 passes to 4. Prediction: 28 passes at most, 40 and
+26 units on torch, 50 and 45 on TensorFlow, 120 and 55 on JAX; below 25 for ResNet50 at 128².
+
+Second run: ResNet50 and EfficientNet-Lite0 at 128² 24 and 23 units on torch, 37 and 48 on
+TensorFlow, 39 for ResNet50 on JAX; at 32² compiling is nearly everything on JAX (over 400 units).
 """
 
 from __future__ import annotations

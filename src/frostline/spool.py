@@ -56,7 +56,8 @@ class _OnDisk:
     forms: tuple[tuple[Any, tuple[int, ...]], ...]
 
     @classmethod
-    def write(cls, file: Path, arrays: Sequence[Array]) -> _OnDisk:
+    def write(cls, file: Path, held: Sequence[Any]) -> _OnDisk:
+        arrays = [np.asarray(each) for each in held]
         try:
             with file.open("wb") as stream:
                 for array in arrays:
@@ -80,15 +81,18 @@ class _OnDisk:
 
 
 class Spool:
-    """Batches in order, in memory while there is room."""
+    """Batches in order, in memory while there is room.
+
+    What is kept are numpy arrays, or tensors of which numpy has a view at no cost.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.entries: list[tuple[int, tuple[Array, ...] | _OnDisk]] = []
+        self.entries: list[tuple[int, tuple[Any, ...] | _OnDisk]] = []
 
-    def append(self, index: int, arrays: tuple[Array, ...]) -> None:
+    def append(self, index: int, arrays: tuple[Any, ...]) -> None:
         """Keep the arrays of batch number ``index``; on disk once the memory is used up."""
-        size = sum(array.nbytes for array in arrays)
+        size = _bytes(arrays)
         if self.workspace.used + size <= self.workspace.limit:
             self.workspace.used += size
             self.entries.append((index, arrays))
@@ -96,12 +100,12 @@ class Spool:
             file = self.workspace.new_file()
             self.entries.append((index, _OnDisk.write(file, arrays)))
 
-    def read(self) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    def read(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """All batches in order; they stay."""
         for index, entry in self.entries:
             yield index, entry.read() if isinstance(entry, _OnDisk) else entry
 
-    def drain(self) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    def drain(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Read once and free each batch as soon as it is handed out."""
         self.entries.reverse()
         while self.entries:
@@ -115,8 +119,12 @@ class Spool:
         while self.entries:
             self._free(self.entries.pop()[1])
 
-    def _free(self, entry: tuple[Array, ...] | _OnDisk) -> None:
+    def _free(self, entry: tuple[Any, ...] | _OnDisk) -> None:
         if isinstance(entry, _OnDisk):
             entry.file.unlink()
         else:
-            self.workspace.used -= sum(array.nbytes for array in entry)
+            self.workspace.used -= _bytes(entry)
+
+
+def _bytes(arrays: Sequence[Any]) -> int:
+    return sum(np.asarray(each).nbytes for each in arrays)

@@ -126,9 +126,9 @@ class KerasMoments:
 
         compiled = self._compiled(("stage", id(program)), run, self._variables(program))
 
-        def stage(values: Sequence[Array]) -> tuple[tuple[Array, ...], Seen]:
+        def stage(values: Sequence[Any]) -> tuple[tuple[Any, ...], Seen]:
             outputs, sums = compiled(list(values))
-            return tuple(_to_numpy(each) for each in outputs), _moments(sums)
+            return tuple(_held(each) for each in outputs), _moments(sums)
 
         return stage
 
@@ -455,10 +455,20 @@ def _compiled_tensorflow(function: Callable[[Any], Any]) -> Callable[..., Any]:
     return call
 
 
+def _held(tensor: Any) -> Any:
+    """What the next stage takes, in the host's memory and without a copy where it is there already.
+
+    TensorFlow copies an array that it is given, and numpy one that it takes from TensorFlow.
+    """
+    if keras.backend.backend() == "tensorflow" and "CPU" in tensor.device:
+        return tensor
+    return _to_numpy(tensor)
+
+
 def _to_numpy(tensor: Any) -> Array:
-    if keras.backend.backend() == "jax":
-        return np.asarray(tensor)  # a view; Keras would copy
-    return np.asarray(ops.convert_to_numpy(tensor))
+    if keras.backend.backend() == "torch":
+        return np.asarray(ops.convert_to_numpy(tensor))
+    return np.asarray(tensor)  # a view; Keras would copy
 
 
 def _assign(variable: Any, value: Array) -> None:
