@@ -10,7 +10,7 @@ import keras
 import frostline as fl
 from frostline.measurement import BN_CAUSES
 
-from . import batches, compound, frozen, held_out, lagging, other
+from . import batches, compound, frozen, held_out, lagging, other, unseen
 from .judging import Row, judged, score
 from .scenario import Case, Scenario
 
@@ -23,7 +23,7 @@ NOT_COVERED: Mapping[str, str] = {
 
 CASES: tuple[Case, ...] = tuple(
     case
-    for module in (frozen, lagging, batches, other, compound, held_out)
+    for module in (frozen, lagging, batches, other, compound, held_out, unseen)
     for case in module.CASES
 )
 
