@@ -229,3 +229,15 @@ def test_remaining_share() -> None:
     for decay, updates in ((1.1, 1), (-0.1, 1), (0.9, -1)):
         with pytest.raises(DataError, match="Received"):
             stats.remaining_share(decay, updates)
+
+
+def test_normals_apart_is_the_divergence_to_second_order():
+    rng = np.random.default_rng(0)
+    mean, variance = rng.normal(size=7), rng.uniform(0.5, 2, 7)
+    near = mean + 0.01 * np.sqrt(variance), variance * 1.01
+    ratio = near[1] / variance
+    divergence = 0.5 * (ratio + (near[0] - mean) ** 2 / variance - 1 - np.log(ratio))
+    wanted = np.median(np.sqrt(2 * divergence))
+    assert stats.normals_apart(near, (mean, variance)) == pytest.approx(wanted, rel=0.01)
+    assert stats.normals_apart((mean, variance), (mean, variance)) == 0
+    assert np.isnan(stats.normals_apart((mean, -variance), (mean, variance)))

@@ -65,6 +65,10 @@ def test_nothing_found() -> None:
         "not BN: the model has no BatchNormalization layer; training mode and inference give the "
         "same losses on 400 samples"
     )
+    unexplained = [cause("NONE", certainty="may")]
+    assert verdicts.of_measurement(measured(-0.6, -0.4), unexplained, (), 4) == (
+        f"no cause found: {unexplained[0].message}"
+    )
     nan = measured(float("nan"), float("nan"))
     assert verdicts.of_measurement(nan, none, (), 4).startswith("no verdict: ")
 
@@ -74,3 +78,5 @@ def test_few_samples_are_told() -> None:
     assert told.endswith("(95% interval -1 to +0.2, 16 samples): it may be chance")
     told = verdicts.of_measurement(measured(-1.0, -0.2, samples=16), [cause("EMA_LAG")], (), 4)
     assert told.endswith("; 16 samples tell little: the gap in loss is -1 to -0.2")
+    told = verdicts.of_measurement(measured(0, 0, samples=16), [cause("OVERFIT")], (), 0)
+    assert "tell little" not in told  # the same losses sample by sample, however few

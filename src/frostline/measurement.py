@@ -165,6 +165,12 @@ class SiteMeasurement:
             median over channels, at λ = 1: what one batch is worth.
         within_variance: Population variance within a class, mean over the classes, at λ = 1;
             ``None`` without classes.
+        class_distances: Distance of the stored statistics from those of batches of one class each,
+            at λ = 1, one per class, in standard deviations, median over channels; NaN for classes
+            that were not tried, ``None`` without classes, or where the stored ones suit the data.
+        noisy_mean: ``batch_mean`` with dropout and augmentation as in training; ``None`` where
+            nothing but BN acts in training only.
+        noisy_variance: ``batch_variance`` in the same pass.
         uses: Per use of a shared layer, (mean, variance) of what it saw; empty unless shared.
     """
 
@@ -180,6 +186,9 @@ class SiteMeasurement:
     ratio: Array = field(repr=False)
     noise: float
     within_variance: Array | None = field(default=None, repr=False)
+    class_distances: Array | None = field(default=None, repr=False)
+    noisy_mean: Array | None = field(default=None, repr=False)
+    noisy_variance: Array | None = field(default=None, repr=False)
     uses: tuple[tuple[Array, Array], ...] = field(default=(), repr=False)
 
 

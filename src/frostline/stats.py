@@ -263,6 +263,26 @@ def gauss_legendre(nodes: int) -> tuple[Float64, Float64]:
     return as_float64((points + 1) / 2), as_float64(weights / 2)
 
 
+def normals_apart(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
+    """Distance of two means and variances in standard deviations, median over channels.
+
+    ``√(shift² + log(ratio)²/2)`` with ``shift = (μ₁ − μ₂)/σ₂`` and ``ratio = σ₁²/σ₂²``: the root of
+    twice the Kullback-Leibler divergence of two normal distributions, to second order.
+
+    Args:
+        first: Mean and variance, shape ``(channels,)`` each.
+        second: The same of the other.
+
+    Returns:
+        The distance; NaN where half of the channels have no finite one.
+    """
+    (mean, variance), (other_mean, other_variance) = first, second
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = (mean - other_mean) / np.sqrt(other_variance)
+        ratio = np.log(variance / other_variance)
+        return float(np.median(np.sqrt(np.square(shift) + np.square(ratio) / 2)))
+
+
 def mean_shift(
     data_mean: Array, stored_mean: Array, stored_variance: Array, *, epsilon: float
 ) -> Float64:

@@ -45,7 +45,7 @@ def of_measurement(
     """
     named = [cause for cause in causes if cause.code != "NONE"]
     if not named:
-        return _nothing(measured, sites)
+        return _nothing(measured, sites, causes[0] if causes else None)
     first = named[0]
     # Where BN is one of several causes it is named first, and so is what is not BN.
     kinds = {cause.is_bn for cause in named if cause.share is None or cause.share > 0}
@@ -62,19 +62,22 @@ def of_measurement(
     elif remedies:
         parts.append("no remedy that was tried helps for sure")
     gap = measured.gaps.get("total")
-    if measured.samples < FEW and gap is not None and _told(gap.loss):
+    few = measured.samples < FEW
+    if few and gap is not None and _told(gap.loss) and not _is_nothing(gap.loss):
         interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
         parts.append(f"{measured.samples} samples tell little: the gap in loss is {interval}")
     return "; ".join(parts)
 
 
-def _nothing(measured: Measurement, sites: int) -> str:
+def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
     """Verdict without a cause: how far training mode and inference are apart."""
     gap = measured.gaps.get("total")
     if gap is None or not _told(gap.loss):
         return "no verdict: training mode and inference could not be compared"
     loss, count = gap.loss, f"{measured.samples} samples"
-    if loss.low == loss.high == 0:
+    if none is not None and none.certainty == "may":
+        told = none.message
+    elif _is_nothing(loss):
         told = f"training mode and inference give the same losses on {count}"
     else:
         interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
@@ -83,6 +86,11 @@ def _nothing(measured: Measurement, sites: int) -> str:
     if not sites:
         return f"not BN: the model has no BatchNormalization layer; {told}"
     return f"no cause found: {told}"
+
+
+def _is_nothing(interval: Interval) -> bool:
+    """Whether the losses are the same, sample by sample."""
+    return interval.low == interval.high == 0
 
 
 def _told(interval: Interval) -> bool:

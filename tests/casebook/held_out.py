@@ -100,9 +100,9 @@ def case_h3(seed: int) -> Scenario:
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = net(stock(0.9))
-        fit(model, 0.01 * x, y, epochs=12)
-        fit(model, 0.01 * x, y, epochs=6, lr=1e-4)  # the averages catch up
-        x, y = 0.01 * x[:SHOWN], y[:SHOWN]
+        fit(model, 0.05 * x, y, epochs=12)
+        fit(model, 0.05 * x, y, epochs=6, lr=1e-4)  # the averages catch up
+        x, y = 0.05 * x[:SHOWN], y[:SHOWN]
         inference, training = both(model, x, y)
     finally:
         keras.config.set_dtype_policy("float32")

@@ -189,11 +189,12 @@ def case_38(seed: int) -> Scenario:
     model(np.zeros((1, 16, 16, 1), "float32"), training=True)
     start = statistics(model)
     x, y = part("new")
-    fit(model, x[:320], y[:320], epochs=15)
+    fit(model, x[:320], y[:320], epochs=13)
+    fit(model, x[:320], y[:320], epochs=3, lr=2e-4)  # small steps: no lag of its own
     assert np.abs(start - np.repeat(0.5, len(start))).max() > 0
     inference, training = both(model, x[:SHOWN], y[:SHOWN])
     shown = {"inference loss": inference.loss, "training loss": training.loss}
-    assert inference.loss < training.loss + 0.1, shown  # a long run forgets it
+    assert inference.loss < training.loss + 0.03, shown  # a long run forgets it
     return Scenario(model=model, data=(x[:SHOWN], y[:SHOWN]), shown=shown)
 
 

@@ -129,9 +129,7 @@ def case_u4(seed: int) -> Scenario:
     fit(model, x, y, epochs=2, batch_size=8, lr=1e-4, shuffle=False)
     x, y = x[::2], y[::2]
     shown = gap(model, x, y, at_least=0.1, batch_size=160)
-    return Scenario(
-        model=model, data=(x, y), options={"batch_size": 8}, closable=True, shown=shown
-    )
+    return Scenario(model=model, data=(x, y), options={"batch_size": 8}, closable=True, shown=shown)
 
 
 def case_u5(seed: int) -> Scenario:
@@ -252,9 +250,7 @@ def case_u10(seed: int) -> Scenario:
     right, wrong = (score(model, i, y, training=False) for i in (x, x / 255))
     shown = {"accuracy": wrong.accuracy, "accuracy as trained": right.accuracy}
     assert right.accuracy > wrong.accuracy + 0.5, shown
-    return Scenario(
-        model=model, data=((x / 255).astype("float32"), y), closable=True, shown=shown
-    )
+    return Scenario(model=model, data=((x / 255).astype("float32"), y), closable=True, shown=shown)
 
 
 def case_u11(seed: int) -> Scenario:

@@ -363,6 +363,27 @@ def test_the_variance_between_classes_is_missing():
     assert found[0].evidence["missing_variance"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("gap", [GAP, NO_GAP], ids=["gap", "hidden by small batches"])
+def test_the_class_that_came_last(gap: dict[str, Any]):
+    probes = {**gap, "population": (0.05, 0.98), "population unfrozen": (0.05, 0.98)}
+    apart = np.array([0.9, 0.4, 0.1])  # from batches of classes 0, 1 and 2
+    sites = {p: replace(s, class_distances=apart) for p, s in FAR.items()}
+    shares = [0.25] * 4 if gap is GAP else None
+    made = measurement(probes, shares=shares, sites=sites)
+    found = causes(facts(steps=5000), made, [])
+    assert codes(found) == ["MIXED_SOURCES"]
+    assert found[0].evidence["last_class"] == 2
+    assert found[0].share == pytest.approx(1.0, abs=0.05)
+    # Another class at one site, or all of the data nearly as near: no class came last.
+    other = {**sites, "bn2": replace(sites["bn2"], class_distances=apart[::-1])}
+    near = {p: replace(s, class_distances=np.full(3, 0.7)) for p, s in FAR.items()}
+    for wrong in (other, near):
+        assert (
+            "last_class"
+            not in causes(facts(steps=5000), replace(made, sites=wrong), [])[0].evidence
+        )
+
+
 def test_a_shared_site_with_uses_apart():
     one, other = np.zeros(CHANNELS), np.full(CHANNELS, 5.0)
     variance = np.ones(CHANNELS)
@@ -443,6 +464,26 @@ def test_epsilon_of_the_reference():
     other = Difference(params={"conv1": 0.0}, epsilons={"bn1": (1e-3, 1e-5)}, outputs=0.2)
     found = causes(facts(), measurement(NO_GAP, difference=other), [])
     assert (found[0].code, found[0].certainty) == ("EPS_MISMATCH", "is")
+
+
+@pytest.mark.parametrize("theirs", [4.0, 1.1e-3], ids=["matters", "does not"])
+def test_another_epsilon_explains_what_lies_behind_it(theirs: float):
+    """Weights and statistics are the reference's: nothing was edited, nothing lags."""
+    other = Difference(
+        params={"conv1": 0.0},
+        statistics=dict.fromkeys(PATHS, 0.0),
+        epsilons=dict.fromkeys(PATHS, (1e-3, theirs)),
+        outputs=0.2,
+    )
+    sites = far("bn3", "bn4")
+    made = measurement(GAP, shares=[0.0, 0.0, 0.5, 0.5], sites=sites, difference=other)
+    found = causes(facts(steps=5000), made, [])
+    assert codes(found)[0] == ("EPS_MISMATCH" if theirs > 1 else "STALE_AFTER_WEIGHT_EDIT")
+    if theirs > 1:
+        assert codes(found) == ["EPS_MISMATCH"]
+        assert found[0].share == pytest.approx(1.0)
+    lagging = causes(facts(steps=20), replace(made, steps=20), [])
+    assert "EMA_LAG" in codes(lagging)  # decayⁿ is a fact of its own
 
 
 def test_equal_weights_and_other_statistics_are_a_replica():
@@ -574,6 +615,22 @@ def test_dropout_alone():
     assert found[0].sites == ()
 
 
+@pytest.mark.parametrize("kind", ["dropout", "augmentation"])
+def test_statistics_taken_under_dropout_are_no_lag(kind: str):
+    """The variance shift: what is stored are the statistics of training, dropout included."""
+    probes = {**NO_GAP, "inference": (0.4, 0.9), "training": (0.5, 0.9), "dropout": (0.8, 0.8)}
+    layers, stored = {"noise": kind}, site_measurement("bn4")
+    seen = {"noisy_mean": stored.stored_mean, "noisy_variance": 1.05 * stored.stored_variance}
+    sites = {**far(), "bn4": site_measurement("bn4", ratio=0.6 * SCATTERED, **seen)}
+    made = measurement(probes, shares=[0, 0, 0, 1.0], sites=sites, noise_layers=layers)
+    found = causes(facts(steps=5000), made, [])
+    assert codes(found) == ["DROPOUT" if kind == "dropout" else "AUGMENT_TRAIN_ONLY"]
+    assert found[0].evidence["variance_shift"] == pytest.approx(0.3)
+    assert found[0].share == pytest.approx(1.0, abs=0.15)
+    sites["bn4"] = replace(sites["bn4"], noisy_variance=stored.stored_variance / 3)
+    assert bn(causes(facts(steps=5000), replace(made, sites=sites), []))
+
+
 def test_dropout_and_lag_are_both_named():
     probes = {**GAP, "training": (0.5, 0.9), "dropout": (1.4, 0.6)}
     found = causes(
@@ -617,6 +674,13 @@ def test_an_encoding_that_helps_a_little_explains_nothing():
     probes = {**GAP, "input x*2-1": (0.85, 0.75)}
     found = causes(facts(steps=48), measurement(probes, shares=[0.25] * 4, sites=FAR), [])
     assert codes(found) == ["EMA_LAG"]
+
+
+def test_another_contrast_that_suits_a_lagging_average_is_no_encoding():
+    probes = {**GAP, "input x*2-1": (0.2, 0.95)}
+    made = measurement(probes, shares=[0.25] * 4, sites=FAR)
+    assert codes(causes(facts(steps=48), made, [])) == ["EMA_LAG"]
+    assert codes(causes(facts(steps=5000), made, []))[0] == "PREPROCESS"
 
 
 def test_wrong_inputs_and_frozen_batch_statistics_are_both_named():
@@ -847,6 +911,14 @@ def test_another_network_behind_the_same_weights_is_not_other_data():
     )  # fmt: skip
     made = measurement(GAP, shares=[0.25] * 4, sites=FAR, difference=same)
     assert codes(causes(facts(), made, [])) == ["LOADING"]
+
+
+def test_exact_statistics_that_small_batches_hide_are_told():
+    """Training mode is no better, but for the noise of its batches alone."""
+    probes = {**dict.fromkeys(GAP, (0.31, 0.93)), "population": (0.1, 0.97)}
+    none = causes(facts(steps=5000), measurement(probes, batch_size=8), [])[0]
+    assert (none.code, none.certainty) == ("NONE", "may")
+    assert "exact statistics of these data would save 0.21" in none.message
 
 
 def test_a_gap_that_nothing_explains_is_not_called_small():

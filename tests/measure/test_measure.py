@@ -56,6 +56,7 @@ class TestProbesAndGaps:
         )
         assert found.skipped["population frozen"] == "no site is frozen"
         assert found.skipped["dropout"] == "no layer but BN acts in training only"
+        assert found.sites["second"].noisy_mean is None
 
     def test_behaviour_decides_not_flags(self) -> None:
         """A frozen site that uses the batch, a thawed one that does not."""
@@ -65,6 +66,9 @@ class TestProbesAndGaps:
         assert blended.loss not in (found.probes["batch"].loss, found.probes["stored"].loss)
         assert found.gaps["dropout"].loss.estimate > 0
         assert found.noise_layers == {"drop": "dropout"}
+        second = found.sites["second"]  # the fake's dropout is behind it
+        np.testing.assert_allclose(second.noisy_mean, second.batch_mean)
+        np.testing.assert_allclose(second.noisy_variance, second.batch_variance)
         sites = found.attribution
         assert sites is not None
         assert sites.shares[1] == 0
@@ -170,6 +174,24 @@ class TestSites:
         # Whole batches of each class only: 50 to 75 of some 67 samples.
         np.testing.assert_allclose(first.within_variance, np.mean(within, axis=0), rtol=0.2)
         assert first.within_variance.mean() < 0.5 * first.variance.mean()
+
+    def test_distances_from_batches_of_one_class(self) -> None:
+        given = data(shift=1.5)
+        view = FakeView()
+        of_two = given[0][given[1] == 2]
+        view.stored["first"] = (of_two.mean(0), of_two.var(0))
+        view.stored["second"] = (np.full(3, 5.0), np.ones(3))
+        found, _ = measure(view, given, batch_size=25)  # type: ignore[arg-type]
+        apart = found.sites["first"].class_distances
+        assert apart is not None
+        assert apart.shape == (3,)
+        assert apart.argmin() == 2
+        assert apart[2] < 0.2  # whole batches only: not each of the class's samples
+        assert apart[:2].min() > 1
+        assert measured(FakeView(), given).sites["first"].class_distances is not None
+        plain = FakeView()
+        plain.stored["first"] = (given[0].mean(0), given[0].var(0))
+        assert measured(plain, given).sites["first"].class_distances is None  # one site is off
 
     def test_one_batch_tells_no_noise(self) -> None:
         found = measured(FakeView(), data(30), batch_size=32)

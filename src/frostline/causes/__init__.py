@@ -162,12 +162,20 @@ def _none(case: Case) -> Cause:
         "training", "inference"
     )
     samples = case.measurement.samples
+    saved = max(0.0, -case.change("population", "inference"))
     if known is None:
         told, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
         told = f"training mode and inference differ by {number(known.estimate)} in loss, and "
         told += "nothing that is known here explains it"
         settle = "the data and the batch size of training, and a reference, as reference="
+        if saved:
+            told += f"; exact statistics of these data would save {number(saved)}"
+    elif saved:
+        told = f"training mode and inference differ by {number(known.estimate)} in loss, but exact "
+        told += f"statistics of these data would save {number(saved)}, which batches of "
+        told += f"{case.measurement.batch_size} are too small to show"
+        settle = "the batch size of training, as batch_size=, or recalibrate and compare"
     elif known.excludes_zero:
         told = f"training mode and inference differ by {number(known.estimate)} in loss, too "
         told += "little to matter, and nothing else was found"
@@ -181,7 +189,7 @@ def _none(case: Case) -> Cause:
         code="NONE",
         share=None,
         sites=(),
-        certainty="may" if known is None or case.bn_gap or case.total_gap else "is",
+        certainty="may" if known is None or case.bn_gap or case.total_gap or saved else "is",
         message=told,
         evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
         settle=settle,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from frostline.causes.case import AGREES, EQUAL, FAR, Case
+from frostline.measurement import SiteMeasurement
+from frostline.stats import normals_apart
 from frostline.types import Array, Certainty
 
 #: Share of the old value above which an average has not caught up: as of rule FL203.
@@ -293,9 +295,16 @@ def way_from_initial(case: Case, path: str) -> float | None:
 def _later_tests(case: Case) -> tuple[Callable[[Case, str], Verdict | None], ...]:
     """Tests of sites that train, the last of them one for all that is left."""
     if not case.inference_is_worse:
-        return (mixed_sources, _exact_bessel)
-    first = (_edited_since_reference, mixed_sources, _pure_batches, young_average)
-    return (*first, _as_in_batches, _stacked_bessel, _settled(case))
+        return (mixed_sources, _last_class(case), _exact_bessel)
+    first = (
+        _edited_since_reference,
+        _other_epsilon,
+        mixed_sources,
+        _pure_batches,
+        young_average,
+        _last_class(case),
+    )
+    return (*first, _as_with_dropout, _as_in_batches, _stacked_bessel, _settled(case))
 
 
 def _pure_batches(case: Case, path: str) -> Verdict | None:
@@ -320,15 +329,87 @@ def _edited_since_reference(case: Case, path: str) -> Verdict | None:
     return Verdict(code="STALE_AFTER_WEIGHT_EDIT", certainty="is", number=number)
 
 
+def _other_epsilon(case: Case, path: str) -> Verdict | None:
+    """Weights and statistics of the reference behind another epsilon, which moves what follows.
+
+    ``√((variance + ε) / (variance + ε'))`` is the factor by which a site's output differs; the
+    sites behind the first one that it matters at see other inputs than their statistics are of.
+    """
+    known = case.reference
+    if known is None or not known.epsilons or not case.same_params or case.moved_from_reference:
+        return None
+    if agrees(case, path) or young_average(case, path) is not None:
+        return None
+    largest = 0.0
+    for other in case.sites:
+        if other in known.epsilons and (stored := case.stored(other)) is not None:
+            mine, theirs = known.epsilons[other]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = np.abs(np.log((stored[1] + mine) / (stored[1] + theirs)) / 2)
+            factor = factor[np.isfinite(factor)]
+            largest = max(largest, float(np.median(factor)) if factor.size else 0.0)
+        if other == path:
+            break
+    if largest <= AGREES:
+        return None
+    number = {"factor": math.exp(largest)}
+    return Verdict(code="EPS_MISMATCH", certainty="is", number=number)
+
+
+def _last_class(case: Case) -> Callable[[Case, str], Verdict | None]:
+    """Statistics of one class, the same at all sites: data in the order of their classes."""
+    off = {
+        path: each.class_distances
+        for path, each in case.measurement.sites.items()
+        if each.class_distances is not None and case.roles.get(path) == "moving"
+    }
+    label = _nearest_class(case, off) if len(off) > 1 else None
+
+    def test(_: Case, path: str) -> Verdict | None:
+        if label is None or path not in off:
+            return None
+        number = {"last_class": float(label), "off_class": float(off[path][label])}
+        return Verdict(code="MIXED_SOURCES", certainty="is", number=number)
+
+    return test
+
+
+def _nearest_class(case: Case, off: Mapping[str, Array]) -> int | None:
+    """The class whose batches have the stored statistics at each site; ``None`` without one."""
+    total = np.sum(np.stack([*off.values()]), axis=0)
+    if not np.isfinite(total).any():
+        return None
+    label = int(np.nanargmin(total))
+    for path, distances in off.items():
+        found = case.measurement.sites[path]
+        if not distances[label] <= _stored_apart(found, found.batch_mean, found.batch_variance) / 2:
+            return None
+    return label
+
+
+def _as_with_dropout(case: Case, path: str) -> Verdict | None:
+    """Statistics of passes with dropout or augmentation, which inference does without.
+
+    Dropout keeps the mean of its input and adds to the variance, so that averages behind it are
+    those of training, and too large for inference (Li et al. 2019, variance shift).
+    """
+    found = case.measurement.sites.get(path)
+    if found is None or found.noisy_mean is None or found.noisy_variance is None:
+        return None
+    off = _stored_apart(found, found.noisy_mean, found.noisy_variance)
+    if agrees(case, path) or not off <= case.mismatch(path) / 2:
+        return None
+    kinds = {*case.measurement.noise_layers.values()}
+    code = "AUGMENT_TRAIN_ONLY" if kinds == {"augmentation"} else "DROPOUT"
+    return Verdict(code=code, certainty="is", number={"off_dropout": off})
+
+
 def _as_in_batches(case: Case, path: str) -> Verdict | None:
     """Statistics of batches that are too small to be those of the data."""
     found = case.measurement.sites.get(path)
     if found is None or path not in case.few_values(case.measurement.batch_size):
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shift = (found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance)
-        ratio = np.log(found.stored_variance / found.batch_variance)
-        off = float(np.median(np.sqrt(np.square(shift) + np.square(ratio) / 2)))
+    off = _stored_apart(found, found.batch_mean, found.batch_variance)
     if agrees(case, path) or not off <= case.mismatch(path) / 2:
         return None
     return Verdict(code="SMALL_BATCH", certainty="is", number={"off_batches": off})
@@ -456,6 +537,11 @@ def scale_of_inputs(case: Case, assigned: Assigned) -> float | None:
     if near > math.log(CONTRAST) or high - low > ONE_SCALE:
         return None
     return math.exp(float(middle))
+
+
+def _stored_apart(site: SiteMeasurement, mean: Array, variance: Array) -> float:
+    """Distance of the stored statistics from others."""
+    return normals_apart((site.stored_mean, site.stored_variance), (mean, variance))
 
 
 def _trained(weights: Array | None, initial: float) -> bool:

@@ -216,6 +216,12 @@ def _mixed_told(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[s
     if apart:
         told = f"one average serves inputs that are {number(apart)} standard deviations apart"
         return told, {"uses_apart": apart}
+    last = [each for path in paths if "last_class" in (each := assigned[path].number)]
+    if last:
+        label, off = int(last[0]["last_class"]), max(each["off_class"] for each in last)
+        told = f"the stored statistics are those of class {label} alone, to {number(off)} standard "
+        told += "deviations: the data came in the order of their classes"
+        return told, {"last_class": float(label), "off_class": off}
     if missing:
         told = f"the stored variance lacks {missing:.0%}, just the part between the classes: it "
         return told + "was averaged over batches of one class each", {"missing_variance": missing}
@@ -247,7 +253,7 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-def eps_mismatch(case: Case, _: Assigned) -> Iterator[Claim]:
+def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Another epsilon than the one the weights were trained with."""
     known = case.reference
     if known is not None and known.epsilons:
@@ -258,6 +264,7 @@ def eps_mismatch(case: Case, _: Assigned) -> Iterator[Claim]:
             message=f"epsilon is {mine:g} where the reference has {theirs:g}, at "
             f"{count(len(known.epsilons), 'site')}",
             sites=paths,
+            amount=_amount(case, _of("EPS_MISMATCH", assigned)),
             standing=0.95,
             certainty="is",
             evidence={"epsilon": mine, "reference_epsilon": theirs},

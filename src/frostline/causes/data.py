@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import Assigned, scale_of_inputs
+from frostline.causes.assignment import Assigned, scale_of_inputs, young_average
 from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
 from frostline.measurement import InputMoments
 
@@ -68,43 +68,47 @@ _ACCURACIES = (
 USUAL_SCALES = (255.0, 127.5, 2.0, 1 / 255.0, 1 / 127.5, 0.5)
 
 
-def dropout(case: Case, _: Assigned) -> Iterator[Claim]:
+def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Dropout or noise layers, which act in training only."""
     kinds = case.measurement.noise_layers
     gap = case.dropout_gap
     noise = [name for name, kind in kinds.items() if kind != "augmentation"]
-    if not gap or (kinds and not noise):
+    shifted, told = _shift(case, assigned, "DROPOUT")
+    if not (gap or shifted) or (kinds and not noise):
         return
+    evidence = {"dropout_gap": gap, "total_gap": case.total_gap}
     yield Claim(
         code="DROPOUT",
         message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
-        f"({count(len(noise), 'layer')} act in training only)",
-        amount=abs(gap),
+        f"({count(len(noise), 'layer')} act in training only){told}",
+        amount=abs(gap) + shifted,
         certainty="is" if len(noise) == len(kinds) else "may",
-        evidence={"dropout_gap": gap, "total_gap": case.total_gap},
+        evidence=evidence | ({"variance_shift": shifted} if shifted else {}),
     )
 
 
-def augment_train_only(case: Case, _: Assigned) -> Iterator[Claim]:
+def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Augmentation in the model, or in the data of training only."""
     kinds = case.measurement.noise_layers
     layers = [name for name, kind in kinds.items() if kind == "augmentation"]
     gap = case.dropout_gap
-    if layers and gap:
+    shifted, told = _shift(case, assigned, "AUGMENT_TRAIN_ONLY")
+    if layers and (gap or shifted):
+        only = len(layers) == len(kinds)
         yield Claim(
             code="AUGMENT_TRAIN_ONLY",
             message=f"{count(len(layers), 'augmentation layer')}, with BN as at inference, change "
-            f"the loss by {gap:+.3g}",
-            amount=abs(gap) if len(layers) == len(kinds) else None,
+            f"the loss by {gap:+.3g}{told}",
+            amount=abs(gap) + shifted if only else None,
             standing=0.3,
-            certainty="is" if len(layers) == len(kinds) else "may",
-            evidence={"dropout_gap": gap},
+            certainty="is" if only else "may",
+            evidence={"dropout_gap": gap} | ({"variance_shift": shifted} if shifted else {}),
         )
         return
-    told = _history_worse(case)
-    if told is None or not told[2]:
+    worse = _history_worse(case)
+    if worse is None or not worse[2]:
         return
-    reported, now, _flat = told
+    reported, now, _flat = worse
     yield Claim(
         code="AUGMENT_TRAIN_ONLY",
         message=f"training reported a loss of {number(reported)} over its last epochs, the final "
@@ -114,6 +118,16 @@ def augment_train_only(case: Case, _: Assigned) -> Iterator[Claim]:
         evidence={"reported": reported, "now": now},
         settle="the training pipeline, augmentation included, as data",
     )
+
+
+def _shift(case: Case, assigned: Assigned, code: str) -> tuple[float, str]:
+    """What statistics taken under dropout or augmentation cost at inference, and that in words."""
+    paths = tuple(path for path, verdict in assigned.items() if verdict.code == code)
+    amount = case.blame(paths) * case.stale_part
+    if not amount:
+        return 0.0, ""
+    told = f"; the stored statistics of {count(len(paths), 'site')} are those with it, which costs "
+    return amount, told + f"{number(amount)} at inference"
 
 
 def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
@@ -178,7 +192,7 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     names = [
         name
         for name in case.measurement.probes
-        if name.startswith(_TRIAL) and _plausible(name.removeprefix(_TRIAL), case.measurement.input)
+        if name.startswith(_TRIAL) and _plausible(name.removeprefix(_TRIAL), case)
     ]
     gains = {name: -case.change(name, "inference") for name in names}
     name = max(gains, key=gains.__getitem__, default=None)
@@ -198,14 +212,20 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     return name.removeprefix(_TRIAL), now.loss - gains[name], min(1.0, part)
 
 
-def _plausible(name: str, seen: InputMoments | None) -> bool:
+def _plausible(name: str, case: Case) -> bool:
     """Whether the inputs could be in the encoding that this transformation starts from.
 
     Factors of a hundred are nobody's contrast. A change of two, or of an offset, is: then the
-    inputs must fill the range that the transformation is for.
+    inputs must fill the range that the transformation is for, and the stored statistics must have
+    left their initial values, for on the way from there another contrast may suit them better.
     """
     ends = _MILD.get(name)
-    if ends is None or seen is None:
+    if ends is None:
+        return True
+    if any(young_average(case, path) is not None for path in case.with_role("moving")):
+        return False
+    seen = case.measurement.input
+    if seen is None:
         return True
     low, high = float(np.min(seen.low)), float(np.max(seen.high))
     return high - low >= FILLS * (ends[1] - ends[0])
@@ -250,11 +270,14 @@ def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
     if inputs_differ(case.measurement.input, case.measurement.validation_input) > RANGE:
         return  # other inputs: PREPROCESS tells
     inference = case.loss("inference") or math.nan
+    agreeing = ""
+    if case.probe("validation batch") is not None:
+        agreeing = f" and {_both(case, 'validation batch')} with batch statistics: "
+        agreeing += "both phases agree"
     yield Claim(
         code="OVERFIT",
         message=f"training samples {_both(case, 'inference')}, validation samples "
-        f"{_both(case, 'validation inference')} at inference and "
-        f"{_both(case, 'validation batch')} with batch statistics: both phases agree",
+        f"{_both(case, 'validation inference')} at inference{agreeing}",
         standing=0.9,
         certainty="is",
         evidence={"train_loss": inference, "validation_loss": validation.loss},

@@ -25,11 +25,17 @@ MOST_CLASSES = 8
 #: Batches in which the uses of a shared layer are told apart.
 USE_BATCHES = 4
 
+#: The same for distances from single classes: the last one of sorted data has to be among them.
+MOST_SINGLE_CLASSES = 16
+
+#: Stored statistics this far from the data, in standard deviations, may be those of one class.
+OFF = 0.05
+
 Recorded = Sequence[Mapping[str, Moments]]
 
 
 def site_measurements(
-    bench: Bench, recorded: Recorded, population: Statistics
+    bench: Bench, recorded: Recorded, population: Statistics, *, noisy: Recorded = ()
 ) -> dict[str, SiteMeasurement]:
     """Set stored, population and batch statistics of each site side by side.
 
@@ -37,11 +43,13 @@ def site_measurements(
         bench: Model and samples.
         recorded: Moments per batch of a pass with λ = 1 everywhere.
         population: Exact population statistics of all sites.
+        noisy: Moments per batch of a training-mode pass with dropout; empty without.
     """
     sites = {site.path: site for site in bench.view.sites()}
     meter = open_meter(bench.view, bench.paths)
     within = within_classes(bench, recorded)
     uses = shared_uses(bench, meter)
+    apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
     found = {}
     for path in bench.paths:
         seen = [moments[path] for moments in recorded if path in moments]
@@ -51,6 +59,8 @@ def site_measurements(
         mean, variance = population[path]
         epsilon = sites[path].epsilon
         whole = functools.reduce(Moments.merge, seen)
+        under_noise = [moments[path] for moments in noisy if path in moments]
+        noisy_mean, noisy_variance = _settled(under_noise) if under_noise else (None, None)
         per_sample = seen[0].count / bench.batch_size / max(1, sites[path].calls)
         found[path] = SiteMeasurement(
             path=path,
@@ -59,12 +69,15 @@ def site_measurements(
             mean=mean,
             variance=variance,
             batch_mean=whole.mean,
-            batch_variance=np.mean([each.variance for each in seen], axis=0),
+            batch_variance=_mean_variance(seen),
             values=int(per_sample) if per_sample == int(per_sample) else None,
             shift=stats.mean_shift(mean, stored_mean, stored_variance, epsilon=epsilon),
             ratio=stats.variance_ratio(variance, stored_variance, epsilon=epsilon),
             noise=_noise(seen, whole, epsilon),
             within_variance=within.get(path),
+            class_distances=apart.get(path),
+            noisy_mean=noisy_mean,
+            noisy_variance=noisy_variance,
             uses=uses.get(path, ()),
         )
     return found
@@ -74,6 +87,16 @@ def quotient(site: SiteMeasurement) -> float:
     """How far stored and batch variance are apart, as a factor of at least 1, median channel."""
     ratio = site.ratio[np.isfinite(site.ratio) & (site.ratio > 0)]
     return math.exp(float(np.median(np.abs(np.log(ratio))))) if ratio.size else 1.0
+
+
+def _mean_variance(seen: Sequence[Moments]) -> Array:
+    """Mean over batches of the variance within one."""
+    return np.asarray(np.mean([each.variance for each in seen], axis=0), np.float64)
+
+
+def _settled(seen: Sequence[Moments]) -> tuple[Array, Array]:
+    """What a settled average over these batches would hold: mean, and variance within one."""
+    return functools.reduce(Moments.merge, seen).mean, _mean_variance(seen)
 
 
 def _noise(seen: Sequence[Moments], whole: Moments, epsilon: float) -> float:
@@ -100,7 +123,7 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
     if not merged or not all(moments.finite for moments in merged.values()):
         return {}
     mixed = {path: (moments.mean, moments.variance) for path, moments in merged.items()}
-    classes = _class_batches(bench)
+    classes = _class_batches(bench, MOST_CLASSES)
     if len(classes) < 2:
         return {}
     variances: dict[str, list[Array]] = {path: [] for path in mixed}
@@ -116,7 +139,7 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
             record=True,
         )
 
-    for batches in classes:
+    for batches in classes.values():
         _, _, seen = bench.passes("statistics of classes", run, batches)
         for path in mixed:
             whole = functools.reduce(Moments.merge, [moments[path] for moments in seen])
@@ -124,15 +147,50 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
     return {path: np.mean(found, axis=0) for path, found in variances.items()}
 
 
-def _class_batches(bench: Bench) -> list[list[Batch]]:
+def class_distances(
+    bench: Bench, recorded: Recorded, stored: Mapping[str, tuple[Array, Array]]
+) -> dict[str, Array]:
+    """Path -> distance of the stored statistics from those of batches of each class alone.
+
+    A moving average over data that are sorted by class holds the class that came last. Empty where
+    fewer than two sites are off, or without classes.
+    """
+    if bench.task not in ("binary", "multiclass") or bench.labels is None:
+        return {}
+    off = [
+        path
+        for path in bench.paths
+        if all(path in moments for moments in recorded)
+        and stats.normals_apart(stored[path], _settled([moments[path] for moments in recorded]))
+        > OFF
+    ]
+    classes = _class_batches(bench, MOST_SINGLE_CLASSES)
+    if len(off) < 2 or len(classes) < 2:
+        return {}
+    found = {path: np.full(int(max(classes)) + 1, np.nan) for path in off}
+
+    def run(batch: Batch, step: int) -> Outcome:
+        return bench.forward.outcome(
+            batch.x, batch.y, batch.sample_weight, blend=1.0, step=step, record=True
+        )
+
+    for label, batches in classes.items():
+        _, _, seen = bench.passes("statistics of classes", run, batches)
+        for path in off:
+            here = _settled([moments[path] for moments in seen])
+            found[path][label] = stats.normals_apart(stored[path], here)
+    return found
+
+
+def _class_batches(bench: Bench, most_classes: int) -> dict[int, list[Batch]]:
     """Batches of one class each, for the largest classes; a small class fills one by repeating."""
     assert bench.labels is not None
     labels = bench.labels
     names, counts = np.unique(labels, return_counts=True)
-    largest = names[np.argsort(-counts, kind="stable")[:MOST_CLASSES]]
+    largest = names[np.argsort(-counts, kind="stable")[:most_classes]]
     size, most = bench.batch_size, max(1, CLASS_SAMPLES // bench.batch_size // len(largest))
     whole = bench.samples.whole
-    classes = []
+    classes: dict[int, list[Batch]] = {}
     for name in largest:
         index = np.flatnonzero(labels == name)
         if len(index) < 2:
@@ -140,7 +198,7 @@ def _class_batches(bench: Bench) -> list[list[Batch]]:
         if len(index) < size:
             index = np.resize(index, size)
         starts = range(0, len(index) - size + 1, size)
-        classes.append([take(whole, index[s : s + size]) for s in list(starts)[:most]])
+        classes[int(name)] = [take(whole, index[s : s + size]) for s in list(starts)[:most]]
     return classes
 
 

@@ -115,6 +115,7 @@ class _Run:
             None  # of the model's own inference, in the samples' order
         )
         self.recorded: tuple[Mapping[str, Any], ...] = ()
+        self.recorded_noisy: tuple[Mapping[str, Any], ...] = ()
 
     def steps(
         self, validation: Any, reference: Any, round_trip: bool, progress: Progress | None
@@ -127,6 +128,7 @@ class _Run:
             ("stored", self.stored),
             ("training blend", self.training_blend),
             ("dropout", self.dropout),
+            ("statistics with dropout", self.noisy),
             ("population", self.population),
             ("sorted", self.sorted),
             ("sites", self.sites),
@@ -229,6 +231,28 @@ class _Run:
             raise _Skip("no layer but BN acts in training only")
         self.probes["dropout"] = self.bench.probe("dropout", dropout=True)
 
+    def noisy(self) -> None:
+        """Moments that the sites see in training, with everything else as in training, too."""
+        self._require_sites()
+        bench = self.bench
+        if not bench.noisy:
+            raise _Skip("no layer but BN acts in training only")
+        if (weights := bench.blend_in_training) is None or not weights.any():
+            raise _Skip("no site uses batch statistics in training")
+
+        def run(batch: Batch, step: int) -> Outcome:
+            return bench.forward.outcome(
+                batch.x,
+                batch.y,
+                batch.sample_weight,
+                blend=weights,
+                dropout=True,
+                step=step,
+                record=True,
+            )
+
+        _, _, self.recorded_noisy = bench.passes("statistics with dropout", run, bench.batches)
+
     def population(self) -> None:
         """λ = 0 with exact statistics at all sites, at the unfrozen and at the frozen ones."""
         self._require_sites()
@@ -262,7 +286,9 @@ class _Run:
         """Stored statistics beside those of the data."""
         self._require_sites()
         population = self.bench.population("all")
-        self.found["sites"] = located.site_measurements(self.bench, self.recorded, population)
+        self.found["sites"] = located.site_measurements(
+            self.bench, self.recorded, population, noisy=self.recorded_noisy
+        )
 
     def attribution(self) -> None:
         """Shares of the gap between the training blend and λ = 0."""

@@ -92,6 +92,11 @@ class Workplace:
         """Which of these causes were named, the most important first."""
         return tuple(code for code in self.codes if code in codes)
 
+    @cached_property
+    def shifted_by_dropout(self) -> tuple[str, ...]:
+        """Causes that are not BN, but which left statistics that do not suit inference."""
+        return tuple(each.code for each in self.causes if each.evidence.get("variance_shift"))
+
     def blamed(self, *codes: str) -> tuple[str, ...]:
         """Sites that these causes blame, in execution order."""
         found = {path for cause in self.causes if cause.code in codes for path in cause.sites}

@@ -21,7 +21,8 @@ _AVERAGES = ("EMA_LAG", "EMA_NOISE", "MOMENTUM_CONVENTION", "STATS_NEVER_UPDATED
 
 def recalibrate(place: Workplace) -> Iterator[Candidate]:
     """Exact statistics of the data at unfrozen, all and frozen sites."""
-    stale, unsteady = place.named(*STALE), place.named(*UNSTEADY)
+    stale = (*place.named(*STALE), *place.shifted_by_dropout)
+    unsteady = place.named(*UNSTEADY)
     frozen = [each.site.stats_frozen for each in place.facts]
     if not frozen or not (stale or unsteady):
         return
