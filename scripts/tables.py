@@ -150,9 +150,26 @@ def _before_and_after(row: Mapping[str, Any]) -> str:
 
 
 def casebook_scores(results: Sequence[dict[str, Any]]) -> str:
-    """The scores over the cases."""
-    lines = ["| score | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in results[0]["score"].items()]
+    """The scores over the cases, per backend where there are several runs."""
+    backends = [found["backend"] for found in results] if len(results) > 1 else [""]
+    lines = [f"| score | {' | '.join(backends)} |", "|---|" + "---|" * len(backends)]
+    for name in results[0]["score"]:
+        values = " | ".join(found["score"].get(name, "") for found in results)
+        lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)
+
+
+def casebook_first(results: Sequence[dict[str, Any]]) -> str:
+    """Cases that nobody had seen: what was answered at first, and what is answered now."""
+    first, now = ({row["number"]: row for row in found["cases"]} for found in results)
+    lines = ["| case | expected | at first | now |", "|---|---|---|---|"]
+    for number, row in first.items():
+        cells = [f"{number} {row['title']}", " + ".join(f"`{code}`" for code in row["expected"])]
+        for each in (row, now[number]):
+            wrong = not each["right"] or each["blamed"]
+            told = ", ".join(f"`{code}`" for code in each["answers"][:2])
+            cells.append(told + (" **wrong**" if wrong else ""))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -247,4 +264,5 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "casebook": casebook_table,
     "casebook-scores": casebook_scores,
     "casebook-misses": casebook_misses,
+    "casebook-first": casebook_first,
 }

@@ -170,6 +170,23 @@ class TestBootstrap:
         assert abs(got.low - expected.low) < 0.02 * width
         assert abs(got.high - expected.high) < 0.02 * width
 
+    def test_percentiles_of_few_samples_are_expanded(self) -> None:
+        """Hesterberg (2015): for n = 10 the 95% interval takes percentiles of 0.9 and 99.1%."""
+        a = np.random.default_rng(3).normal(size=10)
+        got = stats.paired_bootstrap(a, np.zeros(10), seed=0, resamples=20_000)
+        level = 2 * scipy_stats.norm.cdf(np.sqrt(10 / 9) * scipy_stats.t.ppf(0.975, 9)) - 1
+        assert level == pytest.approx(0.983, abs=1e-3)
+        expected = scipy_stats.bootstrap(
+            (a,), np.mean, n_resamples=20_000, method="percentile", confidence_level=level, rng=1
+        ).confidence_interval
+        assert abs(got.low - expected.low) < 0.05 * (expected.high - expected.low)
+        assert abs(got.high - expected.high) < 0.05 * (expected.high - expected.low)
+
+    def test_one_sample_tells_nothing(self) -> None:
+        got = stats.paired_bootstrap(np.ones(1), np.zeros(1), seed=0)
+        assert (got.estimate, got.low, got.high) == (1, -np.inf, np.inf)
+        assert not got.excludes_zero
+
     def test_pairs_are_kept(self) -> None:
         base = np.random.default_rng(0).normal(0, 100, 50)
         got = stats.paired_bootstrap(base + 1, base, seed=0)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from frostline import verdicts
-from frostline.measurement import Cause, Gap, Interval, Measurement, Remedy
+from frostline.measurement import Cause, Gap, Interval, Measurement, Probe, Remedy
 
 pytestmark = pytest.mark.once
 
 
-def measured(low: float = -1.2, high: float = -0.8, samples: int = 400) -> Measurement:
+def measured(
+    low: float = -1.2, high: float = -0.8, samples: int = 400, broken: int = 0
+) -> Measurement:
     interval = Interval((low + high) / 2, low, high, 0.95)
     gap = Gap(name="total", of="training", minus="inference", loss=interval)
-    return Measurement(samples=samples, batch_size=32, task="multiclass", gaps={"total": gap})
+    own = Probe(name="inference", losses=np.ones(samples), broken=broken)
+    return Measurement(
+        samples=samples,
+        batch_size=32,
+        task="multiclass",
+        gaps={"total": gap},
+        probes={"inference": own},
+    )
 
 
 def cause(code: str, share: float | None = None, **more: Any) -> Cause:
@@ -78,5 +88,9 @@ def test_few_samples_are_told() -> None:
     assert told.endswith("(95% interval -1 to +0.2, 16 samples): it may be chance")
     told = verdicts.of_measurement(measured(-1.0, -0.2, samples=16), [cause("EMA_LAG")], (), 4)
     assert told.endswith("; 16 samples tell little: the gap in loss is -1 to -0.2")
+    told = verdicts.of_measurement(measured(-np.inf, np.inf, samples=1), [cause("EMA_LAG")], (), 4)
+    assert told.endswith("; 1 sample tells nothing of a gap")
+    told = verdicts.of_measurement(measured(-1.0, -0.2, broken=2), [cause("EMA_LAG")], (), 4)
+    assert told.endswith("; 2 of 400 samples come out as NaN or infinite")
     told = verdicts.of_measurement(measured(0, 0, samples=16), [cause("OVERFIT")], (), 0)
     assert "tell little" not in told  # the same losses sample by sample, however few

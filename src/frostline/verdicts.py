@@ -61,11 +61,14 @@ def of_measurement(
         parts.append(f"{best.name}: {_effect(best)}")
     elif remedies:
         parts.append("no remedy that was tried helps for sure")
+    if first.code != "POISONED":  # which tells
+        parts += _left_out(measured)
     gap = measured.gaps.get("total")
     few = measured.samples < FEW
     if few and gap is not None and _told(gap.loss) and not _is_nothing(gap.loss):
         interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
-        parts.append(f"{measured.samples} samples tell little: the gap in loss is {interval}")
+        told = f"{measured.samples} samples tell little: the gap in loss is {interval}"
+        parts.append(told if measured.samples > 1 else "1 sample tells nothing of a gap")
     return "; ".join(parts)
 
 
@@ -73,7 +76,8 @@ def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
     """Verdict without a cause: how far training mode and inference are apart."""
     gap = measured.gaps.get("total")
     if gap is None or not _told(gap.loss):
-        return "no verdict: training mode and inference could not be compared"
+        left_out = "".join(f": {told}" for told in _left_out(measured))
+        return f"no verdict: training mode and inference could not be compared{left_out}"
     loss, count = gap.loss, f"{measured.samples} samples"
     if none is not None and none.certainty == "may":
         told = none.message
@@ -83,9 +87,20 @@ def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
         interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
         told = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
         told += ": too little to matter" if loss.excludes_zero else ": it may be chance"
+    told = "; ".join([told, *_left_out(measured)])
     if not sites:
         return f"not BN: the model has no BatchNormalization layer; {told}"
     return f"no cause found: {told}"
+
+
+def _left_out(measured: Measurement) -> list[str]:
+    """Samples that no number of the report is of."""
+    inference = measured.probes.get("inference")
+    if inference is None or not inference.broken:
+        return []
+    told = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
+    held = next((note for note in measured.notes if "NaN or infinite inputs" in note), None)
+    return [f"{told} ({held})" if held else told]
 
 
 def _is_nothing(interval: Interval) -> bool:

@@ -56,9 +56,12 @@ class Row:
     seconds: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
 
     @property
-    def held_out(self) -> bool:
-        """Not in the book."""
-        return self.number.removeprefix("T").startswith("H")
+    def origin(self) -> str:
+        """``"casebook"``, or ``"held out"`` (H) and ``"unseen"`` (U), which are not in the book."""
+        first = self.number.removeprefix("T")[0]
+        if self.number.startswith("U"):
+            return "unseen"
+        return "held out" if first == "H" else "casebook"
 
     @property
     def kind(self) -> str:
@@ -115,10 +118,8 @@ def score(rows: Iterable[Row]) -> dict[str, str]:
     """Counts in words, the cases of the book apart from the others."""
     lines: dict[str, str] = {}
     rows = tuple(rows)
-    for name, members in (
-        ("casebook", tuple(row for row in rows if not row.held_out)),
-        ("held out", tuple(row for row in rows if row.held_out)),
-    ):
+    for name in ("casebook", "held out", "unseen"):
+        members = tuple(row for row in rows if row.origin == name)
         for kind in ("BN", "compound", "not BN"):
             of = [row for row in members if row.kind == kind]
             if of:

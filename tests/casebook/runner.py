@@ -31,14 +31,15 @@ CASES: tuple[Case, ...] = tuple(
 def chosen(numbers: Sequence[str] = (), *, backend: str, lean: bool = False) -> tuple[Case, ...]:
     """The cases that run on a backend: all on TensorFlow, a third on the others; or those named.
 
-    Lean: a third everywhere, and each of the others on one backend.
+    Lean: a third everywhere, and each of the others that are tests on one backend.
     """
     known = {case.number: case for case in CASES}
     unknown = [number for number in numbers if number not in known]
     if unknown:
         raise SystemExit(f"no case {unknown[0]!r}; there are {', '.join(known)}")
     if lean:
-        return tuple(case for case in CASES if case.everywhere or home(case) == backend)
+        here = (case for case in CASES if case.everywhere or home(case) == backend)
+        return tuple(case for case in here if case.in_suite)
     return tuple(
         case
         for case in (known[number] for number in numbers or known)

@@ -50,6 +50,7 @@ class Case:
         sites: Names of the BN layers to blame; ``None`` where the book names none.
         backends: Where the scenario can be built.
         everywhere: Belongs to the third that also runs on JAX and torch.
+        in_suite: Is one of the tests; the others run with ``python -m tests.casebook`` alone.
     """
 
     number: str
@@ -60,6 +61,7 @@ class Case:
     sites: frozenset[str] | None = None
     backends: tuple[str, ...] = BACKENDS
     everywhere: bool = False
+    in_suite: bool = True
 
 
 class Score(NamedTuple):

@@ -417,6 +417,7 @@ CASES = (
         expected=("EMA_LAG",),
         sites=frozenset({"bn1a", "bn1b", "bn2a", "bn2b", "last"}),
         build=case_u1,
+        in_suite=False,
     ),
     Case(
         number="U2",
@@ -424,6 +425,7 @@ CASES = (
         expected=("NONE",),
         also=("OVERFIT",),
         build=case_u2,
+        in_suite=False,
     ),
     Case(
         number="U3",
@@ -431,6 +433,7 @@ CASES = (
         expected=("PREPROCESS",),
         also=("OVERFIT",),
         build=case_u3,
+        in_suite=False,
     ),
     Case(
         number="U4",
@@ -446,6 +449,7 @@ CASES = (
         expected=("EMA_LAG",),
         sites=ALL,
         build=case_u5,
+        in_suite=False,
     ),
     Case(
         number="U6",
@@ -460,6 +464,7 @@ CASES = (
         expected=("EMA_LAG",),
         sites=frozenset({"bn1", "bn2"}),
         build=case_u7,
+        in_suite=False,
     ),
     Case(
         number="U8",
@@ -467,18 +472,21 @@ CASES = (
         expected=("EMA_LAG",),
         sites=frozenset({"bn1", "bn2"}),
         build=case_u8,
+        in_suite=False,
     ),
     Case(
         number="U9",
         title="group and layer normalisation, learned by heart",
         expected=("OVERFIT",),
         build=case_u9,
+        in_suite=False,
     ),
     Case(
         number="U10",
         title="divided by 255 twice at inference",
         expected=("PREPROCESS",),
         build=case_u10,
+        in_suite=False,
     ),
     Case(
         number="U11",
@@ -492,6 +500,7 @@ CASES = (
         expected=("FROZEN_BATCH_STATS",),
         sites=frozenset(NORMS[:3]),
         build=case_u12,
+        in_suite=False,
     ),
     Case(
         number="U13",
@@ -504,12 +513,14 @@ CASES = (
         title="regression that works",
         expected=("NONE",),
         build=case_u14,
+        in_suite=False,
     ),
     Case(
         number="U15",
         title="VGG-style without BN, dropout only",
         expected=("DROPOUT",),
         build=case_u15,
+        in_suite=False,
     ),
     Case(
         number="U16",
@@ -517,11 +528,13 @@ CASES = (
         expected=("EMA_LAG",),
         sites=ALL,
         build=case_u16,
+        in_suite=False,
     ),
     Case(
         number="U17",
         title="shifted about in training only",
         expected=("AUGMENT_TRAIN_ONLY",),
         build=case_u17,
+        in_suite=False,
     ),
 )

@@ -753,6 +753,24 @@ def test_renamed_classes():
     assert bn(found) == []
 
 
+def test_a_renaming_of_few_samples_is_chance():
+    few = np.zeros((10, 10), int)
+    few[[0, 1, 2, 3], [1, 2, 3, 4]] = 1  # four samples: some renaming fits them all
+    wrong = dict.fromkeys(GAP, (6.0, 0.0))
+    found = causes(facts(steps=600), measurement(wrong, relabelled=1.0, confusion=few), [])
+    assert found[0].certainty == "may"
+    many = causes(facts(steps=600), measurement(wrong, relabelled=1.0, confusion=20 * few), [])
+    assert (many[0].code, many[0].certainty) == ("LABEL_ORDER", "is")
+
+
+def test_inverted_inference_of_two_classes_is_no_renaming():
+    """Batch statistics do well by the same labels, so that these are right."""
+    probes = {**GAP, "inference": (3.0, 0.1)}
+    two = {"task": "binary", "classes": 2, "chance": 0.5, "relabelled": 0.9}
+    made = measurement(probes, shares=[0.25] * 4, sites=FAR, **two)
+    assert codes(causes(facts(steps=48), made, [])) == ["EMA_LAG"]
+
+
 def test_labels_of_other_samples():
     wrong = dict.fromkeys(GAP, (6.0, 0.1))
     found = causes(facts(steps=600), measurement(wrong, relabelled=0.2), [])

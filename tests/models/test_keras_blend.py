@@ -613,10 +613,10 @@ def test_bn_inside_a_torch_module_is_blended_and_recorded() -> None:
     wanted = arrays(model(x, training=False))[0]
     before = [(p.clone(), m.training) for m in inner.module.modules() for p in m.buffers()]
 
-    np.testing.assert_allclose(forward.outputs(x, blend=0), wanted, rtol=1e-5, atol=1e-6)
+    assert_outputs(forward.outputs(x, blend=0), wanted, 1e-6)
     own = view(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
     found, moments = forward.outputs(x, blend=1, dropout=True, step=3, record=True)
-    np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-5)
+    assert_outputs(found, own, 1e-6)
     np.testing.assert_allclose(moments["wrapped/0"].mean, x.mean((0, 2)), rtol=1e-5)
     np.testing.assert_allclose(moments["wrapped/0"].variance, x.var((0, 2)), rtol=1e-5)
 

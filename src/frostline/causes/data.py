@@ -29,6 +29,9 @@ CONFIDENT = 1.3
 #: Gain in accuracy of the best renaming of the classes; random labels gain less.
 RENAMED = 0.3
 
+#: Shuffled labels that a renaming must fit better than: by chance it does once in as many.
+SHUFFLES = 20
+
 #: Steps after which a network that can learn has left chance.
 SOME_STEPS = 50
 
@@ -237,18 +240,20 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     now = case.accuracy("inference")
     if now is None or known.chance is None or known.task not in ("binary", "multiclass"):
         return
-    if known.relabelled is not None and known.relabelled >= max(0.5, now + RENAMED):
+    names = ("inference", "training", "training blend", "batch", "population", "sorted")
+    found = [value for each in names if (value := case.accuracy(each)) is not None]
+    # A phase that does well by these labels shows that they are right, and inference inverts them.
+    renamed = 0.0 if known.relabelled is None or max(found) >= now + RENAMED else known.relabelled
+    if renamed >= max(0.5, now + RENAMED) and _beats_chance(case):
         yield Claim(
             code="LABEL_ORDER",
-            message=f"accuracy is {now:.1%}, and {known.relabelled:.1%} after a one-to-one "
+            message=f"accuracy is {now:.1%}, and {renamed:.1%} after a one-to-one "
             "renaming of the classes",
             standing=1.5,
             certainty="is",
-            evidence={"accuracy": now, "relabelled": known.relabelled},
+            evidence={"accuracy": now, "relabelled": renamed},
         )
         return
-    names = ("inference", "training", "training blend", "batch", "population", "sorted")
-    found = [value for each in names if (value := case.accuracy(each)) is not None]
     if max(found) > known.chance + AT_CHANCE or best_trial(case) is not None:
         return
     yield from _at_chance(case, now)
@@ -342,6 +347,27 @@ def _other_validation_inputs(case: Case) -> Iterator[Claim]:
         evidence=evidence,
         settle=None if sure else "the preprocessing of both",
     )
+
+
+def _beats_chance(case: Case) -> bool:
+    """The best renaming fits better than those of labels that are shuffled.
+
+    Of few samples, or of two classes, some renaming fits well whatever the labels are.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    confusion, reached = case.measurement.confusion, case.measurement.relabelled
+    if confusion is None or reached is None:
+        return True
+    labels = np.repeat(np.arange(len(confusion)), confusion.sum(axis=1))
+    predicted = np.concatenate([np.repeat(np.arange(len(row)), row) for row in confusion])
+    rng = np.random.default_rng(0)
+    for _ in range(SHUFFLES):
+        shuffled = np.zeros_like(confusion)
+        np.add.at(shuffled, (rng.permutation(labels), predicted), 1)
+        if shuffled[linear_sum_assignment(-shuffled)].sum() >= reached * len(labels):
+            return False
+    return True
 
 
 def _at_chance(case: Case, now: float) -> Iterator[Claim]:

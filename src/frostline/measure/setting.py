@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,14 @@ from frostline.measure.samples import Samples, draw, take
 from frostline.measurement import Behaviour
 from frostline.models import ModelView
 from frostline.models.facts import ModelFacts, read as read_facts
-from frostline.types import Array, FrostlineError, ModelError, Site
+from frostline.types import Array, DataError, FrostlineError, ModelError, Site
 
 #: Batches in which the sites are watched, and samples of each: stored and batch statistics are
 #: told apart the better the fewer there are.
 WATCHED, WATCHED_SAMPLES = 2, 8
+
+#: What terminals read as colours.
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def facts_of(view: ModelView) -> ModelFacts:
@@ -62,11 +66,24 @@ def make_bench(
         notes.append(told)
     forward, foreign = _forward(view, loss)
     notes += foreign
-    if outputs is None:  # a pass that the inference probe needs anyway: it is compiled only once
-        outcome = forward.own(first.x, first.y, first.sample_weight, training=False)
-        outputs = only(joined_arrays([outcome.outputs]))
     objective = view.objective() if loss is None else _named(loss)
     labels = only(joined_arrays([batch.y for batch in samples.batches]))
+    if labels is not None and labels.dtype.kind not in "buif":
+        raise DataError(f"labels must be numbers. Received: dtype {labels.dtype}")
+    if outputs is None:  # a pass that the inference probe needs anyway: it is compiled only once
+        try:
+            outcome = forward.own(first.x, first.y, first.sample_weight, training=False)
+        except FrostlineError:
+            raise
+        except Exception:
+            own = only(joined_arrays([view.forward(first.x, training=False)]))
+            _require_known_classes(labels, own, objective[0])
+            raise
+        outputs = only(joined_arrays([outcome.outputs]))
+    if getattr(loss or getattr(view.model, "loss", None), "ignore_class", None) is None:
+        _require_known_classes(labels, outputs, objective[0])
+    if broken := sum(_broken_inputs(batch) for batch in samples.batches):
+        notes.append(f"{broken} of {len(samples)} samples hold NaN or infinite inputs")
     task, logits = task_of(outputs, only(joined_arrays([first.y])), objective)
     judged = labels
     if task in ("binary", "multiclass") and labels is not None and outputs is not None:
@@ -106,7 +123,15 @@ def behaviour_of(view: ModelView, samples: Samples, *, whole: bool) -> dict[str,
     if watch is not None:
         few = slice(None) if whole else slice(WATCHED_SAMPLES)
         parts = [take(batch, few) for batch in samples.batches[:WATCHED]]
-        return dict(watch([(part.x, part.y) for part in parts]))
+        try:
+            return dict(watch([(part.x, part.y) for part in parts]))
+        except FrostlineError:
+            raise
+        except Exception as error:  # inference has run already
+            raise ModelError(
+                "the model fails in training mode, so that it cannot be compared with inference, "
+                f"which works. Received: {first_line(error)}"
+            ) from error
     return {site.path: _from_flags(site) for site in view.sites()}
 
 
@@ -139,6 +164,27 @@ def _forward(view: ModelView, loss: Any) -> tuple[Any, list[str]]:
 def _has_loss(view: ModelView) -> bool:
     """Whether ``compile`` was given losses, of which there may be several without one name."""
     return view.compiled() and getattr(view.model, "loss", None) is not None
+
+
+def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> None:
+    """Class numbers must be those of outputs: JAX takes others for no class, TensorFlow raises."""
+    if loss_name != "sparse_categorical_crossentropy" or labels is None or outputs is None:
+        return
+    classes, low, high = outputs.shape[-1], labels.min(), labels.max()
+    if outputs.ndim > 1 and (low < 0 or high >= classes):
+        raise DataError(
+            f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
+            f"classes. Received: labels from {low} to {high}"
+        )
+
+
+def _broken_inputs(batch: Batch) -> int:
+    """Number of samples with an input that is no finite number."""
+    broken = np.zeros(len(batch), dtype=bool)
+    for _, leaf in leaves(batch.x):
+        if leaf.dtype.kind == "f":
+            broken |= ~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
+    return int(broken.sum())
 
 
 def _named(loss: Any) -> tuple[str | None, bool | None]:
@@ -187,5 +233,9 @@ def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:
 
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    lines = [told for line in str(error).splitlines() if (told := _COLOURS.sub("", line).strip())]
+    text = lines[0] if lines else "no reason given"
+    if text.startswith("Exception encountered when calling") and len(lines) > 1:
+        # Keras' own words around those of a layer.
+        text = f"{text.removeprefix('Exception encountered when calling ').rstrip('.')}: {lines[1]}"
     return text if isinstance(error, FrostlineError) else f"{type(error).__name__}: {text}"
