@@ -229,7 +229,8 @@ class _Run:
         """λ = 0 and everything else as in training."""
         if not self.bench.noisy:
             raise _Skip("no layer but BN acts in training only")
-        self.probes["dropout"] = self.bench.probe("dropout", dropout=True)
+        probe, _ = self._with_dropout("dropout", self.bench.blend(0.0))
+        self.probes["dropout"] = probe
 
     def noisy(self) -> None:
         """Moments that the sites see in training, with everything else as in training, too."""
@@ -239,19 +240,28 @@ class _Run:
             raise _Skip("no layer but BN acts in training only")
         if (weights := bench.blend_in_training) is None or not weights.any():
             raise _Skip("no site uses batch statistics in training")
+        _, self.recorded_noisy = self._with_dropout("statistics with dropout", weights)
+
+    def _with_dropout(self, name: str, blend: Array) -> tuple[Probe, tuple[Any, ...]]:
+        """A probe with dropout, and the moments: both uses ask for them, so that one trace serves.
+
+        Moments of what a probe sees cost nothing beside a second compilation.
+        """
+        bench = self.bench
 
         def run(batch: Batch, step: int) -> Outcome:
             return bench.forward.outcome(
                 batch.x,
                 batch.y,
                 batch.sample_weight,
-                blend=weights,
+                blend=blend,
                 dropout=True,
                 step=step,
-                record=True,
+                record=bool(bench.paths),
             )
 
-        _, _, self.recorded_noisy = bench.passes("statistics with dropout", run, bench.batches)
+        probe, _, recorded = bench.passes(name, run, bench.batches)
+        return bench.remember(bench.condition(blend, None, True), probe), recorded
 
     def population(self) -> None:
         """λ = 0 with exact statistics at all sites, at the unfrozen and at the frozen ones."""
