@@ -25,7 +25,7 @@ MOST_CLASSES = 8
 #: Batches in which the uses of a shared layer are told apart.
 USE_BATCHES = 4
 
-#: The same for distances from single classes: the last one of sorted data has to be among them.
+#: Distances from single classes are not taken of more: the one that came last has to be among them.
 MOST_SINGLE_CLASSES = 16
 
 #: Stored statistics this far from the data, in standard deviations, may be those of one class.
@@ -164,8 +164,10 @@ def class_distances(
         and stats.normals_apart(stored[path], _settled([moments[path] for moments in recorded]))
         > OFF
     ]
+    if len(off) < 2 or not 2 <= len(np.unique(bench.labels)) <= MOST_SINGLE_CLASSES:
+        return {}
     classes = _class_batches(bench, MOST_SINGLE_CLASSES)
-    if len(off) < 2 or len(classes) < 2:
+    if len(classes) < 2:
         return {}
     found = {path: np.full(int(max(classes)) + 1, np.nan) for path in off}
 

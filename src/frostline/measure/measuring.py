@@ -164,7 +164,10 @@ class _Run:
         """The model's own inference; its outputs are kept."""
         bench = self.bench
         probe, self.outputs, _ = bench.passes(
-            "inference", bench.own(training=False), bench.batches, keep=sweep.SAMPLES
+            "inference",
+            bench.own(training=False),
+            bench.batches,
+            keep=max(sweep.SAMPLES, sweep.NEIGHBOUR_BATCHES * bench.batch_size),
         )
         self.probes["inference"] = bench.remember(("own", False), probe)
         if bench.task in ("binary", "multiclass"):
