@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cost_tables
+
 
 def overfit_table(results: Sequence[dict[str, Any]]) -> str:
     """One line per policy: loss, accuracy and AUC of the three phases."""
@@ -265,4 +267,5 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "casebook-scores": casebook_scores,
     "casebook-misses": casebook_misses,
     "casebook-first": casebook_first,
+    **cost_tables.KINDS,
 }

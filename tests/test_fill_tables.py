@@ -56,3 +56,30 @@ def test_engines_per_model_and_backend() -> None:
         "| resnet50 at 96², batch 8 | openvino | falls back: layer 'a': a/b |  |",
         "| vgg16 at 96², batch 8 | native |  | 1.50× (error 2e-06) |",
     ]
+
+
+def test_costs_per_backend_and_case() -> None:
+    kinds = load().tables.KINDS
+    settings = {
+        "train": 8, "validation": 4, "size": 32, "head_epochs": 2, "epochs": 1, "batch": 4,
+        "samples": 8, "rounds": 3,
+    }  # fmt: skip
+    ratio = {"ratio": 2.0, "range": [1.5, 2.5]}
+    cached = {"backend": "jax", "cpus": 2, "settings": settings, "figures": {"head": ratio}}
+    assert "`fl.fit` | 2.00 [1.50, 2.50] |" in kinds["cached-training"]([cached])
+    case = {"sites": 3, "evaluate_s": 0.5, "units": 20.0, "passes": 18.0, "memory": 1.25}
+    diagnosed = {"backend": "torch", "samples": 8, "size": 32, "figures": {"small": case}}
+    row = "| torch | small, 8 samples at 32² | 3 | 0.50 s | 20 | 18 | 1.2× |"
+    assert row in kinds["diagnosis-cost"]([diagnosed])
+    figure = {"warm_ratio": [1.5, 1.25], "first_s": [4.0, 0.0], "growth_mib": 3.0}
+    plain = {**figure, "first_s": [2.0, 0.0]}
+    figures = {"predict": plain, "batch": figure, "sequential": figure}
+    measured = {"backend": "torch", "settings": settings, "figures": figures}
+    row = "| torch | `sequential` | 1.50 | 1.25 | 2.00 | +3 MiB |"
+    assert row in kinds["recalibration-cost"]([measured])
+    native = {
+        "torch": "2", "cpus": 2, "settings": {**settings, "step_batch": 2},
+        "figures": {"prefix a": {**ratio, "auto": True}},
+    }  # fmt: skip
+    row = "| prefix a | 2.00 [1.50, 2.50] | taken by `auto` |"
+    assert row in kinds["torch-prefix"]([native])

@@ -1,0 +1,115 @@
+"""Tables of what things cost, from the files that ``benchmarks/bench_*.py --json`` write.
+
+As in ``tables.py``: contents of the files, in order -> Markdown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+#: Case of bench_cached_training.py -> what its ratio compares.
+CACHED_CASES = {
+    "schedule": "head and fine-tuning: `model.fit` / `fl.fit`",
+    "head": "head alone: `model.fit` / `fl.fit`",
+    "epoch": "one cached epoch / the suffix on features in memory",
+    "prefix resnet50": "prefix of ResNet50: `predict` / the engine taken",
+    "prefix efficientnet-lite0": "prefix of EfficientNet-Lite0: `predict` / the engine taken",
+    "memory": "peak memory of building a cache: four times the samples / once",
+}
+
+
+def diagnosis_cost(results: Sequence[dict[str, Any]]) -> str:
+    """One line per backend and network: a diagnosis in units of ``evaluate``, and its memory."""
+    lines = [
+        "| backend | network | sites | `evaluate` | diagnosis, in `evaluate`s | passes | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        what = f"{result['samples']} samples at {result['size']}²"
+        for case, found in result["figures"].items():
+            cells = [
+                result["backend"], f"{case}, {what}", str(found["sites"]),
+                f"{found['evaluate_s']:.2f} s", f"{found['units']:.0f}", f"{found['passes']:.0f}",
+                f"{found['memory']:.1f}×",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recalibration_cost(results: Sequence[dict[str, Any]]) -> str:
+    """One line per backend and method: time in units of ``predict``, and growth of the memory."""
+    heads = ("backend", "method", "wall / `predict`", "processor / `predict`",
+             "wall, compiling included", "peak memory, 16 batches instead of 4")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|"]
+    for result in results:
+        plain = result["figures"]["predict"]
+        for method in ("batch", "sequential"):
+            found = result["figures"][method]
+            wall, processor = found["warm_ratio"]
+            first = found["first_s"][0] / plain["first_s"][0]
+            cells = [result["backend"], f"`{method}`", f"{wall:.2f}", f"{processor:.2f}",
+                     f"{first:.2f}", f"{found['growth_mib']:+.0f} MiB"]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    settings = results[0]["settings"]
+    caption = (
+        f"MobileNetV2 (52 BN layers) at {settings['size']}², {settings['samples']} samples in "
+        f"batches of {settings['batch']}, {settings['rounds']} rounds."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def cached_training(results: Sequence[dict[str, Any]]) -> str:
+    """One line per comparison, one column per backend: median ratio, smallest and largest."""
+    backends = list(dict.fromkeys(result["backend"] for result in results))
+    lines = ["| ratio, median [smallest, largest] | " + " | ".join(backends) + " |"]
+    lines.append("|---|" + "---|" * len(backends))
+    captions = []
+    for result in results:
+        settings = result["settings"]
+        captions.append(
+            f"{', '.join(result['figures'])}: {settings['train']} and "
+            f"{settings['validation']} images at {settings['size']}², "
+            f"{settings['head_epochs']} + {settings['epochs']} epochs, batch {settings['batch']}, "
+            f"{result['cpus']} cores"
+        )
+    for case, meaning in CACHED_CASES.items():
+        cells = []
+        for backend in backends:
+            found = [each["figures"][case] for each in results
+                     if each["backend"] == backend and case in each["figures"]]  # fmt: skip
+            cells.append(_ratio(found[0]) if found else "")
+        if any(cells):
+            lines.append(f"| {meaning} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "; ".join(dict.fromkeys(captions)) + "."])
+
+
+def torch_prefix(results: Sequence[dict[str, Any]]) -> str:
+    """One line per comparison of bench_torch_prefix.py."""
+    (result,) = results
+    lines = ["| native PyTorch | ratio, median [smallest, largest] | |", "|---|---|---|"]
+    for case, found in result["figures"].items():
+        taken = "taken by `auto`" if found.get("auto") else ""
+        lines.append(f"| {case} | {_ratio(found)} | {taken} |")
+    settings = result["settings"]
+    caption = (
+        f"PyTorch {result['torch']} on {result['cpus']} cores; {settings['size']}², batches of "
+        f"{settings['batch']}; training: {settings['train']} images, {settings['epochs']} epochs; "
+        f"a step has {settings['step_batch']} images."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    low, high = found["range"]
+    engine = f" {found['engine']}" if "engine" in found else ""
+    return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]{engine}"
+
+
+#: Kind of a table -> what makes it from the contents of its files.
+KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
+    "diagnosis-cost": diagnosis_cost,
+    "recalibration-cost": recalibration_cost,
+    "cached-training": cached_training,
+    "torch-prefix": torch_prefix,
+}
