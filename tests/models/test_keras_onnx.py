@@ -157,6 +157,7 @@ def test_channels_first() -> None:
         agree(model, normal(2, 3, 8, 7))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["MobileNetV3Small"])
 def test_whole_architectures(name: str) -> None:
     keras.utils.set_random_seed(0)
