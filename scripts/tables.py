@@ -253,6 +253,46 @@ def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def fold_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per network and backend: where its BN layers went, and how far outputs moved."""
+    rows: dict[tuple[str, bool, str], dict[str, dict[str, Any]]] = {}
+    for row in (row for result in results for row in result["rows"]):
+        key = (row["model"], row["backend"] != "tensorflow", row["backend"])
+        rows.setdefault(key, {})[row["dtype"]] = row
+    heads = ["network", "backend", "side", "BN", "absorbed", "alone", "left"]
+    heads += ["difference", "one rounding", "from its file", "float64"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    folded: list[dict[str, Any]] = []
+    for (name, _, backend), found in sorted(rows.items(), key=lambda item: item[0]):
+        row = found.get("float32", {})
+        cells = [name, backend, str(row.get("image_size", "")), str(row.get("sites", ""))]
+        if "refused" in row:
+            reason = row["refused"].partition(":")[0].replace("|", "/")
+            cells += ["", "", "", f"refused: {reason}", "", "", ""]
+        else:
+            folded += found.values()
+            cells += [str(row.get(each, "")) for each in ("absorbed", "replaced", "left")]
+            cells += [_exponent(row, each) for each in ("difference", "one rounding", "file")]
+            cells.append(_exponent(found.get("float64", {}), "difference"))
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = []
+    for dtype in ("float32", "float64"):
+        made = [row for row in folded if row["dtype"] == dtype]
+        if made:
+            ratio = max(row["difference"] / row["one rounding"] for row in made)
+            caption.append(
+                f"{dtype}: {len(made)} folded, {sum(row['left'] for row in made)} BN layers left, "
+                f"largest difference {max(row['difference'] for row in made):.1e}, at most "
+                f"{ratio:.1f} times one rounding"
+            )
+    versions = results[0]["environment"]["versions"]
+    return "\n".join([*lines, "", f"{'; '.join(caption)}. Keras {versions['keras']}."])
+
+
+def _exponent(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.1e}" if name in row else ""
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit-diagnosis": overfit_diagnosis_table,
@@ -262,6 +302,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "peers": peers_table,
     "freezers": freezers_table,
     "engines": engines_table,
+    "fold": fold_table,
     "transfer": transfer_table,
     "casebook": casebook_table,
     "casebook-scores": casebook_scores,

@@ -83,3 +83,28 @@ def test_costs_per_backend_and_case() -> None:
     }  # fmt: skip
     row = "| prefix a | 2.00 [1.50, 2.50] | taken by `auto` |"
     assert row in kinds["torch-prefix"]([native])
+
+
+def test_folds_per_network_and_backend() -> None:
+    row = {"model": "B", "backend": "tensorflow", "dtype": "float32", "image_size": 32, "sites": 3,
+           "absorbed": 2, "replaced": 1, "left": 0, "difference": 2e-6, "one rounding": 1e-6,
+           "file": 3e-6}  # fmt: skip
+    rows = [
+        {**row, "backend": "jax", "left": 1},
+        {**row, "dtype": "float64", "difference": 4e-15, "one rounding": 1e-15},
+        row,
+        {**row, "model": "A", "sites": 0, "refused": "no BN: nothing | to fold"},
+    ]
+    result = {"rows": rows, "environment": {"versions": {"keras": "3.9"}}}
+    caption = (
+        "float32: 2 folded, 1 BN layers left, largest difference 2.0e-06, at most 2.0 times one "
+        "rounding; float64: 1 folded, 0 BN layers left, largest difference 4.0e-15, at most 4.0 "
+        "times one rounding. Keras 3.9."
+    )
+    assert load().tables.KINDS["fold"]([result]).splitlines()[2:] == [
+        "| A | tensorflow | 32 | 0 |  |  |  | refused: no BN |  |  |  |",
+        "| B | tensorflow | 32 | 3 | 2 | 1 | 0 | 2.0e-06 | 1.0e-06 | 3.0e-06 | 4.0e-15 |",
+        "| B | jax | 32 | 3 | 2 | 1 | 1 | 2.0e-06 | 1.0e-06 | 3.0e-06 |  |",
+        "",
+        caption,
+    ]

@@ -218,8 +218,9 @@ def fold(model: Any) -> Any:
     the BN layer's place and name: a 1x1 DepthwiseConv2D for images with channels last, a Dense
     layer with a diagonal kernel where masks are passed along, an EinsumDense otherwise.
 
-    Outputs agree to 1e-5 of the largest output in float32; in half precision as far as the layer's
-    own rounding goes. Do not train the outcome: there is nothing left that normalises.
+    Outputs agree to 1e-5 of the largest one in float32; where a network amplifies rounding, as far
+    as it moves when its weights move by their last bit (``docs/fold.md``); in half precision as far
+    as the layer's own rounding goes. Do not train the outcome: nothing is left that normalises.
 
     Args:
         model: A built functional or sequential Keras model; nested models and shared layers are
