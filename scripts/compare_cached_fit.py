@@ -7,9 +7,9 @@ validation, SGD and Adam at the essay's step size, three epochs.
 
 "Same" means that weights differ by at most 1e-5 and the history by at most 1e-4. With ``--dtype
 float64`` that is all: what differs there is the method. In float32 BN on small batches amplifies
-rounding: ``model.fit`` itself gives other weights when its inputs are one rounding (``nextafter``, up
-or down) away. So that is measured beside, and allowed twice. Exit code 1 when something is not the
-same.
+rounding: ``model.fit`` itself gives other weights when its inputs are one rounding (``nextafter``,
+up or down) away. So that is measured beside, and allowed twice. Exit code 1 when something is not
+the same.
 """
 
 from __future__ import annotations

@@ -237,18 +237,23 @@ def overfit_diagnosis_table(results: Sequence[dict[str, Any]]) -> str:
 
 def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
     """One line per network, backend and optimizer: how far fl.fit and model.fit are apart."""
-    lines = [
-        "| network | backend | optimizer | weights | one rounding | history | one rounding | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("network", "dtype", "backend", "optimizer", "weights", "one rounding", "history",
+             "one rounding", "")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     rows = sorted(
         (row for result in results for row in result),
-        key=lambda row: (row["backbone"], row["backend"], row["optimizer"] != "sgd"),
+        key=lambda row: (
+            row["backbone"],
+            row["dtype"],
+            row["backend"],
+            row["optimizer"] != "sgd",
+        ),
     )
     for row in rows:
-        cells = [row["backbone"], row["backend"], row["optimizer"]]
+        cells = [row["backbone"], row["dtype"], row["backend"], row["optimizer"]]
         for name in ("weights", "history"):
-            cells += [f"{row[name]:.1e}", f"{row[f'{name}_one_rounding']:.1e}"]
+            rounded = row[f"{name}_one_rounding"]
+            cells += [f"{row[name]:.1e}", f"{rounded:.1e}" if row["dtype"] == "float32" else ""]
         lines.append(f"| {' | '.join(cells)} | {'same' if row['same'] else '**differs**'} |")
     return "\n".join(lines)
 

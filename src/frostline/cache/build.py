@@ -20,7 +20,7 @@ from frostline.cache.files import (
     write_array,
     write_sealed,
 )
-from frostline.cache.progress import Progress
+from frostline.cache.progress import Progress, in_bytes
 from frostline.cache.shards import Collection, Shard
 from frostline.data import leaves, map_leaves
 from frostline.types import Array, DataError, OutputError
@@ -238,7 +238,7 @@ class Builder:
             )
         if self.max_bytes is not None and self.used + size > self.max_bytes:
             raise FullError(
-                f"the cache would grow beyond its limit of {self.max_bytes / 1e9:g} GB. "
+                f"the cache would grow beyond its limit of {in_bytes(self.max_bytes)}. "
                 f"{self._so_far()}"
             )
 
@@ -336,16 +336,16 @@ def require_room(
     disk = shutil.disk_usage(collection.folder)
     free = disk.free
     about = (
-        f"{expected} samples of {collection.row_bytes} bytes need {needed / 1e9:.3g} GB more in "
+        f"{expected} samples of {collection.row_bytes} bytes need {in_bytes(needed)} more in "
         f"{collection.folder.parent}"
     )
     ways = "remove old caches (frostline cache rm), choose another folder, or dtype='float16'"
     if needed and needed + min(_RESERVE, disk.total // 20) > free:
-        raise FullError(f"{about}, and the disk has {free / 1e9:.3g} GB free: {ways}")
+        raise FullError(f"{about}, and the disk has {in_bytes(free)} free: {ways}")
     if max_bytes is not None and used + needed > max_bytes:
         raise FullError(
-            f"{about}, which has {used / 1e9:.3g} GB already, beyond the limit of "
-            f"{max_bytes / 1e9:g} GB (max_gb): {ways}"
+            f"{about}, which has {in_bytes(used)} already, beyond the limit of "
+            f"{in_bytes(max_bytes)} (max_gb): {ways}"
         )
 
 
@@ -356,8 +356,8 @@ def estimate(collection: Collection, title: str, expected: int | None) -> str:
     if expected is None:
         size = f"an unknown number of samples, {each}"
     else:
-        size = f"up to {expected * collection.row_bytes / 1e9:.3g} GB: {expected:,} samples, {each}"
-    return f"{title}: {size}; {free / 1e9:.3g} GB are free in {collection.folder.parent}"
+        size = f"up to {in_bytes(expected * collection.row_bytes)}: {expected:,} samples, {each}"
+    return f"{title}: {size}; {in_bytes(free)} are free in {collection.folder.parent}"
 
 
 def write_manifest(collection: Collection, manifest: Manifest) -> None:

@@ -32,6 +32,7 @@ IdArgument = Annotated[
 def ls(cache: FolderOption = None, format: FormatOption = Format.text) -> int:
     """List what is in the cache, last used first."""
     from frostline.cache import folder
+    from frostline.cache.progress import in_bytes
 
     root = folder.resolve(cache)
     found = folder.entries(root)
@@ -41,7 +42,7 @@ def ls(cache: FolderOption = None, format: FormatOption = Format.text) -> int:
     for entry in found:
         typer.echo(_line(entry))
     total = sum(entry.nbytes for entry in found)
-    typer.echo(f"{root}: {len(found)} cache(s), {_size(total)}")
+    typer.echo(f"{root}: {len(found)} cache(s), {in_bytes(total)}")
     return 0
 
 
@@ -70,7 +71,7 @@ def rm(
 ) -> int:
     """Remove features from the disk; they are computed again when they are needed."""
     from frostline.cache import folder
-    from frostline.cache.progress import Progress
+    from frostline.cache.progress import Progress, in_bytes
 
     root = folder.resolve(cache)
     if bool(ids) == every:
@@ -80,7 +81,7 @@ def rm(
     for path in chosen:
         freed += folder.size(path)
         folder.remove(path, Progress("", None, 0))
-    typer.echo(f"{root}: {len(chosen)} cache(s) removed, {_size(freed)} freed")
+    typer.echo(f"{root}: {len(chosen)} cache(s) removed, {in_bytes(freed)} freed")
     return 0
 
 
@@ -102,8 +103,10 @@ def _chosen(root: Path, ids: list[str] | None) -> list[Path]:
 
 
 def _line(entry: Entry) -> str:
+    from frostline.cache.progress import in_bytes
+
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-    head = f"{entry.folder.name[:12]}  {_size(entry.nbytes):>8}  {used}"
+    head = f"{entry.folder.name[:12]}  {in_bytes(entry.nbytes):>8}  {used}"
     if entry.collection is None:
         return f"{head}  {entry.problem}"
     about = entry.collection.about
@@ -126,12 +129,3 @@ def _plain(entry: Entry) -> dict[str, object]:
         "problem": entry.problem,
         **about,
     }
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
