@@ -327,8 +327,6 @@ def test_a_schedule_that_thaws_everything_runs_plain_fit() -> None:
         assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
-# JAX warns when a process with threads forks, as trying the engines does.
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_the_engine_is_tried_on_more_than_two_batches(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     x, y = np.tile(X, (2, 1, 1, 1)) + np.arange(104.0).reshape(-1, 1, 1, 1), np.tile(Y, 2)
