@@ -350,6 +350,10 @@ def test_images_that_are_not_numbers_are_counted_not_believed() -> None:
     x, y = digits()
     report = diagnose(model, (np.full_like(x[:64], np.nan), y[:64]))
     assert report.measurement.probes["inference"].broken == 64
+    some = np.where(np.arange(64) % 20 == 0, np.nan, 1)[:, None].astype("float32") * x[:64]
+    verdict = diagnose(model, (some, y[:64])).verdict
+    assert "4 of 64 samples hold NaN or infinite inputs and are left out" in verdict
+    assert verdict.startswith(("BN", "probably BN"))  # the others still tell
     assert not any(each.recommended for each in report.remedies)
     assert report.verdict == (
         "no verdict: training mode and inference could not be compared: 64 of 64 samples come out "

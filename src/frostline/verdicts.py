@@ -95,12 +95,12 @@ def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
 
 def _left_out(measured: Measurement) -> list[str]:
     """Samples that no number of the report is of."""
+    held = [note for note in measured.notes if "NaN or infinite inputs" in note]
     inference = measured.probes.get("inference")
     if inference is None or not inference.broken:
-        return []
+        return held
     told = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
-    held = next((note for note in measured.notes if "NaN or infinite inputs" in note), None)
-    return [f"{told} ({held})" if held else told]
+    return [f"{told} ({held[0]})" if held else told]
 
 
 def _is_nothing(interval: Interval) -> bool:

@@ -126,15 +126,33 @@ class TestProbesAndGaps:
 class TestBroken:
     def test_one_broken_sample_is_left_out_of_intervals(self) -> None:
         x, y = data(shift=1.5)
-        x[7] = np.nan
-        found = measured(FakeView(), (x, y))
+        x[7] = 100
+        view = FakeView()
+        plain = view.run
+
+        def overflow(x: Any, blend: Any, statistics: Any, dropout: bool) -> Any:
+            outputs, seen = plain(x, blend, statistics, dropout)
+            return np.where(x[:, :1] > 90, np.nan, outputs), seen
+
+        view.run = overflow  # type: ignore[method-assign]
+        found = measured(view, (x, y))
         assert found.probes["inference"].broken == 1
-        assert found.probes["batch"].broken == 25  # its whole batch
         gap = found.gaps["bn"].loss
         assert np.isfinite([gap.estimate, gap.low, gap.high]).all()
-        x[::10] = np.nan  # too many to be left out of the part that is differentiated
-        found = measured(FakeView(), (x, y))
+        x[::10] = 100  # too many to be left out of the part that is differentiated
+        found = measured(view, (x, y))
         assert found.attribution is None
+
+    def test_samples_that_are_no_numbers_spoil_no_batch(self) -> None:
+        x, y = data(shift=1.5)
+        x[7] = np.inf
+        found = measured(FakeView(), (x, y))
+        assert (found.samples, found.batch_size) == (192, 24)  # of 199 that are left
+        assert any("1 of 200 samples hold NaN or infinite inputs" in n for n in found.notes)
+        assert not any(probe.broken for probe in found.probes.values())
+        x[:] = np.nan
+        found = measured(FakeView(), (x, y))
+        assert found.probes["inference"].broken == found.samples == 200
 
     def test_poisoned_statistics(self) -> None:
         view = FakeView()

@@ -107,8 +107,7 @@ def draw(
         read += len(batch)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
-    whole = kept.mixed()
-    notes = []
+    whole, notes = _sound(kept.mixed())
     if read >= limit and not _is_arrays(data):
         notes.append(f"only the first {read:,} samples of the data were read")
     size = natural if fixed else size_near(len(whole), natural)
@@ -123,6 +122,24 @@ def draw(
     return Samples(
         batches=tuple(cut), batch_size=size, natural=natural, read=read, notes=tuple(notes)
     )
+
+
+def _sound(whole: Batch) -> tuple[Batch, list[str]]:
+    """The samples whose inputs are finite numbers, and a note on the others.
+
+    One that is not spoils the statistics of its whole batch. Where all are of that kind they stay.
+    """
+    sound = np.ones(len(whole), dtype=bool)
+    for _, leaf in leaves(whole.x):
+        if leaf.dtype.kind == "f":
+            sound &= np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
+    broken = int((~sound).sum())
+    if not broken:
+        return whole, []
+    told = f"{broken} of {len(whole)} samples hold NaN or infinite inputs"
+    if not sound.any():
+        return whole, [told]
+    return take(whole, np.flatnonzero(sound)), [f"{told} and are left out"]
 
 
 def size_near(count: int, wanted: int) -> int:

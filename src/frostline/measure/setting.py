@@ -82,8 +82,6 @@ def make_bench(
         outputs = only(joined_arrays([outcome.outputs]))
     if getattr(loss or getattr(view.model, "loss", None), "ignore_class", None) is None:
         _require_known_classes(labels, outputs, objective[0])
-    if broken := sum(_broken_inputs(batch) for batch in samples.batches):
-        notes.append(f"{broken} of {len(samples)} samples hold NaN or infinite inputs")
     task, logits = task_of(outputs, only(joined_arrays([first.y])), objective)
     judged = labels
     if task in ("binary", "multiclass") and labels is not None and outputs is not None:
@@ -176,15 +174,6 @@ def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> 
             f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
             f"classes. Received: labels from {low} to {high}"
         )
-
-
-def _broken_inputs(batch: Batch) -> int:
-    """Number of samples with an input that is no finite number."""
-    broken = np.zeros(len(batch), dtype=bool)
-    for _, leaf in leaves(batch.x):
-        if leaf.dtype.kind == "f":
-            broken |= ~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
-    return int(broken.sum())
 
 
 def _named(loss: Any) -> tuple[str | None, bool | None]:
