@@ -15,6 +15,7 @@ from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.trainers.compile_utils import CompileLoss
 
+from frostline.models.keras_pass import reason
 from frostline.types import DataError, FrostlineError, ModelError
 
 #: Reductions that divide a masked loss by the number of elements that are not masked.
@@ -118,10 +119,8 @@ def _readable(y: Any, outputs: Any) -> Iterator[None]:
         # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
         if isinstance(problem, RuntimeError) and "must match" not in str(problem):
             raise
-        told = (line.strip() for line in str(problem).splitlines())
         raise DataError(
-            "the loss does not take these labels: "
-            f"{next((line for line in told if line), 'no reason given')} "
+            f"the loss does not take these labels: {reason(problem)} "
             f"Received: label shapes {_shapes(y)} for outputs of shapes {_shapes(outputs)}"
         ) from problem
 

@@ -116,13 +116,21 @@ def readable_labels(model: Any, y: Any) -> Iterator[None]:
         if isinstance(problem, RuntimeError) and "must match" not in str(problem):
             raise
         shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
-        first = next(
-            (line for line in str(problem).splitlines() if line.strip()), "no reason given"
-        )
         raise DataError(
-            f"model '{model.name}' cannot be run on these inputs and labels: {first.strip()} "
+            f"model '{model.name}' cannot be run on these inputs and labels: {reason(problem)} "
             f"Received: label shapes {shapes}"
         ) from problem
+
+
+def reason(problem: BaseException) -> str:
+    """What a framework complains of, in one line: its first, or the error of a trace in words."""
+    lines = [told for line in str(problem).splitlines() if (told := line.strip())]
+    if not lines:
+        return "no reason given"
+    if lines[0] != "in user code:":
+        return lines[0]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return errors[0] if errors else lines[-1]
 
 
 def tensors(structure: Any) -> Any:
