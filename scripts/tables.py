@@ -154,7 +154,8 @@ def _before_and_after(row: Mapping[str, Any]) -> str:
 def casebook_scores(results: Sequence[dict[str, Any]]) -> str:
     """The scores over the cases, per backend where there are several runs."""
     backends = [found["backend"] for found in results] if len(results) > 1 else [""]
-    lines = [f"| score | {' | '.join(backends)} |", "|---|" + "---|" * len(backends)]
+    lines = ["| score |" + "".join(f" {name} |".replace("  ", " ") for name in backends)]
+    lines.append("|---|" + "---|" * len(backends))
     for name in results[0]["score"]:
         values = " | ".join(found["score"].get(name, "") for found in results)
         lines.append(f"| {name} | {values} |")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.measure import Bench, measure
+from frostline.measure import Bench
+from frostline.measure.samples import draw
 from frostline.measurement import BN_CAUSES
-from frostline.models import view
 from frostline.types import DataError, FrostlineError, ModelError
 
 keras = pytest.importorskip("keras")
@@ -86,10 +86,9 @@ def test_a_healthy_model_has_no_bn_cause() -> None:
     probes = report.measurement.probes
     assert abs(probes["training"].loss - probes["inference"].loss) < 0.05
     # The probe is the model's own answer: Keras' evaluate is the oracle.
-    whole, bench = measure(view(model), digits(), max_samples=256)
-    samples = bench.samples.whole
+    samples = draw(digits(), max_samples=256).whole
     oracle = model.evaluate(samples.x, samples.y, verbose=0)
-    assert whole.probes["inference"].loss == pytest.approx(oracle, rel=1e-4)
+    assert probes["inference"].loss == pytest.approx(oracle, rel=1e-4)
 
 
 def test_lagging_averages_are_blamed_and_recalibration_is_measured_before_it_is_done() -> None:
@@ -105,8 +104,7 @@ def test_lagging_averages_are_blamed_and_recalibration_is_measured_before_it_is_
     assert attribution.residual <= 0.05
     assert attribution.shares.sum() == pytest.approx(attribution.gap, rel=0.05)
     # The promise is what the repair does: recalibrate on the same samples, and evaluate.
-    _, bench = measure(view(model), digits(), max_samples=256)
-    samples = bench.samples.whole
+    samples = draw(digits(), max_samples=256).whole
     best = next(remedy for remedy in report.remedies if remedy.name == "recalibrate unfrozen")
     assert best.recommended
     fl.recalibrate(model, samples.x)
@@ -178,8 +176,8 @@ def test_dropout_alone() -> None:
 
 def test_16_samples_say_how_little_they_tell() -> None:
     x, y = digits()
-    model = trained(epochs=1, dropout=0.3)  # every sample has its part in the gap
-    reports = [diagnose(model, (x[:n], y[:n])) for n in (16, 800)]
+    # With dropout every sample has its part in the gap.
+    reports = [diagnose(lagging(), (x[:n], y[:n])) for n in (16, 800)]
     few, many = (report.gap.loss for report in reports)
     assert few.high - few.low > 2 * (many.high - many.low)
     assert "16 samples" in reports[0].verdict
@@ -202,7 +200,9 @@ def interrupted(owner: Any, name: str, at: int, patch: pytest.MonkeyPatch) -> No
     patch.setattr(owner, name, stop)
 
 
+@functools.cache
 def lagging() -> Any:
+    """For tests after which it is as it was."""
     return trained(epochs=1, dropout=0.3)
 
 
@@ -327,7 +327,7 @@ def broken_stream(x: Any, y: Any) -> Any:
     ids=["wrong-shape", "unknown-classes", "words", "stream-that-breaks", "empty-iterator"],
 )
 def test_bad_data_leave_the_model_as_it_was(data: Any, error: Any, words: str) -> None:
-    model = trained(epochs=1)
+    model = lagging()
     before = everything(model)
     x, y = digits()
     with pytest.raises(error, match=words):
@@ -339,21 +339,17 @@ def test_bad_data_leave_the_model_as_it_was(data: Any, error: Any, words: str) -
 def test_an_iterator_that_can_be_read_once_is_enough() -> None:
     x, y = digits()
     stream = ((x[at : at + 16], y[at : at + 16]) for at in range(0, 64, 16))
-    report = diagnose(trained(epochs=1), stream)
+    report = diagnose(lagging(), stream)
     assert report.measurement.samples == 64
     assert next(stream, None) is None
 
 
 def test_images_that_are_not_numbers_are_counted_not_believed() -> None:
-    model = trained(epochs=1)
+    model = lagging()
     before = everything(model)
     x, y = digits()
     report = diagnose(model, (np.full_like(x[:64], np.nan), y[:64]))
     assert report.measurement.probes["inference"].broken == 64
-    some = np.where(np.arange(64) % 20 == 0, np.nan, 1)[:, None].astype("float32") * x[:64]
-    verdict = diagnose(model, (some, y[:64])).verdict
-    assert "4 of 64 samples hold NaN or infinite inputs and are left out" in verdict
-    assert verdict.startswith(("BN", "probably BN"))  # the others still tell
     assert not any(each.recommended for each in report.remedies)
     assert report.verdict == (
         "no verdict: training mode and inference could not be compared: 64 of 64 samples come out "

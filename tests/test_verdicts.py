@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,5 +93,10 @@ def test_few_samples_are_told() -> None:
     assert told.endswith("; 1 sample tells nothing of a gap")
     told = verdicts.of_measurement(measured(-1.0, -0.2, broken=2), [cause("EMA_LAG")], (), 4)
     assert told.endswith("; 2 of 400 samples come out as NaN or infinite")
+    note = "2 of 400 samples hold NaN or infinite inputs and are left out"
+    told = verdicts.of_measurement(
+        replace(measured(), notes=("other", note)), [cause("EMA_LAG")], (), 4
+    )
+    assert told.endswith(f"; {note}")
     told = verdicts.of_measurement(measured(0, 0, samples=16), [cause("OVERFIT")], (), 0)
     assert "tell little" not in told  # the same losses sample by sample, however few

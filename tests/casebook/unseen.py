@@ -128,7 +128,7 @@ def case_u4(seed: int) -> Scenario:
     model = load_old(net(stock(0.6)))
     fit(model, x, y, epochs=2, batch_size=8, lr=1e-4, shuffle=False)
     x, y = x[::2], y[::2]
-    shown = gap(model, x, y, at_least=0.1, batch_size=160)
+    shown = gap(model, x, y, at_least=0.05, batch_size=160)
     return Scenario(model=model, data=(x, y), options={"batch_size": 8}, closable=True, shown=shown)
 
 
