@@ -11,6 +11,9 @@ import pytest
 
 import frostline as fl
 
+# The same on each backend: cases 1, 14, N1 and H11 of tests/casebook, and test_diagnosis_cases.py.
+pytestmark = pytest.mark.once
+
 CLASSES = 4
 
 
