@@ -37,8 +37,7 @@ def set_view_momentum(view: ModelView, momentum: Any, *, sites: Any) -> Momentum
         )
     decay = float(momentum)
     chosen = select(view.sites(), sites)
-    stock, undo = view.set_decay(tuple(site.path for site in chosen), decay)
-    baked = stock if view.backend != "torch" else 0  # torch steps are not traced: read each time
+    baked, undo = view.set_decay(tuple(site.path for site in chosen), decay)
     return MomentumChange(text=_text(chosen, decay), notes=_notes(baked, chosen, decay), undo=undo)
 
 

@@ -145,6 +145,14 @@ def test_half_precision_comes_back_as_float32() -> None:
     assert view(keras.Model(inputs, outputs)).forward(X, training=True).dtype == np.float32
 
 
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_the_axis_of_the_channels_is_that_of_the_first_layer_that_has_one(layout: str) -> None:
+    inner = keras.Sequential([L.Conv2D(2, 1, data_format=layout)])
+    model = keras.Sequential([keras.Input((3, 3, 3)), L.ReLU(), inner, L.Flatten(), L.Dense(1)])
+    assert view(model).channel_axis == {"channels_first": 1, "channels_last": -1}[layout]
+    assert view(network()).channel_axis == -1
+
+
 def test_labels_that_do_not_fit() -> None:
     with pytest.raises(DataError, match=r"label shapes \(7, 3\)") as caught:
         view(compiled()).score(X, np.ones((7, 3), "float32"), training=False)

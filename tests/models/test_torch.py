@@ -90,6 +90,7 @@ def assert_untouched(model: Any, before: dict[str, Any]) -> None:
 def test_sites() -> None:
     found = TorchView(net()).sites()
     assert [site.path for site in found] == ["stem/1", "block/bn", "norm"]
+    assert TorchView(net()).channel_axis == 1
     first = found[0]
     assert (first.kind, first.channels, first.axis) == ("BatchNorm2d", 6, 1)
     assert first.decay == pytest.approx(0.9)

@@ -72,8 +72,8 @@ class Bench:
 
     @property
     def channels(self) -> int:
-        """Axis of the channels in an input: 1 in PyTorch."""
-        return 1 if getattr(self.view, "framework", "keras") == "torch" else -1
+        """Axis of the channels in an input; see :class:`frostline.models.ModelView`."""
+        return self.view.channel_axis
 
     @property
     def batch_size(self) -> int:
@@ -295,7 +295,7 @@ class Bench:
     def _meter(self) -> Any:
         """One for all groups of sites and all trials: what it has compiled serves each of them."""
         if "all" not in self._meters:
-            self._meters["all"] = open_meter(self.view, self.paths)
+            self._meters["all"] = self.view.meter(self.paths)
         return self._meters["all"]
 
     @property
@@ -373,14 +373,4 @@ def _depend_on_none_but(chosen: Sequence[str], programs: Sequence[Any]) -> bool:
     return True
 
 
-def open_meter(view: ModelView, paths: Sequence[str]) -> Any:
-    """What recalibration asks of the model; see :class:`frostline.recalibration.Meter`."""
-    make = getattr(view, "meter", None)
-    if make is not None:
-        return make(paths)
-    from frostline.models.keras_moments import KerasMoments
-
-    return KerasMoments(view.model, paths)
-
-
-__all__ = ["GROUPS", "Bench", "Statistics", "joined_arrays", "only", "open_meter", "task_of"]
+__all__ = ["GROUPS", "Bench", "Statistics", "joined_arrays", "only", "task_of"]

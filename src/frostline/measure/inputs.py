@@ -45,7 +45,7 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
 
     Args:
         batches: Samples.
-        axis: Of the channels: -1, or 1 in PyTorch.
+        axis: Of the channels: -1, or 1 where they come first.
     """
     total: Moments | None = None
     low: Array | None = None
@@ -79,7 +79,7 @@ def transforms(seen: InputMoments, *, axis: int = -1) -> dict[str, Transform]:
 
     Args:
         seen: Moments of the inputs.
-        axis: Of the channels: -1, or 1 in PyTorch.
+        axis: Of the channels: -1, or 1 where they come first.
     """
     found: dict[str, Transform] = {
         "x/255": lambda x: x / 255.0,
@@ -101,7 +101,7 @@ def resolutions(shape: tuple[int, ...], *, axis: int = -1) -> dict[str, Transfor
 
     Args:
         shape: Of a batch of the inputs, with four axes.
-        axis: Of the channels: -1, or 1 in PyTorch.
+        axis: Of the channels: -1, or 1 where they come first.
     """
     height, width = shape[1:3] if axis == -1 else shape[2:4]
     found: dict[str, Transform] = {}

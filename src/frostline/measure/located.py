@@ -11,7 +11,7 @@ import numpy as np
 
 from frostline import stats
 from frostline.data import Batch
-from frostline.measure.bench import Bench, Statistics, open_meter
+from frostline.measure.bench import Bench, Statistics
 from frostline.measure.samples import take
 from frostline.measurement import SiteMeasurement
 from frostline.models import Outcome
@@ -46,7 +46,7 @@ def site_measurements(
         noisy: Moments per batch of a training-mode pass with dropout; empty without.
     """
     sites = {site.path: site for site in bench.view.sites()}
-    meter = open_meter(bench.view, bench.paths)
+    meter = bench.view.meter(bench.paths)
     within = within_classes(bench, recorded)
     uses = shared_uses(bench, meter)
     apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})

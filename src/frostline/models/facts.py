@@ -124,6 +124,23 @@ class ModelFacts:
         """Whether a site is a torch module: of a native model, or wrapped in a Keras one."""
         return self.native or each.site.kind.startswith("torch.")
 
+    def cancels(self, each: SiteFacts) -> bool:
+        """Whether a batch variance is E[x²] − E[x]² in float32: Keras' layer on torch."""
+        return self.backend == "torch" and not self.is_torch(each)
+
+    def flip_effect(self, *, frozen: bool) -> str | None:
+        """What the next training step does after a flip of ``trainable``; ``None``: as meant.
+
+        Measured on Keras 3.15, see the tests of the rule.
+        """
+        if self.backend == "jax" or (self.backend == "torch" and not frozen):
+            return "the next training step raises"
+        if self.backend == "torch":
+            return None
+        if self.traced:
+            return "it still trains" if frozen else "it still does not train"
+        return None if frozen else "the next training step raises"
+
 
 def read(model: Any) -> ModelFacts:
     """Collect the facts of a model; nothing of it changes.

@@ -54,6 +54,12 @@ class KerasView:
         self.backend: str = keras.backend.backend()
         self._steps: dict[Any, Callable[..., Any]] = {}
 
+    @property
+    def channel_axis(self) -> int:
+        """1 where the first layer that has a data format wants ``channels_first``, else -1."""
+        formats = (getattr(p.layer, "data_format", None) for p in keras_graph.walk(self.model))
+        return 1 if next(filter(None, formats), None) == "channels_first" else -1
+
     def sites(self) -> tuple[Site, ...]:
         """Every BN layer, in execution order where the graph is known."""
         return keras_graph.sites(self.model)

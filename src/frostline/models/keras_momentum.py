@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+
 from frostline.models.keras_graph import is_site, walk, wrapped_module
 from frostline.types import ModelError
 
@@ -18,8 +20,8 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
         decay: Share of the old value that an update keeps.
 
     Returns:
-        How many of them are stock Keras layers, whose momentum a traced step holds as a constant,
-        and a function that puts the old values back.
+        How many of them are stock Keras layers, whose momentum a traced step holds as a constant
+        (0 on torch, whose steps are not traced), and a function that puts the old values back.
 
     Raises:
         ModelError: A path is no BN site; nothing is changed then.
@@ -42,7 +44,7 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
         undo()
         raise
     stock = sum(not (owners[path][1] or hasattr(owners[path][0], "policy")) for path in paths)
-    return stock, undo
+    return 0 if keras.backend.backend() == "torch" else stock, undo
 
 
 def _owners(model: Any) -> dict[str, tuple[Any, bool]]:

@@ -224,6 +224,11 @@ class ModelView(Protocol):
     framework: str  # "keras" | "torch"
     backend: str  # "tensorflow" | "jax" | "torch"
 
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in the model's inputs: -1, or 1 where they come first."""
+        ...
+
     def sites(self) -> tuple[Site, ...]:
         """Every BN layer, in execution order where the graph is known."""
         ...

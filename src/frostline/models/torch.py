@@ -37,6 +37,7 @@ class TorchView:
 
     framework = "torch"
     backend = "torch"
+    channel_axis = 1
 
     def __init__(self, model: Any) -> None:
         root = torch_graph.unwrapped(model)

@@ -92,7 +92,7 @@ def larger_batches(place: Workplace) -> Iterator[Candidate]:
 def _lines(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
     """What locks these sites: our layer for another policy, else a freeze."""
     if any(place.sites[path].site.policy != "inference" for path in paths):
-        if place.facts.backend != "torch" or _is_keras(place, paths):
+        if not any(place.facts.is_torch(place.sites[path]) for path in paths):
             line = "frostline convert MODEL --policy inference --output FIXED.keras"
             return 'fl.convert(model, policy="inference")', line
         return f"fl.freeze(model, until={_first_that_trains(place, paths)!r})", None
@@ -100,12 +100,6 @@ def _lines(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
     return (
         f"fl.freeze(model, until={until!r})",
         None if until is None else f"frostline freeze MODEL --until {until} --output FIXED.keras",
-    )
-
-
-def _is_keras(place: Workplace, paths: tuple[str, ...]) -> bool:
-    return place.bench.view.framework == "keras" and not any(
-        place.sites[path].site.kind.startswith("torch.") for path in paths
     )
 
 

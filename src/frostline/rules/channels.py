@@ -264,7 +264,7 @@ def cancelling_mean(model: ModelFacts, *, max_error: float = 0.05) -> Iterator[H
             continue
         ratio = float(np.max(np.abs(mean[alive]) / np.sqrt(variance[alive] + epsilon)))
         error = ratio * _ROUNDOFF.get(each.site.dtype, 2.0**-24)
-        if model.backend == "torch" and not model.is_torch(each):
+        if model.cancels(each):
             error = max(error, ratio**2 * 2.0**-24)
         if error > max_error:
             yield Hit(

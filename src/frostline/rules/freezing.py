@@ -363,7 +363,7 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
         frozen = each.site.params_frozen
         if each.live or each.optimized is None or each.optimized is not frozen:
             continue
-        effect = _flip_effect(model, frozen=frozen)
+        effect = model.flip_effect(frozen=frozen)
         if effect is not None:
             flip = "frozen" if frozen else "thawed"
             yield Hit(
@@ -435,14 +435,3 @@ def next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:
     """The first layer with weights behind a site, in execution order."""
     order = model.order.get(each.site.path, -1)
     return next((layer for layer in model.layers if layer.order > order), None)
-
-
-def _flip_effect(model: ModelFacts, *, frozen: bool) -> str | None:
-    """What the next training step does after a flip; measured on Keras 3.15, see the tests."""
-    if model.backend == "jax" or (model.backend == "torch" and not frozen):
-        return "the next training step raises"
-    if model.backend == "torch":
-        return None
-    if model.traced:
-        return "it still trains" if frozen else "it still does not train"
-    return None if frozen else "the next training step raises"
