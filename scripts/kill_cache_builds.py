@@ -1,6 +1,6 @@
 """Kill cache builds at random moments, resume, and compare with a build that ran through.
 
-    python scripts/kill_cache_builds.py --kills 100
+    python scripts/kill_cache_builds.py --kills 100 --json docs/results/killed-cache-builds.json
 
 Each round starts a process that builds a cache, ends it with SIGKILL after a random time, and looks
 at what is on disk: whatever a complete shard holds must never be computed again. At the end the
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ class Outcome:
 
     Attributes:
         kills: Processes that were killed before they were done.
+        caches: Caches that these built, one after the other.
         again: Samples of complete shards that were computed again.
         shards: Complete shards after each kill.
         identical: The files are those of an undisturbed build.
     """
 
     kills: int
+    caches: int
     again: int
     shards: tuple[int, ...]
     identical: bool
@@ -128,7 +131,7 @@ def run(kills: int, seed: int, folder: Path) -> Outcome:
         build(home, log)
         again += len(before & set(np.fromfile(log, "<f4").tolist()))
         identical &= contents(home) == expected
-    return Outcome(done, again, tuple(shards_seen), identical)
+    return Outcome(done, number, again, tuple(shards_seen), identical)
 
 
 def _killed(home: Path, log: Path, delay: float) -> bool:
@@ -153,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also put what was found into this file")
     parser.add_argument("--build", nargs=2, metavar=("FOLDER", "LOG"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.build:
@@ -165,6 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"shards on disk; {outcome.again} samples of complete shards computed again; files "
         f"{'identical to' if outcome.identical else 'DIFFER from'} those of an undisturbed build"
     )
+    if given.json:
+        found = {"samples": SAMPLES, "batch_size": BATCH, "seed": given.seed, **asdict(outcome)}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(outcome.again > 0 or not outcome.identical)
 
 

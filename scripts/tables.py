@@ -299,10 +299,28 @@ def _exponent(row: dict[str, Any], name: str) -> str:
     return f"{row[name]:.1e}" if name in row else ""
 
 
+def killed_builds(results: Sequence[dict[str, Any]]) -> str:
+    """What killing builds of a cache showed, in a line per question."""
+    found = results[0]
+    shards = f"{min(found['shards'])} to {max(found['shards'])}"
+    rows = {
+        "processes killed while they built": found["kills"],
+        "caches that these built": found["caches"],
+        "complete shards on disk after a kill": shards,
+        "samples of complete shards computed again": found["again"],
+        "files those of an undisturbed build": "yes" if found["identical"] else "**no**",
+    }
+    lines = ["| question | found |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    settings = f"{found['samples']} samples in batches of {found['batch_size']}"
+    return "\n".join([*lines, "", f"{settings}, seed {found['seed']}."])
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit-diagnosis": overfit_diagnosis_table,
     "cached-fit": cached_fit_table,
+    "killed-builds": killed_builds,
     "overfit": overfit_table,
     "layer": layer_table,
     "peers": peers_table,

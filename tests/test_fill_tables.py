@@ -58,6 +58,15 @@ def test_engines_per_model_and_backend() -> None:
     ]
 
 
+def test_killed_builds_say_when_files_differ() -> None:
+    found = {"kills": 3, "caches": 1, "shards": [2, 0, 5], "again": 7, "identical": False,
+             "samples": 64, "batch_size": 8, "seed": 1}  # fmt: skip
+    made = load().tables.KINDS["killed-builds"]([found])
+    assert "| complete shards on disk after a kill | 0 to 5 |" in made
+    assert "| samples of complete shards computed again | 7 |" in made
+    assert "| **no** |" in made
+
+
 def test_costs_per_backend_and_case() -> None:
     kinds = load().tables.KINDS
     settings = {

@@ -122,6 +122,17 @@ def test_dtypes_that_are_not_floats_are_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numbers, x[[9, 1]])
 
 
+def test_double_precision_is_kept_to_the_last_bit(tmp_path: Path) -> None:
+    def thirds(x: Any) -> list[Any]:
+        return [x / 3]
+
+    thirds.identity = "c" * 64  # type: ignore[attr-defined]
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    (found,) = make(thirds, x, tmp_path).rows(np.arange(20))
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, x / 3)
+
+
 def test_several_inputs_in_any_order_of_names(tmp_path: Path) -> None:
     class Sum:
         identity = "e" * 64

@@ -54,6 +54,35 @@ def test_fit_writes_what_keras_would_train(files: Path, capsys: pytest.CaptureFi
     assert "--force" in capsys.readouterr().err
 
 
+def frozen(path: Path, *flags: bool) -> str:
+    """The model with its two layers thawed or not, in a file."""
+    model = keras.saving.load_model("model.keras")
+    for layer, flag in zip(model.layers, flags, strict=True):
+        layer.trainable = flag
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.save(path)
+    return str(path)
+
+
+def test_nothing_frozen_trains_plainly_and_says_so(files: Path) -> None:
+    thawed = frozen(files / "thawed.keras", True, True)
+    with pytest.warns(UserWarning, match="plain model.fit: nothing in the model is frozen"):
+        assert main(["fit", thawed, "data.npz", "-o", "out.keras"]) == 0
+    assert not (files / "cache").exists()
+    assert np.abs(weights("out.keras")[0] - weights(thawed)[0]).max() > 0
+
+
+def test_everything_frozen_is_an_error_that_says_what_to_do(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = frozen(files / "still.keras", False, False)
+    assert main(["fit", still, "data.npz", "-o", "out.keras"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: everything in the model is frozen")
+    assert "fl.unfreeze(model, since=...)" in error
+    assert not (files / "out.keras").exists()
+
+
 def test_errors_take_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "not-compiled.keras", "data.npz", "-o", "out.keras"]) == 2
     assert "is not compiled" in capsys.readouterr().err
