@@ -21,12 +21,14 @@ class Miss:
             others did. ``"layers"``: the right ones. ``"remedy"``: the first one closes the gap.
         reason: Why the answer is wrong.
         backends: Where it is; seeds give other weights elsewhere.
+        sometimes: The answer turns on the rounding of a machine; a right one is luck.
     """
 
     number: str
     question: Question
     reason: str
     backends: tuple[str, ...] = KERAS
+    sometimes: bool = False
 
 
 MISSES: tuple[Miss, ...] = (
@@ -39,8 +41,10 @@ MISSES: tuple[Miss, ...] = (
     Miss(
         "TS1",
         "cause",
-        "as H4: weights that were averaged look like those that a short average trails",
+        "as H4: weights that were averaged look like those that a short average trails; the first "
+        "site is near the limit that decides, so that seeds and machines differ",
         NATIVE,
+        sometimes=True,
     ),
     Miss(
         "TH16",
