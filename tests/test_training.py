@@ -293,9 +293,12 @@ def live(optimizer: Any) -> Any:
 
 
 OURS: dict[str, Callable[[], list[Any]]] = {
-    "monitor": lambda: [fl.callbacks.BatchNormMonitor((XV, YV), batch_size=10)],
-    "recalibrate": lambda: [fl.callbacks.Recalibrate(X, batch_size=13)],
-    "keep frozen": lambda: [fl.callbacks.KeepFrozen(every=2)],
+    # In one run: each compiles the network twice on JAX, and none stops another from acting.
+    "watch and recalibrate": lambda: [
+        fl.callbacks.BatchNormMonitor((XV, YV), batch_size=10),
+        fl.callbacks.Recalibrate(X, batch_size=13),
+        fl.callbacks.KeepFrozen(every=2),
+    ],
     "thaw": lambda: [fl.callbacks.GradualUnfreeze({1: "conv1"}), fl.callbacks.KeepFrozen()],
     "thaw with a ramp": lambda: [fl.callbacks.GradualUnfreeze({1: "bn1", 2: "conv1"}, ramp=3)],
 }
