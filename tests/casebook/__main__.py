@@ -31,6 +31,7 @@ def main() -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     runner: Any
     if arguments.backend == "native":
+        os.environ["KERAS_BACKEND"] = "torch"  # no Keras is imported; the record names its backend
         from . import torch_runner as runner
     else:
         os.environ["KERAS_BACKEND"] = arguments.backend

@@ -72,13 +72,17 @@ def case_17(seed: int) -> Scenario:
     return Scenario(model=model, data=(x, y), closable=True, shown=gap(model, x, y, at_least=0.5))
 
 
-def case_18(seed: int) -> Scenario:
-    model = pretrained(seed, momentum=0.9)  # Keras' number
-    x, y = new(160)
+def by_class(x: Any, y: Any, seed: int) -> tuple[Any, Any]:
+    """Images sorted by class, each class before a background of its own."""
     order = torch.argsort(y, stable=True)
     x, y = x[order], y[order]
     level = torch.empty(CLASSES).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-    x = x + level[y][:, None, None, None]  # each class before its own background
+    return x + level[y][:, None, None, None], y
+
+
+def case_18(seed: int) -> Scenario:
+    model = pretrained(seed, momentum=0.9)  # Keras' number
+    x, y = by_class(*new(160), seed)
     fit(model, x, y, epochs=3, batch_size=4, lr=1e-3, shuffle=False)
     shown = gap(model, x, y, at_least=0.3, batch_size=4)
     return Scenario(model=model, data=(x, y), options={"batch_size": 4}, closable=True, shown=shown)
@@ -175,6 +179,27 @@ def case_u1(seed: int) -> Scenario:
     return Scenario(model=model, data=(x, y), closable=True, shown=gap(model, x, y, at_least=0.1))
 
 
+def case_u2(seed: int) -> Scenario:
+    """Precise BN sets momentum to 1, and raises where the loader is too short; training goes on."""
+    model = pretrained(seed)
+    x, y = by_class(*new(160), seed)
+
+    def precise_bn(batches: Any, iterations: int) -> None:
+        for name in NORMS:
+            model.get_submodule(name).momentum = 1.0
+        done = sum(1 for rows in batches if model.train()(rows) is not None)
+        if done < iterations:
+            raise AssertionError(f"the loader has {done} batches, not {iterations}")
+
+    with torch.no_grad(), contextlib.suppress(AssertionError):
+        precise_bn(x.split(32), 200)
+    assert all(model.get_submodule(name).momentum == 1.0 for name in NORMS)
+    # From now on what is stored is the last batch.
+    fit(model, x, y, epochs=3, batch_size=4, lr=1e-3, shuffle=False)
+    shown = gap(model, x, y, at_least=0.3, batch_size=4)
+    return Scenario(model=model, data=(x, y), options={"batch_size": 4}, closable=True, shown=shown)
+
+
 def case_amp(seed: int) -> Scenario:
     """A float16 overflow: the scaler skips the step, the running statistics do not."""
     model = pretrained(seed).train()
@@ -245,6 +270,8 @@ CASES = (
          expected=("NONE",), build=case_38),
     Case(number="TU1", title="update_bn interrupted: momentum stuck at None",
          expected=("EMA_LAG",), sites=ALL, build=case_u1),
+    Case(number="TU2", title="precise BN over a short loader: momentum stuck at 1",
+         expected=("EMA_NOISE",), sites=ALL, build=case_u2),
     Case(number="TA1", title="AMP: one overflow in the running statistics",
          expected=("POISONED",), sites=ALL, build=case_amp),
     Case(number="TS1", title="SWA without update_bn",
