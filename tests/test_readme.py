@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, on smaller networks."""
+"""The examples of README and docs run as they stand, on smaller networks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from frostline.experiments import backbones, datasets
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 
 
 def examples(*, torch: bool) -> str:
@@ -82,3 +83,58 @@ def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(name.startswith("layer1") for name in moved)
     assert {"layer2.1.running_mean", "head.weight"} <= moved
     assert "1 checks of 2 BN layers" in capsys.readouterr().out
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore")
+def test_the_lightning_recipe_runs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    lightning = pytest.importorskip("pytorch_lightning")
+    recipe = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("\n".join(recipe), names)
+    fl = names["fl"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 5, generator=generator) * 2 + 1
+    y = (x.mean(dim=1) > 1).long()
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4),
+                torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2),
+            )  # fmt: skip
+            self.seen: list[Any] = []
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, *_: Any) -> None:
+            self.seen.append([self.net[index].running_mean.clone() for index in (1, 3)])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), 0.1)
+
+    module = Module()
+    fl.freeze(module.net, until="2")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+    callbacks = [names["KeepFrozen"]("2"), names["Recalibrate"]()]
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=callbacks, num_sanity_val_steps=0,
+        default_root_dir=tmp_path, **quiet,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    with torch.no_grad():
+        inside = module.net.eval()[:3](x)
+    frozen, thawed = module.seen[-1]
+    assert torch.equal(frozen, torch.zeros(4))
+    np.testing.assert_allclose(thawed, inside.mean(0), atol=1e-5)
+    fl.unfreeze(module.net)
+    with pytest.raises(fl.NotFrozenError):
+        lightning.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **quiet).fit(
+            module, loader
+        )
