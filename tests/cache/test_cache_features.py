@@ -12,6 +12,7 @@ import pytest
 
 import frostline.cache as package
 from frostline.cache import FeatureCache, augmentation, cache_features, files, folder, shards
+from frostline.cache.progress import in_bytes
 from frostline.types import DataError, ModelError, OutputError
 
 pytestmark = pytest.mark.once
@@ -468,3 +469,12 @@ def test_progress_tells_rate_and_time_left(
         "features: 100 samples, 100 computed, 0 already"
     )
     assert package.BATCH_SIZE == 32
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"), (999_960, "1 MB"),
+     (102_760_448, "103 MB"), (2.5e13, "25 TB")],
+)  # fmt: skip
+def test_bytes_in_three_digits(count: float, told: str) -> None:
+    assert in_bytes(count) == told
