@@ -98,7 +98,7 @@ def in_bytes(count: float) -> str:
         '103 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if round(count, 1) < 999.5:  # what is printed has three digits
+        if count < 999.5:  # what is printed has three digits
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
