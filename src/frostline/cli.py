@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -346,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     try:
         _set_log_level()
-        code = app(args=words, prog_name="frostline", standalone_mode=False)
+        with _own_warnings_in_one_line():
+            code = app(args=words, prog_name="frostline", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", code=130)
@@ -402,6 +405,31 @@ def _set_log_level() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     if level is not None:
         log.setLevel(level)
+
+
+@contextmanager
+def _own_warnings_in_one_line() -> Iterator[None]:
+    """Show what Frostline warns of as it shows errors; what others warn of is left to Python."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def _fail(message: str, *, code: int = 2) -> int:
