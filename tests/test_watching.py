@@ -112,6 +112,16 @@ def test_eval_that_the_next_train_undoes_is_not_frozen() -> None:
 
 
 @native
+def test_a_boundary_may_have_no_weights() -> None:
+    for until in ("2", 2, "3", "5"):
+        model = network()
+        fl.freeze(model, until=until)
+        fl.assert_frozen(model, until=until)
+        with pytest.raises(fl.NotFrozenError):
+            fl.assert_frozen(network(), until=until)
+
+
+@native
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_loop(tmp_path: Any) -> None:
     """The recipe of the README: freeze before `fit`, recalibrate in one hook."""

@@ -225,20 +225,12 @@ def assert_frozen(
 
 
 def _before_boundary(seen: ModelView, facts: ModelFacts, until: Any) -> list[SiteFacts]:
-    boundary = seen.boundary(until)
-    everything = list(facts)
-    if boundary.path is None:
-        return everything
-    ranks = {**{each.path: each.order for each in facts.layers}, **facts.order}
-    edge = ranks.get(boundary.path)
-    if edge is None:  # a layer without weights, or a container: the first one with weights in it
-        inside = [r for path, r in ranks.items() if path.startswith(f"{boundary.path}/")]
-        edge = min(inside, default=None)
-    if edge is None:
-        raise ModelError(
-            f"'{boundary.path}' has no weights; name a layer that has. Received: until={until!r}"
-        )
-    return [each for each in everything if facts.order[each.site.path] < edge]
+    inside = seen.before(seen.boundary(until))
+
+    def holds(path: str) -> bool:  # a site inside a wrapped module has the wrapper's path above it
+        return path in inside or ("/" in path and holds(path.rpartition("/")[0]))
+
+    return [each for each in facts if holds(each.site.path)]
 
 
 def _drift(before: SiteFacts, now: SiteFacts) -> float:

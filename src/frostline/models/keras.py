@@ -68,6 +68,11 @@ class KerasView:
         """Translate a layer name, path, index, fraction or layer into a boundary."""
         return keras_graph.resolve(self.model, reference)
 
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the layers before a boundary: those that freezing up to it freezes."""
+        places = keras_edit.side(keras_graph.walk(self.model), boundary, before=True)
+        return frozenset(place.path for place in places)
+
     def frozen_prefix(self) -> tuple[int | None, str | None]:
         """How many sites lie before the first layer that trains, and the path of that layer."""
         return keras_graph.frozen_prefix(self.model)

@@ -237,6 +237,10 @@ class ModelView(Protocol):
         """Translate a layer name, path, index, fraction or layer into a boundary."""
         ...
 
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the layers before a boundary: those that freezing up to it freezes."""
+        ...
+
     def preserved(self) -> AbstractContextManager[None]:
         """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
         ...

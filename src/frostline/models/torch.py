@@ -60,6 +60,11 @@ class TorchView:
         """Translate a module name, path, index, fraction or module into a boundary."""
         return torch_graph.resolve(self.model, reference)
 
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the modules before a boundary: those that freezing up to it freezes."""
+        places = torch_edit.side(torch_graph.walk(self.model), boundary, before=True)
+        return frozenset(place.path for place in places)
+
     def frozen_prefix(self) -> tuple[int | None, str | None]:
         """How many sites lie before the first module that trains, and the path of that module."""
         return torch_graph.frozen_prefix(self.model)

@@ -46,7 +46,7 @@ def set_frozen(
         ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
     """
     undo = snapshot(model)
-    there = _side(walk(model), boundary, before=before)
+    there = side(walk(model), boundary, before=before)
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
     touched = dropouts = 0
@@ -99,7 +99,8 @@ def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]
         undo()
 
 
-def _side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+    """Modules on one side of a boundary, in execution order."""
     if boundary.path is None:
         return list(places) if before else []
     edge = next(place for place in places if place.path == boundary.path)
