@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from frostline.experiments import backbones, datasets
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
+native = pytest.mark.skipif(
+    os.environ["KERAS_BACKEND"] != "torch", reason="torch has a process of its own"
+)
 
 
 def examples(*, torch: bool) -> str:
@@ -47,9 +51,10 @@ def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {"head/kernel", "block2a_bn/moving_mean"} <= moved
 
 
-@pytest.mark.once
+@native
 def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, 3, 8, 8, generator=generator) * 2 + 1
     y = (x.mean(dim=(1, 2, 3)) > 1).long()
@@ -85,10 +90,11 @@ def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 checks of 2 BN layers" in capsys.readouterr().out
 
 
-@pytest.mark.once
+@native
 @pytest.mark.filterwarnings("ignore")
 def test_the_lightning_recipe_runs(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     lightning = pytest.importorskip("pytorch_lightning")
     recipe = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}

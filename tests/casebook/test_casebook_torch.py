@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+if os.environ["KERAS_BACKEND"] != "torch":  # beside TensorFlow its compiler crashes on import
+    pytest.skip("torch has a process of its own", allow_module_level=True)
 pytest.importorskip("sklearn", reason="the casebook's images are scikit-learn's digits")
-pytest.importorskip("torch")
 
 from . import torch_runner
 from .asking import ask
 from .scenario import Case
-
-pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("case", torch_runner.chosen(), ids=lambda case: case.number)
