@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -32,6 +33,15 @@ def _load_stock_suite() -> types.ModuleType | None:
     module.layers = substitute  # type: ignore[attr-defined]
     module.BatchNormalization = BatchNormalization  # type: ignore[attr-defined]
     return module
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _errors_as_keras_words_them() -> Iterator[None]:
+    """Keras' test case turns off, for good, what names the layer in an error."""
+    filtered = keras.config.is_traceback_filtering_enabled()
+    yield
+    if filtered:
+        keras.config.enable_traceback_filtering()
 
 
 _suite = _load_stock_suite()
