@@ -14,7 +14,8 @@ BN layer). Compiling 52 small programs instead of one: 2 times as long as for ``
 The aims of the project are 1.1 and 1.5.
 
 First run: on TensorFlow ``sequential`` took 2.9 times the processor time of ``predict``, half of it
-copies between TensorFlow and numpy from stage to stage. They went; prediction: 1.6.
+copies between TensorFlow and numpy from stage to stage. They went; prediction: 1.6. Then measured
+on a quiet machine: 1.3 times the wall time.
 
 Memory: before anything else the process recalibrates a stream that makes its batches one by one, 4
 of them and then 16, with 32 MiB for activations; ``growth`` is by how much the peak of the process
