@@ -358,7 +358,8 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
         total = ops.sum(ops.where(inside, rows, 0), axis=(0, 1))
         shift = total / ops.maximum(ops.cast(count, x.dtype), 1)
         deviations = ops.where(inside, rows - shift, 0)
-        first, second = ops.sum(deviations, axis=1), ops.sum(ops.square(deviations), axis=1)
+        first = ops.sum(deviations, axis=1)
+        second = ops.sum(_squared(deviations), axis=1)
     return ops.convert_to_tensor(count, "int32"), shift, first, second
 
 
@@ -372,10 +373,17 @@ def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
         )
         deviations = piece - shift
         first.append(ops.sum(deviations, axis=1))
-        second.append(ops.sum(ops.square(deviations), axis=1))
+        second.append(ops.sum(_squared(deviations), axis=1))
     if blocks == 1:
         return first[0], second[0]
     return ops.concatenate(first), ops.concatenate(second)
+
+
+def _squared(deviations: Any) -> Any:
+    """Squares; on torch in the deviations' own memory, for a second tensor costs more than sums."""
+    if keras.backend.backend() == "torch":
+        return deviations.square_()
+    return ops.square(deviations)
 
 
 def _blocks(sample: tuple[int | None, ...]) -> int:
