@@ -88,6 +88,8 @@ def compare(backbone: str, size: int, samples: int, optimizer: str, engine: str)
         "backend": keras.backend.backend(),
         "backbone": backbone,
         "image_size": size,
+        "samples": samples,
+        "batch_size": options["batch_size"],
         "optimizer": optimizer,
         "engine": engine,
         "weights": ours[0],

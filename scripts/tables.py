@@ -238,8 +238,8 @@ def overfit_diagnosis_table(results: Sequence[dict[str, Any]]) -> str:
 
 def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
     """One line per network, backend and optimizer: how far fl.fit and model.fit are apart."""
-    heads = ("network", "dtype", "backend", "optimizer", "weights", "one rounding", "history",
-             "one rounding", "")  # fmt: skip
+    heads = ("network", "dtype", "backend", "optimizer", "samples", "weights", "one rounding",
+             "history", "one rounding", "")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     rows = sorted(
         (row for result in results for row in result),
@@ -252,6 +252,7 @@ def cached_fit_table(results: Sequence[list[dict[str, Any]]]) -> str:
     )
     for row in rows:
         cells = [row["backbone"], row["dtype"], row["backend"], row["optimizer"]]
+        cells.append(f"{row['samples']}, batch {row['batch_size']}")
         for name in ("weights", "history"):
             rounded = row[f"{name}_one_rounding"]
             cells += [f"{row[name]:.1e}", f"{rounded:.1e}" if row["dtype"] == "float32" else ""]
