@@ -151,6 +151,15 @@ def test_a_command_to_paste_names_the_model_and_the_data() -> None:
     assert command._as_typed(models.DataOptions(source="digits")) == "digits"
 
 
+def test_images_have_the_channels_where_the_model_wants_them() -> None:
+    for layout, shape in (("channels_first", (3, 8, 8)), ("channels_last", (8, 8, 3))):
+        model = keras.Sequential(
+            [keras.Input(shape), keras.layers.Conv2D(2, 3, data_format=layout)]
+        )
+        x, _ = models.read_data(models.DataOptions(source="digits", per_class=1), model)
+        assert x.shape == (10, *shape)
+
+
 def test_force(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")

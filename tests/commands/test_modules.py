@@ -209,3 +209,49 @@ def test_keras_is_not_loaded(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "1 False"
+
+
+def test_channels_last_are_moved_with_a_note_where_only_that_is_taken(
+    folder: Path, capsys: Any
+) -> None:
+    words = ("--loss", "nets:loss", "--format", "json")
+    _, expected, err = run(capsys, "phases", *NET, "data.npz", *words)
+    assert "note:" not in err
+    data = dict(np.load("data.npz"))
+    np.savez("last.npz", x=np.moveaxis(data["x"], 1, -1), y=data["y"])
+    code, out, err = run(capsys, "phases", *NET, "last.npz", *words)
+    found, expected = json.loads(out)["phases"], json.loads(expected)["phases"]
+    assert code == 1
+    assert [found[phase] for phase in "01"] == [pytest.approx(expected[phase]) for phase in "01"]
+    (note,) = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "last.npz: x has the channels last, (96, 8, 8, 1)" in note
+    assert "read as (samples, 1, 8, 8)" in note
+    # Three channels fit in neither layout: the module's own words, and nothing is moved.
+    np.savez("other.npz", x=np.zeros((6, 8, 8, 3), "float32"), y=data["y"][:6])
+    code, out, err = run(capsys, "phases", *NET, "other.npz", *words)
+    assert (code, out) == (2, "")
+    assert "note:" not in err
+    assert "[6, 8, 8, 3]" in err
+
+
+def test_what_a_module_takes_as_it_is_stays(folder: Path, capsys: Any) -> None:
+    Path("nets.py").write_text(
+        CODE
+        + """
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, x):
+        return self.inner(x.movedim(-1, 1))
+"""
+    )
+    sys.modules.pop("nets")
+    data = dict(np.load("data.npz"))
+    np.savez("last.npz", x=np.moveaxis(data["x"], 1, -1), y=data["y"])
+    code, _, err = run(
+        capsys, "phases", "nets:Last", "last.npz", "--loss", "nets:loss", "--format", "json"
+    )
+    assert code in (0, 1), err
+    assert "note:" not in err

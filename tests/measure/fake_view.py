@@ -22,7 +22,7 @@ PATHS = ("first", "second")
 class FakeView:
     """``softmax(bn2(tanh(bn1(x))) @ head)``; dropout shifts the logits of class 0."""
 
-    framework, backend, channel_axis = "fake", "numpy", -1
+    framework, backend, saved_as, channel_axis = "fake", "numpy", "model", -1
 
     def __init__(self, classes: int = 3, *, sites: Sequence[str] = PATHS, **settings: Any) -> None:
         self.model: Any = self

@@ -66,7 +66,7 @@ def run(
     from frostline.diagnosis import diagnose
 
     model = models.load(source, state)
-    if fix and modules.is_native(model):
+    if fix and modules.is_state(model):
         raise ModelError(
             "--fix writes a Keras model; of a torch module: frostline recalibrate, or the line of "
             f"the remedy in your code. Received: {source}"
@@ -101,7 +101,7 @@ def run(
 
 def _reference(source: str, model: Any) -> Any:
     """Return a model to compare with; for a torch module, a file with a state will do."""
-    known = modules.reference(source) if modules.is_native(model) else None
+    known = modules.reference(source) if modules.is_state(model) else None
     return models.load(source) if known is None else known
 
 

@@ -14,6 +14,7 @@ import typer
 
 from frostline import environment
 from frostline.commands import modules
+from frostline.models import ModelView
 from frostline.report import text
 from frostline.report.sites import Sites
 from frostline.types import Array, DataError, OutputError, Policy
@@ -104,9 +105,9 @@ def freeze(
 
     model = load(source, state)
     found = _sites(model)
-    check_output(output, source, force=force, native=modules.is_native(model))
+    check_output(output, source, force=force, state=modules.is_state(model))
     change = repair.freeze(model, until=until, dropout=dropout)
-    if modules.is_native(model):
+    if modules.is_state(model):
         more = ", dropout=True" if dropout else ""
         modules.refuse("a freeze", f"fl.freeze(model, until={until!r}{more})")
     save(model, output, force=force)
@@ -141,9 +142,9 @@ def fold(source: str, *, output: Path, force: bool, state: str | None = None) ->
 
     model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force, native=modules.is_native(model))
+    check_output(output, source, force=force, state=modules.is_state(model))
     folded = view(model).fold()
-    if modules.is_native(model):
+    if modules.is_state(model):
         modules.refuse("the folded network's layers", "folded = fl.fold(model)")
     save(folded.model, output, force=force)
     alone = len(folded.replaced)
@@ -170,7 +171,7 @@ def recalibrate(
 
     model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force, native=modules.is_native(model))
+    check_output(output, source, force=force, state=modules.is_state(model))
     x, _ = read_data(options, model)
     change = repair.recalibrate(model, x, sites=sites, method=method, batch_size=batch_size)
     save(model, output, force=force)
@@ -192,9 +193,9 @@ def set_momentum(
 
     model = load(source, state)
     _sites(model)
-    check_output(output, source, force=force, native=modules.is_native(model))
+    check_output(output, source, force=force, state=modules.is_state(model))
     change = repair.set_momentum(model, momentum, sites=sites)
-    if modules.is_native(model):
+    if modules.is_state(model):
         modules.refuse("a momentum", f"fl.set_momentum(model, {momentum:g})")
     save(model, output, force=force)
     typer.echo(f"{output}: {change}")
@@ -205,14 +206,16 @@ def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
     """Return inputs and targets of DATA as the model wants them.
 
     An ``.npz`` with ``x`` and ``y``, and no option that only images know, is handed to the model
-    as it is; everything else is images.
+    as it is, unless the model takes its ``x`` with the channels on axis 1 only, which is then said;
+    everything else is images, and these get the channels where the model wants them.
     """
     plain = not (options.classes or options.per_class or options.image_size or options.preprocess)
     if plain and Path(options.source).suffix == ".npz":
         arrays = _read_arrays(Path(options.source))
         if arrays is not None:
-            return (arrays[0], modules.data(*arrays)[1]) if modules.is_native(model) else arrays
+            return _channels_moved(arrays[0], model, options.source), arrays[1]
     from frostline.experiments import datasets
+    from frostline.models import view
 
     images = datasets.load(
         options.source,
@@ -223,9 +226,43 @@ def read_data(options: DataOptions, model: Any) -> tuple[Array, Array]:
         seed=options.seed,
     )
     x = _preprocessed(images.images, options.preprocess)
-    if modules.is_native(model):
-        return modules.data(x, images.labels)
+    if view(model).channel_axis == 1:
+        x = _channels_first(x)
     return x, _targets(images.labels, model)
+
+
+def _channels_first(x: Array) -> Array:
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def _channels_moved(x: Array, model: Any, source: str) -> Array:
+    """Return images of an ``.npz`` as the model takes them, and say so if an axis had to move.
+
+    Nothing is guessed from the shape alone: the model must refuse it as it is and take it moved.
+    """
+    from frostline.models import view
+
+    channels = (1, 3, 4)
+    if x.ndim != 4 or x.shape[-1] not in channels or x.shape[1] in channels:
+        return x
+    seen, moved = view(model), _channels_first(x[:1])
+    if seen.channel_axis != 1 or _takes(seen, x[:1]) or not _takes(seen, moved):
+        return x
+    height, width, count = x.shape[1:]
+    typer.echo(
+        f"note: {source}: x has the channels last, {x.shape}, and the model takes them on axis 1: "
+        f"read as (samples, {count}, {height}, {width})",
+        err=True,
+    )
+    return _channels_first(x)
+
+
+def _takes(seen: ModelView, x: Array) -> bool:
+    try:
+        seen.forward(x, training=False)
+    except Exception:  # whatever a forward function of a user raises
+        return False
+    return True
 
 
 def load(source: str, state: str | None = None) -> Any:
@@ -241,7 +278,7 @@ def load(source: str, state: str | None = None) -> Any:
 def save(model: Any, path: Path, *, force: bool) -> None:
     """Write a model, whole or not at all."""
     with environment.native_noise_held_back():
-        if modules.is_native(model):
+        if modules.is_state(model):
             from frostline.models.torch_files import save_state
 
             save_state(model, path, overwrite=force)
@@ -259,9 +296,9 @@ def _sites(model: Any) -> Sites:
     return found
 
 
-def check_output(path: Path, source: str, *, force: bool, native: bool = False) -> None:
+def check_output(path: Path, source: str, *, force: bool, state: bool = False) -> None:
     """Refuse an output that cannot be, before the work instead of after it."""
-    if native:
+    if state:
         modules.check_output(path)
     elif path.suffix not in (".keras", ".h5"):
         raise OutputError(f"a model is written as .keras or .h5. Received: {path}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from frostline.types import Array, ModelError, OutputError
+from frostline.types import ModelError, OutputError
 
 #: Files that only torch reads.
 SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
@@ -18,11 +16,11 @@ def is_module(source: str, state: str | None = None) -> bool:
     return state is not None or Path(source).suffix in SUFFIXES
 
 
-def is_native(model: Any) -> bool:
-    """Whether a model is a torch module or program that is no Keras model."""
+def is_state(model: Any) -> bool:
+    """Whether a file of the model holds its parameters and statistics only, not the model."""
     from frostline.models import view
 
-    return view(model).framework == "torch"
+    return view(model).saved_as == "state"
 
 
 def load(source: str, state: str | None) -> Any:
@@ -43,7 +41,7 @@ def reference(source: str) -> Any:
 
 def loss(text: str | None, model: Any) -> Any:
     """What ``--loss`` means for a torch module: a name, or ``module:function``."""
-    if text is None or ":" not in text or not is_native(model):
+    if text is None or ":" not in text or not is_state(model):
         return text
     from frostline.models.sources import named
 
@@ -68,10 +66,3 @@ def refuse(verb: str, line: str) -> None:
         f"a state_dict holds parameters and statistics only, so nothing of {verb} would be in the "
         f"file; in your code, behind load_state_dict: {line}"
     )
-
-
-def data(x: Array, y: Array) -> tuple[Array, Array]:
-    """Images with the channels on axis 1, and labels as torch's losses take them."""
-    if x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        x = np.ascontiguousarray(np.moveaxis(x, -1, 1))
-    return x, y.astype(np.int64) if y.dtype.kind in "iu" else y

@@ -104,7 +104,11 @@ ClassesOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
-DATA_HELP = "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10."
+DATA_HELP = (
+    "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10. Arrays x and y "
+    "of an .npz go to the model as they are; images with the channels last are moved, with a note, "
+    "for a model that takes them on axis 1 only."
+)
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")]
 PerClassOption = Annotated[int | None, typer.Option(min=1, help="Images per class.")]

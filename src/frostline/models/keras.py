@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -48,6 +48,7 @@ class KerasView:
     """A Keras model seen in numpy and dataclasses; see :class:`frostline.models.ModelView`."""
 
     framework = "keras"
+    saved_as: Literal["model", "state"] = "model"
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from frostline.measurement import Behaviour, Difference
 from frostline.models.tape import Program
@@ -223,6 +223,8 @@ class ModelView(Protocol):
     model: Any
     framework: str  # "keras" | "torch"
     backend: str  # "tensorflow" | "jax" | "torch"
+    #: What a file holds: the whole model, or its parameters and statistics beside the user's code.
+    saved_as: Literal["model", "state"]
 
     @property
     def channel_axis(self) -> int:

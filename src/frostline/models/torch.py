@@ -10,7 +10,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,6 +37,7 @@ class TorchView:
 
     framework = "torch"
     backend = "torch"
+    saved_as: Literal["model", "state"] = "state"
     channel_axis = 1
 
     def __init__(self, model: Any) -> None:

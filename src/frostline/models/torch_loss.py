@@ -107,6 +107,8 @@ def _numbers(function: Any, outputs: Any, targets: Any) -> Any:
 
 
 def _called(loss: Any, outputs: Any, targets: Any) -> Any:
+    if not (targets.is_floating_point() or targets.dtype == torch.bool):
+        targets = targets.long()  # the only integers that torch's losses take for classes
     try:
         reduced = loss(outputs, targets)
         if reduced.ndim and reduced.shape[0] == targets.shape[0]:

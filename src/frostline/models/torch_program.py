@@ -7,7 +7,7 @@ layers can be listed and their numbers checked; there is nothing to train, freez
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class ProgramView:
 
     framework = "torch"
     backend = "torch"
+    saved_as: Literal["model", "state"] = "state"  # a changed program could not be written at all
 
     def __init__(self, model: Any) -> None:
         self.model = model
