@@ -55,10 +55,10 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
     rates = {"right": 5.0, "wrong": 9.0, "broken": 9.0}
 
     def right() -> Any:
-        return (lambda batch: want), "there"
+        return (lambda batch: [y[: len(batch["a"])] for y in want]), "there"
 
     def wrong() -> Any:
-        return (lambda batch: [1.001 * y for y in want]), "there"
+        return (lambda batch: [1.001 * y[: len(batch["a"])] for y in want]), "there"
 
     def broken() -> Any:
         return (lambda batch: 1 // 0), "there"
@@ -84,6 +84,9 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
     assert "broken is not used: it fails on the first batch" in engine.notes[1]
     rates["right"] = 0.5
     assert engines.choose(prefix, x).name == "native"
+    assert engines.choose(prefix, x, samples=31).name == "native"  # 62 s of work
+    spared = engines.choose(prefix, x, samples=29)
+    assert (spared.name, set(spared.rates)) == ("right", {"right"})
     monkeypatch.setattr(engines, "_candidates", lambda *_: [("openvino", wrong)])
     with pytest.raises(ModelError, match="engine openvino cannot run this prefix: it differs"):
         engines.choose(prefix, x, engine="openvino")
@@ -166,7 +169,14 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     )
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)})
     engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
-    assert tried == [engines.TRIAL_SAMPLES, 16]
+    assert tried == [engines.COMPARED_SAMPLES, 16]
+    monkeypatch.setattr(engines, "relative_error", lambda *_: 0.0)
+    monkeypatch.setattr(engines, "_attempt", lambda *_: [])
+    monkeypatch.setattr(
+        engines, "_rate", lambda _, batch: float(tried.append(len(batch["a"])) or 1)
+    )
+    engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
+    assert tried[2:] == [engines.TRIAL_SAMPLES]
 
 
 @pytest.mark.once

@@ -30,6 +30,11 @@ TOLERANCE = 1e-4
 #: Samples of the first batch on which engines are tried, where the model takes any number of them:
 #: on whole batches of a large network the choice would cost more than it saves.
 TRIAL_SAMPLES = 8
+#: Samples on which an engine has to agree with native, which is not compiled for them.
+COMPARED_SAMPLES = 2
+#: Seconds of work from which on native is timed as well where another engine agrees: compiling it
+#: takes seconds on TensorFlow and JAX, and on a processor it has not been the faster one yet.
+NATIVE_PAYS_S = 60.0
 #: A run that takes so many seconds is not timed a second time.
 LONG_S = 0.5
 #: ONNX Runtime's, fastest first, with their options; those that its package lacks are left out.
@@ -48,7 +53,7 @@ class Engine:
     Attributes:
         name: ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
         device: What it runs on, in its own words.
-        rates: Engine -> samples per second on the first batch, of all that were tried.
+        rates: Engine -> samples per second on the first batch, of those that were timed.
         errors: Engine -> largest difference from native, as a share of the largest value.
         notes: Why engines were not taken.
     """
@@ -72,13 +77,15 @@ class Engine:
         return self._run(batch)
 
 
-def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
+def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None = None) -> Engine:
     """Choose how to run a prefix.
 
     ``"auto"`` runs every installed engine on some samples of the batch and takes the fastest
     whose outputs agree with native to a relative error of 1e-4; where none is faster or agrees,
-    native. With one engine asked for by name, that one is taken if it agrees, and an error says why
-    not otherwise. Where native runs on an accelerator, engines that have none are not tried.
+    native. Where an engine that agrees needs less than a minute for all samples, native is not
+    compiled to be timed against it. With one engine asked for by name, that one is taken if it
+    agrees, and an error says why not otherwise. Where native runs on an accelerator, engines that
+    have none are not tried, and it is always timed.
 
     Engines get as many threads as ``OMP_NUM_THREADS`` says, or one per core of this process. ONNX
     Runtime takes TensorRT or CUDA where its package and the machine have them.
@@ -88,6 +95,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
             :attr:`frostline.Split.prefix`.
         batch: The first batch, in the structure of the model's inputs, shape ``(n, ...)`` each.
         engine: ``"auto"``, ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
+        samples: How many there are to compute, at most; ``None``: not known, maybe many.
 
     Returns:
         The engine, with what was measured.
@@ -102,21 +110,23 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
     native = prefixes.native(prefix)
     if engine == "native":
         return Engine(name="native", device=_backend(prefix), _run=native)
+    few = batch
     if prefixes.takes_any_number(prefix):
         batch = map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
-    expected = native(batch)
+        few = map_leaves(lambda leaf: leaf[:COMPARED_SAMPLES], batch)
     wanted: tuple[str, ...] = NAMES[1:] if engine == "auto" else (engine,)
-    found: dict[str, tuple[Run, str]] = {"native": (native, _backend(prefix))}
-    errors: dict[str, float] = {}
-    notes: list[str] = []
     accelerator = prefixes.accelerator(prefix)
+    notes: list[str] = []
     if engine == "auto" and accelerator and not _on_nvidia():
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")
         wanted = ()
-    for name, outcome in _candidates(prefix, wanted, batch):
+    expected = prefixes.uncompiled(prefix)(few) if wanted else []
+    found: dict[str, tuple[Run, str]] = {}
+    errors: dict[str, float] = {}
+    for name, outcome in _candidates(prefix, wanted, few):
         try:
             run, device = outcome()
-            errors[name] = error = relative_error(expected, _attempt(run, batch))
+            errors[name] = error = relative_error(expected, _attempt(run, few))
             if not error <= TOLERANCE:
                 raise ModelError(
                     f"it differs from native by {error:.1e}, allowed is {TOLERANCE:.0e}"
@@ -127,8 +137,16 @@ def choose(prefix: Any, batch: Any, engine: str = "auto") -> Engine:
                 kind = BackendError if isinstance(problem, BackendError) else ModelError
                 raise kind(f"engine {name} cannot run this prefix: {problem}") from problem
             notes.append(f"{name} is not used: {problem}")
-    rates = {name: _rate(run, batch) for name, (run, _) in found.items()}
-    chosen = engine if engine != "auto" else max(rates, key=lambda name: rates[name])
+    rates = (
+        {} if engine != "auto" else {name: _rate(run, batch) for name, (run, _) in found.items()}
+    )
+    long = samples is None or samples > NATIVE_PAYS_S * max(rates.values(), default=0.0)
+    if engine == "auto" and (accelerator or long or not found):
+        found["native"] = (native, _backend(prefix))
+        if rates:
+            native(batch)  # compiles
+            rates["native"] = _rate(native, batch)
+    chosen = max(found, key=lambda name: rates.get(name, 0.0))
     run, device = found[chosen]
     return Engine(
         name=chosen, device=device, rates=rates, errors=errors, notes=tuple(notes), _run=run

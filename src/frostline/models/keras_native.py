@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.models.keras_compile import without_gradients
 from frostline.types import Array
 
 
@@ -28,7 +29,7 @@ def native(model: Any) -> Callable[[Any], list[Array]]:
     """
     backend = keras.backend.backend()
     if backend == "torch":
-        return _eager(model)
+        return uncompiled(model)
     step = _traced(model) if backend == "tensorflow" else _jitted(model)
     largest: list[int] = [0]
 
@@ -41,6 +42,21 @@ def native(model: Any) -> Callable[[Any], list[Array]]:
             leaves = [np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in leaves]
         outputs = keras.tree.flatten(step(keras.tree.pack_sequence_as(batch, leaves)))
         return [np.asarray(keras.ops.convert_to_numpy(y))[:count] for y in outputs]
+
+    return run
+
+
+def uncompiled(model: Any) -> Callable[[Any], list[Array]]:
+    """Return ``f(batch) -> arrays`` as :func:`native` does, operation by operation.
+
+    For a few samples: on TensorFlow and JAX nothing is compiled as a whole, which takes longer than
+    they do.
+    """
+
+    def run(batch: Any) -> list[Array]:
+        with without_gradients():
+            outputs = model(keras.tree.map_structure(_contiguous, batch), training=False)
+            return [np.asarray(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
 
     return run
 
@@ -78,17 +94,6 @@ def _jitted(model: Any) -> Callable[[Any], Any]:
     def run(batch: Any) -> Any:
         trained = [v.value for v in model.trainable_variables]
         return compiled(trained, [v.value for v in model.non_trainable_variables], batch)
-
-    return run
-
-
-def _eager(model: Any) -> Callable[[Any], list[Array]]:
-    import torch
-
-    def run(batch: Any) -> list[Array]:
-        with torch.inference_mode():
-            outputs = model(keras.tree.map_structure(_contiguous, batch), training=False)
-        return [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(outputs)]
 
     return run
 

@@ -42,6 +42,15 @@ def native(prefix: Any) -> Callable[[Any], list[Array]]:
     return of_keras(prefix)
 
 
+def uncompiled(prefix: Any) -> Callable[[Any], list[Array]]:
+    """As :func:`native`, but for a few samples: nothing is compiled for them."""
+    if is_native(prefix):
+        return native(prefix)
+    from frostline.models.keras_native import uncompiled as of_keras
+
+    return of_keras(prefix)
+
+
 def to_onnx(prefix: Any, batch: Any) -> bytes:
     """Serialize a prefix as an ONNX model; ``batch`` is a batch of its inputs."""
     if is_native(prefix):
