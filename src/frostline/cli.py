@@ -49,6 +49,7 @@ from frostline.commands.options import (
     Weights,
     boundary as read_boundary,
     names,
+    read_as,
 )
 from frostline.commands.starting import start
 from frostline.types import FrostlineError
@@ -182,15 +183,7 @@ def recalibrate(
     start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    options = models.DataOptions(
-        source=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
-    )
+    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
     return models.recalibrate(
         model,
         options,

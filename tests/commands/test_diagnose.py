@@ -13,6 +13,7 @@ import pytest
 import frostline as fl
 from frostline import cli
 from frostline.commands import diagnose as command, fixing, models, showing
+from frostline.commands.options import DataOptions
 from frostline.measurement import Cause, Remedy
 from frostline.report.report import Report
 
@@ -136,7 +137,7 @@ def _frozen_untouched() -> Any:
 
 
 def test_a_command_to_paste_names_the_model_and_the_data() -> None:
-    options = models.DataOptions(
+    options = DataOptions(
         source="my images", classes=("cat", "dog"), per_class=5, preprocess="unit", split="all",
         seed=3,
     )  # fmt: skip
@@ -148,7 +149,7 @@ def test_a_command_to_paste_names_the_model_and_the_data() -> None:
         "--preprocess unit --split all --seed 3 --output FIXED.keras"
     )
     assert command._filled(replace(remedy, shell=None), words).shell is None
-    assert command._as_typed(models.DataOptions(source="digits")) == "digits"
+    assert command._as_typed(DataOptions(source="digits")) == "digits"
 
 
 def test_images_have_the_channels_where_the_model_wants_them() -> None:
@@ -156,7 +157,7 @@ def test_images_have_the_channels_where_the_model_wants_them() -> None:
         model = keras.Sequential(
             [keras.Input(shape), keras.layers.Conv2D(2, 3, data_format=layout)]
         )
-        x, _ = models.read_data(models.DataOptions(source="digits", per_class=1), model)
+        x, _ = models.read_data(DataOptions(source="digits", per_class=1), model)
         assert x.shape == (10, *shape)
 
 

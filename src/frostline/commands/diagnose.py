@@ -13,7 +13,7 @@ import numpy as np
 
 from frostline import rules
 from frostline.commands import fixing, models, modules, showing
-from frostline.commands.models import DataOptions
+from frostline.commands.options import DataOptions
 from frostline.measurement import Remedy
 from frostline.types import Array, DataError, ModelError
 

@@ -22,7 +22,7 @@ from frostline.commands.options import (
     SeedOption,
     Split,
     SplitOption,
-    names,
+    read_as,
 )
 from frostline.commands.starting import start
 from frostline.types import ModelError
@@ -71,17 +71,8 @@ def fit(
 ) -> int:
     """Train a compiled model; its frozen part runs over the data only once."""
     start(backend)
-    from frostline.commands import models
 
-    options = models.DataOptions(
-        source=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
-    )
+    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
     settings = {
         "epochs": epochs,
         "batch_size": batch_size,

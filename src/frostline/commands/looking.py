@@ -32,6 +32,7 @@ from frostline.commands.options import (
     SplitOption,
     StateOption,
     names,
+    read_as,
 )
 from frostline.commands.starting import start
 
@@ -74,15 +75,7 @@ def phases(
     start(backend, keras=not is_module(model, state))
     from frostline.commands import models
 
-    options = models.DataOptions(
-        source=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
-    )
+    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
     return models.show_phases(
         model,
         options,
@@ -158,17 +151,9 @@ def diagnose(
 ) -> int:
     """Find out whether BN makes training and inference differ, where, why, and what helps."""
     start(backend, keras=not is_module(model, state))
-    from frostline.commands import diagnose as command, models
+    from frostline.commands import diagnose as command
 
-    options = models.DataOptions(
-        source=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
-    )
+    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
     return command.run(
         model,
         options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,33 +14,11 @@ import typer
 
 from frostline import environment
 from frostline.commands import modules
+from frostline.commands.options import DataOptions
 from frostline.models import ModelView
 from frostline.report import text
 from frostline.report.sites import Sites
 from frostline.types import Array, DataError, OutputError, Policy
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """How DATA becomes ``x`` and ``y``.
-
-    Attributes:
-        source: As typed.
-        classes: Names; their order gives the labels. Empty for all.
-        per_class: Images per class; ``None`` for all.
-        image_size: Side in pixels; ``None`` takes the model's own input size.
-        preprocess: ``"none"`` (0 to 255), ``"unit"`` (0 to 1) or a backbone's name.
-        split: ``"train"``, ``"test"`` or ``"all"``.
-        seed: Of the choice and the order.
-    """
-
-    source: str
-    classes: tuple[str, ...] = ()
-    per_class: int | None = None
-    image_size: int | None = None
-    preprocess: str | None = None
-    split: Literal["train", "test", "all"] = "train"
-    seed: int = 0
 
 
 def show_sites(source: str, *, as_json: bool, state: str | None = None) -> int:

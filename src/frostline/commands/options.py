@@ -6,9 +6,10 @@ Only typer here: every command's signature is built from these, before any frame
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -135,6 +136,50 @@ LossOption = Annotated[
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How DATA becomes ``x`` and ``y``.
+
+    Attributes:
+        source: As typed.
+        classes: Names; their order gives the labels. Empty for all.
+        per_class: Images per class; ``None`` for all.
+        image_size: Side in pixels; ``None`` takes the model's own input size.
+        preprocess: ``"none"`` (0 to 255), ``"unit"`` (0 to 1) or a backbone's name.
+        split: ``"train"``, ``"test"`` or ``"all"``.
+        seed: Of the choice and the order.
+    """
+
+    source: str
+    classes: tuple[str, ...] = ()
+    per_class: int | None = None
+    image_size: int | None = None
+    preprocess: str | None = None
+    split: Literal["train", "test", "all"] = "train"
+    seed: int = 0
+
+
+def read_as(
+    source: str,
+    classes: Sequence[str] | None,
+    per_class: int | None,
+    image_size: int | None,
+    preprocess: str | None,
+    split: Split,
+    seed: int,
+) -> DataOptions:
+    """Return DATA with its options, in the order in which the commands have them."""
+    return DataOptions(
+        source=source,
+        classes=names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        preprocess=preprocess,
+        split=split.value,
+        seed=seed,
+    )
 
 
 def names(values: Sequence[str] | None) -> tuple[str, ...]:
