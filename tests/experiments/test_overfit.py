@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from frostline.experiments import figures, overfit, records
+from frostline.experiments.run import Silent
 from frostline.report.report import Report
 from frostline.types import DataError, ModelError, OutputError, PhaseRow, PhaseTable
 
@@ -213,7 +214,7 @@ def test_a_path_gives_a_folder_name(tmp_path: Path) -> None:
         assert records.data_name(source) == name
 
 
-class Interrupts(overfit.Silent):
+class Interrupts(Silent):
     """Press Ctrl-C in the first epoch of the second row."""
 
     def __init__(self) -> None:

@@ -24,7 +24,13 @@ from frostline.report import text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from frostline.experiments.transfer import Epoch, Row, TransferResult, TransferSettings
+    from frostline.experiments.transfer import (
+        Epoch,
+        Row,
+        RowResult,
+        TransferResult,
+        TransferSettings,
+    )
 
 
 def register(app: typer.Typer) -> None:
@@ -117,13 +123,16 @@ class TransferProgress:
         """Show which row begins."""
         self._display.begin(row.name, row.meaning, number, total)
 
-    def trained(self, epoch: Epoch, total: int) -> None:
+    def epoch(self, epoch: Epoch, total: int) -> None:
         """Show one epoch's numbers."""
         state = (
             f"epoch {epoch.number}/{total} ({epoch.stage})  train {epoch.train_accuracy:.3f}  "
             f"test {epoch.test_accuracy:.3f}"
         )
         self._display.advance(epoch.number, total, state, epoch.seconds)
+
+    def finished(self, result: RowResult) -> None:
+        """Nothing more to show: the table comes at the end."""
 
 
 def run(

@@ -12,9 +12,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from frostline.experiments.overfit_settings import (
     default_boundary,
     resolved,
 )
+from frostline.experiments.run import Progress, Result, Silent, run_rows
 from frostline.models import ModelView, view
 from frostline.repair import convert, freeze, recalibrate
 from frostline.report.report import Report
@@ -37,12 +38,11 @@ from frostline.types import Array, DataError, PhaseTable
 __all__ = [
     "ROWS",
     "Epoch",
+    "Follower",
     "OverfitResult",
     "OverfitSettings",
-    "Progress",
     "Row",
     "RowResult",
-    "Silent",
     "check_settings",
     "default_boundary",
     "describe",
@@ -103,41 +103,11 @@ class RowResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverfitResult:
-    """Everything that one run measured, with what is needed to repeat it."""
-
-    settings: OverfitSettings
-    selection: dict[str, Any]
-    environment: dict[str, Any]
-    rows: tuple[RowResult, ...]
-    interrupted: bool = False
-    files: tuple[Path, ...] = field(default=(), compare=False)
+class OverfitResult(Result[OverfitSettings, RowResult]):
+    """What one run of the experiment measured."""
 
 
-class Progress(Protocol):
-    """What a caller may do while the experiment runs."""
-
-    def started(self, row: Row, number: int, total: int) -> None:
-        """Row ``number`` of ``total`` (counted from 1) begins."""
-
-    def epoch(self, epoch: Epoch, total: int) -> None:
-        """One of ``total`` epochs is done."""
-
-    def finished(self, result: RowResult) -> None:
-        """A row is done."""
-
-
-class Silent:
-    """Progress that shows nothing."""
-
-    def started(self, row: Row, number: int, total: int) -> None:
-        """Show nothing."""
-
-    def epoch(self, epoch: Epoch, total: int) -> None:
-        """Show nothing."""
-
-    def finished(self, result: RowResult) -> None:
-        """Show nothing."""
+Follower = Progress[Row, Epoch, RowResult]
 
 
 def run_overfit(
@@ -146,7 +116,7 @@ def run_overfit(
     output: Path | None = None,
     force: bool = False,
     diagnosed: bool = False,
-    progress: Progress | None = None,
+    progress: Follower | None = None,
 ) -> OverfitResult:
     """Run the experiment; every row starts from the same weights, seeds and order of batches.
 
@@ -197,7 +167,7 @@ def describe(result: RowResult) -> str:
 
 
 def _run_rows(
-    settings: OverfitSettings, output: Path | None, diagnosed: bool, progress: Progress
+    settings: OverfitSettings, output: Path | None, diagnosed: bool, progress: Follower
 ) -> OverfitResult:
     """Run row by row; what is finished is on disk before the next one starts."""
     images = datasets.load(
@@ -215,19 +185,15 @@ def _run_rows(
         environment=environment.facts(),
         rows=(),
     )
-    for number, name in enumerate(settings.rows, start=1):
-        progress.started(ROWS[name], number, len(settings.rows))
-        try:
-            measured = _run_row(
-                ROWS[name], settings, x, y, len(images.class_names), diagnosed, progress
-            )
-        except KeyboardInterrupt:
-            result = replace(result, interrupted=True)
-            break
-        result = replace(result, rows=(*result.rows, measured))
-        progress.finished(measured)
+
+    def measure(row: Row) -> RowResult:
+        return _run_row(row, settings, x, y, len(images.class_names), diagnosed, progress)
+
+    def keep(found: OverfitResult) -> None:
         if output is not None:
-            records.write_numbers(result, output)
+            records.write_numbers(found, output)
+
+    result = run_rows(result, settings.rows, ROWS, measure, progress, keep)
     if output is not None and result.rows:
         result = replace(result, files=records.write(result, output))
     return result
@@ -240,7 +206,7 @@ def _run_row(
     y: Array,
     classes: int,
     diagnosed: bool,
-    progress: Progress,
+    progress: Follower,
 ) -> RowResult:
     """Build, treat, train and measure one network, and free its memory."""
     import keras
@@ -333,7 +299,7 @@ def _optimizer(settings: OverfitSettings) -> Any:
 
 
 def _train(
-    model: Any, settings: OverfitSettings, x: Array, y: Array, progress: Progress
+    model: Any, settings: OverfitSettings, x: Array, y: Array, progress: Follower
 ) -> tuple[Epoch, ...]:
     """Fit one epoch at a time, so that each can be followed by a look at phase 1.
 

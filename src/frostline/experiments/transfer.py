@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,116 +22,28 @@ from frostline import environment, layers
 from frostline.diagnosis import phases, require_sites, sites
 from frostline.experiments import backbones, datasets, records
 from frostline.experiments.overfit_settings import default_boundary
+from frostline.experiments.run import Progress, Result, Silent, run_rows
+from frostline.experiments.transfer_settings import ROWS, Row, TransferSettings, check_settings
 from frostline.models import view
 from frostline.repair import convert, freeze, recalibrate, unfreeze
 from frostline.training import fit
-from frostline.types import Array, DataError, PhaseTable, Policy
+from frostline.types import Array, DataError, PhaseTable
+
+__all__ = [
+    "ROWS",
+    "Epoch",
+    "Follower",
+    "Row",
+    "RowResult",
+    "Stage",
+    "TransferResult",
+    "TransferSettings",
+    "check_settings",
+    "describe",
+    "run_transfer",
+]
 
 Stage = Literal["head", "fine-tuning"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way of treating BN.
-
-    Attributes:
-        name: The row's name, as in tables and files.
-        meaning: What it is, for people.
-        policy: What a frozen BN layer does in training.
-        cached: Train through ``fl.fit``, which computes the frozen part once; otherwise every
-            epoch runs the whole network.
-        every_site: Fine-tune with every BN layer frozen, also behind the boundary.
-        recalibrate: Measure the statistics behind the boundary on the training images before
-            they are thawed.
-        ramp: Let BN behind the boundary go from stored to batch statistics over the first epoch.
-    """
-
-    name: str
-    meaning: str
-    policy: Policy = "inference"
-    cached: bool = True
-    every_site: bool = False
-    recalibrate: bool = False
-    ramp: bool = False
-
-
-#: All rows, in the order in which they run and are shown.
-ROWS: dict[str, Row] = {
-    row.name: row
-    for row in (
-        Row(
-            name="unpatched",
-            policy="batch",
-            cached=False,
-            meaning="frozen BN uses batch statistics in training (Keras 2.1.3 to 2.2.4); the whole "
-            "network runs in every epoch",
-        ),
-        Row(
-            name="patched",
-            meaning="frozen BN uses its stored statistics (the patch, Keras 3), frozen part cached",
-        ),
-        Row(
-            name="all-bn-frozen",
-            every_site=True,
-            meaning="as patched, and BN behind the boundary stays frozen while its neighbours are "
-            "fine-tuned",
-        ),
-        Row(
-            name="recalibrate",
-            recalibrate=True,
-            meaning="as patched, and the statistics behind the boundary are measured on the "
-            "training images before they are thawed (fl.recalibrate)",
-        ),
-        Row(
-            name="ramp",
-            cached=False,
-            ramp=True,
-            meaning="as patched, and BN behind the boundary goes from stored to batch statistics "
-            "over the first epoch of fine-tuning (fl.callbacks.GradualUnfreeze)",
-        ),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferSettings:
-    """What one run depends on, and nothing else.
-
-    Attributes:
-        backbone: A name that `backbones.build` knows.
-        data: What `datasets.load` knows, with a train and a test split.
-        classes: Class names to use; all when empty.
-        train_per_class: Training images per class; all when ``None``.
-        test_per_class: Test images per class; all when ``None``.
-        image_size: Side of the square images, in pixels.
-        boundary: First layer that is fine-tuned; ``None`` takes the backbone's usual one.
-        rows: Names from `ROWS`.
-        head_epochs: Epochs of the head alone.
-        epochs: Epochs of fine-tuning.
-        batch_size: Images per step.
-        head_learning_rate: Step size of RMSprop for the head.
-        learning_rate: Step size of SGD for fine-tuning.
-        momentum: Momentum of SGD.
-        weights: ``"pretrained"`` or ``None`` for random weights.
-        seed: Seeds selection, head and order of batches.
-    """
-
-    backbone: str = "efficientnet-lite0"
-    data: str = "cifar10"
-    classes: tuple[str, ...] = ()
-    train_per_class: int | None = 100
-    test_per_class: int | None = 100
-    image_size: int = 96
-    boundary: str | int | float | None = None
-    rows: tuple[str, ...] = tuple(ROWS)
-    head_epochs: int = 10
-    epochs: int = 5
-    batch_size: int = 32
-    head_learning_rate: float = 1e-3
-    learning_rate: float = 1e-4
-    momentum: float = 0.9
-    weights: str | None = "pretrained"
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,35 +99,11 @@ class RowResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferResult:
-    """Everything that one run measured, with what is needed to repeat it."""
-
-    settings: TransferSettings
-    selection: dict[str, Any]
-    environment: dict[str, Any]
-    rows: tuple[RowResult, ...]
-    interrupted: bool = False
-    files: tuple[Path, ...] = field(default=(), compare=False)
+class TransferResult(Result[TransferSettings, RowResult]):
+    """What one run of the experiment measured."""
 
 
-class Progress(Protocol):
-    """What a caller may do while the experiment runs."""
-
-    def started(self, row: Row, number: int, total: int) -> None:
-        """Row ``number`` of ``total`` (counted from 1) begins."""
-
-    def trained(self, epoch: Epoch, total: int) -> None:
-        """One of ``total`` epochs is done."""
-
-
-class Silent:
-    """Progress that shows nothing."""
-
-    def started(self, row: Row, number: int, total: int) -> None:
-        """Show nothing."""
-
-    def trained(self, epoch: Epoch, total: int) -> None:
-        """Show nothing."""
+Follower = Progress[Row, Epoch, RowResult]
 
 
 def run_transfer(
@@ -224,7 +112,7 @@ def run_transfer(
     output: Path | None = None,
     force: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Follower | None = None,
 ) -> TransferResult:
     """Run the experiment; every row starts from the same weights, seeds and order of batches.
 
@@ -263,31 +151,6 @@ def run_transfer(
         records.remove_empty(made)
 
 
-def check_settings(settings: TransferSettings) -> None:
-    """Refuse settings that cannot be run, before anything is loaded.
-
-    Raises:
-        DataError: With the setting's name, what is allowed and what was received.
-    """
-    least = {"image_size": 8, "head_epochs": 1, "epochs": 1, "batch_size": 2,
-             "train_per_class": 1, "test_per_class": 1, "seed": 0}  # fmt: skip
-    for name, lowest in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < lowest:
-            raise DataError(f"{name} must be at least {lowest}. Received: {name}={value}")
-    for name in ("head_learning_rate", "learning_rate"):
-        rate = getattr(settings, name)
-        if not (math.isfinite(rate) and rate > 0):
-            raise DataError(f"{name} must be above 0. Received: {name}={rate}")
-    if not 0 <= settings.momentum < 1:
-        raise DataError(f"momentum must be in [0, 1). Received: momentum={settings.momentum}")
-    unknown = [name for name in settings.rows if name not in ROWS]
-    if unknown or not settings.rows:
-        raise DataError(f"rows must be some of {', '.join(ROWS)}. Received: {unknown or 'none'}")
-    if len(set(settings.rows)) != len(settings.rows):
-        raise DataError(f"a row is named twice. Received: rows={settings.rows}")
-
-
 def describe(result: RowResult) -> str:
     """Return one sentence: what is seen in this row, in numbers and nothing beyond them."""
     head, end = result.accuracy("head"), result.accuracy("fine-tuning")
@@ -320,7 +183,7 @@ def _run_rows(
     result: TransferResult,
     images: tuple[datasets.ImageSet, ...],
     output: Path | None,
-    progress: Progress,
+    progress: Follower,
     cache: str,
 ) -> TransferResult:
     """Run row by row; what is finished is on disk before the next one starts."""
@@ -328,18 +191,15 @@ def _run_rows(
 
     settings, classes = result.settings, len(images[0].class_names)
     data = tuple(_arrays(settings, each) for each in images)
-    for number, name in enumerate(settings.rows, start=1):
-        if number <= len(result.rows):
-            continue  # kept from an earlier run; those come first
-        progress.started(ROWS[name], number, len(settings.rows))
-        try:
-            measured = _run_row(ROWS[name], settings, data, classes, progress, cache)
-        except KeyboardInterrupt:
-            result = replace(result, interrupted=True)
-            break
-        result = replace(result, rows=(*result.rows, measured))
+
+    def measure(row: Row) -> RowResult:
+        return _run_row(row, settings, data, classes, progress, cache)
+
+    def keep(found: TransferResult) -> None:
         if output is not None:
-            transfer_records.write_numbers(result, output)
+            transfer_records.write_numbers(found, output)
+
+    result = run_rows(result, settings.rows, ROWS, measure, progress, keep)
     if output is not None and result.rows:
         result = replace(result, files=transfer_records.write(result, output))
     return result
@@ -366,7 +226,7 @@ def _run_row(
     settings: TransferSettings,
     data: tuple[tuple[Array, Array], ...],
     classes: int,
-    progress: Progress,
+    progress: Follower,
     cache: str,
 ) -> RowResult:
     """Build, train in two stages and measure one network, and free its memory."""
@@ -434,7 +294,7 @@ class _Run:
     row: Row
     settings: TransferSettings
     data: tuple[tuple[Array, Array], ...]
-    progress: Progress
+    progress: Follower
     epochs: list[Epoch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -488,7 +348,7 @@ class _Run:
                 f"Received: learning_rate={self.settings.learning_rate}"
             )
         self.epochs.append(epoch)
-        self.progress.trained(epoch, self.settings.head_epochs + self.settings.epochs)
+        self.progress.epoch(epoch, self.settings.head_epochs + self.settings.epochs)
 
 
 def _reporter(told: Callable[[dict[str, float], float], None]) -> Any:
