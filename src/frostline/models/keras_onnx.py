@@ -153,6 +153,16 @@ class Writer:
         """Shape of a tensor in Keras' layout."""
         return tuple(self.graph.tensors[slot].shape)
 
+    def entry(self, call: Call) -> Value:
+        """What a call with one input reads."""
+        return self.values[call.reads[0]]
+
+    def made(self, call: Call, name: str, *, moved: bool = False) -> Value:
+        """The value of a call's output, which a node has computed."""
+        slot = call.writes[0]
+        dtype = keras.backend.standardize_dtype(self.graph.tensors[slot].dtype)
+        return Value(name=name, shape=self.shape(slot), dtype=dtype, moved=moved)
+
     def affine(self, layer: Any, channels: int) -> tuple[Array, Array]:
         """Scale and shift of the BN layer that a linear layer takes; 1 and 0 without one."""
         nothing = (np.ones(channels), np.zeros(channels))
@@ -223,6 +233,22 @@ def factors(site: Any) -> tuple[Array, Array]:
     beta = 0.0 if site.beta is None else float64(site.beta)
     scale = gamma / np.sqrt(variance + site.epsilon)
     return scale, beta - mean * scale
+
+
+def bias_of(layer: Any, count: int) -> Array:
+    """The bias of a linear layer, shape ``(count,)``; 0 where it has none."""
+    return np.zeros(count) if layer.bias is None else float64(layer.bias)
+
+
+def require_float32(value: Value) -> None:
+    """Refuse another dtype, with a :class:`ModelError`."""
+    require(value.dtype == "float32", f"only float32 is exported. Received: {value.dtype}")
+
+
+def require(condition: bool, reason: str) -> None:
+    """Refuse what a rule does not know, with a :class:`ModelError`."""
+    if not condition:
+        raise ModelError(reason)
 
 
 Rule = Callable[[Writer, Call], Value]
