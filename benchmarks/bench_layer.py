@@ -10,12 +10,9 @@ able to thaw, so it computes the gradients of gamma and beta and throws them awa
 block on TensorFlow and JAX far above 1 for the same reason (the backward pass must reach gamma and
 beta through the frozen convolutions), inference 1.00.
 
-First run: training 1.03 and 1.02 (TensorFlow, JAX), BN frozen 1.15 and 1.02, block frozen 2.05 and
-1.68. The branch was what cost training its 2-3%: a select instead gave 1.00 on both, and rounds as
-the stock layer does, at the price of computing moments that a frozen layer does not use. It stayed,
-and ``live=False`` came for those who will not thaw; prediction for it: 1.00 everywhere. With the
-select, TensorFlow's frozen BN rose to 1.40; the branch came back where the layer is frozen when the
-step is traced, on TensorFlow only; prediction 1.15.
+Since then a select has taken the branch's place, except on TensorFlow where the layer is frozen
+when the step is traced (prediction there: 1.15), and ``live=False`` is for those who will not thaw
+(prediction: 1.00 everywhere). What was measured: ``docs/results/bench-layer-*.json``.
 """
 
 from __future__ import annotations

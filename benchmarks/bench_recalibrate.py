@@ -13,10 +13,9 @@ the input of each BN layer, in a network that is bound by memory); ``sequential`
 BN layer). Compiling 52 small programs instead of one: 2 times as long as for ``predict`` on JAX.
 The aims of the project are 1.1 and 1.5.
 
-First run: on TensorFlow ``sequential`` took 2.9 times the processor time of ``predict``, half of it
-copies between TensorFlow and numpy from stage to stage. They went; prediction: 1.6. Then measured
-on a quiet machine: 1.3 times the wall time. Torch took 1.45 and 2.33: a second tensor for the
-squares cost more than the sums. Squared in place, prediction: 1.25 and 1.9; measured: 1.2 and 2.1.
+Since then the copies between TensorFlow and numpy from stage to stage have gone (prediction for
+``sequential`` there: 1.6), and torch squares in place instead of into a second tensor (prediction:
+``batch`` 1.25, ``sequential`` 1.9). What was measured: ``docs/results/bench-recalibrate-*.json``.
 
 Memory: before anything else the process recalibrates a stream that makes its batches one by one, 4
 of them and then 16, with 32 MiB for activations; ``growth`` is by how much the peak of the process

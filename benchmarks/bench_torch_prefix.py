@@ -13,8 +13,8 @@ per-round ratios, with the smallest and largest beside them. Networks have rando
 
 Prediction, written before the first run, 2 cores at 224²: prefix on the best engine 2 times eager
 for ResNet50 (bound by arithmetic that eager torch does well) and 4 times for EfficientNet-Lite0
-(many small depthwise layers; 30 against 211 images per second were measured for the whole network);
-the native engine 1.3; training 8 with 10 epochs; step 1.00.
+(many small depthwise layers); the native engine 1.3; training 8 with 10 epochs; step 1.00. What was
+measured: ``docs/results/bench-torch-prefix.json``.
 """
 
 from __future__ import annotations
