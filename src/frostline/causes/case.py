@@ -298,8 +298,10 @@ class Case:
             return 0.0
         found = self.measurement.attribution
         if found is not None and found.residual <= _TRUSTED and np.isfinite(found.shares).all():
-            # The attribution is made on the first samples only: in units of the gap on all.
-            toward = dict(zip(found.paths, found.shares * (abs(gap) / found.gap), strict=True))
+            # Of the first samples, and short of their gap by the residual: in units of the gap on
+            # all, so that what is said of a cause is what its share says.
+            scale = abs(gap) / float(found.shares.sum())
+            toward = dict(zip(found.paths, found.shares * scale, strict=True))
             here = max(0.0, sum(float(toward.get(path, 0.0)) for path in chosen))
             passed_on = sum(float(toward.get(path, 0.0)) for path in self.victims)
             culprits = sum(float(v) for path, v in toward.items() if path not in self.victims)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from frostline.data import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import rebatched, take
 from frostline.measurement import SweepPoint
+from frostline.models import Outcome
 from frostline.types import Array, as_float64
 
 Outputs = tuple[Array, ...] | None
@@ -29,25 +33,51 @@ def sizes(count: int, batch_size: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in wanted if size <= count))
 
 
-def sweep(bench: Bench, outputs: Outputs) -> tuple[SweepPoint, ...]:
+def sweep(bench: Bench, outputs: Outputs, *, stored: bool = False) -> tuple[SweepPoint, ...]:
     """Try the first samples at other batch sizes, all of them on the same samples.
 
     Args:
         bench: Model and samples.
         outputs: Of the model's own inference at the base batch size; ``None`` with several outputs.
+        stored: Inference uses stored statistics at every site: λ = 0 is then inference, and the
+            pass that gives λ = 1 gives both. To compile another one for each size is what a sweep
+            would mostly cost on JAX.
     """
-    count = len(bench.samples.first(SAMPLES))
-    return tuple(_point(bench, size, count, outputs) for size in sizes(count, bench.batch_size))
+    part = bench.samples.first(SAMPLES)
+    inference = bench.own(training=False)
+    if stored and bench.paths and len(sizes(len(part), bench.batch_size)) > 1:
+        inference = _at_zero(bench)
+        _, outputs, _ = bench.passes("sweep", inference, part.batches, keep=len(part))
+    return tuple(
+        _point(bench, size, len(part), inference, outputs)
+        for size in sizes(len(part), bench.batch_size)
+    )
 
 
-def _point(bench: Bench, size: int, count: int, outputs: Outputs) -> SweepPoint:
+def _at_zero(bench: Bench) -> Callable[[Batch, int], Outcome]:
+    """λ = 0 at every site."""
+    blend = bench.blend(0.0)
+
+    def run(batch: Batch, step: int) -> Outcome:
+        return bench.forward.outcome(batch.x, batch.y, batch.sample_weight, blend=blend, step=step)
+
+    return run
+
+
+def _point(
+    bench: Bench,
+    size: int,
+    count: int,
+    at_inference: Callable[[Batch, int], Outcome],
+    outputs: Outputs,
+) -> SweepPoint:
     n = count // size * size
     whole = bench.samples.whole
     batches = [take(whole, slice(start, start + size)) for start in range(0, n, size)]
     if size == bench.batch_size:
         inference, change = bench.nominal(training=False), 0.0
     else:
-        inference, found, _ = bench.passes("sweep", bench.own(training=False), batches, keep=n)
+        inference, found, _ = bench.passes("sweep", at_inference, batches, keep=n)
         change = relative_change(found, outputs)
     batch = inference
     if bench.paths:

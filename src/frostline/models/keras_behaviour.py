@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -35,6 +35,9 @@ _ALIKE = 1e-2
 #: Steps in which λ is searched, and how near to 0 or 1 it is taken to be 0 or 1.
 _GRID = np.linspace(0.0, 1.0, 1001)
 _NEAR = 0.005
+
+#: Samples of a compiled pass: enough for batch statistics that are not the stored ones.
+_COMPILED_SAMPLES = 4
 
 #: Passes in which a λ between 0 and 1 is made more exact.
 _REFINEMENTS = 3
@@ -65,6 +68,16 @@ class _Sums:
     moved: Array
 
 
+class _Call(NamedTuple):
+    """One call of a layer that does nothing but normalise."""
+
+    inputs: Any
+    outputs: Any
+    stored: tuple[Any, Any]
+    scale_and_offset: tuple[Any, ...]
+    moved: Any
+
+
 def behaviour(model: Any, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
     """Watch every site in a training-mode and an inference pass over each batch.
 
@@ -83,7 +96,7 @@ def behaviour(model: Any, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behav
         for path, port in known.items()
         if port.stored() is not None and not in_a_loop(places, path)
     }
-    collected = [tensors(batch[0]) for batch in batches]
+    collected = [tensors(_few(batch[0])) for batch in batches]
     middles = dict.fromkeys(watched, 0.5)
     told: dict[str, Behaviour] = {}
     for _ in range(1 + _REFINEMENTS):
@@ -94,6 +107,13 @@ def behaviour(model: Any, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behav
             break
         middles |= {path: value for path, value in between.items() if value is not None}
     return told
+
+
+def _few(x: Any) -> Any:
+    """On JAX fewer samples, for a compiled pass gives the values of all sites at once."""
+    if keras.backend.backend() != "jax":
+        return x
+    return keras.tree.map_structure(lambda leaf: leaf[:_COMPILED_SAMPLES], x)
 
 
 def _seen(
@@ -109,7 +129,9 @@ def _seen(
             variables,
             states,
             slope=False,
-            eager=True,  # a few batches: to trace so many sums takes longer than to form them
+            # A few batches: to trace takes longer than to run, but on JAX, which would compile
+            # each operation by itself.
+            eager=keras.backend.backend() != "jax" or bool(getattr(model, "run_eagerly", False)),
         )
         for training in (True, False)
     }
@@ -118,7 +140,7 @@ def _seen(
             with fixed_randomness(model, step):
                 found = run(seeds(model, step), ops.zeros(()), x)
             for path, uses in found.items():
-                entries = [_arrays(each, middles[path]) for each in uses]
+                entries = [_arrays(each, watched[path], middles[path]) for each in uses]
                 seen.setdefault((training, path), []).extend(entries)
     return seen
 
@@ -162,14 +184,19 @@ def _watched(
     outputs = own(*args, **kwargs)
     after = _stored(port)
     use = port.use(own, args, kwargs)
+    moved = [
+        ops.any(ops.logical_not(ops.logical_or(new == old, ops.isnan(new) & ops.isnan(old))))
+        for old, new in zip(before, after, strict=True)
+    ]
+    if (known := use.scale_and_offset()) is not None and outputs.shape == use.x.shape:
+        tensors_of = tuple(None if each is None else ops.convert_to_tensor(each) for each in known)
+        call = _Call(use.x, outputs, before, tensors_of, ops.logical_or(*moved))
+        seen.append(call if keras.backend.backend() == "jax" else _by_hand(port, call, middle))
+        return outputs
     batch = use.batch()
     candidates = [
         use.normalised(*mixed(ops.full((), weight, use.x.dtype), before, batch))
         for weight in (0.0, middle, 1.0)
-    ]
-    moved = [
-        ops.any(ops.logical_not(ops.logical_or(new == old, ops.isnan(new) & ops.isnan(old))))
-        for old, new in zip(before, after, strict=True)
     ]
     if (formula := use.textbook(*batch)) is not None:
         # A call that reads no stored statistics gives the same with any: the formula tells then.
@@ -223,9 +250,80 @@ def _sums(port: Port, outputs: Any, candidates: Sequence[Any]) -> list[Any]:
 # --- on the host ------------------------------------------------------------------------------
 
 
-def _arrays(entry: tuple[Any, ...], middle: float) -> _Sums:
-    arrays = [as_float64(ops.convert_to_numpy(ops.cast(each, "float32"))) for each in entry]
-    return _Sums(middle, *arrays)
+def _by_hand(port: Port, call: _Call, middle: float) -> tuple[Any, ...]:
+    """The sums of :class:`_Sums`, of a layer that follows the formula.
+
+    Its output at any λ is ``a·u + b`` per channel, ``u`` the input less its mean. So four sums over
+    the values tell all: a backend would run some sixty operations per layer.
+    """
+    x, y = (_rows(each, port.axis) for each in (call.inputs, call.outputs))
+    pair = [_array(each) for each in call.stored]
+    gamma, beta = (
+        np.full(x.shape[1], neutral) if each is None else _array(each)
+        for each, neutral in zip(call.scale_and_offset, (1.0, 0.0), strict=True)
+    )
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        mean = x[0] + (x - x[0]).mean(axis=0, dtype=np.float64)
+        u = x - mean.astype(np.float32)
+        uu = _products(u, u)
+        variance = uu / len(x)
+
+        def line(weight: float) -> tuple[Array, Array]:
+            """``a`` and ``b`` at this λ."""
+            at, spread = (
+                _host_mixed(weight, old, new)
+                for old, new in zip(pair, (mean, variance), strict=True)
+            )
+            slope = gamma / np.sqrt(spread + port.epsilon)
+            return slope, (mean - at) * slope + beta
+
+        lines = [line(weight) for weight in (0.0, middle, 1.0)]
+        (a, b), *others = lines
+        r = y - (a.astype(np.float32) * u + b.astype(np.float32))
+        ru, rest, count = _products(u, r), r.sum(axis=0, dtype=np.float64), len(x)
+        (a_half, b_half), (a_one, b_one) = [(slope - a, at - b) for slope, at in others]
+        return (
+            _products(r, r),
+            a_half * ru + b_half * rest,
+            a_one * ru + b_one * rest,
+            a_half**2 * uu + b_half**2 * count,
+            a_half * a_one * uu + b_half * b_one * count,
+            a_one**2 * uu + b_one**2 * count,
+            _products(y, y),
+            *(lines[i][0] ** 2 * uu + lines[i][1] ** 2 * count for i in (0, 2)),
+            1 + mean**2 / (variance + port.epsilon),
+            call.moved,
+        )
+
+
+def _rows(tensor: Any, axis: int) -> Array:
+    """float32, shape ``(values, channels)``."""
+    array = np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+    return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+
+def _array(tensor: Any) -> Array:
+    if isinstance(tensor, np.ndarray):
+        return as_float64(tensor)
+    return as_float64(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+
+
+def _products(one: Array, other: Array) -> Array:
+    """Sum over the values of a product, per channel."""
+    return as_float64(np.einsum("nc,nc->c", one, other))
+
+
+def _host_mixed(weight: float, stored: Array, batch: Array) -> Array:
+    """``(1 - λ) stored + λ batch``, where a share of nothing counts nothing, even of NaN."""
+    if weight in (0.0, 1.0):
+        return batch if weight else stored
+    return (1 - weight) * stored + weight * batch
+
+
+def _arrays(entry: tuple[Any, ...], port: Port, middle: float) -> _Sums:
+    if isinstance(entry, _Call):
+        entry = _by_hand(port, entry, middle)
+    return _Sums(middle, *(_array(each) for each in entry))
 
 
 def _told(path: str, port: Port, seen: Mapping[tuple[bool, str], Sequence[_Sums]]) -> Behaviour:

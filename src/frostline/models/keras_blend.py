@@ -22,7 +22,14 @@ from frostline.models import Outcome, keras_graph
 from frostline.models.keras_compile import compiled, without_gradients
 from frostline.models.keras_loss import PerSampleLoss
 from frostline.models.keras_pass import inference, tensors
-from frostline.models.keras_port import Port, blended_call, ports, replaced, stored_call
+from frostline.models.keras_port import (
+    Port,
+    blended_call,
+    given_call,
+    ports,
+    replaced,
+    stored_call,
+)
 from frostline.models.keras_random import fixed_randomness, seed_states, seeds
 from frostline.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
@@ -219,9 +226,14 @@ class BlendForward:
         if record:
             self._require_recordable()
         batch = (x, y, sample_weight)
-        # The batch's moments are formed anyway: one compiled pass that gives them serves both.
+        backend = keras.backend.backend()
+        # JAX compiles for longer than the batch's moments, which λ = 0 does without, take.
+        zero = not record and backend != "jax" and not np.any(as_float64(blend))
+        # Elsewhere they are formed anyway: one compiled pass that gives them serves both.
+        together = not zero and backend != "torch" and self._recordable
+        kind = "outcome at zero" if zero else "outcome"
         found, losses, seen = self._run(
-            "outcome", batch, blend, statistics, dropout, step, record=record or self._recordable
+            kind, batch, blend, statistics, dropout, step, record=record or together
         )
         return Outcome(
             outputs=keras.tree.map_structure(_outgoing, found),
@@ -319,9 +331,13 @@ class BlendForward:
         return pairs
 
     def _prepared_loss(self, x: Any, y: Any) -> PerSampleLoss:
-        """Resolve the loss on real outputs, outside any trace: it may create variables."""
+        """Resolve the loss outside any trace: it may create variables.
+
+        What the outputs look like is enough. An eager pass to see them would keep all activations
+        of a functional model at once, and JAX would compile each of its operations.
+        """
         loss = PerSampleLoss(self.model, self._given_loss)
-        outputs = inference(self.model, x)
+        outputs = shaped_like_outputs(self.model, x)
         with keras.StatelessScope(), without_gradients():
             loss.call(y, outputs)
         return loss
@@ -362,14 +378,17 @@ class BlendForward:
         self.traces += traced
         seen: dict[str, list[Any]] = {path: [] for path in self.paths}
         own = kind.startswith("own")
-        patched = self._blended(blend, statistics, seen if record else None)
+        if kind.endswith("at zero"):
+            patched = self._given(statistics)
+        else:
+            patched = self._blended(blend, statistics, seen if record else None)
         with keras.StatelessScope(state_mapping=mapping), nullcontext() if own else patched:
             outputs = self.model(x, training=dropout)
             if kind == "outputs":
                 return outputs, seen
             assert self._loss is not None
             losses = self._loss.call(y, outputs, sample_weight)
-            if own or kind == "outcome":
+            if own or kind.startswith("outcome"):
                 return outputs, losses, seen
             # Inside: a rematerialised layer runs again while torch differentiates.
             return losses if then is None else then(losses)
@@ -383,6 +402,12 @@ class BlendForward:
             entries = None if seen is None else seen[path]
             call = functools.partial(blended_call, blend[index], statistics[index], entries)
             calls.append((port, call))
+        return replaced([*calls, *((port, stored_call) for port in self._others)])
+
+    def _given(self, statistics: list[tuple[Any, Any]]) -> AbstractContextManager[None]:
+        """Give every BN layer a forward function that uses these statistics and no others."""
+        ports = zip(self._ports.values(), statistics, strict=True)
+        calls = [(port, functools.partial(given_call, pair)) for port, pair in ports]
         return replaced([*calls, *((port, stored_call) for port in self._others)])
 
 
@@ -420,6 +445,18 @@ def _not_built(path: str) -> ModelError:
         f"Layer '{path}' is not built yet, so it has no statistics; call the model on one "
         "batch first. Received: an unbuilt layer"
     )
+
+
+def shaped_like_outputs(model: Any, x: Any) -> Any:
+    """Ones in the structure, shapes and types of the model's outputs; real ones where unknown."""
+    if keras.backend.backend() != "torch":  # which runs the model to find out
+        try:
+            like = keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, x.dtype), x)
+            specs = model.compute_output_spec(like, training=False)
+            return keras.tree.map_structure(lambda spec: ops.ones(spec.shape, spec.dtype), specs)
+        except Exception:  # code of the user's own may raise anything: the pass then says what
+            pass
+    return inference(model, x)
 
 
 def in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:

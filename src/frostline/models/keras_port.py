@@ -54,6 +54,13 @@ class Use(Protocol):
         """The formula with these statistics; ``None`` where :meth:`normalised` is just that."""
         ...
 
+    def scale_and_offset(self) -> tuple[Any, Any] | None:
+        """Gamma and beta, each ``None`` where there is none.
+
+        ``None`` instead of both: the layer does something else than the formula, or masks values.
+        """
+        ...
+
 
 class Port(Protocol):
     """One BN layer; ``name`` is the attribute of ``owner`` that holds its forward function."""
@@ -133,6 +140,14 @@ def blended_call(
     if seen is not None:
         seen.append((use.count(), *batch))
     return use.normalised(*mixed(ops.cast(blend, use.x.dtype), stored, batch))
+
+
+def given_call(
+    given: tuple[Any, Any], port: Port, own: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The layer's output with these statistics: that of λ = 0, for which nobody needs the batch."""
+    use = port.use(own, args, kwargs)
+    return use.normalised(*(ops.cast(each, use.x.dtype) for each in given))
 
 
 def stored_call(port: Port, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +240,12 @@ class KerasUse:
         if getattr(self.own, "__func__", None) in _KNOWN_CALLS:
             return None
         return self._formula(mean, variance)
+
+    def scale_and_offset(self) -> tuple[Any, Any] | None:
+        """Gamma and beta of a ``call`` that Frostline knows, on an input without a mask."""
+        if self.mask is not None or getattr(self.own, "__func__", None) not in _KNOWN_CALLS:
+            return None
+        return self.layer.gamma, self.layer.beta
 
     def _formula(self, mean: Any, variance: Any) -> Any:
         layer, x = self.layer, self.x
@@ -337,6 +358,10 @@ class TorchUse:
         """A torch module is asked by the formula anyway."""
         return
 
+    def scale_and_offset(self) -> tuple[Any, Any] | None:
+        """Weight and bias."""
+        return self.module.weight, self.module.bias
+
     def locked(self) -> Any:
         """What the module gives in eval mode; one without statistics always uses the batch's."""
         module = self.module
@@ -358,7 +383,12 @@ def batch_statistics(x: Any, axis: int) -> tuple[Any, Any]:
     shift = ops.stop_gradient(ops.mean(x[:1], axis=axes, keepdims=True))
     deviations = x - shift
     offset = ops.mean(deviations, axis=axes, keepdims=True)
-    variance = ops.mean(ops.square(deviations - offset), axis=axes)
+    if keras.backend.backend() == "torch" and not deviations.requires_grad:
+        # In the deviations' own memory: two more tensors of that size cost more than the sums.
+        squares = deviations.sub_(offset).square_()
+    else:
+        squares = ops.square(deviations - offset)
+    variance = ops.mean(squares, axis=axes)
     return ops.reshape(shift + offset, (-1,)), variance
 
 
