@@ -77,6 +77,28 @@ class TestProbesAndGaps:
         assert names == ["population", "population unfrozen", "population frozen"]
         assert len({found.probes[name].loss for name in names}) == 3
 
+    def test_training_mode_that_lambda_gives_is_run_on_one_batch(self) -> None:
+        view = FakeView(training={"first": 0.0, "second": 1.0})
+        found = measured(view)
+        own = [size for kind, size in view.calls if kind == "own"]
+        assert sum(own) < 2 * 200 + 3 * 25  # inference and neighbours; of training mode one batch
+        np.testing.assert_array_equal(
+            found.probes["training"].losses, found.probes["training blend"].losses
+        )
+
+    def test_training_mode_that_lambda_does_not_give_is_run_whole(self) -> None:
+        """A layer that acts in training, and that nobody knows for one that does."""
+
+        class Hidden(FakeView):
+            def noise_layers(self) -> dict[str, str]:
+                return {}
+
+        view = Hidden(dropout=0.7)
+        found = measured(view)
+        assert sum(size for kind, size in view.calls if kind == "own") > 2 * 200
+        moved = found.probes["training"].losses - found.probes["training blend"].losses
+        assert (np.abs(moved) > 1e-3).mean() > 0.9
+
     def test_inference_on_the_batch(self) -> None:
         view = FakeView(inference={"first": 1.0, "second": 1.0})
         found = measured(view)
