@@ -363,6 +363,52 @@ def test_the_second_call_computes_nothing(capfd: pytest.CaptureFixture[str]) -> 
     assert "52 samples, 52 computed" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("engine", ["native", "onnxruntime"])
+def test_one_pass_serves_this_call_and_the_next(
+    engine: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if engine != "native":
+        pytest.importorskip("onnx")
+        pytest.importorskip(engine)
+
+    def schedule(fit: Callable[..., Any], **first: Any) -> tuple[Any, list[Any], list[str]]:
+        model, histories, told = network(), [], []
+        ways = {"epochs": 2, "batch_size": 16, "validation_data": (XV, YV), "verbose": 2}
+        ways |= {"engine": engine} if first else {}
+        keras.utils.set_random_seed(7)
+        steps = [(fl.freeze, "head", adam(), first), (fl.unfreeze, "conv1", sgd(), {})]
+        for edit, boundary, optimizer, more in steps:
+            edit(model, boundary)
+            model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+            histories.append(fit(model, X, Y, **ways, **more))
+            told.append(capfd.readouterr().err)
+        return model, histories, told
+
+    one, mine, told = schedule(fl.fit, thaw_later="conv1")
+    other, theirs, _ = schedule(plain)
+    assert "frozen part of the next call, training data: 52 samples, 52 computed" in told[0]
+    assert "frozen part, training data: 52 samples, 52 computed" in told[0]
+    assert "computed from the samples" not in told[0]
+    assert "frozen part, training data: 52 samples, 0 computed" in told[1]
+    assert "frozen part, validation data: 20 samples, 0 computed" in told[1]
+    bound = 1e-5 if engine == "native" else 1e-4
+    for a, b in zip(weights(one), weights(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=bound)
+    for a, b in zip(mine, theirs, strict=True):
+        assert_same_history(a, b)
+
+
+def test_what_cannot_be_shared_is_not_and_it_is_said() -> None:
+    model = compiled(sgd())
+    with pytest.raises(DataError, match="thaw_later computes features from features"):
+        fl.fit(model, X, Y, thaw_later="conv2", dtype="float16", verbose=0)
+    with pytest.warns(UserWarning, match=r"thaw_later='conv0' is not heeded: nothing is frozen"):
+        fl.fit(model, X, Y, thaw_later="conv0", verbose=0)
+    fl.fit(model, X, Y, thaw_later="conv2", verbose=0)  # the frontier of this very call
+    flags = [layer.trainable for layer in model.layers]
+    assert flags == [layer.trainable for layer in network().layers]
+
+
 def test_epoch_e_trains_on_view_e() -> None:
     """Against plain ``fit``, one epoch at a time, on the views computed by hand."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.cache import FeatureCache, cache_features
+from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
 from frostline.data import Batch, is_reiterable, leaves
@@ -49,6 +49,8 @@ class _Plan:
         views: Augmented views of the training data.
         augment: Their augmentation.
         options: Further arguments of :func:`frostline.cache_features`.
+        earlier: Prefix up to an earlier frontier, whose features are kept on the way.
+        rest: Model from there to the frontier.
     """
 
     parts: Split
@@ -57,6 +59,8 @@ class _Plan:
     views: int
     augment: Any
     options: dict[str, Any]
+    earlier: Any = None
+    rest: Any = None
 
 
 def fit(
@@ -72,6 +76,7 @@ def fit(
     dtype: str = "float32",
     max_gb: float | None = None,
     seed: int = 0,
+    thaw_later: Any = None,
     **as_keras_fit: Any,
 ) -> Any:
     """Train like ``model.fit``, with the frozen part of the model computed only once.
@@ -96,6 +101,10 @@ def fit(
         dtype: How features are stored; ``"float16"`` and ``"bfloat16"`` halve the disk and round.
         max_gb: Largest size of the cache folder.
         seed: Of the augmentation.
+        thaw_later: ``since`` of the :func:`frostline.unfreeze` that will come before the next call,
+            for example ``140`` while only the head trains. Features of that frontier are computed
+            first and kept, and those of this call from them: the next call on the same data, with
+            the same arguments for the cache, finds its own and needs no pass. Disk for both.
         **as_keras_fit: All arguments of ``Model.fit``.
 
     Returns:
@@ -109,7 +118,8 @@ def fit(
         OutputError: No room for the features.
 
     Warns:
-        UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs.
+        UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs. Or
+            ``thaw_later`` cannot be heeded.
     """
     arguments = _arguments(as_keras_fit)
     view_of(model)  # a model, or a ModelError
@@ -133,11 +143,19 @@ def fit(
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
         warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=2)
         return model.fit(x, y, **arguments)
+    if thaw_later is not None and (augment is not None or dtype != "float32"):
+        raise DataError(
+            "thaw_later computes features from features, which must be exact and not augmented: "
+            f"leave it out. Received: augment={augment!r}, dtype={dtype!r}"
+        )
     options = {"augment_name": augment_name, "dtype": dtype, "max_gb": max_gb, "seed": seed,
                "verbose": arguments["verbose"]}  # fmt: skip
     with randomness_kept():
+        earlier, rest = _on_the_way(adapters, model, parts, arguments, thaw_later)
         plan = _Plan(
             parts=parts,
+            earlier=earlier,
+            rest=rest,
             path=cache.path if isinstance(cache, FeatureCache) else cache,
             engine=engine,
             views=views,
@@ -168,6 +186,34 @@ def _parts(
             if not places:
                 raise
             return None, f"a callback will thaw too much of the model to cache the rest: {problem}"
+
+
+def _on_the_way(
+    adapters: Any, model: Any, parts: Split, arguments: dict[str, Any], since: Any
+) -> tuple[Any, Any]:
+    """Prefix of the cut that comes once ``since`` is thawed, and what lies from there to this cut.
+
+    Both are cut by the rules of every cut; ``(None, None)`` where there is nothing to share.
+    """
+    if since is None:
+        return None, None
+    places = adapters.to_be_thawed(model, arguments["callbacks"])
+    behind = adapters.behind(model, since)
+    try:
+        with adapters.as_thawed(model, [*places, *behind]):
+            later = split(model)
+        if later.frontier == parts.frontier:
+            return None, None
+        with adapters.as_thawed(model, places):
+            rest = split(later.suffix)
+    except ModelError as problem:
+        reason = str(problem)
+    else:
+        if rest.frontier == parts.frontier:
+            return later.prefix, rest.prefix
+        reason = "what it leaves frozen does not lead to the frontier of this call"
+    warnings.warn(f"thaw_later={since!r} is not heeded: {reason}", UserWarning, stacklevel=3)
+    return None, None
 
 
 def _arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +289,7 @@ def _adapters(
 def _without_views(plan: _Plan) -> _Plan:
     return _Plan(
         parts=plan.parts, path=plan.path, engine=plan.engine, views=1, augment=None,
-        options=plan.options,
+        options=plan.options, earlier=plan.earlier, rest=plan.rest,
     )  # fmt: skip
 
 
@@ -261,15 +307,21 @@ def _cached(adapters: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
     """Features of ``x``, in the form in which Keras would hand it to the model."""
     arrays = adapters.is_arrays(x, None, None)
     data = Batch(x) if arrays else _Stream(untouched(x), adapters)
+    ways = {"engine": plan.engine, **plan.options}
+    through = None
+    if plan.earlier is not None:
+        at_first = f"frozen part of the next call, {title}"
+        earlier = cache_features(plan.earlier, data, plan.path, title=at_first, **ways)
+        through = Through(cache=earlier, rest=plan.rest)
     return cache_features(
         plan.parts.prefix,
         data,
         plan.path,
-        engine=plan.engine,
         views=plan.views,
         augment=plan.augment,
         title=f"frozen part, {title}",
-        **plan.options,
+        through=through,
+        **ways,
     )
 
 

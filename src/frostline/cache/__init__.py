@@ -24,6 +24,7 @@ from frostline.cache.features import FeatureCache, View
 from frostline.cache.files import DamagedError, sha256
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Tensor
+from frostline.cache.through import Through, start as start_through
 from frostline.data import Batch, batches, leaves, require_reiterable
 from frostline.models import is_native, prefix as prefixes
 from frostline.types import Array, DataError, FrostlineError
@@ -49,6 +50,7 @@ class _Order:
     verbose: Any
     seed: int
     title: str
+    through: Through | None
 
 
 def cache_features(
@@ -67,6 +69,7 @@ def cache_features(
     verbose: Any = "auto",
     seed: int = 0,
     title: str = "features",
+    through: Through | None = None,
 ) -> FeatureCache:
     """Compute what a frozen prefix makes of every sample, once, and keep it on disk.
 
@@ -98,6 +101,9 @@ def cache_features(
         verbose: ``0`` silent, ``1`` a line that moves, ``2`` plain lines, ``"auto"``.
         seed: Of the augmentation.
         title: What progress lines begin with.
+        through: Features of an earlier frontier for the same data, and what lies between: the
+            prefix is then computed from these, unless that turns out to differ from it. The key is
+            that of the prefix all the same: it says what is computed, not by which way.
 
     Returns:
         The features, memory-mapped. For a torch module a ``torch.utils.data.Dataset`` of them with
@@ -112,6 +118,11 @@ def cache_features(
         ModelError: A prefix that is neither a Keras model nor a torch module.
     """
     _check(views=views, augment=augment, batch_size=batch_size, max_gb=max_gb)
+    if through is not None and (augment is not None or dtype != "float32"):
+        raise DataError(
+            "features of an earlier frontier stand for the samples only where they are exact and "
+            f"not augmented. Received: through=..., augment={augment!r}, dtype={dtype!r}"
+        )
     if views > 1:
         require_reiterable(data, f"cache_features(views={views})")
     order = _Order(
@@ -126,6 +137,7 @@ def cache_features(
         verbose=verbose,
         seed=seed,
         title=title,
+        through=through,
     )
     identity = prefixes.identity(prefix)
     data = prefixes.readable(prefix, data, batch_size)
@@ -179,7 +191,11 @@ def _view(
     key = key_with(order.engine)
     known_by = (identity, repr(forms))
     small = expected is not None and expected <= _FEW_BATCHES * order.batch_size
-    tried = (order.root / key).exists() or _chosen(prefix, known_by, order.engine) is not None
+    tried = (
+        (order.root / key).exists()
+        or _chosen(prefix, known_by, order.engine) is not None
+        or (order.through is not None and order.through.cache.engine != "native")
+    )
     if order.engine == "auto" and small and not tried:
         # Trying engines would take longer than the work itself.
         order = replace(order, engine="native")
@@ -268,13 +284,17 @@ class _Start:
                 raise
             self.progress.say(f"{self.order.title}: {problem}; going on with native")
             chosen = engines.choose(self.prefix, first, "native")
+        self.tell(chosen)
+        return chosen
+
+    def tell(self, chosen: engines.Engine) -> None:
+        """Say what computes, and why."""
         for note in chosen.notes:
             self.progress.say(f"{self.order.title}: {note}")
         if chosen.name != "native" or chosen.rates:
             rates = [f"{name} {rate:.3g}/s" for name, rate in chosen.rates.items()]
             measured = f"; on the first batch {', '.join(rates)}" if rates else ""
             self.progress.say(f"{self.order.title}: computed by {chosen.name}{measured}")
-        return chosen
 
 
 class _Lazy:
@@ -289,6 +309,8 @@ class _Lazy:
         self.engine = self.order.engine
         self._run: build.Run | None = None
         self._trial: tuple[bytes, Any] | None = None
+        #: Key of the earlier frontier that features are computed from; empty: from the samples.
+        self.through = "" if known is None else str(known.about.get("through", ""))
 
     def run(self, x: Any, digests: Array) -> Any:
         """Features of a full batch; what the trial computed is handed out instead of done again."""
@@ -296,9 +318,40 @@ class _Lazy:
         if trial is not None and trial[0] == digests.tobytes():
             return trial[1]
         if self._run is None:
-            self.engine, run = self.start.run(self.first, self.known)
-            self._run = _augmented(run, self.order, self.view)
+            self._run = self._through() or self._straight()
         return self._run(x, digests)
+
+    def _straight(self) -> build.Run:
+        """Compute from the samples."""
+        self.engine, run = self.start.run(self.first, self.known)
+        self.through = ""
+        return _augmented(run, self.order, self.view)
+
+    def _through(self) -> build.Run | None:
+        """Compute from an earlier frontier, if that is asked for and right.
+
+        What an earlier build began is gone on with in its way, so that it ends in the same bytes.
+        """
+        through = self.order.through
+        if through is None or (self.known is not None and self.through != through.key):
+            return None
+        start = self.start
+        try:
+            chosen, run = start_through(
+                through,
+                start.prefix,
+                start.known_by[0],
+                self.first,
+                shards.sample_digests(leaves(self.first)),
+                engine=self.order.engine if self.known is None else self.known.engine,
+                samples=start.expected,
+            )
+        except FrostlineError as problem:
+            start.progress.say(f"{self.order.title}: {problem}; computed from the samples")
+            return None
+        self.engine, self.through = chosen.name, through.key
+        start.tell(chosen)
+        return run
 
     def collection(self, home: Path, key: str) -> Collection:
         """Where features go: as an earlier build described it, or by a trial on the first batch."""
@@ -317,6 +370,7 @@ class _Lazy:
             "dtype": dtype,
             "view": self.view,
             "augmented": bool(self.order.augmentation),
+            "through": self.through,
         }
         return Collection(folder=home, key=key, tensors=tensors, engine=self.engine,
                           batch_size=self.order.batch_size, about=about)  # fmt: skip
@@ -371,4 +425,4 @@ def expected_samples(data: Any, first: int) -> int | None:
         return None
 
 
-__all__ = ["BATCH_SIZE", "FeatureCache", "cache_features"]
+__all__ = ["BATCH_SIZE", "FeatureCache", "Through", "cache_features"]

@@ -26,7 +26,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from frostline.data import to_numpy
 from frostline.models import keras_edit
-from frostline.models.keras_graph import Place, walk
+from frostline.models.keras_graph import Place, resolve, walk
 from frostline.models.keras_prefix import weights_digest
 from frostline.types import Array, ModelError
 
@@ -257,6 +257,11 @@ def to_be_thawed(model: Any, given: Any) -> list[Place]:
     return [
         place for each in every if hasattr(each, "will_thaw") for place in each.will_thaw(model)
     ]
+
+
+def behind(model: Any, since: Any) -> list[Place]:
+    """Layers that ``fl.unfreeze(model, since)`` thaws."""
+    return keras_edit.side(walk(model), resolve(model, since), before=False)
 
 
 @contextmanager

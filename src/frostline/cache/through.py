@@ -1,0 +1,100 @@
+"""Features of a later frontier from those of an earlier one, instead of from the samples."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from frostline import engines
+from frostline.cache.features import FeatureCache
+from frostline.data import map_leaves
+from frostline.models import prefix as prefixes
+from frostline.types import Array, DataError, ModelError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Through:
+    """An earlier frontier of the same network, for the same data.
+
+    Attributes:
+        cache: Features of the earlier frontier, stored in float32 and not augmented.
+        rest: Model of what lies between: earlier frontier -> later frontier.
+    """
+
+    cache: FeatureCache
+    rest: Any
+
+    @property
+    def key(self) -> str:
+        """Key of the earlier features."""
+        return self.cache.keys[0]
+
+
+#: What lies between -> (identity of the prefix then, engine asked for, engine): training and
+#: validation data share one.
+_CHOSEN: weakref.WeakKeyDictionary[Any, tuple[str, str, engines.Engine]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def start(
+    through: Through,
+    prefix: Any,
+    identity: str,
+    first: Any,
+    digests: Array,
+    *,
+    engine: str,
+    samples: int | None,
+) -> tuple[engines.Engine, Callable[[Any, Array], Any]]:
+    """Get what lies between two frontiers going, and compare both parts with the whole prefix.
+
+    Args:
+        through: The earlier frontier.
+        prefix: The frozen part up to the later frontier.
+        identity: Of the prefix.
+        first: The first batch of its inputs.
+        digests: Digests of these samples.
+        engine: As for :func:`frostline.engines.choose`.
+        samples: Likewise.
+
+    Returns:
+        The engine, and ``run(x, digests)`` that reads samples' earlier features.
+
+    Raises:
+        ModelError: Earlier features and what lies between do not give what the prefix gives, to a
+            relative error of 1e-4.
+        DataError: A sample is none of those of the earlier cache.
+    """
+    rows = {digest.tobytes(): row for row, digest in enumerate(through.cache.views[0].digests())}
+
+    def features(wanted: Array) -> Any:
+        found = [rows.get(digest.tobytes()) for digest in wanted]
+        if None in found:
+            raise DataError(
+                f"sample {found.index(None)} of a batch has no features at the earlier frontier: "
+                "the data set gives other samples when it is read again."
+            )
+        arrays = through.cache.rows(found)
+        return arrays[0] if len(arrays) == 1 else arrays
+
+    given = features(digests)
+    known = _CHOSEN.get(through.rest)
+    if known is not None and known[0] == identity and engine in (known[1], known[2].name):
+        chosen = known[2]
+    else:
+        chosen = engines.choose(through.rest, given, engine, samples=samples)
+        _CHOSEN[through.rest] = (identity, engine, chosen)
+    count = len(digests)
+    if prefixes.takes_any_number(prefix):
+        count = min(count, engines.COMPARED_SAMPLES)
+    expected = prefixes.uncompiled(prefix)(map_leaves(lambda leaf: leaf[:count], first))
+    error = engines.relative_error(expected, [array[:count] for array in chosen.run(given)])
+    if not error <= engines.TOLERANCE:
+        raise ModelError(
+            f"features computed from an earlier frontier differ by {error:.1e} from those of the "
+            f"whole frozen part, allowed is {engines.TOLERANCE:.0e}"
+        )
+    return chosen, lambda _, wanted: chosen.run(features(wanted))
