@@ -46,12 +46,4 @@ MISSES: tuple[Miss, ...] = (
         NATIVE,
         sometimes=True,
     ),
-    Miss(
-        "TH16",
-        "cause",
-        "a module that is only served, frozen and left in training mode, would drift if a pass in "
-        "that mode came; it is told as if one had come",
-        NATIVE,
-    ),
-    Miss("TH16", "blame", "the same", NATIVE),
 )

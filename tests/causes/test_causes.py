@@ -122,6 +122,17 @@ def test_frozen_statistics_that_move():
     assert found[0].settle is not None
 
 
+def test_a_module_that_is_only_served_does_not_drift():
+    """Nothing trains, all of it in inference mode; where a head trains, a step will come."""
+    frozen = {path: {"params_frozen": True, "policy": "update", "mode": False} for path in PATHS}
+    nothing = dict.fromkeys(("conv1", "conv2", "conv3", "conv4", "head"), False)
+    of_small_gap = measurement(NO_GAP, sites=FAR)
+    head = {**nothing, "head": True}
+    for trains, wanted in ((nothing, []), (head, ["FROZEN_DRIFT"])):
+        found = causes(facts(frozen, trains=trains, mode=False), of_small_gap, [])
+        assert [code for code in codes(found) if code == "FROZEN_DRIFT"] == wanted
+
+
 def test_a_reference_shows_drift_without_any_gap():
     moving = {path: {"params_frozen": True, "decay": 0.9} for path in PATHS}
     drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))

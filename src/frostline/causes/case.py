@@ -317,6 +317,16 @@ class Case:
 
     # --- sites --------------------------------------------------------------------------------
 
+    @property
+    def served(self) -> bool:
+        """Nothing trains and the whole module is in inference mode: no training step will come."""
+        trains = any(layer.trains for layer in self.facts.layers)
+        return (
+            self.facts.mode is False
+            and not trains
+            and all(each.mode is False and each.site.params_frozen for each in self.facts)
+        )
+
     @cached_property
     def sites(self) -> Mapping[str, SiteFacts]:
         """Path -> facts, in execution order."""

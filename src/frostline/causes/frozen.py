@@ -42,7 +42,7 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     moving = tuple(
         path
         for path in case.with_role("frozen drift")
-        if path not in assigned and not _is_reset(case, path)
+        if path not in assigned and not _is_reset(case, path) and not case.served
     )
     drifted = tuple(
         path
