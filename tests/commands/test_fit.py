@@ -65,6 +65,22 @@ def frozen(path: Path, *flags: bool) -> str:
     return str(path)
 
 
+def test_the_next_run_finds_its_features(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keras.utils.set_random_seed(2)
+    model = keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(n) for n in (8, 5, 2))])
+    for name, trainable in (("head", 2), ("more", 1)):
+        for number, layer in enumerate(model.layers):
+            layer.trainable = number >= trainable
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.save(f"{name}.keras")
+    assert main(["fit", "head.keras", "data.npz", "-o", "a.keras", "--thaw-later", "1"]) == 0
+    assert capsys.readouterr().err.count("40 samples, 40 computed") == 2
+    assert main(["fit", "more.keras", "data.npz", "-o", "b.keras"]) == 0
+    assert "40 samples, 0 computed" in capsys.readouterr().err
+    assert main(["fit", "head.keras", "data.npz", "-o", "c.keras", "--thaw-later", "9"]) == 2
+    assert "Received: 9" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_nothing_frozen_trains_plainly_and_says_so(
     files: Path, capsys: pytest.CaptureFixture[str]

@@ -22,6 +22,7 @@ from frostline.commands.options import (
     SeedOption,
     Split,
     SplitOption,
+    boundary,
     read_as,
 )
 from frostline.commands.starting import start
@@ -59,6 +60,13 @@ def fit(
         typer.Option(help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
     ] = None,
     max_gb: Annotated[float | None, typer.Option(help="Largest size of the cache.")] = None,
+    thaw_later: Annotated[
+        str | None,
+        typer.Option(
+            help="Layer (path, name, index, or share) from which the next run will train: its "
+            "features are kept on the way."
+        ),
+    ] = None,
     classes: ClassesOption = None,
     per_class: PerClassOption = None,
     image_size: ImageSizeOption = None,
@@ -81,6 +89,7 @@ def fit(
         "dtype": dtype.value,
         "cache": cache,
         "max_gb": max_gb,
+        "thaw_later": None if thaw_later is None else boundary(thaw_later),
     }
     return _run(model, options, settings, learning_rate=learning_rate, seed=seed,
                 output=output, force=force)  # fmt: skip
