@@ -16,13 +16,15 @@ for ResNet50 and EfficientNet-Lite0 on some hundred small images; units fall wit
 samples as what is compiled does not grow. Memory 2 times that of ``evaluate``, for the derivative,
 which keeps the activations of one batch.
 
-First run, 10 and 50 layers at 64²: 53 and 32 units on torch, 58 and 52 on TensorFlow, 137 and 67 on
-JAX, of 16 to 35 passes; batches of two in the sweep cost 11 to 14 units on torch. So the sweep went
-from 128 to 64 samples and the derivatives from 6 passes to 4. Prediction: 28 passes at most, 40 and
-26 units on torch, 50 and 45 on TensorFlow, 120 and 55 on JAX; below 25 for ResNet50 at 128².
+The first run showed batches of two in the sweep to cost 11 to 14 units on torch: the sweep went
+from 128 to 64 samples, the derivatives from 6 passes to 4. Then most of the rest was found to be
+compiled: an eager pass only to prepare the loss, what the layers do, a pass per batch size for
+inference, and batch statistics at λ = 0. Expected, before the run without these: 25 units for
+EfficientNet-Lite0 on JAX, where it had not ended in ten minutes, and little change on TensorFlow.
 
-Second run: ResNet50 and EfficientNet-Lite0 at 128² 24 and 23 units on torch, 37 and 48 on
-TensorFlow, 39 for ResNet50 on JAX; at 32² compiling is nearly everything on JAX (over 400 units).
+Tried and given up: statistics of all sites by passes at λ = 0 until they settle, instead of stage
+by stage (with random weights they drift apart instead), and batch statistics in pieces that fit a
+cache (the longer trace cost more than its passes saved). What was measured is in ``docs/results``.
 """
 
 from __future__ import annotations

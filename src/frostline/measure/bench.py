@@ -19,6 +19,10 @@ from frostline.selection import GROUPS
 from frostline.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 
+#: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
+#: waits on disk. Few, for a diagnosis should not need much more memory than the model itself.
+WAITING = 1 << 28
+
 #: Path -> (mean, biased variance), shape ``(channels,)`` each, float64.
 Statistics = Mapping[str, tuple[Array, Array]]
 
@@ -287,7 +291,7 @@ class Bench:
     def _measured(self, meter: Any, chosen: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
         restore = meter.snapshot()
         try:
-            recalibrated(meter, chosen, list(self.batches))
+            recalibrated(meter, chosen, list(self.batches), memory_limit=WAITING)
             return {path: meter.stored(path) for path in chosen}
         finally:
             restore()
