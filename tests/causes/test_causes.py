@@ -687,6 +687,15 @@ def test_an_encoding_that_helps_a_little_explains_nothing():
     assert codes(found) == ["EMA_LAG"]
 
 
+def test_in_a_regression_a_constant_answer_is_no_encoding():
+    """Inputs that are mapped to one value: better than answers far off, far from the best."""
+    for loss, wanted in ((0.22, False), (0.012, True)):
+        probes = {"inference": 1.5, "input x/127.5-1": loss}
+        probes |= dict.fromkeys(("training", "training blend", "batch", "population"), 0.006)
+        found = causes(facts(steps=50), measurement(probes, shares=[0.25] * 4, sites=FAR), [])
+        assert ("PREPROCESS" in codes(found)) is wanted
+
+
 def test_another_contrast_that_suits_a_lagging_average_is_no_encoding():
     probes = {**GAP, "input x*2-1": (0.2, 0.95)}
     made = measurement(probes, shares=[0.25] * 4, sites=FAR)

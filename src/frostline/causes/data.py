@@ -16,6 +16,11 @@ from frostline.measurement import InputMoments
 REPAIRS_PART = 0.3
 REPAIRS = 0.8
 
+#: Where no accuracy bears it out: the loss in the right encoding is at most so many times the best.
+#: Without the check inputs that are mapped to one value look repaired, for a constant answer is
+#: better than one that is far off.
+AS_GOOD = 3.0
+
 #: Inference is as good as it gets when its loss is below this share of guessing.
 GOOD = 0.35
 
@@ -203,8 +208,12 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
         return None
     found = [case.probe(each) for each in (name, "training blend", "batch", "population")]
     probes = [each for each in found if each is not None]
-    part = gains[name] / (now.loss - min(each.loss for each in probes))
-    if now.accuracy is not None:
+    best = min(each.loss for each in probes)
+    part = gains[name] / (now.loss - best)
+    if now.accuracy is None:
+        if now.loss - gains[name] > AS_GOOD * best > 0:
+            return None
+    else:
         reached = [each.accuracy or 0.0 for each in probes]
         missing = max(reached) - now.accuracy
         if missing < SMALL_ACCURACY:
