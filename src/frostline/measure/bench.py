@@ -113,18 +113,7 @@ class Bench:
         if own and key in self._probes:
             return replace(self._probes[key], name=name)
 
-        def run(batch: Batch, step: int) -> Outcome:
-            x = batch.x if transform is None else transform(batch.x)
-            return self.forward.outcome(
-                x,
-                batch.y,
-                batch.sample_weight,
-                blend=weights,
-                statistics=statistics,
-                dropout=dropout,
-                step=step,
-            )
-
+        run = self.blended(weights, statistics=statistics, dropout=dropout, transform=transform)
         probe, _, _ = self.passes(name, run, self.batches if batches is None else batches)
         return self.remember(key, probe) if own else probe
 
@@ -156,6 +145,33 @@ class Bench:
         def run(batch: Batch, step: int) -> Outcome:
             x = batch.x if transform is None else transform(batch.x)
             return self.forward.own(x, batch.y, batch.sample_weight, training=training, step=step)
+
+        return run
+
+    def blended(
+        self,
+        blend: Any,
+        *,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        record: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> Callable[[Batch, int], Outcome]:
+        """What :meth:`passes` runs at some λ; ``record`` gives the moments that the sites see."""
+        weights = self.blend(blend)
+
+        def run(batch: Batch, step: int) -> Outcome:
+            x = batch.x if transform is None else transform(batch.x)
+            return self.forward.outcome(
+                x,
+                batch.y,
+                batch.sample_weight,
+                blend=weights,
+                statistics=statistics,
+                dropout=dropout,
+                step=step,
+                record=record,
+            )
 
         return run
 

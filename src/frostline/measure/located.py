@@ -14,7 +14,6 @@ from frostline.data import Batch
 from frostline.measure.bench import Bench, Statistics
 from frostline.measure.samples import take
 from frostline.measurement import SiteMeasurement
-from frostline.models import Outcome
 from frostline.stats import Moments
 from frostline.types import Array
 
@@ -128,17 +127,7 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
         return {}
     variances: dict[str, list[Array]] = {path: [] for path in mixed}
 
-    def run(batch: Batch, step: int) -> Outcome:
-        return bench.forward.outcome(
-            batch.x,
-            batch.y,
-            batch.sample_weight,
-            blend=0.0,
-            statistics=mixed,
-            step=step,
-            record=True,
-        )
-
+    run = bench.blended(0.0, statistics=mixed, record=True)
     for batches in classes.values():
         _, _, seen = bench.passes("statistics of classes", run, batches)
         for path in mixed:
@@ -171,11 +160,7 @@ def class_distances(
         return {}
     found = {path: np.full(int(max(classes)) + 1, np.nan) for path in off}
 
-    def run(batch: Batch, step: int) -> Outcome:
-        return bench.forward.outcome(
-            batch.x, batch.y, batch.sample_weight, blend=1.0, step=step, record=True
-        )
-
+    run = bench.blended(1.0, record=True)
     for label, batches in classes.items():
         _, _, seen = bench.passes("statistics of classes", run, batches)
         for path in off:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from frostline import stats
-from frostline.data import Batch, leaves
+from frostline.data import leaves
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
@@ -19,7 +19,7 @@ from frostline.measure.phases import predicted_classes
 from frostline.measure.samples import draw, rebatched
 from frostline.measure.setting import facts_of, first_line, make_bench
 from frostline.measurement import Behaviour, Gap, Interval, Measurement, Probe
-from frostline.models import ModelView, Outcome
+from frostline.models import ModelView
 from frostline.types import Array, DataError
 
 #: ``(what is measured now, part that is done)``.
@@ -238,13 +238,7 @@ class _Run:
         if not self.bench.paths:
             raise _Skip("the model has no BN layer")
         bench = self.bench
-        blend = bench.blend(1.0)
-
-        def run(batch: Batch, step: int) -> Outcome:
-            return bench.forward.outcome(
-                batch.x, batch.y, batch.sample_weight, blend=blend, step=step, record=True
-            )
-
+        run = bench.blended(1.0, record=True)
         probe, _, self.recorded = bench.passes("batch", run, bench.batches)
         self.probes["batch"] = bench.remember(bench.condition(1.0), probe)
 
@@ -286,18 +280,7 @@ class _Run:
         Moments of what a probe sees cost nothing beside a second compilation.
         """
         bench = self.bench
-
-        def run(batch: Batch, step: int) -> Outcome:
-            return bench.forward.outcome(
-                batch.x,
-                batch.y,
-                batch.sample_weight,
-                blend=blend,
-                dropout=True,
-                step=step,
-                record=bool(bench.paths),
-            )
-
+        run = bench.blended(blend, dropout=True, record=bool(bench.paths))
         probe, _, recorded = bench.passes(name, run, bench.batches)
         return bench.remember(bench.condition(blend, None, True), probe), recorded
 

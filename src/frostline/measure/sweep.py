@@ -46,22 +46,12 @@ def sweep(bench: Bench, outputs: Outputs, *, stored: bool = False) -> tuple[Swee
     part = bench.samples.first(SAMPLES)
     inference = bench.own(training=False)
     if stored and bench.paths and len(sizes(len(part), bench.batch_size)) > 1:
-        inference = _at_zero(bench)
+        inference = bench.blended(0.0)
         _, outputs, _ = bench.passes("sweep", inference, part.batches, keep=len(part))
     return tuple(
         _point(bench, size, len(part), inference, outputs)
         for size in sizes(len(part), bench.batch_size)
     )
-
-
-def _at_zero(bench: Bench) -> Callable[[Batch, int], Outcome]:
-    """λ = 0 at every site."""
-    blend = bench.blend(0.0)
-
-    def run(batch: Batch, step: int) -> Outcome:
-        return bench.forward.outcome(batch.x, batch.y, batch.sample_weight, blend=blend, step=step)
-
-    return run
 
 
 def _point(
