@@ -16,11 +16,11 @@ for ResNet50 and EfficientNet-Lite0 on some hundred small images; units fall wit
 samples as what is compiled does not grow. Memory 2 times that of ``evaluate``, for the derivative,
 which keeps the activations of one batch.
 
-The first run showed batches of two in the sweep to cost 11 to 14 units on torch: the sweep went
-from 128 to 64 samples, the derivatives from 6 passes to 4. Then most of the rest was found to be
-compiled: an eager pass only to prepare the loss, what the layers do, a pass per batch size for
-inference, and batch statistics at λ = 0. Expected, before the run without these: 25 units for
-EfficientNet-Lite0 on JAX, where it had not ended in ten minutes, and little change on TensorFlow.
+Batches of two turned out to be what the sweep mostly costs on torch: it went from 128 to 64
+samples, the derivatives from 6 passes to 4. Then most of the rest was found to be compiled: an
+eager pass only to prepare the loss, what the layers do, a pass per batch size for inference, and
+batch statistics at λ = 0. Expected, before the run without these: 25 units for EfficientNet-Lite0
+on JAX, where it had not ended in ten minutes, and little change on TensorFlow.
 
 Tried and given up: statistics of all sites by passes at λ = 0 until they settle, instead of stage
 by stage (with random weights they drift apart instead), and batch statistics in pieces that fit a

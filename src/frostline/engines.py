@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +76,30 @@ class Engine:
             The flattened outputs, shape ``(n, ...)`` each, in the prefix's dtypes.
         """
         return self._run(batch)
+
+
+#: Prefix -> (what it was then, the engine asked for, the engine): views and data sets share one.
+_CHOSEN: weakref.WeakKeyDictionary[Any, tuple[Any, str, Engine]] = weakref.WeakKeyDictionary()
+
+
+def remembered(prefix: Any, known_by: Any, wanted: str) -> Engine | None:
+    """The engine that this process chose for a prefix as it is, if it is what is wanted now.
+
+    Args:
+        prefix: As for :func:`choose`.
+        known_by: What tells whether it is still the same: its identity, for example.
+        wanted: Name of an engine, or ``"auto"``.
+    """
+    try:
+        found, asked, chosen = _CHOSEN[prefix]
+    except (KeyError, TypeError):  # TypeError: no weak reference can be made to it
+        return None
+    return chosen if found == known_by and wanted in (asked, chosen.name) else None
+
+
+def remember(prefix: Any, known_by: Any, asked: str, engine: Engine) -> None:
+    """Answer :func:`remembered` with this engine, which was asked for as ``asked``."""
+    _CHOSEN[prefix] = (known_by, asked, engine)
 
 
 def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None = None) -> Engine:

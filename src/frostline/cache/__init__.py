@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +192,7 @@ def _view(
     small = expected is not None and expected <= _FEW_BATCHES * order.batch_size
     tried = (
         (order.root / key).exists()
-        or _chosen(prefix, known_by, order.engine) is not None
+        or engines.remembered(prefix, known_by, order.engine) is not None
         or (order.through is not None and order.through.cache.engine != "native")
     )
     if order.engine == "auto" and small and not tried:
@@ -232,21 +231,6 @@ def _known(home: Path) -> Collection | None:
         return None
 
 
-#: Prefix -> (what it was then, the engine asked for, the engine): views and data sets share one.
-_CHOSEN: weakref.WeakKeyDictionary[Any, tuple[tuple[str, str], str, engines.Engine]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _chosen(prefix: Any, known_by: tuple[str, str], wanted: str) -> engines.Engine | None:
-    """The engine that this process chose for a prefix as it is, if it is what is wanted now."""
-    try:
-        found, asked, chosen = _CHOSEN[prefix]
-    except (KeyError, TypeError):  # TypeError: no weak reference can be made to it
-        return None
-    return chosen if found == known_by and wanted in (asked, chosen.name) else None
-
-
 @dataclass(frozen=True)
 class _Start:
     """What it takes to get an engine going.
@@ -270,10 +254,10 @@ class _Start:
         if prefixes.is_callable_prefix(self.prefix):
             return "callable", self.prefix
         wanted = self.order.engine if known is None else known.engine
-        chosen = _chosen(self.prefix, self.known_by, wanted)
+        chosen = engines.remembered(self.prefix, self.known_by, wanted)
         if chosen is None:
             chosen = self._choose(first, wanted)
-            _CHOSEN[self.prefix] = (self.known_by, self.order.engine, chosen)
+            engines.remember(self.prefix, self.known_by, self.order.engine, chosen)
         return chosen.name, chosen.run
 
     def _choose(self, first: Any, wanted: str) -> engines.Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +29,6 @@ class Through:
     def key(self) -> str:
         """Key of the earlier features."""
         return self.cache.keys[0]
-
-
-#: What lies between -> (identity of the prefix then, engine asked for, engine): training and
-#: validation data share one.
-_CHOSEN: weakref.WeakKeyDictionary[Any, tuple[str, str, engines.Engine]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def start(
@@ -81,12 +73,10 @@ def start(
         return arrays[0] if len(arrays) == 1 else arrays
 
     given = features(digests)
-    known = _CHOSEN.get(through.rest)
-    if known is not None and known[0] == identity and engine in (known[1], known[2].name):
-        chosen = known[2]
-    else:
+    chosen = engines.remembered(through.rest, identity, engine)
+    if chosen is None:
         chosen = engines.choose(through.rest, given, engine, samples=samples)
-        _CHOSEN[through.rest] = (identity, engine, chosen)
+        engines.remember(through.rest, identity, engine, chosen)
     count = len(digests)
     if prefixes.takes_any_number(prefix):
         count = min(count, engines.COMPARED_SAMPLES)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from frostline.experiments.run import check_rows
 from frostline.types import DataError, Policy
 
 Optimizer = Literal["sgd", "rmsprop", "adam"]
@@ -143,11 +144,7 @@ def check_settings(settings: OverfitSettings) -> None:
             raise DataError(f"{name} must be at least {least}. Received: {name}={value}")
     if settings.seed < 0:
         raise DataError(f"seed must not be negative. Received: seed={settings.seed}")
-    unknown = [name for name in settings.rows if name not in ROWS]
-    if unknown or not settings.rows:
-        raise DataError(f"rows must be some of {', '.join(ROWS)}. Received: {unknown or 'none'}")
-    if len(set(settings.rows)) != len(settings.rows):
-        raise DataError(f"a row is named twice. Received: rows={settings.rows}")
+    check_rows(settings.rows, ROWS)
     if settings.optimizer not in LEARNING_RATES:
         raise DataError(
             f"optimizer must be one of {', '.join(LEARNING_RATES)}. "

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from frostline.types import DataError
+
 Settings = TypeVar("Settings")
 Measured = TypeVar("Measured")
 Treatment = TypeVar("Treatment")
@@ -54,6 +56,19 @@ class Silent:
 
     def finished(self, result: Any) -> None:
         """Show nothing."""
+
+
+def check_rows(names: Sequence[str], rows: Mapping[str, Any]) -> None:
+    """Refuse rows that are unknown, named twice, or none.
+
+    Raises:
+        DataError: With what is allowed and what was received.
+    """
+    unknown = [name for name in names if name not in rows]
+    if unknown or not names:
+        raise DataError(f"rows must be some of {', '.join(rows)}. Received: {unknown or 'none'}")
+    if len(set(names)) != len(names):
+        raise DataError(f"a row is named twice. Received: rows={names}")
 
 
 def run_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from frostline.experiments.run import check_rows
 from frostline.types import DataError, Policy
 
 
@@ -130,8 +131,4 @@ def check_settings(settings: TransferSettings) -> None:
             raise DataError(f"{name} must be above 0. Received: {name}={rate}")
     if not 0 <= settings.momentum < 1:
         raise DataError(f"momentum must be in [0, 1). Received: momentum={settings.momentum}")
-    unknown = [name for name in settings.rows if name not in ROWS]
-    if unknown or not settings.rows:
-        raise DataError(f"rows must be some of {', '.join(ROWS)}. Received: {unknown or 'none'}")
-    if len(set(settings.rows)) != len(settings.rows):
-        raise DataError(f"a row is named twice. Received: rows={settings.rows}")
+    check_rows(settings.rows, ROWS)
