@@ -146,6 +146,7 @@ def main() -> None:
             content = {
                 "backend": backend,
                 "cpus": len(os.sched_getaffinity(0)),
+                "xla_flags": os.environ.get("XLA_FLAGS", ""),
                 **how,
                 "figures": figures,
             }

@@ -131,14 +131,14 @@ def prefixes(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, made in (("resnet50", resnet50), ("efficientnet-lite0", lite0)):
         model, until = made()
-        fl.freeze(model, until)
+        fl.freeze(model.to(settings.device), until)
         x = images(settings.batch, settings)
         part = fl.split(model, sample=x[:2]).prefix
         eager = torch.from_numpy(x)
 
         def forward(part: Any = part, eager: Any = eager) -> None:
             with torch.inference_mode():
-                part(eager)
+                part(eager.to(settings.device)).cpu()
 
         runs = {}
         for engine in engines.NAMES:
@@ -163,12 +163,13 @@ def prefixes(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def trained(run: Any, modules: Any, head: Any, loader: Any, epochs: int) -> None:
+    device = head.weight.device
     optimizer = torch.optim.SGD(head.parameters(), 0.01, momentum=0.9)
     for _ in range(epochs):
         modules.train()
         for x, y in loader:
             optimizer.zero_grad()
-            functional.cross_entropy(run(x), y).backward()
+            functional.cross_entropy(run(x.to(device)), y.to(device)).backward()
             optimizer.step()
 
 
@@ -178,13 +179,13 @@ def training(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     def plain() -> None:
         model, _ = resnet50()
-        fl.freeze(model, "fc")
+        fl.freeze(model.to(settings.device), "fc")
         loader = torch_data.DataLoader(dataset, settings.batch, shuffle=True)
         trained(model, model, model.fc, loader, settings.epochs)
 
     def cached() -> None:
         model, _ = resnet50()
-        fl.freeze(model, "fc")
+        fl.freeze(model.to(settings.device), "fc")
         parts = fl.split(model, sample=x[:2])
         with tempfile.TemporaryDirectory() as folder:
             features = fl.cache_features(parts.prefix, dataset, folder, verbose=0)
@@ -200,6 +201,7 @@ def steps(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     made = []
     for ours in (True, False):
         model, until = resnet50()
+        model.to(settings.device)
         if ours:
             fl.freeze(model, until)
             frozen: list[Any] = []
@@ -210,8 +212,8 @@ def steps(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for module in frozen:
                 module.requires_grad_(False)
         made.append((model, frozen))
-    x = torch.from_numpy(images(settings.step_batch, settings))
-    y = torch.arange(len(x)) % 10
+    x = torch.from_numpy(images(settings.step_batch, settings)).to(settings.device)
+    y = torch.arange(len(x), device=settings.device) % 10
 
     def step(model: Any, frozen: list[Any]) -> None:
         model.train()
@@ -219,6 +221,8 @@ def steps(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
             module.eval()
         model.zero_grad()
         functional.cross_entropy(model(x), y).backward()
+        if settings.device != "cpu":
+            torch.cuda.synchronize()
 
     for each in made:
         step(*each)
@@ -236,6 +240,7 @@ def read_settings() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small images and few of them")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     for name, full in (
         ("size", 224), ("batch", 32), ("train", 64), ("epochs", 10), ("rounds", 5),
         ("step-batch", 8),
@@ -268,6 +273,7 @@ def main() -> None:
             kept = {key: value for key, value in vars(settings).items() if key != "json"}
             content = {
                 "torch": torch.__version__,
+                "device": "cpu" if settings.device == "cpu" else torch.cuda.get_device_name(),
                 "cpus": len(os.sched_getaffinity(0)),
                 "settings": kept,
             }

@@ -8,6 +8,8 @@ without one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,3 +33,23 @@ def backend() -> str:
     import keras
 
     return keras.backend.backend()
+
+
+@pytest.fixture
+def precision(backend: str) -> Callable[[], Any]:
+    """A function that tells what the backend lets a card do to products of float32 numbers."""
+
+    def found() -> Any:
+        if backend == "jax":
+            import jax
+
+            return jax.config.jax_default_matmul_precision
+        if backend == "torch":
+            import torch
+
+            return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        import tensorflow as tf
+
+        return tf.config.experimental.tensor_float_32_execution_enabled()
+
+    return found

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
+from frostline import diagnosis
 from frostline.diagnosis import require_sites
 from frostline.types import DataError, ModelError
 
@@ -50,6 +51,29 @@ def everything(model: Any) -> list[Any]:
 
         numbers.append(torch.get_rng_state().numpy().copy())
     return numbers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_card_products_are_not_rounded(
+    monkeypatch: Any, precision: Callable[[], Any], fails: bool
+) -> None:
+    """TF32 differs by 1e-3 from batch size to batch size, which is no fault of a layer."""
+    monkeypatch.setattr("frostline.models.keras_native.device", lambda _: "gpu")
+    before, seen = precision(), []
+    real = diagnosis.measure.measure
+
+    def measured(*args: Any, **ways: Any) -> Any:
+        seen.append(precision())
+        if fails:
+            raise DataError("no")
+        return real(*args, **ways)
+
+    monkeypatch.setattr(diagnosis.measure, "measure", measured)
+    with pytest.raises(DataError) if fails else contextlib.nullcontext():
+        fl.diagnose(trained(), (X, Y[:, None]), verbose=0)
+    assert len(seen) == 1
+    assert seen[0] != before
+    assert precision() == before
 
 
 def normalised(model: Any, x: Any) -> Any:

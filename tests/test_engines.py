@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,7 @@ def test_every_engine_computes_what_predict_computes(prefix: Any, name: str) -> 
 
 
 def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
     x = {"a": normal(4, 4), "z": normal(4, 8, 8, 3)}
     want = prefix.predict(x, verbose=0)
     rates = {"right": 5.0, "wrong": 9.0, "broken": 9.0}
@@ -147,11 +150,53 @@ def test_onnxruntime_takes_the_fastest_provider_of_package_and_machine(
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: package)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    has_tensorrt = "TensorrtExecutionProvider" in machine
+    found = {"nvinfer": "libnvinfer.so.10"} if has_tensorrt else {}
+    monkeypatch.setattr(engines.ctypes.util, "find_library", found.get)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     assert engines.choose(prefix, x, engine="onnxruntime").device == device
     order = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert [name for name, _ in asked] == [name for name in order if name in package]
+    assert [name for name, _ in asked] == [
+        name for name in order if name in package and (has_tensorrt or name != order[0])
+    ]
     assert all(given == {"use_tf32": "0"} for name, given in asked if name.startswith("CUDA"))
+
+
+@pytest.mark.once
+def test_tensorrt_is_found_where_the_loader_looks(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path}")
+    assert not engines._has_tensorrt()
+    (tmp_path / "libnvinfer.so.10").touch()
+    assert engines._has_tensorrt()
+
+
+def test_native_is_compared_in_full_precision(
+    prefix: Any, monkeypatch: Any, precision: Callable[[], Any]
+) -> None:
+    """On a card native may round products; what it is compared with must not, nor stay set."""
+    x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
+    want = prefix.predict(x, verbose=0)
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
+    monkeypatch.setattr("frostline.models.keras_native.device", lambda _: "gpu")
+    before = precision()
+    seen: list[Any] = []
+    real = type(prefix).__call__
+
+    def called(self: Any, *args: Any, **ways: Any) -> Any:
+        seen.append(precision())
+        return real(self, *args, **ways)
+
+    monkeypatch.setattr(type(prefix), "__call__", called)
+    expected = engines.prefixes.reference(prefix)(x)
+    assert engines.relative_error(want, expected) < 1e-5
+    assert len(seen) == 1
+    assert seen[0] != before
+    assert precision() == before
+    assert engines.rounding(prefix, x, [2 * y for y in want]) == pytest.approx(0.5, rel=1e-4)
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
+    assert engines.rounding(prefix, x, [2 * y for y in want]) == 0.0
 
 
 @pytest.mark.once
@@ -159,6 +204,7 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     prefix: Any, monkeypatch: Any
 ) -> None:
     tried: list[int] = []
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
 
     def run(batch: Any) -> Any:
         tried.append(len(batch["a"] if isinstance(batch, dict) else batch))
@@ -202,6 +248,7 @@ def test_beside_an_accelerator_no_engine_of_the_processor_is_tried(
 def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
     prefix: Any, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     engine = engines.choose(prefix, x)

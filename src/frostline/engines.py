@@ -7,14 +7,18 @@ computes the same is measured there too.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes.util
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +59,8 @@ class Engine:
         name: ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
         device: What it runs on, in its own words.
         rates: Engine -> samples per second on the first batch, of those that were timed.
-        errors: Engine -> largest difference from native, as a share of the largest value.
+        errors: Engine -> largest difference from native in full precision, as a share of the
+            largest value.
         notes: Why engines were not taken.
     """
 
@@ -107,13 +112,14 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
 
     ``"auto"`` runs every installed engine on some samples of the batch and takes the fastest
     whose outputs agree with native to a relative error of 1e-4; where none is faster or agrees,
-    native. Where an engine that agrees needs less than a minute for all samples, native is not
-    compiled to be timed against it. With one engine asked for by name, that one is taken if it
-    agrees, and an error says why not otherwise. Where native runs on an accelerator, engines that
-    have none are not tried, and it is always timed.
+    native. Native is compared in full float32 precision: on an NVIDIA card it may round products
+    to TF32, by 1e-3, as training does there. Where an engine that agrees needs less than a minute
+    for all samples, native is not compiled to be timed against it. With one engine asked for by
+    name, that one is taken if it agrees, and an error says why not otherwise. Where native runs on
+    an accelerator, engines that have none are not tried, and it is always timed.
 
     Engines get as many threads as ``OMP_NUM_THREADS`` says, or one per core of this process. ONNX
-    Runtime takes TensorRT or CUDA where its package and the machine have them.
+    Runtime takes TensorRT or CUDA where its package and the machine have them, without TF32.
 
     Args:
         prefix: A built functional Keras model or a torch module, for example
@@ -145,7 +151,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     if engine == "auto" and accelerator and not _on_nvidia():
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")
         wanted = ()
-    expected = prefixes.uncompiled(prefix)(few) if wanted else []
+    expected = prefixes.reference(prefix)(few) if wanted else []
     found: dict[str, tuple[Run, str]] = {}
     errors: dict[str, float] = {}
     for name, outcome in _candidates(prefix, wanted, few):
@@ -204,6 +210,19 @@ def relative_error(expected: Sequence[Array], received: Sequence[Array]) -> floa
         if difference:
             worst = max(worst, float(difference / largest) if largest else float("inf"))
     return worst
+
+
+def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
+    """How far native on an accelerator is from full precision; 0 on the processor.
+
+    Args:
+        prefix: As for :func:`choose`.
+        batch: A few samples.
+        expected: What full precision computes of them.
+    """
+    if not prefixes.accelerator(prefix):
+        return 0.0
+    return relative_error(expected, prefixes.native(prefix)(batch))
 
 
 def _attempt(run: Run, batch: Any) -> list[Array]:
@@ -271,6 +290,8 @@ def _onnxruntime(graph: Callable[[], bytes]) -> tuple[Run, str]:
     options.intra_op_num_threads = _threads()
     options.log_severity_level = 3
     providers = _providers(onnxruntime.get_available_providers())
+    if any(name.startswith("CUDA") for name, _ in providers):
+        _load_cuda_libraries(onnxruntime)
     content = graph()
     try:
         session = onnxruntime.InferenceSession(content, options, providers=providers)
@@ -303,7 +324,31 @@ def _on_nvidia() -> bool:
 
 def _providers(available: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """What ONNX Runtime is to try, fastest first; one without a device here it leaves out."""
-    return [(name, dict(given)) for name, given in _PROVIDERS.items() if name in available]
+    return [
+        (name, dict(given))
+        for name, given in _PROVIDERS.items()
+        if name in available and (not name.startswith("Tensorrt") or _has_tensorrt())
+    ]
+
+
+def _has_tensorrt() -> bool:
+    """Whether TensorRT's library is where the loader looks.
+
+    ONNX Runtime's package names the provider with or without it, and prints a page where it fails.
+    """
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    return ctypes.util.find_library("nvinfer") is not None or any(
+        any(Path(folder).glob("libnvinfer.so*")) for folder in folders if folder
+    )
+
+
+def _load_cuda_libraries(onnxruntime: Any) -> None:
+    """Load those of CUDA and cuDNN that came as Python packages, which the loader does not know."""
+    load = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if load is not None:
+        # What it misses it prints; whether CUDA works, the session tells.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RuntimeError):
+            load()
 
 
 def _dtype(text: str) -> Any:

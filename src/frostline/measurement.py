@@ -203,6 +203,8 @@ class Attribution:
         residual: ``|Σ shares − gap| / |gap|``.
         complete: The residual is at most the tolerance.
         nodes: Quadrature nodes of the last try.
+        samples: How many samples were differentiated: whole batches, those whose mean gap is
+            nearest to that of all.
         groups: Block name -> sum of its sites' shares.
         alone: Path -> loss at the training blend minus that with this site alone at λ = 0, of the
             same sign as its share (top sites only): a check, which does not add up.
@@ -215,6 +217,7 @@ class Attribution:
     residual: float
     complete: bool
     nodes: int
+    samples: int = 0
     groups: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, float] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()

@@ -10,6 +10,7 @@ import scipy.stats
 from fake_view import EPSILON, FakeView, data
 
 from frostline.measure import measure
+from frostline.measure.samples import draw
 from frostline.measure.shares import part_for
 from frostline.measurement import Measurement
 from frostline.types import DataError, ModelError
@@ -242,7 +243,8 @@ class TestAttribution:
     def test_shares_add_up_and_the_curve_ends_at_the_probes(self) -> None:
         view = FakeView()
         view.stored = {"first": (np.zeros(3), np.full(3, 2e-3)), "second": view.stored["second"]}
-        found = measured(view).attribution
+        whole = measured(view)
+        found, probes = whole.attribution, whole.probes
         assert found is not None
         assert found.complete
         assert found.residual <= 0.05
@@ -255,9 +257,22 @@ class TestAttribution:
         for path, effect in found.alone.items():
             blend = [float(each != path) for each in found.paths]
             _, bench = measure(view, data(shift=1.5), batch_size=25)  # type: ignore[arg-type]
-            part = part_for(bench.samples, found.nodes).batches
-            losses = [view.blend_forward().losses(b.x, b.y, blend=blend).mean() for b in part]
+            gaps = (probes["training blend"].losses - probes["stored"].losses).reshape(8, 25)
+            part = part_for(bench.samples, found.nodes, gaps.mean(axis=1))
+            assert len(part) * 25 == found.samples
+            chosen = [bench.batches[index] for index in part]
+            losses = [view.blend_forward().losses(b.x, b.y, blend=blend).mean() for b in chosen]
             assert effect == pytest.approx(high - np.mean(losses))
+
+    def test_batches_that_speak_for_all_are_differentiated(self) -> None:
+        samples = draw(data(200), max_samples=200, batch_size=25)
+        gaps = np.array([0.0, 0.0, 8.0, 1.1, 0.0, 0.0, 0.5, 0.4])  # mean 1.25
+        assert part_for(samples, 20, gaps) == (3,)
+        assert part_for(samples, 5, gaps) == (3, 6)  # 0.8 is nearer than 0.75 or 4.55
+        gaps[3] = np.nan
+        assert part_for(samples, 20, gaps) == (6,)  # 8.9 / 7 = 1.27
+        assert part_for(samples, 20, np.full(8, np.nan)) == (0,)
+        assert len(part_for(samples, 40, gaps)) == 1
 
     def test_no_shares_of_a_gap_that_may_be_chance(self) -> None:
         view = FakeView()

@@ -147,7 +147,7 @@ def test_torch_modules_inside_a_wrapper(backend: str) -> None:
     wrapper = keras.layers.TorchModuleWrapper(module, output_shape=(None, 6, 6, 6), name="wrap")
     model = keras.Model(inputs, wrapper(inputs))
     for _ in range(3):
-        module(torch.ones(2, 3, 8, 8))
+        module(torch.ones(2, 3, 8, 8, device=module[0].weight.device))
     wrapper.trainable = False
     first, second = keras_graph.sites(model)
     assert (first.path, first.kind, first.channels) == ("wrap/1", "torch.BatchNorm2d", 6)

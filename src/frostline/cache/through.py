@@ -80,11 +80,13 @@ def start(
     count = len(digests)
     if prefixes.takes_any_number(prefix):
         count = min(count, engines.COMPARED_SAMPLES)
-    expected = prefixes.uncompiled(prefix)(map_leaves(lambda leaf: leaf[:count], first))
+    few = map_leaves(lambda leaf: leaf[:count], first)
+    expected = prefixes.reference(prefix)(few)
     error = engines.relative_error(expected, [array[:count] for array in chosen.run(given)])
-    if not error <= engines.TOLERANCE:
+    allowed = engines.TOLERANCE + 2 * engines.rounding(prefix, few, expected)
+    if not error <= allowed:
         raise ModelError(
             f"features computed from an earlier frontier differ by {error:.1e} from those of the "
-            f"whole frozen part, allowed is {engines.TOLERANCE:.0e}"
+            f"whole frozen part, allowed is {allowed:.0e}"
         )
     return chosen, lambda _, wanted: chosen.run(features(wanted))

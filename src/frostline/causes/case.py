@@ -298,7 +298,7 @@ class Case:
             return 0.0
         found = self.measurement.attribution
         if found is not None and found.residual <= _TRUSTED and np.isfinite(found.shares).all():
-            # Of the first samples, and short of their gap by the residual: in units of the gap on
+            # Of some samples, and short of their gap by the residual: in units of the gap on
             # all, so that what is said of a cause is what its share says.
             scale = abs(gap) / float(found.shares.sum())
             toward = dict(zip(found.paths, found.shares * scale, strict=True))

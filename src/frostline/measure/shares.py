@@ -15,14 +15,14 @@ from frostline.attribution import MAX_NODES, path_integral
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
 from frostline.measurement import Attribution, Probe
-from frostline.types import Array, DataError
+from frostline.types import Array, DataError, as_float64
 
 #: Samples that are differentiated: a derivative costs three passes, and there is one per node.
 SAMPLES = 128
 
 #: What the derivatives may cost, in passes over all samples, and what they may cost altogether
 #: where the shares do not add up at the first try.
-BUDGET, MOST = 4.0, 12.0
+BUDGET, MOST = 4.0, 20.0
 
 #: Sites that are switched off one at a time, as a check.
 ALONE = 3
@@ -45,8 +45,8 @@ def attribute(
     """Split the gap between the training blend and λ = 0 among the sites.
 
     Args:
-        bench: Model and samples; the first :data:`SAMPLES` are used, or fewer for the
-            :data:`BUDGET`, but a whole batch.
+        bench: Model and samples; :data:`SAMPLES` are used, or fewer for the :data:`BUDGET`, but a
+            whole batch; see :func:`part_for`.
         blend: λ as training uses it, shape ``(sites,)``.
         training: The probe at that blend, on all samples.
         stored: The probe at λ = 0, on all samples.
@@ -58,10 +58,11 @@ def attribute(
     """
     begin = time.perf_counter()
     nodes = next((n for limit, n in NODES if quotient < limit), MAX_NODES)
-    part = part_for(bench.samples, nodes)
+    each_gap = _by_batch(bench, training) - _by_batch(bench, stored)
+    part = part_for(bench.samples, nodes, each_gap)
     chosen = np.flatnonzero(blend)
     forward = _only(bench, chosen)
-    high, low = (float(probe.losses[: len(part)].mean()) for probe in (training, stored))
+    high, low = (float(_by_batch(bench, probe)[[*part]].mean()) for probe in (training, stored))
     if not np.isfinite(high - low):
         raise DataError("some losses are not finite, so nothing can be attributed. Received: NaN")
     curve = {0.0: low, 1.0: high}
@@ -69,17 +70,17 @@ def attribute(
     def gradient(u: float) -> Array:
         t, speed = walk(u, quotient)
         here = t * blend[chosen]
-        losses, slope = _slope(forward, part, here)
+        losses, slope = _slope(forward, bench, part, here)
         curve[t] = losses
         shares = np.zeros(len(blend))
         shares[chosen] = slope * blend[chosen] * speed
         return shares
 
-    each = 3 * len(part) / len(bench.samples)
-    again = 3 * nodes * each <= MOST and 2 * nodes <= MAX_NODES
-    found = path_integral(
-        gradient, high - low, nodes=nodes, max_nodes=2 * nodes if again else nodes
-    )
+    each = 3 * len(part) / len(bench.batches)
+    most = nodes
+    while 2 * most <= MAX_NODES and (4 * most - nodes) * each <= MOST:
+        most *= 2
+    found = path_integral(gradient, high - low, nodes=nodes, max_nodes=most)
     seconds = time.perf_counter() - begin
     bench.spend("attribution", seconds, found.gradients * each)
     top = np.argsort(-np.abs(found.shares))[:ALONE]
@@ -90,20 +91,47 @@ def attribute(
         residual=found.residual,
         complete=found.complete,
         nodes=found.nodes,
+        samples=len(part) * bench.batch_size,
         groups=grouped(bench.paths, found.shares),
         alone={bench.paths[i]: high - _without(bench, part, blend, i) for i in top if blend[i]},
         curve=tuple(sorted(curve.items())),
     )
 
 
-def part_for(samples: Samples, nodes: int) -> Samples:
-    """The samples that are differentiated at so many nodes: whole batches, at least one.
+def part_for(samples: Samples, nodes: int, gaps: Array) -> tuple[int, ...]:
+    """The batches that are differentiated at so many nodes, by their number; at least one.
+
+    They speak for all samples, so one after the other that batch is taken with which the mean gap
+    of those taken comes nearest to the mean of all: a gap in loss often lies in a few samples, and
+    the first batches may have half of it, or twice.
+
+    Args:
+        samples: All of them.
+        nodes: Nodes of the quadrature.
+        gaps: Mean gap of each batch, shape ``(batches,)``; batches where it is not finite are
+            taken only if there are no others.
 
     Example:
         Of 200 samples in batches of 25 five nodes are taken on 50, twenty on 25.
     """
     affordable = int(BUDGET * len(samples) / (3 * nodes)) // samples.batch_size
-    return samples.first(min(SAMPLES, max(1, affordable) * samples.batch_size))
+    number = max(1, min(affordable, -(-SAMPLES // samples.batch_size)))
+    sound = np.flatnonzero(np.isfinite(gaps))
+    if not len(sound):
+        return (0,)
+    taken: list[Any] = []
+    target = float(gaps[sound].mean())
+    while len(taken) < min(number, len(sound)):
+        left = [index for index in sound if index not in taken]
+        sums = gaps[taken].sum() + gaps[left]
+        taken.append(left[int(np.argmin(np.abs(sums / (len(taken) + 1) - target)))])
+    return tuple(sorted(int(index) for index in taken))
+
+
+def _by_batch(bench: Bench, probe: Probe) -> Array:
+    """Mean loss of each batch, shape ``(batches,)``."""
+    losses = as_float64(probe.losses).reshape(len(bench.batches), bench.batch_size)
+    return as_float64(losses.mean(axis=1))
 
 
 def _only(bench: Bench, chosen: Array) -> Any:
@@ -148,23 +176,30 @@ def walk(u: float, quotient: float) -> tuple[float, float]:
     return (here - end) / (1 - 2 * end), steepness * here * (1 - here) / (1 - 2 * end)
 
 
-def _slope(forward: Any, part: Samples, blend: Array) -> tuple[float, Array]:
+def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tuple[float, Array]:
     """Mean loss and its derivative; all batches have one size, so plain means are right."""
+    batches = bench.batches
     losses, slopes = zip(
         *(
-            forward.gradient(each.x, each.y, each.sample_weight, blend=blend, step=step)
-            for step, each in enumerate(part.batches)
+            forward.gradient(
+                batches[step].x,
+                batches[step].y,
+                batches[step].sample_weight,
+                blend=blend,
+                step=step,
+            )
+            for step in part
         ),
         strict=True,
     )
     return float(np.mean(losses)), np.mean(slopes, axis=0)
 
 
-def _without(bench: Bench, part: Samples, blend: Array, site: int) -> float:
+def _without(bench: Bench, part: Sequence[int], blend: Array, site: int) -> float:
     """Mean loss at the training blend with one site at λ = 0."""
     changed = blend.copy()
     changed[site] = 0.0
-    return bench.probe("alone", blend=changed, batches=part.batches).loss
+    return bench.probe("alone", blend=changed, batches=[bench.batches[i] for i in part]).loss
 
 
 def grouped(paths: Sequence[str], shares: Array) -> Mapping[str, float]:

@@ -91,6 +91,21 @@ def freezing(
     return keras_edit.frozen(layers)
 
 
+def full_precision(model: Any) -> AbstractContextManager[None]:
+    """For a block, let no accelerator round products of float32 numbers (TF32).
+
+    Nothing changes for a model on the processor, and what was set is set again afterwards.
+    """
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
+        from frostline.models.keras_native import full_precision as of_keras
+
+        return of_keras(model)
+    from frostline.models.torch_pass import full_precision as of_torch
+
+    return of_torch()
+
+
 def _why_not(model: Any, keras: Any) -> str:
     """Say what ``model`` is when it is not a Keras 3 model of this process."""
     received = f"Received: {type(model).__module__}.{type(model).__qualname__}"
@@ -119,5 +134,6 @@ __all__ = [
     "ModelView",
     "Outcome",
     "SplitModel",
+    "full_precision",
     "view",
 ]

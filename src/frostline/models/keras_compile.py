@@ -178,7 +178,10 @@ def _on_torch(
         mean = torch.mean(losses)
         if not mean.requires_grad:  # no site on the way to the loss
             return losses, torch.zeros_like(blend)
-        (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
+        # On this thread: what is computed again on the way back (RematScope) needs the scopes of
+        # this call, which are its thread's own, and an accelerator has a thread of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
         return losses.detach(), torch.zeros_like(blend) if gradient is None else gradient
 
     return run

@@ -6,7 +6,8 @@ compiled function (TensorFlow, JAX) or the model itself (torch) is called on eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -59,6 +60,45 @@ def uncompiled(model: Any) -> Callable[[Any], list[Array]]:
             return [np.asarray(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
 
     return run
+
+
+def reference(model: Any) -> Callable[[Any], list[Array]]:
+    """Return ``f(batch) -> arrays`` as :func:`uncompiled` does, in full float32 precision."""
+    run = uncompiled(model)
+
+    def precise(batch: Any) -> list[Array]:
+        with full_precision(model):
+            return run(batch)
+
+    return precise
+
+
+@contextmanager
+def full_precision(model: Any) -> Iterator[None]:
+    """Let no product of float32 numbers be rounded to TF32; nothing changes on a processor."""
+    backend = keras.backend.backend()
+    if device(model) == "cpu":
+        yield
+    elif backend == "jax":
+        import jax
+
+        with jax.default_matmul_precision("highest"):
+            yield
+    elif backend == "torch":
+        from frostline.models.torch_pass import full_precision as of_torch
+
+        with of_torch():
+            yield
+    else:
+        import tensorflow as tf
+
+        switch = tf.config.experimental
+        before = switch.tensor_float_32_execution_enabled()
+        switch.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            switch.enable_tensor_float_32_execution(before)
 
 
 def device(model: Any) -> str:

@@ -43,6 +43,20 @@ def tensors(structure: Any, model: Any) -> Any:
     return map_leaves(tensor, structure)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let no product of float32 numbers be rounded to TF32; nothing changes on a processor."""
+    cudnn = torch.backends.cudnn
+    now = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(**now, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
 def called(root: Any, x: Any) -> Any:
     """Call the module: a mapping by keyword, a tuple or list by position, else one argument."""
     if isinstance(x, Mapping):

@@ -16,7 +16,7 @@ from frostline.models.torch_fold import fold
 from frostline.models.torch_frozen import unlocked_class
 from frostline.models.torch_graph import unwrapped
 from frostline.models.torch_network import phase
-from frostline.models.torch_pass import called, tensors
+from frostline.models.torch_pass import called, full_precision, tensors
 from frostline.types import Array, BackendError, ModelError
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
@@ -95,6 +95,17 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
         return [_array(leaf) for leaf in _leaves(outputs)]
 
     return run
+
+
+def reference(module: Any) -> Callable[[Any], list[Array]]:
+    """Return ``f(batch) -> arrays`` as :func:`native` does, in full float32 precision."""
+    run = native(module)
+
+    def precise(batch: Any) -> list[Array]:
+        with full_precision():
+            return run(batch)
+
+    return precise
 
 
 def _channels_last(value: Any) -> Any:

@@ -66,7 +66,7 @@ def _environment() -> Environment:
     )
     filters = (
         wording.number, wording.percent, wording.interval, wording.count, wording.listed,
-        wording.sentence, wording.certainty,
+        wording.sentence, wording.certainty, wording.differentiated,
     )  # fmt: skip
     environment.filters |= {each.__name__: each for each in filters}
     # What does not print would be shown as nothing, or not be allowed in a file at all.

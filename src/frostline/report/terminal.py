@@ -120,7 +120,8 @@ def _where_lines(report: Report, found: Attribution) -> list[RenderableType]:
         name = wording.printable(path)
         lines.append(_inset(f"{rank}. {name}: {wording.percent(float(shares[index]))}{told}"))
     missing = wording.percent(found.residual)
-    lines.append(Text(f"  the shares miss {missing} of the gap", style="dim"))
+    told = f"  the shares, of {wording.differentiated(found)}, miss {missing} of their gap"
+    lines.append(Text(told, style="dim"))
     return lines
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from frostline.measurement import Interval
+from frostline.measurement import Attribution, Interval
 from frostline.report import excerpts
 from frostline.types import Certainty, Finding, Site, Skipped
 
@@ -268,6 +268,17 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     return shown
 
 
+def differentiated(found: Attribution) -> str:
+    """Return on how many samples the shares rest, in words."""
+    return f"{found.samples} samples" if found.samples else "a part of the samples"
+
+
+def _share_reading(found: Attribution) -> str:
+    return _SHARE_READING.format(
+        nodes=found.nodes, residual=percent(found.residual), samples=differentiated(found)
+    )
+
+
 def unchecked(report: Report) -> list[tuple[str, str]]:
     """Return (what, why) of everything that was not measured or not applied."""
     rows = [(", ".join(codes), reason) for reason, codes in by_reason(report.skipped).items()]
@@ -292,7 +303,7 @@ def readings(report: Report) -> list[tuple[str, str]]:
     if found is not None:
         rows += [
             ("λ", _BLEND_READING),
-            ("share", _SHARE_READING.format(nodes=found.nodes, residual=percent(found.residual))),
+            ("share", _share_reading(found)),
         ]
     if measured is not None and measured.sites:
         rows += [("shift", _SHIFT_READING), ("variance ratio", _RATIO_READING)]
@@ -320,9 +331,9 @@ _BLEND_READING = (
 )
 _SHARE_READING = (
     "∫ ∂loss/∂λᵢ dλ from inference to training, as a part of the gap (Gauss–Legendre, {nodes} "
-    "nodes; the shares miss {residual} of the gap, at most 5% is accepted). Negative: the layer "
-    "works against the gap. “Switched alone” changes one layer and leaves the others in training "
-    "mode; these effects do not add up."
+    "nodes, on {samples}; the shares miss {residual} of their gap, at most 5% is accepted). "
+    "Negative: the layer works against the gap. “Switched alone” changes one layer and leaves the "
+    "others in training mode; these effects do not add up."
 )
 _SHIFT_READING = (
     "|mean of the data − stored mean| / √(stored variance + ε) per channel: standard deviations of "
