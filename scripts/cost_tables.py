@@ -28,8 +28,9 @@ def diagnosis_cost(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         what = f"{result['samples']} samples at {result['size']}²"
         for case, found in result["figures"].items():
+            backend = result["backend"] + (" without fusion" if result.get("xla_flags") else "")
             cells = [
-                result["backend"], f"{case}, {what}", str(found["sites"]),
+                backend, f"{case}, {what}", str(found["sites"]),
                 f"{found['evaluate_s']:.2f} s", f"{found['units']:.0f}", f"{found['passes']:.0f}",
                 f"{found['memory']:.1f}×",
             ]  # fmt: skip
@@ -92,8 +93,10 @@ def torch_prefix(results: Sequence[dict[str, Any]]) -> str:
         taken = "taken by `auto`" if found.get("auto") else ""
         lines.append(f"| {case} | {_ratio(found)} | {taken} |")
     settings = result["settings"]
+    card = result.get("device", "cpu")
+    place = f"{result['cpus']} cores" + ("" if card == "cpu" else f" and one {card}")
     caption = (
-        f"PyTorch {result['torch']} on {result['cpus']} cores; {settings['size']}², batches of "
+        f"PyTorch {result['torch']} on {place}; {settings['size']}², batches of "
         f"{settings['batch']}; training: {settings['train']} images, {settings['epochs']} epochs; "
         f"a step has {settings['step_batch']} images."
     )

@@ -223,6 +223,11 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     )
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
     assert tried[2:] == [engines.TRIAL_SAMPLES]
+    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
+    monkeypatch.setattr(engines, "_on_nvidia", lambda: True)
+    tried.clear()
+    engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
+    assert tried == [32, 32]  # whole batches, and native is timed as well
 
 
 @pytest.mark.once

@@ -33,7 +33,7 @@ NAMES = ("native", "onnxruntime", "openvino")
 #: Largest difference from the native output, as a share of its largest value.
 TOLERANCE = 1e-4
 #: Samples of the first batch on which engines are tried, where the model takes any number of them:
-#: on whole batches of a large network the choice would cost more than it saves.
+#: on whole batches of a large network the choice would cost more than it saves on a processor.
 TRIAL_SAMPLES = 8
 #: Samples on which an engine has to agree with native, which is not compiled for them.
 COMPARED_SAMPLES = 2
@@ -142,11 +142,12 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     if engine == "native":
         return Engine(name="native", device=_backend(prefix), _run=native)
     few = batch
-    if prefixes.takes_any_number(prefix):
-        batch = map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
-        few = map_leaves(lambda leaf: leaf[:COMPARED_SAMPLES], batch)
     wanted: tuple[str, ...] = NAMES[1:] if engine == "auto" else (engine,)
     accelerator = prefixes.accelerator(prefix)
+    if prefixes.takes_any_number(prefix):
+        few = map_leaves(lambda leaf: leaf[:COMPARED_SAMPLES], batch)
+        # A card is idle with a few samples, and soon done with a batch.
+        batch = batch if accelerator else map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
     notes: list[str] = []
     if engine == "auto" and accelerator and not _on_nvidia():
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")

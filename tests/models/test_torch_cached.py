@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.resources
 import os
@@ -24,7 +25,7 @@ from torch.utils import data as torch_data
 
 import frostline as fl
 from frostline import engines
-from frostline.models import prefix as prefixes
+from frostline.models import full_precision, prefix as prefixes
 from frostline.types import DataError, ModelError
 
 
@@ -227,3 +228,33 @@ def test_the_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     text = capsys.readouterr().out
     assert "frontier: '0/2' 16x16x16 float32" in text
     assert "epoch 1: loss" in text
+
+
+@pytest.mark.parametrize("chosen", ["nothing", "the older switch", "a switch of its own"])
+def test_on_a_card_products_are_not_rounded(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    """For a block, whichever switch the user has set, and as it was afterwards."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+
+    def state() -> tuple[str, str]:
+        return convolutions.fp32_precision, products.fp32_precision
+
+    module, first = nn.Linear(2, 2), state()
+    try:
+        if chosen == "the older switch":
+            torch.set_float32_matmul_precision("high")
+        elif chosen == "a switch of its own":
+            convolutions.fp32_precision = "ieee"
+            products.fp32_precision = "tf32"
+        before = state()
+        with full_precision(module):
+            assert state() == before  # it is on the processor
+        monkeypatch.setattr("frostline.models.torch_prefix.device", lambda _: "cuda")
+        with contextlib.suppress(ZeroDivisionError), full_precision(module):
+            inside = state()
+            raise ZeroDivisionError
+        assert "tf32" not in inside
+        assert inside[1] == "ieee"
+        assert state() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        convolutions.fp32_precision, products.fp32_precision = first

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from frostline.models.protocols import FlagCounts, Forward, Meter, ModelView, Outcome, SplitModel
@@ -101,9 +101,11 @@ def full_precision(model: Any) -> AbstractContextManager[None]:
         from frostline.models.keras_native import full_precision as of_keras
 
         return of_keras(model)
-    from frostline.models.torch_pass import full_precision as of_torch
+    if not is_native(model):
+        return nullcontext()
+    from frostline.models.torch_prefix import precisely
 
-    return of_torch()
+    return precisely(model)
 
 
 def _why_not(model: Any, keras: Any) -> str:

@@ -45,16 +45,26 @@ def tensors(structure: Any, model: Any) -> Any:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Let no product of float32 numbers be rounded to TF32; nothing changes on a processor."""
-    cudnn = torch.backends.cudnn
-    now = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Let no product of float32 numbers be rounded to TF32."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    # Since 2.9 each kind of operation has a word for it. Where a user has set one of those the
+    # older switch raises an error; where not, it is kept readable for code inside the block.
     try:
-        with cudnn.flags(**now, allow_tf32=False):
-            yield
+        switches = [(cudnn, "allow_tf32", cudnn.allow_tf32, False)]
+    except RuntimeError:
+        kinds = (cudnn.conv, cudnn.rnn)
+        switches = [(kind, "fp32_precision", kind.fp32_precision, "ieee") for kind in kinds]
+    name, exact = ("allow_tf32", False)
+    if hasattr(products, "fp32_precision"):
+        name, exact = ("fp32_precision", "ieee")
+    switches.append((products, name, getattr(products, name), exact))
+    try:
+        for switch, name, _, exact in switches:
+            setattr(switch, name, exact)
+        yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        for switch, name, before, _ in switches:
+            setattr(switch, name, before)
 
 
 def called(root: Any, x: Any) -> Any:

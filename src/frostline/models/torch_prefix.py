@@ -7,6 +7,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -102,10 +103,15 @@ def reference(module: Any) -> Callable[[Any], list[Array]]:
     run = native(module)
 
     def precise(batch: Any) -> list[Array]:
-        with full_precision():
+        with precisely(module):
             return run(batch)
 
     return precise
+
+
+def precisely(module: Any) -> AbstractContextManager[None]:
+    """Full float32 precision for a block, if the module is not on the processor."""
+    return nullcontext() if device(module) == "cpu" else full_precision()
 
 
 def _channels_last(value: Any) -> Any:
