@@ -50,14 +50,14 @@ def full_precision() -> Iterator[None]:
     # Since 2.9 each kind of operation has a word for it. Where a user has set one of those the
     # older switch raises an error; where not, it is kept readable for code inside the block.
     try:
-        switches = [(cudnn, "allow_tf32", cudnn.allow_tf32, False)]
+        switches: list[tuple[Any, str, Any, Any]] = [(cudnn, "allow_tf32", cudnn.allow_tf32, False)]
     except RuntimeError:
         kinds = (cudnn.conv, cudnn.rnn)
         switches = [(kind, "fp32_precision", kind.fp32_precision, "ieee") for kind in kinds]
-    name, exact = ("allow_tf32", False)
     if hasattr(products, "fp32_precision"):
-        name, exact = ("fp32_precision", "ieee")
-    switches.append((products, name, getattr(products, name), exact))
+        switches.append((products, "fp32_precision", products.fp32_precision, "ieee"))
+    else:
+        switches.append((products, "allow_tf32", products.allow_tf32, False))
     try:
         for switch, name, _, exact in switches:
             setattr(switch, name, exact)
