@@ -486,6 +486,33 @@ def test_preprocessing_in_the_model_is_part_of_its_identity() -> None:
     assert len({scaled(2.0, 0.0), scaled(1.0, 0.0), scaled(2.0, -1.0)}) == 3
 
 
+def test_the_code_of_a_layer_of_ones_own_is_part_of_the_identity(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from frostline.models.prefix import identity
+
+    class Scaled(L.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return self.scaled(x)
+
+        def scaled(self, x: Any) -> Any:
+            return (lambda value: 2 * value)(x)  # code inside code
+
+    def prefix() -> str:
+        keras.utils.set_random_seed(1)
+        frozen = L.Dense(2, trainable=False)
+        model = keras.Sequential([keras.Input((4,)), Scaled(trainable=False), frozen, L.Dense(1)])
+        return identity(fl.split(model).prefix)
+
+    before = prefix()
+    assert prefix() == before
+    monkeypatch.setattr(Scaled, "scaled", lambda _, x: (lambda value: 3 * value)(x))
+    changed = prefix()
+    assert changed != before
+    monkeypatch.setattr(keras, "__version__", "99.0")
+    assert prefix() not in (before, changed)
+
+
 # ---------------------------------------------------------------- faults and bad input
 
 

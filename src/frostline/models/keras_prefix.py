@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.models.code import code_of
 from frostline.models.keras_compile import without_gradients
 from frostline.models.keras_graph import walk
 from frostline.types import Array, ModelError
@@ -22,7 +23,8 @@ def identity(model: Any) -> str:
     """Hash of the architecture without names, and of all weights: kernels, gamma, statistics.
 
     Keras numbers layers as they are made (``conv2d_7``), so a name is replaced by the layer's place
-    in the model: the same network built twice is the same network.
+    in the model: the same network built twice is the same network. Keras' own layers are known by
+    its version, others by their code.
 
     Raises:
         ModelError: Not built, or a layer that cannot say what it is.
@@ -38,9 +40,9 @@ def identity(model: Any) -> str:
         raise ModelError(
             f"the prefix cannot be described, so its features cannot be kept ({error})"
         ) from error
-    return hashlib.sha256(
-        f"{keras.backend.floatx()}|{text}|{weights_digest(model)}".encode()
-    ).hexdigest()
+    code = [code_of(type(each), "keras") for each in (model, *(place.layer for place in places))]
+    parts = (keras.__version__, keras.backend.floatx(), text, *code, weights_digest(model))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 def weights_digest(model: Any) -> str:

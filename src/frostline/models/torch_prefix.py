@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from frostline.models.code import code_of
 from frostline.models.torch_fold import fold
 from frostline.models.torch_frozen import unlocked_class
 from frostline.models.torch_graph import unwrapped
@@ -57,22 +58,13 @@ def _described(module: Any) -> tuple[Any, ...]:
         for key, value in sorted(vars(module).items())
         if not key.startswith("_") and key not in _BESIDE and _is_plain(value)
     }
-    code = "" if kind.__module__.startswith("torch.nn") else _code(kind.forward)
-    return kind.__module__, kind.__qualname__, settings, code
+    return kind.__module__, kind.__qualname__, settings, code_of(kind, "torch")
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return isinstance(value, (*_PLAIN, torch.dtype))
-
-
-def _code(function: Any) -> str:
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return str(getattr(function, "__qualname__", ""))
-    constants = [each for each in code.co_consts if _is_plain(each)]
-    return f"{code.co_code.hex()}{code.co_names}{constants!r}"
 
 
 def device(module: Any) -> str:
