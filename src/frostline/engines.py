@@ -119,7 +119,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     an accelerator, engines that have none are not tried, and it is always timed.
 
     Engines get as many threads as ``OMP_NUM_THREADS`` says, or one per core of this process. ONNX
-    Runtime takes TensorRT or CUDA where its package and the machine have them, without TF32.
+    Runtime takes TensorRT, or CUDA without TF32, where its package and the machine have them.
 
     Args:
         prefix: A built functional Keras model or a torch module, for example
