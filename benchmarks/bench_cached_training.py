@@ -43,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,19 @@ def build_cache(settings: argparse.Namespace) -> None:
     data = Made(settings.cache_samples, settings.size, settings.batch)
     with tempfile.TemporaryDirectory() as folder:
         fl.cache_features(fl.split(model).prefix, data, folder, engine=settings.engine, verbose=0)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(own_peak())
+
+
+def own_peak() -> int:
+    """Peak of this program's resident memory, in bytes.
+
+    Not ``ru_maxrss``: Linux hands a process the peak of the one that started it, so two children of
+    a large parent show the same figure, the parent's (``fs/exec.c``, ``setmax_mm_hiwater_rss``).
+    """
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def figure(pairs: list[tuple[float, float]]) -> dict[str, Any]:
@@ -258,21 +270,23 @@ def figure(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def measured(case: str, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def measured(case: str, settings: argparse.Namespace) -> Iterator[dict[str, dict[str, Any]]]:
+    """The figures of a case, again whenever there is more to say: an interrupted run keeps them."""
     if case == "schedule":
-        rounds = [against_stock(settings, number) for number in range(settings.rounds)]
-        head, whole = zip(*rounds, strict=True)
-        return {"schedule": figure(list(whole)), "head": figure(list(head))}
+        rounds = []
+        for number in range(settings.rounds):
+            rounds.append(against_stock(settings, number))
+            head, whole = zip(*rounds, strict=True)
+            yield {"schedule": figure(list(whole)), "head": figure(list(head))}
     if case == "epoch":
-        return {case: figure(one_epoch(settings))}
+        yield {case: figure(one_epoch(settings))}
     if case == "memory":
         small = max(2 * settings.batch, settings.train // 2)
-        return {case: figure([(peak(settings, 4 * small), peak(settings, small))])}
-    found = {}
-    for backbone in dict.fromkeys((settings.backbone, "efficientnet-lite0")):
-        pairs, engine = prefix(settings, backbone)
-        found[f"prefix {backbone}"] = {**figure(pairs), "engine": engine}
-    return found
+        yield {case: figure([(peak(settings, 4 * small), peak(settings, small))])}
+    if case == "prefix":
+        for backbone in dict.fromkeys((settings.backbone, "efficientnet-lite0")):
+            pairs, engine = prefix(settings, backbone)
+            yield {f"prefix {backbone}": {**figure(pairs), "engine": engine}}
 
 
 def read_settings() -> argparse.Namespace:
@@ -305,24 +319,31 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {}
     for case in settings.cases:
         tell(f"case {case}")
-        for name, each in measured(case, settings).items():
-            figures[name] = each
+        done: dict[str, dict[str, Any]] = {}
+        for found in measured(case, settings):
+            done |= found
+            figures |= found
+            if settings.json:
+                write(settings, figures)
+        for name, each in done.items():
             low, high = each["range"]
             print(
                 f"{name:27} {each['ratio']:7.2f} [{low:6.2f}, {high:6.2f}] {each['first']:12.4g} "
                 f"{each['second']:12.4g} {each.get('engine', '')}",
                 flush=True,
             )
-    if settings.json:
-        kept = {key: value for key, value in vars(settings).items() if key != "json"}
-        content = {
-            "backend": backend,
-            "cpus": cpus,
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "settings": kept,
-            "figures": figures,
-        }
-        settings.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write(settings: argparse.Namespace, figures: dict[str, dict[str, Any]]) -> None:
+    """Write what is known so far to the file of ``--json``."""
+    content = {
+        "backend": keras.backend.backend(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "settings": {key: value for key, value in vars(settings).items() if key != "json"},
+        "figures": figures,
+    }
+    settings.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
