@@ -62,17 +62,6 @@ def uncompiled(model: Any) -> Callable[[Any], list[Array]]:
     return run
 
 
-def reference(model: Any) -> Callable[[Any], list[Array]]:
-    """Return ``f(batch) -> arrays`` as :func:`uncompiled` does, in full float32 precision."""
-    run = uncompiled(model)
-
-    def precise(batch: Any) -> list[Array]:
-        with full_precision(model):
-            return run(batch)
-
-    return precise
-
-
 @contextmanager
 def full_precision(model: Any) -> Iterator[None]:
     """Let no product of float32 numbers be rounded to TF32; nothing changes on a processor."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frostline.models import is_native
+from frostline.models import full_precision, is_native
 from frostline.types import Array, ModelError
 
 
@@ -49,12 +49,17 @@ def reference(prefix: Any) -> Callable[[Any], list[Array]]:
     where a framework lets it (TF32), which alone makes a difference of 1e-3.
     """
     if is_native(prefix):
-        from frostline.models.torch_prefix import reference as of_torch
+        run = native(prefix)
+    else:
+        from frostline.models.keras_native import uncompiled
 
-        return of_torch(prefix)
-    from frostline.models.keras_native import reference as of_keras
+        run = uncompiled(prefix)
 
-    return of_keras(prefix)
+    def precise(batch: Any) -> list[Array]:
+        with full_precision(prefix):
+            return run(batch)
+
+    return precise
 
 
 def to_onnx(prefix: Any, batch: Any) -> bytes:

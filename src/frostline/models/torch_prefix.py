@@ -90,17 +90,6 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
     return run
 
 
-def reference(module: Any) -> Callable[[Any], list[Array]]:
-    """Return ``f(batch) -> arrays`` as :func:`native` does, in full float32 precision."""
-    run = native(module)
-
-    def precise(batch: Any) -> list[Array]:
-        with precisely(module):
-            return run(batch)
-
-    return precise
-
-
 def precisely(module: Any) -> AbstractContextManager[None]:
     """Full float32 precision for a block, if the module is not on the processor."""
     return nullcontext() if device(module) == "cpu" else full_precision()
