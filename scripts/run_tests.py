@@ -12,6 +12,7 @@ Usage: ``python scripts/run_tests.py [--checks-only] [pytest arguments]`` (the M
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -39,9 +40,9 @@ TIME_LIMIT_S = 38 * 60
 PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--max-worker-restart=0"]
 # What a backend leaves for each one after it.
 RESERVE_S = 5 * 60
-# Time for pytest to write its results after it was told to stop: its workers take ten seconds to
-# end, and more where the machine is busy.
-GRACE_S = 45
+# Time for pytest to write its results after its workers were ended: a second, and more where the
+# machine is busy.
+GRACE_S = 30
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,17 @@ def backend_environment(backend: str, scratch: Path) -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a test process and its children; pytest first gets the time to write its results."""
-    process.send_signal(signal.SIGINT)
+    """End a test process and its children; pytest first gets the time to write its results.
+
+    Its workers go first, and it then names the tests that they were at. Told to stop by a signal it
+    would wait for a worker that hangs, and longer than can be foreseen.
+    """
+    workers = children(process.pid)
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    if not workers:
+        process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=GRACE_S)
     except subprocess.TimeoutExpired:
@@ -203,6 +213,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except ProcessLookupError:
         return
     process.wait()
+
+
+def children(parent: int) -> list[int]:
+    """Processes that this one started and that have not ended; none where there is no ``ps``."""
+    command = ["ps", "-A", "-o", "pid=,ppid="]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return []
+    pairs = (line.split() for line in listed.splitlines())
+    return [int(process) for process, of in pairs if int(of) == parent]
 
 
 def run_backends(backends: Sequence[str], pytest_arguments: Sequence[str]) -> Iterator[Counts]:

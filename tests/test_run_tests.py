@@ -181,7 +181,10 @@ class TestRunBackend:
         assert counts == Counts(passed=1, failed=1)  # what others finished is not lost
 
     def test_hanging_process_is_stopped_and_what_it_finished_counts(
-        self, project: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        project: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(run_tests, "GRACE_S", 50)
         write(
@@ -197,7 +200,8 @@ class TestRunBackend:
         start = time.monotonic()
         # Long enough for two processes to start where the machine is busy.
         counts = run_tests.run_backend("jax", [], first=True, limit_s=45)
-        assert counts == Counts(passed=1, failed=1)
+        assert counts == Counts(passed=1, failed=2)  # the test that hangs, and the run
+        assert "test_sample.py::test_hangs" in capfd.readouterr().out
         assert time.monotonic() - start < 150
 
 
