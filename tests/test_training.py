@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -370,9 +369,7 @@ def test_one_pass_serves_this_call_and_the_next(
 ) -> None:
     if engine != "native":
         pytest.importorskip("onnx")
-        # Imported by itself OpenVINO calls home from a forked process, of which JAX warns.
-        if importlib.util.find_spec(engine) is None:
-            pytest.skip(f"{engine} is not installed")
+        pytest.importorskip(engine)
 
     def schedule(fit: Callable[..., Any], **first: Any) -> tuple[Any, list[Any], list[str]]:
         model, histories, told = network(), [], []

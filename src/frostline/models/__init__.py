@@ -103,9 +103,10 @@ def full_precision(model: Any) -> AbstractContextManager[None]:
         return of_keras(model)
     if not is_native(model):
         return nullcontext()
-    from frostline.models.torch_prefix import precisely
+    from frostline.models import torch_pass, torch_prefix
 
-    return precisely(model)
+    on_processor = torch_prefix.device(model) == "cpu"
+    return nullcontext() if on_processor else torch_pass.full_precision()
 
 
 def _why_not(model: Any, keras: Any) -> str:

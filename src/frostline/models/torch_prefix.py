@@ -7,7 +7,6 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from frostline.models.torch_fold import fold
 from frostline.models.torch_frozen import unlocked_class
 from frostline.models.torch_graph import unwrapped
 from frostline.models.torch_network import phase
-from frostline.models.torch_pass import called, full_precision, tensors
+from frostline.models.torch_pass import called, tensors
 from frostline.types import Array, BackendError, ModelError
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
@@ -88,11 +87,6 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
         return [_array(leaf) for leaf in _leaves(outputs)]
 
     return run
-
-
-def precisely(module: Any) -> AbstractContextManager[None]:
-    """Full float32 precision for a block, if the module is not on the processor."""
-    return nullcontext() if device(module) == "cpu" else full_precision()
 
 
 def _channels_last(value: Any) -> Any:
