@@ -1,4 +1,4 @@
-"""The public surface is what ``tests/public_api.json`` says; each intended change is listed there."""
+"""The public surface is what ``public_api.json`` lists; each intended change is named there."""
 
 from __future__ import annotations
 
