@@ -39,9 +39,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from frostline.models.keras_graph import sites
-from frostline.models.keras_moments import KerasMoments
-from frostline.recalibration import recalibrated
+from frostline.adapters.keras.graph import sites
+from frostline.adapters.keras.moments import KerasMoments
+from frostline.measure.recalibration import recalibrated
 
 
 def timed(run: Callable[[], Any]) -> np.ndarray:

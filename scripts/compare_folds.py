@@ -114,7 +114,7 @@ def build(name: str) -> Any:
 def speaking(model: Any) -> Any:
     """Give gammas, betas and biases numbers, and the statistics those of noise; in place."""
     import frostline as fl
-    from frostline.models.keras_graph import is_site, walk
+    from frostline.adapters.keras.graph import is_site, walk
 
     rng = np.random.default_rng(0)
     for place in walk(model):
@@ -147,8 +147,8 @@ def compare(name: str) -> dict[str, Any]:
     import keras
 
     import frostline as fl
-    from frostline.models import view
-    from frostline.models.keras_graph import is_site, walk
+    from frostline.adapters import view
+    from frostline.adapters.keras.graph import is_site, walk
     from frostline.types import FrostlineError
 
     keras.utils.clear_session()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import os
 import signal
 import subprocess
@@ -198,9 +199,8 @@ def import_everything() -> None:
 
     if keras.backend.backend() != "torch":
         raise SystemExit("run with KERAS_BACKEND=torch")
-    import frostline.diagnosis
-    import frostline.models.keras
-    import frostline.models.keras_files  # noqa: F401
+    for name in ("verbs.diagnose", "adapters.keras.adapter", "adapters.keras.files"):
+        importlib.import_module(f"frostline.{name}")
 
 
 def main(arguments: list[str] | None = None) -> int:

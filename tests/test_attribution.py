@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline import attribution
-from frostline.attribution import path_integral
+from frostline.numerics import attribution
+from frostline.numerics.attribution import path_integral
 from frostline.types import DataError
 
 pytestmark = pytest.mark.once

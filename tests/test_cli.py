@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from frostline import cli
-from frostline.commands.options import boundary
+from frostline.cli.options import boundary
 
 BLOCK = "import sys\nsys.modules.update({name: None for name in %r})\n"
 CIFAR = Path(__file__).parents[1].parent / "shared" / "data"
@@ -127,7 +127,7 @@ def test_help_imports_no_framework(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_several_values_after_one_option(words: list[str], expected: list[str]) -> None:
-    assert cli.spread_values(words) == expected
+    assert cli.application.spread_values(words) == expected
 
 
 @pytest.mark.once
@@ -379,7 +379,7 @@ def test_set_momentum_of_a_file(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import frostline as fl
-    from frostline.models.keras_files import load_model
+    from frostline.adapters.keras.files import load_model
 
     out = tmp_path / "quick.keras"
     assert cli.main(["set-momentum", str(models / "net.keras"), "0.9", "-o", str(out)]) == 0
@@ -542,7 +542,7 @@ def test_an_experiment_checks_its_folder_before_any_work(tmp_path: Path) -> None
 def test_an_unforeseen_error_is_one_line_with_a_hint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from frostline.commands import env
+    from frostline.cli import env
 
     def broken(**_: Any) -> int:
         raise ZeroDivisionError("some\nreason")
@@ -564,7 +564,7 @@ def test_an_unforeseen_error_is_one_line_with_a_hint(
 
 @pytest.mark.once
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from frostline.commands import env
+    from frostline.cli import env
 
     def interrupted(**_: Any) -> int:
         raise KeyboardInterrupt

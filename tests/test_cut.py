@@ -11,7 +11,7 @@ from hypothesis import given
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from frostline.cut import later_cut
+from frostline.graph.mincut import later_cut
 
 pytestmark = pytest.mark.once
 

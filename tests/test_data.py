@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline.data import (
+from frostline.data.batches import (
     Batch,
     batches,
     collect,
@@ -199,7 +199,7 @@ def test_importing_data_loads_no_framework() -> None:
     import subprocess
 
     code = (
-        "import sys, frostline.data; "
+        "import sys, frostline.data.batches; "
         "print([m for m in ('keras', 'torch', 'tensorflow', 'jax', 'pandas') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline import diagnosis
-from frostline.diagnosis import require_sites
 from frostline.types import DataError, ModelError
+from frostline.verbs import diagnose as diagnosis
+from frostline.verbs.diagnose import require_sites
 
 keras = pytest.importorskip("keras")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -58,7 +58,7 @@ def test_on_a_card_products_are_not_rounded(
     monkeypatch: Any, precision: Callable[[], Any], fails: bool
 ) -> None:
     """TF32 differs by 1e-3 from batch size to batch size, which is no fault of a layer."""
-    monkeypatch.setattr("frostline.models.keras_native.device", lambda _: "gpu")
+    monkeypatch.setattr("frostline.adapters.keras.native.device", lambda _: "gpu")
     before, seen = precision(), []
     real = diagnosis.measure.measure
 

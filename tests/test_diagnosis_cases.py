@@ -12,8 +12,8 @@ import pytest
 import frostline as fl
 from frostline.measure import Bench
 from frostline.measure.samples import draw
-from frostline.measurement import BN_CAUSES
 from frostline.types import DataError, FrostlineError, ModelError
+from frostline.types.measured import BN_CAUSES
 
 keras = pytest.importorskip("keras")
 datasets = pytest.importorskip("sklearn.datasets")
@@ -225,7 +225,7 @@ def test_the_model_is_left_bit_for_bit(name: Any, at: int, monkeypatch: pytest.M
 
 
 def test_interrupted_while_statistics_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from frostline.models.keras_moments import KerasMoments
+    from frostline.adapters.keras.moments import KerasMoments
 
     model = lagging()
     before = everything(model)

@@ -182,7 +182,7 @@ def test_native_is_compared_in_full_precision(
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     want = prefix.predict(x, verbose=0)
     monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
-    monkeypatch.setattr("frostline.models.keras_native.device", lambda _: "gpu")
+    monkeypatch.setattr("frostline.adapters.keras.native.device", lambda _: "gpu")
     before = precision()
     seen: list[Any] = []
     real = type(prefix).__call__

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from frostline.layers import BatchNormalization
-from frostline.releases import RELEASES
+from frostline.layers.releases import RELEASES
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = {

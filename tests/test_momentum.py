@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline.momentum import suggest_momentum
+from frostline.numerics.averages import suggest_momentum
 from frostline.types import ModelError
 
 

@@ -16,11 +16,11 @@ if os.environ["KERAS_BACKEND"] != "torch":
 
 import torch
 
-from frostline.attribution import path_integral
+from frostline.adapters import view
+from frostline.adapters.torch.adapter import TorchView
 from frostline.experiments import backbones, datasets
-from frostline.models import view
-from frostline.models.torch import TorchView
-from frostline.recalibration import recalibrated
+from frostline.measure.recalibration import recalibrated
+from frostline.numerics.attribution import path_integral
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 SIZE = 224  # the torch implementation's padding is made for it
@@ -56,7 +56,7 @@ def test_sites(twins: Any) -> None:
 
 
 def test_gap_and_attribution(twins: Any) -> None:
-    from frostline.models.keras_blend import BlendForward
+    from frostline.adapters.keras.blend import BlendForward
 
     keras_view, torch_view, x, channels_first = twins
     y = keras_view.forward(x, training=False).argmax(1)
@@ -81,7 +81,7 @@ def test_gap_and_attribution(twins: Any) -> None:
 
 
 def test_recalibrated_statistics(twins: Any) -> None:
-    from frostline.models.keras_moments import KerasMoments
+    from frostline.adapters.keras.moments import KerasMoments
 
     keras_view, torch_view, x, channels_first = twins
     found = []

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline.recalibration import recalibrated
-from frostline.selection import select
-from frostline.spool import Workspace
-from frostline.stats import Moments
+from frostline.graph.selection import select
+from frostline.measure.recalibration import recalibrated
+from frostline.measure.spool import Workspace
+from frostline.numerics.stats import Moments
 from frostline.types import DataError, ModelError, OutputError, Site
 
 EPSILON = 1e-3

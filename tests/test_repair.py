@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.models import keras_edit, keras_state
+from frostline.adapters.keras import edit as keras_edit, state as keras_state
 from frostline.types import ModelError
 
 L = keras.layers
@@ -113,7 +113,7 @@ def uniform(shape: Any) -> Any:
 
 
 def sites_of(model: Any) -> list[Any]:
-    from frostline.models.keras_graph import is_site, walk
+    from frostline.adapters.keras.graph import is_site, walk
 
     return [place.layer for place in walk(model) if is_site(place.layer)]
 
@@ -350,7 +350,7 @@ def test_interrupted_conversion_changes_nothing(
 
 
 def trainable_names(model: Any) -> list[str]:
-    from frostline.models.keras_graph import walk
+    from frostline.adapters.keras.graph import walk
 
     return [p.path for p in walk(model) if p.leaf and p.layer.trainable and p.layer.weights]
 
@@ -419,7 +419,7 @@ def test_frozen_prefix_stays_and_the_rest_moves(kind: str) -> None:
 
 
 def keras_places(model: Any) -> Any:
-    from frostline.models.keras_graph import walk
+    from frostline.adapters.keras.graph import walk
 
     return walk(model)
 

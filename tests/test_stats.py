@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from frostline import stats
-from frostline.stats import Moments
+from frostline.numerics import stats
+from frostline.numerics.stats import Moments
 from frostline.types import DataError
 
 scipy_stats = pytest.importorskip("scipy.stats")

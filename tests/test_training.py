@@ -452,7 +452,7 @@ def test_a_keras_layer_augments_reproducibly(cache_folder: Path) -> None:
 
 
 def test_identity_of_a_prefix() -> None:
-    from frostline.models.prefix import identity
+    from frostline.adapters.prefix import identity
 
     def prefix(change: Callable[[Any], None] = lambda model: None) -> str:
         model = network()
@@ -472,7 +472,7 @@ def test_identity_of_a_prefix() -> None:
 
 
 def test_preprocessing_in_the_model_is_part_of_its_identity() -> None:
-    from frostline.models.prefix import identity
+    from frostline.adapters.prefix import identity
 
     def scaled(scale: float, offset: float) -> str:
         keras.utils.set_random_seed(1)
@@ -489,7 +489,7 @@ def test_preprocessing_in_the_model_is_part_of_its_identity() -> None:
 def test_the_code_of_a_layer_of_ones_own_is_part_of_the_identity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from frostline.models.prefix import identity
+    from frostline.adapters.prefix import identity
 
     class Scaled(L.Layer):  # type: ignore[misc]
         def call(self, x: Any) -> Any:

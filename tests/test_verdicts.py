@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline import verdicts
-from frostline.measurement import Cause, Gap, Interval, Measurement, Probe, Remedy
+from frostline.causes import verdict as verdicts
+from frostline.types.measured import Cause, Gap, Interval, Measurement, Probe, Remedy
 
 pytestmark = pytest.mark.once
 

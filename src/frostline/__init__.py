@@ -14,27 +14,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     from frostline import callbacks as callbacks, layers as layers
     from frostline.cache import cache_features as cache_features
     from frostline.cache.features import FeatureCache as FeatureCache
-    from frostline.diagnosis import (
-        diagnose as diagnose,
-        lint as lint,
-        phases as phases,
-        sites as sites,
-    )
-    from frostline.momentum import suggest_momentum as suggest_momentum
-    from frostline.repair import (
-        Change as Change,
-        convert as convert,
-        fold as fold,
-        freeze as freeze,
-        frozen as frozen,
-        recalibrate as recalibrate,
-        restore as restore,
-        set_momentum as set_momentum,
-        unfreeze as unfreeze,
-    )
+    from frostline.numerics.averages import suggest_momentum as suggest_momentum
     from frostline.report.report import Report as Report
-    from frostline.splitting import Split as Split, split as split
-    from frostline.training import fit as fit
     from frostline.types import (
         BackendError as BackendError,
         Boundary as Boundary,
@@ -47,7 +28,26 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
         PhaseTable as PhaseTable,
         Site as Site,
     )
-    from frostline.watching import (
+    from frostline.verbs.diagnose import (
+        diagnose as diagnose,
+        lint as lint,
+        phases as phases,
+        sites as sites,
+    )
+    from frostline.verbs.edit import (
+        Change as Change,
+        convert as convert,
+        fold as fold,
+        freeze as freeze,
+        frozen as frozen,
+        recalibrate as recalibrate,
+        restore as restore,
+        set_momentum as set_momentum,
+        unfreeze as unfreeze,
+    )
+    from frostline.verbs.fit import fit as fit
+    from frostline.verbs.split import Split as Split, split as split
+    from frostline.verbs.watch import (
         NotFrozenError as NotFrozenError,
         assert_frozen as assert_frozen,
         watch as watch,
@@ -59,39 +59,39 @@ __version__ = _version("frostline")
 _EXPORTS = {
     "BackendError": "types",
     "Boundary": "types",
-    "Change": "repair",
+    "Change": "verbs.edit",
     "Crossing": "types",
     "DataError": "types",
     "FeatureCache": "cache.features",
     "Finding": "types",
     "FrostlineError": "types",
     "ModelError": "types",
-    "NotFrozenError": "watching",
+    "NotFrozenError": "verbs.watch",
     "OutputError": "types",
     "PhaseTable": "types",
     "Report": "report.report",
     "Site": "types",
-    "assert_frozen": "watching",
-    "Split": "splitting",
+    "assert_frozen": "verbs.watch",
+    "Split": "verbs.split",
     "cache_features": "cache",
     "callbacks": "callbacks",
-    "convert": "repair",
-    "diagnose": "diagnosis",
-    "fit": "training",
-    "fold": "repair",
-    "freeze": "repair",
-    "frozen": "repair",
+    "convert": "verbs.edit",
+    "diagnose": "verbs.diagnose",
+    "fit": "verbs.fit",
+    "fold": "verbs.edit",
+    "freeze": "verbs.edit",
+    "frozen": "verbs.edit",
     "layers": "layers",
-    "lint": "diagnosis",
-    "phases": "diagnosis",
-    "recalibrate": "repair",
-    "restore": "repair",
-    "set_momentum": "repair",
-    "sites": "diagnosis",
-    "split": "splitting",
-    "suggest_momentum": "momentum",
-    "unfreeze": "repair",
-    "watch": "watching",
+    "lint": "verbs.diagnose",
+    "phases": "verbs.diagnose",
+    "recalibrate": "verbs.edit",
+    "restore": "verbs.edit",
+    "set_momentum": "verbs.edit",
+    "sites": "verbs.diagnose",
+    "split": "verbs.split",
+    "suggest_momentum": "numerics.averages",
+    "unfreeze": "verbs.edit",
+    "watch": "verbs.watch",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import frostline as fl
+from frostline.types.measured import BN_CAUSES
 
 from .scenario import Case, Scenario
 
@@ -68,7 +68,7 @@ class Row:
         """``"compound"``, ``"BN"`` or ``"not BN"``."""
         if len(self.expected) > 1:
             return "compound"
-        return "BN" if self.expected[0] in fl.measurement.BN_CAUSES else "not BN"
+        return "BN" if self.expected[0] in BN_CAUSES else "not BN"
 
     @property
     def closes(self) -> bool:
@@ -92,7 +92,7 @@ def judged(case: Case, scenario: Scenario, report: Any, seconds: tuple[float, fl
     if case.sites is not None and cause is not None and cause.is_bn:
         named = {path.rpartition("/")[2] for path in cause.sites}
         overlap = len(named & case.sites) / len(named | case.sites)
-    bn_expected = any(code in fl.measurement.BN_CAUSES for code in case.expected)
+    bn_expected = any(code in BN_CAUSES for code in case.expected)
     remedy = report.remedies[0] if report.remedies else None
     return Row(
         number=case.number,

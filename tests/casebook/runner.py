@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import keras
 
 import frostline as fl
-from frostline.measurement import BN_CAUSES
+from frostline.types.measured import BN_CAUSES
 
 from . import batches, compound, frozen, held_out, lagging, other, unseen
 from .judging import Row, judged, score

@@ -34,7 +34,7 @@ def test_bn_case(case: Case) -> None:
 
 @pytest.mark.once
 def test_every_case_has_one_number_and_known_codes() -> None:
-    from frostline.measurement import BN_CAUSES, OTHER_CAUSES
+    from frostline.types.measured import BN_CAUSES, OTHER_CAUSES
 
     numbers = [case.number for case in runner.CASES]
     assert len(set(numbers)) == len(numbers)

@@ -20,13 +20,7 @@ from written_cases import (
 )
 
 from frostline.causes import causes
-from frostline.measurement import (
-    BN_CAUSES,
-    Cause,
-    Difference,
-    InputMoments,
-    SweepPoint,
-)
+from frostline.types.measured import BN_CAUSES, Cause, Difference, InputMoments, SweepPoint
 
 pytestmark = pytest.mark.once
 

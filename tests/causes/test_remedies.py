@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from written_cases import PATHS, facts, measurement, probe, site_measurement
 
-from frostline.measurement import Cause, Difference, Measurement, Probe, Remedy
 from frostline.remedies import remedies
 from frostline.types import ModelError
+from frostline.types.measured import Cause, Difference, Measurement, Probe, Remedy
 
 pytestmark = pytest.mark.once
 

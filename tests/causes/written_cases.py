@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from frostline.measurement import (
+from frostline.numerics.stats import paired_bootstrap
+from frostline.types import Finding, Site
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.types.measured import (
     Attribution,
     Behaviour,
     Gap,
@@ -15,9 +18,6 @@ from frostline.measurement import (
     Probe,
     SiteMeasurement,
 )
-from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
-from frostline.stats import paired_bootstrap
-from frostline.types import Finding, Site
 
 PATHS = ("bn1", "bn2", "bn3", "bn4")
 SAMPLES = 200

@@ -12,10 +12,10 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.commands import diagnose as command, fixing, models, showing
-from frostline.commands.options import DataOptions
-from frostline.measurement import Cause, Remedy
+from frostline.cli import diagnose as command, fixing, models, showing
+from frostline.cli.options import DataOptions
 from frostline.report.report import Report
+from frostline.types.measured import Cause, Remedy
 
 keras = pytest.importorskip("keras")
 

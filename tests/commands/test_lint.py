@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from frostline import rules
-from frostline.commands import lint
+from frostline.cli import lint
 from frostline.types import FrostlineError, OutputError
 
 keras = pytest.importorskip("keras")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.experiments import sources
+from frostline.experiments import image_sources as sources
 from frostline.experiments.datasets import load, resize
 from frostline.types import BackendError, DataError
 

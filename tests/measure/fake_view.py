@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from frostline.measurement import Behaviour
-from frostline.models import Outcome
-from frostline.models.facts import ModelFacts, SiteFacts
-from frostline.stats import Moments
+from frostline.adapters import Outcome
+from frostline.numerics.stats import Moments
 from frostline.types import Site
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Behaviour
 
 EPSILON = 1e-3
 PATHS = ("first", "second")
@@ -117,7 +117,7 @@ class FakeView:
 
 
 class FakeForward:
-    """See :class:`frostline.models.Forward`."""
+    """See :class:`frostline.adapters.Forward`."""
 
     def __init__(self, view: FakeView) -> None:
         self.view, self.paths = view, view._paths
@@ -170,7 +170,7 @@ class FakeForward:
 
 
 class FakeMeter:
-    """See :class:`frostline.recalibration.Meter`: one stage per site."""
+    """See :class:`frostline.measure.recalibration.Meter`: one stage per site."""
 
     def __init__(self, view: FakeView, paths: Sequence[str]) -> None:
         self.view, self.paths = view, tuple(paths)

@@ -12,8 +12,8 @@ from fake_view import EPSILON, FakeView, data
 from frostline.measure import measure
 from frostline.measure.samples import draw
 from frostline.measure.shares import part_for
-from frostline.measurement import Measurement
 from frostline.types import DataError, ModelError
+from frostline.types.measured import Measurement
 
 pytestmark = pytest.mark.once
 

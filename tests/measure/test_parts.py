@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.attribution import path_integral
-from frostline.data import Batch
+from frostline.data.batches import Batch
 from frostline.measure import inputs, shares
 from frostline.measure.history import parse
+from frostline.numerics.attribution import path_integral
 from frostline.types import DataError
 
 pytestmark = pytest.mark.once

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.models import keras_state, view
+from frostline.adapters import view
+from frostline.adapters.keras import state as keras_state
 from frostline.types import DataError
 
 L = keras.layers

@@ -10,7 +10,8 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.models import keras_state, view
+from frostline.adapters import view
+from frostline.adapters.keras import state as keras_state
 
 L = keras.layers
 X = np.random.default_rng(0).normal(1, 2, (16, 5)).astype("float32")

@@ -13,9 +13,9 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.attribution import path_integral
-from frostline.models import view
-from frostline.models.keras_blend import BlendForward
+from frostline.adapters import view
+from frostline.adapters.keras.blend import BlendForward
+from frostline.numerics.attribution import path_integral
 from frostline.types import DataError, ModelError
 
 L = keras.layers

@@ -11,7 +11,8 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.models import keras_state, view
+from frostline.adapters import view
+from frostline.adapters.keras import state as keras_state
 from frostline.types import ModelError
 
 L = keras.layers

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.models.keras_files import load_model, save_model
+from frostline.adapters.keras.files import load_model, save_model
 from frostline.types import ModelError, OutputError
 
 L = keras.layers

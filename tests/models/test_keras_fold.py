@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.commands import models as commands
+from frostline.adapters import view
+from frostline.adapters.keras import graph
+from frostline.cli import models as commands
 from frostline.experiments import backbones
-from frostline.models import view
 from frostline.types import ModelError, OutputError
 
 L = keras.layers
@@ -48,13 +49,13 @@ def speak(model: Any, seed: int = 0) -> Any:
 
 
 def layer_at(model: Any, path: str) -> Any:
-    from frostline.models.keras_graph import walk
+    from frostline.adapters.keras.graph import walk
 
     return next(place.layer for place in walk(model) if place.path == path)
 
 
 def names(model: Any) -> list[str]:
-    return [place.layer.name for place in fl.models.keras_graph.walk(model)]
+    return [place.layer.name for place in graph.walk(model)]
 
 
 def run(model: Any, x: Any) -> list[Any]:
@@ -357,7 +358,7 @@ def test_a_layer_of_another_precision_does_not_take_it() -> None:
 def test_the_given_model_is_left_alone() -> None:
     model = speak(nested())
     model.compile("adam", "mse")
-    layers = [place.layer for place in fl.models.keras_graph.walk(model)]
+    layers = [place.layer for place in graph.walk(model)]
     before = [keras.ops.convert_to_numpy(v).copy() for v in model.variables]
     calls = [len(layer._inbound_nodes) for layer in layers]
     config, state = model.to_json(), random.getstate()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.models import keras_graph, view
+from frostline.adapters import view
+from frostline.adapters.keras import graph as keras_graph
 from frostline.types import Boundary, ModelError
 
 L = keras.layers

@@ -15,9 +15,9 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.models import keras_moments
-from frostline.models.keras_moments import KerasMoments
-from frostline.spool import Workspace
+from frostline.adapters.keras import moments as keras_moments
+from frostline.adapters.keras.moments import KerasMoments
+from frostline.measure.spool import Workspace
 from frostline.types import DataError, ModelError
 
 L = keras.layers

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from keras.src.applications.convnext import LayerScale
 
-from frostline.models.keras_graph import walk
-from frostline.models.keras_onnx import to_onnx
+from frostline.adapters.keras.graph import walk
+from frostline.adapters.keras.onnx.writer import to_onnx
 from frostline.types import ModelError
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("keras")
 
-from frostline.models.keras_pass import reason
+from frostline.adapters.keras.forward_pass import reason
 
 
 @pytest.mark.once

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import frostline as fl
+from frostline.adapters.keras import split as keras_split
+from frostline.adapters.keras.graph import walk
 from frostline.experiments import backbones
-from frostline.models import keras_split
-from frostline.models.keras_graph import walk
 from frostline.types import ModelError
 
 L = keras.layers

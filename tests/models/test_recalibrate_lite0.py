@@ -24,8 +24,8 @@ import pytest
 from keras import ops
 
 import frostline as fl
+from frostline.adapters.keras import moments as keras_moments
 from frostline.experiments import backbones
-from frostline.models import keras_moments
 
 BATCH = 7
 #: On JAX each size of a batch compiles 49 stages anew; elsewhere the last batch is one of 5.

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
-from frostline.data import Batch
-from frostline.models.torch import TorchView
-from frostline.models.torch_frozen import is_locked
-from frostline.models.torch_loss import per_sample
+from frostline.adapters.torch.adapter import TorchView
+from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.loss import per_sample
+from frostline.data.batches import Batch
 from frostline.types import DataError, ModelError
 
 RNG = np.random.default_rng(0)
@@ -281,7 +281,7 @@ def test_phases_of_a_pass_leave_no_trace() -> None:
 @pytest.mark.parametrize("method", ["sequential", "batch"])
 @pytest.mark.parametrize("graph", [True, False])
 def test_moments_equal_brute_force(method: str, graph: bool) -> None:
-    from frostline.recalibration import recalibrated
+    from frostline.measure.recalibration import recalibrated
 
     class Undecided(Net):
         def forward(self, x: Any) -> Any:

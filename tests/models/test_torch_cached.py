@@ -26,7 +26,7 @@ from torch.utils import data as torch_data
 
 import frostline as fl
 from frostline import engines
-from frostline.models import full_precision, prefix as prefixes
+from frostline.adapters import full_precision, prefix as prefixes
 from frostline.types import DataError, ModelError
 
 
@@ -251,7 +251,7 @@ def test_on_a_card_products_are_not_rounded(monkeypatch: pytest.MonkeyPatch, cho
         before = state()
         with full_precision(module):
             assert state() == before  # it is on the processor
-        monkeypatch.setattr("frostline.models.torch_prefix.device", lambda _: "cuda")
+        monkeypatch.setattr("frostline.adapters.torch.prefix.device", lambda _: "cuda")
         with contextlib.suppress(ZeroDivisionError), full_precision(module):
             inside = state()
             raise ZeroDivisionError

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import frostline as fl
-from frostline.models.torch import TorchView
+from frostline.adapters.torch.adapter import TorchView
 from frostline.types import ModelError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.models.keras_graph import walk
+from frostline.adapters.keras.graph import walk
 
 L = keras.layers
 EPSILON, MOMENTUM = 0.02, 0.97

@@ -11,7 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from frostline.measurement import (
+from frostline.report import html
+from frostline.report.report import Report
+from frostline.types import Array, Finding, Site, Skipped
+from frostline.types.measured import (
     Attribution,
     Behaviour,
     Cause,
@@ -23,9 +26,6 @@ from frostline.measurement import (
     SiteMeasurement,
     SweepPoint,
 )
-from frostline.report import html
-from frostline.report.report import Report
-from frostline.types import Array, Finding, Site, Skipped
 
 ORIGIN = {
     "model": "efficientnet-lite0",

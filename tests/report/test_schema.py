@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
-from frostline.measurement import (
+from frostline.report import schema
+from frostline.report.report import Report
+from frostline.types import DataError
+from frostline.types.measured import (
     Attribution,
     Behaviour,
     Cause,
@@ -26,9 +29,6 @@ from frostline.measurement import (
     SiteMeasurement,
     SweepPoint,
 )
-from frostline.report import schema
-from frostline.report.report import Report
-from frostline.types import DataError
 
 pytestmark = pytest.mark.once
 

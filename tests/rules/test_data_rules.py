@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from frostline import rules
-from frostline.measurement import (
+from frostline.types import Site
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.types.measured import (
     Behaviour,
     Difference,
     InputMoments,
     Measurement,
     SiteMeasurement,
 )
-from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
-from frostline.types import Site
 
 pytestmark = pytest.mark.once
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from frostline import rules
-from frostline.measurement import Measurement
-from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.rules import Hit, Rule
 from frostline.types import FrostlineError, Site
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.types.measured import Measurement
 
 pytestmark = pytest.mark.once
 

@@ -10,10 +10,10 @@ import pytest
 
 import frostline as fl
 from frostline import rules
-from frostline.diagnosis import lint
-from frostline.models import facts
+from frostline.adapters import read_facts
 from frostline.rules import Rule
 from frostline.types import FrostlineError, ModelError
+from frostline.verbs.diagnose import lint
 
 keras = pytest.importorskip("keras")
 
@@ -257,7 +257,7 @@ def test_facts_of_a_nested_model() -> None:
     merged = keras.layers.Concatenate()([left(inputs), right(inputs, training=False)])
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(merged), name="twins")
     left.get_layer("conv").trainable = False
-    known = facts.read(model)
+    known = read_facts(model)
     assert (known.name, known.batch, known.steps, known.traced) == ("twins", 6, None, False)
     assert [each.site.path for each in known] == ["left/bn", "right/bn"]
     assert [each.training for each in known] == [None, False]
@@ -271,7 +271,7 @@ def test_facts_of_a_nested_model() -> None:
     trained_model = keras.Model(inputs, model.output)
     trained_model.compile("sgd", "mse")
     trained_model.train_on_batch(np.ones((6, 8, 8, 3)), np.ones((6, 6, 6, 2)))
-    after = facts.read(trained_model)
+    after = read_facts(trained_model)
     assert (after.steps, after.traced) == (1, True)
     assert [each.optimized for each in after] == [True, True]
 

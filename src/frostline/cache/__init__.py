@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from frostline import engines
+from frostline.adapters import is_native, prefix as prefixes
 from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
@@ -24,8 +25,7 @@ from frostline.cache.files import DamagedError, sha256
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Tensor
 from frostline.cache.through import Through, start as start_through
-from frostline.data import Batch, batches, leaves, require_reiterable
-from frostline.models import is_native, prefix as prefixes
+from frostline.data.batches import Batch, batches, leaves, require_reiterable
 from frostline.types import Array, DataError, FrostlineError
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
@@ -80,8 +80,8 @@ def cache_features(
     Args:
         prefix: The frozen part, for example ``fl.split(model).prefix``; a torch module is run at
             inference.
-        data: What :func:`frostline.data.batches` takes, or a torch ``Dataset``; the prefix sees
-            ``x`` alone. Row i of the cache is sample i.
+        data: What :func:`frostline.data.batches.batches` takes, or a torch ``Dataset``; the prefix
+            sees ``x`` alone. Row i of the cache is sample i.
         path: Cache folder; by default ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
             Nothing is written outside it.
         engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
@@ -366,7 +366,7 @@ def _full(x: Any, size: int) -> Any:
 
 
 def _map_rows(x: Any, rows: Array) -> Any:
-    from frostline.data import map_leaves
+    from frostline.data.batches import map_leaves
 
     return map_leaves(lambda leaf: np.asarray(leaf)[rows], x)
 

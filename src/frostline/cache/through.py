@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline import engines
+from frostline.adapters import prefix as prefixes
 from frostline.cache.features import FeatureCache
-from frostline.data import map_leaves
-from frostline.models import prefix as prefixes
+from frostline.data.batches import map_leaves
 from frostline.types import Array, DataError, ModelError
 
 

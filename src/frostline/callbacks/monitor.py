@@ -9,12 +9,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline import stats
+from frostline.adapters import view
+from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.blend import BlendForward
 from frostline.callbacks.sites import keras_sites
-from frostline.data import Batch, batches
-from frostline.models import keras_graph, view
-from frostline.models.keras_blend import BlendForward
-from frostline.stats import Moments
+from frostline.data.batches import Batch, batches
+from frostline.numerics import stats
+from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, Site
 
 log = logging.getLogger("frostline")

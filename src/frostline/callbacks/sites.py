@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from frostline.models import view
+from frostline.adapters import view
 from frostline.types import ModelError, Site
 
 

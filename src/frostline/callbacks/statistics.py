@@ -9,12 +9,12 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from frostline.adapters.keras import watch as keras_watch
+from frostline.adapters.keras.moments import KerasMoments
 from frostline.callbacks.sites import keras_sites
-from frostline.data import require_reiterable
-from frostline.models import keras_watch
-from frostline.models.keras_moments import KerasMoments
-from frostline.recalibration import Method, recalibrated
-from frostline.selection import GROUPS, select
+from frostline.data.batches import require_reiterable
+from frostline.graph.selection import GROUPS, select
+from frostline.measure.recalibration import Method, recalibrated
 from frostline.types import Array, ModelError
 
 log = logging.getLogger("frostline")

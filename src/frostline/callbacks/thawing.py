@@ -9,9 +9,9 @@ from typing import Any
 
 import keras
 
-from frostline.models import keras_edit, keras_graph
-from frostline.models.keras_gate import Gate
-from frostline.models.keras_graph import Place
+from frostline.adapters.keras import edit as keras_edit, graph as keras_graph
+from frostline.adapters.keras.graph import Place
+from frostline.adapters.keras.weight_hold import Gate
 from frostline.types import ModelError
 
 log = logging.getLogger("frostline")

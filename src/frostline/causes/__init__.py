@@ -14,9 +14,9 @@ from dataclasses import replace
 from frostline.causes import averages, batches, data, files, frozen
 from frostline.causes.assignment import Assigned, assign, scale_of_inputs, victims
 from frostline.causes.case import Case, Claim, number
-from frostline.measurement import OTHER_CAUSES, Cause, Measurement
-from frostline.models.facts import ModelFacts
 from frostline.types import Finding
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import OTHER_CAUSES, Cause, Measurement
 
 Explain = Callable[[Case, Assigned], Iterator[Claim]]
 

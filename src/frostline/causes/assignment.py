@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from frostline.causes.case import AGREES, EQUAL, FAR, Case
-from frostline.measurement import SiteMeasurement
-from frostline.stats import normals_apart
+from frostline.numerics.stats import normals_apart
 from frostline.types import Array, Certainty
+from frostline.types.measured import SiteMeasurement
 
 #: Share of the old value above which an average has not caught up: as of rule FL203.
 OLD_SHARE = 0.1

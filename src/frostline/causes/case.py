@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-from frostline.measurement import Behaviour, Difference, Interval, Measurement, Probe
-from frostline.models.facts import ModelFacts, SiteFacts
-from frostline.stats import paired_bootstrap
+from frostline.numerics.stats import paired_bootstrap
 from frostline.types import Array, Certainty, Finding
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Behaviour, Difference, Interval, Measurement, Probe
 
 Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
 

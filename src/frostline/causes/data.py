@@ -9,7 +9,7 @@ import numpy as np
 
 from frostline.causes.assignment import Assigned, scale_of_inputs, young_average
 from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
-from frostline.measurement import InputMoments
+from frostline.types.measured import InputMoments
 
 #: Part of the excess of inference that an input transformation must close to be told at all, and
 #: to be told for sure.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.experiments.sources import Catalogue, Labels, Split, open_source, optional
+from frostline.experiments.image_sources import Catalogue, Labels, Split, open_source, optional
 from frostline.types import Array, DataError
 
 #: Share of each class, at its end, that is the test split of a source that has no splits of its

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from frostline import environment, layers
-from frostline.diagnosis import diagnose, phases, require_sites, sites
+from frostline.adapters import ModelView, view
 from frostline.experiments import backbones, datasets, records
 from frostline.experiments.overfit_settings import (
     ROWS,
@@ -30,10 +30,10 @@ from frostline.experiments.overfit_settings import (
     resolved,
 )
 from frostline.experiments.run import Progress, Result, Silent, run_rows
-from frostline.models import ModelView, view
-from frostline.repair import convert, freeze, recalibrate
 from frostline.report.report import Report
 from frostline.types import Array, DataError, PhaseTable
+from frostline.verbs.diagnose import diagnose, phases, require_sites, sites
+from frostline.verbs.edit import convert, freeze, recalibrate
 
 __all__ = [
     "ROWS",

@@ -19,15 +19,15 @@ from typing import Any, Literal
 import numpy as np
 
 from frostline import environment, layers
-from frostline.diagnosis import phases, require_sites, sites
+from frostline.adapters import view
 from frostline.experiments import backbones, datasets, records
 from frostline.experiments.overfit_settings import default_boundary
 from frostline.experiments.run import Progress, Result, Silent, run_rows
 from frostline.experiments.transfer_settings import ROWS, Row, TransferSettings, check_settings
-from frostline.models import view
-from frostline.repair import convert, freeze, recalibrate, unfreeze
-from frostline.training import fit
 from frostline.types import Array, DataError, PhaseTable
+from frostline.verbs.diagnose import phases, require_sites, sites
+from frostline.verbs.edit import convert, freeze, recalibrate, unfreeze
+from frostline.verbs.fit import fit
 
 __all__ = [
     "ROWS",

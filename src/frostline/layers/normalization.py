@@ -20,9 +20,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from frostline.layers.releases import Release, release
 from frostline.layers.state import State, WhileTrainable
 from frostline.layers.tensors import copy_of, move, read, select, traced, values_per_channel
-from frostline.releases import Release, release
 from frostline.types import Policy
 
 _POLICIES = ("inference", "batch", "update")

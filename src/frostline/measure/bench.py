@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data import Batch, leaves
+from frostline.adapters import Forward, ModelView, Outcome
+from frostline.data.batches import Batch, leaves
+from frostline.graph.selection import GROUPS
 from frostline.measure.phases import infer_task, judge
+from frostline.measure.recalibration import recalibrated
 from frostline.measure.samples import Samples
-from frostline.measurement import Probe, Task
-from frostline.models import Forward, ModelView, Outcome
-from frostline.recalibration import recalibrated
-from frostline.selection import GROUPS
-from frostline.stats import Moments
+from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
+from frostline.types.measured import Probe, Task
 
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
 #: waits on disk. Few, for a diagnosis should not need much more memory than the model itself.
@@ -42,7 +42,7 @@ class Bench:
         logits: The outputs come before the sigmoid or softmax.
         labels: Class index of each sample, or its target in a regression; ``None`` for other tasks.
         blend_in_training: λ of each site in training; see
-            :attr:`frostline.measurement.Measurement.behaviour`.
+            :attr:`frostline.types.measured.Measurement.behaviour`.
         noisy: The model has layers but BN that act in training only; without them dropout is not
             tried a second time.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
@@ -76,7 +76,7 @@ class Bench:
 
     @property
     def channels(self) -> int:
-        """Axis of the channels in an input; see :class:`frostline.models.ModelView`."""
+        """Axis of the channels in an input; see :class:`frostline.adapters.ModelView`."""
         return self.view.channel_axis
 
     @property

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data import Batch, leaves
-from frostline.measurement import InputMoments
-from frostline.stats import Moments
+from frostline.data.batches import Batch, leaves
+from frostline.numerics.stats import Moments
 from frostline.types import Array
+from frostline.types.measured import InputMoments
 
 #: Means of ImageNet in 0 to 255, blue first, as the ``caffe`` mode subtracts them.
 CAFFE_MEAN = (103.939, 116.779, 123.68)

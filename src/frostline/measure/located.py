@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from frostline import stats
-from frostline.data import Batch
+from frostline.data.batches import Batch
 from frostline.measure.bench import Bench, Statistics
 from frostline.measure.samples import take
-from frostline.measurement import SiteMeasurement
-from frostline.stats import Moments
+from frostline.numerics import stats
+from frostline.numerics.stats import Moments
 from frostline.types import Array
+from frostline.types.measured import SiteMeasurement
 
 #: Samples whose moments are taken class by class, and most classes.
 CLASS_SAMPLES = 256

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from frostline import stats
-from frostline.data import leaves
+from frostline.adapters import ModelView
+from frostline.data.batches import leaves
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
 from frostline.measure.phases import predicted_classes
 from frostline.measure.samples import draw, rebatched
 from frostline.measure.setting import facts_of, first_line, make_bench
-from frostline.measurement import Behaviour, Gap, Interval, Measurement, Probe
-from frostline.models import ModelView
+from frostline.numerics import stats
 from frostline.types import Array, DataError
+from frostline.types.measured import Behaviour, Gap, Interval, Measurement, Probe
 
 #: ``(what is measured now, part that is done)``.
 Progress = Callable[[str, float], None]
@@ -69,7 +69,7 @@ def measure(
 
     Args:
         view: The model.
-        data: Labelled data; see :mod:`frostline.data`. Read once.
+        data: Labelled data; see :mod:`frostline.data.batches`. Read once.
         validation: Labelled data that the model was not trained on; ``None`` to leave them out.
         loss: Whatever the framework takes as a loss; ``None`` for the compiled one, or else the
             usual one for the labels and outputs.

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from frostline import stats
-from frostline.data import Batch, batches, is_reiterable, leaves
-from frostline.measurement import Interval, Task
-from frostline.models import ModelView
+from frostline.adapters import ModelView
+from frostline.data.batches import Batch, batches, is_reiterable, leaves
+from frostline.numerics import stats
 from frostline.types import Array, DataError, PhaseRow, PhaseTable, as_float64
+from frostline.types.measured import Interval, Task
 
 Metrics = Mapping[str, Callable[[Array, Array], float]]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data import Batch, batches, collect, leaves, map_leaves
+from frostline.data.batches import Batch, batches, collect, leaves, map_leaves
 from frostline.types import Array, DataError
 
 #: A stream is read up to so many times the samples that are wanted: a generator may never end.
@@ -79,7 +79,7 @@ def draw(
     up to :data:`READ_FACTOR` times ``max_samples`` samples.
 
     Args:
-        data: See :mod:`frostline.data`; one-shot iterators too.
+        data: See :mod:`frostline.data.batches`; one-shot iterators too.
         max_samples: At most so many samples.
         batch_size: Wanted samples per batch; ``None`` for that of the data's own first batch, and
             32 for arrays.

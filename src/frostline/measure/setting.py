@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data import Batch, leaves
+from frostline.adapters import ModelView, read_facts as read_facts
+from frostline.data.batches import Batch, leaves
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import class_labels, infer_task
 from frostline.measure.samples import Samples, draw, take
-from frostline.measurement import Behaviour
-from frostline.models import ModelView
-from frostline.models.facts import ModelFacts, read as read_facts
 from frostline.types import Array, DataError, FrostlineError, ModelError, Site
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Behaviour
 
 #: Batches in which the sites are watched, and samples of each: stored and batch statistics are
 #: told apart the better the fewer there are.
@@ -143,7 +143,7 @@ def _forward(view: ModelView, loss: Any) -> tuple[Any, list[str]]:
     """λ-passes over all sites that can be blended, and which cannot."""
     make = getattr(view, "blend_forward", None)
     if make is None:
-        from frostline.models.keras_blend import BlendForward
+        from frostline.adapters.keras.blend import BlendForward
 
         def make(loss: Any = None, paths: Any = None) -> Any:
             return BlendForward(view.model, paths, loss=loss)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from frostline.attribution import MAX_NODES, path_integral
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
-from frostline.measurement import Attribution, Probe
+from frostline.numerics.attribution import MAX_NODES, path_integral
 from frostline.types import Array, DataError, as_float64
+from frostline.types.measured import Attribution, Probe
 
 #: Samples that are differentiated: a derivative costs three passes, and there is one per node.
 SAMPLES = 128

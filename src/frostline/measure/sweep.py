@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from frostline.data import Batch
+from frostline.adapters import Outcome
+from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import rebatched, take
-from frostline.measurement import SweepPoint
-from frostline.models import Outcome
 from frostline.types import Array, as_float64
+from frostline.types.measured import SweepPoint
 
 Outputs = tuple[Array, ...] | None
 

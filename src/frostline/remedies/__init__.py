@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from frostline.measure import Bench
-from frostline.measurement import Cause, Interval, Measurement, Probe, Remedy
-from frostline.models.facts import ModelFacts
+from frostline.numerics.stats import paired_bootstrap
 from frostline.remedies import inputs, statistics, training
 from frostline.remedies.candidate import Candidate, Try, Workplace
 from frostline.remedies.statistics import group_of
-from frostline.stats import paired_bootstrap
 from frostline.types import FrostlineError
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Cause, Interval, Measurement, Probe, Remedy
 
 log = logging.getLogger("frostline")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from frostline.measure import Bench
-from frostline.measurement import Cause, Measurement, Probe
-from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Cause, Measurement, Probe
 
 #: Causes of statistics that are wrong at sites that train: their own, exact ones repair them.
 STALE = (
@@ -37,7 +37,7 @@ class Candidate:
 
     Attributes:
         name: In a few words.
-        fix: As in :class:`~frostline.measurement.Remedy`.
+        fix: As in :class:`~frostline.types.measured.Remedy`.
         treats: Codes of the causes that it is for.
         text: What it does, one sentence.
         after: Inference with the repair; ``None`` where that cannot be known before training.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from frostline.measurement import Remedy
-from frostline.momentum import suggest_momentum
+from frostline.numerics.averages import suggest_momentum
 from frostline.remedies.candidate import STALE, UNSTEADY, Candidate, Workplace
 from frostline.types import Array
+from frostline.types.measured import Remedy
 
 #: Updates that a new momentum is suggested for where training steps are not known.
 _USUAL_STEPS = 200

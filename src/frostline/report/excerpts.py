@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from frostline.measurement import Attribution, Gap, Measurement, Remedy
 from frostline.types import Array, as_float64
+from frostline.types.measured import Attribution, Gap, Measurement, Remedy
 
 if TYPE_CHECKING:
     from frostline.report.report import Report

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from frostline.measurement import Cause, Measurement, Remedy
 from frostline.report import excerpts, figures, vector, wording
 from frostline.types import Array, Finding, Site
+from frostline.types.measured import Cause, Measurement, Remedy
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from frostline.measurement import Attribution, Cause, Gap, Measurement, Remedy
 from frostline.report import schema
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
+from frostline.types.measured import Attribution, Cause, Gap, Measurement, Remedy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from frostline.measurement import Attribution, Cause, Measurement, Remedy
 from frostline.report import excerpts, wording
 from frostline.types import Finding
+from frostline.types.measured import Attribution, Cause, Measurement, Remedy
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from frostline.measurement import Attribution, Interval
 from frostline.report import excerpts
 from frostline.types import Certainty, Finding, Site, Skipped
+from frostline.types.measured import Attribution, Interval
 
 if TYPE_CHECKING:
     from frostline.report.report import Report

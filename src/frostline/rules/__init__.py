@@ -1,7 +1,7 @@
 """Rules: what is wrong with a model, one pure function each, with its documentation beside it.
 
-A rule reads :class:`~frostline.models.facts.ModelFacts`, and a
-:class:`~frostline.measurement.Measurement` if it needs data, and yields :class:`Hit` objects; it
+A rule reads :class:`~frostline.types.facts.ModelFacts`, and a
+:class:`~frostline.types.measured.Measurement` if it needs data, and yields :class:`Hit` objects; it
 knows no framework, opens no file and changes nothing. Codes are public and never used again:
 ``FL1xx`` is configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless
 selected.
@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
-from frostline.measurement import Measurement
-from frostline.models.facts import ModelFacts
 from frostline.types import Certainty, Finding, FrostlineError, Severity, Skipped
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Measurement
 
 log = logging.getLogger("frostline")
 
@@ -35,15 +35,15 @@ Check = Callable[..., Iterator["Hit"]]
 #: Modules with the rules that come with Frostline.
 _BUILTIN = (
     "freezing",
-    "modes",
-    "calling",
+    "train_mode",
+    "call_arguments",
     "configuration",
     "stored",
     "channels",
-    "behaving",
+    "observed_behaviour",
     "data",
     "batches",
-    "sources",
+    "mixed_statistics",
 )
 
 #: Why a rule was not applied, by what it needs.
@@ -218,7 +218,7 @@ def check(
     """Apply rules to the facts of a model.
 
     Args:
-        facts: From :func:`frostline.models.facts.read`, or written by hand.
+        facts: From :func:`frostline.adapters.read_facts`, or written by hand.
         rules: From :func:`select`.
         measurement: Of the same model on data; without it rules that need data are skipped.
         options: Code -> thresholds that replace the rule's defaults.

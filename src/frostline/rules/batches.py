@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.measurement import Measurement, SiteMeasurement
-from frostline.models.facts import ModelFacts, SiteFacts
 from frostline.rules import Hit, rule
-from frostline.rules.behaving import uses_batch
 from frostline.rules.data import measured
+from frostline.rules.observed_behaviour import uses_batch
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Measurement, SiteMeasurement
 
 #: Fewer batches than this do not tell how much batches differ.
 _FEWEST_BATCHES = 4

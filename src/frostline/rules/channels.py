@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.models.facts import ModelFacts
 from frostline.rules import Hit, rule
 from frostline.rules.stored import statistics
+from frostline.types.facts import ModelFacts
 
 #: Unit roundoff: half of the spacing of numbers at 1.
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.models.facts import ModelFacts
 from frostline.rules import Hit, rule
+from frostline.types.facts import ModelFacts
 
 
 @rule("FL111", "swapped-momentum-convention", severity="warning", fix="set-momentum")

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from frostline.measurement import Measurement, SiteMeasurement
-from frostline.models.facts import ModelFacts, SiteFacts
+from frostline.numerics.stats import remaining_share
 from frostline.rules import Hit, rule
 from frostline.rules.freezing import next_layer
-from frostline.stats import remaining_share
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Measurement, SiteMeasurement
 
 #: Standard errors that are added to each limit: nine channels in ten must lie beyond by chance
 #: before a site is reported.

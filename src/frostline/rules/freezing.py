@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from frostline.models.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.rules import Hit, rule
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 
 
 @rule("FL101", "frozen-uses-batch-statistics", severity="error", fix="convert")

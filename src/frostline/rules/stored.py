@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.models.facts import ModelFacts, SiteFacts
 from frostline.rules import Hit, rule
 from frostline.types import Array
+from frostline.types.facts import ModelFacts, SiteFacts
 
 
 @rule("FL201", "non-finite-statistics", severity="error", needs="statistics", fix="recalibrate")

@@ -1,0 +1,283 @@
+"""The Keras view: what the rest of Frostline may ask of a Keras model, on any backend.
+
+Forward passes run inside ``keras.StatelessScope``, which catches every assignment, so a
+training-mode pass updates nothing. They are compiled once per phase, set of `trainable` flags and
+batch shape on TensorFlow and JAX, and run eagerly on torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import keras
+
+from frostline.adapters.keras import (
+    behaviour as keras_behaviour,
+    compare as keras_compare,
+    edit as keras_edit,
+    facts as keras_facts,
+    fold as keras_fold,
+    graph as keras_graph,
+    momentum as keras_momentum,
+    noise as keras_noise,
+    split as keras_split,
+    state as keras_state,
+    trial as keras_trial,
+)
+from frostline.adapters.keras.blend import BlendForward
+from frostline.adapters.keras.forward_pass import (
+    Collected,
+    compiled_pass,
+    float32,
+    inference,
+    readable_labels,
+    tensors,
+)
+from frostline.adapters.keras.moments import KerasMoments
+from frostline.adapters.keras.random import fixed_randomness, seeds
+from frostline.types import Boundary, Policy, Site
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Behaviour, Difference
+
+
+class KerasView:
+    """A Keras model seen in numpy and dataclasses; see :class:`frostline.adapters.ModelView`."""
+
+    framework = "keras"
+    saved_as: Literal["model", "state"] = "model"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.backend: str = keras.backend.backend()
+        self._steps: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def channel_axis(self) -> int:
+        """1 where the first layer that has a data format wants ``channels_first``, else -1."""
+        formats = (getattr(p.layer, "data_format", None) for p in keras_graph.walk(self.model))
+        return 1 if next(filter(None, formats), None) == "channels_first" else -1
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every BN layer, in execution order where the graph is known."""
+        return keras_graph.sites(self.model)
+
+    def boundary(self, reference: Any) -> Boundary:
+        """Translate a layer name, path, index, fraction or layer into a boundary."""
+        return keras_graph.resolve(self.model, reference)
+
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the layers before a boundary: those that freezing up to it freezes."""
+        places = keras_edit.side(keras_graph.walk(self.model), boundary, before=True)
+        return frozenset(place.path for place in places)
+
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first layer that trains, and the path of that layer."""
+        return keras_graph.frozen_prefix(self.model)
+
+    def preserved(self) -> AbstractContextManager[None]:
+        """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
+        return keras_state.preserved(self.model)
+
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
+        """Return the outputs of one batch; no variable of the model changes.
+
+        Args:
+            x: Inputs of one batch, in the structure that the model takes.
+            training: Phase 1 (dropout on, batch statistics where the layers use them) or phase 0.
+            step: Number of the batch: dropout masks are the same in every call for the same step
+                and differ between steps.
+
+        Returns:
+            Arrays in the structure of the model's outputs, float32.
+        """
+        outputs, _ = self._run(x, None, None, training, step)
+        return outputs
+
+    def score(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> tuple[Any, float | None]:
+        """Return outputs and compiled loss of one batch; no variable of the model changes.
+
+        The loss is the compiled one with its additional losses (regularizers), or ``None`` when the
+        model is not compiled with a loss. Arguments are those of :meth:`forward`.
+
+        Raises:
+            DataError: The compiled loss does not take these labels.
+        """
+        outputs, loss = self._run(x, y, sample_weight, training, step)
+        return outputs, None if loss is None else float(loss)
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Return the snake-case name of the compiled loss and its ``from_logits``."""
+        loss = self.model.loss if getattr(self.model, "compiled", False) else None
+        if loss is None or isinstance(loss, (dict, list, tuple)):
+            return None, None
+        if isinstance(loss, str):
+            return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", loss).lower(), None
+        name = getattr(loss, "__name__", None) or type(loss).__name__
+        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+        return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
+
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        return keras_facts.facts(self.model)
+
+    def meter(self, paths: Sequence[str]) -> KerasMoments:
+        """What measures and stores the statistics of these sites.
+
+        Raises:
+            ModelError: A path is not a built Keras BN layer.
+        """
+        return KerasMoments(self.model, paths)
+
+    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> BlendForward:
+        """Forward passes with λ and the stored statistics as arguments.
+
+        Args:
+            loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one
+                number per sample; ``None`` for the compiled loss.
+            paths: Sites to blend, in the order of the blend vector; ``None`` for all of them.
+
+        Raises:
+            ModelError: An unknown path, or a site that is not built.
+        """
+        return BlendForward(self.model, paths, loss=loss)
+
+    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
+        """What every site does in a training-mode and in an inference pass of the model."""
+        collected = list(batches)
+        if collected:
+            self._build(tensors(collected[0][0]))
+        return keras_behaviour.behaviour(self.model, collected)
+
+    def noise_layers(self) -> dict[str, str]:
+        """Path of each layer that is no BN and acts in training only -> its kind."""
+        return keras_noise.noise_layers(self.model)
+
+    def round_trip(self, x: Any) -> float:
+        """Save, load, run inference on ``x``: largest change relative to the largest output.
+
+        Raises:
+            ModelError: The model cannot be saved or loaded; the text says why.
+        """
+        self._build(tensors(x))
+        return keras_compare.round_trip(self.model, functools.partial(_outputs, x))
+
+    def difference(self, reference: Any, x: Any = None) -> Difference:
+        """Compare with a model, a file or arrays; see :func:`.keras_compare.difference`."""
+        if x is not None:
+            self._build(tensors(x))
+        outputs = None if x is None else functools.partial(_outputs, x)
+        return keras_compare.difference(self.model, reference, outputs)
+
+    def trial(
+        self, batches: Iterable[tuple[Any, ...]], *, policy: Policy = "inference", epochs: int = 1
+    ) -> AbstractContextManager[None]:
+        """Train on the batches, frozen sites locked; on exit all is as it was, bit for bit."""
+        return keras_trial.trial(self.model, batches, policy=policy, epochs=epochs)
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
+        """Run the model's own ``evaluate``; metric states come back untouched.
+
+        Args:
+            batches: ``(x, y)`` or ``(x, y, sample_weight)`` tuples.
+
+        Returns:
+            Metric name -> value with ``loss``; empty when the model is not compiled.
+        """
+        if not getattr(self.model, "compiled", False):
+            return {}
+        collected = Collected(batches)
+        with keras_state.preserved(self.model), readable_labels(self.model, collected.labels):
+            logs = self.model.evaluate(collected, verbose=0, return_dict=True)
+        return {name: float(value) for name, value in logs.items()}
+
+    def compiled(self) -> bool:
+        """Whether the model is compiled for training."""
+        return bool(getattr(self.model, "compiled", False))
+
+    def set_frozen(
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
+    ) -> tuple[keras_edit.Counts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        flags = keras_edit.flags(self.model)
+        counts = keras_edit.set_frozen(
+            self.model,
+            boundary,
+            before=before,
+            frozen=frozen,
+            params=params,
+            statistics=statistics,
+            dropout=dropout,
+        )
+        return counts, lambda: keras_edit.set_flags(flags)
+
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites; see :mod:`keras_momentum`."""
+        return keras_momentum.set_decay(self.model, paths, decay)
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
+        return keras_edit.convert(self.model, version=version, policy=policy, debias=debias)
+
+    def restore(self) -> int:
+        """Turn our BN layers back into stock ones, in place; returns how many."""
+        return keras_edit.to_stock(self.model)
+
+    def fold(self) -> keras_fold.Folded:
+        """Fold every BN layer at its stored statistics; the outcome is a new model."""
+        return keras_fold.fold(self.model)
+
+    def split(self, at: Any = None, *, sample: Any = None) -> keras_split.Parts:
+        """Cut the model into its frozen prefix and the rest, which share its layers."""
+        return keras_split.split(self.model, at, sample=sample)
+
+    # --- the step -----------------------------------------------------------------------------
+
+    def _run(self, x: Any, y: Any, weight: Any, training: bool, step: int) -> tuple[Any, Any]:
+        model = self.model
+        x, y, weight = (tensors(part) for part in (x, y, weight))
+        self._build(x)
+        with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
+        # What a compiled step holds as a constant; a step for other constants is another step.
+        flags = tuple(
+            (bool(place.layer.trainable), getattr(place.layer, "policy", None))
+            for place in keras_graph.walk(model)
+        )
+        objective = getattr(model, "_compile_loss", None) if with_loss else None
+        key = (training, objective, weight is not None, flags)
+        if key not in self._steps:
+            self._steps[key] = compiled_pass(model, training, with_loss)
+        with fixed_randomness(model, step), readable_labels(model, y):
+            if with_loss:
+                self._build_loss(x, y)
+            outputs, loss = self._steps[key](x, y, weight, seeds(model, step))
+        convert = keras.tree.map_structure(float32, outputs)
+        return convert, None if loss is None else keras.ops.convert_to_numpy(loss)
+
+    def _build(self, x: Any) -> None:
+        if not self.model.built:
+            with keras_state.preserved(self.model):
+                self.model(x, training=False)
+
+    def _build_loss(self, x: Any, y: Any) -> None:
+        """Let a compiled loss that has met no data yet create its trackers, outside any trace."""
+        loss = getattr(self.model, "_compile_loss", None)
+        if loss is not None and not loss.built:
+            loss.build(y, inference(self.model, x))
+
+
+def _outputs(x: Any, model: Any) -> Any:
+    """Inference outputs of any Keras model."""
+    return KerasView(model).forward(x, training=False)

@@ -1,0 +1,503 @@
+"""One forward pass for every question: the blend λ and the statistics are its arguments.
+
+Every site normalises with ``(1 - λ) * stored + λ * batch``. While a pass is traced, each BN layer
+carries a ``call`` of its own that reads λ and the stored statistics from the arguments of the
+trace; the layer's class and variables stay as they are. All of it runs in a ``StatelessScope``:
+what a layer assigns is thrown away.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import ops
+
+from frostline.adapters import Outcome
+from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.compile import compiled, without_gradients
+from frostline.adapters.keras.forward_pass import inference, tensors
+from frostline.adapters.keras.loss import PerSampleLoss
+from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
+from frostline.adapters.keras.site_handle import (
+    Port,
+    blended_call,
+    given_call,
+    ports,
+    replaced,
+    stored_call,
+)
+from frostline.numerics.stats import Moments
+from frostline.types import Array, DataError, ModelError, as_float64
+
+#: Path -> (mean, biased variance), shape ``(channels,)`` each.
+Statistics = Mapping[str, tuple[Any, Any]]
+
+
+class BlendForward:
+    """Forward passes of a Keras model with blended statistics; the model is never changed.
+
+    At λ = 0 a site uses its stored statistics, at λ = 1 those of the batch (biased variance, in two
+    passes over the values), whatever its ``trainable`` and ``policy`` say. A layer that the model
+    uses several times has one λ and the moments of each of its inputs. BN layers that are not among
+    ``paths`` use what they have stored. Batch renormalisation is left out: λ = 1 is plain batch
+    normalisation there. A mask is treated as the stock layer treats it.
+
+    A subclass of BN with a ``call`` of its own runs that ``call`` in inference with the blended
+    statistics in the place of the stored ones; the batch's are those of the layer's input.
+
+    A pass is compiled once per kind of answer on TensorFlow, once per batch size too on JAX, and
+    runs eagerly on torch or where the model is compiled with ``run_eagerly``.
+
+    Args:
+        model: A built Keras model: functional, sequential or subclassed, on any backend.
+        paths: Sites to blend, as in ``frostline.sites``, in the order of the blend vector; ``None``
+            for all of them.
+        loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one number
+            per sample; ``None`` for the compiled loss.
+
+    Attributes:
+        paths: The sites, one per entry of the blend vector.
+        traces: How often a pass was traced; stays 0 where nothing is compiled.
+
+    Raises:
+        ModelError: An unknown path, or a site that is asked for and has no statistics: not built,
+            or a torch module that does not track them.
+    """
+
+    def __init__(self, model: Any, paths: Sequence[str] | None = None, *, loss: Any = None) -> None:
+        self.model = model
+        self.traces = 0
+        known = ports(model)
+        self._ports = _chosen(model, known, paths)
+        self.paths = tuple(self._ports)
+        places = keras_graph.walk(model)
+        self._looped = [path for path in self.paths if in_a_loop(places, path)]
+        self._others = [port for path, port in known.items() if path not in self._ports]
+        self._given_loss = loss
+        self._loss: PerSampleLoss | None = None
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def only(self, paths: Sequence[str]) -> BlendForward:
+        """The same passes over some of the sites, the others on what they have stored.
+
+        Derivatives end at the first of them, so those of a few late sites cost little.
+        """
+        return BlendForward(self.model, paths, loss=self._given_loss)
+
+    # --- questions ----------------------------------------------------------------------------
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: Literal[False] = ...,
+    ) -> Any: ...
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: Literal[True],
+    ) -> tuple[Any, dict[str, Moments]]: ...
+
+    @overload
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = ...,
+        dropout: bool = ...,
+        step: int = ...,
+        record: bool = ...,
+    ) -> Any: ...
+
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Any:
+        """Return the outputs of one batch and, if asked, what the sites saw.
+
+        Args:
+            x: Inputs of one batch, in the structure that the model takes.
+            blend: λ of each site, shape ``(sites,)``, or one number for all; in [0, 1].
+            statistics: Path -> (mean, biased variance) to use in the place of what is stored.
+            dropout: Run everything but BN as in training: dropout, noise, random augmentation.
+            step: Number of the batch: dropout masks are the same in every call for the same step
+                and differ between steps.
+            record: Also return the moments of each site's input, merged over the layer's uses.
+
+        Returns:
+            Arrays in the structure of the model's outputs, float32 at least; with ``record`` a pair
+            of them and path -> moments, float64.
+
+        Raises:
+            DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
+            ModelError: ``statistics`` for an unknown site; ``record`` with a site inside an RNN.
+        """
+        if record:
+            self._require_recordable()
+        found, seen = self._run(
+            "outputs", (x, None, None), blend, statistics, dropout, step, record
+        )
+        arrays = keras.tree.map_structure(_outgoing, found)
+        return (arrays, _moments(seen)) if record else arrays
+
+    def losses(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> npt.NDArray[np.float64]:
+        """Return the loss of each sample, shape ``(n,)``.
+
+        With the default reduction their mean is the compiled loss without the losses that layers
+        and regularizers add. Arguments are those of :meth:`outputs`.
+
+        Raises:
+            DataError: Labels or weights that do not fit the outputs; as for :meth:`outputs`.
+            ModelError: The model has no loss, or one that gives one number per batch.
+        """
+        batch = (x, y, sample_weight)
+        return as_float64(_numpy(self._run("losses", batch, blend, statistics, dropout, step)))
+
+    def gradient(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``.
+
+        The derivative runs through the batch statistics of all sites behind. Arguments and errors
+        are those of :meth:`losses`.
+        """
+        batch = (x, y, sample_weight)
+        losses, slope = self._run("gradient", batch, blend, statistics, dropout, step)
+        return as_float64(_numpy(losses)), as_float64(_numpy(slope))
+
+    def outcome(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Statistics | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Outcome:
+        """Return outputs, losses and, if asked, the sites' moments of one pass together.
+
+        Arguments and errors are those of :meth:`outputs` and :meth:`losses`.
+        """
+        if record:
+            self._require_recordable()
+        batch = (x, y, sample_weight)
+        backend = keras.backend.backend()
+        # JAX compiles for longer than the batch's moments, which λ = 0 does without, take.
+        zero = not record and backend != "jax" and not np.any(as_float64(blend))
+        # Elsewhere they are formed anyway: one compiled pass that gives them serves both.
+        together = not zero and backend != "torch" and self._recordable
+        kind = "outcome at zero" if zero else "outcome"
+        found, losses, seen = self._run(
+            kind, batch, blend, statistics, dropout, step, record=record or together
+        )
+        return Outcome(
+            outputs=keras.tree.map_structure(_outgoing, found),
+            losses=as_float64(_numpy(losses)),
+            moments=_moments(seen) if record else {},
+        )
+
+    def own(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> Outcome:
+        """Return outputs and losses of the model's own pass: every layer as its flags have it.
+
+        Args:
+            x: Inputs of one batch.
+            y: Labels of one batch.
+            sample_weight: Of one batch.
+            training: The ``training`` argument of the model's call; nothing is updated.
+            step: Number of the batch; fixes the dropout masks.
+        """
+        kind = "own training" if training else "own inference"
+        found, losses, _ = self._run(kind, (x, y, sample_weight), 0.0, None, training, step)
+        return Outcome(
+            outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(_numpy(losses))
+        )
+
+    # --- the pass -----------------------------------------------------------------------------
+
+    def _run(
+        self,
+        kind: str,
+        batch: tuple[Any, Any, Any],
+        blend: Any,
+        statistics: Statistics | None,
+        dropout: bool,
+        step: int,
+        record: bool = False,
+    ) -> Any:
+        weights = self._blend(blend)
+        stored = self._statistics(statistics)
+        x, y, sample_weight = (tensors(part) for part in batch)
+        moved = seeds(self.model, step)
+        with fixed_randomness(self.model, step):
+            if kind != "outputs" and self._loss is None:
+                self._loss = self._prepared_loss(x, y)
+            run = self._function(kind, bool(dropout), bool(record))
+            return run(moved, weights, stored, x, y, sample_weight)
+
+    @property
+    def _recordable(self) -> bool:
+        """Moments may be recorded whether or not a mask comes along."""
+        return not self._looped and all(port.axis == -1 for port in self._ports.values())
+
+    def _require_recordable(self) -> None:
+        if self._looped:
+            raise ModelError(
+                "the moments of a BN layer inside a recurrent layer cannot be recorded: its loop "
+                f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
+            )
+
+    def _blend(self, blend: Any) -> Any:
+        values = as_float64(blend)
+        count = len(self.paths)
+        if values.shape not in ((), (count,)):
+            raise DataError(
+                f"blend must be one number or have one per site, shape ({count},). "
+                f"Received: shape {values.shape}"
+            )
+        if not ((values >= 0) & (values <= 1)).all():
+            raise DataError(f"blend must be between 0 and 1 everywhere. Received: {blend}")
+        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
+        return ops.convert_to_tensor(np.broadcast_to(values, (count,)).copy(), dtype=dtype)
+
+    def _statistics(self, given: Statistics | None) -> list[tuple[Any, Any]]:
+        given = given or {}
+        unknown = [path for path in given if path not in self._ports]
+        if unknown:
+            raise ModelError(
+                f"statistics are given for a site that is not blended; there are "
+                f"{', '.join(self.paths) or 'none'}. Received: {unknown[0]!r}"
+            )
+        pairs = []
+        for path, port in self._ports.items():
+            own = _stored(path, port)
+            pair = given.get(path, own)
+            for value, variable in zip(pair, own, strict=True):
+                if tuple(np.shape(value)) != tuple(variable.shape):
+                    raise DataError(
+                        f"statistics of '{path}' must have shape {tuple(variable.shape)}. "
+                        f"Received: {np.shape(value)}"
+                    )
+            dtypes = [_at_least_float32(variable) for variable in own]
+            pairs.append(
+                tuple(ops.convert_to_tensor(v, dtype=d) for v, d in zip(pair, dtypes, strict=True))
+            )
+        return pairs
+
+    def _prepared_loss(self, x: Any, y: Any) -> PerSampleLoss:
+        """Resolve the loss outside any trace: it may create variables.
+
+        What the outputs look like is enough. An eager pass to see them would keep all activations
+        of a functional model at once, and JAX would compile each of its operations.
+        """
+        loss = PerSampleLoss(self.model, self._given_loss)
+        outputs = shaped_like_outputs(self.model, x)
+        with keras.StatelessScope(), without_gradients():
+            loss.call(y, outputs)
+        return loss
+
+    def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
+        variables = list(self.model.variables)
+        # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
+        settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._ports.values())
+        if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
+            settings = tuple(
+                (bool(place.layer.trainable), getattr(place.layer, "policy", None))
+                for place in keras_graph.walk(self.model)
+            )
+        eager = bool(getattr(self.model, "run_eagerly", False))
+        key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
+        if key not in self._compiled:
+            forward = functools.partial(self._forward, kind, dropout, record)
+            states = [state for state, _ in seed_states(self.model)]
+            self._compiled[key] = compiled(
+                forward, variables, states, slope=kind == "gradient", eager=eager
+            )
+        return self._compiled[key]
+
+    def _forward(
+        self,
+        kind: str,
+        dropout: bool,
+        record: bool,
+        mapping: list[tuple[Any, Any]],
+        traced: bool,
+        blend: Any,
+        statistics: list[tuple[Any, Any]],
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        then: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        self.traces += traced
+        seen: dict[str, list[Any]] = {path: [] for path in self.paths}
+        own = kind.startswith("own")
+        if kind.endswith("at zero"):
+            patched = self._given(statistics)
+        else:
+            patched = self._blended(blend, statistics, seen if record else None)
+        with keras.StatelessScope(state_mapping=mapping), nullcontext() if own else patched:
+            outputs = self.model(x, training=dropout)
+            if kind == "outputs":
+                return outputs, seen
+            assert self._loss is not None
+            losses = self._loss.call(y, outputs, sample_weight)
+            if own or kind.startswith("outcome"):
+                return outputs, losses, seen
+            # Inside: a rematerialised layer runs again while torch differentiates.
+            return losses if then is None else then(losses)
+
+    def _blended(
+        self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
+    ) -> AbstractContextManager[None]:
+        """Give every BN layer a forward function that uses these tensors."""
+        calls: list[tuple[Port, Callable[..., Any]]] = []
+        for index, (path, port) in enumerate(self._ports.items()):
+            entries = None if seen is None else seen[path]
+            call = functools.partial(blended_call, blend[index], statistics[index], entries)
+            calls.append((port, call))
+        return replaced([*calls, *((port, stored_call) for port in self._others)])
+
+    def _given(self, statistics: list[tuple[Any, Any]]) -> AbstractContextManager[None]:
+        """Give every BN layer a forward function that uses these statistics and no others."""
+        ports = zip(self._ports.values(), statistics, strict=True)
+        calls = [(port, functools.partial(given_call, pair)) for port, pair in ports]
+        return replaced([*calls, *((port, stored_call) for port in self._others)])
+
+
+def _chosen(model: Any, known: Mapping[str, Port], paths: Sequence[str] | None) -> dict[str, Port]:
+    if paths is None:
+        ready = {path: port for path, port in known.items() if port.stored() is not None}
+        if known and not ready and not model.built:
+            raise _not_built(next(iter(known)))
+        return ready
+    chosen = list(paths)
+    if len(set(chosen)) < len(chosen):
+        raise ModelError(f"each site can be blended once. Received: {chosen}")
+    for path in chosen:
+        if path not in known:
+            every = ", ".join(map(repr, known)) or "none"
+            raise ModelError(f"no BN layer has this path; there are {every}. Received: {path!r}")
+        _stored(path, known[path])
+    return {path: known[path] for path in chosen}
+
+
+def _stored(path: str, port: Port) -> tuple[Any, Any]:
+    pair = port.stored()
+    if pair is not None:
+        return pair
+    if port.name == "call":
+        raise _not_built(path)
+    raise ModelError(
+        f"'{path}' keeps no statistics, so there is nothing to blend with. Received: a torch "
+        "module with track_running_stats=False"
+    )
+
+
+def _not_built(path: str) -> ModelError:
+    return ModelError(
+        f"Layer '{path}' is not built yet, so it has no statistics; call the model on one "
+        "batch first. Received: an unbuilt layer"
+    )
+
+
+def shaped_like_outputs(model: Any, x: Any) -> Any:
+    """Ones in the structure, shapes and types of the model's outputs; real ones where unknown."""
+    if keras.backend.backend() != "torch":  # which runs the model to find out
+        try:
+            like = keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, x.dtype), x)
+            specs = model.compute_output_spec(like, training=False)
+            return keras.tree.map_structure(lambda spec: ops.ones(spec.shape, spec.dtype), specs)
+        except Exception:  # code of the user's own may raise anything: the pass then says what
+            pass
+    return inference(model, x)
+
+
+def in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
+    """Whether a recurrent layer runs the site, in a loop that only the backend sees."""
+    by_path = {place.path for place in places}
+    if path not in by_path:  # inside a torch module
+        return False
+    above = set(keras_graph.ancestors(places, path))
+    return any(
+        place.path in above and isinstance(place.layer, keras.layers.RNN) for place in places
+    )
+
+
+# --- on the host ------------------------------------------------------------------------------
+
+
+def _at_least_float32(variable: Any) -> str:
+    name = keras.backend.standardize_dtype(variable.dtype)
+    return str(keras.backend.result_type(name, "float32"))
+
+
+def _numpy(tensor: Any) -> Array:
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+def _outgoing(tensor: Any) -> Array:
+    """An array of a type that numpy knows: half precision becomes float32."""
+    array = _numpy(tensor)
+    half = keras.backend.standardize_dtype(tensor.dtype) in ("float16", "bfloat16")
+    return array.astype(np.float32) if half else array
+
+
+def _moments(seen: Mapping[str, Sequence[Any]]) -> dict[str, Moments]:
+    merged = {}
+    for path, entries in seen.items():
+        parts = []
+        for count, mean, variance in entries:
+            number = int(_numpy(count))
+            mean64, variance64 = as_float64(_numpy(mean)), as_float64(_numpy(variance))
+            parts.append(Moments(number, mean64, variance64 * number))
+        if parts:
+            merged[path] = functools.reduce(Moments.merge, parts)
+    return merged

@@ -1,0 +1,252 @@
+"""A Keras graph as a flat list of calls that can be made again, on tensors or symbolically.
+
+Nested functional and sequential models are written out in place, so that a boundary may lie inside
+of them; a nested model that is called with a mask, or on inputs that it would reshape, stays one
+call. Other than ``keras_tape``, which measures, this keeps the phase open: every call runs in the
+phase it is replayed in.
+
+This room reads only. Replaying symbolically adds nodes to the layers' own records, as Keras does
+for every model that shares layers with another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from frostline.adapters.keras.tape import graph_of
+
+Slot = int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor in the arguments of a call."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One call of a layer or operation.
+
+    Attributes:
+        operation: What is called.
+        args: Positional arguments with places instead of tensors.
+        kwargs: Keyword arguments, likewise.
+        reads: Slots of the tensors among the arguments, each once.
+        writes: Slots of the flattened outputs.
+        masked: Slots among ``writes`` whose tensors carry a mask.
+    """
+
+    operation: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    reads: tuple[Slot, ...]
+    writes: tuple[Slot, ...]
+    masked: tuple[Slot, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graph:
+    """A model as calls in execution order.
+
+    Attributes:
+        calls: The calls.
+        inputs: Slots of the model's flattened inputs.
+        outputs: Slots of its flattened outputs.
+        tensors: Slot -> symbolic tensor of the model; those inside nested models know less of
+            their shape than :func:`replay` finds out.
+    """
+
+    calls: tuple[Call, ...]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    tensors: Mapping[Slot, Any]
+
+
+def flatten(model: Any) -> Graph | None:
+    """Write the graph of ``model`` out; ``None`` when it has none."""
+    graph = graph_of(model)
+    if graph is None:
+        return None
+    writer = _Writer()
+    inputs = [writer.slot(tensor) for tensor in graph.inputs]
+    outputs = writer.write_out(graph, inputs, None)
+    return Graph(
+        calls=tuple(writer.calls),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        tensors=writer.tensors,
+    )
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.tensors: dict[Slot, Any] = {}
+
+    def slot(self, tensor: Any) -> Slot:
+        self.tensors[len(self.tensors)] = tensor
+        return len(self.tensors) - 1
+
+    def write_out(self, graph: Any, inputs: list[Slot], training: bool | None) -> list[Slot]:
+        """Append the calls of ``graph``; returns the slots of its outputs."""
+        table = {id(tensor): slot for tensor, slot in zip(graph.inputs, inputs, strict=True)}
+        by_depth = graph._nodes_by_depth
+        for depth in sorted(by_depth, reverse=True):
+            for node in by_depth[depth]:
+                known = all(id(tensor) in table for tensor in node.input_tensors)
+                if node.operation is None or node.is_input or not known:
+                    continue
+                slots = self._node(node, table, training)
+                table |= {id(t): slot for t, slot in zip(node.outputs, slots, strict=True)}
+        return [table[id(tensor)] for tensor in graph.outputs]
+
+    def _node(self, node: Any, table: dict[int, Slot], training: bool | None) -> list[Slot]:
+        operation = node.operation
+
+        def fill(value: Any) -> Any:
+            return _Place(table[id(value)]) if isinstance(value, keras.KerasTensor) else value
+
+        args = keras.tree.map_structure(fill, node.arguments.args)
+        kwargs = keras.tree.map_structure(fill, node.arguments.kwargs)
+        if training is not None and takes_training(operation):
+            kwargs = {**kwargs, "training": training}  # written at the call of the nested model
+        graph = graph_of(operation)
+        entered = None if graph is None else self._entered(graph, args, kwargs)
+        if graph is not None and entered is not None:
+            written = kwargs.get("training")
+            return self.write_out(graph, entered, written if isinstance(written, bool) else None)
+        return self._append(operation, args, kwargs, node.outputs)
+
+    def _entered(
+        self, graph: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[Slot] | None:
+        """Slots that a nested model's inputs are, cast as it would; ``None``: leave it closed."""
+        if len(args) != 1 or kwargs.get("mask") is not None or set(kwargs) - {"training", "mask"}:
+            return None
+        given, struct = args[0], graph._inputs_struct
+        if isinstance(given, dict) != isinstance(struct, dict):
+            return None
+        if isinstance(given, dict) and sorted(given) != sorted(struct):
+            return None
+        places = keras.tree.flatten(given)
+        if len(places) != len(graph.inputs):
+            return None
+        slots = []
+        for place, wanted in zip(places, graph.inputs, strict=True):
+            if not isinstance(place, _Place):
+                return None
+            tensor = self.tensors[place.slot]
+            if len(tensor.shape) != len(wanted.shape) or tensor.sparse != wanted.sparse:
+                return None
+            slot = place.slot
+            if tensor.dtype != wanted.dtype:
+                [slot] = self._append(keras.ops.cast, (place, wanted.dtype), {}, [wanted])
+            slots.append(slot)
+        return slots
+
+    def _append(
+        self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: list[Any]
+    ) -> list[Slot]:
+        slots = [self.slot(tensor) for tensor in outputs]
+        leaves = keras.tree.flatten((args, dict(kwargs)))
+        reads = [leaf.slot for leaf in leaves if isinstance(leaf, _Place)]
+        self.calls.append(
+            Call(
+                operation=operation,
+                args=args,
+                kwargs=kwargs,
+                reads=tuple(dict.fromkeys(reads)),
+                writes=tuple(slots),
+                masked=tuple(
+                    slot
+                    for slot, tensor in zip(slots, outputs, strict=True)
+                    if getattr(tensor, "_keras_mask", None) is not None
+                ),
+            )
+        )
+        return slots
+
+
+def takes_training(operation: Any) -> bool:
+    """Whether the operation is a layer that computes something else in training."""
+    return (
+        isinstance(operation, keras.Layer)
+        and "training" in inspect.signature(operation.call).parameters
+    )
+
+
+def run(call: Call, values: dict[Slot, Any], training: bool | None = None) -> list[Any]:
+    """Make one call on the tensors in ``values`` and put its outputs there; returns them.
+
+    Args:
+        call: The call.
+        values: Slot -> tensor, backend's or symbolic.
+        training: Phase of the whole model, which overrules the phase written at a call as it does
+            in Keras; ``None``: what is written at the call.
+    """
+
+    def fill(value: Any) -> Any:
+        return values[value.slot] if isinstance(value, _Place) else value
+
+    args = keras.tree.map_structure(fill, call.args)
+    kwargs = keras.tree.map_structure(fill, dict(call.kwargs))
+    if training is not None and takes_training(call.operation):
+        kwargs["training"] = training
+    outputs = keras.tree.flatten(call.operation(*args, **kwargs))
+    values.update(zip(call.writes, outputs, strict=True))
+    return list(outputs)
+
+
+@contextmanager
+def restored_on_failure(calls: Sequence[Call]) -> Iterator[None]:
+    """Take back what symbolic calls recorded on the layers, if anything fails."""
+    operations = [call.operation for call in calls if hasattr(call.operation, "_inbound_nodes")]
+    before = [(o, len(o._inbound_nodes), len(o._outbound_nodes)) for o in operations]
+    try:
+        yield
+    except BaseException:
+        for operation, inbound, outbound in before:
+            del operation._inbound_nodes[inbound:]
+            del operation._outbound_nodes[outbound:]
+        raise
+
+
+@contextmanager
+def told_apart(calls: Sequence[Call], taken: Sequence[str] = ()) -> Iterator[None]:
+    """Give every operation a name of its own for the time of building a model.
+
+    Keras asks for unique names in one graph; layers of two nested models, each unique in its own
+    graph, may share one.
+    """
+    operations = {id(call.operation): call.operation for call in calls}.values()
+    named = [each for each in operations if isinstance(each, keras.Operation)]
+    used = Counter([*(each.name for each in named), *taken])
+    renamed: list[tuple[Any, str]] = []
+    try:
+        for each in named:
+            if used[each.name] > 1:
+                renamed.append((each, each.name))
+                number = 2
+                while f"{each.name}_{number}" in used:
+                    number += 1
+                used[each.name] -= 1
+                used[f"{each.name}_{number}"] = 1
+                each.name = f"{each.name}_{number}"
+        yield
+    finally:
+        for each, name in renamed:
+            each.name = name
+
+
+def position(leaf: Any) -> Slot | None:
+    """The slot that an argument stands for; ``None`` for any other argument."""
+    return leaf.slot if isinstance(leaf, _Place) else None

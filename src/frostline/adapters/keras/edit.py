@@ -1,0 +1,438 @@
+"""Change a Keras model in place: `trainable` flags, and stock BN layers into ours and back.
+
+Every function leaves the model as it was if it raises. Optimizers keep their state: one that does
+not know all variables which may train from now on is built again, slot by slot.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from frostline.adapters.dropout_rate import Rates
+from frostline.adapters.keras import dropout as keras_dropout, state as keras_state
+from frostline.adapters.keras.graph import Place, ancestors, is_site, walk, wrapped_module
+from frostline.types import Boundary, ModelError, Policy
+
+Stock = keras.layers.BatchNormalization
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """`trainable` of every layer and variable, dropout rates; put back by :func:`set_flags`."""
+
+    layers: tuple[tuple[Any, bool], ...]
+    variables: tuple[tuple[Any, bool], ...]
+    policies: tuple[tuple[Any, Policy], ...]
+    rates: Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one edit of the flags touched."""
+
+    layers: int
+    sites: int
+    parameters: int
+    stock_sites: int
+    dropouts: int = 0
+
+
+def flags(model: Any) -> Flags:
+    """Read the flags of ``model``."""
+    layers = [model, *(place.layer for place in walk(model))]
+    return Flags(
+        layers=tuple((layer, bool(layer.trainable)) for layer in layers),
+        variables=tuple((v, bool(v.trainable)) for v in model.variables),
+        policies=tuple((each, each.policy) for each in layers if _ours(each)),
+        rates=keras_dropout.rates(model),
+    )
+
+
+def set_flags(wanted: Flags) -> None:
+    """Put flags back; a container's setter flips what it contains, so containers come first."""
+    for layer, policy in wanted.policies:
+        if _ours(layer):
+            layer.policy = policy
+    for layer, value in wanted.layers:
+        if bool(layer.trainable) != value:
+            layer.trainable = value
+    for variable, value in wanted.variables:
+        if variable.trainable != value:
+            variable.trainable = value
+    wanted.rates.restore()
+
+
+def set_frozen(
+    model: Any,
+    boundary: Boundary,
+    *,
+    before: bool,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool = False,
+) -> Counts:
+    """Freeze or thaw every layer on one side of a boundary.
+
+    Args:
+        model: The model; changed in place.
+        boundary: First layer behind the prefix.
+        before: Whether the layers before the boundary are meant, or those from it on.
+        frozen: The state they shall have.
+        params: Whether parameters (kernels, gamma, beta, ...) are meant.
+        statistics: Whether stored BN statistics are meant.
+        dropout: Whether dropout rates are meant: 0 while frozen, what they were when thawed.
+
+    Raises:
+        ModelError: This layer cannot freeze one without the other, or its dropout rate is not
+            known; names the layer and a way out.
+    """
+    places = walk(model)
+    chosen = side(places, boundary, before=before)
+    wanted = flags(model)
+    dropouts = 0
+    try:
+        if dropout:
+            there = _there(places, boundary, before=before)
+            turn_off = keras_dropout.turn_off
+            dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
+        if not (params or statistics):
+            chosen = []
+        changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
+        if not frozen:
+            open_containers(model, places, chosen)
+    except BaseException:
+        set_flags(wanted)
+        raise
+    return Counts(
+        layers=len(changed),
+        sites=sum(is_site(place.layer) for place in changed),
+        parameters=sum(_parameters(place.layer) for place in changed) if params else 0,
+        stock_sites=sum(is_site(place.layer) and not _ours(place.layer) for place in changed),
+        dropouts=dropouts,
+    )
+
+
+def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+    """Leaves (and containers with weights of their own) on one side, in execution order."""
+    there = _there(places, boundary, before=before)
+    return [place for place in there if place.leaf or _has_own_weights(place.layer)]
+
+
+def _there(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+    if boundary.path is None:
+        return list(places) if before else []
+    edge = next(place for place in places if place.path == boundary.path)
+    around = set(ancestors(places, boundary.path))
+    if before:
+        return [p for p in places if p.order < edge.order and p.path not in around]
+    return [place for place in places if place.order >= edge.order]
+
+
+def _has_own_weights(layer: Any) -> bool:
+    return bool(layer._trainable_variables or layer._non_trainable_variables)
+
+
+def _parameters(layer: Any) -> int:
+    return sum(math.prod(int(n) for n in v.shape) for v in layer._trainable_variables)
+
+
+def set_place(place: Place, frozen: bool, params: bool, statistics: bool) -> bool:
+    """Set one layer; returns whether it changed."""
+    layer = place.layer
+    if wrapped_module(layer) is not None and statistics and frozen and _wraps_bn(layer):
+        raise ModelError(
+            f"'{place.path}' is a TorchModuleWrapper with BN inside: Keras cannot freeze the "
+            "statistics of torch modules, they would go on moving. Rebuild that part from Keras "
+            f"layers. Received: {place.path!r}"
+        )
+    if is_site(layer) and params != statistics:
+        return _set_half(place, frozen, params)
+    if not is_site(layer) and not params:
+        return False
+    if place.leaf:
+        if bool(layer.trainable) == (not frozen):
+            return False
+        layer.trainable = not frozen
+        return True
+    own = layer._trainable_variables  # a container: only the weights that it holds itself
+    if all(v.trainable == (not frozen) for v in own):
+        return False
+    for variable in own:
+        variable.trainable = not frozen
+    return True
+
+
+def _set_half(place: Place, frozen: bool, params: bool) -> bool:
+    """Freeze or thaw either gamma and beta or the statistics of a BN layer, not the other."""
+    layer = place.layer
+    own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
+    if not params and _ours(layer):
+        raise ModelError(
+            f"'{place.path}': Frostline's layer freezes gamma and beta together with the "
+            "statistics; fl.restore(model) gives back the stock layer, which can freeze the "
+            "statistics alone. Received: params=False"
+        )
+    if not params:
+        # Keras normalises by the flag of the layer, but trains by the flags of the variables.
+        if bool(layer.trainable) == (not frozen):
+            return False
+        kept = [(variable, bool(variable.trainable)) for variable in own]
+        layer.trainable = not frozen
+        for variable, value in kept:
+            variable.trainable = value
+        return True
+    if _ours(layer):
+        # Frozen under policy "update": gamma and beta are held, batch statistics and updates go on.
+        wanted: tuple[bool, Policy] = (not frozen, "update" if frozen else layer.policy)
+        if (bool(layer.trainable), layer.policy) == wanted:
+            return False
+        layer.trainable, layer.policy = wanted
+        return True
+    if all(variable.trainable == (not frozen) for variable in own):
+        return False
+    for variable in own:
+        variable.trainable = not frozen
+    return True
+
+
+def _wraps_bn(layer: Any) -> bool:
+    norm = sys.modules["torch"].nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, norm) for module in wrapped_module(layer).modules())  # type: ignore[union-attr]
+
+
+def open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) -> None:
+    """Let containers of thawed layers train, without flipping what else they contain."""
+    around = {path for place in thawed for path in ancestors(places, place.path)}
+    closed = [model] if thawed and not model.trainable else []
+    closed += [p.layer for p in places if p.path in around and not p.layer.trainable]
+    if not closed:
+        return
+    inner = [(place.layer, bool(place.layer.trainable)) for place in places]
+    ids = {id(layer) for layer in closed}
+    for layer in closed:
+        layer.trainable = True
+    for layer, value in inner:
+        if id(layer) not in ids and bool(layer.trainable) != value:
+            layer.trainable = value
+
+
+@contextmanager
+def frozen(targets: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+    """Freeze layers, and all that they contain, for a block; flags come back as they were.
+
+    Yields:
+        What was frozen, and what takes it back early.
+    """
+    wanted = [flags(target) for target in targets]
+
+    def back() -> None:
+        for each in wanted:
+            set_flags(each)
+
+    try:
+        # A layer may be in two of the targets, and is counted once.
+        inner = {
+            id(layer): layer for target in targets for layer in (target, *_layers_below(target))
+        }
+        leaves = [layer for layer in inner.values() if not _layers_below(layer)]
+        changed = [layer for layer in leaves if layer.trainable]
+        for target in targets:
+            target.trainable = False
+        counts = Counts(
+            layers=len(changed),
+            sites=sum(is_site(layer) for layer in changed),
+            parameters=sum(_parameters(layer) for layer in changed),
+            stock_sites=sum(is_site(layer) and not _ours(layer) for layer in changed),
+        )
+        yield counts, back
+    finally:
+        back()
+
+
+def _layers_below(layer: Any) -> list[Any]:
+    return [place.layer for place in walk(layer)]
+
+
+# --- conversion ---------------------------------------------------------------------------------
+
+
+def _ours(layer: Any) -> bool:
+    from frostline.layers import BatchNormalization
+
+    return isinstance(layer, BatchNormalization)
+
+
+def convert(model: Any, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+    """Turn every BN layer of ``model`` into ours, in place; returns how many there are.
+
+    Raises:
+        ModelError: A BN layer of a user's own class or one that is not built yet, with its path;
+            settings that contradict each other. The model is unchanged.
+    """
+    from frostline import layers
+
+    found = [place for place in walk(model) if is_site(place.layer)]
+    for place in found:
+        if type(place.layer) not in (Stock, layers.BatchNormalization):
+            raise ModelError(
+                f"'{place.path}' is a {type(place.layer).__name__}, a BN class of your own: "
+                "convert knows keras.layers.BatchNormalization only, because yours may compute "
+                "something else. Derive it from frostline.layers.BatchNormalization instead. "
+                f"Received: {type(place.layer).__module__}.{type(place.layer).__qualname__}"
+            )
+        if not place.layer.built:
+            raise ModelError(
+                f"'{place.path}' has no weights yet: build the model first, for example by calling "
+                f"it once on a batch. Received: an unbuilt model {model.name!r}"
+            )
+    undo: list[Any] = []
+    with _recompiled(model):
+        try:
+            for place in found:
+                layer = place.layer
+                settings = _settings(layer, version, policy, debias)
+                undo.append((layer, _current(layer)))
+                layers.adopt(layer, **settings)
+        except BaseException as problem:
+            for layer, before in reversed(undo):
+                _revert(layer, before)
+            if isinstance(problem, ValueError):
+                raise ModelError(str(problem)) from problem
+            raise
+    return len(found)
+
+
+def _settings(
+    layer: Any, version: str | None, policy: Policy | None, debias: bool | None
+) -> dict[str, Any]:
+    """What is asked for; where nothing is, what the layer has."""
+    if version is not None:
+        given = {"policy": policy, "debias": debias}
+        return {"version": version, **{k: v for k, v in given.items() if v is not None}}
+    present = _current(layer) or {"policy": "inference", "debias": False, "version": None}
+    if policy is None and debias is None:
+        return present
+    return {
+        "version": None,
+        "policy": present["policy"] if policy is None else policy,
+        "debias": present["debias"] if debias is None else debias,
+    }
+
+
+def _current(layer: Any) -> dict[str, Any] | None:
+    if not _ours(layer):
+        return None
+    return {"policy": layer.policy, "debias": layer.debias, "version": layer.version}
+
+
+def _revert(layer: Any, before: dict[str, Any] | None) -> None:
+    from frostline import layers
+
+    if before is not None:
+        layers.adopt(layer, **before)
+    elif _ours(layer):
+        layers.dismiss(layer)
+
+
+def to_stock(model: Any) -> int:
+    """Turn every one of our layers back into a stock layer, in place; returns how many."""
+    from frostline import layers
+
+    found = [place.layer for place in walk(model) if type(place.layer) is layers.BatchNormalization]
+    with _recompiled(model):
+        for layer in found:
+            layers.dismiss(layer)
+    return len(found)
+
+
+@contextmanager
+def _recompiled(model: Any) -> Iterator[None]:
+    """Drop compiled steps afterwards and let optimizers know every variable that may train."""
+    yield
+    for each in keras_state.models_in(model):
+        for name in ("train_function", "test_function", "predict_function"):
+            if getattr(each, name, None) is not None:
+                setattr(each, name, None)
+        retarget(each)
+
+
+def retarget(model: Any, *, always: bool = False) -> None:
+    """Let the model's optimizer know exactly the variables that may train now; slots are kept.
+
+    An optimizer that knows others is replaced by one of the same settings, or ``always``.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return
+    known = {id(variable) for variable in _known(optimizer)}
+    if always or {id(variable) for variable in model.trainable_variables} != known:
+        with strategy_scope(model):
+            model.optimizer = _rebuilt(optimizer, model.trainable_variables)
+
+
+def strategy_scope(model: Any) -> AbstractContextManager[Any]:
+    """Where new variables of the model belong: its ``tf.distribute`` strategy, if it has one."""
+    strategy = getattr(model, "distribute_strategy", None)
+    scope: AbstractContextManager[Any] = nullcontext() if strategy is None else strategy.scope()
+    return scope
+
+
+def _known(optimizer: Any) -> list[Any]:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return list(inner._trainable_variables)
+
+
+def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
+    """An optimizer of the same settings for other variables; common ones keep their slots."""
+    fresh, probe = (type(optimizer).from_config(optimizer.get_config()) for _ in range(2))
+    # Building an optimizer of the same kind over the old list tells what each old slot is.
+    old = dict(zip(_slot_keys(probe, _known(optimizer)), optimizer.variables, strict=True))
+    new = dict(zip(_slot_keys(fresh, variables), fresh.variables, strict=True))
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(optimizer, name):
+            setattr(fresh, name, getattr(optimizer, name))
+    for key, variable in new.items():
+        if key in old and old[key].shape == variable.shape:
+            variable.assign(keras.ops.convert_to_numpy(old[key]))
+    return fresh
+
+
+def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
+    """Build ``optimizer``; returns one key per optimizer variable: what it is and for which weight.
+
+    Slots are told apart by the weight object they belong to: names may repeat in nested models.
+    """
+    owners: dict[int, int] = {}
+    root = keras.optimizers.Optimizer
+    original = root.add_variable_from_reference
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = original(self, *args, **kwargs)
+        owners[id(slot)] = id(kwargs["reference_variable"] if not args else args[0])
+        return slot
+
+    root.add_variable_from_reference = recorded
+    try:
+        optimizer.build(variables)
+    finally:
+        root.add_variable_from_reference = original
+    keys: list[Any] = []
+    seen: Counter[Any] = Counter()
+    owner = 0
+    for variable in reversed(optimizer.variables):
+        # Counters and scales belong to no weight. Factored slots (Adafactor) are made without a
+        # reference, just before the slot of the same weight that has one.
+        owner = owners.get(id(variable), owner)
+        belongs = owner if len(variable.shape) or id(variable) in owners else variable.name
+        seen[belongs] += 1
+        keys.append((belongs, seen[belongs]))
+    return keys[::-1]

@@ -1,0 +1,225 @@
+"""Facts of a Keras model for the rules: stored numbers, flags, optimizer, graph. Reads only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras.graph import (
+    Place,
+    inner_optimizers,
+    is_site,
+    optimized_variables,
+    sites,
+    trains,
+    walk,
+    wrapped_module,
+)
+from frostline.types import Array, Site
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+
+
+def facts(model: Any) -> ModelFacts:
+    """Collect what rules without data may look at.
+
+    Args:
+        model: A Keras 3 model on any backend; it need not be built or compiled.
+
+    Returns:
+        The facts; arrays are float64 copies of shape ``(channels,)``.
+    """
+    places = walk(model)
+    nodes = _nodes(model, places)
+    optimizer = getattr(model, "optimizer", None)
+    optimized = optimized_variables(model)
+    modules = _modules(places)
+    found: list[SiteFacts] = []
+    for site in sites(model):
+        place, module = modules[site.path]
+        if module is None:
+            mine = _stock(site, place.layer, optimized)
+        else:
+            mine = _wrapped(site, place.layer, module, optimized)
+        training = _written_training(place, places, nodes)
+        regimes = site.trained_by is not None and _frozen_here(place, places, optimized)
+        mine = replace(mine, training=training, values=_values(place, nodes), two_regimes=regimes)
+        found.append(mine)
+    return ModelFacts(
+        name=model.name,
+        backend=keras.backend.backend(),
+        sites=tuple(found),
+        layers=_layers(model, places),
+        order={path: place.order for path, (place, _) in modules.items()},
+        batch=_batch(model),
+        any_size=_any_size(model),
+        steps=_steps(optimizer),
+        traced=getattr(model, "train_function", None) is not None,
+    )
+
+
+def _modules(places: tuple[Place, ...]) -> dict[str, tuple[Place, Any | None]]:
+    """Map the path of every site to its place, and to its torch module inside a wrapper."""
+    found: dict[str, tuple[Place, Any | None]] = {}
+    for place in places:
+        if is_site(place.layer):
+            found[place.path] = (place, None)
+            continue
+        module = wrapped_module(place.layer)
+        for name, inner in () if module is None else module.named_modules():
+            path = "/".join([place.path, *name.split(".")]) if name else place.path
+            found[path] = (place, inner)
+    return found
+
+
+def _stock(site: Site, layer: Any, optimized: frozenset[int] | None) -> SiteFacts:
+    own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
+    shadow = None
+    if layer.renorm and layer.built:
+        stddev = _numbers(layer.moving_stddev)
+        shadow = None if stddev is None else np.maximum(stddev**2 - layer.epsilon, 0.0)
+    return SiteFacts(
+        site=site,
+        mean=_numbers(layer.moving_mean),
+        variance=_numbers(layer.moving_variance),
+        gamma=_numbers(layer.gamma),
+        beta=_numbers(layer.beta),
+        shadow_variance=shadow,
+        dtype=layer.variable_dtype,
+        live=bool(getattr(layer, "live", False)),
+        optimized=_is_optimized(own, optimized),
+    )
+
+
+def _wrapped(site: Site, wrapper: Any, module: Any, optimized: frozenset[int] | None) -> SiteFacts:
+    mine = {id(parameter) for parameter in module.parameters(recurse=False)}
+    own = [variable for variable in wrapper.variables if id(variable.value) in mine]
+    dtype = site.dtype if module.running_mean is None else str(module.running_mean.dtype)
+    return SiteFacts(
+        site=site,
+        mean=_numbers(module.running_mean),
+        variance=_numbers(module.running_var),
+        gamma=_numbers(module.weight),
+        beta=_numbers(module.bias),
+        dtype=dtype.removeprefix("torch."),
+        optimized=_is_optimized(own, optimized),
+        wrapper_frozen=not wrapper.trainable,
+        cumulative=module.momentum is None,
+    )
+
+
+def _numbers(variable: Any) -> Array | None:
+    """Return a float64 copy; bfloat16 has no numpy dtype of its own, so it goes through float32."""
+    if variable is None:
+        return None
+    value = keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
+    return np.array(value, dtype=np.float64)
+
+
+def _frozen_here(place: Place, places: tuple[Place, ...], optimized: frozenset[int] | None) -> bool:
+    """Whether this model's own step leaves alone what an inner optimizer trains.
+
+    A live site is known to every optimizer, so the other weights of the inner model decide.
+    """
+    if not place.layer.trainable:
+        return True
+    sites_too = {
+        id(variable)
+        for each in places
+        if is_site(each.layer)
+        for variable in each.layer._trainable_variables
+    }
+    for _, known in inner_optimizers(places):
+        if trains(known, place.layer) and optimized is not None:
+            return not (known - sites_too) & optimized
+    return False
+
+
+def _is_optimized(own: list[Any], optimized: frozenset[int] | None) -> bool | None:
+    if optimized is None or not own:
+        return None
+    return any(id(variable) in optimized for variable in own)
+
+
+def _steps(optimizer: Any) -> int | None:
+    """Training steps, each with one update of the statistics, since the optimizer was made."""
+    if optimizer is None:
+        return None
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    # Every batch moves the statistics, also while gradients are accumulated: the public
+    # `iterations` counts the weight updates only.
+    return int(keras.ops.convert_to_numpy(inner._iterations))
+
+
+def _layers(model: Any, places: tuple[Place, ...]) -> tuple[LayerFacts, ...]:
+    return tuple(
+        LayerFacts(
+            path=place.path,
+            order=place.order,
+            # Only the root's own flag stands above the variables' flags.
+            trains=model.trainable and any(variable.trainable for variable in place.layer.weights),
+        )
+        for place in places
+        if place.leaf and not is_site(place.layer) and place.layer.weights
+    )
+
+
+def _batch(model: Any) -> int | None:
+    sizes = {tensor.shape[0] for tensor in _inputs(model) if len(tensor.shape)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _any_size(model: Any) -> bool:
+    shapes = [tuple(tensor.shape) for tensor in _inputs(model)]
+    return len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1:].count(None) == 2
+
+
+def _inputs(model: Any) -> list[Any]:
+    try:
+        return list(model.inputs or ())
+    except (AttributeError, ValueError):  # a subclassed model
+        return []
+
+
+def _nodes(model: Any, places: tuple[Place, ...]) -> dict[int, list[Any]]:
+    """Map the identity of every layer to its calls in the functional graphs of this model."""
+    found: dict[int, list[Any]] = {}
+    for container in (model, *(place.layer for place in places)):
+        graph = getattr(container, "_functional", None) or container  # of a Sequential
+        if not isinstance(graph, keras.Function):
+            continue
+        for level in graph._nodes_by_depth.values():
+            for node in level:
+                found.setdefault(id(node.operation), []).append(node)
+    return found
+
+
+def _written_training(
+    place: Place, places: tuple[Place, ...], nodes: dict[int, list[Any]]
+) -> bool | None:
+    """``training=`` of the layer's own call, else of the nearest container's."""
+    by_path = {each.path: each for each in places}
+    at: Place | None = place
+    while at is not None:
+        for node in nodes.get(id(at.layer), ()):
+            written = node.arguments.kwargs.get("training")
+            if isinstance(written, bool):
+                return written
+        at = None if at.parent is None else by_path[at.parent]
+    return None
+
+
+def _values(place: Place, nodes: dict[int, list[Any]]) -> int | None:
+    """Values per channel in one sample, from the static shape of the layer's input."""
+    for node in nodes.get(id(place.layer), ()):
+        shape = list(node.input_tensors[0].shape)
+        axis = getattr(place.layer, "axis", None)
+        if not isinstance(axis, int) or len(shape) < 2:
+            return None
+        del shape[axis]
+        sizes = shape[1:]
+        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+    return None

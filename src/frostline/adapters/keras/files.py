@@ -1,0 +1,150 @@
+"""Read a Keras model from a file or a function, and write one, whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import keras
+import numpy as np
+from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from_hdf5_group
+
+# Importing the layers registers them, so that files with converted models can be read.
+from frostline import layers as layers
+from frostline.adapters import is_native
+from frostline.data.import_string import built, first_line as first_line
+from frostline.types import ModelError, OutputError
+
+SUFFIXES = (".keras", ".h5")
+
+_WAY_OUT = (
+    "For Lambda layers or layers of your own pass module:function, a function that returns the "
+    "model"
+)
+_log = logging.getLogger("frostline")
+
+
+def load_model(source: str) -> Any:
+    """Load a Keras model.
+
+    Args:
+        source: Path of a ``.keras`` or ``.h5`` file, or ``module:function``: a function without
+            arguments that returns a model; the module may be in the current folder.
+
+    Returns:
+        The model, with its compile state where the file has one; a torch module, where a function
+        returns one. Keras cannot read every compile state that it wrote into an ``.h5`` file; such
+        a model comes back not compiled, and the log says so. The optimizer state of an ``.h5``
+        file, which Keras drops, is read here.
+
+    Raises:
+        ModelError: No such file or function, an unreadable file, or not a model.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in SUFFIXES and ":" in source:
+        model = built(source)
+        if is_native(model):
+            return model
+    else:
+        model = read_model(path)
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"{source}: not a keras.Model. Received: {type(model).__name__}")
+    return model
+
+
+def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
+    """Write a model under a temporary name in its folder and rename it.
+
+    Args:
+        model: A Keras model.
+        path: Target; its suffix, ``.keras`` or ``.h5``, chooses the format.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        OutputError: The file exists, or cannot be written; nothing is left behind.
+    """
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # Keras reports a folder that cannot be written to in many ways; this in one
+        model.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Read a model file; see :func:`load_model`.
+
+    Args:
+        path: A ``.keras`` or ``.h5`` file.
+        custom_objects: Class name -> class, for classes that are not registered with Keras.
+
+    Raises:
+        ModelError: No such file, or an unreadable one.
+    """
+    if not path.exists():
+        raise ModelError(
+            f"no such model file: {path}. MODEL is a .keras or .h5 file, or module:function"
+        )
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; MODEL is a .keras or .h5 file, or module:function")
+    if path.suffix not in SUFFIXES:
+        raise ModelError(f"a model file ends in .keras or .h5. Received: {path}")
+    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+        # Keras says "File not found" of a file whose end, where a zip has its index, is missing.
+        raise ModelError(f"{path}: not a whole .keras file; it is truncated or something else")
+    try:
+        model = keras.saving.load_model(path, custom_objects, safe_mode=True)
+        return _with_optimizer_state(model, path) if path.suffix == ".h5" else model
+    except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
+        if path.suffix == ".h5" and (model := _not_compiled(path, custom_objects)) is not None:
+            _log.warning("%s: loaded without its compile state (%s)", path, first_line(error))
+            return model
+        way_out = "" if isinstance(error, OSError) else f". {_WAY_OUT}"
+        raise ModelError(
+            f"{path}: not a readable Keras model ({first_line(error)}){way_out}"
+        ) from error
+
+
+def _with_optimizer_state(model: Any, path: Path) -> Any:
+    """Give a model from an ``.h5`` file an optimizer that knows its variables, with its slots.
+
+    Keras 3 builds that optimizer for the variables of the outermost model alone, of which there are
+    none, and the first training step then fails with "Unknown variable".
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return model
+    with h5py.File(path) as file:
+        if "optimizer_weights" not in file:
+            return model
+        values = [np.array(each) for each in load_optimizer_weights_from_hdf5_group(file)]
+    fresh = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
+    fresh.build(model.trainable_variables)
+    if [v.shape for v in values] == [tuple(v.shape) for v in fresh.variables]:
+        for variable, value in zip(fresh.variables, values, strict=True):
+            variable.assign(value)
+    else:
+        _log.warning("%s: its optimizer starts anew: its state fits other variables", path)
+    model.optimizer = fresh
+    return model
+
+
+def _not_compiled(path: Path, custom_objects: Mapping[str, Any] | None) -> Any | None:
+    try:
+        return keras.saving.load_model(path, custom_objects, safe_mode=True, compile=False)
+    except Exception:  # the first complaint is the one to report
+        return None

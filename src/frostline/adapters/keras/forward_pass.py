@@ -1,0 +1,147 @@
+"""One pass of a Keras model as it is, in either phase, compiled where the backend compiles.
+
+It runs inside ``keras.StatelessScope``, which catches every assignment: nothing is updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras import state as keras_state
+from frostline.adapters.keras.compile import inlined_functions, without_gradients
+from frostline.adapters.keras.random import seed_states
+from frostline.types import DataError
+
+
+def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., Any]:
+    """Return ``f(x, y, sample_weight, seeds) -> (outputs, loss)`` for the present flags."""
+    states = [variable for variable, _ in seed_states(model)]
+
+    def step(mapping: list[tuple[Any, Any]], x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
+        if with_loss:
+            # Keras takes the weights that regularizers act on from the scope, never from the
+            # variable; and a scope forgets what `add_loss` and activity regularizers add unless
+            # it is told to collect.
+            mapped = {id(variable) for variable, _ in mapping}
+            mapping = [
+                *mapping,
+                *((v, v.value) for v in model.trainable_weights if id(v) not in mapped),
+            ]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=with_loss):
+            outputs = model(x, training=training)
+            if not with_loss:
+                return outputs, None
+            loss = model.compute_loss(
+                x=x, y=y, y_pred=outputs, sample_weight=weight, training=training
+            )
+            return outputs, loss
+
+    backend = keras.backend.backend()
+    if backend == "jax":
+        return _compiled_jax(model, states, step)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        def run(x: Any, y: Any, weight: Any, seeds: list[Any]) -> Any:
+            with inlined_functions():
+                return step(list(zip(states, seeds, strict=True)), x, y, weight)
+
+        compiled: Callable[..., Any] = tf.function(run, reduce_retracing=True)
+        return compiled
+
+    def run_eagerly(x: Any, y: Any, weight: Any, seeds: list[Any]) -> tuple[Any, Any]:
+        with without_gradients():
+            outcome: tuple[Any, Any] = step(list(zip(states, seeds, strict=True)), x, y, weight)
+            return outcome
+
+    return run_eagerly
+
+
+def _compiled_jax(model: Any, states: list[Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    import jax
+
+    seeded = {id(state) for state in states}
+    others = [v for v in keras_state.variables_of(model) if id(v) not in seeded]
+
+    def run(values: list[Any], seeds: list[Any], x: Any, y: Any, weight: Any) -> Any:
+        # Variables are arguments: what is read inside is their present value, not a constant.
+        mapping = [*zip(others, values, strict=True), *zip(states, seeds, strict=True)]
+        return step(mapping, x, y, weight)
+
+    compiled: Callable[..., Any] = jax.jit(run)
+    return lambda x, y, weight, seeds: compiled([v.value for v in others], seeds, x, y, weight)
+
+
+def inference(model: Any, x: Any) -> Any:
+    """Inference outputs of one batch, not compiled; nothing is traced inside the model either."""
+    with keras.StatelessScope(), without_gradients(), inlined_functions():
+        return model(x, training=False)
+
+
+class Collected(keras.utils.PyDataset):  # type: ignore[misc]
+    """Batches in memory, in order: Keras weights them by their size.
+
+    Args:
+        batches: ``(x, y)`` or ``(x, y, sample_weight)`` tuples.
+
+    Attributes:
+        labels: Those of the first batch; ``None`` without.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.batches = list(batches)
+        first = self.batches[0] if self.batches else ()
+        self.labels = first[1] if len(first) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.batches[index]
+
+
+@contextmanager
+def readable_labels(model: Any, y: Any) -> Iterator[None]:
+    """Turn a loss's complaint about the labels into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as problem:
+        # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
+        if isinstance(problem, RuntimeError) and "must match" not in str(problem):
+            raise
+        shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
+        raise DataError(
+            f"model '{model.name}' cannot be run on these inputs and labels: {reason(problem)} "
+            f"Received: label shapes {shapes}"
+        ) from problem
+
+
+def reason(problem: BaseException) -> str:
+    """What a framework complains of, in one line: its first, or the error of a trace in words."""
+    lines = [told for line in str(problem).splitlines() if (told := line.strip())]
+    if not lines:
+        return "no reason given"
+    if lines[0] != "in user code:":
+        return lines[0]
+    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return errors[0] if errors else lines[-1]
+
+
+def tensors(structure: Any) -> Any:
+    """Every leaf as a tensor; ``None`` stays."""
+    if structure is None:
+        return None
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else keras.ops.convert_to_tensor(leaf), structure
+    )
+
+
+def float32(tensor: Any) -> Any:
+    """An array of single precision."""
+    return keras.ops.convert_to_numpy(tensor).astype(np.float32)

@@ -1,0 +1,62 @@
+"""Set the decay of BN sites of a Keras model, wrapped torch modules included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.types import ModelError
+
+
+def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+    """Give sites a decay; torch modules store its complement.
+
+    Args:
+        model: A Keras model.
+        paths: Paths of BN sites.
+        decay: Share of the old value that an update keeps.
+
+    Returns:
+        How many of them are stock Keras layers, whose momentum a traced step holds as a constant
+        (0 on torch, whose steps are not traced), and a function that puts the old values back.
+
+    Raises:
+        ModelError: A path is no BN site; nothing is changed then.
+    """
+    owners = _owners(model)
+    unknown = [path for path in paths if path not in owners]
+    if unknown:
+        raise ModelError(f"'{unknown[0]}' is not a BN site of this model. Received: {unknown!r}")
+    before = [(owners[path][0], owners[path][0].momentum) for path in paths]
+
+    def undo() -> None:
+        for owner, value in before:
+            owner.momentum = value
+
+    try:
+        for path in paths:
+            owner, foreign = owners[path]
+            owner.momentum = 1.0 - decay if foreign else decay
+    except BaseException:
+        undo()
+        raise
+    stock = sum(not (owners[path][1] or hasattr(owners[path][0], "policy")) for path in paths)
+    return 0 if keras.backend.backend() == "torch" else stock, undo
+
+
+def _owners(model: Any) -> dict[str, tuple[Any, bool]]:
+    """Path -> (what has the momentum, whether in torch's convention); paths as in `sites`."""
+    owners: dict[str, tuple[Any, bool]] = {}
+    for place in walk(model):
+        module = wrapped_module(place.layer)
+        if is_site(place.layer):
+            owners[place.path] = (place.layer, False)
+        elif module is not None:
+            for name, inner in module.named_modules():
+                path = "/".join([place.path, *name.split(".")]) if name else place.path
+                if hasattr(inner, "running_mean") and hasattr(inner, "momentum"):
+                    owners[path] = (inner, True)
+    return owners

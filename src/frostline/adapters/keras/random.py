@@ -1,0 +1,58 @@
+"""Randomness of a Keras model, made the same in every pass over one batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras import graph as keras_graph
+
+
+def seed_states(model: Any) -> list[tuple[Any, Any]]:
+    """(state variable, generator) of every seed generator below the model."""
+    layers = [model, *(place.layer for place in keras_graph.walk(model))]
+    return [(s.state, s) for layer in layers for s in getattr(layer, "_seed_generators", ())]
+
+
+def seeds(model: Any, step: int) -> list[Any]:
+    """Seed states for one batch: those of the model, moved on by the batch's number."""
+    moved = []
+    for state, _ in seed_states(model):
+        value = np.array(keras.ops.convert_to_numpy(state))
+        value[..., -1] += np.asarray(step, dtype=value.dtype) * np.asarray(9973, value.dtype)
+        moved.append(keras.ops.convert_to_tensor(value, dtype=state.dtype))
+    return moved
+
+
+@contextmanager
+def fixed_randomness(model: Any, step: int) -> Iterator[None]:
+    """Torch: draw unseeded dropout from the batch's number, and undo what the pass moved.
+
+    Keras' unseeded dropout uses torch's global generator, and torch modules inside a model update
+    buffers that Keras does not know; both are outside any StatelessScope.
+    """
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    torch = sys.modules["torch"]
+    wrapped = [
+        module
+        for place in keras_graph.walk(model)
+        if (module := keras_graph.wrapped_module(place.layer)) is not None
+    ]
+    buffers = [(b, b.detach().clone()) for w in wrapped for b in w.buffers()]
+    modes = [(m, m.training) for w in wrapped for m in w.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(step)
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode

@@ -1,0 +1,271 @@
+"""Build the folded model: copies of a Keras model's layers, called along the same graph.
+
+Every layer is copied once, however often it is used. What goes where was decided in ``keras_fold``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras.graph import is_site, walk
+from frostline.adapters.keras.tape import graph_of
+from frostline.types import Array, ModelError
+
+L = keras.layers
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _last(kernel: Array, scale: Array) -> Array:
+    return kernel * scale
+
+
+def _transposed(kernel: Array, scale: Array) -> Array:
+    return kernel * scale[:, None]  # (..., output channels, input channels)
+
+
+def _depthwise(kernel: Array, scale: Array) -> Array:
+    return kernel * scale.reshape(kernel.shape[-2:])  # (..., channels, multiplier)
+
+
+#: Linear layer -> its last kernel, and how a factor per output channel meets it. Exactly these
+#: classes: a subclass may do more to its kernel than multiply with it.
+LINEAR: Mapping[type, tuple[str, Callable[[Array, Array], Array]]] = {
+    L.Dense: ("kernel", _last),
+    L.Conv1D: ("kernel", _last),
+    L.Conv2D: ("kernel", _last),
+    L.Conv3D: ("kernel", _last),
+    L.Conv1DTranspose: ("kernel", _transposed),
+    L.Conv2DTranspose: ("kernel", _transposed),
+    L.Conv3DTranspose: ("kernel", _transposed),
+    L.DepthwiseConv1D: ("kernel", _depthwise),
+    L.DepthwiseConv2D: ("kernel", _depthwise),
+    L.SeparableConv1D: ("pointwise_kernel", _last),
+    L.SeparableConv2D: ("pointwise_kernel", _last),
+}
+
+
+class Rebuild:
+    """Builds the new model: every layer is copied once, however often it is used."""
+
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        factors: Mapping[int, tuple[Array, Array]],
+        absorbing: Mapping[int, Any],
+        shapes: Mapping[int, tuple[int | None, ...]],
+        masked: bool,
+    ) -> None:
+        self.paths = paths
+        self.factors = factors
+        self.absorbing = absorbing
+        self.shapes = shapes
+        self.masked = masked
+        self.copies: dict[int, Any] = {}
+        self.originals: dict[int, Any] = {}
+        self.absorbed: list[str] = []
+        self.replaced: list[str] = []
+
+    def container(self, model: Any) -> Any:
+        """Return the new form of a model with a graph; its weights are not written yet."""
+        if id(model) not in self.copies:
+            build = self._sequential if isinstance(model, keras.Sequential) else self._functional
+            self.copies[id(model)] = build(model)
+        return self.copies[id(model)]
+
+    def _functional(self, model: Any) -> Any:
+        inputs = keras.tree.map_structure(_like_input, model._inputs_struct)
+        table = dict(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
+        producers: dict[int, Any] = {}
+        for node in nodes(model):
+            if any(id(tensor) not in table for tensor in node.input_tensors):
+                continue
+            if is_site(node.operation):
+                source = fed_with(node)
+                taken = self._takes(producers.get(id(source)), node.operation)
+                tensor = table[id(source)]
+                outputs = [tensor if taken else self._affine(node.operation)(tensor)]
+            else:
+                args, kwargs = node.arguments.fill_in(table)
+                outputs = keras.tree.flatten(self._operation(node.operation)(*args, **kwargs))
+            for old, new in zip(node.outputs, outputs, strict=True):
+                table[id(old)] = new
+                producers[id(old)] = node.operation
+        outputs = keras.tree.map_structure(lambda old: table[id(old)], model._outputs_struct)
+        return keras.Model(inputs, outputs, name=model.name)
+
+    def _sequential(self, model: Any) -> Any:
+        struct = graph_of(model)._inputs_struct  # type: ignore[union-attr]
+        if not isinstance(struct, keras.KerasTensor):
+            raise ModelError(
+                f"'{self.paths.get(id(model), model.name)}' cannot be folded: a sequential model "
+                "with several inputs; write it as a functional model. "
+                f"Received: {len(keras.tree.flatten(struct))} inputs"
+            )
+        kept, before = [_like_input(struct)], None
+        for layer in model.layers:
+            if not is_site(layer):
+                kept.append(self._operation(layer))
+            elif not self._takes(before, layer):
+                kept.append(self._affine(layer))
+            before = layer
+        return keras.Sequential(kept, name=model.name)
+
+    def _takes(self, before: Any, site: Any) -> bool:
+        """Whether the layer before takes ``site``; if not, a layer of its own will."""
+        taken = id(before) in self.absorbing
+        (self.absorbed if taken else self.replaced).append(self.paths[id(site)])
+        return taken
+
+    def _operation(self, operation: Any) -> Any:
+        """The copy of anything but a BN layer."""
+        if graph_of(operation) is not None:
+            return self.container(operation)
+        key = id(operation)
+        if key not in self.copies:
+            self.copies[key] = self._copy(operation)
+            self.originals[key] = operation
+        return self.copies[key]
+
+    def _copy(self, operation: Any) -> Any:
+        if type(operation) is L.Lambda:  # its config holds bytecode; the function itself is at hand
+            return L.Lambda(
+                operation.function,
+                output_shape=operation._output_shape,
+                mask=operation.mask,
+                arguments=operation.arguments,
+                name=operation.name,
+                dtype=operation.dtype_policy,
+            )
+        try:
+            config = operation.get_config()
+            if id(operation) in self.absorbing:
+                config["use_bias"] = True
+                for entry in config:  # they speak about the kernel before folding, and training
+                    if entry.endswith(("_regularizer", "_constraint")):
+                        config[entry] = None
+            return type(operation).from_config(config)
+        except Exception as error:  # a user's class: anything can happen
+            raise ModelError(
+                f"'{self._path(operation)}' cannot be copied from its configuration "
+                f"({type(error).__name__}: {_first_line(error)}); give the class a get_config() "
+                f"that its constructor takes. Received: {type(operation).__name__}"
+            ) from error
+
+    def _affine(self, site: Any) -> Any:
+        """A layer that computes ``s x + t`` along the axis of ``site``, under its name."""
+        key = id(site)
+        if key in self.copies:
+            return self.copies[key]
+        shape = self.shapes[key]
+        axis, settings = site.axis % len(shape), {"name": site.name, "dtype": site.dtype_policy}
+        last = axis == len(shape) - 1
+        if self.masked and not last:
+            raise ModelError(
+                f"'{self.paths[key]}' cannot be folded: no plain layer scales axis {axis} and "
+                f"passes a mask on. Received: a BN layer with axis={site.axis} and masks"
+            )
+        if not last and None in shape[1:]:
+            raise ModelError(
+                f"'{self.paths[key]}' cannot be folded: no plain layer scales and shifts axis "
+                f"{axis} of inputs whose size is not fixed. Received: input shape {shape}"
+            )
+        if self.masked:
+            # The one plain layer that passes masks on; its kernel is a diagonal matrix.
+            made: Any = L.Dense(shape[axis], **settings)
+        elif last and len(shape) == 4:
+            made = L.DepthwiseConv2D(1, data_format="channels_last", **settings)
+        else:
+            axes = _LETTERS[: len(shape)]
+            # Over all axes, if not over the last: Keras on TensorFlow adds a bias of shape (n, 1)
+            # along the last axis where that one has length n too.
+            bias = axes[axis] if last else axes[1:]
+            made = L.EinsumDense(
+                f"{axes},{axes[axis]}->{axes}", shape[1:], bias_axes=bias, **settings
+            )
+        self.copies[key], self.originals[key] = made, site
+        return made
+
+    def write_weights(self) -> None:
+        """Copy all weights into the new layers, folded ones in float64."""
+        for key, original in self.originals.items():
+            copy = self.copies[key]
+            if is_site(original):
+                scale, shift = self.factors[key]
+                kernel = np.diag(scale) if isinstance(copy, L.Dense) else scale
+                copy.kernel.assign(kernel.reshape(copy.kernel.shape))
+                along = [1] * len(copy.bias.shape)
+                along[original.axis % len(self.shapes[key]) - 1 if len(along) > 1 else 0] = -1
+                copy.bias.assign(np.broadcast_to(shift.reshape(along), copy.bias.shape).copy())
+            elif key in self.absorbing:
+                self._write_absorbing(original, copy)
+            elif isinstance(original, keras.Layer):
+                self._write_copy(original, copy)
+
+    def _write_absorbing(self, original: Any, copy: Any) -> None:
+        scale, shift = self.factors[id(self.absorbing[id(original)])]
+        name, times = LINEAR[type(original)]
+        bias = 0.0 if original.bias is None else float64(original.bias)
+        if name != "kernel":
+            copy.depthwise_kernel.assign(_value(original.depthwise_kernel))
+        getattr(copy, name).assign(times(float64(getattr(original, name)), scale))
+        copy.bias.assign(bias * scale + shift)
+
+    def _write_copy(self, original: Any, copy: Any) -> None:
+        old, new = original.variables, copy.variables
+        if [tuple(v.shape) for v in old] != [tuple(v.shape) for v in new]:
+            raise ModelError(
+                f"'{self._path(original)}' cannot be copied: made anew from its configuration it "
+                f"has other weights. Received: {type(original).__name__} with {len(old)} variables "
+                f"and a copy with {len(new)}"
+            )
+        for source, target in zip(old, new, strict=True):
+            target.assign(_value(source))
+        for layer in (copy, *(place.layer for place in walk(copy))):
+            if hasattr(layer, "finalize_state"):  # Normalization: constants made of its weights
+                layer.finalize_state()
+
+    def _path(self, operation: Any) -> str:
+        return self.paths.get(id(operation), operation.name)
+
+
+def _like_input(tensor: Any) -> Any:
+    source = tensor._keras_history.operation
+    return keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        optional=getattr(source, "optional", False),
+        name=source.name,
+    )
+
+
+def fed_with(node: Any) -> Any:
+    """The tensor that a BN layer normalises in one of its calls."""
+    return node.arguments.args[0] if node.arguments.args else node.arguments.kwargs["inputs"]
+
+
+def _value(variable: Any) -> Array:
+    """A copy that no other variable will share: backends may keep an array without copying it."""
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def float64(variable: Any) -> Array:
+    """Values of a variable in float64."""
+    return _value(variable).astype(np.float64)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:160]
+
+
+def nodes(graph: Any) -> Iterator[Any]:
+    """The calls of a graph in execution order, without its inputs."""
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node

@@ -1,0 +1,247 @@
+"""Take a Keras model's state and put it back, bit for bit, keeping every object.
+
+State is more than weights: optimizer slots, metric states, random seeds, `trainable` flags,
+momenta, what ``compile`` attached, and under torch the modules' training flags, the buffers that
+Keras does not know, and the global generator that its unseeded dropout draws from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.types import Array
+
+#: What `compile` and the first `fit`, `evaluate` or `predict` attach to a model.
+_COMPILED = (
+    "optimizer",
+    "loss",
+    "loss_weights",
+    "compiled",
+    "_jit_compile",
+    "_run_eagerly",
+    "steps_per_execution",
+    "stop_training",
+    "train_function",
+    "test_function",
+    "predict_function",
+    "_compile_loss",
+    "_compile_metrics",
+    "_compile_config",
+    "_loss_tracker",
+    "_jax_state",
+    "_jax_state_synced",
+)
+#: Those of them that build themselves from the first batch.
+_GROWING = ("optimizer", "_compile_loss", "_compile_metrics")
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """An object's attributes, and what the containers among them held."""
+
+    owner: Any
+    attributes: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, owner: Any) -> _Shell:
+        attributes = dict(vars(owner))
+        tracker = attributes.get("_tracker")  # has a set of ids per kind of object
+        containers = [*attributes.values(), *getattr(tracker, "stored_ids", {}).values()]
+        kept = [c for c in containers if isinstance(c, (list, dict, set))]
+        return cls(owner, attributes, [(c, _plain(c)) for c in kept])
+
+    def restore(self) -> None:
+        vars(self.owner).clear()
+        vars(self.owner).update(self.attributes)
+        for container, content in self.contents:
+            _refill(container, content)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What :func:`restore` needs; values are copies, everything else are the objects themselves."""
+
+    values: list[tuple[Any, Array]]
+    variable_flags: list[tuple[Any, bool]]
+    layer_flags: list[tuple[Any, bool]]
+    momenta: list[tuple[Any, float]]
+    policies: list[tuple[Any, Any]]
+    compiled: list[tuple[Any, dict[str, Any]]]
+    shells: list[_Shell]
+    buffers: list[tuple[Any, Any]]
+    modes: list[tuple[Any, bool]]
+    generators: Any
+
+
+def models_in(model: Any) -> list[Any]:
+    """``model`` and every model nested in it."""
+    inner = [place.layer for place in walk(model) if isinstance(place.layer, keras.Model)]
+    return [model, *inner]
+
+
+def variables_of(model: Any) -> list[Any]:
+    """Every variable: weights, seeds, metrics, optimizer slots; of nested models as well."""
+    found: dict[int, Any] = {}
+    for each in models_in(model):
+        optimizer = getattr(each, "optimizer", None)
+        slots = [] if optimizer is None else optimizer.variables
+        unmet = _unmet_metric_variables(each)
+        for variable in [*each.variables, *each.metrics_variables, *slots, *unmet]:
+            found.setdefault(id(variable), variable)
+    return list(found.values())
+
+
+def _unmet_metric_variables(model: Any) -> list[Any]:
+    """Variables of metric objects that the model was compiled with but has not used yet."""
+    compiled = getattr(model, "_compile_metrics", None)
+    if compiled is None or compiled.built:
+        return []
+    given = keras.tree.flatten([compiled._user_metrics, compiled._user_weighted_metrics])
+    return [v for m in given if isinstance(m, keras.metrics.Metric) for v in m.variables]
+
+
+def _growing(model: Any) -> list[Any]:
+    """Objects below ``compile`` that attach variables to themselves when they meet a batch."""
+    found: list[Any] = []
+    for each in models_in(model):
+        found += [x for name in _GROWING if (x := getattr(each, name, None)) is not None]
+    inner = [getattr(each, "inner_optimizer", None) for each in found]
+    return [*found, *(each for each in inner if each is not None)]
+
+
+def snapshot(model: Any) -> Snapshot:
+    """Copy the state of ``model``."""
+    variables = variables_of(model)
+    layers = [model, *(place.layer for place in walk(model))]
+    wrapped = [module for layer in layers if (module := wrapped_module(layer)) is not None]
+    torch = sys.modules.get("torch") if keras.backend.backend() == "torch" else None
+    modules = (
+        [] if torch is None else [*model.modules(), *(m for w in wrapped for m in w.modules())]
+    )
+    return Snapshot(
+        values=[(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables],
+        variable_flags=[(v, v.trainable) for v in variables],
+        layer_flags=[(layer, bool(layer.trainable)) for layer in layers],
+        momenta=[(layer, layer.momentum) for layer in layers if is_site(layer)],
+        policies=[(layer, layer.policy) for layer in layers if _has_policy(layer)],
+        compiled=[
+            (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
+        ],
+        shells=[_Shell.of(each) for each in _growing(model)],
+        buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
+        modes=[(module, module.training) for module in modules],
+        generators=None if torch is None else _generators(torch),
+    )
+
+
+def restore(state: Snapshot) -> None:
+    """Put everything back where it was; values that did not change are not touched."""
+    for layer, policy in state.policies:
+        if layer.policy != policy:
+            layer.policy = policy
+    for variable, value in state.values:
+        if _lost(variable):  # before flags: a live switch copies gamma and beta
+            variable.assign(value)
+    for layer, flag in state.layer_flags:
+        if bool(layer.trainable) != flag:
+            layer.trainable = flag
+    for layer, flag in state.layer_flags:  # a container's setter flips what it contains
+        if bool(layer.trainable) != flag:
+            layer.trainable = flag
+    for variable, flag in state.variable_flags:
+        if variable.trainable != flag:
+            variable.trainable = flag
+    for layer, momentum in state.momenta:
+        if layer.momentum != momentum:
+            layer.momentum = momentum
+    for model, attributes in state.compiled:
+        for name, value in attributes.items():
+            if model.__dict__.get(name) is not value:
+                setattr(model, name, value)
+        for name in set(_COMPILED) & set(model.__dict__) - set(attributes):
+            del model.__dict__[name]
+    for shell in state.shells:
+        shell.restore()
+    for variable, value in state.values:
+        if keras.ops.convert_to_numpy(variable).tobytes() != value.tobytes():
+            variable.assign(value)
+    for buffer, value in state.buffers:
+        buffer.copy_(value)
+    for module, mode in state.modes:
+        module.training = mode
+    if state.generators is not None:
+        _set_generators(sys.modules["torch"], state.generators)
+
+
+@contextmanager
+def preserved(model: Any) -> Iterator[None]:
+    """Restore the whole state of ``model`` on any exit."""
+    state = snapshot(model)
+    try:
+        yield
+    finally:
+        restore(state)
+
+
+def _has_policy(layer: Any) -> bool:
+    return is_site(layer) and hasattr(layer, "policy")
+
+
+def _lost(variable: Any) -> bool:
+    """Whether the variable holds no value: on JAX, Keras takes it away while steps are running."""
+    if keras.backend.backend() != "jax":
+        return False
+    value = variable._value
+    return value is None or (hasattr(value, "is_deleted") and bool(value.is_deleted()))
+
+
+def _plain(container: Any) -> Any:
+    return _kind(container)(container)
+
+
+def _kind(container: Any) -> Any:
+    return next(each for each in (list, dict, set) if isinstance(container, each))
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its content back; untouched if it has it."""
+    if _identities(_plain(container)) == _identities(content):
+        return
+    kind = _kind(container)
+    add = "extend" if kind is list else "update"
+    if type(container).__module__.startswith("keras."):
+        # Keras' tracked containers would track all of it again: the plain methods do not.
+        kind.clear(container)
+        getattr(kind, add)(container, content)
+    else:
+        container.clear()
+        getattr(container, add)(content)
+
+
+def _identities(content: Any) -> Any:
+    # Variables compare by value, element by element; what matters here is which they are.
+    if isinstance(content, set):
+        return content
+    if isinstance(content, dict):
+        return [(key, id(value)) for key, value in content.items()]
+    return [id(value) for value in content]
+
+
+def _generators(torch: Any) -> tuple[Any, list[Any]]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), cuda
+
+
+def _set_generators(torch: Any, state: tuple[Any, list[Any]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,117 @@
+"""What must not move while a BN site is frozen, and which weights a model holds."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.types import Array
+
+_STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+_PARAMETERS = ("gamma", "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One value of a frozen site that a training step must leave alone.
+
+    Attributes:
+        path: The site.
+        name: ``"gamma"``, ``"moving_mean"``, ...; in the framework's word.
+        read: Returns its present value.
+        write: Puts a value in its place.
+    """
+
+    path: str
+    name: str
+    read: Callable[[], Array]
+    write: Callable[[Array], None]
+
+
+def frozen_values(model: Any, *, parameters: bool, statistics: bool) -> list[Kept]:
+    """Values of every site whose ``trainable`` is ``False``, whatever its policy says.
+
+    Args:
+        model: A Keras model.
+        parameters: Whether gamma and beta are meant.
+        statistics: Whether stored statistics are meant.
+
+    Returns:
+        In execution order; of torch modules inside a frozen wrapper as well.
+    """
+    found: list[Kept] = []
+    for place in walk(model):
+        layer, module = place.layer, wrapped_module(place.layer)
+        if layer.trainable:
+            continue
+        if is_site(layer):
+            names = [*(_PARAMETERS if parameters else ()), *(_STATISTICS if statistics else ())]
+            found += [
+                _of_variable(place.path, name, layer)
+                for name in names
+                if getattr(layer, name, None) is not None
+            ]
+        elif module is not None:
+            found += _of_module(place.path, module, parameters, statistics)
+    return found
+
+
+def _of_variable(path: str, name: str, layer: Any) -> Kept:
+    # Asked for by name each time: our layer's gamma is another variable after thawing.
+    def read() -> Array:
+        return np.array(keras.ops.convert_to_numpy(getattr(layer, name)))
+
+    def write(value: Array) -> None:
+        getattr(layer, name).assign(value)
+
+    return Kept(path=path, name=name, read=read, write=write)
+
+
+def _of_module(path: str, module: Any, parameters: bool, statistics: bool) -> list[Kept]:
+    found = []
+    for name, inner in module.named_modules():
+        if not hasattr(inner, "running_mean") or inner.running_mean is None:
+            continue
+        mine = "/".join([path, *name.split(".")]) if name else path
+        wanted = {
+            "weight": inner.weight if parameters else None,
+            "bias": inner.bias if parameters else None,
+            "running_mean": inner.running_mean if statistics else None,
+            "running_var": inner.running_var if statistics else None,
+        }
+        found += [
+            _of_tensor(mine, key, tensor) for key, tensor in wanted.items() if tensor is not None
+        ]
+    return found
+
+
+def _of_tensor(path: str, name: str, tensor: Any) -> Kept:
+    def read() -> Array:
+        return np.array(tensor.detach().cpu().numpy())
+
+    def write(value: Array) -> None:
+        tensor.data.copy_(tensor.new_tensor(value))
+
+    return Kept(path=path, name=name, read=read, write=write)
+
+
+def weights_mark(model: Any, sites: Collection[str]) -> int:
+    """A checksum of all weights but the stored statistics of these sites."""
+    left_out = {
+        id(getattr(place.layer, name, None))
+        for place in walk(model)
+        if place.path in sites
+        for name in _STATISTICS
+    }
+    mark = 0
+    for variable in model.weights:
+        if id(variable) not in left_out:
+            value = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+            mark = zlib.crc32(value.view(np.uint8).reshape(-1).data, mark)
+    return mark

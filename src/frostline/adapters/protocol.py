@@ -1,0 +1,370 @@
+"""What views of models promise, whatever their framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from frostline.graph.schedule import Program
+from frostline.numerics.stats import Moments
+from frostline.types import Array, Boundary, Crossing, Policy, Site
+from frostline.types.measured import Behaviour, Difference
+
+if TYPE_CHECKING:
+    from frostline.types.facts import ModelFacts
+
+Seen = Mapping[str, Sequence[Moments]]
+
+
+class FlagCounts(Protocol):
+    """What an edit of `trainable` flags touched."""
+
+    @property
+    def layers(self) -> int:
+        """Layers whose flag changed."""
+        ...
+
+    @property
+    def sites(self) -> int:
+        """BN layers among them."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in their trainable weights."""
+        ...
+
+    @property
+    def stock_sites(self) -> int:
+        """BN layers among them whose flag is read when a step is compiled."""
+        ...
+
+    @property
+    def dropouts(self) -> int:
+        """Layers whose dropout was turned off, or given its rate back; not among ``layers``."""
+        ...
+
+
+class FoldedModel(Protocol):
+    """A new model without BN layers, and where they went."""
+
+    @property
+    def model(self) -> Any:
+        """The new model."""
+        ...
+
+    @property
+    def absorbed(self) -> tuple[str, ...]:
+        """Paths of BN layers that are now part of the layer before them."""
+        ...
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Paths of BN layers in whose place is a layer that scales and shifts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What one pass of one batch gave.
+
+    Attributes:
+        outputs: Arrays in the structure of the model's outputs, float32 at least.
+        losses: Loss of each sample, shape ``(n,)``, float64.
+        moments: Path -> moments of what the site saw; empty unless recorded.
+    """
+
+    outputs: Any
+    losses: Array
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+
+
+class SplitModel(Protocol):
+    """A model cut in two; see :class:`frostline.Split`."""
+
+    @property
+    def prefix(self) -> Any:
+        """The frozen part: model inputs -> frontier."""
+        ...
+
+    @property
+    def suffix(self) -> Any:
+        """The rest: frontier -> model outputs."""
+        ...
+
+    @property
+    def frontier(self) -> tuple[Crossing, ...]:
+        """The tensors that cross."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What ended the prefix, and what was not checked."""
+        ...
+
+
+class Forward(Protocol):
+    """Forward passes with λ and the stored statistics as arguments; the model never changes.
+
+    ``blend`` is one number or has one per entry of ``paths``; ``statistics`` maps paths to (mean,
+    biased variance) that replace what is stored; ``step`` is the batch's number, which fixes the
+    dropout masks.
+    """
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sites, in the order of the blend vector."""
+        ...
+
+    def outputs(
+        self,
+        x: Any,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Any:
+        """Outputs of one batch; with ``record`` a pair of them and path -> moments."""
+        ...
+
+    def losses(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> Array:
+        """Loss of each sample, shape ``(n,)``, float64."""
+        ...
+
+    def gradient(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+    ) -> tuple[Array, Array]:
+        """Losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
+        ...
+
+    def outcome(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        step: int = 0,
+        record: bool = False,
+    ) -> Outcome:
+        """Outputs, losses and, with ``record``, the sites' moments of one pass together."""
+        ...
+
+    def own(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> Outcome:
+        """Outputs and losses of the model's own pass, every layer as its flags have it."""
+        ...
+
+
+class Meter(Protocol):
+    """Measures and stores the statistics of the sites that it was made for."""
+
+    def start(self, x: Any) -> tuple[Array, ...]:
+        """What the first stage takes, from one batch of model inputs."""
+        ...
+
+    def programs(self, inputs: int) -> Sequence[Program]:
+        """The stages in order; ``inputs`` arrays are what the first one takes."""
+        ...
+
+    def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
+        """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
+        ...
+
+    def batch(self) -> Callable[[Any], Seen]:
+        """Compile one pass with batch statistics at all sites: ``x`` -> moments."""
+        ...
+
+    def stored(self, path: str) -> tuple[Array, Array]:
+        """Stored mean and variance, float64."""
+        ...
+
+    def epsilon(self, path: str) -> float:
+        """What the site adds to the variance."""
+        ...
+
+    def store(self, path: str, mean: Array, variance: Array) -> None:
+        """Store population statistics."""
+        ...
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all statistics; returns what puts them back, bit for bit."""
+        ...
+
+
+class ModelView(Protocol):
+    """What the rest of Frostline may ask of a model, whatever its framework."""
+
+    model: Any
+    framework: str  # "keras" | "torch"
+    backend: str  # "tensorflow" | "jax" | "torch"
+    #: What a file holds: the whole model, or its parameters and statistics beside the user's code.
+    saved_as: Literal["model", "state"]
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in the model's inputs: -1, or 1 where they come first."""
+        ...
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every BN layer, in execution order where the graph is known."""
+        ...
+
+    def boundary(self, reference: Any) -> Boundary:
+        """Translate a layer name, path, index, fraction or layer into a boundary."""
+        ...
+
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the layers before a boundary: those that freezing up to it freezes."""
+        ...
+
+    def preserved(self) -> AbstractContextManager[None]:
+        """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
+        ...
+
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
+        """Forward pass of one batch, float32; no variable of the model changes."""
+        ...
+
+    def score(
+        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
+    ) -> tuple[Any, float | None]:
+        """Outputs and loss of one batch; no variable of the model changes."""
+        ...
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
+        ...
+
+    def compiled(self) -> bool:
+        """Whether the model is compiled for training."""
+        ...
+
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first layer that trains, and the path of that layer.
+
+        ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
+        ``(sites, None)``: no layer trains.
+        """
+        ...
+
+    def set_frozen(
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
+    ) -> tuple[FlagCounts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        ...
+
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites.
+
+        Returns how many of them hold it as a constant of a compiled step, and what takes it back.
+        """
+        ...
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
+        ...
+
+    def restore(self) -> int:
+        """Turn our BN layers back into stock ones, in place; returns how many."""
+        ...
+
+    def fold(self) -> FoldedModel:
+        """Fold every BN layer at its stored statistics into a new model."""
+        ...
+
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        ...
+
+    def meter(self, paths: Sequence[str]) -> Meter:
+        """What measures and stores the statistics of these sites."""
+        ...
+
+    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> Forward:
+        """Forward passes with λ and the stored statistics as arguments; compiled once per shape.
+
+        ``loss`` is whatever the framework takes as a loss, or ``(y, outputs)`` -> one number per
+        sample; ``None``: the compiled one. ``paths``: the sites to blend; ``None``: all.
+        """
+        ...
+
+    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, Behaviour]:
+        """What every site does in a training-mode pass and in an inference pass of the model.
+
+        Both run on ``(x, ...)`` tuples, of which ``x`` alone is read; nothing is updated. The sites
+        are watched: their inputs, their outputs and what they would assign. Flags are not asked.
+        """
+        ...
+
+    def noise_layers(self) -> Mapping[str, str]:
+        """Path of each layer that is no BN and acts in training only -> its kind.
+
+        Kinds are ``"dropout"``, ``"noise"`` and ``"augmentation"``.
+        """
+        ...
+
+    def round_trip(self, x: Any) -> float:
+        """Save, load, run inference on ``x``: largest change relative to the largest output.
+
+        Raises :class:`ModelError` with the reason when the model cannot be saved or loaded.
+        """
+        ...
+
+    def difference(self, reference: Any, x: Any) -> Difference:
+        """Compare with a reference, layer by layer, and the inference outputs on ``x``.
+
+        ``reference`` is a model of the same architecture, the path of a file with a model or with
+        weights, or the arrays of all layers: one list per layer, or one flat list.
+        """
+        ...
+
+    def trial(
+        self, batches: Iterable[tuple[Any, ...]], *, policy: Policy, epochs: int
+    ) -> AbstractContextManager[None]:
+        """Within it, the model as it is after training on the batches with ``policy`` while frozen.
+
+        The part that trains is trained on the ``(x, y[, sample_weight])`` tuples with the model's
+        own optimizer and loss. On any exit the model is what it was, bit for bit.
+        """
+        ...
+
+    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
+        """Cut the model into its frozen prefix and the rest, which share its layers."""
+        ...
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
+        """The model's own ``evaluate``; metric states come back untouched."""
+        ...

@@ -1,0 +1,1 @@
+"""Native torch modules: everything that Frostline asks of them and does to them."""

@@ -1,0 +1,203 @@
+"""The torch view: what the rest of Frostline may ask of a native ``nn.Module``.
+
+Conventions are converted here and nowhere above: momentum (the new share) to decay (the kept
+share), dotted names to paths, ``(outputs, targets)`` losses to one number per sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+
+from frostline.adapters.torch import (
+    edit as torch_edit,
+    facts as torch_facts,
+    fold as torch_fold,
+    forward_pass as torch_pass,
+    graph as torch_graph,
+    reference as torch_reference,
+    split as torch_split,
+)
+from frostline.adapters.torch.behaviour import behaviour
+from frostline.adapters.torch.blend import TorchForward
+from frostline.adapters.torch.locked import unlock
+from frostline.adapters.torch.moments import TorchMoments
+from frostline.types import Boundary, ModelError, Policy, Site
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Behaviour, Difference
+
+
+class TorchView:
+    """A torch module seen in numpy and dataclasses; see :class:`frostline.adapters.ModelView`."""
+
+    framework = "torch"
+    backend = "torch"
+    saved_as: Literal["model", "state"] = "state"
+    channel_axis = 1
+
+    def __init__(self, model: Any) -> None:
+        root = torch_graph.unwrapped(model)
+        if isinstance(root, torch.jit.ScriptModule):
+            raise ModelError(
+                "a TorchScript module cannot be looked into; pass the nn.Module that it was made "
+                f"from. Received: {type(model).__name__}"
+            )
+        self.model = model
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every BN layer, in order of registration."""
+        return torch_graph.sites(self.model)
+
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        return torch_facts.facts(self.model)
+
+    def boundary(self, reference: Any) -> Boundary:
+        """Translate a module name, path, index, fraction or module into a boundary."""
+        return torch_graph.resolve(self.model, reference)
+
+    def before(self, boundary: Boundary) -> frozenset[str]:
+        """Paths of the modules before a boundary: those that freezing up to it freezes."""
+        places = torch_edit.side(torch_graph.walk(self.model), boundary, before=True)
+        return frozenset(place.path for place in places)
+
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first module that trains, and the path of that module."""
+        return torch_graph.frozen_prefix(self.model)
+
+    def preserved(self) -> AbstractContextManager[None]:
+        """Restore everything on any exit, bit for bit."""
+        return torch_edit.preserved(self.model)
+
+    def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
+        """Return the outputs of one batch, float32; nothing of the model changes."""
+        return torch_pass.arrays(torch_pass.run(self.model, x, training=training, step=step))
+
+    def score(
+        self,
+        x: Any,
+        y: Any,  # noqa: ARG002 - a module has no loss to compare them with
+        sample_weight: Any = None,  # noqa: ARG002
+        *,
+        training: bool,
+        step: int = 0,
+    ) -> tuple[Any, float | None]:
+        """Return the outputs of one batch; a torch module has no loss of its own."""
+        return self.forward(x, training=training, step=step), None
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Nothing is known: a torch module has no loss of its own."""
+        return None, None
+
+    def compiled(self) -> bool:
+        """Never: training is the user's own loop."""
+        return False
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:  # noqa: ARG002
+        """Nothing: a torch module has no ``evaluate`` of its own."""
+        return {}
+
+    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> TorchForward:
+        """Forward passes with λ and the statistics as arguments."""
+        return TorchForward(self.model, paths, loss=loss)
+
+    def meter(self, paths: Sequence[str]) -> TorchMoments:
+        """What recalibration measures and stores with."""
+        return TorchMoments(self.model, paths)
+
+    def behaviour(self, batches: Iterable[Any]) -> Mapping[str, Behaviour]:
+        """What each site does in passes of the module itself."""
+        return behaviour(self.model, batches)
+
+    def noise_layers(self) -> Mapping[str, str]:
+        """Path -> kind of every module that acts in training only and is no BN."""
+        return torch_pass.noise_layers(self.model)
+
+    def round_trip(self, x: Any) -> float:
+        """Largest relative change of an inference output after saving and loading the state."""
+        with torch_edit.preserved(self.model):
+            before = self.forward(x, training=False)
+            stream = io.BytesIO()
+            torch.save(torch_graph.unwrapped(self.model).state_dict(), stream)
+            stream.seek(0)
+            twin = copy.deepcopy(torch_graph.unwrapped(self.model))
+            twin.load_state_dict(torch.load(stream, weights_only=True))
+        return torch_pass.largest_change(TorchView(twin).forward(x, training=False), before)
+
+    def difference(self, reference: Any, x: Any) -> Difference:
+        """How a reference module, state or file differs from the model."""
+        return torch_reference.difference(self.model, reference, x)
+
+    def trial(
+        self, batches: Iterable[Any], *, policy: str = "inference", epochs: int = 1
+    ) -> AbstractContextManager[None]:
+        """Refuse: the optimizer is the user's.
+
+        Raises:
+            ModelError: Always.
+        """
+        del batches, policy, epochs
+        raise ModelError(
+            "a torch module has no optimizer of its own, so no trial training can be run on it; "
+            "freeze with frostline.freeze and continue your own loop. Received: a torch module"
+        )
+
+    # --- edits --------------------------------------------------------------------------------
+
+    def set_frozen(
+        self,
+        boundary: Boundary,
+        *,
+        before: bool,
+        frozen: bool,
+        params: bool,
+        statistics: bool,
+        dropout: bool = False,
+    ) -> tuple[torch_edit.Counts, Callable[[], None]]:
+        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
+        return torch_edit.set_frozen(
+            self.model,
+            boundary,
+            before=before,
+            frozen=frozen,
+            params=params,
+            statistics=statistics,
+            dropout=dropout,
+        )
+
+    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+        """Set the kept share of the statistics of sites."""
+        return torch_edit.set_decay(self.model, paths, decay)
+
+    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
+        """Refuse: our layer is a Keras layer.
+
+        Raises:
+            ModelError: Always.
+        """
+        del version, policy, debias
+        raise ModelError(
+            "frostline.convert turns Keras layers into Frostline's; torch modules are locked in "
+            "place by frostline.freeze. Received: a torch module"
+        )
+
+    def restore(self) -> int:
+        """Take every lock off; returns how many BN layers there are."""
+        count = 0
+        for place in torch_graph.site_places(self.model):
+            unlock(place.module, training=place.module.training)
+            count += 1
+        return count
+
+    def fold(self) -> torch_fold.Folded:
+        """Fold every BN layer at its stored statistics; the outcome is a new module."""
+        return torch_fold.fold(self.model)
+
+    def split(self, at: Any = None, *, sample: Any = None) -> torch_split.Parts:
+        """Cut the module into its frozen prefix and the rest, which share its modules."""
+        return torch_split.split(self.model, at, sample=sample)

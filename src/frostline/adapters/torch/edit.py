@@ -1,0 +1,235 @@
+"""Change a torch module in place: freeze, thaw, momentum. Whatever fails leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from frostline.adapters.torch import dropout as torch_dropout
+from frostline.adapters.torch.graph import Place, is_frozen_kind, is_site, unwrapped, walk
+from frostline.adapters.torch.locked import is_locked, lock, unlock
+from frostline.types import Boundary, ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one edit touched."""
+
+    layers: int
+    sites: int
+    parameters: int
+    stock_sites: int = 0
+    dropouts: int = 0
+
+
+def set_frozen(
+    model: Any,
+    boundary: Boundary,
+    *,
+    before: bool,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool = False,
+) -> tuple[Counts, Callable[[], None]]:
+    """Freeze or thaw every module on one side of a boundary.
+
+    Parameters stay the objects that they are, with ``requires_grad`` off and no gradient left over,
+    so that an optimizer that knows them does not move them. Statistics are locked: see
+    :mod:`frostline.adapters.torch.locked`.
+
+    Raises:
+        ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
+    """
+    undo = snapshot(model)
+    there = side(walk(model), boundary, before=before)
+    chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
+    changed: list[Place] = []
+    touched = dropouts = 0
+    try:
+        for place in chosen:
+            count = _set_params(place.module, frozen) if params else 0
+            moved = (
+                _set_statistics(place, frozen) if statistics and is_site(place.module) else False
+            )
+            touched += count
+            if count or moved:
+                changed.append(place)
+        if dropout:
+            turn_off = torch_dropout.turn_off
+            dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
+    except BaseException:
+        undo()
+        raise
+    sites = sum(is_site(place.module) for place in changed)
+    counts = Counts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
+    return counts, undo
+
+
+@contextmanager
+def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+    """Freeze modules, and all that they contain, for a block; everything comes back after.
+
+    Yields:
+        What was frozen, and what takes it back early.
+    """
+    back = [snapshot(module) for module in modules]
+
+    def undo() -> None:
+        for each in reversed(back):
+            each()
+
+    try:
+        end, total = Boundary(path=None, index=0), Counts(layers=0, sites=0, parameters=0)
+        for module in modules:
+            counts, _ = set_frozen(
+                module, end, before=True, frozen=True, params=True, statistics=True
+            )
+            total = Counts(
+                layers=total.layers + counts.layers,
+                sites=total.sites + counts.sites,
+                parameters=total.parameters + counts.parameters,
+            )
+        yield total, undo
+    finally:
+        undo()
+
+
+def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
+    """Modules on one side of a boundary, in execution order."""
+    if boundary.path is None:
+        return list(places) if before else []
+    edge = next(place for place in places if place.path == boundary.path)
+    if before:
+        around = tuple(f"{boundary.path}/".startswith(f"{p.path}/") for p in places)
+        return [
+            p for p, holds in zip(places, around, strict=True) if p.order < edge.order and not holds
+        ]
+    return [place for place in places if place.order >= edge.order]
+
+
+def _set_params(module: Any, frozen: bool) -> int:
+    """Set ``requires_grad`` of a module's own parameters; returns how many numbers changed."""
+    if is_frozen_kind(module):
+        return 0
+    count = 0
+    for parameter in module.parameters(recurse=False):
+        if parameter.requires_grad == frozen and parameter.is_floating_point():
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None
+            count += 0 if _lazy(parameter) else parameter.numel()
+    return count
+
+
+def _set_statistics(place: Place, frozen: bool) -> bool:
+    module = place.module
+    if is_frozen_kind(module):
+        if frozen:
+            return False
+        raise ModelError(
+            f"'{place.path}' is a {type(module).__name__}, which has no parameters and cannot be "
+            "thawed; rebuild the model with BatchNorm2d, or choose a later boundary. "
+            f"Received: {place.path!r}"
+        )
+    if frozen == is_locked(module):
+        return False
+    if frozen and module.running_mean is None:
+        raise ModelError(
+            f"'{place.path}' keeps no statistics (track_running_stats=False), so it always uses "
+            f"those of the batch and cannot be frozen. Received: {place.path!r}"
+        )
+    if frozen:
+        module.track_running_stats = True
+        lock(module)
+    else:
+        unlock(module, training=True)
+    return True
+
+
+def _lazy(tensor: Any) -> bool:
+    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
+    """Give sites a decay; torch stores its complement, and every step reads it anew.
+
+    Returns:
+        0 (no site holds its momentum as a constant of a step), and a function that puts the old
+        values back.
+
+    Raises:
+        ModelError: A path is no BN site with a momentum; nothing is changed then.
+    """
+    owners = {place.path: place.module for place in walk(model) if is_site(place.module)}
+    unknown = [path for path in paths if not hasattr(owners.get(path), "momentum")]
+    if unknown:
+        raise ModelError(f"'{unknown[0]}' is no BN site with a momentum. Received: {unknown!r}")
+    before = [(owners[path], owners[path].momentum) for path in paths]
+
+    def undo() -> None:
+        for module, value in before:
+            module.momentum = value
+
+    try:
+        for path in paths:
+            owners[path].momentum = 1.0 - decay
+    except BaseException:
+        undo()
+        raise
+    return 0, undo
+
+
+def snapshot(model: Any) -> Callable[[], None]:
+    """Remember flags, modes, classes, rates and gradients; returns what puts them back."""
+    root = unwrapped(model)
+    modules = [
+        (module, type(module), module.training, getattr(module, "track_running_stats", None))
+        for module in root.modules()
+    ]
+    parameters = [(p, p.requires_grad, p.grad) for p in root.parameters()]
+    rates = torch_dropout.rates(root)
+
+    def undo() -> None:
+        for module, kind, training, tracks in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            module.training = training
+            if tracks is not None:
+                module.track_running_stats = tracks
+        for parameter, flag, gradient in parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        rates.restore()
+
+    return undo
+
+
+@contextmanager
+def preserved(model: Any) -> Iterator[None]:
+    """Put back parameters, buffers, gradients, flags, modes and momenta, bit for bit."""
+    root = unwrapped(model)
+    undo = snapshot(root)
+    tensors = [
+        (tensor, tensor.detach().clone())
+        for tensor in [*root.parameters(), *root.buffers()]
+        if not _lazy(tensor)
+    ]
+    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in root.parameters()]
+    momenta = [(m, m.momentum) for m in root.modules() if is_site(m) and hasattr(m, "momentum")]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        undo()
+        with torch.no_grad():
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, momentum in momenta:
+            module.momentum = momentum

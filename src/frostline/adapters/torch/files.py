@@ -1,0 +1,163 @@
+"""Read a torch module from a function and a file with its state, and write a state, or nothing.
+
+A file is never unpickled: a state is read with ``weights_only=True``, a program with
+``torch.export.load`` or ``torch.jit.load``, which have readers of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.data.import_string import built, first_line
+from frostline.types import ModelError, OutputError
+
+#: Files with a state.
+STATES = (".pt", ".pth")
+
+_HOW = "pass module:function --state FILE, with a function that returns the module"
+
+
+def load_model(source: str, state: str | None = None) -> Any:
+    """Load a torch module, or a program that has been exported.
+
+    Args:
+        source: ``module:function``, a function without arguments that returns an ``nn.Module``; or
+            the path of a ``.pt2`` file of ``torch.export`` or of a TorchScript file.
+        state: Path of a file with the module's ``state_dict``, as ``torch.save`` writes it.
+
+    Returns:
+        The module, or the program.
+
+    Raises:
+        ModelError: No such file or function; not a module; a state that does not fit; a pickled
+            module, which is not read.
+    """
+    path = Path(source)
+    if path.exists() or ":" not in source:
+        if state is not None:
+            raise ModelError(f"--state goes with module:function. Received: {source}")
+        return _program(path)
+    model = built(source)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{source}: not a torch.nn.Module. Received: {type(model).__name__}")
+    if state is not None:
+        _fill(model, Path(state))
+    return model
+
+
+def read_state_file(path: Path) -> Mapping[str, Any]:
+    """The tensors of a file by name.
+
+    Raises:
+        ModelError: No such file, or no state in it.
+    """
+    if not path.is_file():
+        raise ModelError(f"no such file: {path}")
+    if path.suffix == ".safetensors":
+        raise ModelError(
+            f"{path}: .safetensors is not read; in Python: torch.save(safetensors.torch.load_file("
+            f"{path.name!r}), {path.stem + '.pt'!r})"
+        )
+    if _is_script(path):
+        raise ModelError(f"{path}: a TorchScript program, not a state_dict; it is a MODEL itself")
+    from frostline.adapters.torch.reference import read_state
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(_why_not(path, error)) from None
+    return read_state(found)
+
+
+def save_state(model: Any, path: Path, *, overwrite: bool = False) -> None:
+    """Write the ``state_dict`` under a temporary name in its folder and rename it.
+
+    Args:
+        model: A torch module.
+        path: Target, ``.pt`` or ``.pth``.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        OutputError: The file exists, or cannot be written; nothing is left behind.
+    """
+    if path.suffix not in STATES:
+        raise OutputError(f"a state_dict is written as .pt or .pth. Received: {path}")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass  # a folder that cannot be written to raises here, as an OSError
+        torch.save(state, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fill(model: Any, path: Path) -> None:
+    state = read_state_file(path)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ModelError(f"{path} does not fit the module: {lines[-1][:200]}") from None
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if told:
+        raise ModelError(f"{path} does not fit the module: {'; '.join(told)}")
+
+
+def _program(path: Path) -> Any:
+    if not path.is_file():
+        what = f"{path} is a folder" if path.is_dir() else f"no such model file: {path}"
+        raise ModelError(f"{what}. MODEL is module:function, a .pt2 or a TorchScript file")
+    if path.suffix == ".pt2":
+        try:
+            return torch.export.load(path)
+        except Exception as error:
+            raise ModelError(f"{path}: not a readable .pt2 ({first_line(error)})") from None
+    if _is_script(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                return torch.jit.load(path, map_location="cpu")
+            except Exception as error:
+                raise ModelError(
+                    f"{path}: not readable TorchScript ({first_line(error)})"
+                ) from None
+    read_state_file(path)  # raises with the reason where that is no state either
+    raise ModelError(f"{path} holds a state_dict, which is no network: {_HOW}")
+
+
+def _is_script(path: Path) -> bool:
+    """Whether it is a TorchScript archive: those have code beside their tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(
+            "/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist()
+        )
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    if "Unsupported global" in str(error) or "weights_only" in str(error).lower():
+        return (
+            f"{path} holds a pickled Python object, which can run any code when it is read, so it "
+            f"is not; save model.state_dict() where you trust it, and {_HOW}"
+        )
+    return f"cannot read a state_dict from {path} ({first_line(error)})"

@@ -1,0 +1,129 @@
+"""How a reference differs from a torch module: another module, a state, or a file with one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from frostline.adapters.torch.forward_pass import arrays, largest_change, run
+from frostline.adapters.torch.graph import site_places, unwrapped
+from frostline.types import Array, ModelError, as_float64
+from frostline.types.measured import Difference
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def difference(model: Any, reference: Any, x: Any) -> Difference:
+    """Compare a module with a reference.
+
+    Args:
+        model: A torch module.
+        reference: A module, a ``state_dict``, or the path of a file with one (read with
+            ``weights_only=True``).
+        x: Inputs of one batch, for the outputs of a reference that is a module.
+
+    Raises:
+        ModelError: A file that holds no state, or one without a single name of the model.
+    """
+    module = unwrapped(reference) if isinstance(reference, nn.Module) else None
+    theirs = module.state_dict() if module is not None else read_state(reference)
+    ours = unwrapped(model).state_dict()
+    shared = [name for name in ours if name in theirs and _fits(ours[name], theirs[name])]
+    if not shared:
+        raise ModelError(
+            "the reference has no parameter of this model. "
+            f"Received: {type(reference).__name__} with {', '.join(list(theirs)[:3]) or 'nothing'}"
+        )
+    places = site_places(model)
+    return Difference(
+        params=_params(ours, theirs, shared),
+        statistics=_statistics(places, ours, theirs, shared),
+        epsilons=_epsilons(places, module),
+        outputs=None if module is None else _outputs(model, module, x),
+    )
+
+
+def read_state(source: Any) -> Mapping[str, Any]:
+    """A ``state_dict`` from a mapping or a file; nothing is unpickled but tensors.
+
+    Raises:
+        ModelError: No such file, or no state in it.
+    """
+    state = source
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            state = torch.load(Path(source), map_location="cpu", weights_only=True)
+        except Exception as problem:
+            first = str(problem).strip().splitlines()[0] if str(problem).strip() else "unreadable"
+            raise ModelError(
+                f"cannot read a state_dict from {source}: {first} Received: {source}"
+            ) from problem
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not any(
+        isinstance(v, torch.Tensor) for v in state.values()
+    ):
+        raise ModelError(
+            "a reference is a module, a state_dict, or the path of a file with one. "
+            f"Received: {type(source).__name__}"
+        )
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _fits(ours: Any, theirs: Any) -> bool:
+    return isinstance(theirs, torch.Tensor) and ours.shape == theirs.shape
+
+
+def _numbers(tensor: Any) -> Array:
+    return as_float64(arrays(tensor))
+
+
+def _params(ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    for name in shared:
+        owner, _, kind = name.rpartition(".")
+        if kind in _STATISTICS or kind == "num_batches_tracked":
+            continue
+        entry = sums.setdefault(owner.replace(".", "/"), [0.0, 0.0])
+        entry[0] += float(np.square(_numbers(ours[name]) - _numbers(theirs[name])).sum())
+        entry[1] += float(np.square(_numbers(theirs[name])).sum())
+    return {path: float(np.sqrt(moved / (size or 1.0))) for path, (moved, size) in sums.items()}
+
+
+def _statistics(places: Any, ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for place in places:
+        mean, variance = (f"{place.path.replace('/', '.')}.{kind}" for kind in _STATISTICS)
+        if mean not in shared or variance not in shared:
+            continue
+        scale = _numbers(theirs[variance]) + float(getattr(place.module, "eps", 1e-5))
+        shift = np.abs(_numbers(ours[mean]) - _numbers(theirs[mean])) / np.sqrt(scale)
+        wide = np.abs(_numbers(ours[variance]) - _numbers(theirs[variance])) / scale
+        found[place.path] = float(max(shift.max(), wide.max()))
+    return found
+
+
+def _epsilons(places: Any, module: Any) -> dict[str, tuple[float, float]]:
+    if module is None:
+        return {}
+    theirs = {
+        place.path: float(getattr(place.module, "eps", 1e-5)) for place in site_places(module)
+    }
+    pairs = {
+        place.path: (float(getattr(place.module, "eps", 1e-5)), theirs[place.path])
+        for place in places
+        if place.path in theirs
+    }
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _outputs(model: Any, module: Any, x: Any) -> float:
+    found, wanted = (arrays(run(each, x, training=False)) for each in (model, module))
+    return largest_change(found, wanted)

@@ -1,0 +1,129 @@
+"""One sentence with the number that decides it. Nothing is judged here that causes did not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from frostline.types import Finding, Site
+from frostline.types.measured import Cause, Interval, Measurement, Remedy
+
+#: Fewer samples than this, and the verdict says what they tell.
+FEW = 64
+
+
+def of_rules(sites: Sequence[Site], findings: Sequence[Finding], applied: Sequence[str]) -> str:
+    """Verdict of a report without data: how much was found, and what comes first."""
+    if not sites:
+        return "no BatchNormalization layer: BN cannot be the cause"
+    layers, checked = _count(len(sites), "BN layer"), _count(len(applied), "rule")
+    if not findings:
+        return f"{layers}, {checked}: nothing found"
+    severities = [finding.severity for finding in findings]
+    errors, warnings, notes = (severities.count(each) for each in ("error", "warning", "info"))
+    if not errors and not warnings:
+        return f"{layers}, {checked}: nothing wrong; {_count(notes, 'note')}"
+    told = [
+        _count(number, word)
+        for number, word in ((errors, "error"), (warnings, "warning"), (notes, "note"))
+        if number
+    ]
+    hit = len({path for finding in findings for path in finding.sites})
+    first = f"{findings[0].code} {findings[0].name}"
+    return f"{', '.join(told)} at {hit} of {layers}; first: {first}"
+
+
+def of_measurement(
+    measured: Measurement, causes: Sequence[Cause], remedies: Sequence[Remedy], sites: int
+) -> str:
+    """Verdict of a diagnosis: whether it is BN, the first cause, the others, and the best remedy.
+
+    Args:
+        measured: The measurement.
+        causes: The most important first.
+        remedies: The best first.
+        sites: Number of BN layers in the model.
+    """
+    named = [cause for cause in causes if cause.code != "NONE"]
+    if not named:
+        return _nothing(measured, sites, causes[0] if causes else None)
+    first = named[0]
+    # Where BN is one of several causes it is named first, and so is what is not BN.
+    kinds = {cause.is_bn for cause in named if cause.share is None or cause.share > 0}
+    head = "BN" if first.is_bn else "BN too" if True in kinds else "not BN"
+    if first.certainty == "may":
+        head = {"BN": "probably BN", "not BN": "probably not BN"}.get(head, head)
+    parts = [f"{head}: {first.code}{_share(first)}, {first.message}"]
+    if len(named) > 1:
+        others = ", ".join(f"{cause.code}{_share(cause)}" for cause in named[1:4])
+        parts.append(f"also {others}")
+    best = next((remedy for remedy in remedies if remedy.recommended), None)
+    if best is not None:
+        parts.append(f"{best.name}: {_effect(best)}")
+    elif remedies:
+        parts.append("no remedy that was tried helps for sure")
+    if first.code != "POISONED":  # which tells
+        parts += _left_out(measured)
+    gap = measured.gaps.get("total")
+    few = measured.samples < FEW
+    if few and gap is not None and _told(gap.loss) and not _is_nothing(gap.loss):
+        interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
+        told = f"{measured.samples} samples tell little: the gap in loss is {interval}"
+        parts.append(told if measured.samples > 1 else "1 sample tells nothing of a gap")
+    return "; ".join(parts)
+
+
+def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
+    """Verdict without a cause: how far training mode and inference are apart."""
+    gap = measured.gaps.get("total")
+    if gap is None or not _told(gap.loss):
+        left_out = "".join(f": {told}" for told in _left_out(measured))
+        return f"no verdict: training mode and inference could not be compared{left_out}"
+    loss, count = gap.loss, f"{measured.samples} samples"
+    if none is not None and none.certainty == "may":
+        told = none.message
+    elif _is_nothing(loss):
+        told = f"training mode and inference give the same losses on {count}"
+    else:
+        interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
+        told = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
+        told += ": too little to matter" if loss.excludes_zero else ": it may be chance"
+    told = "; ".join([told, *_left_out(measured)])
+    if not sites:
+        return f"not BN: the model has no BatchNormalization layer; {told}"
+    return f"no cause found: {told}"
+
+
+def _left_out(measured: Measurement) -> list[str]:
+    """Samples that no number of the report is of."""
+    held = [note for note in measured.notes if "NaN or infinite inputs" in note]
+    inference = measured.probes.get("inference")
+    if inference is None or not inference.broken:
+        return held
+    told = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
+    return [f"{told} ({held[0]})" if held else told]
+
+
+def _is_nothing(interval: Interval) -> bool:
+    """Whether the losses are the same, sample by sample."""
+    return interval.low == interval.high == 0
+
+
+def _told(interval: Interval) -> bool:
+    """Whether the interval says anything: one that is not a number does not."""
+    return interval.low == interval.low
+
+
+def _share(cause: Cause) -> str:
+    return "" if cause.share is None else f" ({cause.share:.0%} of the gap)"
+
+
+def _effect(remedy: Remedy) -> str:
+    """Metric before and after."""
+    name = "accuracy" if "accuracy" in remedy.before and "accuracy" in remedy.after else "loss"
+    if name not in remedy.before or name not in remedy.after:
+        return "measured effect in the table of remedies"
+    return f"{name} {remedy.before[name]:.3g} → {remedy.after[name]:.3g}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

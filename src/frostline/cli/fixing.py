@@ -1,0 +1,154 @@
+"""``diagnose --fix``: the best remedy applied, written, and measured anew on what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from frostline.cli import models
+from frostline.remedies import group_of
+from frostline.report import excerpts
+from frostline.report.report import Report
+from frostline.types import Array, OutputError
+from frostline.types.measured import Probe, Remedy
+
+#: Relative difference of two losses that the same numbers give on the same machine.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What a diagnosis was made on: with the same settings the same samples are drawn.
+
+    Attributes:
+        x: Inputs, shape ``(n, ...)``.
+        y: Targets, shape ``(n, ...)``.
+        loss: Name of a Keras loss; ``None`` for the compiled one.
+        batch_size: Samples per batch.
+        max_samples: At most so many are drawn.
+        seed: Of the draw.
+    """
+
+    x: Array
+    y: Array
+    loss: str | None
+    batch_size: int
+    max_samples: int
+    seed: int
+
+
+def check_output(path: Path | None, source: str, *, force: bool) -> Path:
+    """Refuse an output that cannot be, before the work instead of after it."""
+    if path is None:
+        raise OutputError("--fix writes a repaired model: name its file with -o OUT.keras")
+    models.check_output(path, source, force=force)
+    return path
+
+
+def apply(
+    model: Any, report: Report, samples: Samples, *, output: Path, force: bool, plain: bool
+) -> int:
+    """Apply the best remedy to the model, write it, and print what inference was and is.
+
+    The best one is the first that helps for sure. It is applied when it changes the model as it is
+    now; a remedy that acts in training, or on the data, is named instead, and nothing is written.
+
+    Args:
+        model: The diagnosed model; it is changed.
+        report: Its diagnosis.
+        samples: What the diagnosis was made on.
+        output: Model file to write.
+        force: Overwrite it.
+        plain: Print to stdout; otherwise to stderr, since stdout holds a report for a program.
+
+    Returns:
+        0 when the model was repaired, or had nothing to repair; 1 when it could not be.
+    """
+    best = excerpts.first_choice(report.remedies)
+    if report.clean and best is None:
+        typer.echo(f"nothing to fix: {output} is not written", err=not plain)
+        return 0
+    if best is None:
+        tried = ", ".join(each.name for each in report.remedies if each.after)
+        told = f"none of those measured helps for sure ({tried})" if tried else "there is no remedy"
+        return _not_fixed(f"{told} for {_causes(report)}", output)
+    group = group_of(best)
+    if group is None:
+        return _not_fixed(_what_to_do(best, report), output)
+    from frostline.verbs import edit as repair
+
+    before = inference(model, samples)
+    change = repair.recalibrate(model, samples.x, sites=group, batch_size=samples.batch_size)
+    after = inference(model, samples)
+    if not (after.loss < before.loss and after.broken <= before.broken) and not (
+        after.broken < before.broken
+    ):
+        # It was tried on the samples alone; all of the data have been stored now.
+        return _not_fixed(
+            f"{best.name} with all {len(samples.x)} samples leaves {_effect(before, after)}", output
+        )
+    models.save(model, output, force=force)
+    written = inference(models.load(str(output)), samples)
+    if abs(written.loss - after.loss) > _ROUNDING * max(abs(after.loss), 1.0):
+        raise OutputError(
+            f"{output} was written, but does not compute what the repaired model does: loss "
+            f"{written.loss:.6g} instead of {after.loss:.6g}"
+        )
+    typer.echo(f"fixed: {best.name}: {change}", err=not plain)
+    typer.echo(f"inference: {_effect(before, written)}, measured on {output}", err=not plain)
+    return 0
+
+
+def inference(model: Any, samples: Samples) -> Probe:
+    """The model's own inference on the samples of the diagnosis."""
+    from frostline.adapters import view
+    from frostline.measure.setting import make_bench
+
+    seen = view(model)
+    with seen.preserved():
+        bench, _, _ = make_bench(
+            seen,
+            (samples.x, samples.y),
+            loss=samples.loss,
+            batch_size=samples.batch_size,
+            max_samples=samples.max_samples,
+            seed=samples.seed,
+        )
+        return bench.nominal(training=False)
+
+
+def _not_fixed(reason: str, output: Path) -> int:
+    typer.echo(f"not fixed: {reason}. {output} is not written", err=True)
+    return 1
+
+
+def _causes(report: Report) -> str:
+    return ", ".join(cause.code for cause in report.causes) or "what was found"
+
+
+def _what_to_do(best: Remedy, report: Report) -> str:
+    """Why the best remedy cannot be applied to a file, what to do, and what else helps now."""
+    line = best.shell or best.python
+    told = f"the best remedy is not one for the model as it is: {best.text}"
+    told += f" ({line})" if line else ""
+    now = next((r for r in report.remedies if r.recommended and group_of(r) and r.shell), None)
+    if now is not None:
+        told += f". Less, but now: {now.shell} ({_numbers(now.before)} -> {_numbers(now.after)})"
+    return told
+
+
+def _effect(before: Probe, after: Probe) -> str:
+    return f"{_told(before)} -> {_told(after)}"
+
+
+def _told(probe: Probe) -> str:
+    numbers = {"loss": probe.loss}
+    return _numbers(numbers if probe.accuracy is None else {**numbers, "accuracy": probe.accuracy})
+
+
+def _numbers(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())

@@ -1,5 +1,0 @@
-"""What the commands do: one module per family, called by `frostline.cli` with parsed values.
-
-A command reads files, calls the library, prints, and returns the exit code: 0 clean, 1 a gap or
-findings. It raises `FrostlineError` when it could not run (exit code 2).
-"""

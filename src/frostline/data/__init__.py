@@ -1,0 +1,1 @@
+"""What a user has as data and models, read into batches. Loads no framework."""

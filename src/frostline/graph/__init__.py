@@ -1,0 +1,1 @@
+"""Algorithms on graphs and addresses of layers. Pure Python and numpy."""

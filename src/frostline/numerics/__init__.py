@@ -1,0 +1,1 @@
+"""Statistics, averages, shares: pure numpy."""

@@ -1,0 +1,193 @@
+"""FL301 to FL303: what sites were seen to do, whatever their flags say.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
+``data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from frostline.rules import Hit, rule
+from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.measured import Behaviour, Measurement
+
+#: A blend that was measured is 0 or 1 up to rounding; half way between them is the border.
+_HALF = 0.5
+
+
+@rule("FL301", "frozen-seen-using-batch", severity="error", needs="data", fix="convert")
+def frozen_seen_using_batch(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+    """A frozen site was seen to normalise with the batch in training mode.
+
+    ## What it does
+    Runs the model in training mode and looks at what each site gives, not at its flags: reports
+    sites that are frozen, whose statistics do not move, and whose output follows the statistics of
+    the batch. Finds custom layers too, of which FL101 knows nothing.
+
+    ## Why is this bad?
+    The layers behind are trained on features normalised by the batch and are served with features
+    normalised by the stored statistics. On a new data set the two differ, so training looks
+    perfect and inference does not: the bug of Keras 2.1.3 to 2.2.4 that Frostline is named for.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    norm = fl.layers.BatchNormalization(policy="batch", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    norm = fl.layers.BatchNormalization(policy="inference", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    To reproduce a result of an old release exactly.
+
+    ## Options
+    None.
+
+    ## References
+    Keras pull request 9965; keras issue 9522.
+    """
+    for each, seen in behaviours(model, measurement):
+        frozen = each.site.stats_frozen or each.site.params_frozen
+        if frozen and uses_batch(seen.training) and seen.moves is False:
+            yield Hit(
+                sites=(each.site.path,),
+                message="frozen, but training mode normalises with the batch, as seen in its "
+                "output; lock it to its stored statistics",
+                evidence={"blend": float(seen.training or 0.0), "policy": each.site.policy},
+                fix="freeze" if model.native else None,
+            )
+
+
+@rule("FL302", "frozen-seen-moving", severity="error", needs="data", fix="freeze")
+def frozen_seen_moving(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+    """The stored statistics of a frozen site were seen to move in training mode.
+
+    ## What it does
+    Runs the model in training mode, looks whether the stored statistics of sites whose parameters
+    or statistics are frozen would have moved, and takes the move back.
+
+    ## Why is this bad?
+    Every step replaces a share `1 - decay` of the pretrained statistics; one forward pass without
+    an optimizer is enough to change what the model predicts. The frozen filters behind were
+    trained for the old statistics.
+
+    ## Example
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    norm = fl.layers.BatchNormalization(version="2.1.2", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    norm = fl.layers.BatchNormalization(version="3", name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
+    norm.trainable = False
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    To adapt only the statistics to a new domain on purpose (AdaBN).
+
+    ## Options
+    None.
+
+    ## References
+    Keras issue 7085; torchvision issue 2079.
+    """
+    for each, seen in behaviours(model, measurement):
+        if (each.site.stats_frozen or each.site.params_frozen) and seen.moves:
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"frozen, but a pass in training mode moved {1 - each.site.decay:.2g} of "
+                "its statistics; freeze the layer, and restore them",
+                evidence={"replaced_per_step": 1 - each.site.decay},
+            )
+
+
+@rule("FL303", "batch-dependent-inference", severity="error", needs="data", fix="freeze")
+def batch_dependent_inference(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+    """A site was seen to normalise with the batch at inference.
+
+    ## What it does
+    Runs the model's own inference and looks at what each site gives: reports sites that follow
+    the statistics of the batch. The same sample is also put into batches of other samples; the
+    largest change of its output is part of the evidence.
+
+    ## Why is this bad?
+    A prediction depends on the other samples of its batch: on their number, on their classes, on
+    their order. Scores measured so do not hold for one sample at a time, and can be too good as
+    well as too bad.
+
+    ## Example
+    ```python
+    class Insisting(keras.layers.BatchNormalization):
+        def call(self, inputs, training=None, mask=None):
+            return super().call(inputs, training=True, mask=mask)
+
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([keras.Input((4,)), Insisting(name="bn"), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## Use instead
+    ```python
+    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
+    data = (x, x[:, :2])
+    model = keras.Sequential([
+        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    ```
+
+    ## When not to use it
+    When batch statistics at inference are wanted and every batch is a fair sample.
+
+    ## Options
+    None.
+
+    ## References
+    jax issue 139; LearningToCompare issue 48.
+    """
+    change = measurement.neighbours
+    told = "" if change is None else f" (its neighbours change an output by up to {change:.1%})"
+    for each, seen in behaviours(model, measurement):
+        if uses_batch(seen.inference):
+            yield Hit(
+                sites=(each.site.path,),
+                message=f"inference normalises with the batch{told}; use the stored statistics",
+                evidence={"blend": float(seen.inference or 0.0), "neighbours": change or 0.0},
+            )
+
+
+def behaviours(
+    model: ModelFacts, measurement: Measurement
+) -> Iterator[tuple[SiteFacts, Behaviour]]:
+    """Sites whose behaviour was measured, in execution order."""
+    for each in model:
+        seen = measurement.behaviour.get(each.site.path)
+        if seen is not None:
+            yield each, seen
+
+
+def uses_batch(blend: float | None) -> bool:
+    """Whether a measured blend is that of the batch; ``None``, not known, is not."""
+    return blend is not None and blend > _HALF

@@ -1,0 +1,166 @@
+"""FL118 to FL120: what the mode and the momentum of a torch module do behind one's back.
+
+The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from frostline.rules import Hit, rule
+from frostline.types.facts import ModelFacts, SiteFacts
+
+
+@rule("FL118", "eval-undone-by-train", severity="error", fix="freeze")
+def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
+    """A torch site was put into `eval()` by hand, and the next `train()` of the model undoes it.
+
+    ## What it does
+    Asks the model's own `train()` what it leaves (and puts every mode back): reports sites that are
+    in evaluation mode now, in a model that trains, and would not be any more.
+
+    ## Why is this bad?
+    Training loops call `model.train()` at the start of every epoch, and Lightning and others after
+    each validation. From then on the "frozen" layer normalises with the batch, and its statistics
+    move, while `requires_grad` and the checkpoint still say frozen.
+
+    ## Example
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model[1].eval()
+    ```
+
+    ## Use instead
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    fl.freeze(model)
+    ```
+
+    ## When not to use it
+    When the loop itself calls `eval()` again behind every `train()`.
+
+    ## Options
+    None.
+
+    ## References
+    gt-pyg issue 112; `torch.nn.Module.train`.
+    """
+    for each in model:
+        if each.undone:
+            replaced = "" if each.cumulative else f", each step replacing {1 - each.site.decay:.2g}"
+            yield Hit(
+                sites=(each.site.path,),
+                message="in eval() by hand, which the next train() undoes: its statistics move"
+                f"{replaced}; lock it",
+                evidence={"replaced_per_step": 1 - each.site.decay},
+            )
+
+
+@rule("FL119", "training-mode-inside-eval", severity="error", fix="inference mode")
+def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
+    """A torch site is in training mode while the model around it is in evaluation mode.
+
+    ## What it does
+    Reports sites with `training=True`, not locked, in a model with `training=False`.
+
+    ## Why is this bad?
+    Every prediction is normalised by its own batch, so it depends on the other samples, and moves
+    the stored statistics. It happens to layers that are put into the model after `eval()`, and to
+    code that sets `training` itself.
+
+    ## Example
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
+    model[1].train()
+    ```
+
+    ## Use instead
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model.eval()
+    ```
+
+    ## When not to use it
+    When the statistics are adapted to the test data on purpose.
+
+    ## Options
+    None.
+
+    ## References
+    `torch.nn.Module.eval`; LearningToCompare issue 48.
+    """
+    for each in model:
+        stores = each.mean is not None and each.site.policy != "batch"
+        if model.mode is False and each.mode and stores and not each.live:
+            yield Hit(
+                sites=(each.site.path,),
+                message="in training mode inside of a model in eval(): predictions depend on their "
+                "batch and move the statistics; call eval()",
+                evidence={"replaced_per_step": 1 - each.site.decay},
+            )
+
+
+@rule("FL120", "cumulative-average", severity="warning", fix="set-momentum")
+def cumulative_average(model: ModelFacts) -> Iterator[Hit]:
+    """A torch site has `momentum=None`: its statistics are the plain mean over all batches so far.
+
+    ## What it does
+    Reports thawed torch sites with `momentum=None`.
+
+    ## Why is this bad?
+    In training the mean covers the activations of all earlier weights, and follows the present ones
+    slower and slower. With `num_batches_tracked` at 0 the first batch replaces whatever was loaded.
+    `update_bn` sets `None` while it runs, and leaves it behind when its loader raises.
+
+    ## Example
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, momentum=None))
+    ```
+
+    ## Use instead
+    ```python
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, momentum=0.1))
+    ```
+
+    ## When not to use it
+    While the statistics are estimated anew with fixed weights.
+
+    ## Options
+    None.
+
+    ## References
+    `torch.nn.BatchNorm2d`, `momentum`; `torch.optim.swa_utils.update_bn`.
+    """
+    for each in model:
+        if not each.cumulative or each.site.stats_frozen:
+            continue
+        seen = each.updates or 0
+        told = f"momentum=None averages over all {seen + 1} batches, those of old weights too"
+        if not seen and _stored(each):
+            told = "momentum=None at 0 batches: the next one replaces all of the stored statistics"
+        yield Hit(
+            sites=(each.site.path,),
+            message=f"{told}; set 0.1",
+            evidence={"updates": float(seen), "replaced_per_step": 1 - each.site.decay},
+            certainty="may",
+        )
+
+
+def _stored(each: SiteFacts) -> bool:
+    """Whether it holds statistics of anything."""
+    pairs = ((each.mean, 0.0), (each.variance, 1.0))
+    return any(values is not None and bool(np.any(values != first)) for values, first in pairs)

@@ -1,0 +1,1 @@
+"""What ``frostline`` exports: one file per verb."""

@@ -1,0 +1,273 @@
+"""The public questions about a model: the only place that knows views, measurements and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any, Literal
+
+from frostline import measure, rules
+from frostline.adapters import ModelView, full_precision, view
+from frostline.causes import causes as explain, verdict as verdicts
+from frostline.remedies import remedies as repairs_for
+from frostline.report.report import Report
+from frostline.report.sites import Sites
+from frostline.types import FrostlineError, ModelError, PhaseTable, Site
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Measurement
+
+
+def sites(model: Any) -> Sites:
+    """List every BN layer of a model.
+
+    Args:
+        model: A Keras 3 model; functional, sequential or subclassed, with any nesting; or a torch
+            module.
+
+    Returns:
+        A tuple with one :class:`~frostline.types.Site` per BN layer, in execution order where the
+        graph is known; empty for a model without BN. ``print`` shows it as a table with a line
+        where the frozen prefix ends.
+
+    Raises:
+        ModelError: Not a model that Frostline can read.
+    """
+    seen = view(model)
+    before, boundary = seen.frozen_prefix()
+    return Sites(seen.sites(), before=before, boundary=boundary)
+
+
+def require_sites(found: Sequence[Site]) -> None:
+    """Raise when a model has no BN layer, for verbs that have nothing to do without one.
+
+    Raises:
+        ModelError: ``found`` is empty.
+    """
+    if not found:
+        raise ModelError("no BatchNormalization layer: BN cannot be the cause")
+
+
+def lint(
+    model: Any,
+    *,
+    select: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Report:
+    """Check the configuration and the stored numbers of a model's BN layers; needs no data.
+
+    Args:
+        model: A Keras 3 model. Not built: only flags and graph are checked. Compiled and trained:
+            the number of steps too. Nothing of it changes.
+        select: Rules to apply: codes, prefixes of codes (``"FL2"``), or names. Default: all but
+            the FL9xx.
+        ignore: Rules to leave out, in the same words; the longer prefix decides. A mapping gives
+            the reason of each, which the report repeats.
+        options: Code -> thresholds, as ``{"FL203": {"max_share": 0.5}}``.
+
+    Returns:
+        A report: ``verdict``, ``findings``, ``skipped``; prints as text.
+
+    Raises:
+        ModelError: Not a model that Frostline can read.
+        FrostlineError: No such rule, or no such option.
+
+    Example:
+        >>> report = fl.lint(model, ignore={"FL115": "reached by path"})   # doctest: +SKIP
+        >>> [finding.code for finding in report.findings]                  # doctest: +SKIP
+    """
+    seen = view(model)
+    known = measure.facts_of(seen)
+    checked = _checked(known, None, select, ignore, options)
+    return Report(
+        verdict=verdicts.of_rules(checked["sites"], checked["findings"], checked["rules"]),
+        origin=_origin(seen, known),
+        **checked,
+    )
+
+
+def diagnose(
+    model: Any,
+    data: Any,
+    *,
+    validation: Any = None,
+    loss: Any = None,
+    batch_size: int | None = None,
+    reference: Any = None,
+    history: Any = None,
+    max_samples: int = 1024,
+    seed: int = 0,
+    verbose: Literal["auto", 0, 1, 2] = "auto",
+    round_trip: bool = False,
+    select: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] | None = None,
+) -> Report:
+    """Find out why a model behaves differently in training and at inference, and what helps.
+
+    The same samples are looked at in many ways: as in training, as at inference, with the
+    statistics of batches, with exact ones. What differs is split among the BN layers, explained,
+    and each repair that could help is tried, without changing the model: it is left bit for bit as
+    it was found, also when interrupted. On an NVIDIA card it is computed in full float32 precision:
+    products rounded to TF32 there would differ by 1e-3 from batch size to batch size.
+
+    Args:
+        model: A Keras 3 model, or a torch module.
+        data: Labelled data, best those that the model was trained on, prepared in the same way:
+            ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable of
+            batches. Read once.
+        validation: Labelled data that the model was not trained on.
+        loss: What the framework takes as a loss; default: the compiled one, else the usual one for
+            these labels and outputs.
+        batch_size: Samples per batch in training; default: that of the data's own batches, and 32
+            for arrays.
+        reference: A model or checkpoint to compare with, for example the one that training began
+            from.
+        history: The training run: a Keras ``History``, a dict of lists, a list of dicts, or the
+            path of a CSV log.
+        max_samples: At most so many samples are drawn, at random.
+        seed: Of the draw and of all intervals.
+        verbose: ``"auto"``: a progress bar on a terminal. 0: nothing, 1: a bar, 2: a line per step.
+        round_trip: Also save and load the model, and compare its outputs.
+        select: Rules to apply, as for :func:`lint`.
+        ignore: Rules to leave out.
+
+    Returns:
+        A report: ``verdict``, ``gap``, ``causes``, ``remedies``, ``attribution``, ``findings``.
+
+    Raises:
+        ModelError: Not a model that Frostline can read, or none with a loss.
+        DataError: Data without labels, or unusable; see :mod:`frostline.data.batches`.
+        FrostlineError: No such rule.
+
+    Example:
+        >>> report = fl.diagnose(model, (x, y))                          # doctest: +SKIP
+        >>> print(report)                                                # doctest: +SKIP
+    """
+    rules.select(select, ignore)  # a misspelt code is told before the long part
+    seen = view(model)
+    with full_precision(model), _progress(verbose) as progress:
+        measured, bench = measure.measure(
+            seen,
+            data,
+            validation=validation,
+            loss=loss,
+            batch_size=batch_size,
+            reference=reference,
+            history=history,
+            max_samples=max_samples,
+            seed=seed,
+            round_trip=round_trip,
+            progress=progress,
+        )
+        progress("remedies", 1.0)
+        known = measure.facts_of(seen)
+        checked = _checked(known, measured, select, ignore, None)
+        causes = explain(known, measured, checked["findings"])
+        with seen.preserved():
+            remedies = repairs_for(bench, known, measured, causes)
+    return Report(
+        verdict=verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
+        origin=_origin(seen, known, samples=measured.samples, seed=seed),
+        causes=causes,
+        remedies=remedies,
+        measurement=measured,
+        **checked,
+    )
+
+
+def _checked(
+    known: ModelFacts,
+    measured: Measurement | None,
+    select: str | Iterable[str] | None,
+    ignore: str | Iterable[str] | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """What rules say, as fields of a report."""
+    chosen = rules.select(select, ignore)
+    findings, skipped = rules.check(known, chosen, measurement=measured, options=options)
+    left_out = {each.code for each in skipped}
+    skipped += rules.ignored(select, ignore)
+    return {
+        "findings": findings,
+        "sites": tuple(each.site for each in known),
+        "rules": tuple(each.code for each in chosen if each.code not in left_out),
+        "skipped": tuple(sorted(skipped, key=lambda each: each.code)),
+    }
+
+
+def _origin(seen: ModelView, known: ModelFacts, **more: Any) -> dict[str, str]:
+    return {
+        "model": known.name,
+        "backend": known.backend,
+        **{name: str(value) for name, value in more.items()},
+        seen.framework: metadata.version(seen.framework),
+        "frostline": metadata.version("frostline"),
+    }
+
+
+@contextmanager
+def _progress(verbose: Any) -> Iterator[measure.Progress]:
+    """What is called before each step of a diagnosis."""
+    if verbose not in ("auto", 0, 1, 2):
+        raise FrostlineError(f"verbose must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}")
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if verbose == 0 or (verbose == "auto" and not console.is_terminal):
+        yield lambda name, done: None  # noqa: ARG005
+        return
+    if verbose == 2:
+        yield lambda name, done: console.print(f"{done:4.0%} {name}", markup=False, highlight=False)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("samples", total=1.0)
+        yield lambda name, done: bar.update(task, description=name, completed=done)
+
+
+def phases(
+    model: Any,
+    data: Any,
+    *,
+    metrics: measure.Metrics | None = None,
+    loss: Any = None,
+    batch_size: int = 32,
+) -> PhaseTable:
+    """Compare a model with itself in the dynamic phase, phase 0 and phase 1, on the same data.
+
+    The dynamic phase is the model's own ``evaluate``. Phase 0 is an inference forward pass. Phase
+    1 is a training-mode forward pass, with dropout and with the statistics of each batch, in which
+    nothing is updated. A healthy model gives nearly the same in all three; a gap between 0 and 1
+    on the same samples is the sign of a layer that behaves differently in training.
+
+    The model is left bit for bit as it was found (weights, statistics, optimizer, metric states,
+    seed generators), also when interrupted.
+
+    Args:
+        model: A Keras 3 model, or a torch module. Without ``compile`` there is no dynamic phase,
+            and no loss but ``loss``.
+        data: ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable
+            of batches. Read twice; a one-shot iterator is held in memory.
+        metrics: More metrics of phases 0 and 1: name -> function of labels and outputs, arrays of
+            shape ``(n, ...)``, to a number. Not weighted by ``sample_weight``, nor are the
+            built-in ones; the loss is.
+        loss: Loss of phases 0 and 1, as in :func:`diagnose`; default: the compiled one.
+        batch_size: Samples per batch for data given as arrays. Phase 1 depends on it, as training
+            does: use the one that you train with.
+
+    Returns:
+        A table with loss, and accuracy (AUC too for two classes) or MSE and Spearman's rank
+        correlation; ``patterns`` names the tell-tale signs that are present.
+
+    Raises:
+        ModelError: Not a model that Frostline can read.
+        DataError: Data without labels, or unusable; see :mod:`frostline.data.batches`.
+
+    Example:
+        >>> table = fl.phases(model, (x, y))                             # doctest: +SKIP
+        >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
+    """
+    return measure.phase_table(view(model), data, metrics=metrics, loss=loss, batch_size=batch_size)

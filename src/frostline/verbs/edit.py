@@ -1,0 +1,378 @@
+"""Changes of a model that a person can name, read and take back.
+
+Every verb changes the model in place, restores it if anything fails half-way, and says in numbers
+what it did. What a framework must do for it is in ``models``; this room knows views only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from frostline.adapters import FlagCounts, freezing, layers_of, view
+from frostline.measure.recalibration import recalibrate_view
+from frostline.types import ModelError, Policy
+from frostline.verbs.momentum import set_view_momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """An edit of a model that can be taken back.
+
+    Attributes:
+        verb: What was done: ``freeze``, ``unfreeze``, ...
+        text: What changed, in numbers, one sentence.
+        notes: What the user should know or do next; may be empty.
+    """
+
+    verb: str
+    text: str
+    notes: tuple[str, ...] = ()
+    _undo: Callable[[], None] = field(repr=False, compare=False, default=lambda: None)
+    _undone: list[bool] = field(repr=False, compare=False, default_factory=list)
+
+    def undo(self) -> None:
+        """Put back what this change replaced, bit for bit, whatever happened to it since.
+
+        Raises:
+            ModelError: It was undone before.
+        """
+        if self._undone:
+            raise ModelError(f"this change was undone already. Received: undo() of '{self.text}'")
+        self._undo()
+        self._undone.append(True)
+
+    def __str__(self) -> str:
+        return "\n".join([self.text, *(f"note: {note}" for note in self.notes)])
+
+
+def freeze(
+    model: Any,
+    until: Any = None,
+    *,
+    params: bool = True,
+    statistics: bool = True,
+    dropout: bool = False,
+) -> Change:
+    """Freeze, in place, every layer before a boundary.
+
+    A frozen BN layer is locked to its stored statistics in training (stock Keras 3 layers and ours
+    with ``policy="inference"``). Containers keep their own flag; what is set are the layers.
+
+    Args:
+        model: A Keras model.
+        until: First layer that stays as it is: a layer name or path, an index into
+            ``model.layers`` (``until=140`` freezes ``model.layers[:140]``), a fraction of the
+            layers (float in [0, 1]), or a layer. ``None`` freezes everything.
+        params: Freeze kernels, biases, gamma and beta.
+        statistics: Freeze the stored statistics of BN layers. With ``statistics=False`` gamma and
+            beta are frozen while the statistics move on; with ``params=False`` stock BN layers use
+            their stored statistics while gamma and beta train.
+        dropout: Also set the rates of dropout to 0, so that the frozen part computes in training
+            what it computes at inference. Without it dropout goes on acting on what is frozen, and
+            :func:`split` ends the prefix there. Rates come back with ``undo()`` and with
+            :func:`unfreeze`. Noise and random augmentation are left alone; dropout that a torch
+            module calls as a function is not seen.
+
+    Returns:
+        A change; ``undo()`` puts every flag and rate back.
+
+    Raises:
+        ModelError: Unknown boundary (with the closest names); ``params=False`` for our own layer,
+            which freezes both together; BN inside a ``TorchModuleWrapper``, whose statistics Keras
+            cannot freeze; ``dropout=True`` for a class of your own whose rate cannot be told.
+    """
+    return _switch(model, until, frozen=True, params=params, statistics=statistics, dropout=dropout)
+
+
+def unfreeze(
+    model: Any,
+    since: Any = None,
+    *,
+    params: bool = True,
+    statistics: bool = True,
+    dropout: bool = True,
+) -> Change:
+    """Thaw, in place, a boundary's layer and every layer behind it.
+
+    Args:
+        model: A Keras model.
+        since: First layer to thaw, as ``until`` of :func:`freeze`; ``None`` thaws everything.
+        params: Thaw kernels, biases, gamma and beta.
+        statistics: Thaw the stored statistics of BN layers.
+        dropout: Give dropout the rates that it had before :func:`freeze` turned it off.
+
+    Returns:
+        A change; ``undo()`` puts every flag and rate back.
+
+    Raises:
+        ModelError: As :func:`freeze`.
+    """
+    return _switch(
+        model, since, frozen=False, params=params, statistics=statistics, dropout=dropout
+    )
+
+
+@contextmanager
+def frozen(model_or_layers: Any) -> Iterator[Change]:
+    """Freeze a model or some layers for a block or a single step, and put every flag back after.
+
+    For a part that trains in one place and must not in another, as the discriminator of a GAN::
+
+        with fl.frozen(discriminator):
+            combined.train_on_batch(noise, real)     # moves the generator alone
+        discriminator.train_on_batch(images, labels)
+
+    Flags come back exactly as they were on any exit, exceptions and Ctrl-C included; blocks can be
+    nested. Frostline's BN layers follow in steps that are compiled already, with no new trace. What
+    else is in there is frozen in every step that is *compiled* inside such a block: on TensorFlow a
+    step keeps the flags of its first call, on JAX an optimizer keeps those of its first step. So
+    let each of two steps begin its life under the flags that it shall run with.
+
+    Args:
+        model_or_layers: A Keras model, a layer, a torch module, or a list of them, with all that
+            they contain.
+
+    Yields:
+        A change; ``undo()`` ends the freeze early.
+
+    Raises:
+        ModelError: Neither a Keras layer nor a torch module.
+    """
+    targets = layers_of(model_or_layers)
+    with freezing(targets) as (counts, back):
+        stock = (
+            f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that TensorFlow "
+            "compiled outside of this block goes on training them; frostline.convert makes them "
+            "live"
+        )
+        yield Change(
+            verb="freeze",
+            text=f"froze {_counted(counts)} for a block",
+            notes=(stock,) if counts.stock_sites else (),
+            _undo=back,
+        )
+
+
+def convert(
+    model: Any,
+    *,
+    version: str | None = None,
+    policy: Policy | None = None,
+    debias: bool | None = None,
+) -> Any:
+    """Turn every stock BN layer, in place, into :class:`frostline.layers.BatchNormalization`.
+
+    The layers stay the same objects with the same weight variables, so functional, sequential,
+    nested and subclassed models keep their graph, names, shared layers, flags, loss, metrics and
+    optimizer state. Compiled steps are dropped and made anew at the next call; an optimizer that
+    did not know a frozen gamma or beta is rebuilt with the same settings and slots.
+
+    Args:
+        model: A built Keras model.
+        version: A Keras release to reproduce; sets policy and debias. See ``releases.py``.
+        policy: What a frozen layer does in training; ``None`` keeps it (``"inference"`` at first).
+        debias: Correct the moving average for its start; ``None`` keeps it (``False`` at first).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ModelError: No BN layer; a BN layer of a user's own class or one without weights yet, with
+            its path; settings that contradict each other. The model is unchanged.
+    """
+    seen = view(model)
+    if seen.convert(version=version, policy=policy, debias=debias) == 0:
+        raise ModelError(
+            "no BatchNormalization layer: there is nothing to convert. "
+            f"Received: model {getattr(model, 'name', model)!r}"
+        )
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Turn every BN layer of ours, in place, back into the stock layer, with its present weights.
+
+    What the stock layer cannot do is lost: another policy than ``"inference"``, debias, the live
+    switch. A model without our layers comes back unchanged.
+
+    Returns:
+        ``model`` itself.
+    """
+    view(model).restore()
+    return model
+
+
+def fold(model: Any) -> Any:
+    """Fold every BN layer into the layer before it: an inference network of plain layers.
+
+    Every site is folded at its stored statistics, frozen or not: what comes back computes what
+    ``model(x, training=False)`` computes and needs no Frostline to be saved, loaded and served.
+    With ``s = gamma / sqrt(variance + epsilon)``, a linear layer whose output goes to the BN layer
+    alone gets ``kernel * s`` and ``(bias - mean) * s + beta``, computed in float64 (Jacob et al.
+    2018, arXiv 1712.05877, section 3.2). These are Dense, Conv and Conv-Transpose of any rank,
+    DepthwiseConv and SeparableConv, without activation; its regularizers and constraints, which
+    mean the kernel before folding, are dropped. Elsewhere one layer that scales and shifts takes
+    the BN layer's place and name: a 1x1 DepthwiseConv2D for images with channels last, a Dense
+    layer with a diagonal kernel where masks are passed along, an EinsumDense otherwise.
+
+    Outputs agree to 1e-5 of the largest one in float32; where a network amplifies rounding, as far
+    as it moves when its weights move by their last bit (``docs/fold.md``); in half precision as far
+    as the layer's own rounding goes. Do not train the outcome: nothing is left that normalises.
+
+    Args:
+        model: A built functional or sequential Keras model; nested models and shared layers are
+            fine. It is not changed.
+
+    Returns:
+        A new model, not compiled, with the names of the old layers.
+
+    Raises:
+        ModelError: No BN layer, or one that cannot be folded, with its path: inside a subclassed
+            model or a composite layer, of a class of your own, or with broken statistics.
+    """
+    return view(model).fold().model
+
+
+def recalibrate(
+    model: Any,
+    data: Any,
+    *,
+    sites: Any = "unfrozen",
+    method: Literal["sequential", "batch"] = "sequential",
+    batch_size: int = 32,
+) -> Change:
+    """Replace stored statistics, in place, by the population statistics of ``data``.
+
+    Mean and biased variance over every value per channel, float64, batches weighted by their
+    counts, the variance between batches included (Chan, Golub, LeVeque 1982). Everything but the
+    chosen sites runs as in inference: dropout off, other BN layers at their stored statistics.
+    Frozen layers are left alone unless ``sites`` asks for them. All that holds a copy is set:
+    batch renormalisation's own deviations; a debiased average goes on from the new values.
+
+    ``method="sequential"`` measures each site with all earlier ones already at their new values, so
+    that what is stored is what the inference network sees; a second run changes nothing. It costs
+    about one forward pass: activations are carried from site to site (up to 1 GiB in memory, the
+    rest in a temporary folder). A layer that is used more than once has one set of statistics,
+    pooled over its uses; where one use lies behind another one there is no order to measure in, and
+    passes are repeated until the statistics reproduce themselves to 1e-6 standard deviations.
+    Subclassed models, composite layers with BN inside and models that pass masks along have no
+    graph to follow: they take one pass per site.
+
+    ``method="batch"`` is one pass with batch statistics at all chosen sites at once (precise BN; Wu
+    and Johnson, arXiv 2105.07576, section 3). It reads the data once, in constant memory.
+
+    Args:
+        model: A built Keras model.
+        data: ``(x, y)``, a bare ``x``, a dataset or an iterable of batches; labels are ignored.
+            Batches with a NaN or infinite value are left out and named in the notes. One-shot
+            iterators are fine, except for models without a graph and ``"sequential"``.
+        sites: ``"unfrozen"``, ``"frozen"``, ``"all"``, a path, a layer name, a pattern
+            (``"backbone/*"``), or a list of these.
+        method: ``"sequential"`` or ``"batch"``.
+        batch_size: Samples per batch for data given as arrays.
+
+    Returns:
+        A change; ``undo()`` puts the old statistics back.
+
+    Raises:
+        ModelError: No such site, an unbuilt model, BN inside a ``TorchModuleWrapper``.
+        DataError: The data do not fit, or no batch is finite.
+        OutputError: The temporary folder is full.
+    """
+    done, undo = recalibrate_view(
+        view(model), data, sites=sites, method=method, batch_size=batch_size
+    )
+    return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
+
+
+def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
+    """Set how much of the old statistics an update keeps, in place and without rebuilding.
+
+    Args:
+        model: A Keras model.
+        momentum: In Keras' convention, the kept share: 0.99 by default, where PyTorch says 0.01.
+            BN inside a ``TorchModuleWrapper`` gets the complement. :func:`suggest_momentum` helps
+            to choose.
+        sites: As in :func:`recalibrate`.
+
+    Returns:
+        A change; ``undo()`` puts the old values back. Frostline's layers follow at the next step.
+        A stock layer's momentum is a constant of the compiled step on TensorFlow and JAX: call
+        ``compile()`` again; the change says so.
+
+    Raises:
+        ModelError: Not a number between 0 and 1, or no such site.
+    """
+    done = set_view_momentum(view(model), momentum, sites=sites)
+    return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
+
+
+def _switch(
+    model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool, dropout: bool
+) -> Change:
+    if not (params or statistics or dropout):
+        raise ModelError(
+            "params, statistics and dropout are all False, so there is nothing to do. "
+            "Received: params=False, statistics=False, dropout=False"
+        )
+    seen = view(model)
+    boundary = seen.boundary(reference)
+    # No boundary means the end, and all of the model is before it, for thawing as well.
+    before = frozen or reference is None
+    counts, undo = seen.set_frozen(
+        boundary,
+        before=before,
+        frozen=frozen,
+        params=params,
+        statistics=statistics,
+        dropout=dropout,
+    )
+    what = [_counted(counts)] if params or statistics else []
+    if params != statistics:
+        what[0] += " (parameters only)" if params else " (statistics only)"
+    if dropout and (frozen or counts.dropouts or not what):
+        what.append(f"the dropout of {counts.dropouts:,} layers")
+    where = _where(boundary.path, reference, frozen)
+    return Change(
+        verb="freeze" if frozen else "unfreeze",
+        text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
+        notes=_notes(seen, counts, half=params != statistics, off=frozen and dropout),
+        _undo=undo,
+    )
+
+
+def _counted(counts: FlagCounts) -> str:
+    return f"{counts.layers:,} layers ({counts.sites:,} BN sites, {counts.parameters:,} parameters)"
+
+
+def _where(path: str | None, reference: Any, frozen: bool) -> str:
+    if path is None or (not frozen and reference is None):
+        return "of the whole model" if frozen or reference is None else "behind the end"
+    return f"before '{path}'" if frozen else f"from '{path}' on"
+
+
+def _notes(seen: Any, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
+    notes = []
+    if (counts.layers or counts.dropouts) and seen.compiled():
+        changed = "flags and rates" if counts.dropouts else "flags"
+        note = (
+            f"the model is compiled: call compile() again, or the change of {changed} may not take "
+            "effect"
+        )
+        if counts.stock_sites == 0 and counts.sites:
+            note += " (for the BN sites, which are Frostline's, it does at once)"
+        notes.append(note)
+    if half and counts.stock_sites:
+        notes.append(
+            "a saved model keeps the flag of a stock BN layer but not those of its gamma and beta: "
+            "do this again after loading"
+        )
+    if off and counts.dropouts:
+        notes.append(
+            "the rates are kept beside the layers, in no file: a saved Keras model has dropout off "
+            "for good, a state_dict says nothing of it; unfreeze before saving to keep them"
+        )
+    return tuple(notes)

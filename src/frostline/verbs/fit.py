@@ -1,0 +1,430 @@
+"""Cached training: run the frozen part once over the data, train the rest, get the same weights."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from frostline.adapters import is_native, view as view_of
+from frostline.adapters.keras.cached_data import randomness_kept, untouched
+from frostline.cache import FeatureCache, Through, cache_features
+from frostline.cache.files import sha256
+from frostline.cache.shards import Tensor, sample_digests
+from frostline.data.batches import Batch, is_reiterable, leaves
+from frostline.types import Array, DataError, ModelError
+from frostline.verbs.split import Split, split
+
+#: Arguments of ``Model.fit`` beside the data, with Keras' defaults.
+_KERAS_ARGUMENTS = {
+    "batch_size": None,
+    "epochs": 1,
+    "verbose": "auto",
+    "callbacks": None,
+    "validation_split": 0.0,
+    "validation_data": None,
+    "shuffle": True,
+    "class_weight": None,
+    "sample_weight": None,
+    "initial_epoch": 0,
+    "steps_per_epoch": None,
+    "validation_steps": None,
+    "validation_batch_size": None,
+    "validation_freq": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How features are made and kept.
+
+    Attributes:
+        parts: Prefix and suffix.
+        path: Cache folder, or ``None`` for the default one.
+        engine: What runs the prefix.
+        views: Augmented views of the training data.
+        augment: Their augmentation.
+        options: Further arguments of :func:`frostline.cache_features`.
+        earlier: Prefix up to an earlier frontier, whose features are kept on the way.
+        rest: Model from there to the frontier.
+    """
+
+    parts: Split
+    path: Any
+    engine: str
+    views: int
+    augment: Any
+    options: dict[str, Any]
+    earlier: Any = None
+    rest: Any = None
+
+
+def fit(
+    model: Any,
+    x: Any = None,
+    y: Any = None,
+    *,
+    cache: FeatureCache | str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    views: int = 1,
+    augment: Any = None,
+    augment_name: str | None = None,
+    dtype: str = "float32",
+    max_gb: float | None = None,
+    seed: int = 0,
+    thaw_later: Any = None,
+    **as_keras_fit: Any,
+) -> Any:
+    """Train like ``model.fit``, with the frozen part of the model computed only once.
+
+    The frozen part (the prefix, see :func:`frostline.split`) runs once over training and validation
+    data; its output is kept on disk, and every epoch trains the rest of the model on it. Weights,
+    history, optimizer, metrics and callbacks are the model's own, and with the same random seed the
+    outcome is that of ``model.fit`` up to rounding: batches are shuffled by Keras itself.
+
+    Args:
+        model: A compiled Keras model, functional or sequential, part of it frozen.
+        x: As in ``model.fit``: arrays, a ``tf.data.Dataset``, a ``PyDataset``, a torch
+            ``DataLoader``.
+        y: As in ``model.fit``.
+        cache: Folder of the feature cache, or a cache made by :func:`frostline.cache_features`,
+            whose folder is used; ``None``: ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
+        engine: What runs the frozen part: ``"native"`` is Keras itself; ``"auto"`` the fastest of
+            native, ONNX Runtime and OpenVINO that is installed and agrees with native to 1e-4.
+        views: Augmented views per sample; epoch e trains on view ``e % views``.
+        augment: ``(x, seed) -> x`` on numpy batches, or a Keras layer; training data only.
+        augment_name: Name of the augmentation, where it cannot be read off.
+        dtype: How features are stored; ``"float16"`` and ``"bfloat16"`` halve the disk and round.
+        max_gb: Largest size of the cache folder.
+        seed: Of the augmentation.
+        thaw_later: ``since`` of the :func:`frostline.unfreeze` that will come before the next call,
+            for example ``140`` while only the head trains. Features of that frontier are computed
+            first and kept, and those of this call from them: the next call on the same data, with
+            the same arguments for the cache, finds its own and needs no pass. Disk for both.
+        **as_keras_fit: All arguments of ``Model.fit``.
+
+    Returns:
+        The ``History`` of ``model.fit``.
+
+    Raises:
+        ModelError: Not compiled; everything frozen; a frozen part that is not pure; a callback that
+            thaws or changes the frozen part while it is cached.
+        DataError: Data that can be read only once with ``views`` > 1; data whose samples change
+            from epoch to epoch (augmentation in the data set: use ``views`` and ``augment``).
+        OutputError: No room for the features.
+
+    Warns:
+        UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs. Or
+            ``thaw_later`` cannot be heeded.
+    """
+    arguments = _arguments(as_keras_fit)
+    view_of(model)  # a model, or a ModelError
+    if is_native(model):
+        raise ModelError(
+            "fl.fit runs Keras' own fit, and the training loop of a torch module is yours: "
+            "parts = fl.split(model), data = fl.cache_features(parts.prefix, dataset), then train "
+            f"parts.suffix on a DataLoader over data. Received: {type(model).__name__}"
+        )
+    from frostline.adapters.keras import cached_fit as adapters
+
+    _require_trainable(model)
+    if views > 1 and not is_reiterable(x):
+        raise DataError(
+            f"views={views} reads the data more than once, and a generator can be read only once: "
+            f"pass arrays or a data set. Received: {type(x).__name__}"
+        )
+    parts, reason = _parts(adapters, model, x, arguments)
+    if parts is None:
+        if views > 1 or augment is not None:
+            raise ModelError(f"views and augment need a cache, and there is none: {reason}")
+        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=2)
+        return model.fit(x, y, **arguments)
+    if thaw_later is not None and (augment is not None or dtype != "float32"):
+        raise DataError(
+            "thaw_later computes features from features, which must be exact and not augmented: "
+            f"leave it out. Received: augment={augment!r}, dtype={dtype!r}"
+        )
+    options = {"augment_name": augment_name, "dtype": dtype, "max_gb": max_gb, "seed": seed,
+               "verbose": arguments["verbose"]}  # fmt: skip
+    with randomness_kept():
+        earlier, rest = _on_the_way(adapters, model, parts, arguments, thaw_later)
+        plan = _Plan(
+            parts=parts,
+            earlier=earlier,
+            rest=rest,
+            path=cache.path if isinstance(cache, FeatureCache) else cache,
+            engine=engine,
+            views=views,
+            augment=augment,
+            options=options,
+        )
+        guard = adapters.Guard(plan.parts.prefix)
+        train, validation = _adapters(adapters, plan, x, y, arguments, guard)
+    return _train(model, adapters, plan, train, validation, arguments, guard)
+
+
+def _parts(
+    adapters: Any, model: Any, x: Any, arguments: dict[str, Any]
+) -> tuple[Split | None, str | None]:
+    """Prefix and suffix; or no parts, and why plain ``fit`` has to run.
+
+    What a callback will thaw counts as thawed from the start: it is in the suffix, frozen as ever
+    until it is due.
+    """
+    places = adapters.to_be_thawed(model, arguments["callbacks"])
+    with randomness_kept(), adapters.as_thawed(model, places):
+        reason = adapters.why_plain(model, x, arguments["validation_data"])
+        if reason is not None:
+            return None, reason
+        try:
+            return split(model), None
+        except ModelError as problem:
+            if not places:
+                raise
+            return None, f"a callback will thaw too much of the model to cache the rest: {problem}"
+
+
+def _on_the_way(
+    adapters: Any, model: Any, parts: Split, arguments: dict[str, Any], since: Any
+) -> tuple[Any, Any]:
+    """Prefix of the cut that comes once ``since`` is thawed, and what lies from there to this cut.
+
+    Both are cut by the rules of every cut; ``(None, None)`` where there is nothing to share.
+    """
+    if since is None:
+        return None, None
+    places = adapters.to_be_thawed(model, arguments["callbacks"])
+    behind = adapters.behind(model, since)
+    try:
+        with adapters.as_thawed(model, [*places, *behind]):
+            later = split(model)
+        if later.frontier == parts.frontier:
+            return None, None
+        with adapters.as_thawed(model, places):
+            rest = split(later.suffix)
+    except ModelError as problem:
+        reason = str(problem)
+    else:
+        if rest.frontier == parts.frontier:
+            return later.prefix, rest.prefix
+        reason = "what it leaves frozen does not lead to the frontier of this call"
+    warnings.warn(f"thaw_later={since!r} is not heeded: {reason}", UserWarning, stacklevel=3)
+    return None, None
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(_KERAS_ARGUMENTS))
+    if unknown:
+        raise TypeError(
+            f"fit() got an unexpected keyword argument {unknown[0]!r}; it takes those of "
+            f"keras.Model.fit: {', '.join(_KERAS_ARGUMENTS)}"
+        )
+    return {**_KERAS_ARGUMENTS, **given}
+
+
+def _require_trainable(model: Any) -> None:
+    if not getattr(model, "compiled", False):
+        raise ModelError(
+            "the model is not compiled: call model.compile(optimizer, loss, ...) first."
+        )
+    if not model.trainable_variables:
+        raise ModelError(
+            "everything in the model is frozen, so there is nothing to train: thaw its last "
+            "layers, for example with fl.unfreeze(model, since=...), and compile it again."
+        )
+
+
+def _adapters(
+    adapters: Any, plan: _Plan, x: Any, y: Any, arguments: dict[str, Any], guard: Any
+) -> tuple[Any, Any]:
+    """Cache the features of both data sets; return what Keras draws its batches from."""
+    weight = arguments["sample_weight"]
+    rows: Any = None
+    held: Any = None
+    validation = arguments["validation_data"]
+    if adapters.is_arrays(x, y, weight):
+        whole = _cached(adapters, plan, x, "training data")
+        rows = np.arange(len(whole))
+        if arguments["validation_split"] and validation is None:
+            if plan.augment is None:
+                plain = whole
+            else:
+                plain = _cached(adapters, _without_views(plan), x, "validation data")
+            (rows, y, weight), held = adapters.split_off(
+                rows, y, weight, arguments["validation_split"]
+            )
+        fetch = _by_row(whole, guard)
+    else:
+        if arguments["validation_split"] and validation is None:
+            raise DataError(
+                "validation_split needs arrays, as in model.fit; pass validation_data instead. "
+                f"Received: {type(x).__name__}"
+            )
+        whole = _cached(adapters, plan, x, "training data")
+        fetch = _by_content(whole, guard, adapters.as_trained)
+    train = _adapter(
+        adapters,
+        plan,
+        whole,
+        fetch,
+        (x if rows is None else rows, y, weight),
+        batch_size=arguments["batch_size"],
+        steps=arguments["steps_per_epoch"],
+        shuffle=arguments["shuffle"],
+        class_weight=arguments["class_weight"],
+    )
+    size = arguments["validation_batch_size"] or arguments["batch_size"]
+    ways = {"batch_size": size, "steps": arguments["validation_steps"]}
+    if held is not None:
+        return train, _adapter(adapters, plan, plain, _by_row(plain, None), held, **ways)
+    if validation is None:
+        return train, None
+    return train, _validation(adapters, _without_views(plan), validation, ways)
+
+
+def _without_views(plan: _Plan) -> _Plan:
+    return _Plan(
+        parts=plan.parts, path=plan.path, engine=plan.engine, views=1, augment=None,
+        options=plan.options, earlier=plan.earlier, rest=plan.rest,
+    )  # fmt: skip
+
+
+def _validation(adapters: Any, plan: _Plan, data: Any, ways: dict[str, Any]) -> Any:
+    x, y, weight = adapters.unpack(data)
+    cached = _cached(adapters, plan, x, "validation data")
+    if adapters.is_arrays(x, y, weight):
+        given = (np.arange(len(cached)), y, weight)
+        return _adapter(adapters, plan, cached, _by_row(cached, None), given, **ways)
+    fetch = _by_content(cached, None, adapters.as_trained)
+    return _adapter(adapters, plan, cached, fetch, (x, y, weight), **ways)
+
+
+def _cached(adapters: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
+    """Features of ``x``, in the form in which Keras would hand it to the model."""
+    arrays = adapters.is_arrays(x, None, None)
+    data = Batch(x) if arrays else _Stream(untouched(x), adapters)
+    ways = {"engine": plan.engine, **plan.options}
+    through = None
+    if plan.earlier is not None:
+        at_first = f"frozen part of the next call, {title}"
+        earlier = cache_features(plan.earlier, data, plan.path, title=at_first, **ways)
+        through = Through(cache=earlier, rest=plan.rest)
+    return cache_features(
+        plan.parts.prefix,
+        data,
+        plan.path,
+        views=plan.views,
+        augment=plan.augment,
+        title=f"frozen part, {title}",
+        through=through,
+        **ways,
+    )
+
+
+class _Stream:
+    """A data set of batches; only inputs, in the dtype that Keras trains on."""
+
+    def __init__(self, data: Any, adapters: Any) -> None:
+        self.data = data
+        self.adapters = adapters
+        if hasattr(data, "cardinality"):
+            self.cardinality = data.cardinality
+        if hasattr(data, "dataset"):
+            self.dataset = data.dataset
+
+    def __iter__(self) -> Any:
+        from frostline.data.batches import batches
+
+        return (Batch(self.adapters.as_trained(batch.x)) for batch in batches(self.data))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def _by_row(cached: FeatureCache, guard: Any) -> Callable[[Any], Sequence[Array]]:
+    """Features by row number, in the view of the epoch."""
+
+    def fetch(x: Any) -> Sequence[Array]:
+        return cached.rows(_as_numpy(x), view=_view(cached, guard))
+
+    return fetch
+
+
+def _by_content(
+    cached: FeatureCache, guard: Any, as_trained: Callable[[Any], Any]
+) -> Callable[[Any], Sequence[Array]]:
+    """Features of samples that a data set hands out in whatever order."""
+    rows = {digest.tobytes(): row for row, digest in enumerate(cached.views[0].digests())}
+
+    def fetch(x: Any) -> Sequence[Array]:
+        digests = sample_digests(leaves(as_trained(x)))
+        found = [rows.get(digest.tobytes()) for digest in digests]
+        if None in found:
+            raise DataError(
+                f"sample {found.index(None)} of a batch is none of the {len(cached)} that the data "
+                "set had when it was read first: its samples change from epoch to epoch, so their "
+                "features cannot be kept. Take the augmentation out of the data set and pass it "
+                "as fl.fit(..., views=8, augment=...)."
+            )
+        return cached.rows(found, view=_view(cached, guard))
+
+    return fetch
+
+
+def _view(cached: FeatureCache, guard: Any) -> int:
+    return 0 if guard is None else int(guard.epoch) % len(cached.views)
+
+
+def _as_numpy(x: Any) -> Array:
+    return np.asarray(x.cpu() if hasattr(x, "cpu") else x)
+
+
+def _adapter(
+    adapters: Any, plan: _Plan, cached: FeatureCache, fetch: Any, data: Any, **ways: Any
+) -> Any:
+    x, y, weight = data
+    inner = adapters.adapter(x, y, weight, **ways)
+    shapes = [(tensor.shape, _read_dtype(tensor)) for tensor in cached.tensors]
+    crossing = sha256(*(crossing.path for crossing in plan.parts.frontier))[:16]
+    return adapters.FeatureAdapter(inner, fetch, shapes, crossing)
+
+
+def _read_dtype(tensor: Tensor) -> str:
+    """Dtype in which a tensor of the frontier is read back."""
+    return "float32" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
+
+
+def _train(
+    model: Any,
+    adapters: Any,
+    plan: _Plan,
+    train: Any,
+    validation: Any,
+    arguments: dict[str, Any],
+    guard: Any,
+) -> Any:
+    """Run the model's own ``fit`` on features."""
+    taken = ("batch_size", "shuffle", "class_weight", "sample_weight", "validation_split")
+    left = {name: value for name, value in arguments.items() if name not in taken}
+    left["validation_data"] = None if validation is None else (validation,)
+    # Keras sizes validation batches with its own adapter; ours has done so already.
+    left["callbacks"] = adapters.with_callback(arguments["callbacks"], guard)
+    given = arguments["callbacks"]
+    try:
+        with (
+            adapters.features_accepted(model, plan.parts.suffix, train.keys),
+            adapters.frozen_gradients_missing(plan.parts.prefix),
+        ):
+            history = model.fit(train, **left)
+    except Exception as error:
+        problem = train.problem or (validation.problem if validation is not None else None)
+        if problem is not None and problem is not error:
+            raise problem from error
+        raise
+    finally:
+        adapters.without_callback(given, guard)
+    return history

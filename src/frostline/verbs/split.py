@@ -1,0 +1,85 @@
+"""Cut a model into the part that is frozen and the part that trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from frostline.adapters import view
+from frostline.types import Crossing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A model cut in two; ``suffix(prefix(x))`` is ``model(x)``.
+
+    Attributes:
+        prefix: Model of the frozen part: the model's inputs -> the frontier, one tensor or a list.
+        suffix: Model of the rest: the frontier -> the model's outputs, in their structure. Its
+            layers are the model's own: training it trains the model.
+        frontier: The tensors that cross, in the order of the prefix's outputs.
+        notes: What ended the prefix other than a trainable layer, and what could not be checked.
+    """
+
+    prefix: Any
+    suffix: Any
+    frontier: tuple[Crossing, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Size of the whole frontier for one sample."""
+        return sum(crossing.bytes_per_sample for crossing in self.frontier)
+
+    def __str__(self) -> str:
+        crossing = ", ".join(
+            f"'{c.path}' {'x'.join('?' if n is None else str(n) for n in c.shape) or 'scalar'} "
+            f"{c.dtype}"
+            for c in self.frontier
+        )
+        text = (
+            f"prefix of {len(self.prefix.layers):,} layers, suffix of {len(self.suffix.layers):,}; "
+            f"frontier: {crossing}; {self.bytes_per_sample:,} bytes per sample"
+        )
+        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+
+def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
+    """Cut a model where its frozen part ends, at the tensors that are smallest to store.
+
+    A layer belongs to the frozen part, the *prefix*, if nothing in it trains, it is not random in
+    training, it normalises with stored statistics, keeps no state, adds nothing to the loss, and
+    all of its inputs are such. The *frontier* is the set of tensors, smallest in bytes per sample,
+    that separates these layers from the rest (a minimum cut; Ford and Fulkerson 1956): with all but
+    the head frozen, the features behind the pooling, not the feature map. Layers that cost next to
+    nothing (activations, merging, padding, ...) go behind the frontier where that makes it smaller.
+
+    Purity is also checked by behaviour: the prefix runs on a few samples, one of them in two
+    different batches, in training mode and in inference. Nothing of the model changes; its layers
+    only gain records of being called in the two new models.
+
+    A torch module is followed by ``torch.fx``; a module inside that cannot be followed is kept
+    whole. Both parts are modules that hold the model's own parameters, under the model's names, so
+    an optimizer that was built earlier stays valid; ``suffix.train()`` is the model's ``train()``.
+
+    Args:
+        model: A built functional or sequential Keras model; nested models are followed. Or a torch
+            module; what is around it (``torch.compile``, DDP) is taken off.
+        at: Cut before this layer instead: a name or path, an index into ``model.layers``
+            (``at=140``: ``model.layers[:140]`` is the prefix), a fraction of the layers, or a
+            layer. Everything before it must be pure.
+        sample: Batch of model inputs (at least two samples) for the check; ``None``: random
+            numbers. A torch module does not say what it takes: where its first layer does not tell
+            either, a sample is needed, and the sizes of the frontier are those of the sample.
+
+    Returns:
+        Prefix, suffix and frontier.
+
+    Raises:
+        ModelError: No graph (a subclassed or unbuilt model); nothing or everything is frozen; a
+            frozen layer that is not pure, with its path and how it showed.
+    """
+    parts = view(model).split(at, sample=sample)
+    return Split(
+        prefix=parts.prefix, suffix=parts.suffix, frontier=parts.frontier, notes=parts.notes
+    )

@@ -1,0 +1,251 @@
+"""Look over a training loop's shoulder: do frozen sites stay frozen, does a gap open?
+
+Nothing here changes a model. What is watched are the numbers themselves, so any loop will do: a
+plain one, Lightning, fastai, ``fit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from frostline.adapters import ModelView, read_facts as read, view
+from frostline.data.batches import Batch, batches, collect
+from frostline.numerics.stats import mean_shift, variance_ratio
+from frostline.types import Array, FrostlineError, ModelError
+from frostline.types.facts import ModelFacts, SiteFacts
+
+#: Values of a statistic that differ by less than this, in standard deviations, have not moved:
+#: a checkpoint in half precision keeps three digits.
+MOVED = 1e-3
+
+
+class NotFrozenError(FrostlineError, AssertionError):
+    """A part of a model that should be frozen is not, or moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What :class:`Watch` saw at one moment.
+
+    Attributes:
+        step: Number of the check, from 1.
+        drift: Path -> how far the stored statistics are from where they were when the watch began:
+            the largest channel, in standard deviations for the mean, relative for the variance.
+        moved: Paths of sites that were frozen when the watch began and moved nevertheless: their
+            statistics, gamma or beta.
+        gap: Mean loss with batch statistics where training uses them minus that of inference, on
+            the held samples; ``None`` without data.
+    """
+
+    step: int
+    drift: Mapping[str, float]
+    moved: tuple[str, ...]
+    gap: float | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers for a tracker, by name: ``bn/drift_max``, ``bn/frozen_moved``, ``bn/gap``."""
+        values = {
+            "bn/drift_max": max(self.drift.values(), default=0.0),
+            "bn/frozen_moved": float(len(self.moved)),
+        }
+        return values if self.gap is None else {**values, "bn/gap": self.gap}
+
+
+@dataclass(eq=False)
+class Watch:
+    """A watch over one model; see :func:`watch`.
+
+    Attributes:
+        checks: What was seen, one entry per :meth:`check`.
+    """
+
+    _view: ModelView = field(repr=False)
+    _before: Mapping[str, SiteFacts] = field(repr=False)
+    _frozen: Mapping[str, tuple[bool, bool]] = field(repr=False)
+    _batches: Sequence[Batch] = field(repr=False, default=())
+    _loss: Any = field(repr=False, default=None)
+    checks: list[Check] = field(default_factory=list)
+
+    def check(self) -> Check:
+        """Compare the model with what it was when the watch began; nothing of it changes."""
+        now = {each.site.path: each for each in read(self._view.model)}
+        drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
+        moved = tuple(
+            path
+            for path, (params, statistics) in self._frozen.items()
+            if (statistics and drift[path] > MOVED)
+            or (params and _params_moved(self._before[path], now[path]))
+        )
+        gap = self._gap() if self._batches else None
+        self.checks.append(Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=gap))
+        return self.checks[-1]
+
+    def _gap(self) -> float:
+        forward = self._view.blend_forward(self._loss)
+        locked = {s.path for s in self._view.sites() if s.stats_frozen and s.policy == "inference"}
+        training = np.array([0.0 if path in locked else 1.0 for path in forward.paths])
+        sums = np.zeros(2)
+        for step, batch in enumerate(self._batches):
+            for index, blend in enumerate((training, np.zeros_like(training))):
+                losses = forward.losses(
+                    batch.x, batch.y, batch.sample_weight, blend=blend, step=step
+                )
+                sums[index] += float(np.sum(losses))
+        return float((sums[0] - sums[1]) / sum(len(batch) for batch in self._batches))
+
+    def __str__(self) -> str:
+        if not self.checks:
+            return "nothing checked yet"
+        last = self.checks[-1]
+        lines = [f"{len(self.checks)} checks of {len(self._before)} BN layers"]
+        if last.drift:
+            worst = max(last.drift, key=lambda path: last.drift[path])
+            lines.append(
+                f"largest drift of stored statistics since the start: {last.drift[worst]:.3g} "
+                f"standard deviations at '{worst}'"
+            )
+        if last.moved:
+            shown = ", ".join(repr(path) for path in last.moved[:3])
+            more = f" and {len(last.moved) - 3} more" if len(last.moved) > 3 else ""
+            lines.append(f"frozen, but moved: {shown}{more}")
+        if last.gap is not None:
+            lines.append(f"loss in training mode minus inference, dropout off: {last.gap:+.4g}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def watch(
+    model: Any, data: Any = None, *, loss: Any = None, max_samples: int = 256, batch_size: int = 32
+) -> Iterator[Watch]:
+    """Watch a model while something trains it.
+
+    Args:
+        model: A Keras model or a torch module.
+        data: ``(x, y)`` to measure the gap on at each check; a few hundred samples will do.
+        loss: As in :func:`frostline.diagnose`; a torch module needs one where ``data`` is given.
+        max_samples: Samples held.
+        batch_size: Samples per batch of the gap; use the one that you train with.
+
+    Yields:
+        A :class:`Watch`: call ``check()`` when you like, for example after each epoch. One more
+        check is made at the end.
+
+    Raises:
+        ModelError: Not a model that Frostline can read; no BN layer.
+
+    Example:
+        >>> with fl.watch(model, (x, y), loss=criterion) as seen:    # doctest: +SKIP
+        ...     for epoch in range(3):
+        ...         train_one_epoch(model)
+        ...         print(seen.check().scalars())
+    """
+    seen = view(model)
+    found = {each.site.path: each for each in read(model) if each.mean is not None}
+    if not found:
+        raise ModelError("no BN layer with stored statistics: there is nothing to watch")
+    held: list[Batch] = []
+    if data is not None:
+        whole = collect(data, max_samples=max_samples, batch_size=batch_size)
+        held = list(batches((whole.x, whole.y), batch_size=batch_size))
+    watching = Watch(
+        _view=seen,
+        _before=found,
+        _frozen={
+            path: (each.site.params_frozen, each.site.stats_frozen) for path, each in found.items()
+        },
+        _batches=held,
+        _loss=loss,
+    )
+    yield watching
+    watching.check()
+
+
+def assert_frozen(
+    model: Any,
+    until: Any = None,
+    *,
+    data: Any = None,
+    params: bool = True,
+    statistics: bool = True,
+) -> None:
+    """Raise unless every BN layer before a boundary is frozen; for the tests of a project.
+
+    Flags can lie: a torch module in ``eval()`` is thawed by the next ``train()``. So a torch model
+    is asked what its own ``train()`` leaves, and with ``data`` any model is run in training mode
+    (nothing is updated) and its layers are watched.
+
+    Args:
+        model: A Keras model or a torch module; it is left as it was found.
+        until: First layer that need not be frozen, as in :func:`frostline.freeze`; ``None``: all
+            must be.
+        data: A few samples.
+        params: gamma and beta must be frozen.
+        statistics: The stored statistics must not move and must be what training uses.
+
+    Raises:
+        NotFrozenError: An ``AssertionError`` that names the layers and what is not frozen.
+        ModelError: Not a model that Frostline can read; no BN layer before the boundary.
+    """
+    seen = view(model)
+    facts = read(model)
+    chosen = _before_boundary(seen, facts, until)
+    if not chosen:
+        raise ModelError(f"no BN layer before the boundary. Received: until={until!r}")
+    wrong: dict[str, str] = {}
+    for each in chosen:
+        site = each.site
+        if params and not site.params_frozen:
+            wrong[site.path] = "gamma and beta train"
+        elif statistics and each.undone:
+            wrong[site.path] = "the next train() undoes its eval()"
+        elif statistics and not (site.stats_frozen and site.policy == "inference"):
+            wrong[site.path] = (
+                "training uses batch statistics" if site.stats_frozen else "its statistics move"
+            )
+    if data is not None and statistics:
+        behaviour = seen.behaviour([(batch.x,) for batch in batches(data, max_samples=64)])
+        for each in chosen:
+            did = behaviour.get(each.site.path)
+            if did is not None and (did.moves or (did.training or 0.0) > 0):
+                wrong[each.site.path] = (
+                    "its statistics move in training" if did.moves else "training uses the batch's"
+                )
+    if wrong:
+        shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise NotFrozenError(
+            f"{len(wrong)} of {len(chosen)} BN layers are not frozen ({shown}{more}). "
+            "frostline.freeze(model, until) locks them"
+        )
+
+
+def _before_boundary(seen: ModelView, facts: ModelFacts, until: Any) -> list[SiteFacts]:
+    inside = seen.before(seen.boundary(until))
+
+    def holds(path: str) -> bool:  # a site inside a wrapped module has the wrapper's path above it
+        return path in inside or ("/" in path and holds(path.rpartition("/")[0]))
+
+    return [each for each in facts if holds(each.site.path)]
+
+
+def _drift(before: SiteFacts, now: SiteFacts) -> float:
+    if before.mean is None or before.variance is None or now.mean is None or now.variance is None:
+        return 0.0
+    epsilon = before.site.epsilon
+    shift = mean_shift(now.mean, before.mean, np.maximum(before.variance, 0), epsilon=epsilon)
+    ratio = variance_ratio(now.variance, before.variance, epsilon=epsilon)
+    return float(max(np.max(shift), np.max(np.abs(ratio - 1))))
+
+
+def _params_moved(before: SiteFacts, now: SiteFacts) -> bool:
+    pairs = ((before.gamma, now.gamma), (before.beta, now.beta))
+    return any(_differ(a, b) for a, b in pairs)
+
+
+def _differ(a: Array | None, b: Array | None) -> bool:
+    return a is not None and b is not None and not np.array_equal(a, b)
