@@ -1,6 +1,6 @@
 """Print who re-estimates BN statistics rightly, and who freezes, in situations that people meet.
 
-The scenarios and the tools are in ``tests/peers``; tools that are not installed are left out.
+The scenarios and the tools are in ``tests/slow/peers``; tools that are not installed are left out.
 
 Usage: ``python scripts/compare_peers.py [--json docs/results/peers-torch.json]``.
 """
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "slow"))
     freezing, scenarios, tools = (
         importlib.import_module(f"peers.{name}") for name in ("freezing", "scenarios", "tools")
     )

@@ -1,8 +1,8 @@
 """The public surface of Frostline as plain types: names, signatures, commands, codes.
 
-    python scripts/public_api.py > tests/public_api.json
+    python scripts/public_api.py > tests/unit/public_api.json
 
-``tests/test_public_api.py`` compares it with the file, so that a change of the surface is a
+``tests/unit/test_public_api.py`` compares it with the file, so that a change of the surface is a
 decision and never an accident.
 """
 

@@ -1,0 +1,146 @@
+"""The examples of README and docs run as they stand, on smaller networks."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frostline.experiments import backbones, datasets
+
+README = Path(__file__).parents[2] / "README.md"
+DOCS = README.parent / "docs"
+native = pytest.mark.skipif(
+    os.environ["KERAS_BACKEND"] != "torch", reason="torch has a process of its own"
+)
+
+
+def examples(*, torch: bool) -> str:
+    """The Python examples as one program: those of native PyTorch, or the others."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return "\n".join(block for block in blocks if ("import torch" in block) is torch)
+
+
+def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
+    data = datasets.load("digits", classes=["3", "8"], per_class=16, image_size=16)
+    model = backbones.build("tiny", image_size=16, classes=2, weights=None)
+    names: dict[str, Any] = {
+        "model": model,
+        "x": backbones.preprocess("tiny", data.images),
+        "y": data.labels,
+    }
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    before = model.get_weights()
+    code = examples(torch=False)
+    code = code.replace("block12_expand_conv", "block2a_conv").replace("epochs=10", "epochs=1")
+    exec(code, names)
+    assert "froze" in str(names["change"])
+    assert (tmp_path / "report.html").is_file()
+    moved = {
+        weight.path
+        for weight, old in zip(model.weights, before, strict=True)
+        if not np.array_equal(weight, old)
+    }
+    assert not any("stem" in path or "block1" in path for path in moved)
+    assert {"head/kernel", "block2a_bn/moving_mean"} <= moved
+
+
+@native
+def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 3, 8, 8, generator=generator) * 2 + 1
+    y = (x.mean(dim=(1, 2, 3)) > 1).long()
+
+    def block(inputs: int, outputs: int) -> Any:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(outputs),
+            torch.nn.ReLU(),
+        )
+
+    net = torch.nn.Sequential()
+    net.add_module("layer1", block(3, 8))
+    net.add_module("layer2", block(8, 8))
+    net.add_module("pool", torch.nn.AdaptiveAvgPool2d(1))
+    net.add_module("flat", torch.nn.Flatten())
+    net.add_module("head", torch.nn.Linear(8, 2))
+
+    def train(module: Any) -> None:
+        module.train()
+        optimizer = torch.optim.SGD(module.parameters(), 0.05)
+        for start in range(0, 48, 16):
+            optimizer.zero_grad()
+            part = slice(start, start + 16)
+            torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+            optimizer.step()
+
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    exec(examples(torch=True), {"net": net, "x": x, "y": y, "train": train})
+    moved = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
+    assert not any(name.startswith("layer1") for name in moved)
+    assert {"layer2.1.running_mean", "head.weight"} <= moved
+    assert "1 checks of 2 BN layers" in capsys.readouterr().out
+
+
+@native
+@pytest.mark.filterwarnings("ignore")
+def test_the_lightning_recipe_runs(tmp_path: Path) -> None:
+    import torch
+
+    lightning = pytest.importorskip("pytorch_lightning")
+    recipe = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("\n".join(recipe), names)
+    fl = names["fl"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 5, generator=generator) * 2 + 1
+    y = (x.mean(dim=1) > 1).long()
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4),
+                torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2),
+            )  # fmt: skip
+            self.seen: list[Any] = []
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, *_: Any) -> None:
+            self.seen.append([self.net[index].running_mean.clone() for index in (1, 3)])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), 0.1)
+
+    module = Module()
+    fl.freeze(module.net, until="2")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+    callbacks = [names["KeepFrozen"]("2"), names["Recalibrate"]()]
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=callbacks, num_sanity_val_steps=0,
+        default_root_dir=tmp_path, **quiet,
+    )  # fmt: skip
+    trainer.fit(module, loader, loader)
+    with torch.no_grad():
+        inside = module.net.eval()[:3](x)
+    frozen, thawed = module.seen[-1]
+    assert torch.equal(frozen, torch.zeros(4))
+    np.testing.assert_allclose(thawed, inside.mean(0), atol=1e-5)
+    fl.unfreeze(module.net)
+    with pytest.raises(fl.NotFrozenError):
+        lightning.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **quiet).fit(
+            module, loader
+        )
