@@ -11,7 +11,7 @@ import pytest
 
 import frostline as fl
 
-# The same on each backend: cases 1, 14, N1 and H11 of tests/slow/casebook, and test_diagnose_cases.py.
+# The same on each backend: cases 1, 14, N1 and H11 of the casebook, and test_diagnose_cases.py.
 pytestmark = pytest.mark.once
 
 CLASSES = 4

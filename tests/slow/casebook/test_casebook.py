@@ -3,8 +3,8 @@
 A miss that is known stands in ``misses.MISSES`` with its reason and is expected to fail, strictly:
 when a diagnosis gets better, the line has to go. A third of the cases run on all backends, each of
 the others on one; ``python -m tests.slow.casebook`` runs them all. Cases that BN is not, or not
-alone, to blame for, and those outside of the book, are in ``test_casebook_others.py``: a file is run by
-one process.
+alone, to blame for, and those outside of the book, are in ``test_casebook_others.py``: a
+file is run by one process.
 """
 
 from __future__ import annotations
