@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from frostline.causes.case import AGREES, EQUAL, FAR, Case
+from frostline.numerics.averages import OLD_SHARE, is_short
 from frostline.numerics.stats import normals_apart
 from frostline.types import Array, Certainty
 from frostline.types.measured import SiteMeasurement
-
-#: Share of the old value above which an average has not caught up: as of rule FL203.
-OLD_SHARE = 0.1
 
 #: Windows of a moving average, ``1 / (1 − decay)`` updates each, below which a run is so short that
 #: the average still trails weights that settle. A longer one saw its last weights long enough: what
@@ -34,9 +32,6 @@ SOURCES = 2
 
 #: Part of the predicted n/(n − 1) by which its channels, and their median, may miss it.
 BESSEL_FITS = 0.35
-
-#: A Keras momentum below this averages fewer than two batches: 1 / (1 − momentum).
-SHORTEST = 0.5
 
 #: PyTorch momenta that people copy; Keras' are one minus these.
 TORCH_MOMENTA = (0.1, 0.05, 0.03, 0.02, 0.01, 0.003, 0.001, 0.0003, 0.0001)
@@ -186,7 +181,7 @@ def short_average(case: Case, path: str) -> Verdict | None:
     each = case.sites[path]
     decay = each.site.decay
     moved = case.roles[path] in ("moving", "frozen drift")
-    if not moved or decay >= SHORTEST or each.cumulative or each.site.debias:
+    if not moved or not is_short(each) or each.site.debias:
         return None
     usual = any(math.isclose(decay, value, rel_tol=1e-6) for value in TORCH_MOMENTA)
     code = "MOMENTUM_CONVENTION" if usual else "EMA_NOISE"

@@ -8,13 +8,13 @@ import numpy as np
 
 from frostline.causes.assignment import (
     EXTREME,
-    OLD_SHARE,
     Assigned,
     began_at_initial,
     explained_by_input,
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.frozen import switched
+from frostline.numerics.averages import OLD_SHARE
 from frostline.types import Certainty
 
 _REFERENCE = "the checkpoint from before, as reference="

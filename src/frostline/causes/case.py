@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from frostline.numerics import averages
 from frostline.numerics.stats import paired_bootstrap
 from frostline.types import Array, Certainty, Finding
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -439,25 +440,15 @@ class Case:
 
     def updates(self, path: str) -> int | None:
         """How often the statistics of a site were updated; ``None`` when not known."""
-        each = self.sites[path]
-        if each.updates is not None:
-            return each.updates
-        return None if self.steps is None else self.steps * max(1, each.site.calls)
+        return averages.update_count(self.sites[path], self.steps)
 
     def old_share(self, path: str) -> float | None:
         """Share of the statistics from before training: decayⁿ; ``None`` when not known."""
-        each, updates = self.sites[path], self.updates(path)
-        site = each.site
-        if not updates or each.cumulative or site.debias or not 0 <= site.decay <= 1:
-            return None
-        return float(site.decay**updates)
+        return averages.old_share(self.sites[path], self.steps)
 
     def windows(self, path: str) -> float | None:
         """Length of the run in windows of the moving average, ``1 / (1 − decay)`` updates each."""
-        updates, decay = self.updates(path), self.sites[path].site.decay
-        if not updates or self.sites[path].cumulative or self.sites[path].site.debias:
-            return None
-        return updates * (1 - decay)
+        return averages.run_length(self.sites[path], self.steps)
 
     def decay_told(self, path: str) -> str:
         """The decay of a site in words of its framework."""

@@ -311,21 +311,6 @@ def variance_ratio(data_variance: Array, stored_variance: Array, *, epsilon: flo
     return (as_float64(data_variance) + epsilon) / (as_float64(stored_variance) + epsilon)
 
 
-def remaining_share(decay: float, updates: int) -> float:
-    """Share of its old value that a moving average keeps: decayⁿ after n updates.
-
-    Example:
-        >>> round(remaining_share(0.99, 48), 2)
-        0.62
-    """
-    if not 0 <= decay <= 1 or updates < 0:
-        raise DataError(
-            "decay must be between 0 and 1 and updates not negative. "
-            f"Received: decay={decay}, updates={updates}"
-        )
-    return float(decay) ** updates
-
-
 def _same_length(a: Array, b: Array) -> tuple[Float64, Float64]:
     first, second = as_float64(a), as_float64(b)
     if first.ndim != 1 or first.shape != second.shape or not len(first):

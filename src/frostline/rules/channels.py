@@ -124,7 +124,7 @@ def silent_channels(
 
 
 @rule("FL208", "half-precision-statistics", severity="warning", needs="statistics")
-def half_precisionstatistics(model: ModelFacts) -> Iterator[Hit]:
+def half_precision_statistics(model: ModelFacts) -> Iterator[Hit]:
     """The moving average is stored in half precision, where small updates vanish.
 
     ## What it does
@@ -171,7 +171,7 @@ def half_precisionstatistics(model: ModelFacts) -> Iterator[Hit]:
 
 
 @rule("FL209", "renorm-shadow-statistics", severity="error", needs="statistics", fix="recalibrate")
-def renorm_shadowstatistics(model: ModelFacts, *, tolerance: float = 0.01) -> Iterator[Hit]:
+def renorm_shadow_statistics(model: ModelFacts, *, tolerance: float = 0.01) -> Iterator[Hit]:
     """With `renorm`, the stored variance is not the one that training will go on from.
 
     ## What it does

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from frostline.numerics.stats import remaining_share
+from frostline.numerics.averages import OLD_SHARE, old_share, update_count
 from frostline.rules import Hit, rule
 from frostline.rules.freezing import next_layer
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -178,7 +178,7 @@ def old_statistics_remain(
     model: ModelFacts,
     measurement: Measurement,
     *,
-    max_share: float = 0.1,
+    max_share: float = OLD_SHARE,
     max_shift: float = 0.2,
     max_scale: float = 1.2,
 ) -> Iterator[Hit]:
@@ -228,14 +228,18 @@ def old_statistics_remain(
     for each, site in measured(model, measurement):
         if _feeds_frozen(model, each) or not lags(model, each, max_share=max_share):
             continue
-        share, steps = _old_share(model, each), model.steps or 0
+        share, updates = old_share(each, model.steps), update_count(each, model.steps)
         found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
                 sites=(each.site.path,),
                 message=f"{share:.0%} is from before training ({each.site.decay:g}**"
-                f"{steps * each.site.calls}); {found.text}; recalibrate",
-                evidence={"old_share": share, "steps": float(steps), **found.evidence},
+                f"{updates}); {found.text}; recalibrate",
+                evidence={
+                    "old_share": share or 0.0,
+                    "steps": float(updates or 0),
+                    **found.evidence,
+                },
             )
 
 
@@ -410,15 +414,10 @@ def disagreement(
     )
 
 
-def lags(model: ModelFacts, each: SiteFacts, *, max_share: float = 0.1) -> bool:
-    """Whether the known number of steps leaves more than ``max_share`` of the old statistics."""
-    site = each.site
-    unknown = each.cumulative or site.debias or not 0 < site.decay < 1 or not model.steps
-    return not (unknown or site.stats_frozen) and _old_share(model, each) > max_share
-
-
-def _old_share(model: ModelFacts, each: SiteFacts) -> float:
-    return remaining_share(each.site.decay, (model.steps or 0) * each.site.calls)
+def lags(model: ModelFacts, each: SiteFacts, *, max_share: float = OLD_SHARE) -> bool:
+    """Whether more than ``max_share`` of a thawed site's statistics is from before training."""
+    share = old_share(each, model.steps)
+    return share is not None and not each.site.stats_frozen and share > max_share
 
 
 def _feeds_frozen(model: ModelFacts, each: SiteFacts) -> bool:

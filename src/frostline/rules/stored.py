@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from frostline.numerics.averages import OLD_SHARE, old_share, update_count
 from frostline.rules import Hit, rule
 from frostline.types import Array
 from frostline.types.facts import ModelFacts, SiteFacts
 
 
 @rule("FL201", "non-finite-statistics", severity="error", needs="statistics", fix="recalibrate")
-def non_finitestatistics(model: ModelFacts) -> Iterator[Hit]:
+def non_finite_statistics(model: ModelFacts) -> Iterator[Hit]:
     """Stored statistics are NaN or infinite.
 
     ## What it does
@@ -104,7 +105,7 @@ def negative_variance(model: ModelFacts) -> Iterator[Hit]:
 
 
 @rule("FL203", "stale-running-statistics", severity="warning", needs="optimizer", fix="recalibrate")
-def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Iterator[Hit]:
+def stale_running_statistics(model: ModelFacts, *, max_share: float = OLD_SHARE) -> Iterator[Hit]:
     """Too few training steps for the moving average: much of it is from before.
 
     ## What it does
@@ -146,23 +147,19 @@ def stale_runningstatistics(model: ModelFacts, *, max_share: float = 0.1) -> Ite
     """
     for each in model:
         site = each.site
-        unknown = each.cumulative or site.debias or not 0 < site.decay < 1
-        if site.stats_frozen or unknown or not model.steps:
-            continue
-        updates = model.steps * site.calls if each.updates is None else each.updates
-        share = site.decay**updates
-        if share > max_share:
+        share, updates = old_share(each, model.steps), update_count(each, model.steps)
+        if not site.stats_frozen and share is not None and share > max_share:
             yield Hit(
                 sites=(site.path,),
                 message=f"{share:.0%} of the statistics are from before training "
                 f"({site.decay:g}**{updates} is left); recalibrate",
-                evidence={"steps": float(updates), "decay": site.decay, "old_share": share},
+                evidence={"steps": float(updates or 0), "decay": site.decay, "old_share": share},
                 certainty="may",
             )
 
 
 @rule("FL204", "initial-statistics", severity="error", needs="statistics", fix="recalibrate")
-def initialstatistics(model: ModelFacts) -> Iterator[Hit]:
+def initial_statistics(model: ModelFacts) -> Iterator[Hit]:
     """The statistics were never updated, or only one of the two was.
 
     ## What it does

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline.numerics.averages import suggest_momentum
-from frostline.types import ModelError
+from frostline.numerics.averages import (
+    is_short,
+    old_share,
+    remaining_share,
+    run_length,
+    suggest_momentum,
+)
+from frostline.types import DataError, ModelError, Site
+from frostline.types.facts import SiteFacts
 
 
 @given(steps=st.integers(7, 4000))
@@ -46,3 +53,43 @@ def test_steps_must_be_a_whole_number(steps: Any) -> None:
 def test_the_ratio_must_be_positive(ratio: float) -> None:
     with pytest.raises(ModelError, match="learning_rate_ratio must be a positive number"):
         suggest_momentum(70, ratio)
+
+
+def test_remaining_share() -> None:
+    assert remaining_share(0.99, 48) == pytest.approx(0.617, abs=5e-4)
+    average = 1.0
+    for _ in range(70):
+        average = 0.99 * average + 0.01 * 0.0
+    assert remaining_share(0.99, 70) == pytest.approx(average)
+    assert remaining_share(0.5, 0) == 1
+    for decay, updates in ((1.1, 1), (-0.1, 1), (0.9, -1)):
+        with pytest.raises(DataError, match="Received"):
+            remaining_share(decay, updates)
+
+
+def site(*, calls: int = 1, decay: float = 0.9, debias: bool = False, **known: Any) -> SiteFacts:
+    return SiteFacts(
+        site=Site(
+            path="bn", name="bn", kind="BatchNorm2d", index=0, channels=4, axis=1, decay=decay,
+            epsilon=1e-5, params_frozen=False, stats_frozen=False, policy="update", calls=calls,
+            debias=debias,
+        ),
+        **known,
+    )  # fmt: skip
+
+
+def test_the_sites_own_count_comes_before_that_of_the_model() -> None:
+    assert old_share(site(updates=10), 1000) == pytest.approx(0.9**10)  # 35%
+    assert old_share(site(), 10) == pytest.approx(0.9**10)
+    assert old_share(site(calls=2), 10) == pytest.approx(0.9**20)
+    assert old_share(site(updates=0), 1000) == 1
+    assert run_length(site(updates=10), 1000) == pytest.approx(1)
+
+
+def test_no_share_is_known_without_updates_or_of_another_kind_of_average() -> None:
+    assert old_share(site(), None) is None
+    assert old_share(site(updates=0), None) is None
+    for odd in (site(cumulative=True), site(debias=True), site(decay=1.0), site(decay=0.0)):
+        assert old_share(odd, 1000) is None
+    assert [is_short(site(decay=value)) for value in (0.49, 0.5)] == [True, False]
+    assert not is_short(site(decay=0.0, cumulative=True))

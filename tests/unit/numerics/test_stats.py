@@ -236,18 +236,6 @@ def test_distances() -> None:
     np.testing.assert_allclose(ratio, [8.001 / 2.001, 1.0])
 
 
-def test_remaining_share() -> None:
-    assert stats.remaining_share(0.99, 48) == pytest.approx(0.617, abs=5e-4)
-    average = 1.0
-    for _ in range(70):
-        average = 0.99 * average + 0.01 * 0.0
-    assert stats.remaining_share(0.99, 70) == pytest.approx(average)
-    assert stats.remaining_share(0.5, 0) == 1
-    for decay, updates in ((1.1, 1), (-0.1, 1), (0.9, -1)):
-        with pytest.raises(DataError, match="Received"):
-            stats.remaining_share(decay, updates)
-
-
 def test_normals_apart_is_the_divergence_to_second_order():
     rng = np.random.default_rng(0)
     mean, variance = rng.normal(size=7), rng.uniform(0.5, 2, 7)

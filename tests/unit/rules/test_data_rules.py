@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from frostline import rules
+from frostline.causes.case import Case
 from frostline.types import Site
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.types.measured import (
@@ -219,6 +220,18 @@ def test_a_stored_share_that_remains_is_told_in_numbers() -> None:
     ]
     assert finding.evidence["old_share"] == pytest.approx(0.99**48)
     assert finding.message.startswith("62% is from before training (0.99**48)")
+
+
+def test_rules_data_rules_and_causes_know_one_share_of_old_statistics() -> None:
+    """A new head's layer with 10 updates in a torch model whose backbone has seen 1,000."""
+    new = replace(site(decay=0.9), updates=10)
+    given = model(new, steps=1000)
+    found, _ = rules.check(given, rules.select("FL"), measurement=measurement(FAR))
+    assert {each.code for each in found} == {"FL203", "FL306"}  # and no FL304
+    case = Case(given, measurement(FAR))
+    shares = [*(each.evidence["old_share"] for each in found), case.old_share("bn")]
+    assert shares == [pytest.approx(0.9**10)] * 3
+    assert all("35%" in each.message for each in found)
 
 
 def test_the_scale_of_the_inputs_is_measured() -> None:
