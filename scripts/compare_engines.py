@@ -47,6 +47,7 @@ def prefix_of(name: str, size: int) -> Any:
 def compare(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
     """Run one network on every engine, beside ``predict``."""
     from frostline import engines
+    from frostline.numerics.compare import relative_difference
     from frostline.types import FrostlineError
 
     prefix = prefix_of(name, size)
@@ -66,7 +67,7 @@ def compare(name: str, size: int, batch: int, rounds: int) -> dict[str, Any]:
             reason = str(problem).removeprefix(f"engine {engine} cannot run this prefix: ")
             found[engine] = {"reason": reason}
             continue
-        found[engine] = {"error": engines.relative_error(expected, chosen.run(x))}
+        found[engine] = {"error": relative_difference(chosen.run(x), expected)}
         runs[engine] = lambda chosen=chosen: chosen.run(x)  # type: ignore[misc]
     seconds: dict[str, list[float]] = {each: [] for each in runs}
     for _ in range(rounds):

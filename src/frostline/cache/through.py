@@ -10,6 +10,7 @@ from frostline import engines
 from frostline.adapters import prefix as prefixes
 from frostline.cache.features import FeatureCache
 from frostline.data.batches import map_leaves
+from frostline.numerics.compare import relative_difference
 from frostline.types import Array, DataError, ModelError
 
 
@@ -82,7 +83,7 @@ def start(
         count = min(count, engines.COMPARED_SAMPLES)
     few = map_leaves(lambda leaf: leaf[:count], first)
     expected = prefixes.reference(prefix)(few)
-    error = engines.relative_error(expected, [array[:count] for array in chosen.run(given)])
+    error = relative_difference([array[:count] for array in chosen.run(given)], expected)
     allowed = engines.TOLERANCE + 2 * engines.rounding(prefix, few, expected)
     if not error <= allowed:
         raise ModelError(

@@ -19,6 +19,7 @@ from frostline.cli.options import DataOptions
 from frostline.report import text
 from frostline.report.sites import Sites
 from frostline.types import Array, DataError, OutputError, Policy
+from frostline.types.reasons import first_line
 
 
 def show_sites(source: str, *, as_json: bool, state: str | None = None) -> int:
@@ -300,7 +301,7 @@ def _read_arrays(path: Path) -> tuple[Array, Array] | None:
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: not a readable .npz of number arrays ({reason})") from None
     if x.dtype.kind not in "uifb" or y.dtype.kind not in "uifb":
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from frostline.types import Array, DataError
+from frostline.types.reasons import first_line
 
 _ACCEPTED = (
     "Data must be (x, y) or (x, y, sample_weight) arrays, a bare x, a tf.data.Dataset, a Keras "
@@ -152,7 +153,7 @@ def to_numpy(value: Any) -> Array:
             array = np.asarray(value.numpy() if _has_numpy(value) else value)
         except Exception as error:
             raise DataError(
-                f"Cannot convert to a rectangular array of numbers ({_first_line(error)}). "
+                f"Cannot convert to a rectangular array of numbers ({first_line(error)}). "
                 f"Received: {_describe(value)}"
             ) from error
     if array.dtype.kind == "V" and "float" in array.dtype.name:  # ml_dtypes: jax, tensorflow
@@ -410,10 +411,6 @@ def _is_numbers(value: Any) -> bool:
 
 def _has_numpy(value: Any) -> bool:
     return callable(getattr(value, "numpy", None))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _describe(value: Any) -> str:

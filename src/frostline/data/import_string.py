@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frostline.types import ModelError
+from frostline.types.reasons import first_line
 
 
 def named(source: str) -> Any:
@@ -41,10 +42,3 @@ def built(source: str) -> Any:
         return build()
     except Exception as error:
         raise ModelError(f"{source}: the function failed ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line of at most 160 characters."""
-    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

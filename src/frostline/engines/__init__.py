@@ -25,7 +25,9 @@ import numpy as np
 
 from frostline.adapters import prefix as prefixes
 from frostline.data.batches import map_leaves
+from frostline.numerics.compare import relative_difference
 from frostline.types import Array, BackendError, FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
 Run = Callable[[Any], list[Array]]
 
@@ -158,7 +160,7 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     for name, outcome in _candidates(prefix, wanted, few):
         try:
             run, device = outcome()
-            errors[name] = error = relative_error(expected, _attempt(run, few))
+            errors[name] = error = relative_difference(_attempt(run, few), expected)
             if not error <= TOLERANCE:
                 raise ModelError(
                     f"it differs from native by {error:.1e}, allowed is {TOLERANCE:.0e}"
@@ -185,34 +187,6 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     )
 
 
-def relative_error(expected: Sequence[Array], received: Sequence[Array]) -> float:
-    """Largest difference as a share of the largest expected value, over all outputs.
-
-    Args:
-        expected: Arrays, shape ``(n, ...)`` each.
-        received: Arrays to compare with them.
-
-    Returns:
-        The error; infinite where shapes, or places that are not finite, differ.
-    """
-    if len(expected) != len(received):
-        return float("inf")
-    worst = 0.0
-    for want, have in zip(expected, received, strict=True):
-        if want.shape != have.shape:
-            return float("inf")
-        one, other = np.asarray(want, np.float64), np.asarray(have, np.float64)
-        finite = np.isfinite(one)
-        if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
-            return float("inf")
-        one, other = one[finite], other[finite]
-        largest = np.abs(one).max(initial=0.0)
-        difference = np.abs(one - other).max(initial=0.0)
-        if difference:
-            worst = max(worst, float(difference / largest) if largest else float("inf"))
-    return worst
-
-
 def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
     """How far native on an accelerator is from full precision; 0 on the processor.
 
@@ -223,14 +197,14 @@ def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
     """
     if not prefixes.accelerator(prefix):
         return 0.0
-    return relative_error(expected, prefixes.native(prefix)(batch))
+    return relative_difference(prefixes.native(prefix)(batch), expected)
 
 
 def _attempt(run: Run, batch: Any) -> list[Array]:
     try:
         return run(batch)
     except Exception as problem:  # the engines' exceptions have no public root
-        raise ModelError(f"it fails on the first batch: {_first_line(problem)}") from problem
+        raise ModelError(f"it fails on the first batch: {first_line(problem)}") from problem
 
 
 def _rate(run: Run, batch: Any) -> float:
@@ -297,7 +271,7 @@ def _onnxruntime(graph: Callable[[], bytes]) -> tuple[Run, str]:
     try:
         session = onnxruntime.InferenceSession(content, options, providers=providers)
     except Exception as problem:  # as above
-        raise ModelError(f"ONNX Runtime refuses the graph: {_first_line(problem)}") from problem
+        raise ModelError(f"ONNX Runtime refuses the graph: {first_line(problem)}") from problem
     inputs = [(each.name, _dtype(each.type)) for each in session.get_inputs()]
 
     def run(batch: Any) -> list[Array]:
@@ -371,7 +345,7 @@ def _openvino(graph: Callable[[], bytes]) -> tuple[Run, str]:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(content), "CPU", settings)
     except Exception as problem:  # as above
-        raise ModelError(f"OpenVINO refuses the graph: {_first_line(problem)}") from problem
+        raise ModelError(f"OpenVINO refuses the graph: {first_line(problem)}") from problem
     dtypes = [each.get_element_type().to_dtype() for each in compiled.inputs]
 
     def run(batch: Any) -> list[Array]:
@@ -399,7 +373,3 @@ def _quiet_openvino() -> Any:
             sys.modules.pop(reports, None)
         if known is not None:
             sys.modules[reports] = known
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip().splitlines() or ["no reason given"])[0][:200]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from frostline.types import Array, BackendError, DataError
+from frostline.types.reasons import first_line
 
 Split = Literal["train", "test", "all"]
 Labels = npt.NDArray[np.int64]
@@ -141,7 +142,7 @@ def _cifar10(split: Split) -> Catalogue:
     try:
         (x_train, y_train), (x_test, y_test) = cifar10.load_data()
     except Exception as error:  # no network, a proxy's page instead of the archive, full disk
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(
             f"CIFAR-10 cannot be downloaded here ({reason}); "
             "read it from a file instead: --data FOLDER_WITH_PARQUET"
@@ -201,7 +202,9 @@ def _parquet(files: list[Path], source: str, split: Split) -> Catalogue:
         try:
             handle = parquet.ParquetFile(file)
         except Exception as error:  # pyarrow's ArrowInvalid, OSError: truncated, not a parquet
-            raise DataError(f"{shown}: not a readable parquet file ({_line(error)})") from error
+            raise DataError(
+                f"{shown}: not a readable parquet file ({first_line(error)})"
+            ) from error
         image_column, label_column = _columns(handle.schema_arrow, shown)
         values, found = _parquet_labels(handle, label_column, shown)
         if names is not None and found != names:
@@ -261,7 +264,9 @@ def _parquet_labels(handle: Any, column: str, shown: str) -> tuple[Labels, tuple
     try:
         values = handle.read(columns=[column]).column(0).to_pylist()
     except Exception as error:  # damaged pages behind an intact footer
-        raise DataError(f"{shown}: column {column!r} cannot be read ({_line(error)})") from error
+        raise DataError(
+            f"{shown}: column {column!r} cannot be read ({first_line(error)})"
+        ) from error
     names = (_features(handle.schema_arrow).get(column) or {}).get("names")
     if isinstance(names, dict):  # {"0": "airplane", ...} in older metadata
         names = [names[key] for key in sorted(names, key=int)]
@@ -290,7 +295,8 @@ def _parquet_bytes(
                 cells = table.column(0).take([row - start for row in wanted]).to_pylist()
             except Exception as error:  # damaged pages behind an intact footer
                 raise DataError(
-                    f"{shown}: rows {start} to {start + count - 1} cannot be read ({_line(error)})"
+                    f"{shown}: rows {start} to {start + count - 1} cannot be read "
+                    f"({first_line(error)})"
                 ) from error
             for row, cell in zip(wanted, cells, strict=True):
                 data = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -381,7 +387,7 @@ def _npz(path: Path, source: str, split: Split) -> Catalogue:
         if "allow_pickle" in str(error) or "pickle" in str(error):
             reason = "it holds pickled objects, which are never loaded; save plain number arrays"
         else:
-            reason = f"not a readable .npz file ({_line(error)})"
+            reason = f"not a readable .npz file ({first_line(error)})"
         raise DataError(f"{source}: {reason}") from error
     if len(images) != len(values):
         raise DataError(
@@ -445,8 +451,3 @@ def _encoded(values: list[Any], where: str) -> tuple[Labels, tuple[str, ...]]:
     numbers = {value: number for number, value in enumerate(distinct)}
     labels = np.array([numbers[value] for value in values], dtype=np.int64)
     return labels, tuple(str(value) for value in distinct)
-
-
-def _line(error: Exception) -> str:
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _PROTOCOL = 1001  # torch.serialization.PROTOCOL_VERSION
@@ -132,7 +133,7 @@ def _read_with_torch(path: Path) -> dict[str, Array]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch raises pickle, zip, runtime and end-of-file errors for the same damage.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{path.name} cannot be read as tensors: {reason}") from None
     if not isinstance(loaded, dict):
         kind = type(loaded).__name__

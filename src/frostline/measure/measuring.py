@@ -17,10 +17,11 @@ from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
 from frostline.measure.phases import predicted_classes
 from frostline.measure.samples import draw, rebatched
-from frostline.measure.setting import facts_of, first_line, make_bench
+from frostline.measure.setting import facts_of, make_bench
 from frostline.numerics import stats
 from frostline.types import Array, DataError
 from frostline.types.measured import Behaviour, Gap, Interval, Measurement, Probe
+from frostline.types.reasons import first_line
 
 #: ``(what is measured now, part that is done)``.
 Progress = Callable[[str, float], None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +15,13 @@ from frostline.measure.samples import Samples, draw, take
 from frostline.types import Array, DataError, FrostlineError, ModelError, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour
+from frostline.types.reasons import first_line
 
 #: Batches in which the sites are watched, and samples of each: stored and batch statistics are
 #: told apart the better the fewer there are.
 WATCHED, WATCHED_SAMPLES = 2, 8
 
 #: What terminals read as colours.
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def facts_of(view: ModelView) -> ModelFacts:
@@ -218,13 +217,3 @@ def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:
         "(from_logits=True)" if logits and config else ""
     )
     return {"class_name": name, "config": config}, told
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    lines = [told for line in str(error).splitlines() if (told := _COLOURS.sub("", line).strip())]
-    text = lines[0] if lines else "no reason given"
-    if text.startswith("Exception encountered when calling") and len(lines) > 1:
-        # Keras' own words around those of a layer.
-        text = f"{text.removeprefix('Exception encountered when calling ').rstrip('.')}: {lines[1]}"
-    return text if isinstance(error, FrostlineError) else f"{type(error).__name__}: {text}"

@@ -10,7 +10,8 @@ from frostline.adapters import Outcome
 from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import rebatched, take
-from frostline.types import Array, as_float64
+from frostline.numerics.compare import relative_difference
+from frostline.types import Array
 from frostline.types.measured import SweepPoint
 
 Outputs = tuple[Array, ...] | None
@@ -95,17 +96,12 @@ def neighbours(bench: Bench, outputs: Outputs, *, seed: int) -> float:
 
 
 def relative_change(found: Outputs, base: Outputs) -> float:
-    """Largest difference relative to the largest base value; over values finite in both.
+    """Largest difference of the values finite in both, relative to the largest base value.
 
-    Of several outputs the one that changes most; NaN where there is nothing to compare.
+    Of several outputs the one that changes most; at most 1 where all base values are 0; NaN where
+    there is nothing to compare.
     """
-    changes = []
-    for here, there in zip(found or (), base or (), strict=False):
-        one = as_float64(here)
-        other = as_float64(there)[: len(one)]
-        sound = np.isfinite(one) & np.isfinite(other)
-        if sound.any():
-            scale = np.abs(other[sound]).max()
-            difference = float(np.abs(one - other)[sound].max())
-            changes.append(difference / float(scale) if scale > 0 else float(difference > 0))
-    return max(changes, default=float("nan"))
+    here, there = tuple(found or ()), tuple(base or ())
+    bases = [other[: len(one)] for one, other in zip(here, there, strict=False)]
+    change = relative_difference(here[: len(bases)], bases, finite_only=True)
+    return 1.0 if np.isinf(change) else change

@@ -16,9 +16,11 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph, state as keras_state
-from frostline.adapters.keras.files import first_line, read_model
+from frostline.adapters.keras.files import read_model
+from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
 from frostline.types.measured import Difference
+from frostline.types.reasons import first_line
 
 #: What a configuration may differ in without a difference in what the layer computes.
 _IRRELEVANT = ("name", "trainable", "build_config", "epsilon", "momentum", "decay", "synchronized")
@@ -245,7 +247,7 @@ def _short(value: Any) -> str:
 
 
 def _relative(own: Any, other: Any) -> float:
-    """Largest difference over all outputs, relative to the largest of the model's outputs."""
+    """Largest difference of an output, relative to the largest value of the model's own."""
     mine, theirs = (
         [as_float64(leaf) for leaf in keras.tree.flatten(side)] for side in (own, other)
     )
@@ -254,14 +256,7 @@ def _relative(own: Any, other: Any) -> float:
             f"the outputs have other shapes: {[leaf.shape for leaf in mine]}. "
             f"Received: {[leaf.shape for leaf in theirs]} from the reference"
         )
-    size = max((float(np.max(np.abs(leaf), initial=0.0)) for leaf in mine), default=0.0)
-    change = max(
-        (float(np.max(np.abs(a - b), initial=0.0)) for a, b in zip(mine, theirs, strict=True)),
-        default=0.0,
-    )
-    if change == 0.0:
-        return 0.0
-    return change / size if size else float("inf")
+    return relative_difference(theirs, mine)
 
 
 def _classes(model: Any) -> dict[str, Any]:

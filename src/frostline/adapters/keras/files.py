@@ -18,8 +18,9 @@ from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
 from frostline.adapters import is_native
-from frostline.data.import_string import built, first_line as first_line
+from frostline.data.import_string import built
 from frostline.types import ModelError, OutputError
+from frostline.types.reasons import first_line
 
 SUFFIXES = (".keras", ".h5")
 

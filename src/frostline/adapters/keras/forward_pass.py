@@ -16,6 +16,7 @@ from frostline.adapters.keras import state as keras_state
 from frostline.adapters.keras.compile import inlined_functions, without_gradients
 from frostline.adapters.keras.random import seed_states
 from frostline.types import DataError
+from frostline.types.reasons import first_line
 
 
 def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., Any]:
@@ -117,20 +118,9 @@ def readable_labels(model: Any, y: Any) -> Iterator[None]:
             raise
         shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
         raise DataError(
-            f"model '{model.name}' cannot be run on these inputs and labels: {reason(problem)} "
+            f"model '{model.name}' cannot be run on these inputs and labels: {first_line(problem)} "
             f"Received: label shapes {shapes}"
         ) from problem
-
-
-def reason(problem: BaseException) -> str:
-    """What a framework complains of, in one line: its first, or the error of a trace in words."""
-    lines = [told for line in str(problem).splitlines() if (told := line.strip())]
-    if not lines:
-        return "no reason given"
-    if lines[0] != "in user code:":
-        return lines[0]
-    errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return errors[0] if errors else lines[-1]
 
 
 def tensors(structure: Any) -> Any:

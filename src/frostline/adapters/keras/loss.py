@@ -15,8 +15,8 @@ from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.trainers.compile_utils import CompileLoss
 
-from frostline.adapters.keras.forward_pass import reason
 from frostline.types import DataError, FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
 #: Reductions that divide a masked loss by the number of elements that are not masked.
 _MEANS = ("sum_over_batch_size", "mean")
@@ -120,7 +120,7 @@ def _readable(y: Any, outputs: Any) -> Iterator[None]:
         if isinstance(problem, RuntimeError) and "must match" not in str(problem):
             raise
         raise DataError(
-            f"the loss does not take these labels: {reason(problem)} "
+            f"the loss does not take these labels: {first_line(problem)} "
             f"Received: label shapes {_shapes(y)} for outputs of shapes {_shapes(outputs)}"
         ) from problem
 

@@ -14,6 +14,7 @@ import numpy as np
 from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.tape import graph_of
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 L = keras.layers
 
@@ -152,7 +153,7 @@ class Rebuild:
         except Exception as error:  # a user's class: anything can happen
             raise ModelError(
                 f"'{self._path(operation)}' cannot be copied from its configuration "
-                f"({type(error).__name__}: {_first_line(error)}); give the class a get_config() "
+                f"({first_line(error)}); give the class a get_config() "
                 f"that its constructor takes. Received: {type(operation).__name__}"
             ) from error
 
@@ -257,10 +258,6 @@ def _value(variable: Any) -> Array:
 def float64(variable: Any) -> Array:
     """Values of a variable in float64."""
     return _value(variable).astype(np.float64)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:160]
 
 
 def nodes(graph: Any) -> Iterator[Any]:

@@ -27,6 +27,8 @@ from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
+from frostline.data.batches import leaves
+from frostline.numerics.compare import relative_difference
 from frostline.types import Boundary, ModelError, Policy, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Difference
@@ -127,7 +129,8 @@ class TorchView:
             stream.seek(0)
             twin = copy.deepcopy(torch_graph.unwrapped(self.model))
             twin.load_state_dict(torch.load(stream, weights_only=True))
-        return torch_pass.largest_change(TorchView(twin).forward(x, training=False), before)
+        after = TorchView(twin).forward(x, training=False)
+        return relative_difference(*([a for _, a in leaves(each)] for each in (after, before)))
 
     def difference(self, reference: Any, x: Any) -> Difference:
         """How a reference module, state or file differs from the model."""

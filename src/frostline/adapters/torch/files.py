@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from frostline.data.import_string import built, first_line
+from frostline.data.import_string import built
 from frostline.types import ModelError, OutputError
+from frostline.types.reasons import first_line
 
 #: Files with a state.
 STATES = (".pt", ".pth")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
-from frostline.data.batches import leaves, map_leaves
+from frostline.data.batches import map_leaves
 from frostline.types import Array, DataError
 
 
@@ -187,11 +187,3 @@ def state(model: Any) -> dict[str, Array]:
         for name, tensor in unwrapped(model).state_dict().items()
         if isinstance(tensor, torch.Tensor) and _built(tensor)
     }
-
-
-def largest_change(found: Any, wanted: Any) -> float:
-    """Largest difference of two structures of arrays, relative to the largest of ``wanted``."""
-    pairs = zip(leaves(found), leaves(wanted), strict=True)
-    differences = [(float(np.abs(a - b).max()), float(np.abs(b).max())) for (_, a), (_, b) in pairs]
-    change, scale = max(each[0] for each in differences), max(each[1] for each in differences)
-    return change / scale if scale else change

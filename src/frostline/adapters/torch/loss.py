@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from frostline.types import DataError, ModelError
+from frostline.types.reasons import first_line
 
 Loss = Callable[[Any, Any], Any]
 
@@ -115,10 +116,9 @@ def _called(loss: Any, outputs: Any, targets: Any) -> Any:
             return _flat(reduced)
         values = _unreduced(loss, outputs, targets)
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
-        first = next((line for line in str(problem).splitlines() if line.strip()), "no reason")
         raise DataError(
-            f"the loss does not take these outputs and labels: {first.strip()} Received: outputs "
-            f"{_shape(outputs)}, labels {_shape(targets)}"
+            f"the loss does not take these outputs and labels: {first_line(problem)} "
+            f"Received: outputs {_shape(outputs)}, labels {_shape(targets)}"
         ) from problem
     # Class weights and ignored labels make the mean another one than that over the samples.
     mean = values.mean()

@@ -23,6 +23,7 @@ from torch import fx, nn
 from frostline.adapters.torch.graph import modes_kept, unwrapped
 from frostline.adapters.torch.trace import Tracer
 from frostline.types import ModelError
+from frostline.types.reasons import first_line
 
 #: Classes whose subclasses, a convolution that pads in its own way for example, are one call.
 _ONE_CALL = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
@@ -210,8 +211,7 @@ def _followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
                 with phase(list(root.modules()), modes):
                     graph = tracer.trace(root, _defaults(root))
             except Exception as problem:  # whatever the model's own code raises on a stand-in
-                lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-                reason = lines[0] if lines else type(problem).__name__
+                reason = first_line(problem)
             moved = changed()
         if not reason and moved is None:
             return _without_defaults(graph, root)

@@ -19,6 +19,7 @@ from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import unlocked_class
 from frostline.adapters.torch.network import phase
 from frostline.types import Array, BackendError, ModelError
+from frostline.types.reasons import first_line
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 #: What a BN module has beside what it computes at inference.
@@ -151,7 +152,7 @@ def to_onnx(module: Any, batch: Any) -> bytes:
             problem
         )
     except Exception as problem:  # torch's own have no public root
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+        reason = first_line(problem)
         raise ModelError(f"torch cannot export it: {reason}") from problem
     return stream.getvalue()
 

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from frostline.adapters.torch.forward_pass import arrays, largest_change, run
+from frostline.adapters.torch.forward_pass import arrays, run
 from frostline.adapters.torch.graph import site_places, unwrapped
+from frostline.data.batches import leaves
+from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
 from frostline.types.measured import Difference
+from frostline.types.reasons import first_line
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -60,9 +63,8 @@ def read_state(source: Any) -> Mapping[str, Any]:
         try:
             state = torch.load(Path(source), map_location="cpu", weights_only=True)
         except Exception as problem:
-            first = str(problem).strip().splitlines()[0] if str(problem).strip() else "unreadable"
             raise ModelError(
-                f"cannot read a state_dict from {source}: {first} Received: {source}"
+                f"cannot read a state_dict from {source}: {first_line(problem)} Received: {source}"
             ) from problem
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -125,5 +127,8 @@ def _epsilons(places: Any, module: Any) -> dict[str, tuple[float, float]]:
 
 
 def _outputs(model: Any, module: Any, x: Any) -> float:
-    found, wanted = (arrays(run(each, x, training=False)) for each in (model, module))
-    return largest_change(found, wanted)
+    found, wanted = (
+        [array for _, array in leaves(arrays(run(each, x, training=False)))]
+        for each in (model, module)
+    )
+    return relative_difference(found, wanted)

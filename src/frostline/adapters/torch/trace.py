@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
+from frostline.types.reasons import first_line
 
 
 class Tracer(fx.Tracer):  # type: ignore[misc]
@@ -32,5 +33,4 @@ def trace(model: Any) -> tuple[Any | None, str]:
         try:
             return Tracer().trace(root), ""
         except Exception as problem:  # whatever the model's own code raises on a stand-in
-            lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-            return None, lines[0] if lines else type(problem).__name__
+            return None, first_line(problem)

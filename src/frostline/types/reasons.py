@@ -1,0 +1,44 @@
+"""What an exception says, cut down to one line that fits into another message."""
+
+from __future__ import annotations
+
+import re
+
+from frostline.types import FrostlineError
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_LONGEST = 200
+_OF_A_LAYER = "Exception encountered when calling "
+
+
+def first_line(error: BaseException) -> str:
+    r"""Say what went wrong in one line of at most 200 characters.
+
+    Keras' own words around the error of a layer, and TensorFlow's around that of a traced
+    function, are skipped: the line that names the error is shown.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The line with the name of the class in front, which Frostline's own errors go without; the
+        name alone where the exception says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such shape\nand much more")), first_line(KeyError())
+        ('ValueError: no such shape', 'KeyError')
+    """
+    name = type(error).__name__
+    plain = (_COLOURS.sub("", line) for line in str(error).splitlines())
+    lines = [text for line in plain if (text := " ".join(line.split()))]
+    if not lines:
+        return name
+    text = lines[0]
+    if text == "in user code:":
+        named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+        text = (named or lines[-1:])[0]
+    elif text.startswith(_OF_A_LAYER) and len(lines) > 1:
+        text = f"{text.removeprefix(_OF_A_LAYER).rstrip('.')}: {lines[1]}"
+    if not isinstance(error, FrostlineError):
+        text = f"{name}: {text}"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
