@@ -18,6 +18,7 @@ import torch
 
 from frostline.adapters import view
 from frostline.adapters.torch.adapter import TorchView
+from frostline.data.batches import Batch
 from frostline.experiments import backbones, datasets
 from frostline.measure.recalibration import recalibrated
 from frostline.numerics.attribution import path_integral
@@ -64,13 +65,15 @@ def test_gap_and_attribution(twins: Any) -> None:
     theirs = torch_view.blend_forward(loss=torch.nn.CrossEntropyLoss())
     gaps = []
     for forward, inputs in ((ours, x), (theirs, channels_first)):
-        high, low = (forward.losses(inputs, y, blend=blend).mean() for blend in (1.0, 0.0))
+        high, low = (
+            forward.outcome(Batch(inputs, y), blend=blend).losses.mean() for blend in (1.0, 0.0)
+        )
         gaps.append(high - low)
     assert gaps[0] == pytest.approx(gaps[1], rel=1e-4)
     assert gaps[0] > 0.1
     shares = [
         path_integral(
-            lambda t, f=forward, i=inputs: f.gradient(i, y, blend=t)[1],  # type: ignore[misc]
+            lambda t, f=forward, i=inputs: f.gradient(Batch(i, y), blend=t)[1],  # type: ignore[misc]
             gaps[0],
             nodes=5,
             max_nodes=5,

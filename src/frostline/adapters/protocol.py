@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from frostline.data.batches import Batch
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
 from frostline.types import Array, Boundary, Crossing, Policy, Site
@@ -72,13 +73,19 @@ class Outcome:
 
     Attributes:
         outputs: Arrays in the structure of the model's outputs, float32 at least.
-        losses: Loss of each sample, shape ``(n,)``, float64.
+        losses: Loss of each unit, shape ``(units,)``, float64.
         moments: Path -> moments of what the site saw; empty unless recorded.
+        unit: ``"sample"``: one loss per sample; ``"batch"``: one loss for the whole batch.
+        parts: Name -> losses of one of several named losses, which add up to ``losses``.
+        metrics: Name -> one number, or one per sample.
     """
 
     outputs: Any
     losses: Array
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    unit: Literal["sample", "batch"] = "sample"
+    parts: Mapping[str, Array] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SplitModel(Protocol):
@@ -108,9 +115,9 @@ class SplitModel(Protocol):
 class Forward(Protocol):
     """Forward passes with λ and the stored statistics as arguments; the model never changes.
 
-    ``blend`` is one number or has one per entry of ``paths``; ``statistics`` maps paths to (mean,
-    biased variance) that replace what is stored; ``step`` is the batch's number, which fixes the
-    dropout masks.
+    ``batch`` is a :class:`frostline.data.batches.Batch`. ``blend`` is one number or has one per
+    entry of ``paths``; ``statistics`` maps paths to (mean, biased variance) that replace what is
+    stored; ``number`` is the batch's number, which fixes the dropout masks.
     """
 
     @property
@@ -120,63 +127,43 @@ class Forward(Protocol):
 
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Mapping[str, tuple[Any, Any]] | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Any:
         """Outputs of one batch; with ``record`` a pair of them and path -> moments."""
         ...
 
-    def losses(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        blend: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None = None,
-        dropout: bool = False,
-        step: int = 0,
-    ) -> Array:
-        """Loss of each sample, shape ``(n,)``, float64."""
-        ...
-
-    def gradient(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        blend: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None = None,
-        dropout: bool = False,
-        step: int = 0,
-    ) -> tuple[Array, Array]:
-        """Losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
-        ...
-
     def outcome(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Mapping[str, tuple[Any, Any]] | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Outcome:
         """Outputs, losses and, with ``record``, the sites' moments of one pass together."""
         ...
 
-    def own(
-        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
-    ) -> Outcome:
+    def gradient(
+        self,
+        batch: Batch,
+        *,
+        blend: Any,
+        statistics: Mapping[str, tuple[Any, Any]] | None = None,
+        dropout: bool = False,
+        number: int = 0,
+    ) -> tuple[Array, Array]:
+        """Losses as in :class:`Outcome`, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
+        ...
+
+    def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Outputs and losses of the model's own pass, every layer as its flags have it."""
         ...
 
@@ -313,11 +300,14 @@ class ModelView(Protocol):
         """What measures and stores the statistics of these sites."""
         ...
 
-    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> Forward:
+    def blend_forward(
+        self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
+    ) -> Forward:
         """Forward passes with λ and the stored statistics as arguments; compiled once per shape.
 
-        ``loss`` is whatever the framework takes as a loss, or ``(y, outputs)`` -> one number per
-        sample; ``None``: the compiled one. ``paths``: the sites to blend; ``None``: all.
+        ``loss`` is whatever the framework takes as a loss; ``None``: the compiled one. ``step`` is
+        the user's own ``step(model, batch)``, which calls the model and returns its loss or
+        losses. ``paths``: the sites to blend; ``None``: all.
         """
         ...
 

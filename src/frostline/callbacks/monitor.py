@@ -108,10 +108,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         assert self._forward is not None
         losses = [
             np.concatenate(
-                [
-                    self._forward.losses(each.x, each.y, each.sample_weight, blend=value)
-                    for each in self._batches
-                ]
+                [self._forward.outcome(each, blend=value).losses for each in self._batches]
             ).mean()
             for value in (blend, 0.0)
         ]
@@ -121,7 +118,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         assert self._forward is not None
         seen: dict[str, Moments] = {}
         for each in self._batches:
-            _, moments = self._forward.outputs(each.x, blend=blend, record=True)
+            _, moments = self._forward.outputs(each, blend=blend, record=True)
             for path, found in moments.items():
                 seen[path] = seen[path].merge(found) if path in seen else found
         layers = {place.path: place.layer for place in keras_graph.walk(self.model)}

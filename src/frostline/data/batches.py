@@ -34,11 +34,13 @@ class Batch:
         x: Array of shape ``(n, ...)``, or a dict, tuple or list of such arrays.
         y: Targets, nested like ``x`` may be; ``None`` when there are none.
         sample_weight: Shape ``(n,)``, nested like ``y`` may be; ``None`` when there are none.
+        whole: Exactly what the loader yielded; ``None`` for batches that are cut from arrays.
     """
 
     x: Any
     y: Any = None
     sample_weight: Any = None
+    whole: Any = None
 
     def __len__(self) -> int:
         return len(leaves(self.x)[0][1])

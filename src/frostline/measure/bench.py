@@ -142,9 +142,10 @@ class Bench:
     ) -> Callable[[Batch, int], Outcome]:
         """What :meth:`passes` runs for the model's own passes."""
 
-        def run(batch: Batch, step: int) -> Outcome:
-            x = batch.x if transform is None else transform(batch.x)
-            return self.forward.own(x, batch.y, batch.sample_weight, training=training, step=step)
+        def run(batch: Batch, number: int) -> Outcome:
+            return self.forward.own(
+                _transformed(batch, transform), training=training, number=number
+            )
 
         return run
 
@@ -160,16 +161,13 @@ class Bench:
         """What :meth:`passes` runs at some λ; ``record`` gives the moments that the sites see."""
         weights = self.blend(blend)
 
-        def run(batch: Batch, step: int) -> Outcome:
-            x = batch.x if transform is None else transform(batch.x)
+        def run(batch: Batch, number: int) -> Outcome:
             return self.forward.outcome(
-                x,
-                batch.y,
-                batch.sample_weight,
+                _transformed(batch, transform),
                 blend=weights,
                 statistics=statistics,
                 dropout=dropout,
-                step=step,
+                number=number,
                 record=record,
             )
 
@@ -194,7 +192,7 @@ class Bench:
         *,
         keep: int = 0,
     ) -> tuple[Probe, tuple[Array, ...] | None, tuple[Mapping[str, Moments], ...]]:
-        """Run ``run(batch, step)`` over batches.
+        """Run ``run(batch, number)`` over batches.
 
         Args:
             name: Of the probe.
@@ -209,8 +207,8 @@ class Bench:
         """
         begin, count = time.perf_counter(), 0
         losses, outputs, labels, moments = [], [], [], []
-        for step, batch in enumerate(batches):
-            outcome = run(batch, step)
+        for number, batch in enumerate(batches):
+            outcome = run(batch, number)
             losses.append(outcome.losses)
             if self.task != "unknown" or count < keep:
                 outputs.append(outcome.outputs)
@@ -371,6 +369,10 @@ def joined_arrays(parts: Sequence[Any]) -> tuple[Array, ...] | None:
 def only(arrays: tuple[Array, ...] | None) -> Array | None:
     """The array where there is just one."""
     return arrays[0] if arrays is not None and len(arrays) == 1 else None
+
+
+def _transformed(batch: Batch, transform: Callable[[Any], Any] | None) -> Batch:
+    return batch if transform is None else replace(batch, x=transform(batch.x))
 
 
 def _key(statistics: Statistics | None) -> Any:

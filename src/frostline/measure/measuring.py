@@ -213,7 +213,7 @@ class _Run:
         if blended is not None:
             first = bench.batches[0]
             begin = time.perf_counter()
-            own = bench.forward.own(first.x, first.y, first.sample_weight, training=True).losses
+            own = bench.forward.own(first, training=True).losses
             known = blended.losses[: len(own)]
             bench.spend("training", time.perf_counter() - begin, len(own) / len(bench.samples))
             if np.allclose(own, known, rtol=SAME, atol=SAME, equal_nan=True):

@@ -39,7 +39,9 @@ _REGRESSION_LOSSES = ("squared", "absolute", "huber", "log_cosh", "logcosh", "ms
 
 
 class _Scorer(Protocol):
-    def __call__(self, batch: Batch, training: bool, step: int) -> tuple[Any, float | None]: ...
+    def __call__(
+        self, batch: Batch, *, training: bool, number: int
+    ) -> tuple[Any, float | None]: ...
 
 
 @dataclass
@@ -71,15 +73,13 @@ def phase_table(
         data = list(batches(data, batch_size=batch_size))  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Array] = []
-    judge_batch = view.score if loss is None else _by_loss(view, loss)
+    judge_batch = _by_score(view) if loss is None else _by_loss(view, loss)
     with view.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
-        for step, batch in enumerate(batches(data, batch_size=batch_size)):
-            labels.append(_labels_of(batch, step))
+        for number, batch in enumerate(batches(data, batch_size=batch_size)):
+            labels.append(_labels_of(batch, number))
             for phase, training in (("0", False), ("1", True)):
-                outputs, value = judge_batch(
-                    batch.x, batch.y, batch.sample_weight, training=training, step=step
-                )
+                outputs, value = judge_batch(batch, training=training, number=number)
                 passes[phase].add(outputs, value, len(batch))
         dynamic = dict(view.evaluate(_tuples(data, batch_size)))
     samples = sum(len(leaf) for leaf in labels)
@@ -116,12 +116,19 @@ def phase_table(
     )
 
 
-def _by_loss(view: ModelView, loss: Any) -> Callable[..., tuple[Any, float]]:
+def _by_score(view: ModelView) -> _Scorer:
+    def score(batch: Batch, *, training: bool, number: int) -> tuple[Any, float | None]:
+        return view.score(batch.x, batch.y, batch.sample_weight, training=training, step=number)
+
+    return score
+
+
+def _by_loss(view: ModelView, loss: Any) -> _Scorer:
     """Score batches by a loss that was given; see ``ModelView.score``."""
     forward = view.blend_forward(loss=loss)
 
-    def score(x: Any, y: Any, weight: Any = None, **phase: Any) -> tuple[Any, float]:
-        outcome = forward.own(x, y, weight, **phase)
+    def score(batch: Batch, *, training: bool, number: int) -> tuple[Any, float]:
+        outcome = forward.own(batch, training=training, number=number)
         return outcome.outputs, float(np.mean(outcome.losses))
 
     return score
@@ -355,12 +362,12 @@ def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
     )
 
 
-def _labels_of(batch: Batch, step: int) -> Array:
+def _labels_of(batch: Batch, number: int) -> Array:
     found = leaves(batch.y)
     if not found:
         raise DataError(
             f"The phases are compared by loss and metrics, which need labels: pass (x, y). "
-            f"Received: batch {step} without labels"
+            f"Received: batch {number} without labels"
         )
     # Models with several outputs get their loss only, so one of their labels serves to count.
     first: Array = found[0][1]

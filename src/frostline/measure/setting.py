@@ -71,7 +71,7 @@ def make_bench(
         raise DataError(f"labels must be numbers. Received: dtype {labels.dtype}")
     if outputs is None:  # a pass that the inference probe needs anyway: it is compiled only once
         try:
-            outcome = forward.own(first.x, first.y, first.sample_weight, training=False)
+            outcome = forward.own(first, training=False)
         except FrostlineError:
             raise
         except Exception:

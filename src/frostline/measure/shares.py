@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
 from frostline.numerics.attribution import MAX_NODES, path_integral
@@ -151,11 +152,11 @@ class _Embedded:
     sites: int
     chosen: Array
 
-    def gradient(self, *batch: Any, blend: Array, step: int) -> tuple[Array, Array]:
-        """Losses and slope, shapes ``(n,)`` and ``(chosen,)``."""
+    def gradient(self, batch: Batch, *, blend: Array, number: int) -> tuple[Array, Array]:
+        """Losses and slope, shapes ``(units,)`` and ``(chosen,)``."""
         whole = np.zeros(self.sites)
         whole[self.chosen] = blend
-        losses, slope = self.forward.gradient(*batch, blend=whole, step=step)
+        losses, slope = self.forward.gradient(batch, blend=whole, number=number)
         return losses, slope[self.chosen]
 
 
@@ -180,16 +181,7 @@ def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tup
     """Mean loss and its derivative; all batches have one size, so plain means are right."""
     batches = bench.batches
     losses, slopes = zip(
-        *(
-            forward.gradient(
-                batches[step].x,
-                batches[step].y,
-                batches[step].sample_weight,
-                blend=blend,
-                step=step,
-            )
-            for step in part
-        ),
+        *(forward.gradient(batches[number], blend=blend, number=number) for number in part),
         strict=True,
     )
     return float(np.mean(losses)), np.mean(slopes, axis=0)

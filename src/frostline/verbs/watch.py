@@ -90,12 +90,10 @@ class Watch:
         locked = {s.path for s in self._view.sites() if s.stats_frozen and s.policy == "inference"}
         training = np.array([0.0 if path in locked else 1.0 for path in forward.paths])
         sums = np.zeros(2)
-        for step, batch in enumerate(self._batches):
+        for number, batch in enumerate(self._batches):
             for index, blend in enumerate((training, np.zeros_like(training))):
-                losses = forward.losses(
-                    batch.x, batch.y, batch.sample_weight, blend=blend, step=step
-                )
-                sums[index] += float(np.sum(losses))
+                outcome = forward.outcome(batch, blend=blend, number=number)
+                sums[index] += float(np.sum(outcome.losses))
         return float((sums[0] - sums[1]) / sum(len(batch) for batch in self._batches))
 
     def __str__(self) -> str:

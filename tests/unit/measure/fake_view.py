@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import Outcome
+from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Site
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -95,7 +96,7 @@ class FakeView:
         exponent = np.exp(logits - logits.max(1, keepdims=True))
         return exponent / exponent.sum(1, keepdims=True), seen
 
-    def blend_forward(self, loss: Any = None, paths: Any = None) -> FakeForward:
+    def blend_forward(self, loss: Any = None, step: Any = None, paths: Any = None) -> FakeForward:
         return FakeForward(self)
 
     def noise_layers(self) -> dict[str, str]:
@@ -124,49 +125,44 @@ class FakeForward:
 
     def outcome(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Any = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
         kind: str = "outcome",
     ) -> Outcome:
-        self.view.calls.append((kind, len(x)))
+        self.view.calls.append((kind, len(batch)))
         if self.view.stop_at is not None and len(self.view.calls) == self.view.stop_at:
             raise KeyboardInterrupt
         blend = np.broadcast_to(blend, len(self.paths))
-        outputs, seen = self.view.run(x, blend, statistics, dropout)
-        losses = -np.log(outputs[np.arange(len(x)), np.asarray(y).reshape(-1)] + 1e-12)
+        outputs, seen = self.view.run(batch.x, blend, statistics, dropout)
+        classes = np.asarray(batch.y).reshape(-1)
+        losses = -np.log(outputs[np.arange(len(batch)), classes] + 1e-12)
         return Outcome(outputs=outputs, losses=losses, moments=seen if record else {})
 
-    def own(
-        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
-    ) -> Any:
+    def own(self, batch: Batch, *, training: bool, number: int = 0) -> Any:
         table = self.view.training if training else self.view.inference
         blend = [table[path] for path in self.paths]
-        return self.outcome(x, y, blend=blend, dropout=training, step=step, kind="own")
+        return self.outcome(batch, blend=blend, dropout=training, number=number, kind="own")
 
-    def outputs(self, x: Any, *, record: bool = False, **how: Any) -> Any:
-        found = self.outcome(x, np.zeros(len(x), int), record=record, **how)
+    def outputs(self, batch: Batch, *, record: bool = False, **how: Any) -> Any:
+        unlabelled = Batch(batch.x, np.zeros(len(batch), int))
+        found = self.outcome(unlabelled, record=record, **how)
         return (found.outputs, found.moments) if record else found.outputs
 
-    def losses(self, x: Any, y: Any, sample_weight: Any = None, **how: Any) -> Any:
-        return self.outcome(x, y, sample_weight, **how).losses
-
-    def gradient(self, x: Any, y: Any, sample_weight: Any = None, *, blend: Any, **how: Any) -> Any:
+    def gradient(self, batch: Batch, *, blend: Any, **how: Any) -> Any:
         middle = np.broadcast_to(blend, len(self.paths)).astype(float)
-        slopes, step = [], 1e-6
+        slopes, distance = [], 1e-6
         for unit in np.eye(len(self.paths)):
             up, down = (
-                self.outcome(x, y, blend=middle + sign * step * unit, kind="gradient", **how)
+                self.outcome(batch, blend=middle + sign * distance * unit, kind="gradient", **how)
                 for sign in (1, -1)
             )
-            slopes.append((up.losses - down.losses).mean() / (2 * step))
-        return self.losses(x, y, blend=middle, **how), np.array(slopes)
+            slopes.append((up.losses - down.losses).mean() / (2 * distance))
+        return self.outcome(batch, blend=middle, **how).losses, np.array(slopes)
 
 
 class FakeMeter:

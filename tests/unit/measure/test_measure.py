@@ -261,7 +261,7 @@ class TestAttribution:
             part = part_for(bench.samples, found.nodes, gaps.mean(axis=1))
             assert len(part) * 25 == found.samples
             chosen = [bench.batches[index] for index in part]
-            losses = [view.blend_forward().losses(b.x, b.y, blend=blend).mean() for b in chosen]
+            losses = [view.blend_forward().outcome(b, blend=blend).losses.mean() for b in chosen]
             assert effect == pytest.approx(high - np.mean(losses))
 
     def test_batches_that_speak_for_all_are_differentiated(self) -> None:

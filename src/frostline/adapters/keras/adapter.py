@@ -134,18 +134,21 @@ class KerasView:
         """
         return KerasMoments(self.model, paths)
 
-    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> BlendForward:
+    def blend_forward(
+        self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
+    ) -> BlendForward:
         """Forward passes with λ and the stored statistics as arguments.
 
         Args:
             loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one
                 number per sample; ``None`` for the compiled loss.
+            step: The user's own ``step(model, batch)``.
             paths: Sites to blend, in the order of the blend vector; ``None`` for all of them.
 
         Raises:
             ModelError: An unknown path, or a site that is not built.
         """
-        return BlendForward(self.model, paths, loss=loss)
+        return BlendForward(self.model, paths, loss=loss, step=step)
 
     def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
         """What every site does in a training-mode and in an inference pass of the model."""

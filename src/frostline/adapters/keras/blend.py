@@ -32,6 +32,7 @@ from frostline.adapters.keras.site_handle import (
     replaced,
     stored_call,
 )
+from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 
@@ -70,7 +71,16 @@ class BlendForward:
             or a torch module that does not track them.
     """
 
-    def __init__(self, model: Any, paths: Sequence[str] | None = None, *, loss: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        paths: Sequence[str] | None = None,
+        *,
+        loss: Any = None,
+        step: Any = None,
+    ) -> None:
+        if step is not None:
+            raise ModelError("step= is not supported here yet: pass loss=. Received: a step")
         self.model = model
         self.traces = 0
         known = ports(model)
@@ -95,58 +105,58 @@ class BlendForward:
     @overload
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = ...,
         dropout: bool = ...,
-        step: int = ...,
+        number: int = ...,
         record: Literal[False] = ...,
     ) -> Any: ...
 
     @overload
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = ...,
         dropout: bool = ...,
-        step: int = ...,
+        number: int = ...,
         record: Literal[True],
     ) -> tuple[Any, dict[str, Moments]]: ...
 
     @overload
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = ...,
         dropout: bool = ...,
-        step: int = ...,
+        number: int = ...,
         record: bool = ...,
     ) -> Any: ...
 
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Any:
         """Return the outputs of one batch and, if asked, what the sites saw.
 
         Args:
-            x: Inputs of one batch, in the structure that the model takes.
+            batch: Its ``x`` has the structure that the model takes.
             blend: λ of each site, shape ``(sites,)``, or one number for all; in [0, 1].
             statistics: Path -> (mean, biased variance) to use in the place of what is stored.
             dropout: Run everything but BN as in training: dropout, noise, random augmentation.
-            step: Number of the batch: dropout masks are the same in every call for the same step
-                and differ between steps.
+            number: Of the batch: dropout masks are the same in every call for the same number and
+                differ between numbers.
             record: Also return the moments of each site's input, merged over the layer's uses.
 
         Returns:
@@ -159,74 +169,49 @@ class BlendForward:
         """
         if record:
             self._require_recordable()
-        found, seen = self._run(
-            "outputs", (x, None, None), blend, statistics, dropout, step, record
-        )
+        inputs = Batch(batch.x)
+        found, seen = self._run("outputs", inputs, blend, statistics, dropout, number, record)
         arrays = keras.tree.map_structure(_outgoing, found)
         return (arrays, _moments(seen)) if record else arrays
 
-    def losses(
+    def gradient(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
-    ) -> npt.NDArray[np.float64]:
-        """Return the loss of each sample, shape ``(n,)``.
+        number: int = 0,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``.
 
-        With the default reduction their mean is the compiled loss without the losses that layers
-        and regularizers add. Arguments are those of :meth:`outputs`.
+        The derivative runs through the batch statistics of all sites behind. With the default
+        reduction the mean of the losses is the compiled loss without the losses that layers and
+        regularizers add. Arguments are those of :meth:`outputs`.
 
         Raises:
             DataError: Labels or weights that do not fit the outputs; as for :meth:`outputs`.
             ModelError: The model has no loss, or one that gives one number per batch.
         """
-        batch = (x, y, sample_weight)
-        return as_float64(_numpy(self._run("losses", batch, blend, statistics, dropout, step)))
-
-    def gradient(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        step: int = 0,
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``.
-
-        The derivative runs through the batch statistics of all sites behind. Arguments and errors
-        are those of :meth:`losses`.
-        """
-        batch = (x, y, sample_weight)
-        losses, slope = self._run("gradient", batch, blend, statistics, dropout, step)
+        losses, slope = self._run("gradient", batch, blend, statistics, dropout, number)
         return as_float64(_numpy(losses)), as_float64(_numpy(slope))
 
     def outcome(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Outcome:
         """Return outputs, losses and, if asked, the sites' moments of one pass together.
 
-        Arguments and errors are those of :meth:`outputs` and :meth:`losses`.
+        Arguments and errors are those of :meth:`outputs` and :meth:`gradient`.
         """
         if record:
             self._require_recordable()
-        batch = (x, y, sample_weight)
         backend = keras.backend.backend()
         # JAX compiles for longer than the batch's moments, which λ = 0 does without, take.
         zero = not record and backend != "jax" and not np.any(as_float64(blend))
@@ -234,7 +219,7 @@ class BlendForward:
         together = not zero and backend != "torch" and self._recordable
         kind = "outcome at zero" if zero else "outcome"
         found, losses, seen = self._run(
-            kind, batch, blend, statistics, dropout, step, record=record or together
+            kind, batch, blend, statistics, dropout, number, record=record or together
         )
         return Outcome(
             outputs=keras.tree.map_structure(_outgoing, found),
@@ -242,20 +227,16 @@ class BlendForward:
             moments=_moments(seen) if record else {},
         )
 
-    def own(
-        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
-    ) -> Outcome:
+    def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the model's own pass: every layer as its flags have it.
 
         Args:
-            x: Inputs of one batch.
-            y: Labels of one batch.
-            sample_weight: Of one batch.
+            batch: The batch.
             training: The ``training`` argument of the model's call; nothing is updated.
-            step: Number of the batch; fixes the dropout masks.
+            number: Of the batch; fixes the dropout masks.
         """
         kind = "own training" if training else "own inference"
-        found, losses, _ = self._run(kind, (x, y, sample_weight), 0.0, None, training, step)
+        found, losses, _ = self._run(kind, batch, 0.0, None, training, number)
         return Outcome(
             outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(_numpy(losses))
         )
@@ -265,18 +246,18 @@ class BlendForward:
     def _run(
         self,
         kind: str,
-        batch: tuple[Any, Any, Any],
+        batch: Batch,
         blend: Any,
         statistics: Statistics | None,
         dropout: bool,
-        step: int,
+        number: int,
         record: bool = False,
     ) -> Any:
         weights = self._blend(blend)
         stored = self._statistics(statistics)
-        x, y, sample_weight = (tensors(part) for part in batch)
-        moved = seeds(self.model, step)
-        with fixed_randomness(self.model, step):
+        x, y, sample_weight = map(tensors, (batch.x, batch.y, batch.sample_weight))
+        moved = seeds(self.model, number)
+        with fixed_randomness(self.model, number):
             if kind != "outputs" and self._loss is None:
                 self._loss = self._prepared_loss(x, y)
             run = self._function(kind, bool(dropout), bool(record))

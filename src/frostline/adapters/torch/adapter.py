@@ -104,9 +104,11 @@ class TorchView:
         """Nothing: a torch module has no ``evaluate`` of its own."""
         return {}
 
-    def blend_forward(self, loss: Any = None, paths: Sequence[str] | None = None) -> TorchForward:
+    def blend_forward(
+        self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
+    ) -> TorchForward:
         """Forward passes with λ and the statistics as arguments."""
-        return TorchForward(self.model, paths, loss=loss)
+        return TorchForward(self.model, paths, loss=loss, step=step)
 
     def meter(self, paths: Sequence[str]) -> TorchMoments:
         """What recalibration measures and stores with."""

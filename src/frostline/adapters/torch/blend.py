@@ -27,6 +27,7 @@ from frostline.adapters.torch.forward_pass import (
 )
 from frostline.adapters.torch.graph import site_places
 from frostline.adapters.torch.loss import per_sample
+from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import DataError, ModelError, as_float64
 
@@ -48,7 +49,16 @@ class TorchForward:
         ModelError: An unknown path, or a lazy module that has not seen data yet.
     """
 
-    def __init__(self, model: Any, paths: Sequence[str] | None = None, *, loss: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        paths: Sequence[str] | None = None,
+        *,
+        loss: Any = None,
+        step: Any = None,
+    ) -> None:
+        if step is not None:
+            raise ModelError("step= is not supported here yet: pass loss=. Received: a step")
         self.model = model
         known = {place.path: place.module for place in site_places(model)}
         chosen = list(known) if paths is None else list(paths)
@@ -65,54 +75,36 @@ class TorchForward:
 
     def outputs(
         self,
-        x: Any,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Any:
         """Return the outputs of one batch and, with ``record``, what each site saw."""
         seen: dict[str, list[Moments]] | None = {} if record else None
         with torch.no_grad():
-            found = self._pass(x, self._blend(blend), statistics, dropout, step, seen)
+            found = self._pass(batch, self._blend(blend), statistics, dropout, number, seen)
         if seen is None:
             return arrays(found)
         return arrays(found), _merged(seen)
 
-    def losses(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        step: int = 0,
-    ) -> npt.NDArray[np.float64]:
-        """Return the loss of each sample, shape ``(n,)``."""
-        with torch.no_grad():
-            found = self._pass(x, self._blend(blend), statistics, dropout, step, None)
-            return as_float64(arrays(self._losses(found, y, sample_weight)))
-
     def gradient(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
         weights = self._blend(blend).requires_grad_(True)
         with torch.enable_grad():
-            found = self._pass(x, weights, statistics, dropout, step, None)
-            losses = self._losses(found, y, sample_weight)
+            found = self._pass(batch, weights, statistics, dropout, number, None)
+            losses = self._losses(found, batch)
             slope = None
             if losses.requires_grad:
                 (slope,) = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
@@ -121,47 +113,43 @@ class TorchForward:
 
     def outcome(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
+        batch: Batch,
         *,
         blend: Any,
         statistics: Statistics | None = None,
         dropout: bool = False,
-        step: int = 0,
+        number: int = 0,
         record: bool = False,
     ) -> Outcome:
         """Return outputs, losses and, with ``record``, the sites' moments of one pass together."""
         seen: dict[str, list[Moments]] | None = {} if record else None
         with torch.no_grad():
-            found = self._pass(x, self._blend(blend), statistics, dropout, step, seen)
-            losses = self._losses(found, y, sample_weight)
+            found = self._pass(batch, self._blend(blend), statistics, dropout, number, seen)
+            losses = self._losses(found, batch)
         return Outcome(
             outputs=arrays(found), losses=as_float64(arrays(losses)), moments=_merged(seen or {})
         )
 
-    def own(
-        self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
-    ) -> Outcome:
+    def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the module's own pass, as its ``train()`` leaves it."""
         with torch.no_grad():
-            found = run(self.model, x, training=training, step=step)
-            losses = self._losses(found, y, sample_weight)
+            found = run(self.model, batch.x, training=training, step=number)
+            losses = self._losses(found, batch)
         return Outcome(outputs=arrays(found), losses=as_float64(arrays(losses)))
 
     # --- the pass -----------------------------------------------------------------------------
 
     def _pass(
         self,
-        x: Any,
+        batch: Batch,
         weights: Any,
         statistics: Statistics | None,
         dropout: bool,
-        step: int,
+        number: int,
         seen: dict[str, list[Moments]] | None,
     ) -> Any:
         given = self._statistics(statistics)
-        inputs = tensors(x, self.model)
+        inputs = tensors(batch.x, self.model)
         changes: dict[Any, Callable[..., Any]] = {}
         for index, (path, module) in enumerate(self._modules.items()):
             entries = None if seen is None else seen.setdefault(path, [])
@@ -170,7 +158,7 @@ class TorchForward:
             )
         for module in self._others:
             changes[module] = functools.partial(_stored, module, module.forward)
-        with untouched(self.model, step=step) as root:
+        with untouched(self.model, step=number) as root:
             for parameter in root.parameters():
                 parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
             root.train(dropout)
@@ -181,18 +169,18 @@ class TorchForward:
                 del seen[path]
         return found
 
-    def _losses(self, outputs: Any, y: Any, sample_weight: Any) -> Any:
+    def _losses(self, outputs: Any, batch: Batch) -> Any:
         if self._loss is None:
             raise ModelError(
                 "a torch module has no compiled loss: pass loss=, for example "
                 "torch.nn.CrossEntropyLoss(). Received: loss=None"
             )
-        if y is None:
+        if batch.y is None:
             raise DataError("a loss needs labels. Received: y=None")
-        losses = self._loss(outputs, tensors(y, self.model))
-        if sample_weight is None:
+        losses = self._loss(outputs, tensors(batch.y, self.model))
+        if batch.sample_weight is None:
             return losses
-        return losses * tensors(sample_weight, self.model).to(losses.dtype)
+        return losses * tensors(batch.sample_weight, self.model).to(losses.dtype)
 
     def _blend(self, blend: Any) -> Any:
         values, count = as_float64(blend), len(self.paths)
