@@ -1,50 +1,83 @@
-"""The only rooms that know a framework: one protocol, one view per framework.
+"""The only rooms that know a framework: a table of them, and which one a model belongs to.
 
-A view answers questions about a model in numpy and dataclasses and is the only way to change it.
-Nothing above this package imports or names a framework.
+An adapter answers questions about a model in numpy and dataclasses and is the only way to change
+it. Nothing above this package imports or names a framework. A new framework is one line in
+:data:`FRAMEWORKS` and one folder whose ``__init__`` has the functions of :class:`Room`.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
 
-from frostline.adapters.protocol import FlagCounts, Forward, Meter, ModelView, Outcome, SplitModel
+from frostline.adapters.protocol import (
+    Adapter,
+    FlagCounts,
+    Forward,
+    Meter,
+    ModelView,
+    Outcome,
+    SplitModel,
+)
 from frostline.types import Array, ModelError
 from frostline.types.facts import ModelFacts
 
+#: Framework -> its room, in the order of asking: on the torch backend every Keras model *is* an
+#: ``nn.Module``, so Keras comes first. A room is asked only once its framework has been imported.
+FRAMEWORKS = {"keras": "frostline.adapters.keras", "torch": "frostline.adapters.torch"}
 
-def view(model: Any) -> ModelView:
-    """Return the view of ``model``.
 
-    Keras is asked before torch: on the torch backend every Keras model *is* an ``nn.Module``.
+class Room(Protocol):
+    """What the ``__init__`` of a framework's folder has; importing it loads no framework."""
+
+    #: Functions of :mod:`frostline.adapters.prefix`, for models of this framework; imported late.
+    def prefix_role(self) -> Any: ...
+
+    def is_layer(self, value: Any) -> bool: ...
+    def is_model(self, value: Any) -> bool: ...
+    def adapter_of(self, model: Any) -> Adapter: ...
+    def frozen(
+        self, layers: tuple[Any, ...]
+    ) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]: ...
+    def why_not(self, value: Any) -> str | None: ...
+
+
+def rooms(*, loaded: bool = True) -> Iterator[Room]:
+    """Rooms of the frameworks that this process has imported, or of all of them."""
+    for framework, room in FRAMEWORKS.items():
+        if framework in sys.modules or not loaded:
+            yield cast(Room, importlib.import_module(room))
+
+
+def room_of(value: Any) -> Room | None:
+    """The room that a model or layer belongs to; ``None``: no framework's that is loaded."""
+    return next((room for room in rooms() if room.is_model(value) or room.is_layer(value)), None)
+
+
+def adapter_of(model: Any) -> Adapter:
+    """Return the adapter of ``model``.
 
     Args:
         model: A Keras 3 model: functional, sequential or subclassed, on any backend; or a torch
             module, DataParallel, DDP and ``torch.compile`` around it included.
 
     Returns:
-        A view; it holds the model and nothing of it is changed.
+        An adapter; it holds the model and nothing of it is changed.
 
     Raises:
         ModelError: Not a model that Frostline can read; the text says what it is instead.
     """
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
-        from frostline.adapters.keras.adapter import KerasView
+    for room in rooms():
+        if room.is_model(model):
+            return room.adapter_of(model)
+    raise ModelError(_why_not(model))
 
-        return KerasView(model)
-    if "torch" in sys.modules and type(model).__module__.startswith(("torch.export", "torch.jit")):
-        from frostline.adapters.torch.program import ProgramView
 
-        return cast(ModelView, ProgramView(model))
-    if is_native(model):
-        from frostline.adapters.torch.adapter import TorchView
-
-        return TorchView(model)
-    raise ModelError(_why_not(model, keras))
+#: The former name.
+view = adapter_of
 
 
 def read_facts(model: Any) -> ModelFacts:
@@ -59,93 +92,39 @@ def read_facts(model: Any) -> ModelFacts:
     Raises:
         ModelError: Not a model that Frostline can read.
     """
-    return view(model).facts()
+    return adapter_of(model).facts()
 
 
-def is_native(model: Any) -> bool:
-    """Whether it is a torch module and no Keras layer on the torch backend; loads nothing."""
-    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
-    if torch is None or not isinstance(model, torch.nn.Module):
-        return False
-    layer = keras is not None and isinstance(model, getattr(keras, "Layer", ()))
-    ancestry = (parent.__module__ for parent in type(model).__mro__)
-    foreign = any(name.startswith(("keras.src.", "tensorflow.python.keras.")) for name in ancestry)
-    return not layer and not foreign
+def freezing(target: Any) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
+    """Freeze a model, a layer, a torch module or several of one framework for a block.
 
-
-def layers_of(target: Any) -> tuple[Any, ...]:
-    """Return what a person means: a model, a layer, a torch module, or several of one framework.
+    See :func:`frostline.frozen`.
 
     Raises:
         ModelError: Something else, or nothing.
     """
-    keras = sys.modules.get("keras")
-    kind = getattr(keras, "Layer", ())
     # torch containers can be iterated and are modules nevertheless.
-    several = isinstance(target, (list, tuple, Iterator))
-    found = tuple(target) if several else (target,)
-    if found and all(is_native(each) for each in found):
-        return found
-    for each in found:
-        if keras is None or not isinstance(each, kind):
-            raise ModelError(_why_not(each, keras))
-    if not found:
+    layers = tuple(target) if isinstance(target, (list, tuple, Iterator)) else (target,)
+    if not layers:
         raise ModelError("expected a model, a layer or a list of layers. Received: an empty list")
-    return found
+    for room in rooms():
+        if all(map(room.is_layer, layers)):
+            return room.frozen(layers)
+    first = room_of(layers[0])
+    other = next(layer for layer in layers if first is None or not first.is_layer(layer))
+    raise ModelError(_why_not(other))
 
 
-def freezing(
-    layers: tuple[Any, ...],
-) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze layers for a block; see :func:`frostline.frozen`."""
-    if is_native(layers[0]):
-        from frostline.adapters.torch import edit as torch_edit
-
-        return torch_edit.frozen(layers)
-    from frostline.adapters.keras import edit as keras_edit
-
-    return keras_edit.frozen(layers)
-
-
-def full_precision(model: Any) -> AbstractContextManager[None]:
-    """For a block, let no accelerator round products of float32 numbers (TF32).
-
-    Nothing changes for a model on the processor, and what was set is set again afterwards.
-    """
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(model, getattr(keras, "Model", ())):
-        from frostline.adapters.keras.native import full_precision as of_keras
-
-        return of_keras(model)
-    if not is_native(model):
-        return nullcontext()
-    from frostline.adapters.torch import forward_pass as torch_pass, prefix as torch_prefix
-
-    on_processor = torch_prefix.device(model) == "cpu"
-    return nullcontext() if on_processor else torch_pass.full_precision()
-
-
-def _why_not(model: Any, keras: Any) -> str:
-    """Say what ``model`` is when it is not a Keras 3 model of this process."""
-    received = f"Received: {type(model).__module__}.{type(model).__qualname__}"
-    ancestry = [f"{parent.__module__}.{parent.__qualname__}" for parent in type(model).__mro__]
-    if any(name.startswith(("tf_keras.", "tensorflow.python.keras.")) for name in ancestry):
-        return (
-            "this is a model of legacy Keras 2 (tf_keras); Frostline needs Keras 3. Load it with "
-            f"keras.saving.load_model, TF_USE_LEGACY_KERAS unset. {received}"
-        )
-    if keras is not None and isinstance(model, getattr(keras, "Layer", ())):
-        return f"this is a single layer; wrap it in a keras.Model or keras.Sequential. {received}"
-    if any(name.startswith("keras.src.") for name in ancestry):
-        now = keras.config.backend() if keras is not None else "unknown"
-        return (
-            "this Keras model was made under another backend than the one Keras runs on now "
-            f"({now}); load it again in this process. {received}"
-        )
-    return f"not a model: expected a keras.Model or a torch.nn.Module. {received}"
+def _why_not(value: Any) -> str:
+    """Say what ``value`` is where it is no model of a framework that is loaded."""
+    reasons = (room.why_not(value) for room in rooms(loaded=False))
+    reason = next(filter(None, reasons), None)
+    received = f"Received: {type(value).__module__}.{type(value).__qualname__}"
+    return f"{reason or 'not a model: expected a keras.Model or a torch.nn.Module.'} {received}"
 
 
 __all__ = [
+    "Adapter",
     "Array",
     "FlagCounts",
     "Forward",
@@ -153,6 +132,6 @@ __all__ = [
     "ModelView",
     "Outcome",
     "SplitModel",
-    "full_precision",
+    "adapter_of",
     "view",
 ]

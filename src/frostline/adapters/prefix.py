@@ -1,13 +1,28 @@
-"""The frozen part of a model as the feature cache sees it: who it is."""
+"""The frozen part of a model as the feature cache and the engines see it.
+
+A prefix is a built Keras model, a torch module, or a callable with an ``identity`` of its own. The
+room of its framework has a module of the functions that are asked for here.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frostline.adapters import full_precision, is_native
+from frostline.adapters import room_of, rooms
 from frostline.types import Array, ModelError
+
+
+def _role(prefix: Any) -> Any:
+    """The module of its framework that answers for a prefix."""
+    for room in rooms():
+        if room.is_model(prefix):
+            return room.prefix_role()
+    raise ModelError(
+        "a prefix is a Keras model or a torch module, for example fl.split(model).prefix, or a "
+        "callable with an `identity` that changes whenever what it computes does. Received: "
+        f"{type(prefix).__name__}"
+    )
 
 
 def identity(prefix: Any) -> str:
@@ -21,25 +36,13 @@ def identity(prefix: Any) -> str:
     """
     if is_callable_prefix(prefix):
         return str(prefix.identity)
-    if is_native(prefix):
-        from frostline.adapters.torch.prefix import identity as of_torch
-
-        return of_torch(prefix)
-    _require_keras(prefix)
-    from frostline.adapters.keras.prefix import identity as of_keras
-
-    return of_keras(prefix)
+    return str(_role(prefix).identity(prefix))
 
 
 def native(prefix: Any) -> Callable[[Any], list[Array]]:
     """Return what runs a prefix on its own framework: a batch of inputs -> arrays."""
-    if is_native(prefix):
-        from frostline.adapters.torch.prefix import native as of_torch
-
-        return of_torch(prefix)
-    from frostline.adapters.keras.native import native as of_keras
-
-    return of_keras(prefix)
+    run: Callable[[Any], list[Array]] = _role(prefix).native(prefix)
+    return run
 
 
 def reference(prefix: Any) -> Callable[[Any], list[Array]]:
@@ -48,57 +51,42 @@ def reference(prefix: Any) -> Callable[[Any], list[Array]]:
     Nothing is compiled for them. An NVIDIA card rounds the factors of a convolution to 10 bits
     where a framework lets it (TF32), which alone makes a difference of 1e-3.
     """
-    if is_native(prefix):
-        run = native(prefix)
-    else:
-        from frostline.adapters.keras.native import uncompiled
-
-        run = uncompiled(prefix)
+    role = _role(prefix)
+    run = role.uncompiled(prefix)
 
     def precise(batch: Any) -> list[Array]:
-        with full_precision(prefix):
-            return run(batch)
+        with role.full_precision(prefix):
+            found: list[Array] = run(batch)
+        return found
 
     return precise
 
 
 def to_onnx(prefix: Any, batch: Any) -> bytes:
     """Serialize a prefix as an ONNX model; ``batch`` is a batch of its inputs."""
-    if is_native(prefix):
-        from frostline.adapters.torch.prefix import to_onnx as of_torch
-
-        return of_torch(prefix, batch)
-    from frostline.adapters.keras.onnx.writer import to_onnx as of_keras
-
-    return of_keras(prefix)
+    graph: bytes = _role(prefix).to_onnx(prefix, batch)
+    return graph
 
 
 def takes_any_number(prefix: Any) -> bool:
     """Whether a prefix is known to take any number of samples at once: Keras models say so."""
-    inputs = () if is_native(prefix) else getattr(prefix, "inputs", None) or ()
-    return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+    return bool(_role(prefix).takes_any_number(prefix))
 
 
 def accelerator(prefix: Any) -> str:
     """What a prefix runs on where that is not the processor, such as ``"gpu"``; else empty."""
-    if is_native(prefix):
-        from frostline.adapters.torch.prefix import device as of_torch
-
-        found = of_torch(prefix)
-    else:
-        from frostline.adapters.keras.native import device as of_keras
-
-        found = of_keras(prefix)
+    found = str(_role(prefix).device(prefix))
     return "" if found == "cpu" else found
+
+
+def hands_out_labels(prefix: Any) -> bool:
+    """Whether :func:`handed_out` wants the labels of all batches."""
+    return not is_callable_prefix(prefix) and bool(_role(prefix).HANDS_OUT_LABELS)
 
 
 def readable(prefix: Any, data: Any, batch_size: int) -> Any:
     """Data as the cache reads them: torch's data sets in the order of their samples."""
-    if not is_native(prefix):
-        return data
-    from frostline.adapters.torch.cached_data import in_order
-
-    return in_order(data, batch_size)
+    return data if is_callable_prefix(prefix) else _role(prefix).readable(data, batch_size)
 
 
 def handed_out(prefix: Any, cache: Any, labels: Sequence[Any]) -> Any:
@@ -109,11 +97,7 @@ def handed_out(prefix: Any, cache: Any, labels: Sequence[Any]) -> Any:
         cache: The features.
         labels: Those of each batch.
     """
-    if not is_native(prefix):
-        return cache
-    from frostline.adapters.torch.cached_data import FeatureDataset, joined
-
-    return FeatureDataset(cache, joined(labels))
+    return cache if is_callable_prefix(prefix) else _role(prefix).handed_out(cache, labels)
 
 
 def is_callable_prefix(prefix: Any) -> bool:
@@ -123,20 +107,7 @@ def is_callable_prefix(prefix: Any) -> bool:
 
 def augmenter(augment: Any) -> Callable[[Any, int], Any]:
     """Return ``(x, seed) -> x`` on numpy batches, for a function or for a Keras layer."""
-    keras = sys.modules.get("keras")
-    if keras is not None and isinstance(augment, getattr(keras, "Layer", ())):
-        from frostline.adapters.keras.prefix import seeded
-
-        return seeded(augment)
-    chosen: Callable[[Any, int], Any] = augment
+    room = room_of(augment)
+    seeded = None if room is None else getattr(room.prefix_role(), "seeded", None)
+    chosen: Callable[[Any, int], Any] = augment if seeded is None else seeded(augment)
     return chosen
-
-
-def _require_keras(prefix: Any) -> None:
-    keras = sys.modules.get("keras")
-    if keras is None or not isinstance(prefix, getattr(keras, "Model", ())):
-        raise ModelError(
-            "a prefix is a Keras model or a torch module, for example fl.split(model).prefix, or a "
-            "callable with an `identity` that changes whenever what it computes does. Received: "
-            f"{type(prefix).__name__}"
-        )

@@ -358,3 +358,16 @@ class ModelView(Protocol):
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         """The model's own ``evaluate``; metric states come back untouched."""
         ...
+
+    @property
+    def train(self) -> Any | None:
+        """What cached training needs of a framework's own ``fit``; ``None``: it has none."""
+        ...
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """For a block, let no accelerator round products of float32 numbers (TF32)."""
+        ...
+
+
+#: What :func:`frostline.adapters.adapter_of` returns.
+Adapter = ModelView

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from frostline import engines
-from frostline.adapters import is_native, prefix as prefixes
+from frostline.adapters import prefix as prefixes
 from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
@@ -140,7 +140,7 @@ def cache_features(
     )
     identity = prefixes.identity(prefix)
     data = prefixes.readable(prefix, data, batch_size)
-    labels: list[Any] | None = [] if is_native(prefix) else None
+    labels: list[Any] | None = [] if prefixes.hands_out_labels(prefix) else None
     made = [
         _view(prefix, identity, data, order, view, views, None if view else labels)
         for view in range(views)

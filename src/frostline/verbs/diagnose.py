@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from frostline import measure, rules
-from frostline.adapters import ModelView, full_precision, view
+from frostline.adapters import ModelView, view
 from frostline.causes import causes as explain, verdict as verdicts
 from frostline.remedies import remedies as repairs_for
 from frostline.report.report import Report
@@ -146,7 +146,7 @@ def diagnose(
     """
     rules.select(select, ignore)  # a misspelt code is told before the long part
     seen = view(model)
-    with full_precision(model), _progress(verbose) as progress:
+    with seen.full_precision(), _progress(verbose) as progress:
         measured, bench = measure.measure(
             seen,
             data,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from frostline.adapters import FlagCounts, freezing, layers_of, view
+from frostline.adapters import FlagCounts, freezing, view
 from frostline.measure.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
 from frostline.verbs.momentum import set_view_momentum
@@ -141,8 +141,7 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
     Raises:
         ModelError: Neither a Keras layer nor a torch module.
     """
-    targets = layers_of(model_or_layers)
-    with freezing(targets) as (counts, back):
+    with freezing(model_or_layers) as (counts, back):
         stock = (
             f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that TensorFlow "
             "compiled outside of this block goes on training them; frostline.convert makes them "

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import is_native, view as view_of
-from frostline.adapters.keras.cached_data import randomness_kept, untouched
+from frostline.adapters import adapter_of
 from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
@@ -122,22 +121,20 @@ def fit(
             ``thaw_later`` cannot be heeded.
     """
     arguments = _arguments(as_keras_fit)
-    view_of(model)  # a model, or a ModelError
-    if is_native(model):
+    role = adapter_of(model).train
+    if role is None:
         raise ModelError(
             "fl.fit runs Keras' own fit, and the training loop of a torch module is yours: "
             "parts = fl.split(model), data = fl.cache_features(parts.prefix, dataset), then train "
             f"parts.suffix on a DataLoader over data. Received: {type(model).__name__}"
         )
-    from frostline.adapters.keras import cached_fit as adapters
-
     _require_trainable(model)
     if views > 1 and not is_reiterable(x):
         raise DataError(
             f"views={views} reads the data more than once, and a generator can be read only once: "
             f"pass arrays or a data set. Received: {type(x).__name__}"
         )
-    parts, reason = _parts(adapters, model, x, arguments)
+    parts, reason = _parts(role, model, x, arguments)
     if parts is None:
         if views > 1 or augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
@@ -150,8 +147,8 @@ def fit(
         )
     options = {"augment_name": augment_name, "dtype": dtype, "max_gb": max_gb, "seed": seed,
                "verbose": arguments["verbose"]}  # fmt: skip
-    with randomness_kept():
-        earlier, rest = _on_the_way(adapters, model, parts, arguments, thaw_later)
+    with role.randomness_kept():
+        earlier, rest = _on_the_way(role, model, parts, arguments, thaw_later)
         plan = _Plan(
             parts=parts,
             earlier=earlier,
@@ -162,22 +159,22 @@ def fit(
             augment=augment,
             options=options,
         )
-        guard = adapters.Guard(plan.parts.prefix)
-        train, validation = _adapters(adapters, plan, x, y, arguments, guard)
-    return _train(model, adapters, plan, train, validation, arguments, guard)
+        guard = role.Guard(plan.parts.prefix)
+        train, validation = _adapters(role, plan, x, y, arguments, guard)
+    return _train(model, role, plan, train, validation, arguments, guard)
 
 
 def _parts(
-    adapters: Any, model: Any, x: Any, arguments: dict[str, Any]
+    role: Any, model: Any, x: Any, arguments: dict[str, Any]
 ) -> tuple[Split | None, str | None]:
     """Prefix and suffix; or no parts, and why plain ``fit`` has to run.
 
     What a callback will thaw counts as thawed from the start: it is in the suffix, frozen as ever
     until it is due.
     """
-    places = adapters.to_be_thawed(model, arguments["callbacks"])
-    with randomness_kept(), adapters.as_thawed(model, places):
-        reason = adapters.why_plain(model, x, arguments["validation_data"])
+    places = role.to_be_thawed(model, arguments["callbacks"])
+    with role.randomness_kept(), role.as_thawed(model, places):
+        reason = role.why_plain(model, x, arguments["validation_data"])
         if reason is not None:
             return None, reason
         try:
@@ -189,7 +186,7 @@ def _parts(
 
 
 def _on_the_way(
-    adapters: Any, model: Any, parts: Split, arguments: dict[str, Any], since: Any
+    role: Any, model: Any, parts: Split, arguments: dict[str, Any], since: Any
 ) -> tuple[Any, Any]:
     """Prefix of the cut that comes once ``since`` is thawed, and what lies from there to this cut.
 
@@ -197,14 +194,14 @@ def _on_the_way(
     """
     if since is None:
         return None, None
-    places = adapters.to_be_thawed(model, arguments["callbacks"])
-    behind = adapters.behind(model, since)
+    places = role.to_be_thawed(model, arguments["callbacks"])
+    behind = role.behind(model, since)
     try:
-        with adapters.as_thawed(model, [*places, *behind]):
+        with role.as_thawed(model, [*places, *behind]):
             later = split(model)
         if later.frontier == parts.frontier:
             return None, None
-        with adapters.as_thawed(model, places):
+        with role.as_thawed(model, places):
             rest = split(later.suffix)
     except ModelError as problem:
         reason = str(problem)
@@ -239,24 +236,22 @@ def _require_trainable(model: Any) -> None:
 
 
 def _adapters(
-    adapters: Any, plan: _Plan, x: Any, y: Any, arguments: dict[str, Any], guard: Any
+    role: Any, plan: _Plan, x: Any, y: Any, arguments: dict[str, Any], guard: Any
 ) -> tuple[Any, Any]:
     """Cache the features of both data sets; return what Keras draws its batches from."""
     weight = arguments["sample_weight"]
     rows: Any = None
     held: Any = None
     validation = arguments["validation_data"]
-    if adapters.is_arrays(x, y, weight):
-        whole = _cached(adapters, plan, x, "training data")
+    if role.is_arrays(x, y, weight):
+        whole = _cached(role, plan, x, "training data")
         rows = np.arange(len(whole))
         if arguments["validation_split"] and validation is None:
             if plan.augment is None:
                 plain = whole
             else:
-                plain = _cached(adapters, _without_views(plan), x, "validation data")
-            (rows, y, weight), held = adapters.split_off(
-                rows, y, weight, arguments["validation_split"]
-            )
+                plain = _cached(role, _without_views(plan), x, "validation data")
+            (rows, y, weight), held = role.split_off(rows, y, weight, arguments["validation_split"])
         fetch = _by_row(whole, guard)
     else:
         if arguments["validation_split"] and validation is None:
@@ -264,10 +259,10 @@ def _adapters(
                 "validation_split needs arrays, as in model.fit; pass validation_data instead. "
                 f"Received: {type(x).__name__}"
             )
-        whole = _cached(adapters, plan, x, "training data")
-        fetch = _by_content(whole, guard, adapters.as_trained)
+        whole = _cached(role, plan, x, "training data")
+        fetch = _by_content(whole, guard, role.as_trained)
     train = _adapter(
-        adapters,
+        role,
         plan,
         whole,
         fetch,
@@ -280,10 +275,10 @@ def _adapters(
     size = arguments["validation_batch_size"] or arguments["batch_size"]
     ways = {"batch_size": size, "steps": arguments["validation_steps"]}
     if held is not None:
-        return train, _adapter(adapters, plan, plain, _by_row(plain, None), held, **ways)
+        return train, _adapter(role, plan, plain, _by_row(plain, None), held, **ways)
     if validation is None:
         return train, None
-    return train, _validation(adapters, _without_views(plan), validation, ways)
+    return train, _validation(role, _without_views(plan), validation, ways)
 
 
 def _without_views(plan: _Plan) -> _Plan:
@@ -293,20 +288,20 @@ def _without_views(plan: _Plan) -> _Plan:
     )  # fmt: skip
 
 
-def _validation(adapters: Any, plan: _Plan, data: Any, ways: dict[str, Any]) -> Any:
-    x, y, weight = adapters.unpack(data)
-    cached = _cached(adapters, plan, x, "validation data")
-    if adapters.is_arrays(x, y, weight):
+def _validation(role: Any, plan: _Plan, data: Any, ways: dict[str, Any]) -> Any:
+    x, y, weight = role.unpack(data)
+    cached = _cached(role, plan, x, "validation data")
+    if role.is_arrays(x, y, weight):
         given = (np.arange(len(cached)), y, weight)
-        return _adapter(adapters, plan, cached, _by_row(cached, None), given, **ways)
-    fetch = _by_content(cached, None, adapters.as_trained)
-    return _adapter(adapters, plan, cached, fetch, (x, y, weight), **ways)
+        return _adapter(role, plan, cached, _by_row(cached, None), given, **ways)
+    fetch = _by_content(cached, None, role.as_trained)
+    return _adapter(role, plan, cached, fetch, (x, y, weight), **ways)
 
 
-def _cached(adapters: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
+def _cached(role: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
     """Features of ``x``, in the form in which Keras would hand it to the model."""
-    arrays = adapters.is_arrays(x, None, None)
-    data = Batch(x) if arrays else _Stream(untouched(x), adapters)
+    arrays = role.is_arrays(x, None, None)
+    data = Batch(x) if arrays else _Stream(role.untouched(x), role)
     ways = {"engine": plan.engine, **plan.options}
     through = None
     if plan.earlier is not None:
@@ -328,9 +323,9 @@ def _cached(adapters: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
 class _Stream:
     """A data set of batches; only inputs, in the dtype that Keras trains on."""
 
-    def __init__(self, data: Any, adapters: Any) -> None:
+    def __init__(self, data: Any, role: Any) -> None:
         self.data = data
-        self.adapters = adapters
+        self.role = role
         if hasattr(data, "cardinality"):
             self.cardinality = data.cardinality
         if hasattr(data, "dataset"):
@@ -339,7 +334,7 @@ class _Stream:
     def __iter__(self) -> Any:
         from frostline.data.batches import batches
 
-        return (Batch(self.adapters.as_trained(batch.x)) for batch in batches(self.data))
+        return (Batch(self.role.as_trained(batch.x)) for batch in batches(self.data))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -384,13 +379,13 @@ def _as_numpy(x: Any) -> Array:
 
 
 def _adapter(
-    adapters: Any, plan: _Plan, cached: FeatureCache, fetch: Any, data: Any, **ways: Any
+    role: Any, plan: _Plan, cached: FeatureCache, fetch: Any, data: Any, **ways: Any
 ) -> Any:
     x, y, weight = data
-    inner = adapters.adapter(x, y, weight, **ways)
+    inner = role.adapter(x, y, weight, **ways)
     shapes = [(tensor.shape, _read_dtype(tensor)) for tensor in cached.tensors]
     crossing = sha256(*(crossing.path for crossing in plan.parts.frontier))[:16]
-    return adapters.FeatureAdapter(inner, fetch, shapes, crossing)
+    return role.FeatureAdapter(inner, fetch, shapes, crossing)
 
 
 def _read_dtype(tensor: Tensor) -> str:
@@ -400,7 +395,7 @@ def _read_dtype(tensor: Tensor) -> str:
 
 def _train(
     model: Any,
-    adapters: Any,
+    role: Any,
     plan: _Plan,
     train: Any,
     validation: Any,
@@ -412,12 +407,12 @@ def _train(
     left = {name: value for name, value in arguments.items() if name not in taken}
     left["validation_data"] = None if validation is None else (validation,)
     # Keras sizes validation batches with its own adapter; ours has done so already.
-    left["callbacks"] = adapters.with_callback(arguments["callbacks"], guard)
+    left["callbacks"] = role.with_callback(arguments["callbacks"], guard)
     given = arguments["callbacks"]
     try:
         with (
-            adapters.features_accepted(model, plan.parts.suffix, train.keys),
-            adapters.frozen_gradients_missing(plan.parts.prefix),
+            role.features_accepted(model, plan.parts.suffix, train.keys),
+            role.frozen_gradients_missing(plan.parts.prefix),
         ):
             history = model.fit(train, **left)
     except Exception as error:
@@ -426,5 +421,5 @@ def _train(
             raise problem from error
         raise
     finally:
-        adapters.without_callback(given, guard)
+        role.without_callback(given, guard)
     return history

@@ -23,6 +23,7 @@ from frostline.adapters.keras import (
     fold as keras_fold,
     graph as keras_graph,
     momentum as keras_momentum,
+    native as keras_native,
     noise as keras_noise,
     split as keras_split,
     state as keras_state,
@@ -198,6 +199,17 @@ class KerasView:
         with keras_state.preserved(self.model), readable_labels(self.model, collected.labels):
             logs = self.model.evaluate(collected, verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
+
+    @property
+    def train(self) -> Any:
+        """What cached training needs of Keras' own ``fit``."""
+        from frostline.adapters.keras import cached_fit
+
+        return cached_fit
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """For a block, let no accelerator round products of float32 numbers (TF32)."""
+        return keras_native.full_precision(self.model)
 
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""

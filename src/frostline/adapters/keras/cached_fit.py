@@ -25,6 +25,10 @@ from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arra
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from frostline.adapters.keras import edit as keras_edit
+from frostline.adapters.keras.cached_data import (
+    randomness_kept as randomness_kept,
+    untouched as untouched,
+)
 from frostline.adapters.keras.graph import Place, resolve, walk
 from frostline.adapters.keras.prefix import weights_digest
 from frostline.data.batches import to_numpy

@@ -17,7 +17,7 @@ from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from
 
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
-from frostline.adapters import is_native
+from frostline.adapters import room_of
 from frostline.data.import_string import built
 from frostline.types import ModelError, OutputError
 from frostline.types.reasons import first_line
@@ -50,8 +50,8 @@ def load_model(source: str) -> Any:
     path = Path(source)
     if not path.exists() and path.suffix not in SUFFIXES and ":" in source:
         model = built(source)
-        if is_native(model):
-            return model
+        if room_of(model) is not None and not isinstance(model, keras.Layer):
+            return model  # of another framework
     else:
         model = read_model(path)
     if not isinstance(model, keras.Model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,10 +13,14 @@ import numpy as np
 from frostline.adapters.bytecode import code_of
 from frostline.adapters.keras.compile import without_gradients
 from frostline.adapters.keras.graph import walk
+from frostline.adapters.keras.native import device, full_precision, native, uncompiled
 from frostline.types import Array, ModelError
 
 #: Parts of a configuration that say nothing about what an inference pass computes.
 _BESIDE = ("name", "trainable", "build_config", "compile_config")
+
+#: A Keras data set keeps its own labels.
+HANDS_OUT_LABELS = False
 
 
 def identity(model: Any) -> str:
@@ -106,3 +110,42 @@ def seeded(layer: Any) -> Callable[[Any, int], Any]:
 
 def _has_layers(layer: Any) -> bool:
     return bool(getattr(layer, "_layers", None))
+
+
+def takes_any_number(model: Any) -> bool:
+    """Whether the number of samples is open in all inputs of the model."""
+    inputs = getattr(model, "inputs", None) or ()
+    return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+
+
+def to_onnx(model: Any, batch: Any) -> bytes:  # noqa: ARG001 - the model knows its inputs
+    """Serialize the model at inference as an ONNX model."""
+    from frostline.adapters.keras.onnx.writer import to_onnx as written
+
+    return written(model)
+
+
+def readable(data: Any, batch_size: int) -> Any:  # noqa: ARG001 - torch's has to know it
+    """Data as they are."""
+    return data
+
+
+def handed_out(cache: Any, labels: Sequence[Any]) -> Any:  # noqa: ARG001 - see above
+    """The cache itself."""
+    return cache
+
+
+__all__ = [
+    "HANDS_OUT_LABELS",
+    "device",
+    "full_precision",
+    "handed_out",
+    "identity",
+    "native",
+    "readable",
+    "seeded",
+    "takes_any_number",
+    "to_onnx",
+    "uncompiled",
+    "weights_digest",
+]

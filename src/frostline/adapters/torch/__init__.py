@@ -1,1 +1,68 @@
-"""Native torch modules: everything that Frostline asks of them and does to them."""
+"""Native torch modules: which values belong here; see :class:`frostline.adapters.Room`.
+
+Importing this package loads no framework.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+from frostline.adapters.protocol import Adapter, FlagCounts
+
+#: First parts of the module names of classes that are Keras layers, whatever else they are.
+_FOREIGN = ("keras.src.", "tensorflow.python.keras.")
+
+
+def is_layer(value: Any) -> bool:
+    """Whether it is a torch module, and no Keras layer on the torch backend."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.nn.Module):
+        return False
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(value, getattr(keras, "Layer", ())):
+        return False
+    return not any(parent.__module__.startswith(_FOREIGN) for parent in type(value).__mro__)
+
+
+def _is_program(value: Any) -> bool:
+    return type(value).__module__.startswith(("torch.export", "torch.jit"))
+
+
+def is_model(value: Any) -> bool:
+    """Whether it is a torch module or an exported program."""
+    return _is_program(value) or is_layer(value)
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a torch module or of an exported program."""
+    if _is_program(model):
+        from frostline.adapters.torch.program import ProgramView
+
+        return cast(Adapter, ProgramView(model))
+    from frostline.adapters.torch.adapter import TorchView
+
+    return TorchView(model)
+
+
+def prefix_role() -> Any:
+    """What the feature cache and the engines ask of a frozen part."""
+    from frostline.adapters.torch import prefix
+
+    return prefix
+
+
+def frozen(
+    layers: tuple[Any, ...],
+) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
+    """Freeze modules for a block."""
+    from frostline.adapters.torch import edit
+
+    return edit.frozen(layers)
+
+
+def why_not(value: Any) -> str | None:  # noqa: ARG001 - a room is asked about any value
+    """Nothing to say: a torch module is always a model."""
+    return None

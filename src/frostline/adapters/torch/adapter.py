@@ -20,6 +20,7 @@ from frostline.adapters.torch import (
     fold as torch_fold,
     forward_pass as torch_pass,
     graph as torch_graph,
+    prefix as torch_prefix,
     reference as torch_reference,
     split as torch_split,
 )
@@ -41,6 +42,8 @@ class TorchView:
     backend = "torch"
     saved_as: Literal["model", "state"] = "state"
     channel_axis = 1
+    #: The training loop of a torch module is the user's.
+    train = None
 
     def __init__(self, model: Any) -> None:
         root = torch_graph.unwrapped(model)
@@ -95,6 +98,10 @@ class TorchView:
     def objective(self) -> tuple[str | None, bool | None]:
         """Nothing is known: a torch module has no loss of its own."""
         return None, None
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """For a block, let no accelerator round products of float32 numbers (TF32)."""
+        return torch_prefix.full_precision(self.model)
 
     def compiled(self) -> bool:
         """Never: training is the user's own loop."""

@@ -6,13 +6,16 @@ import copy
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
 from frostline.adapters.bytecode import code_of
+from frostline.adapters.torch import forward_pass as torch_pass
+from frostline.adapters.torch.cached_data import FeatureDataset, in_order as readable, joined
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
@@ -25,6 +28,8 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 #: What a BN module has beside what it computes at inference.
 _BESIDE = frozenset({"training", "momentum", "track_running_stats", "num_batches_tracked"})
 _OPSET = 17
+#: Features come as a data set of samples with their labels.
+HANDS_OUT_LABELS = True
 
 
 def identity(module: Any) -> str:
@@ -88,6 +93,25 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
         return [_array(leaf) for leaf in _leaves(outputs)]
 
     return run
+
+
+#: For a few samples too: nothing is compiled.
+uncompiled = native
+
+
+def full_precision(module: Any) -> AbstractContextManager[None]:
+    """Let no product of float32 numbers be rounded to TF32; nothing changes on a processor."""
+    return nullcontext() if device(module) == "cpu" else torch_pass.full_precision()
+
+
+def takes_any_number(module: Any) -> bool:  # noqa: ARG001 - no module says so
+    """Not known of a torch module."""
+    return False
+
+
+def handed_out(cache: Any, labels: Sequence[Any]) -> Any:
+    """A data set of features and labels."""
+    return FeatureDataset(cache, joined(labels))
 
 
 def _channels_last(value: Any) -> Any:
@@ -167,3 +191,17 @@ def _folded(root: Any) -> Any:
     except ModelError:
         return copy.deepcopy(root).eval()
     return copy.deepcopy(root).eval() if done.replaced else done.model.eval()
+
+
+__all__ = [
+    "HANDS_OUT_LABELS",
+    "device",
+    "full_precision",
+    "handed_out",
+    "identity",
+    "native",
+    "readable",
+    "takes_any_number",
+    "to_onnx",
+    "uncompiled",
+]

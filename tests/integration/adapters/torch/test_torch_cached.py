@@ -26,7 +26,7 @@ from torch.utils import data as torch_data
 
 import frostline as fl
 from frostline import engines
-from frostline.adapters import full_precision, prefix as prefixes
+from frostline.adapters import adapter_of, prefix as prefixes
 from frostline.types import DataError, ModelError
 
 
@@ -249,10 +249,10 @@ def test_on_a_card_products_are_not_rounded(monkeypatch: pytest.MonkeyPatch, cho
             convolutions.fp32_precision = "ieee"
             products.fp32_precision = "tf32"
         before = state()
-        with full_precision(module):
+        with adapter_of(module).full_precision():
             assert state() == before  # it is on the processor
         monkeypatch.setattr("frostline.adapters.torch.prefix.device", lambda _: "cuda")
-        with contextlib.suppress(ZeroDivisionError), full_precision(module):
+        with contextlib.suppress(ZeroDivisionError), adapter_of(module).full_precision():
             inside = state()
             raise ZeroDivisionError
         assert "tf32" not in inside
