@@ -81,7 +81,7 @@ class TorchView:
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch, float32; nothing of the model changes."""
-        return torch_pass.arrays(torch_pass.run(self.model, x, training=training, step=step))
+        return torch_pass.arrays(torch_pass.run(self.model, x, training=training, number=step))
 
     def score(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from frostline.adapters.torch import dropout as torch_dropout
 from frostline.adapters.torch.graph import Place, is_frozen_kind, is_site, unwrapped, walk
@@ -143,8 +144,14 @@ def _set_statistics(place: Place, frozen: bool) -> bool:
             f"'{place.path}' keeps no statistics (track_running_stats=False), so it always uses "
             f"those of the batch and cannot be frozen. Received: {place.path!r}"
         )
+    if type(module) is nn.Module:
+        raise ModelError(
+            f"'{place.path}' is part of an exported graph, which normalises as it was exported; "
+            f"freeze the module before torch.export. Received: {place.path!r}"
+        )
     if frozen:
-        module.track_running_stats = True
+        if hasattr(module, "track_running_stats"):
+            module.track_running_stats = True
         lock(module)
     else:
         unlock(module, training=True)

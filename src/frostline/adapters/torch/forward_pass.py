@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
+from frostline.adapters.torch.calls import answered, as_meant
+from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
 from frostline.data.batches import map_leaves
 from frostline.types import Array, DataError
 
@@ -98,23 +99,23 @@ def set_phase(root: Any, *, training: bool) -> None:
     inference: the model as it is now does that, too.
     """
     left = [] if root.training else [m for m in root.modules() if is_site(m) and m.training]
-    root.train(training)
+    set_mode(root, training=training)
     for module in left:
         module.training = True
 
 
 @contextmanager
-def untouched(model: Any, *, step: int = 0) -> Iterator[Any]:
+def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     """Yield the root module; modes, flags, buffers and random state are put back on any exit.
 
     Args:
         model: Any torch module; wrappers are taken off.
-        step: Seed of all that is random inside.
+        number: Seed of all that is random inside.
     """
     root = unwrapped(model)
     buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers() if _built(buffer)]
     with modes_kept(root), torch.random.fork_rng():
-        torch.manual_seed(step)
+        torch.manual_seed(number)
         try:
             yield root
         finally:
@@ -133,27 +134,13 @@ def _built(tensor: Any) -> bool:
     return not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
-@contextmanager
-def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another ``forward`` for a while."""
-    before = [(module, vars(module).get("forward")) for module in changes]
-    try:
-        for module, forward in changes.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, forward in before:
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
-
-
-def run(model: Any, x: Any, *, training: bool, step: int = 0) -> Any:
+def run(model: Any, x: Any, *, training: bool, number: int = 0) -> Any:
     """Outputs of one batch in a phase, tensors; the model is left as it was found."""
     inputs = tensors(x, model)
-    with untouched(model, step=step) as root, torch.no_grad():
+    with untouched(model, number=number) as root, torch.no_grad():
         set_phase(root, training=training)
-        return called(root, inputs)
+        with answered(root, site_modules(root), as_meant):
+            return called(root, inputs)
 
 
 #: Endings of class names of modules that act in training only.

@@ -9,6 +9,7 @@ more without being run.
 from __future__ import annotations
 
 import difflib
+import functools
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch.locked import is_locked, unlocked_class
 from frostline.types import Boundary, ModelError, Site
@@ -59,20 +61,57 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_site(module: Any) -> bool:
-    """Whether the module is a BN layer: torch's, a subclass, or a FrozenBatchNorm of some library.
+    """Whether the module normalises with stored statistics, whatever class it has.
 
-    BN that keeps no statistics (``track_running_stats=False`` from the start) uses those of the
-    batch in both phases; it is a site as well.
+    That is torch's BN and its subclasses, InstanceNorm that tracks running statistics, a
+    FrozenBatchNorm of some library, and a class of one's own that holds ``running_mean`` and
+    ``running_var`` and calls ``batch_norm`` or ``instance_norm``. BN that keeps no statistics
+    (``track_running_stats=False`` from the start) uses those of the batch in both phases; it is a
+    site as well.
     """
-    return isinstance(module, _BatchNorm) or is_frozen_kind(module)
+    if isinstance(module, _BatchNorm) or is_frozen_kind(module):
+        return True
+    return _keeps_statistics(module) and (
+        isinstance(module, _InstanceNorm) or _calls_norm(type(module))
+    )
+
+
+def _keeps_statistics(module: Any) -> bool:
+    buffers = getattr(module, "_buffers", {})
+    return all(buffers.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+@functools.cache
+def _calls_norm(kind: type) -> bool:
+    """Whether the code of a class names a function that normalises with given statistics.
+
+    A bare ``nn.Module`` holds the buffers of an exported graph, whose nodes are such calls.
+    """
+    codes = [
+        code
+        for owner in kind.__mro__
+        if owner is not nn.Module
+        for method in vars(owner).values()
+        if (code := getattr(method, "__code__", None)) is not None
+    ]
+    called = {name for code in codes for name in code.co_names}
+    return kind is nn.Module or not called.isdisjoint({"batch_norm", "instance_norm"})
+
+
+def unknown_keepers(model: Any) -> dict[str, str]:
+    """Path -> class of what keeps running statistics and is no site that is understood."""
+    return {
+        name.replace(".", "/") or type(module).__name__: type(module).__name__
+        for name, module in unwrapped(model).named_modules()
+        if not is_site(module)
+        and any("running" in key or "moving" in key for key in getattr(module, "_buffers", ()))
+    }
 
 
 def is_frozen_kind(module: Any) -> bool:
     """Whether it is a BN layer whose parameters are all buffers, which never moves."""
-    return (
-        not isinstance(module, _BatchNorm)
-        and set(getattr(module, "_buffers", ())) >= _FROZEN_BUFFERS
-    )
+    norms = (_BatchNorm, _InstanceNorm)
+    return not isinstance(module, norms) and set(getattr(module, "_buffers", ())) >= _FROZEN_BUFFERS
 
 
 def walk(model: Any) -> tuple[Place, ...]:
@@ -99,6 +138,11 @@ def walk(model: Any) -> tuple[Place, ...]:
 def site_places(model: Any) -> tuple[Place, ...]:
     """The places that are BN layers."""
     return tuple(place for place in walk(model) if is_site(place.module))
+
+
+def site_modules(model: Any) -> dict[str, Any]:
+    """Path -> module of every BN layer."""
+    return {place.path: place.module for place in site_places(model)}
 
 
 def sites(model: Any) -> tuple[Site, ...]:
@@ -144,7 +188,7 @@ def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
 def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
     """Mode of each module after the model's own ``train()``, which some models override."""
     with modes_kept(model):
-        unwrapped(model).train()
+        set_mode(unwrapped(model), training=True)
         return [bool(place.module.training) for place in places]
 
 
@@ -176,7 +220,8 @@ def decay_of(module: Any) -> float:
     """Share of the old statistics that the next update keeps; torch stores the complement."""
     momentum = getattr(module, "momentum", 0.0)
     if momentum is None:  # cumulative average: the n-th update keeps (n - 1) / n
-        seen = 0 if module.num_batches_tracked is None else int(module.num_batches_tracked)
+        counter = getattr(module, "num_batches_tracked", None)
+        seen = 0 if counter is None else int(counter)
         return seen / (seen + 1)
     return 1.0 - float(momentum)
 
@@ -194,6 +239,12 @@ def _dtype(module: Any) -> str:
     tensors = [module.running_mean, *module.parameters(recurse=False)]
     known = [tensor for tensor in tensors if tensor is not None]
     return str(known[0].dtype).removeprefix("torch.") if known else "float32"
+
+
+def set_mode(root: Any, *, training: bool) -> None:
+    """Call ``train(training)``; an exported graph has its mode built in and refuses."""
+    with suppress(NotImplementedError):
+        root.train(training)
 
 
 @contextmanager

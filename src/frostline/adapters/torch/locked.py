@@ -33,18 +33,23 @@ class Locked:
         """Normalise with the stored statistics, whatever the flags say at this moment."""
         module: Any = self
         # The flags are public: other tools set them to "freeze" or to "recalibrate".
-        before = module.training, module.track_running_stats
-        if before == (False, True):
+        before = module.training, getattr(module, "track_running_stats", None)
+        if before in ((False, True), (False, None)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        module.training, module.track_running_stats = False, True
+        module.training = False
+        if before[1] is not None:
+            module.track_running_stats = True
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            module.training, module.track_running_stats = before
+            module.training = before[0]
+            if before[1] is not None:
+                module.track_running_stats = before[1]
 
     def extra_repr(self) -> str:
         """The class's own text with ``locked``."""
-        return f"{super().extra_repr()}, locked"  # type: ignore[misc]
+        own = super().extra_repr()  # type: ignore[misc]
+        return f"{own}, locked" if own else "locked"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Rebuild from the class that it had: the locked one cannot be found by its name."""

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from frostline.adapters.torch.blend import batch_statistics, moments_of, normalised, stored
+from frostline.adapters.torch.calls import Call, answered, replaced_forward, statistics, stored
 from frostline.adapters.torch.forward_pass import (
     arrays,
     called,
-    replaced_forward,
     tensors,
     untouched,
 )
-from frostline.adapters.torch.graph import site_places, unwrapped
+from frostline.adapters.torch.graph import site_modules, site_places, unwrapped
 from frostline.adapters.torch.trace import trace
 from frostline.data.batches import leaves
 from frostline.graph.schedule import Program, Slot, Step, closed, schedule
@@ -126,14 +125,18 @@ class TorchMoments:
 
         def batch(x: Any) -> Seen:
             seen: dict[str, list[Moments]] = {path: [] for path in self.modules}
-            changes = {
-                module: functools.partial(_normalising, module, module.forward, seen[path])
-                for path, module in self.modules.items()
-            }
+
+            def answer(call: Call) -> Any:
+                if call.path not in seen:
+                    return call.run()
+                seen[call.path].append(call.moments())
+                return call.with_batch()
+
             inputs = tensors(x, self.model)
-            with untouched(self.model) as root, torch.no_grad(), replaced_forward(changes):
+            with untouched(self.model) as root, torch.no_grad():
                 root.eval()
-                called(root, inputs)
+                with answered(root, site_modules(root), answer):
+                    called(root, inputs)
             return seen
 
         return batch
@@ -188,12 +191,12 @@ def _watched(forward: Callable[..., Any], entries: list[Moments], x: Any, *args:
     return forward(x, *args)
 
 
-def _normalising(
-    module: Any, forward: Callable[..., Any], entries: list[Moments], x: Any, *args: Any
-) -> Any:
-    wide = x if x.dtype == torch.float64 else x.float()
-    entries.append(moments_of(wide))
-    return normalised(module, forward, x, wide, *batch_statistics(wide), args, {})
+def moments_of(x: Any) -> Moments:
+    """Moments of a site's input, float64."""
+    wide = x.detach().double()
+    count = wide.numel() // wide.shape[1]
+    mean, variance = statistics(wide)
+    return Moments(count, mean.cpu().numpy(), variance.cpu().numpy() * count)
 
 
 # --- the graph --------------------------------------------------------------------------------

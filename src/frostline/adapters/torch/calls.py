@@ -1,0 +1,320 @@
+"""Every normalising call of a torch module, answered or watched by one function mode.
+
+A site is a *call* that normalises with stored statistics, whatever class makes it. It is known by
+its ``running_mean``: the module that owns that buffer is the site. A call that is given no
+statistics belongs to the innermost site whose ``forward`` is running.
+
+Function modes belong to a thread; each thread enters its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from frostline.adapters.torch.graph import is_frozen_kind, unwrapped
+from frostline.adapters.torch.locked import is_locked
+from frostline.numerics.stats import Moments
+from frostline.types import ModelError
+
+_FUNCTIONAL = ("x", "mean", "variance", "weight", "bias", "training", "momentum", "epsilon")
+_NATIVE = ("x", "weight", "bias", "mean", "variance", "training", "momentum", "epsilon", "cudnn")
+_NAMES = {"input": "x", "running_mean": "mean", "running_var": "variance", "eps": "epsilon"}
+_NAMES |= {"use_input_stats": "training", "cudnn_enabled": "cudnn"}
+
+#: Function -> names of its arguments in order, and whether statistics are those of one sample.
+_FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
+    functional.batch_norm: (_FUNCTIONAL, False),
+    torch.batch_norm: (_NATIVE, False),
+    torch.ops.aten.batch_norm.default: (_NATIVE, False),
+    functional.instance_norm: (_FUNCTIONAL, True),
+    torch.instance_norm: (_NATIVE, True),
+    torch.ops.aten.instance_norm.default: (_NATIVE, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One call that normalises.
+
+    Attributes:
+        path: The site; ``None`` for statistics that no known site owns.
+        x: What is normalised, channels on axis 1.
+        mean: Stored mean that the call was given, or ``None``.
+        variance: Stored variance, likewise.
+        weight: gamma or ``None``.
+        bias: beta or ``None``.
+        training: It asks for the statistics of its input.
+        epsilon: What is added to the variance.
+        single: It normalises each sample by itself (instance normalisation).
+        run: Makes the call as it was meant; ``None`` comes back where the module computes by hand.
+    """
+
+    path: str | None
+    x: Any
+    mean: Any = None
+    variance: Any = None
+    weight: Any = None
+    bias: Any = None
+    training: bool
+    epsilon: float = 1e-5
+    single: bool
+    run: Callable[[], Any]
+
+    @property
+    def wide(self) -> Any:
+        """The input in float32 at least."""
+        return self.x if self.x.dtype == torch.float64 else self.x.float()
+
+    def moments(self) -> Moments:
+        """Moments of the input, float64."""
+        wide = self.x.detach().double()
+        channels = wide.shape[1]
+        count = wide.numel() // channels if channels else 0
+        kind = SampleMoments if self.single else Moments
+        if not count:
+            zeros = torch.zeros(channels, dtype=torch.float64).numpy()
+            return kind(0, zeros, zeros)
+        mean, variance = statistics(wide, single=self.single)
+        if self.single:
+            mean, variance = mean.mean(0), variance.mean(0)
+        return kind(count, mean.cpu().numpy(), variance.cpu().numpy() * count)
+
+    def with_statistics(self, mean: Any, variance: Any) -> Any:
+        """Normalise with these, as inference does; not differentiable in them."""
+        function = torch.instance_norm if self.single else torch.batch_norm
+        dtype = self.x.dtype if self.mean is None else self.mean.dtype
+        given = mean.to(dtype), variance.to(dtype)
+        return function(self.x, self.weight, self.bias, *given, False, 0.0, self.epsilon, True)
+
+    def with_batch(self) -> Any:
+        """Normalise with the statistics of the input, as training does; nothing is updated."""
+        function = torch.instance_norm if self.single else torch.batch_norm
+        none = (None, None)
+        return function(self.x, self.weight, self.bias, *none, True, 0.0, self.epsilon, True)
+
+    def differentiable(self, mean: Any, variance: Any) -> Any:
+        """Normalise with statistics, of the batch or of each sample, differentiable in them."""
+        scale = torch.rsqrt(variance + self.epsilon)
+        wide = (self.wide - along(mean, self.x)) * along(scale, self.x)
+        if self.weight is not None:
+            wide = wide * along(self.weight, self.x)
+        if self.bias is not None:
+            wide = wide + along(self.bias, self.x)
+        return wide.to(self.x.dtype)
+
+
+def as_meant(call: Call) -> Any:
+    """Answer a call as if nobody had asked."""
+    return call.run()
+
+
+class SampleMoments(Moments):
+    """Moments within single samples: what lies between samples or batches is no part of them."""
+
+    def merge(self, other: Moments) -> Moments:
+        """Means weighted by their counts; squares within add up."""
+        count = self.count + other.count
+        share = other.count / count if count else 0.0
+        mean = self.mean + (other.mean - self.mean) * share
+        return SampleMoments(count, mean, self.m2 + other.m2)
+
+
+class Calls(TorchFunctionMode):
+    """While it is entered, every normalising call in this thread is answered by ``answer``.
+
+    Args:
+        sites: Path -> module of every site of the model.
+        answer: Gets each call and returns its output; ``call.run()`` leaves it as it is.
+    """
+
+    def __init__(self, sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> None:
+        super().__init__()
+        self._paths = {
+            id(mean): path
+            for path, module in sites.items()
+            if (mean := module.running_mean) is not None and not is_frozen_kind(module)
+        }
+        self._answer = answer
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Hand normalising calls to ``answer``, all others on."""
+        known = _FUNCTIONS.get(function)
+        run = functools.partial(function, *args, **(kwargs or {}))
+        if known is None:
+            return run()
+        names, single = known
+        given = dict(zip(names, args, strict=False))
+        given |= {_NAMES.get(name, name): value for name, value in (kwargs or {}).items()}
+        for unused in ("momentum", "cudnn"):
+            given.pop(unused, None)
+        mean = given.get("mean")
+        given["training"] = mean is None or bool(given.get("training", single))
+        path = _running.site if mean is None else self._paths.get(id(mean))
+        return self._answer(Call(path=path, single=single, run=run, **given))
+
+
+class _Running(threading.local):
+    """The innermost site whose ``forward`` runs in this thread, where that must be known."""
+
+    site: str | None = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def answered(model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> Iterator[None]:
+    """Answer the normalising calls of a model for a while; see :class:`Calls`.
+
+    FrozenBatchNorm classes, which compute by hand, make calls as well. SyncBatchNorm in a single
+    process is plain BN.
+
+    Args:
+        model: A torch module.
+        sites: Path -> module of its sites.
+        answer: See :class:`Calls`.
+    """
+    changes = {
+        module: functools.partial(forward, path, module, module.forward)
+        for path, module in sites.items()
+        if (forward := _own_forward(module, answer)) is not None
+    }
+    with _uncompiled(unwrapped(model)), replaced_forward(changes), Calls(sites, answer):
+        yield
+
+
+def _own_forward(module: Any, answer: Callable[[Call], Any]) -> Callable[..., Any] | None:
+    """What runs in the place of a site's ``forward``; ``None`` where its calls tell everything."""
+    if is_frozen_kind(module):
+        return functools.partial(_frozen, answer)
+    if isinstance(module, nn.SyncBatchNorm) and not is_locked(module) and not _distributed():
+        return _plain
+    whole = module.running_mean is not None and getattr(module, "track_running_stats", True)
+    return None if whole else _named
+
+
+def _named(path: str, _: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before, _running.site = _running.site, path
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _running.site = before
+
+
+def _plain(path: str, module: Any, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    forward = functools.partial(nn.modules.batchnorm._BatchNorm.forward, module)
+    return _named(path, module, forward, *args, **kwargs)
+
+
+def _frozen(
+    answer: Callable[[Call], Any],
+    path: str,
+    module: Any,
+    forward: Callable[..., Any],
+    x: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a FrozenBatchNorm, which computes by hand; where it is answered, on what is normalised.
+
+    The module then scales, shifts and activates with statistics that change nothing.
+    """
+    epsilon = float(getattr(module, "eps", 1e-5))
+    buffers, names = module._buffers, ("running_mean", "running_var")
+    mean, variance = (buffers[name] for name in names)
+    call = Call(
+        path=path,
+        x=x,
+        mean=mean,
+        variance=variance,
+        training=False,
+        epsilon=epsilon,
+        single=False,
+        run=lambda: None,
+    )
+    with torch._C.DisableTorchFunction():
+        normalised = answer(call)
+    if normalised is None:
+        return forward(x, *args, **kwargs)
+    try:
+        buffers |= dict(zip(names, (torch.zeros_like(mean), 1.0 - epsilon + 0 * mean), strict=True))
+        return forward(normalised, *args, **kwargs)
+    finally:
+        buffers |= dict(zip(names, (mean, variance), strict=True))
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+@contextmanager
+def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another ``forward`` for a while."""
+    before = [(module, vars(module).get("forward")) for module in changes]
+    try:
+        for module, forward in changes.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, forward in before:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+@contextmanager
+def _uncompiled(root: Any) -> Iterator[None]:
+    """Run compiled modules inside eagerly: a compiled call is no call that a mode sees."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in root.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def stored(module: Any, path: str) -> tuple[Any, Any] | None:
+    """Stored mean and variance of a site; ``None`` where it keeps none.
+
+    Raises:
+        ModelError: A lazy module without statistics yet.
+    """
+    if module.running_mean is None:
+        return None
+    if isinstance(module.running_mean, nn.parameter.UninitializedTensorMixin):
+        raise ModelError(
+            f"'{path}' is lazy and has seen no data yet, so it has no statistics; call the model "
+            "on one batch first. Received: an uninitialised module"
+        )
+    return module.running_mean.detach(), module.running_var.detach()
+
+
+def statistics(x: Any, *, single: bool = False) -> tuple[Any, Any]:
+    """Mean and biased variance per channel (axis 1) in two passes; of each sample if ``single``."""
+    axes = list(range(2, x.ndim)) if single else [axis for axis in range(x.ndim) if axis != 1]
+    mean = x.mean(axes)
+    deviations = x - along(mean, x)
+    # In place where nothing is differentiated: a second tensor costs more than the sum.
+    squares = deviations.square() if deviations.requires_grad else deviations.square_()
+    return mean, squares.mean(axes)
+
+
+def along(values: Any, x: Any) -> Any:
+    """Shape ``(channels,)`` or ``(n, channels)`` -> what broadcasts along axis 1 of ``x``."""
+    lead = [1] if values.ndim == 1 else []
+    return values.reshape([*lead, *values.shape, *[1] * (x.ndim - 2)])
