@@ -15,6 +15,7 @@ import numpy as np
 from frostline.causes.case import AGREES, EQUAL, FAR, Case
 from frostline.numerics.averages import OLD_SHARE, is_short
 from frostline.numerics.stats import normals_apart
+from frostline.rules.predicates import affine_is_trained, bad_channels, initial_values
 from frostline.types import Array, Certainty
 from frostline.types.measured import SiteMeasurement
 
@@ -141,32 +142,25 @@ def agrees(case: Case, path: str) -> bool:
 
 def poisoned(case: Case, path: str) -> Verdict | None:
     """Statistics that no data give: NaN, infinite, or a negative variance."""
-    stored = case.stored(path)
-    if stored is None:
+    bad = bad_channels(case.sites[path])
+    if bad is None:
         return None
-    mean, variance = stored
-    with np.errstate(invalid="ignore"):
-        bad = ~np.isfinite(mean) | ~np.isfinite(variance) | (variance < 0)
-    if not bad.any():
-        return None
-    return Verdict(code="POISONED", certainty="is", number={"bad_channels": float(bad.sum())})
+    return Verdict(code="POISONED", certainty="is", number={"bad_channels": float(bad.count)})
 
 
 def never_updated(case: Case, path: str) -> Verdict | None:
     """Mean 0 or variance 1 (or 0) in every channel although in use, or a decay of 1."""
     each = case.sites[path]
-    stored = case.stored(path)
-    if stored is None:
+    initial = initial_values(each)
+    if initial is None:
         return None
-    mean, variance = stored
-    mean_kept = bool(np.all(mean == 0))
-    variance_kept = bool(np.all(variance == 1)) or bool(np.all(variance == 0))
-    used = bool(case.steps) or _trained(each.gamma, 1.0) or _trained(each.beta, 0.0)
-    far = case.mismatch(path) > FAR
-    if mean_kept and variance_kept and (used or far):
+    used, far = bool(case.steps) or affine_is_trained(each), case.mismatch(path) > FAR
+    if initial.mean and initial.variance and (used or far):
         return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"initial": 1.0})
-    if mean_kept != variance_kept and np.ptp(variance if mean_kept else mean) > 0 and far:
+    if initial.half and far:
         return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"half_initial": 1.0})
+    if each.updates == 0 and case.steps and case.mismatch(path) > AGREES / 2:
+        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"updates": 0.0})
     stuck = case.roles[path] == "unmoved" or (
         case.roles[path] == "moving" and each.site.decay >= 1 and not each.cumulative
     )
@@ -537,10 +531,6 @@ def scale_of_inputs(case: Case, assigned: Assigned) -> float | None:
 def _stored_apart(site: SiteMeasurement, mean: Array, variance: Array) -> float:
     """Distance of the stored statistics from others."""
     return normals_apart((site.stored_mean, site.stored_variance), (mean, variance))
-
-
-def _trained(weights: Array | None, initial: float) -> bool:
-    return weights is not None and bool(np.any(weights != initial))
 
 
 def _uses_apart(uses: tuple[tuple[Array, Array], ...]) -> float:

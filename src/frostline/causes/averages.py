@@ -57,6 +57,8 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
         told = "mean and variance are the initial values in every channel"
     elif any("half_initial" in each for each in verdicts):
         told = "one of mean and variance is the initial value in every channel"
+    elif any("updates" in each for each in verdicts):
+        told = "the layers have counted none"
     else:
         told = f"training mode does not move them ({case.decay_told(paths[0])})"
     trained = f" after {count(case.steps, 'step')}" if case.steps else ""
@@ -335,10 +337,7 @@ def _short(case: Case, assigned: Assigned, code: str) -> Iterator[Claim]:
     told = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
     told += f"last batch, off by up to {number(noise)} standard deviations"
     if code == "MOMENTUM_CONVENTION":
-        usual = (f"{1 - decay:g} is a Keras momentum, {decay:g} in PyTorch" if
-                 case.facts.is_torch(case.sites[paths[0]]) else
-                 f"{decay:g} is a PyTorch momentum, {1 - decay:g} in Keras")  # fmt: skip
-        told += f"; {usual}"
+        told += f"; {case.sites[paths[0]].words.other_convention(decay)}"
     yield Claim(
         code=code,
         message=f"{count(len(paths), 'site')} with {case.decay_told(paths[0])}: {told}",

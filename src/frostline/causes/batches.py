@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import SOURCES, Assigned
-from frostline.causes.case import FEW_VALUES, USES_BATCH, Case, Claim, count, number
+from frostline.causes.case import FEW_VALUES, Case, Claim, count, number
+from frostline.rules.predicates import uses_batch
 
 #: Part of the excess of inference that batches must give beyond the population's statistics.
 BEYOND = 0.2
@@ -25,9 +26,7 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     paths = tuple(
         path
         for path in case.sites
-        if (seen := case.measurement.behaviour.get(path)) is not None
-        and seen.inference is not None
-        and seen.inference >= USES_BATCH
+        if (seen := case.measurement.behaviour.get(path)) is not None and uses_batch(seen.inference)
     )
     if not paths:
         return

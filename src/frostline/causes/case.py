@@ -16,9 +16,10 @@ import numpy as np
 
 from frostline.numerics import averages
 from frostline.numerics.stats import paired_bootstrap
+from frostline.rules.predicates import expected_behaviour, is_frozen, uses_batch
 from frostline.types import Array, Certainty, Finding
 from frostline.types.facts import ModelFacts, SiteFacts
-from frostline.types.measured import Behaviour, Difference, Interval, Measurement, Probe
+from frostline.types.measured import Difference, Interval, Measurement, Probe
 
 Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
 
@@ -35,9 +36,6 @@ SMALL_OF_VARIANCE = 0.002
 
 #: Unless the accuracy differs for sure, and by at least this much.
 SMALL_ACCURACY = 0.02
-
-#: λ from which a site counts as one that uses the batch; sites in between are rare (renorm).
-USES_BATCH = 0.5
 
 #: Distance of stored and measured statistics, in standard deviations, below which they agree. A
 #: moving average at 0.99 over batches of 32 values is off by 0.013, at 0.9 by 0.04.
@@ -344,26 +342,22 @@ class Case:
 
     def _role(self, each: SiteFacts) -> Role:
         site = each.site
-        seen = self.measurement.behaviour.get(site.path) or Behaviour(
-            path=site.path, training=None, inference=None, moves=None
-        )
-        flagged = 0.0 if site.stats_frozen and site.policy == "inference" else 1.0
-        blend = flagged if seen.training is None else seen.training
-        may_move = not site.stats_frozen or site.policy == "update"
-        moves = may_move if seen.moves is None else seen.moves
+        expected = expected_behaviour(each)
+        seen = self.measurement.behaviour.get(site.path, expected)
+        blend = expected.training if seen.training is None else seen.training
+        moves = expected.moves if seen.moves is None else seen.moves
         if self.meant_frozen(each):
             if moves:
                 return "frozen drift"
-            return "frozen batch" if blend >= USES_BATCH else "locked"
+            return "frozen batch" if uses_batch(blend) else "locked"
         if moves:
             return "moving"
-        return "unmoved" if blend >= USES_BATCH else "locked"
+        return "unmoved" if uses_batch(blend) else "locked"
 
     @staticmethod
     def meant_frozen(each: SiteFacts) -> bool:
         """Some flag says that the site, or what holds it, is frozen."""
-        site, around = each.site, bool(each.wrapper_frozen)
-        return site.params_frozen or site.stats_frozen or around or each.undone
+        return is_frozen(each) or bool(each.wrapper_frozen) or each.undone
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:
@@ -455,8 +449,7 @@ class Case:
         each = self.sites[path]
         if each.cumulative:
             return "momentum=None"
-        torch = self.facts.is_torch(each)
-        return f"momentum {1 - each.site.decay:g}" if torch else f"decay {each.site.decay:g}"
+        return each.words.decay(each.site.decay)
 
     # --- reference and findings ---------------------------------------------------------------
 

@@ -83,9 +83,9 @@ def run_length(facts: SiteFacts, steps: int | None) -> float | None:
     return updates * (1 - facts.site.decay)
 
 
-def is_short(facts: SiteFacts) -> bool:
-    """Whether the average holds fewer than two batches: its decay is below one half."""
-    return facts.site.decay < SHORTEST_DECAY and not facts.cumulative
+def is_short(facts: SiteFacts, lowest: float = SHORTEST_DECAY) -> bool:
+    """Whether the average holds fewer than ``1 / (1 − lowest)`` batches: two by default."""
+    return facts.site.decay < lowest and not facts.cumulative
 
 
 def suggest_momentum(steps: int, learning_rate_ratio: float = 1.0) -> float:

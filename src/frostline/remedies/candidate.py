@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from frostline.measure import Bench
-from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.facts import ModelFacts, SiteFacts, Vocabulary
 from frostline.types.measured import Cause, Measurement, Probe
 
 #: Causes of statistics that are wrong at sites that train: their own, exact ones repair them.
@@ -79,14 +79,9 @@ class Workplace:
         return {each.site.path: each for each in self.facts}
 
     @property
-    def native(self) -> bool:
-        """Whether the model is a torch module that is no Keras model."""
-        return self.facts.native
-
-    @property
-    def fixed(self) -> str:
-        """Name of the file that a command to paste writes."""
-        return "FIXED.pt" if self.native else "FIXED.keras"
+    def words(self) -> Vocabulary:
+        """How to speak of the model."""
+        return self.facts.words
 
     def named(self, *codes: str) -> tuple[str, ...]:
         """Which of these causes were named, the most important first."""

@@ -53,7 +53,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             text=f"store the exact statistics of the data at {told}",
             after=after,
             python=f'fl.recalibrate(model, x, sites="{group}")',
-            shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.fixed}",
+            shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.words.file}",
             note=note,
         )
 
@@ -70,7 +70,7 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
     paths = [path for path in paths if not place.sites[path].site.stats_frozen]
     if not named or not paths:
         return
-    site = place.sites[paths[0]].site
+    site, words = place.sites[paths[0]].site, place.words
     steps = place.measurement.steps or place.facts.steps or _USUAL_STEPS
     decay = 1 - site.decay if "MOMENTUM_CONVENTION" in named else suggest_momentum(steps)
     decay = float(f"{decay:.3g}")
@@ -88,11 +88,10 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
         f"{len(paths)} sites",
         after=place.bench.probe(f"momentum {decay:g}", statistics=statistics),
         python=f"fl.set_momentum(model, {decay:g})"
-        + (f"  # momentum={1 - decay:.3g} in PyTorch" if place.native else ""),
-        # A state_dict holds no momentum.
-        shell=None
-        if place.native
-        else f"frostline set-momentum MODEL {decay:g} --output FIXED.keras",
+        + ("" if words.convention == "kept" else f"  # momentum={words.momentum(decay):.3g}"),
+        shell=f"frostline set-momentum MODEL {decay:g} --output {words.file}"
+        if words.file_keeps_settings
+        else None,
         note="takes effect in training: the effect is that of an average that has settled, with "
         "the weights as they are now",
     )
@@ -111,16 +110,15 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
         return
     epsilon = Counter(wanted.values()).most_common(1)[0][0]
     path = next(iter(statistics))
-    line = f'model.get_layer("{path.rpartition("/")[2]}").epsilon = {epsilon:g}  # compile again'
-    if place.native:
-        line = f'model.get_submodule("{path.replace("/", ".")}").eps = {epsilon:g}'
     yield Candidate(
         name=f"epsilon {epsilon:g}",
         fix="set epsilon",
         treats=("EPS_MISMATCH",),
         text=f"use epsilon {epsilon:g} at {len(statistics)} sites",
         after=place.bench.probe(f"epsilon {epsilon:g}", statistics=statistics),
-        python=line,
+        python=place.words.epsilon_line.format(
+            name=path.rpartition("/")[2], dotted=path.replace("/", "."), epsilon=epsilon
+        ),
     )
 
 
@@ -135,7 +133,7 @@ def stored_statistics(place: Workplace) -> Iterator[Candidate]:
         treats=("FORCED_TRAIN",),
         text="use the stored statistics at inference, whatever shares the batch",
         after=after,
-        python="model.eval()" if place.native else "model(x, training=False)",
+        python=place.words.inference_call,
         note="a score that falls with this was never that of the model on one sample",
     )
 

@@ -20,7 +20,7 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     trial = getattr(place.bench.view, "trial", None)
     if not named or not paths or not trains or trial is None:
         return
-    if place.native:
+    if place.words.own_loop:
         yield _lock_in_own_loop(place, paths, named)
         return
     tuples = [(batch.x, batch.y) for batch in place.bench.batches]
@@ -92,14 +92,16 @@ def larger_batches(place: Workplace) -> Iterator[Candidate]:
 def _lines(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
     """What locks these sites: our layer for another policy, else a freeze."""
     if any(place.sites[path].site.policy != "inference" for path in paths):
-        if not any(place.facts.is_torch(place.sites[path]) for path in paths):
-            line = "frostline convert MODEL --policy inference --output FIXED.keras"
+        if all(place.sites[path].words.has_policy for path in paths):
+            line = f"frostline convert MODEL --policy inference --output {place.words.file}"
             return 'fl.convert(model, policy="inference")', line
         return f"fl.freeze(model, until={_first_that_trains(place, paths)!r})", None
     until = _first_that_trains(place, paths)
     return (
         f"fl.freeze(model, until={until!r})",
-        None if until is None else f"frostline freeze MODEL --until {until} --output FIXED.keras",
+        None
+        if until is None
+        else f"frostline freeze MODEL --until {until} --output {place.words.file}",
     )
 
 

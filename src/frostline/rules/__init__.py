@@ -1,10 +1,11 @@
 """Rules: what is wrong with a model, one pure function each, with its documentation beside it.
 
 A rule reads :class:`~frostline.types.facts.ModelFacts`, and a
-:class:`~frostline.types.measured.Measurement` if it needs data, and yields :class:`Hit` objects; it
-knows no framework, opens no file and changes nothing. Codes are public and never used again:
-``FL1xx`` is configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless
-selected.
+:class:`~frostline.types.measured.Measurement` if it needs data, and yields :class:`Hit` objects. It
+knows no framework, opens no file and changes nothing. What several rules need is computed once and
+passed by name (:mod:`frostline.rules.fixtures`); what rules and causes both ask of a site has one
+answer in :mod:`frostline.rules.predicates`. Codes are public and never reused: ``FL1xx`` is
+configuration, ``FL2xx`` stored numbers, ``FL3xx`` needs data, ``FL9xx`` is off unless selected.
 
 Other packages add rules through the entry-point group ``frostline.rules``: each entry point names
 a module whose import runs its ``@rule`` decorators.
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
+from frostline.rules.fixtures import Fixtures
 from frostline.types import Certainty, Finding, FrostlineError, Severity, Skipped
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
@@ -84,8 +86,9 @@ class Rule:
         needs: ``"sites"``: any model. ``"statistics"``: built layers. ``"optimizer"``: a compiled
             model. ``"data"``: samples.
         fix: The repair as a word, or ``None``.
-        check: The function: ``(facts)``, or ``(facts, measurement)`` with ``needs="data"``; its
-            keyword-only arguments are the rule's options.
+        check: The function. Its positional parameters name what it needs: ``model``,
+            ``measurement`` (with ``needs="data"``) or any of :mod:`frostline.rules.fixtures`; its
+            keyword-only parameters are the rule's options.
     """
 
     code: str
@@ -234,7 +237,7 @@ def check(
     skipped: list[Skipped] = []
     if not facts.sites:
         return (), ()
-    present = _present(facts)
+    present, given = _present(facts), Fixtures(facts, measurement)
     if measurement is not None:
         present.add("data")
     for each in rules:
@@ -248,8 +251,8 @@ def check(
                 f"{each.code} has no option {strange[0]!r}; its options are "
                 f"{', '.join(each.options) or 'none'}. Received: {thresholds!r}"
             )
-        given = (facts, measurement) if each.needs == "data" else (facts,)
-        found.extend(_finding(each, hit) for hit in each.check(*given, **thresholds))
+        arguments = given.arguments(each.check)
+        found.extend(_finding(each, hit) for hit in each.check(*arguments, **thresholds))
     ranks: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
     found.sort(key=lambda finding: (ranks[finding.severity], finding.code))  # stable: keeps order
     return tuple(found), tuple(skipped)

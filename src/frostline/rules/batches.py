@@ -12,18 +12,18 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.rules import Hit, rule
-from frostline.rules.data import measured
-from frostline.rules.observed_behaviour import uses_batch
-from frostline.types.facts import ModelFacts, SiteFacts
-from frostline.types.measured import Measurement, SiteMeasurement
+from frostline.rules.fixtures import Measured, fixture
+from frostline.rules.predicates import uses_batch
+from frostline.types.codes import Fix
+from frostline.types.measured import Measurement
 
 #: Fewer batches than this do not tell how much batches differ.
 _FEWEST_BATCHES = 4
 
 
-@rule("FL307", "few-effective-samples", severity="warning", needs="data", fix="freeze")
+@rule("FL307", "few-effective-samples", severity="warning", needs="data", fix=Fix.FREEZE)
 def few_effective_samples(
-    model: ModelFacts, measurement: Measurement, *, min_values: float = 16.0
+    measurement: Measurement, noisy_sites: Measured, *, min_values: float = 16.0
 ) -> Iterator[Hit]:
     """One batch is worth too few independent values per channel for batch statistics.
 
@@ -67,7 +67,7 @@ def few_effective_samples(
     ## References
     Wu and He 2018; DMS issue 30.
     """
-    for each, site in _noisy(model, measurement):
+    for each, site in noisy_sites:
         worth = 1 / site.noise**2
         if worth < min_values:
             size = "" if site.values is None else f" of {measurement.batch_size * site.values}"
@@ -79,9 +79,9 @@ def few_effective_samples(
             )
 
 
-@rule("FL308", "stacked-bessel-bias", severity="info", needs="data", fix="recalibrate")
+@rule("FL308", "stacked-bessel-bias", severity="info", needs="data", fix=Fix.RECALIBRATE)
 def stacked_bessel_bias(
-    model: ModelFacts, measurement: Measurement, *, min_effect: float = 0.05
+    measurement: Measurement, measured_sites: Measured, *, min_effect: float = 0.05
 ) -> Iterator[Hit]:
     """Stored variances are unbiased, batch variances are not, and the factors multiply over depth.
 
@@ -129,7 +129,7 @@ def stacked_bessel_bias(
     pytorch issue 100048; Ioffe and Szegedy 2015, section 3.1.
     """
     logs, predicted, paths = 0.0, 0.0, []
-    for each, site in measured(model, measurement):
+    for each, site in measured_sites:
         count = measurement.batch_size * (site.values or 0)
         alive = (site.batch_variance > 0) & (site.stored_variance > 0)
         if count < 2 or not np.any(alive):
@@ -149,10 +149,8 @@ def stacked_bessel_bias(
         )
 
 
-@rule("FL314", "noisy-moving-average", severity="warning", needs="data", fix="set-momentum")
-def noisy_moving_average(
-    model: ModelFacts, measurement: Measurement, *, max_error: float = 0.2
-) -> Iterator[Hit]:
+@rule("FL314", "noisy-moving-average", severity="warning", needs="data", fix=Fix.SET_MOMENTUM)
+def noisy_moving_average(noisy_sites: Measured, *, max_error: float = 0.2) -> Iterator[Hit]:
     """The moving average forgets so fast that it follows the last batches.
 
     ## What it does
@@ -191,7 +189,7 @@ def noisy_moving_average(
     ## References
     Variance of an exponentially weighted mean of independent values; PyTorch-YOLOv3 issue 230.
     """
-    for each, site in _noisy(model, measurement):
+    for each, site in noisy_sites:
         decay = each.site.decay
         if each.cumulative or not 0 <= decay < 1 or each.site.stats_frozen:
             continue
@@ -205,15 +203,16 @@ def noisy_moving_average(
             )
 
 
-def _noisy(
-    model: ModelFacts, measurement: Measurement
-) -> Iterator[tuple[SiteFacts, SiteMeasurement]]:
+@fixture
+def noisy_sites(measurement: Measurement, measured_sites: Measured) -> Measured:
     """Sites that train on batch statistics, where there are batches enough to tell their noise."""
     if measurement.samples < _FEWEST_BATCHES * measurement.batch_size:
-        return
-    for each, site in measured(model, measurement):
-        seen = measurement.behaviour.get(each.site.path)
-        told = None if seen is None else seen.training
-        trains = uses_batch(told) if told is not None else not each.site.stats_frozen
-        if trains and math.isfinite(site.noise) and site.noise > 0:
-            yield each, site
+        return ()
+    found = []
+    for facts, numbers in measured_sites:
+        seen = measurement.behaviour.get(facts.site.path)
+        known = seen is not None and seen.training is not None
+        trains = uses_batch(seen.training) if seen and known else not facts.site.stats_frozen
+        if trains and math.isfinite(numbers.noise) and numbers.noise > 0:
+            found.append((facts, numbers))
+    return tuple(found)

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.rules import Hit, rule
+from frostline.rules.predicates import is_locked
+from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts
 
 
-@rule("FL108", "written-inference-mode-ignored", severity="error", fix="freeze")
+@rule("FL108", "written-inference-mode-ignored", severity="error", fix=Fix.FREEZE)
 def written_inference_mode_ignored(model: ModelFacts) -> Iterator[Hit]:
     """A thawed site is called with `training=False`, which `fit` does not respect.
 
@@ -59,7 +61,7 @@ def written_inference_mode_ignored(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL109", "written-training-mode", severity="warning", fix="freeze")
+@rule("FL109", "written-training-mode", severity="warning", fix=Fix.FREEZE)
 def written_training_mode(model: ModelFacts) -> Iterator[Hit]:
     """A site is called with `training=True`, so that inference depends on how the model is called.
 
@@ -96,8 +98,7 @@ def written_training_mode(model: ModelFacts) -> Iterator[Hit]:
     `keras/src/models/functional.py`, `operation_fn`.
     """
     for each in model:
-        locked = each.site.stats_frozen and each.site.policy == "inference"
-        if each.training is True and not locked:
+        if each.training is True and not is_locked(each):
             yield Hit(
                 sites=(each.site.path,),
                 message="called with training=True: model(x) uses batch statistics, predict() "
@@ -141,7 +142,7 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
     jax issue 139; LearningToCompare issue 48.
     """
     for each in model:
-        if model.is_torch(each) and each.site.channels is not None and each.mean is None:
+        if each.site.channels is not None and each.mean is None:
             yield Hit(
                 sites=(each.site.path,),
                 message="keeps no statistics: every prediction depends on the other samples of its "
@@ -150,7 +151,7 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL117", "two-regimes", severity="info", fix="freeze")
+@rule("FL117", "two-regimes", severity="info", fix=Fix.FREEZE)
 def two_regimes(model: ModelFacts) -> Iterator[Hit]:
     """One layer trains in one model and is frozen in another that contains it.
 

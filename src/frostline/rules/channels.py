@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.rules import Hit, rule
-from frostline.rules.stored import statistics
+from frostline.rules.fixtures import Stored
+from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts
 
 #: Unit roundoff: half of the spacing of numbers at 1.
@@ -20,7 +21,7 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 
 @rule("FL206", "collapsed-channels", severity="info", needs="statistics")
 def collapsed_channels(
-    model: ModelFacts, *, max_ratio: float = 1e-3, min_gain: float = 10.0
+    stored: Stored, *, max_ratio: float = 1e-3, min_gain: float = 10.0
 ) -> Iterator[Hit]:
     """Some channels were constant when the statistics were taken, and are amplified since.
 
@@ -53,7 +54,7 @@ def collapsed_channels(
     ## References
     Ioffe and Szegedy 2015, algorithm 1.
     """
-    for each, _, variance in statistics(model):
+    for each, _, variance in stored:
         if np.all(variance == 0):  # FL205
             continue
         epsilon = each.site.epsilon
@@ -124,7 +125,7 @@ def silent_channels(
 
 
 @rule("FL208", "half-precision-statistics", severity="warning", needs="statistics")
-def half_precision_statistics(model: ModelFacts) -> Iterator[Hit]:
+def half_precision_statistics(stored: Stored) -> Iterator[Hit]:
     """The moving average is stored in half precision, where small updates vanish.
 
     ## What it does
@@ -157,7 +158,7 @@ def half_precision_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Micikevicius et al. 2018, section 3.1.
     """
-    for each, _, _ in statistics(model):
+    for each, _, _ in stored:
         site = each.site
         if each.dtype not in ("float16", "bfloat16") or site.stats_frozen or site.decay >= 1:
             continue
@@ -170,8 +171,10 @@ def half_precision_statistics(model: ModelFacts) -> Iterator[Hit]:
         )
 
 
-@rule("FL209", "renorm-shadow-statistics", severity="error", needs="statistics", fix="recalibrate")
-def renorm_shadow_statistics(model: ModelFacts, *, tolerance: float = 0.01) -> Iterator[Hit]:
+@rule(
+    "FL209", "renorm-shadow-statistics", severity="error", needs="statistics", fix=Fix.RECALIBRATE
+)
+def renorm_shadow_statistics(stored: Stored, *, tolerance: float = 0.01) -> Iterator[Hit]:
     """With `renorm`, the stored variance is not the one that training will go on from.
 
     ## What it does
@@ -206,7 +209,7 @@ def renorm_shadow_statistics(model: ModelFacts, *, tolerance: float = 0.01) -> I
     ## References
     Ioffe 2017; `keras.layers.BatchNormalization._update_renorm_statistics`.
     """
-    for each, _, variance in statistics(model):
+    for each, _, variance in stored:
         if each.shadow_variance is None:
             continue
         scale = np.maximum(each.shadow_variance, each.site.epsilon)
@@ -221,7 +224,7 @@ def renorm_shadow_statistics(model: ModelFacts, *, tolerance: float = 0.01) -> I
 
 
 @rule("FL210", "cancelling-mean", severity="warning", needs="statistics")
-def cancelling_mean(model: ModelFacts, *, max_error: float = 0.05) -> Iterator[Hit]:
+def cancelling_mean(stored: Stored, *, max_error: float = 0.05) -> Iterator[Hit]:
     """The mean is so far from 0 that rounding eats the signal.
 
     ## What it does
@@ -257,14 +260,14 @@ def cancelling_mean(model: ModelFacts, *, max_error: float = 0.05) -> Iterator[H
     ## References
     Chan, Golub and LeVeque 1983; `keras/src/backend/torch/nn.py`, `moments`.
     """
-    for each, mean, variance in statistics(model):
+    for each, mean, variance in stored:
         epsilon = each.site.epsilon
         alive = np.isfinite(mean) & np.isfinite(variance) & (variance > 1e-3 * epsilon)
         if not alive.any():
             continue
         ratio = float(np.max(np.abs(mean[alive]) / np.sqrt(variance[alive] + epsilon)))
         error = ratio * _ROUNDOFF.get(each.site.dtype, 2.0**-24)
-        if model.cancels(each):
+        if each.cancels:
             error = max(error, ratio**2 * 2.0**-24)
         if error > max_error:
             yield Hit(

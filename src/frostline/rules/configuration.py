@@ -11,12 +11,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from frostline.numerics.averages import SHORTEST_DECAY, is_short
 from frostline.rules import Hit, rule
+from frostline.rules.predicates import is_locked
+from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts
 
 
-@rule("FL111", "swapped-momentum-convention", severity="warning", fix="set-momentum")
-def swapped_momentum_convention(model: ModelFacts, *, lowest: float = 0.5) -> Iterator[Hit]:
+@rule("FL111", "swapped-momentum-convention", severity="warning", fix=Fix.SET_MOMENTUM)
+def swapped_momentum_convention(
+    model: ModelFacts, *, lowest: float = SHORTEST_DECAY
+) -> Iterator[Hit]:
     """The moving average forgets so fast that its momentum was probably meant the other way round.
 
     ## What it does
@@ -50,19 +55,18 @@ def swapped_momentum_convention(model: ModelFacts, *, lowest: float = 0.5) -> It
     """
     for each in model:
         decay = each.site.decay
-        if 0 < decay < lowest and not each.site.stats_frozen and not each.cumulative:
-            told = f"torch momentum {1 - decay:.2g}: a" if model.is_torch(each) else "one"
-            meant = decay if model.is_torch(each) else 1 - decay
+        if is_short(each, lowest) and decay > 0 and not each.site.stats_frozen:
+            meant = each.words.momentum(1 - decay)
             yield Hit(
                 sites=(each.site.path,),
-                message=f"{told} step keeps {decay:.2g} of the statistics: they are those of "
-                f"{1 / (1 - decay):.1f} batches; {meant:.2g} may be meant",
+                message=f"{each.words.step(decay)} keeps {decay:.2g} of the statistics: they are "
+                f"those of {1 / (1 - decay):.1f} batches; {meant:.2g} may be meant",
                 evidence={"decay": decay, "batches": 1 / (1 - decay)},
                 certainty="may",
             )
 
 
-@rule("FL112", "momentum-out-of-range", severity="error", fix="set-momentum")
+@rule("FL112", "momentum-out-of-range", severity="error", fix=Fix.SET_MOMENTUM)
 def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
     """The moving average never moves, remembers nothing, or is none at all.
 
@@ -99,12 +103,10 @@ def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
         if 0 < decay < 1 or each.site.stats_frozen or each.cumulative:
             continue
         effect = {0.0: "its statistics are those of the last batch", 1.0: "they never move"}
-        native = model.is_torch(each)
-        told = f"torch momentum {1 - decay:g}: a" if native else "one"
         yield Hit(
             sites=(each.site.path,),
-            message=f"{told} step keeps {decay:g} of the statistics: "
-            f"{effect.get(decay, 'they diverge')}; set {'0.1' if native else 'a decay below 1'}",
+            message=f"{each.words.step(decay)} keeps {decay:g} of the statistics: "
+            f"{effect.get(decay, 'they diverge')}; set {each.words.usual_momentum}",
             evidence={"decay": decay},
         )
 
@@ -203,8 +205,7 @@ def shared_site(model: ModelFacts) -> Iterator[Hit]:
     Keras issue 12353.
     """
     for each in model:
-        locked = each.site.stats_frozen and each.site.policy == "inference"
-        if each.site.calls > 1 and not locked:
+        if each.site.calls > 1 and not is_locked(each):
             yield Hit(
                 sites=(each.site.path,),
                 message=f"used {each.site.calls} times: one average serves all its inputs, alike "
@@ -214,7 +215,7 @@ def shared_site(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL115", "duplicate-site-name", severity="info", fix="rename")
+@rule("FL115", "duplicate-site-name", severity="info", fix=Fix.RENAME)
 def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
     """Several BN layers, in different nested models, have one name.
 
@@ -250,7 +251,7 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
     """
     named: dict[str, list[str]] = {}
     for each in model:
-        if not model.is_torch(each):  # their names are positions
+        if not each.words.positional_names:
             named.setdefault(each.site.name, []).append(each.site.path)
     for paths in named.values():
         if len(paths) > 1:
@@ -262,7 +263,7 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL116", "few-values-per-channel", severity="warning", fix="freeze")
+@rule("FL116", "few-values-per-channel", severity="warning", fix=Fix.FREEZE)
 def few_values_per_channel(model: ModelFacts, *, min_values: int = 16) -> Iterator[Hit]:
     """The batch size that is built into the model leaves too few values for a variance.
 

@@ -7,15 +7,16 @@ The examples run with ``import keras, numpy as np, frostline as fl`` and define 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from frostline.numerics.averages import OLD_SHARE, old_share, update_count
+from frostline.numerics.averages import OLD_SHARE, update_count
 from frostline.rules import Hit, rule
-from frostline.rules.freezing import next_layer
-from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.rules.fixtures import Measured
+from frostline.types.codes import Fix
+from frostline.types.facts import LayerFacts, ModelFacts
 from frostline.types.measured import Measurement, SiteMeasurement
 
 #: Standard errors that are added to each limit: nine channels in ten must lie beyond by chance
@@ -54,9 +55,15 @@ class Disagreement:
         return {"shift": self.shift, "scale": self.scale}
 
 
-@rule("FL304", "statistics-far-from-data", severity="warning", needs="data", fix="recalibrate")
+@rule("FL304", "statistics-far-from-data", severity="warning", needs="data", fix=Fix.RECALIBRATE)
 def statistics_far_from_data(
-    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.5, max_scale: float = 1.5
+    measurement: Measurement,
+    measured_sites: Measured,
+    old_shares: Mapping[str, float],
+    frozen_behind: Mapping[str, LayerFacts],
+    *,
+    max_shift: float = 0.5,
+    max_scale: float = 1.5,
 ) -> Iterator[Hit]:
     """The stored statistics of a thawed site do not describe the data.
 
@@ -103,8 +110,10 @@ def statistics_far_from_data(
     ## References
     Wu and Johnson 2021; Izmailov et al. 2018 (weight averaging needs new statistics).
     """
-    for each, site in measured(model, measurement):
-        if each.site.stats_frozen or _feeds_frozen(model, each) or lags(model, each):
+    for each, site in measured_sites:
+        path = each.site.path
+        told_elsewhere = path in frozen_behind or old_shares.get(path, 0.0) > OLD_SHARE
+        if each.site.stats_frozen or told_elsewhere:
             continue
         found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
@@ -117,7 +126,11 @@ def statistics_far_from_data(
 
 @rule("FL305", "frozen-statistics-far-from-data", severity="info", needs="data")
 def frozen_statistics_far_from_data(
-    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.5, max_scale: float = 1.5
+    measurement: Measurement,
+    measured_sites: Measured,
+    *,
+    max_shift: float = 0.5,
+    max_scale: float = 1.5,
 ) -> Iterator[Hit]:
     """The stored statistics of a frozen site describe other data.
 
@@ -160,7 +173,7 @@ def frozen_statistics_far_from_data(
     ## References
     Li et al. 2016 (AdaBN); Wu and Johnson 2021.
     """
-    for each, site in measured(model, measurement):
+    for each, site in measured_sites:
         if not each.site.stats_frozen:
             continue
         found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
@@ -173,10 +186,13 @@ def frozen_statistics_far_from_data(
             )
 
 
-@rule("FL306", "old-statistics-remain", severity="warning", needs="data", fix="recalibrate")
+@rule("FL306", "old-statistics-remain", severity="warning", needs="data", fix=Fix.RECALIBRATE)
 def old_statistics_remain(
     model: ModelFacts,
     measurement: Measurement,
+    measured_sites: Measured,
+    old_shares: Mapping[str, float],
+    frozen_behind: Mapping[str, LayerFacts],
     *,
     max_share: float = OLD_SHARE,
     max_shift: float = 0.2,
@@ -225,27 +241,29 @@ def old_statistics_remain(
     ## References
     tensorflow issue 46414; keras issues 7265 and 605.
     """
-    for each, site in measured(model, measurement):
-        if _feeds_frozen(model, each) or not lags(model, each, max_share=max_share):
+    for each, site in measured_sites:
+        share = old_shares.get(each.site.path, 0.0)
+        if each.site.path in frozen_behind or share <= max_share:
             continue
-        share, updates = old_share(each, model.steps), update_count(each, model.steps)
+        updates = update_count(each, model.steps) or 0
         found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
                 sites=(each.site.path,),
                 message=f"{share:.0%} is from before training ({each.site.decay:g}**"
                 f"{updates}); {found.text}; recalibrate",
-                evidence={
-                    "old_share": share or 0.0,
-                    "steps": float(updates or 0),
-                    **found.evidence,
-                },
+                evidence={"old_share": share, "steps": float(updates), **found.evidence},
             )
 
 
-@rule("FL311", "thawed-before-frozen-differs", severity="warning", needs="data", fix="freeze")
+@rule("FL311", "thawed-before-frozen-differs", severity="warning", needs="data", fix=Fix.FREEZE)
 def thawed_before_frozen_differs(
-    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.2, max_scale: float = 1.2
+    measurement: Measurement,
+    measured_sites: Measured,
+    frozen_behind: Mapping[str, LayerFacts],
+    *,
+    max_shift: float = 0.2,
+    max_scale: float = 1.2,
 ) -> Iterator[Hit]:
     """A thawed site feeds a frozen layer and gives it something else in training than at inference.
 
@@ -292,8 +310,8 @@ def thawed_before_frozen_differs(
     ## References
     segmentation_models issue 354; Lightning issue 21531.
     """
-    for each, site in measured(model, measurement):
-        if not _feeds_frozen(model, each):
+    for each, site in measured_sites:
+        if each.site.path not in frozen_behind:
             continue
         found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
@@ -305,9 +323,13 @@ def thawed_before_frozen_differs(
             )
 
 
-@rule("FL312", "input-scale-differs", severity="warning", needs="data", fix="fix preprocessing")
+@rule("FL312", "input-scale-differs", severity="warning", needs="data", fix=Fix.FIX_PREPROCESSING)
 def input_scale_differs(
-    model: ModelFacts, measurement: Measurement, *, min_factor: float = 2.0, max_spread: float = 0.2
+    measurement: Measurement,
+    measured_sites: Measured,
+    *,
+    min_factor: float = 2.0,
+    max_spread: float = 0.2,
 ) -> Iterator[Hit]:
     """The first site's inputs vary by another scale than before, by one factor in all channels.
 
@@ -354,10 +376,9 @@ def input_scale_differs(
     ## References
     Keras issue 13517; deep-learning-models issue 96.
     """
-    first = next(measured(model, measurement), None)
-    if first is None:
+    if not measured_sites:
         return
-    each, site = first
+    each, site = measured_sites[0]
     alive = (site.variance > 0) & (site.stored_variance > 0)
     if np.sum(alive) < 2:  # one channel always agrees with itself
         return
@@ -381,19 +402,6 @@ def input_scale_differs(
     )
 
 
-def measured(
-    model: ModelFacts, measurement: Measurement
-) -> Iterator[tuple[SiteFacts, SiteMeasurement]]:
-    """Sites that were measured and whose numbers are finite, in execution order."""
-    for each in model:
-        site = measurement.sites.get(each.site.path)
-        if site is None:
-            continue
-        numbers = (site.stored_mean, site.stored_variance, site.mean, site.variance)
-        if all(np.isfinite(values).all() for values in numbers):
-            yield each, site
-
-
 def disagreement(
     site: SiteMeasurement, measurement: Measurement, *, max_shift: float, max_scale: float
 ) -> Disagreement:
@@ -412,16 +420,3 @@ def disagreement(
     return Disagreement(
         shift=shift, scale=scale, large=wide or math.log(scale) > math.log(max_scale) + error
     )
-
-
-def lags(model: ModelFacts, each: SiteFacts, *, max_share: float = OLD_SHARE) -> bool:
-    """Whether more than ``max_share`` of a thawed site's statistics is from before training."""
-    share = old_share(each, model.steps)
-    return share is not None and not each.site.stats_frozen and share > max_share
-
-
-def _feeds_frozen(model: ModelFacts, each: SiteFacts) -> bool:
-    if each.site.params_frozen or each.site.stats_frozen:
-        return False
-    behind = next_layer(model, each)
-    return behind is not None and not behind.trains

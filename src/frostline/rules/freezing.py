@@ -5,13 +5,21 @@ The examples run with ``import keras, numpy as np, frostline as fl`` and define 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from frostline.rules import Hit, rule
-from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.rules.predicates import (
+    expected_behaviour,
+    frozen_moves,
+    frozen_on_batch,
+    is_locked,
+    layer_before,
+)
+from frostline.types.codes import Fix
+from frostline.types.facts import LayerFacts, ModelFacts
 
 
-@rule("FL101", "frozen-uses-batch-statistics", severity="error", fix="convert")
+@rule("FL101", "frozen-uses-batch-statistics", severity="error", fix=Fix.CONVERT)
 def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     """A frozen site normalises with the statistics of each batch while training.
 
@@ -49,22 +57,16 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     Keras pull request 9965; Ioffe and Szegedy 2015, section 3.1.
     """
     for each in model:
-        site = each.site
-        switched_off = site.kind.startswith("torch.") and each.mean is not None
-        if site.stats_frozen and (site.policy == "batch" or switched_off):
-            message = "frozen, but training uses batch statistics; set policy='inference'"
-            if model.is_torch(each):
-                message = "track_running_stats is off: training uses the batch, eval() what is "
-                message += "stored; lock the layer"
+        if frozen_on_batch(each, expected_behaviour(each)):
             yield Hit(
-                sites=(site.path,),
-                message=message,
-                evidence={"policy": site.policy, "version": site.version or "none"},
-                fix="freeze" if model.native else None,
+                sites=(each.site.path,),
+                message=each.words.frozen_on_batch,
+                evidence={"policy": each.site.policy, "version": each.site.version or "none"},
+                fix=model.words.lock,
             )
 
 
-@rule("FL102", "frozen-statistics-move", severity="error", fix="convert")
+@rule("FL102", "frozen-statistics-move", severity="error", fix=Fix.CONVERT)
 def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
     """The stored statistics of a frozen site move while training.
 
@@ -99,9 +101,8 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
     Keras issue 7085.
     """
     for each in model:
-        site = each.site
-        frozen = site.params_frozen and not site.stats_frozen
-        if frozen and site.policy == "update" and not model.is_torch(each):
+        site, moves = each.site, frozen_moves(each, expected_behaviour(each))
+        if moves and site.policy == "update" and each.words.has_policy:
             yield Hit(
                 sites=(site.path,),
                 message=f"frozen, but each training step replaces {1 - site.decay:.2g} of its "
@@ -110,7 +111,7 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL103", "frozen-parameters-moving-statistics", severity="warning", fix="freeze")
+@rule("FL103", "frozen-parameters-moving-statistics", severity="warning", fix=Fix.FREEZE)
 def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     """Gamma and beta are frozen, the statistics are not.
 
@@ -151,21 +152,20 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
         return
     for each in model:
         site = each.site
-        if not site.params_frozen or site.stats_frozen:
+        if not frozen_moves(each, expected_behaviour(each)):
             continue
-        own = each.gamma is not None or each.beta is not None
-        half = own and not each.wrapper_frozen if model.is_torch(each) else site.policy != "update"
-        if half:
-            flags = "requires_grad is off" if model.native else "gamma and beta are frozen"
+        affine = each.gamma is not None or each.beta is not None
+        by_itself = affine and not each.wrapper_frozen
+        if site.policy != "update" if each.words.has_policy else by_itself:
             yield Hit(
                 sites=(site.path,),
-                message=f"{flags}, but each step replaces {1 - site.decay:.2g} of the statistics; "
-                "freeze the layer",
+                message=f"{model.words.frozen_parameters}, but each step replaces "
+                f"{1 - site.decay:.2g} of the statistics; freeze the layer",
                 evidence={"replaced_per_step": 1 - site.decay},
             )
 
 
-@rule("FL104", "trained-parameters-frozen-statistics", severity="info", fix="freeze")
+@rule("FL104", "trained-parameters-frozen-statistics", severity="info", fix=Fix.FREEZE)
 def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     """The statistics are frozen, gamma and beta train.
 
@@ -203,7 +203,7 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     for each in model:
         if not each.site.stats_frozen or each.site.params_frozen or each.undone:
             continue
-        if model.native or not model.is_torch(each):
+        if each.wrapper_frozen is None:
             yield Hit(
                 sites=(each.site.path,),
                 message="the layer is frozen, but gamma or beta trains; freeze the variables too "
@@ -212,7 +212,7 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL105", "torch-wrapper-not-frozen", severity="error", fix="freeze")
+@rule("FL105", "torch-wrapper-not-frozen", severity="error", fix=Fix.FREEZE)
 def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
     """A frozen `TorchModuleWrapper` still moves the statistics of the BN inside it.
 
@@ -259,8 +259,10 @@ def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL106", "thawed-before-frozen-layer", severity="warning", fix="freeze")
-def thawed_before_frozen_layer(model: ModelFacts) -> Iterator[Hit]:
+@rule("FL106", "thawed-before-frozen-layer", severity="warning", fix=Fix.FREEZE)
+def thawed_before_frozen_layer(
+    model: ModelFacts, frozen_behind: Mapping[str, LayerFacts]
+) -> Iterator[Hit]:
     """A thawed site feeds a layer that is frozen.
 
     ## What it does
@@ -302,10 +304,8 @@ def thawed_before_frozen_layer(model: ModelFacts) -> Iterator[Hit]:
     segmentation_models issue 354; keras issue 12353.
     """
     for each in model:
-        if each.site.params_frozen or each.site.stats_frozen:
-            continue
-        behind = next_layer(model, each)
-        if behind is not None and not behind.trains:
+        behind = frozen_behind.get(each.site.path)
+        if behind is not None:
             yield Hit(
                 sites=(each.site.path,),
                 message="trains, but the next layer is frozen and was fitted to its old output; "
@@ -316,7 +316,7 @@ def thawed_before_frozen_layer(model: ModelFacts) -> Iterator[Hit]:
 
 
 @rule(
-    "FL107", "trainable-changed-since-compile", severity="error", needs="optimizer", fix="compile"
+    "FL107", "trainable-changed-since-compile", severity="error", needs="optimizer", fix=Fix.COMPILE
 )
 def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     """`trainable` was flipped after training had begun, and the flip has no effect.
@@ -373,7 +373,7 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL901", "frozen-behind-training-layer", severity="info", fix="unfreeze")
+@rule("FL901", "frozen-behind-training-layer", severity="info", fix=Fix.UNFREEZE)
 def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
     """A frozen site normalises the output of a layer that trains.
 
@@ -411,27 +411,18 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
     Wu and Johnson 2021.
     """
     for each in model:
-        if not each.site.stats_frozen or each.site.policy != "inference":
-            continue
-        order = model.order.get(each.site.path, -1)
-        before = [layer for layer in model.layers if layer.order < order]
-        if before and before[-1].trains:
+        before = layer_before(model, each) if is_locked(each) else None
+        if before is not None and before.trains:
             yield Hit(
                 sites=(each.site.path,),
                 message="statistics are frozen, but the layer before it trains; recalibrate when "
                 "training is done",
-                evidence={"layer_before": before[-1].path},
+                evidence={"layer_before": before.path},
                 certainty="may",
             )
 
 
 def _only_serves(model: ModelFacts) -> bool:
-    """A torch module in evaluation mode of which nothing trains: flags of training say nothing."""
+    """True for an eval-mode model with no trainable parameters; its training flags mean nothing."""
     trains = any(not each.site.params_frozen for each in model)
     return model.mode is False and not trains and not any(layer.trains for layer in model.layers)
-
-
-def next_layer(model: ModelFacts, each: SiteFacts) -> LayerFacts | None:
-    """The first layer with weights behind a site, in execution order."""
-    order = model.order.get(each.site.path, -1)
-    return next((layer for layer in model.layers if layer.order > order), None)

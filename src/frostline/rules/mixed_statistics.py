@@ -7,22 +7,32 @@ The examples run with ``import keras, numpy as np, frostline as fl`` and define 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from frostline.numerics.averages import OLD_SHARE
 from frostline.rules import Hit, rule
-from frostline.rules.data import lags, measured
+from frostline.rules.fixtures import Measured
+from frostline.rules.predicates import is_locked
 from frostline.types import Array
-from frostline.types.facts import ModelFacts
+from frostline.types.codes import Fix
 from frostline.types.measured import Measurement
 
 
 @rule(
-    "FL309", "between-source-variance-missing", severity="warning", needs="data", fix="recalibrate"
+    "FL309",
+    "between-source-variance-missing",
+    severity="warning",
+    needs="data",
+    fix=Fix.RECALIBRATE,
 )
 def between_source_variance_missing(
-    model: ModelFacts, measurement: Measurement, *, min_ratio: float = 1.5, min_share: float = 0.25
+    measured_sites: Measured,
+    old_shares: Mapping[str, float],
+    *,
+    min_ratio: float = 1.5,
+    min_share: float = 0.25,
 ) -> Iterator[Hit]:
     """The stored variance is that within one class, without what lies between the classes.
 
@@ -72,9 +82,10 @@ def between_source_variance_missing(
     ## References
     Keras issue 12353; Zajac et al. 2019 (split batch normalization).
     """
-    for each, site in measured(model, measurement):
+    for each, site in measured_sites:
         within = site.within_variance
-        if each.site.stats_frozen or within is None or lags(model, each):
+        lags = old_shares.get(each.site.path, 0.0) > OLD_SHARE
+        if each.site.stats_frozen or within is None or lags:
             continue
         alive = (within > 0) & (site.stored_variance > 0)
         chosen = alive & (site.variance >= min_ratio * np.where(alive, within, 1.0))
@@ -95,7 +106,10 @@ def between_source_variance_missing(
 
 @rule("FL310", "shared-site-different-sources", severity="warning", needs="data")
 def shared_site_different_sources(
-    model: ModelFacts, measurement: Measurement, *, max_shift: float = 0.5, max_scale: float = 1.5
+    measured_sites: Measured,
+    *,
+    max_shift: float = 0.5,
+    max_scale: float = 1.5,
 ) -> Iterator[Hit]:
     """One BN layer normalises several tensors that were seen to differ.
 
@@ -141,9 +155,8 @@ def shared_site_different_sources(
     ## References
     Keras issue 12353.
     """
-    for each, site in measured(model, measurement):
-        locked = each.site.stats_frozen and each.site.policy == "inference"
-        if locked or len(site.uses) < 2:
+    for each, site in measured_sites:
+        if is_locked(each) or len(site.uses) < 2:
             continue
         pairs = [
             _difference(a, b, each.site.epsilon) for a, b in itertools.combinations(site.uses, 2)
@@ -160,8 +173,7 @@ def shared_site_different_sources(
 
 @rule("FL313", "channels-dead-on-data", severity="info", needs="data")
 def channels_dead_on_data(
-    model: ModelFacts,
-    measurement: Measurement,
+    measured_sites: Measured,
     *,
     max_ratio: float = 1e-3,
     min_share: float = 0.05,
@@ -205,7 +217,7 @@ def channels_dead_on_data(
     ## References
     Lu et al. 2019 (dying ReLU).
     """
-    for each, site in measured(model, measurement):
+    for each, site in measured_sites:
         epsilon = each.site.epsilon
         dead = (site.variance <= max_ratio * epsilon) & (site.stored_variance > epsilon)
         count, offset = int(np.sum(dead)), float(np.max(np.where(dead, site.shift, 0.0)))
@@ -220,7 +232,7 @@ def channels_dead_on_data(
 
 @rule("FL315", "epsilon-differs-from-reference", severity="warning", needs="data")
 def epsilon_differs_from_reference(
-    model: ModelFacts, measurement: Measurement, *, min_effect: float = 0.05
+    measurement: Measurement, measured_sites: Measured, *, min_effect: float = 0.05
 ) -> Iterator[Hit]:
     """A site has another epsilon than in the reference model, and it matters for its variances.
 
@@ -270,7 +282,7 @@ def epsilon_differs_from_reference(
     """
     if measurement.difference is None:
         return
-    for each, site in measured(model, measurement):
+    for each, site in measured_sites:
         pair = measurement.difference.epsilons.get(each.site.path)
         if pair is None:
             continue

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.rules import Hit, rule
-from frostline.types.facts import ModelFacts, SiteFacts
-from frostline.types.measured import Behaviour, Measurement
+from frostline.rules.fixtures import Behaved
+from frostline.rules.predicates import frozen_moves, frozen_on_batch, uses_batch
+from frostline.types.codes import Fix
+from frostline.types.facts import ModelFacts
+from frostline.types.measured import Measurement
 
-#: A blend that was measured is 0 or 1 up to rounding; half way between them is the border.
-_HALF = 0.5
 
-
-@rule("FL301", "frozen-seen-using-batch", severity="error", needs="data", fix="convert")
-def frozen_seen_using_batch(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+@rule("FL301", "frozen-seen-using-batch", severity="error", needs="data", fix=Fix.CONVERT)
+def frozen_seen_using_batch(model: ModelFacts, behaved: Behaved) -> Iterator[Hit]:
     """A frozen site was seen to normalise with the batch in training mode.
 
     ## What it does
@@ -59,20 +59,19 @@ def frozen_seen_using_batch(model: ModelFacts, measurement: Measurement) -> Iter
     ## References
     Keras pull request 9965; keras issue 9522.
     """
-    for each, seen in behaviours(model, measurement):
-        frozen = each.site.stats_frozen or each.site.params_frozen
-        if frozen and uses_batch(seen.training) and seen.moves is False:
+    for each, seen in behaved:
+        if frozen_on_batch(each, seen):
             yield Hit(
                 sites=(each.site.path,),
                 message="frozen, but training mode normalises with the batch, as seen in its "
                 "output; lock it to its stored statistics",
                 evidence={"blend": float(seen.training or 0.0), "policy": each.site.policy},
-                fix="freeze" if model.native else None,
+                fix=model.words.lock,
             )
 
 
-@rule("FL302", "frozen-seen-moving", severity="error", needs="data", fix="freeze")
-def frozen_seen_moving(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+@rule("FL302", "frozen-seen-moving", severity="error", needs="data", fix=Fix.FREEZE)
+def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
     """The stored statistics of a frozen site were seen to move in training mode.
 
     ## What it does
@@ -113,8 +112,8 @@ def frozen_seen_moving(model: ModelFacts, measurement: Measurement) -> Iterator[
     ## References
     Keras issue 7085; torchvision issue 2079.
     """
-    for each, seen in behaviours(model, measurement):
-        if (each.site.stats_frozen or each.site.params_frozen) and seen.moves:
+    for each, seen in behaved:
+        if frozen_moves(each, seen):
             yield Hit(
                 sites=(each.site.path,),
                 message=f"frozen, but a pass in training mode moved {1 - each.site.decay:.2g} of "
@@ -123,8 +122,8 @@ def frozen_seen_moving(model: ModelFacts, measurement: Measurement) -> Iterator[
             )
 
 
-@rule("FL303", "batch-dependent-inference", severity="error", needs="data", fix="freeze")
-def batch_dependent_inference(model: ModelFacts, measurement: Measurement) -> Iterator[Hit]:
+@rule("FL303", "batch-dependent-inference", severity="error", needs="data", fix=Fix.FREEZE)
+def batch_dependent_inference(measurement: Measurement, behaved: Behaved) -> Iterator[Hit]:
     """A site was seen to normalise with the batch at inference.
 
     ## What it does
@@ -169,25 +168,10 @@ def batch_dependent_inference(model: ModelFacts, measurement: Measurement) -> It
     """
     change = measurement.neighbours
     told = "" if change is None else f" (its neighbours change an output by up to {change:.1%})"
-    for each, seen in behaviours(model, measurement):
+    for each, seen in behaved:
         if uses_batch(seen.inference):
             yield Hit(
                 sites=(each.site.path,),
                 message=f"inference normalises with the batch{told}; use the stored statistics",
                 evidence={"blend": float(seen.inference or 0.0), "neighbours": change or 0.0},
             )
-
-
-def behaviours(
-    model: ModelFacts, measurement: Measurement
-) -> Iterator[tuple[SiteFacts, Behaviour]]:
-    """Sites whose behaviour was measured, in execution order."""
-    for each in model:
-        seen = measurement.behaviour.get(each.site.path)
-        if seen is not None:
-            yield each, seen
-
-
-def uses_batch(blend: float | None) -> bool:
-    """Whether a measured blend is that of the batch; ``None``, not known, is not."""
-    return blend is not None and blend > _HALF

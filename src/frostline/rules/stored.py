@@ -6,17 +6,19 @@ have shape ``(channels,)`` and are float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from frostline.numerics.averages import OLD_SHARE, old_share, update_count
+from frostline.numerics.averages import OLD_SHARE, update_count
 from frostline.rules import Hit, rule
-from frostline.types import Array
+from frostline.rules.fixtures import Stored
+from frostline.rules.predicates import affine_is_trained, bad_channels, initial_values
+from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts, SiteFacts
 
 
-@rule("FL201", "non-finite-statistics", severity="error", needs="statistics", fix="recalibrate")
+@rule("FL201", "non-finite-statistics", severity="error", needs="statistics", fix=Fix.RECALIBRATE)
 def non_finite_statistics(model: ModelFacts) -> Iterator[Hit]:
     """Stored statistics are NaN or infinite.
 
@@ -48,19 +50,21 @@ def non_finite_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Ioffe and Szegedy 2015, algorithm 2.
     """
-    for each, mean, variance in statistics(model):
-        bad = int(np.sum(~(np.isfinite(mean) & np.isfinite(variance))))
-        if bad:
+    for facts in model:
+        found = bad_channels(facts)
+        bad = 0 if found is None else int(np.sum(found.not_finite))
+        if found is not None and bad:
+            channels = found.not_finite.size
             yield Hit(
-                sites=(each.site.path,),
-                message=f"{bad} of {mean.size} channels have statistics that are not finite: "
+                sites=(facts.site.path,),
+                message=f"{bad} of {channels} channels have statistics that are not finite: "
                 "inference is useless; recalibrate",
-                evidence={"channels": float(bad), "share": bad / mean.size},
+                evidence={"channels": float(bad), "share": bad / channels},
             )
 
 
-@rule("FL202", "negative-variance", severity="error", needs="statistics", fix="recalibrate")
-def negative_variance(model: ModelFacts) -> Iterator[Hit]:
+@rule("FL202", "negative-variance", severity="error", needs="statistics", fix=Fix.RECALIBRATE)
+def negative_variance(stored: Stored) -> Iterator[Hit]:
     """A stored variance is below 0.
 
     ## What it does
@@ -92,20 +96,25 @@ def negative_variance(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Chan, Golub and LeVeque 1983.
     """
-    for each, _, variance in statistics(model):
-        bad = int(np.sum(variance < 0))
+    for facts, _, variance in stored:
+        found = bad_channels(facts)
+        bad = 0 if found is None else int(np.sum(found.negative))
         if bad:
             lowest = float(np.nanmin(variance))
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"variance is negative in {bad} of {variance.size} channels, lowest "
                 f"{lowest:.2g}; check the order of the weights",
                 evidence={"channels": float(bad), "lowest": lowest},
             )
 
 
-@rule("FL203", "stale-running-statistics", severity="warning", needs="optimizer", fix="recalibrate")
-def stale_running_statistics(model: ModelFacts, *, max_share: float = OLD_SHARE) -> Iterator[Hit]:
+@rule(
+    "FL203", "stale-running-statistics", severity="warning", needs="optimizer", fix=Fix.RECALIBRATE
+)
+def stale_running_statistics(
+    model: ModelFacts, old_shares: Mapping[str, float], *, max_share: float = OLD_SHARE
+) -> Iterator[Hit]:
     """Too few training steps for the moving average: much of it is from before.
 
     ## What it does
@@ -145,21 +154,21 @@ def stale_running_statistics(model: ModelFacts, *, max_share: float = OLD_SHARE)
     ## References
     tensorflow issue 46414; keras issue 7265.
     """
-    for each in model:
-        site = each.site
-        share, updates = old_share(each, model.steps), update_count(each, model.steps)
-        if not site.stats_frozen and share is not None and share > max_share:
+    for facts in model:
+        site, share = facts.site, old_shares.get(facts.site.path, 0.0)
+        if share > max_share:
+            updates = update_count(facts, model.steps) or 0
             yield Hit(
                 sites=(site.path,),
                 message=f"{share:.0%} of the statistics are from before training "
                 f"({site.decay:g}**{updates} is left); recalibrate",
-                evidence={"steps": float(updates or 0), "decay": site.decay, "old_share": share},
+                evidence={"steps": float(updates), "decay": site.decay, "old_share": share},
                 certainty="may",
             )
 
 
-@rule("FL204", "initial-statistics", severity="error", needs="statistics", fix="recalibrate")
-def initial_statistics(model: ModelFacts) -> Iterator[Hit]:
+@rule("FL204", "initial-statistics", severity="error", needs="statistics", fix=Fix.RECALIBRATE)
+def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     """The statistics were never updated, or only one of the two was.
 
     ## What it does
@@ -194,26 +203,24 @@ def initial_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     keras-core issue 338; tf-frrn issue 2.
     """
-    for each, mean, variance in statistics(model):
-        still = bool(np.all(mean == 0)), bool(np.all(variance == 1))
-        if np.all(variance == 0):  # FL205
+    for facts, mean, _ in stored:
+        initial, reason = initial_values(facts), _in_use(model, facts)
+        if initial is None or initial.zero:  # FL205
             continue
-        reason = _in_use(model, each)
-        if still == (True, True) and reason is not None:
-            message = f"mean 0 and variance 1 as on the first day, although {reason}; recalibrate"
-        elif still[0] != still[1] and np.ptp(variance if still[0] else mean) > 0:
-            # One constant in all channels would be an initializer, not an update.
-            kept, moved = ("mean", "variance") if still[0] else ("variance", "mean")
-            value = "0" if still[0] else "1"
+        if initial.mean and initial.variance and reason is not None:
+            message = f"mean 0 and variance 1 as in a new layer, although {reason}; recalibrate"
+        elif initial.half:
+            kept, moved = ("mean", "variance") if initial.mean else ("variance", "mean")
+            value = "0" if initial.mean else "1"
             message = f"the {moved} has moved, the {kept} is {value} in every channel; recalibrate"
         else:
             continue
         evidence = {"channels": float(mean.size), "steps": float(model.steps or 0)}
-        yield Hit(sites=(each.site.path,), message=message, evidence=evidence)
+        yield Hit(sites=(facts.site.path,), message=message, evidence=evidence)
 
 
-@rule("FL205", "zero-variance", severity="error", needs="statistics", fix="recalibrate")
-def zero_variance(model: ModelFacts) -> Iterator[Hit]:
+@rule("FL205", "zero-variance", severity="error", needs="statistics", fix=Fix.RECALIBRATE)
+def zero_variance(stored: Stored) -> Iterator[Hit]:
     """The stored variance is 0 in every channel.
 
     ## What it does
@@ -244,33 +251,25 @@ def zero_variance(model: ModelFacts) -> Iterator[Hit]:
     ## References
     equinox issue 955.
     """
-    for each, _, variance in statistics(model):
-        if np.all(variance == 0):
-            gain = 1 / np.sqrt(each.site.epsilon) if each.site.epsilon > 0 else np.inf
+    for facts, _, variance in stored:
+        initial, epsilon = initial_values(facts), facts.site.epsilon
+        if initial is not None and initial.zero:
+            gain = 1 / np.sqrt(epsilon) if epsilon > 0 else np.inf
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"variance 0 in all {variance.size} channels: inputs are multiplied by "
                 f"{gain:.3g}; recalibrate",
                 evidence={"channels": float(variance.size), "gain": float(gain)},
             )
 
 
-def statistics(model: ModelFacts) -> Iterator[tuple[SiteFacts, Array, Array]]:
-    """Sites that are built and keep statistics, with mean and variance."""
-    for each in model:
-        if each.mean is not None and each.variance is not None:
-            yield each, each.mean, each.variance
-
-
-def _in_use(model: ModelFacts, each: SiteFacts) -> str | None:
+def _in_use(model: ModelFacts, facts: SiteFacts) -> str | None:
     """Why a site should have seen data by now; ``None`` for a new one."""
-    trained = (each.gamma is not None and bool(np.any(each.gamma != 1))) or (
-        each.beta is not None and bool(np.any(each.beta != 0))
-    )
-    if each.site.stats_frozen:
+    trained = affine_is_trained(facts)
+    if facts.site.stats_frozen:
         return "the site is frozen"
-    if trained and each.updates == 0:
-        return "gamma and beta are not (num_batches_tracked is 0)"
+    if trained and facts.updates == 0:
+        return "gamma and beta have trained (num_batches_tracked is 0)"
     if model.steps:
         return f"training is at step {model.steps}"
-    return "gamma and beta are not" if trained else None
+    return "gamma and beta have trained" if trained else None

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.rules import Hit, rule
+from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts, SiteFacts
 
 
-@rule("FL118", "eval-undone-by-train", severity="error", fix="freeze")
+@rule("FL118", "eval-undone-by-train", severity="error", fix=Fix.FREEZE)
 def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     """A torch site was put into `eval()` by hand, and the next `train()` of the model undoes it.
 
@@ -62,7 +63,7 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL119", "training-mode-inside-eval", severity="error", fix="inference mode")
+@rule("FL119", "training-mode-inside-eval", severity="error", fix=Fix.INFERENCE_MODE)
 def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
     """A torch site is in training mode while the model around it is in evaluation mode.
 
@@ -110,7 +111,7 @@ def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
             )
 
 
-@rule("FL120", "cumulative-average", severity="warning", fix="set-momentum")
+@rule("FL120", "cumulative-average", severity="warning", fix=Fix.SET_MOMENTUM)
 def cumulative_average(model: ModelFacts) -> Iterator[Hit]:
     """A torch site has `momentum=None`: its statistics are the plain mean over all batches so far.
 

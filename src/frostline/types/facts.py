@@ -7,8 +7,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from frostline.types import Array, Site
+from frostline.types.codes import Fix
+
+#: Whether ``momentum`` is the share of the old value that an update keeps, or the new share.
+Convention = Literal["kept", "new"]
+
+#: The best-known framework of each convention.
+_CONVENTIONS: dict[Convention, str] = {"kept": "Keras", "new": "PyTorch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a framework calls things and what its layers can do; its adapter supplies one.
+
+    Messages of rules, causes and remedies are built from it, so that they name no framework. The
+    defaults are those of Keras.
+
+    Attributes:
+        name: The framework, for messages.
+        convention: What the framework's ``momentum`` means.
+        usual_momentum: A sound value, in words.
+        has_policy: What a frozen layer does in training is a setting of the layer.
+        lock: What locks a site that is frozen but uses the batch.
+        frozen_on_batch: What to say of such a site.
+        frozen_parameters: How gamma and beta are frozen while the layer is not.
+        positional_names: Layers are named by their position, so names repeat by design.
+        own_loop: The training loop and the optimizer belong to the user.
+        file: Name of the file that a command to paste writes.
+        file_keeps_settings: Such a file holds momentum and epsilon, not only arrays.
+        inference_call: The line that runs inference.
+        epsilon_line: The line that sets ``{epsilon}``, with ``{name}`` and ``{dotted}`` path.
+    """
+
+    name: str = "Keras"
+    convention: Convention = "kept"
+    usual_momentum: str = "a decay below 1"
+    has_policy: bool = True
+    lock: Fix = Fix.CONVERT
+    frozen_on_batch: str = "frozen, but training uses batch statistics; set policy='inference'"
+    frozen_parameters: str = "gamma and beta are frozen"
+    positional_names: bool = False
+    own_loop: bool = False
+    file: str = "FIXED.keras"
+    file_keeps_settings: bool = True
+    inference_call: str = "model(x, training=False)"
+    epsilon_line: str = 'model.get_layer("{name}").epsilon = {epsilon:g}  # compile again'
+
+    def momentum(self, decay: float) -> float:
+        """A decay as the framework writes it."""
+        return decay if self.convention == "kept" else 1 - decay
+
+    def step(self, decay: float) -> str:
+        """The subject of "... keeps a share of the statistics"."""
+        return (
+            "one step"
+            if self.convention == "kept"
+            else f"{self.name} momentum {1 - decay:.3g}: a step"
+        )
+
+    def decay(self, decay: float) -> str:
+        """A decay by the name that the user gave it."""
+        return f"decay {decay:g}" if self.convention == "kept" else f"momentum {1 - decay:g}"
+
+    def other_convention(self, decay: float) -> str:
+        """What this momentum is in the framework that it was probably copied from."""
+        own = self.momentum(decay)
+        other: Convention = "new" if self.convention == "kept" else "kept"
+        names = _CONVENTIONS[other], _CONVENTIONS[self.convention]
+        return f"{own:g} is a {names[0]} momentum, {1 - own:g} in {names[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +109,8 @@ class SiteFacts:
         training: Value of ``training=`` that is written at the nearest call around the site in a
             functional graph; ``None`` when none is.
         values: Values per channel in one sample (height times width); ``None`` when not known.
+        cancels: Training computes the batch variance as E[x²] − E[x]² in float32.
+        words: How to speak of the site; a wrapped layer of another framework has its own words.
         two_regimes: ``site.trained_by`` trains it, and in this model it is frozen, now or in the
             step that the model was compiled for.
     """
@@ -60,6 +131,8 @@ class SiteFacts:
     cumulative: bool = False
     training: bool | None = None
     values: int | None = None
+    cancels: bool = False
+    words: Vocabulary = Vocabulary()
     two_regimes: bool = False
 
 
@@ -85,7 +158,7 @@ class ModelFacts:
     Attributes:
         name: The model's name.
         backend: ``"tensorflow"``, ``"jax"`` or ``"torch"``.
-        framework: ``"keras"``, or ``"torch"`` for a native module.
+        words: How to speak of the model and its layers.
         mode: Whether the model is in training mode now (torch), as of a site.
         sites: In execution order.
         layers: Layers with weights that are not sites, in execution order.
@@ -99,7 +172,7 @@ class ModelFacts:
 
     name: str = "model"
     backend: str = "tensorflow"
-    framework: str = "keras"
+    words: Vocabulary = Vocabulary()
     mode: bool | None = None
     sites: tuple[SiteFacts, ...] = ()
     layers: tuple[LayerFacts, ...] = ()
@@ -111,19 +184,6 @@ class ModelFacts:
 
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)
-
-    @property
-    def native(self) -> bool:
-        """A torch module that is no Keras model."""
-        return self.framework == "torch"
-
-    def is_torch(self, each: SiteFacts) -> bool:
-        """Whether a site is a torch module: of a native model, or wrapped in a Keras one."""
-        return self.native or each.site.kind.startswith("torch.")
-
-    def cancels(self, each: SiteFacts) -> bool:
-        """Whether a batch variance is E[x²] − E[x]² in float32: Keras' layer on torch."""
-        return self.backend == "torch" and not self.is_torch(each)
 
     def flip_effect(self, *, frozen: bool) -> str | None:
         """What the next training step does after a flip of ``trainable``; ``None``: as meant.

@@ -14,42 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from frostline.types import Array, Certainty
+from frostline.types.codes import BN_CAUSES, OTHER_CAUSES
 
 Task = Literal["binary", "multiclass", "regression", "unknown"]
-
-#: Cause codes are part of the interface: fixed, never used again.
-BN_CAUSES = (
-    "FROZEN_BATCH_STATS",
-    "FROZEN_DRIFT",
-    "MODE_RESET",
-    "EMA_LAG",
-    "EMA_NOISE",
-    "STATS_NEVER_UPDATED",
-    "MOMENTUM_CONVENTION",
-    "SMALL_BATCH",
-    "BESSEL",
-    "POISONED",
-    "STALE_AFTER_WEIGHT_EDIT",
-    "DOMAIN_STATS",
-    "MIXED_SOURCES",
-    "BATCH_LEAK",
-    "RANK_DIVERGENCE",
-    "FORCED_TRAIN",
-    "STALE_SWITCH",
-    "EPS_MISMATCH",
-)
-OTHER_CAUSES = (
-    "DROPOUT",
-    "EPOCH_AVERAGE",
-    "PREPROCESS",
-    "LABEL_ORDER",
-    "AUGMENT_TRAIN_ONLY",
-    "OVERFIT",
-    "STALE_PARAMS",
-    "LOADING",
-    "KERNEL_BUG",
-    "NONE",
-)
 
 
 @dataclass(frozen=True)
@@ -360,7 +327,7 @@ class Cause:
     """A ranked explanation of the gap.
 
     Attributes:
-        code: One of :data:`BN_CAUSES` or :data:`OTHER_CAUSES`.
+        code: One of :class:`~frostline.types.codes.CauseCode`.
         share: Part of the gap in loss that it explains, in [0, 1] where shares of all causes add
             up to 1 with the part that is not explained; ``None`` where there is no such number.
         sites: Paths of the sites to blame, in execution order; empty for causes that are not BN.
@@ -431,3 +398,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return value
+
+
+__all__ = [
+    "BN_CAUSES",
+    "OTHER_CAUSES",
+    "Attribution",
+    "Behaviour",
+    "Cause",
+    "Difference",
+    "Gap",
+    "InputMoments",
+    "Interval",
+    "Measurement",
+    "Probe",
+    "Remedy",
+    "SiteMeasurement",
+    "SweepPoint",
+    "Task",
+    "plain",
+]

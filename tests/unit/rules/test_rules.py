@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from frostline import rules
+from frostline.adapters.torch.vocabulary import TORCH as TORCH_WORDS
 from frostline.rules import Hit, Rule
 from frostline.types import FrostlineError, Site
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
@@ -59,7 +60,11 @@ def facts(path: str = "bn", *, at: dict[str, Any] | None = None, **changes: Any)
         "gamma": np.array([1.0, 0.5, 1.2]),
         "beta": np.array([0.0, 0.1, -0.2]),
     }
-    return SiteFacts(site=site(path, **(at or {})), **{**numbers, **changes})
+    made = site(path, **(at or {}))
+    if made.kind.endswith("BatchNorm2d"):
+        numbers["words"] = TORCH_WORDS
+        numbers["wrapper_frozen"] = False if made.kind.startswith("torch.") else None
+    return SiteFacts(site=made, **{**numbers, **changes})
 
 
 def model(*sites: SiteFacts, **changes: Any) -> ModelFacts:
@@ -77,7 +82,7 @@ def ones(value: float) -> Any:
 
 
 TORCH = {"kind": "torch.BatchNorm2d", "policy": "update", "decay": 0.9}
-NATIVE = {"framework": "torch", "backend": "torch", "mode": True}
+NATIVE = {"words": TORCH_WORDS, "backend": "torch", "mode": True}
 MODULE = {"kind": "BatchNorm2d", "policy": "update", "decay": 0.9}
 LOCKED = {**MODULE, **FROZEN, "policy": "inference"}
 BEHIND = (LayerFacts(path="conv", order=5, trains=False),)
@@ -147,7 +152,7 @@ TRIGGERS: list[tuple[str, ModelFacts]] = [
     ("FL208", model(facts(dtype="bfloat16"))),
     ("FL209", model(facts(shadow_variance=np.array([0.5, 1.5, 3.1])))),
     ("FL210", model(facts(at={"dtype": "float16"}, mean=ones(300.0)))),
-    ("FL210", model(facts(mean=ones(3000.0)), backend="torch")),
+    ("FL210", model(facts(mean=ones(3000.0), cancels=True), backend="torch")),
     ("FL211", model(facts(beta=np.array([0.0, 0.0, -np.inf])))),
     ("FL901", model(facts(at=FROZEN), layers=BEFORE)),
 ]
@@ -232,7 +237,7 @@ def test_findings_are_complete(code: str, given: ModelFacts) -> None:
     for finding in rules.check(given, rules.select(code))[0]:
         origin = rules.get(code)
         assert (finding.name, finding.severity) == (origin.name, origin.severity)
-        assert finding.fix == ("freeze" if given.native and code == "FL101" else origin.fix)
+        assert finding.fix == (given.words.lock if code == "FL101" else origin.fix)
         assert 20 < len(finding.message) <= 120
         assert finding.evidence
         assert all(isinstance(value, float | str) for value in finding.evidence.values())
@@ -296,7 +301,7 @@ def test_cancellation_costs_what_the_rule_says() -> None:
         x = (rng.normal(size=(200, 4096)) + rng.uniform(0.9, 1, (200, 1)) * ratio).astype("float32")
         naive = np.mean(np.square(x), axis=1) - np.square(np.mean(x, axis=1))
         errors = naive / x.astype(np.float64).var(axis=1) - 1
-        given = model(facts(mean=ones(ratio), variance=ones(1.0) * 0.999), backend="torch")
+        given = model(facts(mean=ones(ratio), variance=ones(1.0) * 0.999, cancels=True))
         found, _ = rules.check(given, rules.select("FL210"))
         assert bool(found) is reported
         measured = float(np.sqrt(np.mean(errors**2)))

@@ -19,6 +19,7 @@ from frostline.adapters.keras.graph import (
     walk,
     wrapped_module,
 )
+from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array, Site
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 
@@ -90,6 +91,7 @@ def _stock(site: Site, layer: Any, optimized: frozenset[int] | None) -> SiteFact
         shadow_variance=shadow,
         dtype=layer.variable_dtype,
         live=bool(getattr(layer, "live", False)),
+        cancels=keras.backend.backend() == "torch",
         optimized=_is_optimized(own, optimized),
     )
 
@@ -107,6 +109,7 @@ def _wrapped(site: Site, wrapper: Any, module: Any, optimized: frozenset[int] | 
         dtype=dtype.removeprefix("torch."),
         optimized=_is_optimized(own, optimized),
         wrapper_frozen=not wrapper.trainable,
+        words=TORCH,
         cumulative=module.momentum is None,
     )
 

@@ -18,6 +18,7 @@ from frostline.adapters.torch.graph import (
     walk,
 )
 from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 
@@ -44,13 +45,14 @@ def facts(model: Any) -> ModelFacts:
                 undone=root.training and not module.training and thawed[site.path],
                 mode=bool(module.training),
                 updates=_updates(module),
+                words=TORCH,
                 cumulative=getattr(module, "momentum", 0.0) is None,
             )
         )
     return ModelFacts(
         name=type(root).__name__,
         backend="torch",
-        framework="torch",
+        words=TORCH,
         mode=bool(root.training),
         sites=tuple(found),
         layers=tuple(

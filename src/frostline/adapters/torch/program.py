@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from frostline.adapters.torch.forward_pass import arrays
+from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array, ModelError, Site
 from frostline.types.facts import ModelFacts, SiteFacts
 
@@ -47,7 +48,7 @@ class ProgramView:
         return ModelFacts(
             name=str(getattr(self.model, "original_name", type(self.model).__name__)),
             backend="torch",
-            framework="torch",
+            words=TORCH,
             mode=False,
             sites=tuple(found),
             order={each.site.path: index for index, each in enumerate(found)},

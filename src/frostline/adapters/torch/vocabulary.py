@@ -1,0 +1,23 @@
+"""How to speak of torch modules; no torch is needed to read it."""
+
+from __future__ import annotations
+
+from frostline.types.codes import Fix
+from frostline.types.facts import Vocabulary
+
+TORCH = Vocabulary(
+    name="torch",
+    convention="new",
+    usual_momentum="0.1",
+    has_policy=False,
+    lock=Fix.FREEZE,
+    frozen_on_batch="track_running_stats is off: training uses the batch, eval() what is stored; "
+    "lock the layer",
+    frozen_parameters="requires_grad is off",
+    positional_names=True,
+    own_loop=True,
+    file="FIXED.pt",
+    file_keeps_settings=False,
+    inference_call="model.eval()",
+    epsilon_line='model.get_submodule("{dotted}").eps = {epsilon:g}',
+)

@@ -1,0 +1,153 @@
+"""What rules and causes both ask of a site: one answer each, so that they cannot disagree.
+
+Arrays have shape ``(channels,)`` and are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from frostline.types import Array
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
+from frostline.types.measured import Behaviour
+
+#: λ from which a site counts as one that uses the batch; sites in between are rare (renorm).
+USES_BATCH = 0.5
+
+
+# --- stored numbers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BadChannels:
+    """Channels with statistics that no data give.
+
+    Attributes:
+        not_finite: The mean or the variance is NaN or infinite.
+        negative: The variance is below 0.
+    """
+
+    not_finite: Array
+    negative: Array
+
+    @property
+    def count(self) -> int:
+        """How many channels have either fault."""
+        return int(np.sum(self.not_finite | self.negative))
+
+
+def bad_channels(facts: SiteFacts) -> BadChannels | None:
+    """Find channels with impossible statistics; ``None`` when all are sound, or none are stored."""
+    if facts.mean is None or facts.variance is None:
+        return None
+    with np.errstate(invalid="ignore"):
+        found = BadChannels(
+            ~(np.isfinite(facts.mean) & np.isfinite(facts.variance)), facts.variance < 0
+        )
+    return found if found.count else None
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """Which statistics of a site are those of a new layer, in every channel.
+
+    Attributes:
+        mean: The mean is 0.
+        variance: The variance is 1, or 0.
+        zero: The variance is 0.
+        half: One of the two has moved, with a value of its own in each channel; one constant in
+            all channels would be an initializer.
+    """
+
+    mean: bool
+    variance: bool
+    zero: bool
+    half: bool
+
+
+def initial_values(facts: SiteFacts) -> InitialValues | None:
+    """Compare stored statistics with those of a new layer; ``None`` when none are stored."""
+    mean, variance = facts.mean, facts.variance
+    if mean is None or variance is None:
+        return None
+    zero, mean_kept = not variance.any(), not mean.any()
+    variance_kept = zero or bool(np.all(variance == 1))
+    moved = variance if mean_kept else mean
+    half = mean_kept != variance_kept and bool(np.ptp(moved) > 0)
+    return InitialValues(mean_kept, variance_kept, zero, half)
+
+
+def affine_is_trained(facts: SiteFacts) -> bool:
+    """Whether gamma or beta shows training: a constant over all channels is an initializer.
+
+    The last gamma of a residual branch often starts at 0.
+    """
+    return any(
+        values is not None
+        and bool(np.any(values != values.flat[0]) if values.size > 1 else values.flat[0] not in new)
+        for values, new in ((facts.gamma, (0.0, 1.0)), (facts.beta, (0.0,)))
+    )
+
+
+# --- frozen sites ---------------------------------------------------------------------------------
+
+
+def expected_behaviour(facts: SiteFacts) -> Behaviour:
+    """What the flags of a site say that it does in training."""
+    site = facts.site
+    stores = site.policy == "batch" or facts.mean is not None
+    locked = site.stats_frozen and (site.policy == "inference" or not stores)
+    return Behaviour(
+        path=site.path,
+        training=0.0 if locked else 1.0,
+        inference=None,
+        moves=not site.stats_frozen,
+    )
+
+
+def uses_batch(blend: float | None) -> bool:
+    """Whether a measured blend is that of the batch; ``None``, not known, is not."""
+    return blend is not None and blend >= USES_BATCH
+
+
+def is_frozen(facts: SiteFacts) -> bool:
+    """Whether the parameters or the statistics of a site are frozen."""
+    return facts.site.params_frozen or facts.site.stats_frozen
+
+
+def frozen_on_batch(facts: SiteFacts, seen: Behaviour) -> bool:
+    """A frozen site normalises with the batch, and its statistics do not move (FL101, FL301)."""
+    return is_frozen(facts) and uses_batch(seen.training) and seen.moves is False
+
+
+def frozen_moves(facts: SiteFacts, seen: Behaviour) -> bool:
+    """The statistics of a frozen site move in training (FL102, FL103, FL302)."""
+    return is_frozen(facts) and seen.moves is True
+
+
+def is_locked(facts: SiteFacts) -> bool:
+    """Whether a site uses its stored statistics in training, by its flags."""
+    return facts.site.stats_frozen and facts.site.policy == "inference"
+
+
+# --- neighbours -----------------------------------------------------------------------------------
+
+
+def layer_before(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:
+    """The last layer with weights before a site, in execution order."""
+    order = model.order.get(facts.site.path, facts.site.index)
+    return next((layer for layer in reversed(model.layers) if layer.order < order), None)
+
+
+def layer_behind(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:
+    """The first layer with weights behind a site, in execution order."""
+    order = model.order.get(facts.site.path, facts.site.index)
+    return next((layer for layer in model.layers if layer.order > order), None)
+
+
+def frozen_layer_fed(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:
+    """The frozen layer right behind a thawed site (FL106, FL311); ``None`` without one."""
+    behind = None if is_frozen(facts) else layer_behind(model, facts)
+    return None if behind is None or behind.trains else behind
