@@ -129,7 +129,7 @@ class SampleMoments(Moments):
         return SampleMoments(count, mean, self.m2 + other.m2)
 
 
-class Calls(TorchFunctionMode):
+class Calls(TorchFunctionMode):  # type: ignore[misc]
     """While it is entered, every normalising call in this thread is answered by ``answer``.
 
     Args:
@@ -256,7 +256,7 @@ def _frozen(
 
 
 def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _keeps_statistics(module: Any) -> bool:
 
 
 @functools.cache
-def _calls_norm(kind: type) -> bool:
+def _calls_norm(kind: Any) -> bool:
     """Whether the code of a class names a function that normalises with given statistics.
 
     A bare ``nn.Module`` holds the buffers of an exported graph, whose nodes are such calls.
