@@ -15,19 +15,17 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     from frostline.cache import cache_features as cache_features
     from frostline.cache.features import FeatureCache as FeatureCache
     from frostline.numerics.averages import suggest_momentum as suggest_momentum
-    from frostline.report.report import Report as Report
-    from frostline.types import (
+    from frostline.types.errors import (
         BackendError as BackendError,
-        Boundary as Boundary,
-        Crossing as Crossing,
         DataError as DataError,
-        Finding as Finding,
         FrostlineError as FrostlineError,
         ModelError as ModelError,
         OutputError as OutputError,
-        PhaseTable as PhaseTable,
-        Site as Site,
     )
+    from frostline.types.findings import Finding as Finding
+    from frostline.types.phases import PhaseTable as PhaseTable
+    from frostline.types.report import Report as Report
+    from frostline.types.sites import Boundary as Boundary, Crossing as Crossing, Site as Site
     from frostline.verbs.diagnose import (
         diagnose as diagnose,
         lint as lint,
@@ -57,20 +55,20 @@ __version__ = _version("frostline")
 
 #: Public name -> module that defines it. A name equal to the module's own name is the module.
 _EXPORTS = {
-    "BackendError": "types",
-    "Boundary": "types",
+    "BackendError": "types.errors",
+    "Boundary": "types.sites",
     "Change": "verbs.edit",
-    "Crossing": "types",
-    "DataError": "types",
+    "Crossing": "types.sites",
+    "DataError": "types.errors",
     "FeatureCache": "cache.features",
-    "Finding": "types",
-    "FrostlineError": "types",
-    "ModelError": "types",
+    "Finding": "types.findings",
+    "FrostlineError": "types.errors",
+    "ModelError": "types.errors",
     "NotFrozenError": "verbs.watch",
-    "OutputError": "types",
-    "PhaseTable": "types",
-    "Report": "report.report",
-    "Site": "types",
+    "OutputError": "types.errors",
+    "PhaseTable": "types.phases",
+    "Report": "types.report",
+    "Site": "types.sites",
     "assert_frozen": "verbs.watch",
     "Split": "verbs.split",
     "cache_features": "cache",

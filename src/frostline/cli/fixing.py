@@ -12,9 +12,9 @@ import typer
 from frostline.cli import models
 from frostline.remedies import group_of
 from frostline.report import excerpts
-from frostline.report.report import Report
 from frostline.types import Array, OutputError
 from frostline.types.measured import Probe, Remedy
+from frostline.types.report import Report
 
 #: Relative difference of two losses that the same numbers give on the same machine.
 _ROUNDING = 1e-4

@@ -8,8 +8,9 @@ from typing import Literal
 import typer
 
 from frostline.report import github, terminal, text
-from frostline.report.report import ENDINGS, Report
+from frostline.report.files import ENDINGS
 from frostline.types import OutputError
+from frostline.types.report import Report
 
 Form = Literal["text", "json", "html", "github"]
 

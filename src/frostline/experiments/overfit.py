@@ -30,8 +30,8 @@ from frostline.experiments.overfit_settings import (
     resolved,
 )
 from frostline.experiments.run import Progress, Result, Silent, run_rows
-from frostline.report.report import Report
 from frostline.types import Array, DataError, PhaseTable
+from frostline.types.report import Report
 from frostline.verbs.diagnose import diagnose, phases, require_sites, sites
 from frostline.verbs.edit import convert, freeze, recalibrate
 

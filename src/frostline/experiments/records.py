@@ -21,7 +21,7 @@ from frostline.types import OutputError, PhaseRow
 if TYPE_CHECKING:
     from frostline.experiments.overfit import OverfitResult, OverfitSettings, RowResult
     from frostline.experiments.transfer import TransferSettings
-    from frostline.report.report import Report
+    from frostline.types.report import Report
 
 #: Version of the layout of ``results.json``; grows when a reader would have to change.
 SCHEMA_VERSION = 1

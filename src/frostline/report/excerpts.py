@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from frostline.types import Array, as_float64
 from frostline.types.measured import Attribution, Gap, Measurement, Remedy
-
-if TYPE_CHECKING:
-    from frostline.report.report import Report
+from frostline.types.report import Report
 
 #: Sites that are named beside the picture of shares.
 NAMED_SITES = 3
@@ -103,6 +100,15 @@ def remedy_metric(remedies: Sequence[Remedy]) -> str:
     return "loss"
 
 
+def effects(remedy: Remedy) -> list[tuple[str, float, float]]:
+    """Return (metric, before, after) of each number that a remedy has both of."""
+    return [
+        (name, remedy.before[name], after)
+        for name, after in remedy.after.items()
+        if name in remedy.before
+    ]
+
+
 def first_choice(remedies: Sequence[Remedy]) -> Remedy | None:
     """Return the remedy to take: the first that helps for sure, as they come best first."""
     return next((each for each in remedies if each.recommended), None)
@@ -115,6 +121,11 @@ def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
         for each in remedies
         if all(math.isfinite(side.get(metric, math.nan)) for side in (each.before, each.after))
     ]
+
+
+def frozen_paths(report: Report) -> set[str]:
+    """Return the paths of the sites of which anything is frozen."""
+    return {site.path for site in report.sites if site.stats_frozen or site.params_frozen}
 
 
 def unexplained(report: Report) -> float | None:

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from frostline.report import excerpts, wording
+from frostline.report import escaping, excerpts, wording
+from frostline.report.palette import BAD, BAND, FROZEN, GOOD, GROUND, INK, QUIET, RULE, TRAINS
 from frostline.types import Array
+from frostline.types.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from frostline.report.report import Report
-
     Canvas = Figure | SubFigure
-
-INK, QUIET, RULE, BAND = "#1b2733", "#5b6873", "#dbe1e6", "#f3f6f8"
-FROZEN, THAWED, GOOD, BAD, GROUND = "#0072b2", "#b84e00", "#00795c", "#a8324a", "#fefefe"
 
 #: Groups and remedies that a picture shows at most; the page's lists have them all.
 MOST_ROWS = 12
@@ -294,7 +291,7 @@ def _rows(
     ax: Axes = canvas.subplots()
     rows = max(len(names), 1)
     fits = 56 if wide else 54
-    labels = [wording.shortened(wording.printable(name), fits) for name in names]
+    labels = [wording.shortened(escaping.printable(name), fits) for name in names]
     left = 12 + _CHARACTER * max((len(label) for label in labels), default=0) if wide else 8
     canvas.subplots_adjust(**_margins(canvas, left=left, right=right, top=16, bottom=bottom))
     ax.set_ylim(rows - 0.4, -0.65 if wide else -0.85)
@@ -311,8 +308,8 @@ def _rows(
 
 
 def _frozen(report: Report, paths: Sequence[str]) -> list[bool]:
-    known = {site.path: site.stats_frozen or site.params_frozen for site in report.sites}
-    return [known.get(name, False) for name in paths]
+    frozen = excerpts.frozen_paths(report)
+    return [path in frozen for path in paths]
 
 
 def _kinds(frozen: Sequence[bool]) -> list[tuple[Array, str, str]]:
@@ -320,7 +317,7 @@ def _kinds(frozen: Sequence[bool]) -> list[tuple[Array, str, str]]:
     is_frozen = np.array(frozen, dtype=bool)
     return [
         (np.flatnonzero(is_frozen), "o", FROZEN),
-        (np.flatnonzero(~is_frozen), "s", THAWED),
+        (np.flatnonzero(~is_frozen), "s", TRAINS),
     ]
 
 
@@ -386,7 +383,7 @@ def _block_bands(ax: Axes, report: Report, paths: tuple[str, ...], *, wide: bool
             ax.axvspan(start - 0.5, stop - 0.5, color=BAND, lw=0, zorder=0)
         room = (stop - start) * 780 / max(len(paths), 1)
         if wide and name and len(name) * _CHARACTER < room:
-            ax.annotate(wording.printable(name), ((start + stop - 1) / 2, 1),
+            ax.annotate(escaping.printable(name), ((start + stop - 1) / 2, 1),
                         xycoords=("data", "axes fraction"), xytext=(0, 2),
                         textcoords="offset points", ha="center", va="bottom", fontsize=10,
                         color=QUIET)  # fmt: skip
@@ -404,7 +401,7 @@ def _depth_axis(ax: Axes, frozen: Sequence[bool]) -> None:
     strip = offset_copy(ax.get_xaxis_transform(), ax.figure.figure, y=-24, units="points")
     width = ax.get_window_extent().width * 72 / ax.figure.dpi
     for name, start, stop in excerpts.runs(["frozen" if each else "trains" for each in frozen]):
-        colour = FROZEN if name == "frozen" else THAWED
+        colour = FROZEN if name == "frozen" else TRAINS
         ax.plot([start - 0.4, stop - 0.6], [0, 0], color=colour, lw=3.2, clip_on=False,
                 transform=strip, solid_capstyle="butt")  # fmt: skip
         if (stop - start) / number * width > len(name) * _CHARACTER:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from frostline.report import wording
-
-if TYPE_CHECKING:
-    from frostline.report.report import Report
+from frostline.report.escaping import printable
+from frostline.types.report import Report
 
 _KINDS = {"error": "error", "warning": "warning", "info": "notice"}
 
@@ -21,7 +18,7 @@ def as_github(report: Report) -> str:
         kind = "error" if cause.certainty == "is" else "warning"
         title = cause.code if cause.share is None else f"{cause.code} {cause.share:.0%} of the gap"
         where = f"{wording.listed(cause.sites, 5)}: " if cause.sites else ""
-        lines.append(_command(kind, title, where + wording.printable(cause.message)))
+        lines.append(_command(kind, title, where + cause.message))
     lines += [
         _command(
             _KINDS[finding.severity],
@@ -38,7 +35,7 @@ def _command(kind: str, title: str, text: str) -> str:
 
 
 def _data(value: str) -> str:
-    return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(value).replace("%", "%25")
 
 
 def _property(value: str) -> str:

@@ -1,7 +1,7 @@
-"""The report as a page: one file, no script, nothing loaded from anywhere.
+"""The report as a page: one file without scripts that loads nothing.
 
-What the page says is prepared here as plain values; ``page.html.jinja`` lays it out, and escapes
-every text. Only the pictures and the style sheet are inserted as they are.
+This module prepares plain values; ``page.html.jinja`` lays them out. Every text is escaped; only
+the pictures and the style sheet are inserted as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from frostline.report import excerpts, figures, vector, wording
+from frostline.report import escaping, excerpts, figures, palette, vector, wording
 from frostline.types import Array, Finding, Site
 from frostline.types.measured import Cause, Measurement, Remedy
+from frostline.types.report import Report
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
-    from frostline.report.report import Report
 
 #: Sites above which their table is folded away.
 MANY_SITES = 60
@@ -66,23 +67,28 @@ def _environment() -> Environment:
     )
     filters = (
         wording.number, wording.percent, wording.interval, wording.count, wording.listed,
-        wording.sentence, wording.certainty, wording.differentiated,
+        wording.sentence, wording.certainty, pasted,
     )  # fmt: skip
     environment.filters |= {each.__name__: each for each in filters}
-    # What does not print would be shown as nothing, or not be allowed in a file at all.
-    environment.finalize = lambda value: (
-        wording.printable(value, keep="\n") if type(value) is str else value
-    )
+    # autoescape then does for <, > and & what escaping.html does elsewhere.
+    environment.finalize = lambda value: escaping.printable(value) if type(value) is str else value
     return environment
+
+
+def pasted(code: str) -> Markup:
+    """Return code to paste: as any text, but its line breaks stay."""
+    from markupsafe import Markup, escape
+
+    return Markup(escape(escaping.printable(code, keep="\n")))
 
 
 def _context(report: Report) -> dict[str, Any]:
     from markupsafe import Markup
 
     style = (resources.files("frostline.report") / "page.css").read_text(encoding="utf-8")
-    measured = report.measurement
+    measured, found = report.measurement, report.attribution
     return {
-        "style": Markup(style),
+        "style": Markup(palette.stylesheet() + style),
         "report": report,
         "measured": measured,
         "status": wording.status(report),
@@ -91,6 +97,8 @@ def _context(report: Report) -> dict[str, Any]:
         "gap_rows": gap_rows(measured) if measured is not None else [],
         "causes": [cause_row(report, cause) for cause in report.causes if cause.code != "NONE"],
         "unexplained": excerpts.unexplained(report),
+        "summary": wording.summary(report),
+        "completeness": "" if found is None else wording.completeness(found),
         "pictures": pictures(report),
         "top_sites": top_sites(report),
         "remedies": [
@@ -174,16 +182,11 @@ def top_sites(report: Report) -> list[dict[str, Any]]:
 
 def remedy_row(remedy: Remedy, *, best: bool) -> dict[str, Any]:
     """Return what the page says of a remedy."""
-    effects = [
-        (name, remedy.before[name], value)
-        for name, value in remedy.after.items()
-        if name in remedy.before
-    ]
     lines = [("Python", remedy.python), ("Shell", remedy.shell)]
     return {
         "remedy": remedy,
         "best": best,
-        "effects": effects,
+        "effects": excerpts.effects(remedy),
         "lines": [(name, line) for name, line in lines if line],
     }
 
@@ -193,13 +196,12 @@ def finding_rows(report: Report) -> list[dict[str, Any]]:
     rows = []
     for group in wording.by_code(report.findings):
         first = group[0]
-        same = len({finding.message for finding in group}) == 1
         rows.append(
             {
                 "first": first,
                 "symbol": wording.SEVERITIES[first.severity],
                 "sites": [path for finding in group for path in finding.sites],
-                "messages": [] if same else group,
+                "messages": [] if wording.alike(group) else group,
                 "remedy": remedy_of(report, first),
             }
         )

@@ -24,14 +24,41 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from frostline.types import DataError
+from frostline.types.report import Report
+
+#: Raised when a field of the JSON form is renamed, removed or changes its meaning.
+SCHEMA_VERSION = 2
+
+_Report = TypeVar("_Report", bound=Report)
 
 #: Numbers that JSON has no literal for.
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Return a report as plain types for JSON."""
+    return {"schema_version": SCHEMA_VERSION, "clean": report.clean, **encode(report)}
+
+
+def from_dict(kind: type[_Report], plain: Mapping[str, Any]) -> _Report:
+    """Return the report that :func:`as_dict` was given.
+
+    Raises:
+        DataError: Another schema version, or not a report.
+    """
+    version = plain.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"a report of schema version {SCHEMA_VERSION} is needed. "
+            f"Received: schema_version={version!r}"
+        )
+    read: _Report = decode(kind, plain)
+    return read
 
 
 def encode(value: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
-from frostline.report import text
+from frostline.report import escaping, text
 from frostline.types import Site
 
 if TYPE_CHECKING:
@@ -17,9 +16,9 @@ class Sites(tuple[Site, ...]):
     """Sites in execution order; ``print`` shows the table, a notebook shows it by itself.
 
     Attributes:
-        before: How many of them lie in the frozen prefix; ``None`` where the first layer with
-            weights trains, so that there is no prefix.
-        boundary: Path of the first layer that trains behind it; ``None`` where there is none.
+        before: Number of sites in the frozen prefix; ``None`` without a prefix, because the first
+            layer with weights trains.
+        boundary: Path of the first layer behind the prefix; ``None`` where every layer is frozen.
     """
 
     before: int | None
@@ -44,4 +43,5 @@ class Sites(tuple[Site, ...]):
         return text.render(self.table(width), width=width).rstrip("\n")
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        table = escaping.html(str(self), keep="\n")
+        return f"<pre>{table}</pre>"

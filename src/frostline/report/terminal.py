@@ -4,104 +4,132 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from frostline.report import excerpts, wording
+from frostline.report import excerpts, palette, wording
+from frostline.report.escaping import line, printable
 from frostline.types import Finding
-from frostline.types.measured import Attribution, Cause, Measurement, Remedy
+from frostline.types.measured import Attribution, Cause, Gap, Measurement, Remedy
+from frostline.types.report import Report
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from frostline.report.report import Report
-
-#: Severity -> symbol, colour; the word is always there too.
-_LOOKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "info": ("i", "cyan")}
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
 
 #: Severity -> sites listed in a group before "and n more".
 _LISTED = {"error": 5, "warning": 5, "info": 2}
 
-
-#: Cells of the strip of shares; deeper models are summed up, neighbours in one cell.
+#: Cells of the strip of shares; in deeper models neighbouring sites share a cell.
 _CELLS = 72
 _HEIGHTS = "▁▂▃▄▅▆▇█"
+
+_SPACE_IN_INTERVAL = re.compile(r" (?=to [+−]?[\d∞i])|(?<= to) (?=[+−]?[\d∞i])")
 
 
 def as_text(report: Report) -> RenderableType:
     """Return the report for a terminal; parts without numbers are left out."""
     from rich.console import Group
-    from rich.text import Text
 
-    parts: list[RenderableType] = [Text(wording.printable(report.verdict), style="bold")]
+    parts: list[RenderableType] = [_Paragraph(report.verdict, style="bold")]
     facts = wording.origin(report)
     if facts:
-        line = " · ".join(f"{name} {value}" for name, value in facts)
-        parts.append(Text(wording.printable(line), style="dim"))
+        parts.append(line(" · ".join(f"{name} {value}" for name, value in facts), style="dim"))
     if report.measurement is not None:
-        parts += [Text(""), _gap_table(report.measurement)]
+        parts += ["", _gap_table(report.measurement)]
     for cause in report.causes:
         if cause.code != "NONE":
-            parts += [Text(""), *_cause_lines(cause)]
+            parts += ["", *_cause_lines(cause)]
     rest = excerpts.unexplained(report)
     if rest:
-        parts.append(Text(f"{wording.percent(rest)} of the gap is not explained", style="dim"))
+        parts.append(line(f"{wording.percent(rest)} of the gap is not explained", style="dim"))
     if report.attribution is not None:
-        parts += [Text(""), *_where_lines(report, report.attribution)]
+        parts += ["", *_where_lines(report, report.attribution)]
     if report.remedies:
-        parts += [Text(""), *_remedy_lines(report.remedies)]
+        parts += ["", *_remedy_lines(report.remedies)]
     for group in wording.by_code(report.findings):
-        parts += [Text(""), *_group_lines(group)]
+        parts += ["", *_group_lines(group)]
     if report.measurement is not None or report.skipped:
-        parts += [Text(""), *_unchecked_lines(report)]
+        parts += ["", *_unchecked_lines(report)]
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class _Paragraph:
+    """Text of any length, broken into lines between words but never inside an interval."""
+
+    text: str
+    style: str = ""
+    indent: str = ""
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        # textwrap breaks lines at ordinary blanks only, so a no-break space holds an interval.
+        whole = _SPACE_IN_INTERVAL.sub("\N{NO-BREAK SPACE}", printable(self.text))
+        for part in textwrap.wrap(
+            whole, options.max_width, break_on_hyphens=False,
+            initial_indent=self.indent, subsequent_indent=self.indent,
+        ):  # fmt: skip
+            yield line(part.replace("\N{NO-BREAK SPACE}", " "), style=self.style)
+
+
+def _inset(text: str) -> _Paragraph:
+    return _Paragraph(text, indent="  ")
 
 
 def _gap_table(measured: Measurement) -> RenderableType:
     from rich.table import Table
-    from rich.text import Text
 
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("the same samples", "loss", "accuracy", "difference in loss, 95%"):
-        grid.add_column(heading, header_style="dim", justify="left" if " s" in heading else "right")
+    grid.add_column("the same samples", header_style="dim")
+    for heading in ("loss", "accuracy", "difference in loss, 95%"):
+        left = heading.endswith("%")
+        grid.add_column(
+            heading, header_style="dim", justify="left" if left else "right", no_wrap=True
+        )
     for probe in measured.probes.values():
         gap = excerpts.gap_of_probe(measured, probe.name)
-        told = "" if gap is None else wording.interval(gap.loss)
-        if gap is not None and not gap.loss.excludes_zero:
-            told += "\nmay be 0"
-        if gap is not None and gap.minus != "inference":
-            told += f"\nagainst {gap.minus}"
-        name = wording.printable(wording.probe(probe.name))
         broken = f" ({wording.count(probe.broken, 'sample')} not finite)" if probe.broken else ""
-        cells = (wording.number(probe.loss), wording.number(probe.accuracy), told)
-        grid.add_row(Text(name + broken), *map(Text, cells))
+        numbers = map(line, (wording.number(probe.loss), wording.number(probe.accuracy)))
+        grid.add_row(line(wording.probe(probe.name) + broken), *numbers, _difference(gap))
     return grid
 
 
-def _cause_lines(cause: Cause) -> list[RenderableType]:
+def _difference(gap: Gap | None) -> Text:
     from rich.text import Text
 
+    if gap is None:
+        return Text()
+    lines = [line(wording.interval(gap.loss))]
+    if not gap.loss.excludes_zero:
+        lines.append(line("may be 0"))
+    if gap.minus != "inference":
+        lines.append(line(f"against {gap.minus}"))
+    return Text("\n").join(lines)
+
+
+def _cause_lines(cause: Cause) -> list[RenderableType]:
     share = "" if cause.share is None else f"{wording.percent(cause.share)} of the gap, "
-    head = Text.assemble(
+    head = line(
         ("✗ cause ", "bold red"),
         (cause.code, "bold"),
         f" ({share}{wording.certainty(cause.certainty)})",
     )
-    body = [wording.printable(cause.message)]
+    body = [cause.message]
     if cause.sites:
         body.append(f"at {wording.listed(cause.sites, 3)}")
     if cause.settle:
-        body.append(f"to settle it: {wording.printable(cause.settle)}")
+        body.append(f"to settle it: {cause.settle}")
     return [head, *map(_inset, body)]
 
 
 def _where_lines(report: Report, found: Attribution) -> list[RenderableType]:
-    from rich.text import Text
-
     shares = excerpts.relative_shares(found)
-    frozen = {site.path for site in report.sites if site.stats_frozen or site.params_frozen}
-    lines: list[RenderableType] = [Text("shares of the gap over depth", style="bold")]
+    lines: list[RenderableType] = [line("shares of the gap over depth", style="bold")]
     if len(found.paths) > 1 and shares.any() and all(map(math.isfinite, shares)):
+        frozen = excerpts.frozen_paths(report)
         cells = min(len(shares), _CELLS)
         edges = [round(i * len(shares) / cells) for i in range(cells + 1)]
         pairs = list(itertools.pairwise(edges))
@@ -112,79 +140,64 @@ def _where_lines(report: Report, found: Attribution) -> list[RenderableType]:
             for x in sums
         )
         marks = "".join("=" if found.paths[start] in frozen else "-" for start, _ in pairs)
-        lines += [Text(f"  {strip}"), Text(f"  {marks}", style="dim")]
-        lines.append(Text("  = frozen, - trains, ▾ against the gap", style="dim"))
+        lines += [line(f"  {strip}"), line(f"  {marks}", style="dim")]
+        lines.append(line("  = frozen, - trains, ▾ against the gap", style="dim"))
     for rank, index in enumerate(excerpts.largest(shares), start=1):
         path, alone = found.paths[index], found.alone.get(found.paths[index])
-        told = "" if alone is None else f"; alone: loss {wording.number(alone, signed=True)}"
-        name = wording.printable(path)
-        lines.append(_inset(f"{rank}. {name}: {wording.percent(float(shares[index]))}{told}"))
-    missing = wording.percent(found.residual)
-    told = f"  the shares, of {wording.differentiated(found)}, miss {missing} of their gap"
-    lines.append(Text(told, style="dim"))
+        effect = "" if alone is None else f"; alone: loss {wording.number(alone, signed=True)}"
+        lines.append(_inset(f"{rank}. {path}: {wording.percent(float(shares[index]))}{effect}"))
+    lines.append(line(f"  {wording.completeness(found)}", style="dim"))
     return lines
 
 
 def _remedy_lines(remedies: Sequence[Remedy]) -> list[RenderableType]:
-    from rich.text import Text
-
     lines: list[RenderableType] = []
-    if not any(each.recommended for each in remedies):
-        lines.append(Text("no remedy that was tried helps on these samples", style="bold"))
     best = excerpts.first_choice(remedies)
-    for each in remedies:
-        mark = "★" if each is best else "✓" if each.recommended else " "
+    if best is None:
+        lines.append(line("none of the remedies that were tried helps on these samples",
+                          style="bold"))  # fmt: skip
+    for remedy in remedies:
+        mark = "★" if remedy is best else "✓" if remedy.recommended else " "
         effects = [
-            f"{name} {wording.number(each.before[name])} → {wording.number(value)}"
-            for name, value in each.after.items()
-            if name in each.before
+            f"{name} {wording.number(before)} → {wording.number(after)}"
+            for name, before, after in excerpts.effects(remedy)
         ]
-        head = Text.assemble(
-            (f"{mark} remedy ", "bold green"),
-            (wording.printable(each.name), "bold"),
-            f": {', '.join(effects) or 'not measured'}",
+        lines.append(
+            line(
+                (f"{mark} remedy ", "bold green"),
+                (remedy.name, "bold"),
+                f": {', '.join(effects) or 'not measured'}",
+            )
         )
-        lines.append(head)
-        change = "" if each.change is None else f"change in loss {wording.interval(each.change)}"
-        if change:
-            lines.append(_inset(change))
-        lines += [_whole(line) for line in (each.python, each.shell) if line]
-        if each.note:
-            lines.append(_inset(wording.printable(each.note)))
+        if remedy.change is not None:
+            lines.append(_inset(f"change in loss {wording.interval(remedy.change)}"))
+        lines += [_whole(command) for command in (remedy.python, remedy.shell) if command]
+        if remedy.note:
+            lines.append(_inset(remedy.note))
     return lines
 
 
-def _whole(line: str) -> RenderableType:
+def _whole(command: str) -> Text:
     """Return a line to paste: a terminal wraps it without putting a line break into it."""
-    from rich.text import Text
-
-    return Text(f"  {wording.printable(line)}", no_wrap=True, overflow="ignore")
-
-
-def _inset(line: str) -> RenderableType:
-    from rich.padding import Padding
-    from rich.text import Text
-
-    return Padding(Text(line), (0, 0, 0, 2), expand=False)
+    text = line(f"  {command}")
+    text.no_wrap, text.overflow = True, "ignore"
+    return text
 
 
 def _group_lines(group: Sequence[Finding]) -> list[RenderableType]:
-    from rich.text import Text
-
     first = group[0]
-    symbol, colour = _LOOKS[first.severity]
     paths = [path for finding in group for path in finding.sites]
     most = _LISTED[first.severity]
-    head = Text.assemble(
-        (f"{symbol} {first.severity} ", f"bold {colour}"),
+    head = line(
+        (f"{wording.SEVERITIES[first.severity]} {first.severity} ",
+         f"bold {palette.TERMINAL[first.severity]}"),
         (f"{first.code} {first.name}", "bold"),
         f" ({wording.count(len(paths), 'site')})",
-    )
-    body: list[str] = []
-    if len({finding.message for finding in group}) == 1:
-        body += [wording.sentence(first), f"at {wording.listed(paths, most)}"]
+    )  # fmt: skip
+    if wording.alike(group):
+        body = [wording.sentence(first), f"at {wording.listed(paths, most)}"]
     else:
-        body += [
+        body = [
             f"{wording.listed(finding.sites)}: {wording.sentence(finding)}"
             for finding in group[:most]
         ]
@@ -196,10 +209,7 @@ def _group_lines(group: Sequence[Finding]) -> list[RenderableType]:
 
 
 def _unchecked_lines(report: Report) -> list[RenderableType]:
-    from rich.text import Text
-
-    rows = wording.unchecked(report)
     return [
-        Text(f"not checked: {wording.printable(name)}: {wording.printable(why)}", style="dim")
-        for name, why in rows
+        _Paragraph(f"not checked: {name}: {why}", style="dim")
+        for name, why in wording.unchecked(report)
     ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from frostline.report.escaping import line, printable
 from frostline.types import PhaseRow, PhaseTable, Site
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def console(width: int | None = None, *, stderr: bool = False) -> Console:
     """
     from rich.console import Console
 
-    return Console(width=width, stderr=stderr, highlight=False, soft_wrap=False)
+    return Console(width=width, stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def render(renderable: RenderableType, *, width: int = 80, color: bool = False) -> str:
@@ -69,6 +70,8 @@ def render(renderable: RenderableType, *, width: int = 80, color: bool = False) 
         no_color=not color,
         color_system="standard" if color else None,
         highlight=False,
+        markup=False,
+        emoji=False,
         legacy_windows=False,
     )
     out.print(renderable, crop=False)
@@ -104,7 +107,6 @@ def sites_table(
     """
     from rich.console import Group
     from rich.rule import Rule
-    from rich.text import Text
 
     rows = [_site_cells(site) for site in sites]
     headings = _SITE_HEADINGS
@@ -118,7 +120,7 @@ def sites_table(
             if boundary is not None
             else "boundary: none, every layer is frozen"
         )
-        parts.append(Rule(Text(text), style="bold", align="left", characters="─"))
+        parts.append(Rule(line(text), style="bold", align="left", characters="─"))
     if rows[cut:]:
         parts.append(_fixed_table(rows[cut:], headings=None, widths=widths))
     parts.append(_sites_summary(sites))
@@ -128,10 +130,9 @@ def sites_table(
 def phases_table(table: PhaseTable) -> RenderableType:
     """Return the essay's table: dynamic, phase 0 and phase 1, the gap, and the tell-tales."""
     from rich.console import Group
-    from rich.text import Text
 
     names = list(dict.fromkeys(name for row in table.rows for name in row.metrics))
-    grid = _table(["phase", "loss", *[_HEADINGS.get(name, name) for name in names]])
+    grid = _table(["phase", "loss", *[_HEADINGS.get(name) or printable(name) for name in names]])
     for row in table.rows:
         grid.add_row(
             _PHASE_WORDS[row.phase],
@@ -147,8 +148,8 @@ def phases_table(table: PhaseTable) -> RenderableType:
     )
     plural = "" if table.sites == 1 else "s"
     caption = f"{table.task}, {table.samples} samples, {table.sites} BN layer{plural}"
-    words = [Text(f"▶ {pattern}", style="bold yellow") for pattern in table.patterns]
-    return Group(Text(caption, style="dim"), grid, *words)
+    words = [line(f"▶ {pattern}", style="bold yellow") for pattern in table.patterns]
+    return Group(line(caption, style="dim"), grid, *words)
 
 
 def phase_gaps(inference: PhaseRow, training: PhaseRow) -> dict[str, float]:
@@ -186,13 +187,12 @@ def comparison_table(rows: Iterable[ComparisonRow]) -> RenderableType:
 def facts(pairs: Mapping[str, Any]) -> RenderableType:
     """Return a two-column list of facts: name, value."""
     from rich.table import Table
-    from rich.text import Text
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs.items():
-        grid.add_row(name, Text(str(value)))
+        grid.add_row(line(name), line(str(value)))
     return grid
 
 
@@ -205,7 +205,7 @@ def _site_cells(site: Site) -> tuple[str, ...]:
         uses += f" (also trained by {site.trained_by})"
     return (
         str(site.index),
-        site.path + uses,
+        printable(site.path + uses),
         MISSING if site.channels is None else str(site.channels),
         "frozen" if site.params_frozen else "train",
         "frozen" if site.stats_frozen else "move",
@@ -223,12 +223,11 @@ def _normalises_with(site: Site) -> str:
 
 
 def _sites_summary(sites: Sequence[Site]) -> RenderableType:
-    from rich.text import Text
 
     frozen = sum(site.stats_frozen for site in sites)
     fixed = sum(site.params_frozen for site in sites)
     plural = "" if len(sites) == 1 else "s"
-    return Text(
+    return line(
         f"{len(sites)} BN layer{plural}: statistics frozen in {frozen}, "
         f"gamma/beta frozen in {fixed}.",
         style="bold",
@@ -248,7 +247,6 @@ def _fixed_table(
 ) -> Table:
     """Return a borderless table of fixed column widths, so that two of them line up."""
     from rich.table import Table
-    from rich.text import Text
 
     grid = Table(box=None, padding=(0, 2, 0, 0), show_header=headings is not None, pad_edge=False)
     for column, wide in enumerate(widths):
@@ -260,7 +258,7 @@ def _fixed_table(
             header_style="dim",
         )
     for row in rows:
-        grid.add_row(*[Text(cell, style="cyan" if cell == "frozen" else "") for cell in row])
+        grid.add_row(*[line(cell, style="cyan" if cell == "frozen" else "") for cell in row])
     return grid
 
 

@@ -1,33 +1,16 @@
 """A matplotlib picture as SVG that is part of a page: its fonts, and its colours in both themes.
 
-The picture is drawn once in the colours of the light theme; each of them is replaced by a CSS
-variable of the page, with the light colour as what holds where there is no such variable.
+matplotlib draws the picture in the colours of the light theme. Each colour then becomes a CSS
+variable of the page; the light colour is the fallback outside of a page.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import re
-from typing import TYPE_CHECKING
 
-from frostline.report import figures
-
-if TYPE_CHECKING:
-    from frostline.report.report import Report
-
-#: Colour of a picture -> CSS variable of the page.
-VARIABLES = {
-    figures.INK: "--fl-ink",
-    figures.QUIET: "--fl-quiet",
-    figures.RULE: "--fl-rule",
-    figures.BAND: "--fl-band",
-    figures.FROZEN: "--fl-frozen",
-    figures.THAWED: "--fl-trains",
-    figures.GOOD: "--fl-good",
-    figures.BAD: "--fl-bad",
-    figures.GROUND: "--fl-ground",
-}
+from frostline.report import escaping, figures, palette
+from frostline.types.report import Report
 
 _NOTHING = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -63,7 +46,7 @@ def _embedded(document: str, label: str) -> str:
     # A text node has no bare < or > in it: what is between the two is a tag, and no name.
     body = re.sub(r"<[^>]*>", lambda tag: _themed(tag.group()), body)
     body = re.sub(r">\s*\n\s*<", "><", body)
-    attributes = f'<svg role="img" aria-label="{html.escape(label)}"'
+    attributes = f'<svg role="img" aria-label="{escaping.html(label)}"'
     return body.replace("<svg", attributes, 1).strip()
 
 
@@ -76,6 +59,6 @@ def _themed(tag: str) -> str:
     tag = tag.replace("xlink:href", "href")
     tag = re.sub(r"\s*\n\s*", " ", tag)
     tag = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}", tag)
-    for colour, variable in VARIABLES.items():
-        tag = tag.replace(colour, f"var({variable}, {colour})")
+    for colour in palette.COLOURS:
+        tag = tag.replace(colour.light, f"var({colour.variable}, {colour.light})")
     return tag

@@ -1,28 +1,25 @@
-"""How a report says things, the same in every form: numbers, names, groups, reasons.
+"""The words and numbers of a report, the same in every form.
 
-Plain text only; each form escapes what is special to it.
+Plain text only: each renderer escapes it for its medium (``escaping.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from frostline.report import excerpts
+from frostline.report import escaping, excerpts
 from frostline.types import Certainty, Finding, Site, Skipped
 from frostline.types.measured import Attribution, Interval
+from frostline.types.report import Report
 
-if TYPE_CHECKING:
-    from frostline.report.report import Report
-
-#: Shown for a number that does not exist.
+#: Shown in place of a missing number.
 MISSING = "–"
 
-#: Severity -> symbol; the word is always there too.
+#: Severity -> symbol; the word always stands beside it.
 SEVERITIES = {"error": "✗", "warning": "!", "info": "i"}
 
-#: Probe -> what was done with the samples.
+#: Probe -> how the samples were run.
 PROBES = {
     "inference": "inference: the model as it is",
     "training": "training mode, nothing updated",
@@ -39,11 +36,11 @@ PROBES = {
     "validation population": "validation data: recalibrated on the training samples",
 }
 
-#: Gap -> what it tells.
+#: Gap -> its label.
 GAPS = {
     "total": "whole gap: training − inference",
-    "bn": "BN's part of it",
-    "dropout": "dropout's part of it",
+    "bn": "part due to BN",
+    "dropout": "part due to dropout",
     "all batch": "batch statistics at every site",
     "lag": "recalibrating unfrozen sites",
     "population": "recalibrating all sites",
@@ -53,28 +50,13 @@ GAPS = {
 #: Picture -> its heading.
 PICTURES = {
     "gaps": "Differences in loss, with 95% intervals",
-    "attribution": "Share of each BN layer in the gap",
-    "groups": "Share of each block in the gap",
-    "drift": "Stored statistics against the data",
+    "attribution": "Share of the gap by BN layer",
+    "groups": "Share of the gap by block",
+    "drift": "Stored statistics compared with the data",
     "path": "From stored to batch statistics",
     "sweep": "Batch size",
     "remedies": "Effect of each remedy",
 }
-
-
-def printable(name: str, *, keep: str = "") -> str:
-    r"""Show what does not print as an escape: a terminal would obey it, a file not hold it.
-
-    Args:
-        name: Any text.
-        keep: Characters to leave as they are all the same.
-
-    >>> printable("bn\x1b[31m"), printable("中文")
-    ('bn\\x1b[31m', '中文')
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in name
-    )
 
 
 def count(number: int, word: str) -> str:
@@ -87,24 +69,29 @@ def count(number: int, word: str) -> str:
 
 
 def listed(names: Sequence[str], most: int | None = None) -> str:
-    """Return names on one line, the rest as a number.
+    """Return names on one line; those beyond ``most`` as a count.
 
     >>> listed(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     shown = names if most is None or len(names) <= most else names[:most]
     more = len(names) - len(shown)
-    return ", ".join(map(printable, shown)) + (f" and {more} more" if more else "")
+    return ", ".join(map(escaping.printable, shown)) + (f" and {more} more" if more else "")
 
 
 def sentence(finding: Finding) -> str:
-    """Return a finding's message, with a word when it is inferred."""
-    text = printable(finding.message)
+    """Return a finding's message, marked when it is inferred."""
+    text = escaping.printable(finding.message)
     return text if finding.certainty == "is" else f"{text} (inferred)"
 
 
+def alike(group: Sequence[Finding]) -> bool:
+    """Whether findings of one rule say the same, so that they are shown once."""
+    return len({finding.message for finding in group}) == 1
+
+
 def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Group findings of one rule, in the order in which the rules first appear."""
+    """Group findings by rule, in the order of each rule's first finding."""
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
         groups.setdefault(finding.code, []).append(finding)
@@ -112,7 +99,7 @@ def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 
 def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
-    """Return reason -> codes of the rules that were not applied for it."""
+    """Return reason -> codes of the rules skipped for it."""
     reasons: dict[str, list[str]] = {}
     for each in skipped:
         reasons.setdefault(each.reason, []).append(each.code)
@@ -120,17 +107,17 @@ def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
 
 
 def minus(text: str) -> str:
-    """Return a number's text with a real minus sign."""
+    """Replace the hyphen of a number by a minus sign."""
     return text.replace("-", "−")
 
 
 def number(value: float | None, *, signed: bool = False, digits: int | None = None) -> str:
-    """Return a number with three decimals; more where it is small, none where it is whole.
+    """Return a number with three decimals: more where it is small, none from 1000 on.
 
     Args:
         value: A number; ``None`` and NaN are shown as missing.
-        signed: With a plus sign too.
-        digits: Decimals, where the number stands beside others.
+        signed: Show a plus sign too.
+        digits: Number of decimals, to match a number beside it.
 
     >>> number(0.12345), number(-0.0004321, signed=True), number(12345.6), number(None)
     ('0.123', '−0.00043', '12346', '–')
@@ -145,7 +132,7 @@ def number(value: float | None, *, signed: bool = False, digits: int | None = No
 
 
 def fact(value: float | str) -> str:
-    """Return a value of evidence: a count as a whole number.
+    """Return a value of evidence; counts have no decimals.
 
     >>> fact(33), fact(0.4948), fact("batch")
     ('33', '0.495', 'batch')
@@ -169,7 +156,7 @@ def percent(share: float | None) -> str:
 
 
 def interval(value: Interval | None) -> str:
-    """Return an estimate and its interval, with as many decimals.
+    """Return an estimate and its interval, all with the same number of decimals.
 
     >>> interval(Interval(-0.442, -0.497, -0.003, 0.95))
     '−0.442 (−0.497 to −0.003)'
@@ -185,7 +172,7 @@ def interval(value: Interval | None) -> str:
 
 
 def shortened(name: str, most: int) -> str:
-    """Return a name with its middle left out where it is too long: both ends tell.
+    """Return a name of at most ``most`` characters, with an ellipsis in the middle if it is longer.
 
     >>> shortened("backbone/stage1/unit2/bn", 15)
     'backbon…nit2/bn'
@@ -197,12 +184,12 @@ def shortened(name: str, most: int) -> str:
 
 
 def probe(name: str) -> str:
-    """Return what a probe is, in words; its name where it has no words."""
+    """Return the label of a probe, by default its name."""
     return PROBES.get(name, name)
 
 
 def gap(name: str) -> str:
-    """Return what a gap is, in words."""
+    """Return the label of a gap, by default its name."""
     return GAPS.get(name, name)
 
 
@@ -213,12 +200,12 @@ def _digits(size: float) -> int:
 
 
 def certainty(value: Certainty) -> str:
-    """Return how sure a statement is, in a word."""
+    """Return "measured" or "inferred"."""
     return "measured" if value == "is" else "inferred"
 
 
 def state(site: Site) -> str:
-    """Return what of a site is frozen."""
+    """Return which parts of a site are frozen."""
     if site.params_frozen and site.stats_frozen:
         return "frozen"
     if site.params_frozen:
@@ -235,8 +222,41 @@ def status(report: Report) -> tuple[str, str, str]:
     return "!", "findings", "bad"
 
 
+def summary(report: Report) -> str:
+    """Return one sentence for a reader who does not know BN: is there a problem, and how large."""
+    measured, found = report.measurement, report.gap
+    if measured is None or found is None:
+        return _summary_of_findings(report)
+    inference, training = (measured.probes.get(name) for name in ("inference", "training"))
+    if inference is not None and inference.broken:
+        broken = f"{inference.broken} of {count(measured.samples, 'sample')}"
+        return f"The model's output is not a number for {broken}."
+    if not found.loss.excludes_zero:
+        return (
+            f"On these {count(measured.samples, 'sample')} the model performs in use as it does in "
+            "training mode, within the margin of error."
+        )
+    worse = found.loss.estimate < 0
+    text = f"The model performs {'worse' if worse else 'better'} in use than in training mode"
+    if inference is not None and training is not None:
+        name, one, other = "loss", number(inference.loss), number(training.loss)
+        if inference.accuracy is not None and training.accuracy is not None:
+            name, one, other = "accuracy", f"{inference.accuracy:.1%}", f"{training.accuracy:.1%}"
+        text += f": {name} {one} instead of {other} on the same {measured.samples} samples"
+    return f"{text}."
+
+
+def _summary_of_findings(report: Report) -> str:
+    kinds = [finding.severity for finding in report.findings]
+    errors, warnings = kinds.count("error"), kinds.count("warning")
+    if not errors + warnings:
+        return "No problem was found in the model's BN layers."
+    found = f"{count(errors, 'error')} and {count(warnings, 'warning')}"
+    return f"The check of the model's BN layers found {found}."
+
+
 def origin(report: Report) -> list[tuple[str, str]]:
-    """Return where the report comes from, with what the measurement knows of it."""
+    """Return (name, value) of what the report was made from."""
     facts = dict(report.origin)
     measured = report.measurement
     if measured is not None:
@@ -247,7 +267,7 @@ def origin(report: Report) -> list[tuple[str, str]]:
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Return (label, number, what stands beside it) of the few numbers that matter most."""
+    """Return (label, number, note) of the few numbers that matter most."""
     measured, gap_found = report.measurement, report.gap
     if measured is None:
         return []
@@ -269,8 +289,16 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def differentiated(found: Attribution) -> str:
-    """Return on how many samples the shares rest, in words."""
-    return f"{found.samples} samples" if found.samples else "a part of the samples"
+    """Return on how many samples the shares were computed, in words."""
+    return f"{found.samples} samples" if found.samples else "some of the samples"
+
+
+def completeness(found: Attribution) -> str:
+    """Return how far the shares add up to the gap, and what that allows."""
+    where, missing = f"computed on {differentiated(found)}", percent(found.residual)
+    if found.complete:
+        return f"shares {where}; their sum is within {missing} of the gap there"
+    return f"shares {where} miss {missing} of the gap there: trust their order, not their size"
 
 
 def _share_reading(found: Attribution) -> str:
@@ -280,19 +308,21 @@ def _share_reading(found: Attribution) -> str:
 
 
 def unchecked(report: Report) -> list[tuple[str, str]]:
-    """Return (what, why) of everything that was not measured or not applied."""
+    """Return (what, why) of everything that was not measured, and of rules not applied."""
     rows = [(", ".join(codes), reason) for reason, codes in by_reason(report.skipped).items()]
     if report.measurement is not None:
         rows += list(report.measurement.skipped.items())
         found = report.attribution
         if found is not None and not found.complete:
             missing = percent(found.residual)
-            rows.append(("shares", f"they miss {missing} of the gap at {found.nodes} nodes"))
+            rows.append(
+                ("shares", f"they miss {missing} of the gap with {found.nodes} quadrature nodes")
+            )
     return rows
 
 
 def readings(report: Report) -> list[tuple[str, str]]:
-    """Return (name, meaning with formula, unit and where a threshold comes from)."""
+    """Return (name, explanation) of each quantity that the report shows."""
     measured, found = report.measurement, report.attribution
     rows: list[tuple[str, str]] = []
     if measured is not None:
@@ -312,44 +342,46 @@ def readings(report: Report) -> list[tuple[str, str]]:
     if report.remedies:
         rows.append(("remedy", _REMEDY_READING))
     if report.findings:
-        rows.append(("finding", "Thresholds and their origin: frostline rule CODE."))
+        rows.append(("finding", _FINDING_READING))
     return rows
 
 
 _GAP_READING = (
-    "Loss in training mode minus loss at inference, on the same {n} samples with nothing updated; "
-    "in units of the loss. Negative: the model looks better in training than it is. A model that "
-    "computes the same in both has a gap of 0."
+    "Loss in training mode minus loss at inference, on the same {n} samples, with nothing updated. "
+    "A negative gap means that the model looks better in training than it is in use. A model that "
+    "computes the same in both modes has a gap of 0."
 )
 _INTERVAL_READING = (
-    "Paired bootstrap over the samples. When it contains 0, the sign of the difference is not "
-    "known and nothing is concluded from it. Few samples give wide intervals."
+    "Paired bootstrap over the samples. If the interval contains 0, the sign of the difference is "
+    "unknown and nothing is concluded from it. More samples give narrower intervals."
 )
 _BLEND_READING = (
-    "Statistics that a BN layer normalises with: mean = (1 − λ)·stored + λ·batch, the variance "
-    "alike. λ = 0 is inference, λ = 1 training."
+    "Mixes the statistics that a BN layer normalises with: mean = (1 − λ)·stored + λ·batch, and "
+    "the same for the variance. λ = 0 is inference, λ = 1 is training with batch statistics."
 )
 _SHARE_READING = (
-    "∫ ∂loss/∂λᵢ dλ from inference to training, as a part of the gap (Gauss–Legendre, {nodes} "
-    "nodes, on {samples}; the shares miss {residual} of their gap, at most 5% is accepted). "
-    "Negative: the layer works against the gap. “Switched alone” changes one layer and leaves the "
-    "others in training mode; these effects do not add up."
+    "∫ ∂loss/∂λᵢ dλ from inference to training, as a fraction of the gap (Gauss–Legendre "
+    "quadrature with {nodes} nodes, on {samples}). The shares miss {residual} of their gap; up to "
+    "5% is accepted. A negative share means that the layer works against the gap. “Switched alone” "
+    "moves one layer to stored statistics and leaves the others in training mode; these effects "
+    "do not add up."
 )
 _SHIFT_READING = (
-    "|mean of the data − stored mean| / √(stored variance + ε) per channel: standard deviations of "
-    "the stored statistics. 0 means that they fit. The little picture counts channels by shift, "
-    "from 0.01 to 10 on a log scale, the same for every row."
+    "|mean of the data − stored mean| / √(stored variance + ε) per channel, in standard deviations "
+    "of the stored statistics. 0 means that they match. The small histogram counts channels by "
+    "shift, on a log scale from 0.01 to 10 that is the same in every row."
 )
 _RATIO_READING = (
-    "(variance of the data + ε) / (stored variance + ε) per channel. 1 means that they fit; below "
-    "1 the layer's output is too small at inference, above 1 too large."
+    "(variance of the data + ε) / (stored variance + ε) per channel. At 1 they match. Below 1 the "
+    "layer's output is too small at inference, above 1 too large."
 )
 _CERTAINTY_READING = (
-    "Measured: it follows from what was run here. Inferred: the numbers agree with it, and what "
-    "would settle it stands beside it."
+    "Measured: it follows from what was run here. Inferred: the numbers are consistent with it, "
+    "and the report says what would settle it."
 )
+_FINDING_READING = "Run frostline rule CODE for a rule's thresholds and where they come from."
 _REMEDY_READING = (
-    "Measured on these samples with the model left as it is. It helps when it lowers the loss and "
-    "the interval excludes 0; the star marks the first choice among those. "
-    "Statistics fitted to these samples say nothing about other data: check on held-out samples."
+    "Measured on these samples; the model itself stays as it is. A remedy helps if it lowers the "
+    "loss and the interval excludes 0; the star marks the first choice among those. "
+    "Statistics fitted to these samples may not suit other data: check on held-out samples."
 )

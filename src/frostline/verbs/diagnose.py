@@ -11,11 +11,11 @@ from frostline import measure, rules
 from frostline.adapters import ModelView, view
 from frostline.causes import causes as explain, verdict as verdicts
 from frostline.remedies import remedies as repairs_for
-from frostline.report.report import Report
 from frostline.report.sites import Sites
 from frostline.types import FrostlineError, ModelError, PhaseTable, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
+from frostline.types.report import Report
 
 
 def sites(model: Any) -> Sites:

@@ -14,8 +14,8 @@ import frostline as fl
 from frostline import cli
 from frostline.cli import diagnose as command, fixing, models, showing
 from frostline.cli.options import DataOptions
-from frostline.report.report import Report
 from frostline.types.measured import Cause, Remedy
+from frostline.types.report import Report
 
 keras = pytest.importorskip("keras")
 

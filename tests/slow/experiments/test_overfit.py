@@ -15,8 +15,8 @@ import pytest
 
 from frostline.experiments import figures, overfit, records
 from frostline.experiments.run import Silent
-from frostline.report.report import Report
 from frostline.types import DataError, ModelError, OutputError, PhaseRow, PhaseTable
+from frostline.types.report import Report
 
 SETTINGS = overfit.OverfitSettings(
     backbone="tiny",

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 
 from frostline.report import html
-from frostline.report.report import Report
 from frostline.types import Array, Finding, Site, Skipped
 from frostline.types.measured import (
     Attribution,
@@ -26,6 +25,7 @@ from frostline.types.measured import (
     SiteMeasurement,
     SweepPoint,
 )
+from frostline.types.report import Report
 
 ORIGIN = {
     "model": "efficientnet-lite0",

@@ -16,7 +16,7 @@ import pytest
 import sample_reports as samples
 from matplotlib import colors
 
-from frostline.report import figures, html, vector
+from frostline.report import figures, html, palette, vector, wording
 from frostline.types import OutputError
 
 pytestmark = pytest.mark.once
@@ -92,12 +92,12 @@ def test_what_does_not_print_is_shown_as_an_escape() -> None:
 
 
 HEADINGS = {
-    "lite0": ["The same samples under each condition", "Why", "Where", "What helps", "Findings",
+    "lite0": ["What to do", "Why", "The same samples in every mode", "Where", "Findings",
               "49 BN layers", "Not checked", "How to read the numbers"],
-    "without_bn": ["The same samples under each condition", "Why", "Not checked",
+    "without_bn": ["Why", "The same samples in every mode", "Not checked",
                    "How to read the numbers"],
     "linted": ["Findings", "49 BN layers", "Not checked", "How to read the numbers"],
-    "single": ["The same samples under each condition", "Why", "Where", "What helps", "Findings",
+    "single": ["What to do", "Why", "The same samples in every mode", "Where", "Findings",
                "1 BN layer", "Not checked", "How to read the numbers"],
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_no_remedy_helps_is_said() -> None:
     report = samples.without_bn()
     useless = tuple(each for each in samples.remedies() if not each.recommended)
     page = html.page(replace(report, remedies=useless))
-    assert "No remedy that was tried helps on these samples." in page
+    assert "None of the remedies that were tried helps on these samples." in page
 
 
 def test_the_same_report_gives_the_same_page() -> None:
@@ -208,7 +208,7 @@ def test_bars_are_the_shares() -> None:
     figures.attribution(figure, report, wide=True)
     tops = {}
     for patch in figure.axes[0].patches:
-        if colors.to_hex(patch.get_facecolor()) not in (figures.FROZEN, figures.THAWED):
+        if colors.to_hex(patch.get_facecolor()) not in (palette.FROZEN, palette.TRAINS):
             continue
         for bar in patch.get_path().to_polygons(closed_only=False):
             x = round(float(bar[:, 0].mean()))
@@ -217,7 +217,7 @@ def test_bars_are_the_shares() -> None:
     assert sorted(tops) == list(range(49))
     for index, share in enumerate(found.shares):
         assert tops[index][0] == pytest.approx(100 * share / found.gap)
-        assert tops[index][1] == (figures.FROZEN if index < 33 else figures.THAWED)
+        assert tops[index][1] == (palette.FROZEN if index < 33 else palette.TRAINS)
 
 
 def test_a_hollow_dot_where_the_interval_contains_0() -> None:
@@ -226,7 +226,7 @@ def test_a_hollow_dot_where_the_interval_contains_0() -> None:
     figure = Figure(figsize=(8, 3))
     figures.gaps(figure, samples.lite0(), wide=True)
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    hollow = [dot.get_markerfacecolor() == figures.GROUND for dot in dots]
+    hollow = [dot.get_markerfacecolor() == palette.GROUND for dot in dots]
     assert hollow == [False, False, True, False, False, False, True]
 
 
@@ -235,10 +235,45 @@ def test_colours_of_a_picture_are_variables_of_the_page() -> None:
     assert drawn.startswith('<svg role="img" aria-label="a &lt;b&gt;" viewBox="0 0 840 250"')
     plain = re.sub(r"var\(--fl-\w+, #[0-9a-f]{6}\)", "", drawn)
     assert re.findall(r"#[0-9a-f]{6}\b(?!\w)", plain.replace("url(#", "")) == []
-    style = resources.files("frostline.report").joinpath("page.css").read_text(encoding="utf-8")
-    for colour, variable in vector.VARIABLES.items():
-        assert f"{variable}: {colour};" in style
-        assert style.count(f"{variable}: ") == 3  # light, dark, print
+    texts = Reader(samples.page("single")).texts
+    style = next(text for tag, text in texts if tag == "style")
+    for colour in palette.COLOURS:
+        assert f"{colour.variable}: {colour.light};" in style
+        assert style.count(f"{colour.variable}: ") == 3  # light, dark, print
+    css = resources.files("frostline.report").joinpath("page.css").read_text(encoding="utf-8")
+    assert set(re.findall(r"--fl-\w+", css)) == {each.variable for each in palette.COLOURS}
+    assert "#" not in css
+
+
+SUMMARIES = {
+    "lite0": "The model performs worse in use than in training mode: accuracy 78.5% instead of "
+    "99.5% on the same 200 samples.",
+    "healthy": "On these 200 samples the model performs in use as it does in training mode, "
+    "within the margin of error.",
+    "linted": "The check of the model's BN layers found 33 errors and 16 warnings.",
+    "broken": "The model's output is not a number for 200 of 200 samples.",
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_the_page_opens_with_a_sentence_for_everyone(name: str) -> None:
+    texts = [text for tag, text in Reader(samples.page(name)).texts if tag in ("p", "h1")]
+    assert texts[:2] == [SUMMARIES[name], samples.EVERY[name]().verdict]
+
+
+def test_the_sentence_for_everyone_in_other_cases() -> None:
+    report = samples.lite0()
+    clean = replace(report, measurement=None, findings=())
+    assert wording.summary(clean) == "No problem was found in the model's BN layers."
+    measured = report.measurement
+    assert measured is not None
+    total = replace(measured.gaps["total"], loss=samples.interval(0.3, 0.1))
+    probes = {name: replace(each, hits=None) for name, each in measured.probes.items()}
+    other = replace(measured, gaps={"total": total}, probes=probes)
+    assert wording.summary(replace(report, measurement=other)) == (
+        "The model performs better in use than in training mode: loss 0.513 instead of 0.071 on "
+        "the same 200 samples."
+    )
 
 
 def test_plot_touches_nothing_of_the_user() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from frostline.report import github, report as module, terminal, text
-from frostline.report.report import Report
+from frostline.report import github, schema, terminal, text
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
+from frostline.types.report import Report
 
 pytestmark = pytest.mark.once
 
@@ -122,7 +122,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
     path = REPORT.save(tmp_path / "report.json")
     plain = json.loads(path.read_text())
     assert plain == REPORT.as_dict()
-    assert plain["schema_version"] == module.SCHEMA_VERSION
+    assert plain["schema_version"] == schema.SCHEMA_VERSION
     assert Report.from_dict(plain) == REPORT
 
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 
 from frostline.report import schema
-from frostline.report.report import Report
 from frostline.types import DataError
 from frostline.types.measured import (
     Attribution,
@@ -29,6 +28,7 @@ from frostline.types.measured import (
     SiteMeasurement,
     SweepPoint,
 )
+from frostline.types.report import Report
 
 pytestmark = pytest.mark.once
 

@@ -57,6 +57,21 @@ def test_a_command_is_not_broken_into_lines() -> None:
     assert f"  {long}\n" in str(replace(report, remedies=(remedy,)))
 
 
+@pytest.mark.parametrize("digits", range(8))
+def test_an_interval_stays_on_one_line(digits: int) -> None:
+    report = samples.lite0()
+    told = "−0.442 (−0.497 to −0.387)"
+    verdict = "x" * (70 + digits) + f": {told}"
+    lines = str(replace(report, verdict=verdict)).splitlines()
+    assert told.partition(" ")[2] in lines[1]
+    measured = report.measurement
+    assert measured is not None
+    wide = replace(measured.gaps["total"].loss, low=-1234567.5, high=123456.75, estimate=-98765.5)
+    gaps = {name: replace(each, loss=wide) for name, each in measured.gaps.items()}
+    shown = str(replace(report, measurement=replace(measured, gaps=gaps)))
+    assert shown.count("−98766 (−1.2e+06 to +123457)") == 7
+
+
 def test_the_strip_of_shares() -> None:
     lines = str(samples.lite0()).splitlines()
     start = lines.index("shares of the gap over depth")
@@ -76,7 +91,7 @@ def test_without_numbers_only_what_there_is() -> None:
     assert "✗ cause DROPOUT (100% of the gap, measured)\n" in shown
     useless = tuple(each for each in samples.lite0().remedies if not each.recommended)
     shown = str(replace(samples.lite0(), remedies=useless))
-    assert "\nno remedy that was tried helps on these samples\n" in shown
+    assert "\nnone of the remedies that were tried helps on these samples\n" in shown
 
 
 def test_colour_only_where_it_is_asked_for() -> None:

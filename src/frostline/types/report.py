@@ -1,31 +1,18 @@
-"""The report of ``lint`` and ``diagnose``: one object, and every form it is shown in.
-
-Renderers compute no measurement: what they show is in the :class:`Report`. Names come from the
-user's model, so they are never read as markup anywhere.
-"""
+"""The report of ``lint`` and ``diagnose``: everything that is known of a model's BN."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from frostline.report import schema
-from frostline.types import DataError, Finding, OutputError, Site, Skipped
+from frostline.types.findings import Finding, Skipped
 from frostline.types.measured import Attribution, Cause, Gap, Measurement, Remedy
+from frostline.types.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-#: Raised when a field of the JSON form is renamed, removed or changes its meaning.
-SCHEMA_VERSION = 2
-
-#: Forms that a report is written in, by the ending of the file.
-ENDINGS = (".html", ".json", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,12 +63,10 @@ class Report:
         return not found and all(cause.code == "NONE" for cause in self.causes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain types for JSON; :mod:`frostline.report.schema` has the rules."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "clean": self.clean,
-            **{each.name: schema.encode(getattr(self, each.name)) for each in fields(self)},
-        }
+        """The report as plain types for JSON; ``frostline/report/schema.py`` has the rules."""
+        from frostline.report import schema
+
+        return schema.as_dict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -90,18 +75,15 @@ class Report:
         Raises:
             DataError: Another schema version, or not a report.
         """
-        version = plain.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"a report of schema version {SCHEMA_VERSION} is needed. "
-                f"Received: schema_version={version!r}"
-            )
-        read: Self = schema.decode(cls, plain)
-        return read
+        from frostline.report import schema
+
+        return schema.from_dict(cls, plain)
 
     def as_json(self) -> str:
         """The report as JSON text: one line per array of numbers, the rest indented."""
-        return _indented(self.as_dict()) + "\n"
+        from frostline.report import files
+
+        return files.as_json(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the report; the ending decides the form. The file is complete or not there.
@@ -115,25 +97,15 @@ class Report:
         Raises:
             OutputError: Another ending, or the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix == ".html":
-            from frostline.report import html
+        from frostline.report import files
 
-            content = html.page(self)
-        elif path.suffix == ".json":
-            content = self.as_json()
-        elif path.suffix == ".txt":
-            content = str(self)
-        else:
-            raise OutputError(f"a report is written as {_endings()}. Received: {path}")
-        _write(path, content)
-        return path
+        return files.save(self, Path(path))
 
     def plot(self) -> Figure:
         """Draw what was measured; for notebooks and papers, on a white ground.
 
         Returns:
-            A matplotlib figure that no window knows of: ``report.plot().savefig("report.png")``.
+            A matplotlib figure outside of pyplot: ``report.plot().savefig("report.png")``.
         """
         from frostline.report import figures
 
@@ -147,44 +119,12 @@ class Report:
     __hash__ = None  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        from frostline.report import terminal, text
+        from frostline.report import files
 
-        return text.render(terminal.as_text(self), width=80)
+        return files.as_plain_text(self)
 
     def _repr_html_(self) -> str:
         """Jupyter's rendering: the page without its frame, styles limited to itself."""
         from frostline.report import html
 
         return html.fragment(self)
-
-
-def _endings() -> str:
-    return f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
-
-
-def _indented(value: Any, indent: str = "") -> str:
-    """Return JSON, indented, but with an array of plain values on one line."""
-    deeper = indent + "  "
-    if isinstance(value, dict) and value:
-        inner = [
-            f"{deeper}{json.dumps(key)}: {_indented(each, deeper)}" for key, each in value.items()
-        ]
-        return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
-        rows = [deeper + _indented(each, deeper) for each in value]
-        return "[\n" + ",\n".join(rows) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
-
-
-def _write(path: Path, content: str) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
