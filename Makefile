@@ -3,7 +3,7 @@ PYTHON ?= python3
 # The Keras backend of the demo: jax, tensorflow or torch. README says why this one.
 DEMO_BACKEND ?= tensorflow
 
-.PHONY: help demo test lint
+.PHONY: help demo test quick lint
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -16,6 +16,10 @@ demo: ## see a frozen BN layer break a fine-tuned network, and Frostline fix it
 test: ## static checks, then the test suite once per Keras backend; ARGS go to pytest
 	@$(PYTHON) scripts/prepare_environment.py test
 	@.venv/bin/python scripts/run_tests.py $(ARGS)
+
+quick: ## the loop while you work: ruff, unit and contract tests on one backend, about two minutes
+	@$(PYTHON) scripts/prepare_environment.py test
+	@.venv/bin/python scripts/run_tests.py --quick $(ARGS)
 
 lint: ## the static checks alone
 	@$(PYTHON) scripts/prepare_environment.py test

@@ -1,14 +1,16 @@
 """One Keras backend per process, chosen by KERAS_BACKEND before Keras is imported.
 
 ``make test`` runs the suite once per backend; ``pytest`` alone runs it on the backend that is set.
-Tests that need no framework must not import Keras: they are what tells that Frostline works
-without one.
+The rooms: ``unit`` loads no framework, ``contract`` asks every adapter the same, ``integration`` runs
+verbs on real networks, ``slow`` holds what takes long. A test outside of ``slow`` that takes over two
+seconds is named at the end of the run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -25,6 +27,38 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+SLOW = Path(__file__).parent / "slow"
+#: Seconds that a test outside of ``tests/slow`` may take before the summary names it.
+LONG = 2.0
+_durations: dict[str, float] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies in ``tests/slow``."""
+    for item in items:
+        if SLOW in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note that the run is alive, and how long a test took."""
+    progress = os.environ.get("FROSTLINE_TEST_PROGRESS")
+    if progress and "PYTEST_XDIST_WORKER" not in os.environ:
+        Path(progress).touch()
+    if report.when == "call" and "slow" not in report.keywords:
+        _durations[report.nodeid] = report.duration
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name tests that take long and are not in ``tests/slow``."""
+    long = sorted((t, name) for name, t in _durations.items() if t > LONG)
+    if not long:
+        return
+    terminalreporter.section(f"{len(long)} tests outside of tests/slow took over {LONG:g} s")
+    for seconds, name in reversed(long[-15:]):
+        terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
 
 
 @pytest.fixture(scope="session")

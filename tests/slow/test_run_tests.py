@@ -118,12 +118,6 @@ class TestSelectedBackends:
             run_tests.selected_backends({"FROSTLINE_TEST_BACKENDS": "jax,theano"})
 
 
-def test_a_backend_may_use_what_the_others_before_it_left() -> None:
-    assert run_tests.time_for_one(2280, after=2) == 2280 - 2 * run_tests.RESERVE_S
-    assert run_tests.time_for_one(900, after=0) == 900
-    assert run_tests.time_for_one(120, after=2) == 40  # short of time: equal shares
-
-
 class TestRunBackend:
     """On a project of its own, so that it takes a second and not the whole suite."""
 
@@ -149,7 +143,7 @@ class TestRunBackend:
                 assert Path(os.environ["KERAS_HOME"]) != Path.home() / ".keras"
             """,
         )
-        assert run_tests.run_backend("torch", [], first=True, limit_s=60) == Counts(passed=1)
+        assert run_tests.run_backend("torch", [], first=True) == Counts(passed=1)
 
     def test_tests_marked_once_run_on_the_first_backend_only(self, project: Path) -> None:
         write(
@@ -163,8 +157,8 @@ class TestRunBackend:
             def test_always(): pass
             """,
         )
-        assert run_tests.run_backend("jax", [], first=True, limit_s=60) == Counts(passed=2)
-        assert run_tests.run_backend("torch", [], first=False, limit_s=60) == Counts(passed=1)
+        assert run_tests.run_backend("jax", [], first=True) == Counts(passed=2)
+        assert run_tests.run_backend("torch", [], first=False) == Counts(passed=1)
 
     def test_process_that_dies_is_a_failure(self, project: Path) -> None:
         write(
@@ -177,16 +171,17 @@ class TestRunBackend:
             def test_dies(): os.kill(os.getpid(), signal.SIGKILL)
             """,
         )
-        counts = run_tests.run_backend("jax", [], first=True, limit_s=60)
+        counts = run_tests.run_backend("jax", [], first=True)
         assert counts == Counts(passed=1, failed=1)  # what others finished is not lost
 
-    def test_hanging_process_is_stopped_and_what_it_finished_counts(
+    def test_run_in_which_no_test_ends_is_stopped_and_what_it_finished_counts(
         self,
         project: Path,
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(run_tests, "GRACE_S", 20)
+        self.watched(project)
         write(
             project,
             "test_sample.py",
@@ -199,10 +194,40 @@ class TestRunBackend:
         )
         start = time.monotonic()
         # Long enough for two processes to start where the machine is busy.
-        counts = run_tests.run_backend("jax", [], first=True, limit_s=45)
+        counts = run_tests.run_backend("jax", [], first=True, stalled_s=45)
         assert counts == Counts(passed=1, failed=2)  # the test that hangs, and the run
         assert "test_sample.py::test_hangs" in capfd.readouterr().out
-        assert time.monotonic() - start < 120
+        assert time.monotonic() - start < 240
+
+    def test_run_that_goes_on_is_never_stopped(self, project: Path) -> None:
+        """Longer than the time without a test that ends: each test that ends counts anew."""
+        self.watched(project)
+        write(
+            project,
+            "test_sample.py",
+            """
+            import time
+            import pytest
+
+            @pytest.mark.parametrize("index", range(8))
+            def test_takes_a_while(index): time.sleep(4)
+            """,
+        )
+        counts = run_tests.run_backend("jax", ["-n0"], first=True, stalled_s=20)
+        assert counts == Counts(passed=8)
+
+    def watched(self, project: Path) -> None:
+        """Give the project what tells the runner that a test has ended."""
+        write(
+            project,
+            "conftest.py",
+            """
+            import os, pathlib
+
+            def pytest_runtest_logreport(report):
+                pathlib.Path(os.environ["FROSTLINE_TEST_PROGRESS"]).touch()
+            """,
+        )
 
 
 def test_failed_static_check_is_counted_and_the_others_still_run(
