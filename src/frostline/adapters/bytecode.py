@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
+from typing import Any
 
 
 def code_of(kind: type, library: str) -> str:
@@ -25,14 +27,25 @@ def code_of(kind: type, library: str) -> str:
             held = getattr(value, "fget", None) or getattr(value, "__func__", value)
             function = inspect.unwrap(held) if callable(held) else held
             if isinstance(function, types.FunctionType):
-                parts.append(f"{name}:{_described(function.__code__)}")
+                parts.append(f"{name}:{fingerprint(function.__code__, _described)}")
     return ";".join(parts)
 
 
+def fingerprint(code: types.CodeType, describe: Callable[[Any], str]) -> str:
+    """Text that changes with what the code does: its bytecode, names and constants.
+
+    Args:
+        code: The code of a function.
+        describe: Text of a constant that is not code itself.
+    """
+    constants = [
+        fingerprint(each, describe) if isinstance(each, types.CodeType) else describe(each)
+        for each in code.co_consts
+    ]
+    return f"code({code.co_code.hex()},{code.co_names},{','.join(constants)})"
+
+
 def _described(value: object) -> str:
-    if isinstance(value, types.CodeType):
-        constants = ",".join(map(_described, value.co_consts))
-        return f"code({value.co_code.hex()},{value.co_names},{constants})"
     if isinstance(value, frozenset):  # in no order that another process would have
         return f"set({','.join(sorted(map(_described, value)))})"
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Who is this augmentation? Its identity is part of the key, so that another one never hits.
+"""Fingerprint of an augmentation, part of the cache key.
 
 Functions are known by their code and by the plain values they use; what cannot be read off gets a
 name from the user.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.adapters.bytecode import fingerprint
 from frostline.cache.files import sha256
 from frostline.types import DataError
 
@@ -87,20 +88,12 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
         except ValueError:  # assigned later, as a function that refers to itself
             continue
     parts = (
-        _code(function.__code__, seen),
+        fingerprint(function.__code__, lambda each: _describe(each, seen)),
         _describe(function.__defaults__, seen),
         _describe(function.__kwdefaults__, seen),
         _describe(dict(sorted(used.items())), seen),
     )
     return f"function({','.join(parts)})"
-
-
-def _code(code: types.CodeType, seen: set[int]) -> str:
-    constants = [
-        _code(each, seen) if isinstance(each, types.CodeType) else _describe(each, seen)
-        for each in code.co_consts
-    ]
-    return f"code({code.co_code.hex()},{code.co_names},{','.join(constants)})"
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.data import files
 from frostline.types import Array, DataError, OutputError
 
 #: Version of everything on disk. Another one is refused, never guessed at.
@@ -85,20 +86,13 @@ def write(path: Path, content: bytes | memoryview) -> None:
         FullError: No room; nothing of it is left behind.
         OutputError: Any other reason; the same.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kind = FullError if full else OutputError
-        raise kind(f"cannot write {path}: {error.strerror or error}") from error
+        files.write(path, content)
+    except OutputError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise FullError(str(error)) from cause
+        raise
 
 
 def write_array(path: Path, array: Array) -> tuple[str, int]:
@@ -164,7 +158,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def sweep(folder: Path) -> None:
     """Remove temporary files that a killed process left behind; only while holding the lock."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".*.tmp*"):
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -187,17 +181,6 @@ def _open(path: Path) -> io.BufferedReader:
     """Open for reading, and never through a link: a link could lead out of the cache."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return io.open(os.open(path, flags), "rb")  # noqa: UP020 - of a descriptor, Path cannot
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _canonical(content: Mapping[str, Any]) -> str:

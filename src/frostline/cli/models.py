@@ -16,9 +16,10 @@ from frostline import environment
 from frostline.adapters import ModelView
 from frostline.cli import modules
 from frostline.cli.options import DataOptions
+from frostline.data import files
 from frostline.report import text
 from frostline.report.sites import Sites
-from frostline.types import Array, DataError, OutputError, Policy
+from frostline.types import Array, DataError, Policy
 from frostline.types.reasons import first_line
 
 
@@ -277,17 +278,12 @@ def _sites(model: Any) -> Sites:
 
 def check_output(path: Path, source: str, *, force: bool, state: bool = False) -> None:
     """Refuse an output that cannot be, before the work instead of after it."""
-    if state:
-        modules.check_output(path)
-    elif path.suffix not in (".keras", ".h5"):
-        raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder")
-    if path.exists() and not force:
-        same = " (the model itself)" if Path(source).exists() and path.samefile(source) else ""
-        raise OutputError(f"{path} exists{same}; choose another name, or overwrite it with --force")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    suffixes, noun = (
+        ((".pt", ".pth"), "the state of a torch module")
+        if state
+        else ((".keras", ".h5"), "a model")
+    )
+    files.check_output(path, suffixes, noun, force=force, source=source)
 
 
 def _read_arrays(path: Path) -> tuple[Array, Array] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from frostline.types import ModelError, OutputError
+from frostline.types import ModelError
 
 #: Files that only torch reads.
 SUFFIXES = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
@@ -46,14 +46,6 @@ def loss(text: str | None, model: Any) -> Any:
     from frostline.data.import_string import named
 
     return named(text)
-
-
-def check_output(path: Path) -> None:
-    """Refuse a name that no state is written under."""
-    if path.suffix not in (".pt", ".pth"):
-        raise OutputError(
-            f"the state of a torch module is written as .pt or .pth. Received: {path}"
-        )
 
 
 def refuse(verb: str, line: str) -> None:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import typer
 
+from frostline.data import files
 from frostline.report import github, terminal, text
 from frostline.report.files import ENDINGS
-from frostline.types import OutputError
 from frostline.types.report import Report
 
 Form = Literal["text", "json", "html", "github"]
@@ -21,17 +21,8 @@ def check_output(path: Path | None, *, force: bool) -> None:
     Raises:
         OutputError: Another ending, a file that is there already, or no such folder.
     """
-    if path is None:
-        return
-    if path.suffix not in ENDINGS:
-        allowed = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
-        raise OutputError(f"a report is written as {allowed}. Received: {path}")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; choose another name, or overwrite it with --force")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if path is not None:
+        files.check_output(path, ENDINGS, "a report", force=force)
 
 
 def show(report: Report, *, format: Form, output: Path | None, exit_zero: bool) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frostline.data import files
 from frostline.types import OutputError, PhaseRow
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def write(result: OverfitResult, folder: Path) -> tuple[Path, ...]:
     drawn = []
     for name in FIGURES:
         content = figures.draw(result, suffix=Path(name).suffix)
-        drawn.append(write_atomically(folder / name, content))
+        drawn.append(files.write(folder / name, content))
     return (*numbers, *drawn)
 
 
@@ -108,8 +108,8 @@ def write_numbers(result: OverfitResult, folder: Path) -> tuple[Path, ...]:
     """Write ``results.json`` and ``history.csv`` and return their paths."""
     content = json.dumps(as_json(result), indent=2, ensure_ascii=False, allow_nan=False)
     return (
-        write_atomically(folder / RESULTS, content.encode() + b"\n"),
-        write_atomically(folder / HISTORY, _history(result).encode()),
+        files.write(folder / RESULTS, content.encode() + b"\n"),
+        files.write(folder / HISTORY, _history(result).encode()),
         *_write_reports(result, folder),
     )
 
@@ -133,7 +133,7 @@ def _write_reports(result: OverfitResult, folder: Path) -> list[Path]:
         }
     )
     content = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-    return [*paths, write_atomically(folder / DIAGNOSIS, content.encode() + b"\n")]
+    return [*paths, files.write(folder / DIAGNOSIS, content.encode() + b"\n")]
 
 
 def blamed(report: Report) -> dict[str, Any]:
@@ -178,22 +178,6 @@ def as_json(result: OverfitResult) -> dict[str, Any]:
     }
     content: dict[str, Any] = finite(plain)
     return content
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write ``content`` to ``path`` so that the file is either old or new, never half.
-
-    Raises:
-        OutputError: If it cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    return path
 
 
 def _missing_parents(folder: Path) -> tuple[Path, ...]:

@@ -10,8 +10,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frostline.data import files
 from frostline.experiments import records
-from frostline.experiments.records import data_name, finite, write_atomically
+from frostline.experiments.records import data_name, finite
 from frostline.types import DataError, PhaseRow, PhaseTable
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def write(result: TransferResult, folder: Path) -> tuple[Path, ...]:
     """Write all files of a result and return their paths."""
     numbers = write_numbers(result, folder)
     drawn = [
-        write_atomically(folder / name, draw(result, suffix=Path(name).suffix))
+        files.write(folder / name, draw(result, suffix=Path(name).suffix))
         for name in records.FIGURES
     ]
     return (*numbers, *drawn)
@@ -45,8 +46,8 @@ def write_numbers(result: TransferResult, folder: Path) -> tuple[Path, ...]:
     """Write ``results.json`` and ``history.csv`` and return their paths."""
     content = json.dumps(as_json(result), indent=2, ensure_ascii=False, allow_nan=False)
     return (
-        write_atomically(folder / records.RESULTS, content.encode() + b"\n"),
-        write_atomically(folder / records.HISTORY, _history(result).encode()),
+        files.write(folder / records.RESULTS, content.encode() + b"\n"),
+        files.write(folder / records.HISTORY, _history(result).encode()),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from frostline.data import files
 from frostline.report import schema, terminal, text
 from frostline.types import OutputError
 from frostline.types.report import Report
@@ -49,7 +48,7 @@ def save(report: Report, path: Path) -> Path:
     if path.suffix not in _FORMS:
         known = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
         raise OutputError(f"a report is written as {known}. Received: {path}")
-    _write(path, _FORMS[path.suffix](report))
+    files.write(path, _FORMS[path.suffix](report).encode())
     return path
 
 
@@ -65,17 +64,3 @@ def _indented(value: Any, indent: str = "") -> str:
         rows = [deeper + _indented(each, deeper) for each in value]
         return "[\n" + ",\n".join(rows) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False)
-
-
-def _write(path: Path, content: str) -> None:
-    """Write beside the target and rename: no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

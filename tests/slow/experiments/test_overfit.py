@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from frostline.data import files
 from frostline.experiments import figures, overfit, records
 from frostline.experiments.run import Silent
 from frostline.types import DataError, ModelError, OutputError, PhaseRow, PhaseTable
@@ -285,15 +287,13 @@ def test_the_folder_is_tried_before_any_work(tmp_path: Path) -> None:
 def test_a_file_is_old_or_new_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "results.json"
     target.write_bytes(b"old")
-    whole = Path.write_bytes
 
-    def disk_full(path: Path, content: bytes) -> int:
-        whole(path, content[:3])
+    def disk_full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OutputError, match="No space left"):
-        records.write_atomically(target, b"new content")
+        files.write(target, b"new content")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 

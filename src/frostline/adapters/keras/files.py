@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
 from frostline.adapters import room_of
+from frostline.data import files
 from frostline.data.import_string import built
 from frostline.types import ModelError, OutputError
 from frostline.types.reasons import first_line
@@ -74,16 +73,8 @@ def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass  # Keras reports a folder that cannot be written to in many ways; this in one
+    with files.replacing(path) as temporary:
         model.save(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> Any:

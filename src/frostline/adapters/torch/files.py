@@ -6,8 +6,6 @@ A file is never unpickled: a state is read with ``weights_only=True``, a program
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.data import files
 from frostline.data.import_string import built
 from frostline.types import ModelError, OutputError
 from frostline.types.reasons import first_line
@@ -94,17 +93,12 @@ def save_state(model: Any, path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"a state_dict is written as .pt or .pth. Received: {path}")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass  # a folder that cannot be written to raises here, as an OSError
-        torch.save(state, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # its writer's word for a full disk
+            raise OutputError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def _fill(model: Any, path: Path) -> None:
