@@ -39,8 +39,8 @@ STATIC_CHECKS = {
 #: What ``make quick`` runs: no framework, then every adapter, on a backend that computes eagerly.
 QUICK_BACKEND = "torch"
 QUICK_TESTS = ["tests/unit", "tests/contract"]
-# A test may take 300 seconds (pyproject.toml), and pytest ends one that takes longer. A run in which
-# no test ends for four times that long hangs where pytest cannot reach it, and is stopped.
+# A test may take 300 seconds (pyproject.toml), and pytest ends one that takes longer. A run in
+# which no test ends for four times that long hangs where pytest cannot reach it: it is stopped.
 STALLED_S = 20 * 60
 # A process takes what another one has not started yet; each computes in one thread. A process that
 # crashed is started again a few times: the test that it was at has failed, the others still run.

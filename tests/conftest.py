@@ -1,9 +1,9 @@
 """One Keras backend per process, chosen by KERAS_BACKEND before Keras is imported.
 
 ``make test`` runs the suite once per backend; ``pytest`` alone runs it on the backend that is set.
-The rooms: ``unit`` loads no framework, ``contract`` asks every adapter the same, ``integration`` runs
-verbs on real networks, ``slow`` holds what takes long. A test outside of ``slow`` that takes over two
-seconds is named at the end of the run.
+The rooms: ``unit`` loads no framework, ``contract`` asks every adapter the same, ``integration``
+runs verbs on real networks, ``slow`` holds what takes long. A test outside of ``slow`` that takes
+over two seconds is named at the end of the run.
 """
 
 from __future__ import annotations
