@@ -194,6 +194,8 @@ HARMLESS: list[tuple[str, ModelFacts]] = [
     ("enough steps", model(facts(), steps=230)),
     ("debiased average", model(facts(at={"debias": True}), steps=3)),
     ("new layer", model(facts(**FRESH), steps=None)),
+    ("new residual branch whose last gamma starts at 0", model(
+        facts(**{**FRESH, "gamma": ones(0.0)}), steps=None)),
     ("constant initializer", model(facts(mean=ones(0.0), variance=ones(2.0)), steps=None)),
     ("small but alive", model(facts(variance=np.array([1.0, 1e-5, 1.0])))),
     ("dead channel that gamma switched off", model(
@@ -447,6 +449,31 @@ def test_rules_on_data_get_the_measurement_and_are_skipped_without() -> None:
     found, skipped = rules.check(known, [rule])
     assert found == ()
     assert [each.reason for each in skipped] == ["needs data: frostline diagnose"]
+
+
+def test_rules_that_name_one_fixture_get_one_object() -> None:
+    seen: list[Any] = []
+
+    def first(old_shares: Any, model: ModelFacts) -> Iterator[Hit]:
+        """One."""
+        seen.extend([old_shares, model])
+        yield from ()
+
+    def second(measurement: Measurement, old_shares: Any) -> Iterator[Hit]:
+        """Two."""
+        seen.extend([old_shares, measurement])
+        yield from ()
+
+    made = [
+        Rule(code=f"FL39{i}", name="a-name", severity="info", needs="data", fix=None, check=check)
+        for i, check in enumerate((first, second))
+    ]
+    known, measured = model(facts(), steps=10), Measurement(samples=1, batch_size=1, task="unknown")
+    rules.check(known, made, measurement=measured)
+    assert seen[0] is seen[2]
+    assert seen[0] == {"bn": pytest.approx(0.99**10)}
+    assert seen[1] is known
+    assert seen[3] is measured
 
 
 PLUGIN = '''
