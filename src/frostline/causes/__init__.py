@@ -8,48 +8,17 @@ model, no repair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from frostline.causes import averages, batches, data, files, frozen
+from frostline.causes import data
 from frostline.causes.assignment import Assigned, assign, scale_of_inputs, victims
 from frostline.causes.case import Case, Claim, number
+from frostline.causes.registry import all_causes
 from frostline.types import Finding
+from frostline.types.codes import CauseCode
 from frostline.types.facts import ModelFacts
-from frostline.types.measured import OTHER_CAUSES, Cause, Measurement
-
-Explain = Callable[[Case, Assigned], Iterator[Claim]]
-
-#: In the order of ties: what would be blamed wrongly for the others comes first.
-_EXPLANATIONS: tuple[Explain, ...] = (
-    averages.poisoned,
-    batches.forced_train,
-    batches.kernel_bug,
-    files.loading,
-    files.stale_params,
-    data.label_order,
-    data.preprocess,
-    averages.eps_mismatch,
-    frozen.mode_reset,
-    frozen.frozen_batch_stats,
-    frozen.frozen_drift,
-    averages.stats_never_updated,
-    averages.momentum_convention,
-    averages.ema_noise,
-    averages.mixed_sources,
-    batches.batch_leak,
-    batches.small_batch,
-    averages.bessel,
-    averages.ema_lag,
-    averages.domain_stats,
-    averages.stale_after_weight_edit,
-    averages.rank_divergence,
-    frozen.stale_switch,
-    data.dropout,
-    data.augment_train_only,
-    data.epoch_average,
-    data.overfit,
-)
+from frostline.types.measured import Cause, Measurement
 
 #: A share below this is not worth a line of its own, unless it is a fact.
 _SMALLEST_SHARE = 0.03
@@ -72,7 +41,7 @@ def causes(
     case = Case(facts, measurement, tuple(findings))
     assigned = assign(case)
     case = replace(case, victims=victims(case, assigned))
-    claims = [claim for explain in _EXPLANATIONS for claim in explain(case, assigned)]
+    claims = [claim for entry in all_causes() for claim in entry.explain(case, assigned)]
     claims = _explained_away(case, assigned, _not_void(_merged(claims)))
     total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))
     made = [(claim, _share(claim, total)) for claim in claims]
@@ -102,7 +71,7 @@ def _merged(claims: Sequence[Claim]) -> list[Claim]:
 
 #: Where one of these is told, losses or statistics of the data are not those of training, and what
 #: is only inferred from them says nothing.
-_VOIDING = ("LABEL_ORDER", "LOADING", "STALE_PARAMS", "KERNEL_BUG")
+_VOIDING = (CauseCode.LABEL_ORDER, CauseCode.LOADING, CauseCode.STALE_PARAMS, CauseCode.KERNEL_BUG)
 
 
 def _not_void(claims: list[Claim]) -> list[Claim]:
@@ -110,7 +79,7 @@ def _not_void(claims: list[Claim]) -> list[Claim]:
     strong = [each for each in claims if each.code in _VOIDING and each.standing >= 1]
     if not strong:
         return claims
-    return [each for each in claims if each.code in OTHER_CAUSES or each.standing > 0]
+    return [each for each in claims if not each.code.is_bn or each.standing > 0]
 
 
 def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list[Claim]:
@@ -125,7 +94,7 @@ def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list
         return claims
     part, kept, taken = 1.0 if repair is None else repair[2], [], 0.0
     for claim in claims:
-        if claim.code in OTHER_CAUSES or claim.amount is None:
+        if not claim.code.is_bn or claim.amount is None:
             kept.append(claim)
             continue
         fact = claim.certainty == "is"
@@ -135,7 +104,7 @@ def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list
             kept.append(replace(claim, amount=rest))
     if not taken:
         return kept
-    return [replace(c, amount=taken) if c.code == "PREPROCESS" else c for c in kept]
+    return [replace(c, amount=taken) if c.code == CauseCode.PREPROCESS else c for c in kept]
 
 
 def _share(claim: Claim, total: float) -> float | None:
@@ -146,9 +115,9 @@ def _share(claim: Claim, total: float) -> float | None:
 
 def _cause(claim: Claim, share: float | None) -> Cause:
     return Cause(
-        code=claim.code,
+        code=claim.code.value,
         share=share,
-        sites=() if claim.code in OTHER_CAUSES else claim.sites,
+        sites=() if not claim.code.is_bn else claim.sites,
         certainty=claim.certainty,
         message=claim.message,
         evidence=claim.evidence,
@@ -186,7 +155,7 @@ def _none(case: Case) -> Cause:
         told += f"{number(known.high)}, {samples} samples)"
         settle = "more samples, or validation data, as validation="
     return Cause(
-        code="NONE",
+        code=CauseCode.NONE.value,
         share=None,
         sites=(),
         certainty="may" if known is None or case.bn_gap or case.total_gap or saved else "is",

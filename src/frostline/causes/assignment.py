@@ -17,6 +17,7 @@ from frostline.numerics.averages import OLD_SHARE, is_short
 from frostline.numerics.stats import normals_apart
 from frostline.rules.predicates import affine_is_trained, bad_channels, initial_values
 from frostline.types import Array, Certainty
+from frostline.types.codes import CauseCode
 from frostline.types.measured import SiteMeasurement
 
 #: Windows of a moving average, ``1 / (1 − decay)`` updates each, below which a run is so short that
@@ -77,25 +78,25 @@ EXTREME = 100.0
 _UNSTEADY = ("frozen batch", "frozen drift")
 
 #: What the first site may be blamed for, where its inputs may be to blame.
-_TELLING = ("EMA_LAG", "DOMAIN_STATS", "STALE_AFTER_WEIGHT_EDIT")
+_TELLING = (CauseCode.EMA_LAG, CauseCode.DOMAIN_STATS, CauseCode.STALE_AFTER_WEIGHT_EDIT)
 
 #: Path -> what explains the stored statistics of the site.
-Assigned = Mapping[str, "Verdict"]
+Assigned = Mapping[str, "SiteExplanation"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+@dataclass(frozen=True)
+class SiteExplanation:
     """What explains one site.
 
     Attributes:
-        code: Code of the cause.
-        certainty: Of this site.
+        code: The cause.
         number: The number that decides it, by name.
+        certainty: Of this site.
     """
 
-    code: str
-    certainty: Certainty
+    code: CauseCode
     number: Mapping[str, float]
+    certainty: Certainty = "is"
 
 
 def assign(case: Case) -> Assigned:
@@ -103,7 +104,7 @@ def assign(case: Case) -> Assigned:
 
     Sites that are frozen and sound are left out: their gap has to do with how they are frozen.
     """
-    found: dict[str, Verdict] = {}
+    found: dict[str, SiteExplanation] = {}
     later = _later_tests(case)
     for path, role in case.roles.items():
         tests = _FACTS if role != "moving" or path in case.thawed_in_prefix else (*_FACTS, *later)
@@ -140,15 +141,15 @@ def agrees(case: Case, path: str) -> bool:
 # --- facts about the numbers ----------------------------------------------------------------------
 
 
-def poisoned(case: Case, path: str) -> Verdict | None:
+def poisoned(case: Case, path: str) -> SiteExplanation | None:
     """Statistics that no data give: NaN, infinite, or a negative variance."""
     bad = bad_channels(case.sites[path])
     if bad is None:
         return None
-    return Verdict(code="POISONED", certainty="is", number={"bad_channels": float(bad.count)})
+    return SiteExplanation(CauseCode.POISONED, {"bad_channels": float(bad.count)})
 
 
-def never_updated(case: Case, path: str) -> Verdict | None:
+def never_updated(case: Case, path: str) -> SiteExplanation | None:
     """Mean 0 or variance 1 (or 0) in every channel although in use, or a decay of 1."""
     each = case.sites[path]
     initial = initial_values(each)
@@ -156,21 +157,20 @@ def never_updated(case: Case, path: str) -> Verdict | None:
         return None
     used, far = bool(case.steps) or affine_is_trained(each), case.mismatch(path) > FAR
     if initial.mean and initial.variance and (used or far):
-        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"initial": 1.0})
+        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"initial": 1.0})
     if initial.half and far:
-        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"half_initial": 1.0})
+        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"half_initial": 1.0})
     if each.updates == 0 and case.steps and case.mismatch(path) > AGREES / 2:
-        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number={"updates": 0.0})
+        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"updates": 0.0})
     stuck = case.roles[path] == "unmoved" or (
         case.roles[path] == "moving" and each.site.decay >= 1 and not each.cumulative
     )
     if stuck and case.mismatch(path) > AGREES / 2:
-        number = {"decay": each.site.decay}
-        return Verdict(code="STATS_NEVER_UPDATED", certainty="is", number=number)
+        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"decay": each.site.decay})
     return None
 
 
-def short_average(case: Case, path: str) -> Verdict | None:
+def short_average(case: Case, path: str) -> SiteExplanation | None:
     """A decay so low that the average is the last batch or two."""
     each = case.sites[path]
     decay = each.site.decay
@@ -178,11 +178,11 @@ def short_average(case: Case, path: str) -> Verdict | None:
     if not moved or not is_short(each) or each.site.debias:
         return None
     usual = any(math.isclose(decay, value, rel_tol=1e-6) for value in TORCH_MOMENTA)
-    code = "MOMENTUM_CONVENTION" if usual else "EMA_NOISE"
-    return Verdict(code=code, certainty="may" if usual else "is", number={"decay": decay})
+    code = CauseCode.MOMENTUM_CONVENTION if usual else CauseCode.EMA_NOISE
+    return SiteExplanation(code, {"decay": decay}, "may" if usual else "is")
 
 
-_FACTS: tuple[Callable[[Case, str], Verdict | None], ...] = (
+_FACTS: tuple[Callable[[Case, str], SiteExplanation | None], ...] = (
     poisoned,
     never_updated,
     short_average,
@@ -192,7 +192,7 @@ _FACTS: tuple[Callable[[Case, str], Verdict | None], ...] = (
 # --- what is inferred -----------------------------------------------------------------------------
 
 
-def mixed_sources(case: Case, path: str) -> Verdict | None:
+def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
     """Stored variance as within one class, or one average for uses that see different data.
 
     Law of total variance: variance = mean variance within classes + variance of class means. An
@@ -204,8 +204,7 @@ def mixed_sources(case: Case, path: str) -> Verdict | None:
     if len(found.uses) > 1:
         apart = _uses_apart(found.uses)
         if apart > FAR:
-            number = {"uses_apart": apart}
-            return Verdict(code="MIXED_SOURCES", certainty="is", number=number)
+            return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
     if found.within_variance is None:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -221,19 +220,18 @@ def mixed_sources(case: Case, path: str) -> Verdict | None:
     if float(np.median(shift[told])) > 2 * FAR:
         return None
     missing_part = 1 - math.exp(-float(np.median(missing[told])))
-    number = {"missing_variance": missing_part}
-    return Verdict(code="MIXED_SOURCES", certainty="may", number=number)
+    return SiteExplanation(CauseCode.MIXED_SOURCES, {"missing_variance": missing_part}, "may")
 
 
-def young_average(case: Case, path: str) -> Verdict | None:
+def young_average(case: Case, path: str) -> SiteExplanation | None:
     """decayⁿ of the old statistics is left, or they are still on the way from 0 and 1."""
     share = case.old_share(path)
     if share is not None and share > OLD_SHARE and case.mismatch(path) > AGREES / 2:
-        return Verdict(code="EMA_LAG", certainty="is", number={"old_share": share})
+        return SiteExplanation(CauseCode.EMA_LAG, {"old_share": share})
     way = way_from_initial(case, path)
     possible = way is not None and (share is None or 1 - way <= LEFT_OF_WAY * share)
     if way is not None and possible and way < ON_THE_WAY:
-        return Verdict(code="EMA_LAG", certainty="is", number={"way_from_initial": way})
+        return SiteExplanation(CauseCode.EMA_LAG, {"way_from_initial": way})
     return None
 
 
@@ -281,7 +279,7 @@ def way_from_initial(case: Case, path: str) -> float | None:
     return (low + high) / 2 if low > 0 and high < 1.5 * low + 0.05 else None
 
 
-def _later_tests(case: Case) -> tuple[Callable[[Case, str], Verdict | None], ...]:
+def _later_tests(case: Case) -> tuple[Callable[[Case, str], SiteExplanation | None], ...]:
     """Tests of sites that train, the last of them one for all that is left."""
     if not case.inference_is_worse:
         return (mixed_sources, _last_class(case), _exact_bessel)
@@ -296,29 +294,29 @@ def _later_tests(case: Case) -> tuple[Callable[[Case, str], Verdict | None], ...
     return (*first, _as_with_dropout, _as_in_batches, _stacked_bessel, _settled(case))
 
 
-def _pure_batches(case: Case, path: str) -> Verdict | None:
+def _pure_batches(case: Case, path: str) -> SiteExplanation | None:
     """A network that does best in batches of one class each was trained on such."""
     if not case.best_in_pure_batches or agrees(case, path):
         return None
     if (case.old_share(path) or 0.0) > OLD_SHARE:
         return None
-    code = "MIXED_SOURCES" if case.measurement.classes == SOURCES else "BATCH_LEAK"
-    number = {"pure_batches": -case.change("sorted", "batch")}
-    return Verdict(code=code, certainty="is", number=number)
+    code = CauseCode.MIXED_SOURCES if case.measurement.classes == SOURCES else CauseCode.BATCH_LEAK
+    return SiteExplanation(code, {"pure_batches": -case.change("sorted", "batch")})
 
 
-def _edited_since_reference(case: Case, path: str) -> Verdict | None:
+def _edited_since_reference(case: Case, path: str) -> SiteExplanation | None:
     known = case.reference
     if known is None or not known.params or path not in known.statistics:
         return None
     changed = [value for value in known.params.values() if value > EQUAL]
     if not changed or known.statistics[path] > EQUAL or case.mismatch(path) <= AGREES:
         return None
-    number = {"params_from_reference": max(changed)}
-    return Verdict(code="STALE_AFTER_WEIGHT_EDIT", certainty="is", number=number)
+    return SiteExplanation(
+        CauseCode.STALE_AFTER_WEIGHT_EDIT, {"params_from_reference": max(changed)}
+    )
 
 
-def _other_epsilon(case: Case, path: str) -> Verdict | None:
+def _other_epsilon(case: Case, path: str) -> SiteExplanation | None:
     """Weights and statistics of the reference behind another epsilon, which moves what follows.
 
     ``√((variance + ε) / (variance + ε'))`` is the factor by which a site's output differs; the
@@ -341,11 +339,10 @@ def _other_epsilon(case: Case, path: str) -> Verdict | None:
             break
     if largest <= AGREES:
         return None
-    number = {"factor": math.exp(largest)}
-    return Verdict(code="EPS_MISMATCH", certainty="is", number=number)
+    return SiteExplanation(CauseCode.EPS_MISMATCH, {"factor": math.exp(largest)})
 
 
-def _last_class(case: Case) -> Callable[[Case, str], Verdict | None]:
+def _last_class(case: Case) -> Callable[[Case, str], SiteExplanation | None]:
     """Statistics of one class, the same at all sites: data in the order of their classes."""
     off = {
         path: each.class_distances
@@ -354,11 +351,13 @@ def _last_class(case: Case) -> Callable[[Case, str], Verdict | None]:
     }
     label = _nearest_class(case, off) if len(off) > 1 else None
 
-    def test(_: Case, path: str) -> Verdict | None:
+    def test(_: Case, path: str) -> SiteExplanation | None:
         if label is None or path not in off:
             return None
-        number = {"last_class": float(label), "off_class": float(off[path][label])}
-        return Verdict(code="MIXED_SOURCES", certainty="is", number=number)
+        return SiteExplanation(
+            CauseCode.MIXED_SOURCES,
+            {"last_class": float(label), "off_class": float(off[path][label])},
+        )
 
     return test
 
@@ -376,7 +375,7 @@ def _nearest_class(case: Case, off: Mapping[str, Array]) -> int | None:
     return label
 
 
-def _as_with_dropout(case: Case, path: str) -> Verdict | None:
+def _as_with_dropout(case: Case, path: str) -> SiteExplanation | None:
     """Statistics of passes with dropout or augmentation, which inference does without.
 
     Dropout keeps the mean of its input and adds to the variance, so that averages behind it are
@@ -389,11 +388,11 @@ def _as_with_dropout(case: Case, path: str) -> Verdict | None:
     if agrees(case, path) or not off <= case.mismatch(path) / 2:
         return None
     kinds = {*case.measurement.noise_layers.values()}
-    code = "AUGMENT_TRAIN_ONLY" if kinds == {"augmentation"} else "DROPOUT"
-    return Verdict(code=code, certainty="is", number={"off_dropout": off})
+    code = CauseCode.AUGMENT_TRAIN_ONLY if kinds == {"augmentation"} else CauseCode.DROPOUT
+    return SiteExplanation(code, {"off_dropout": off})
 
 
-def _as_in_batches(case: Case, path: str) -> Verdict | None:
+def _as_in_batches(case: Case, path: str) -> SiteExplanation | None:
     """Statistics of batches that are too small to be those of the data."""
     found = case.measurement.sites.get(path)
     if found is None or path not in case.few_values(case.measurement.batch_size):
@@ -401,15 +400,15 @@ def _as_in_batches(case: Case, path: str) -> Verdict | None:
     off = _stored_apart(found, found.batch_mean, found.batch_variance)
     if agrees(case, path) or not off <= case.mismatch(path) / 2:
         return None
-    return Verdict(code="SMALL_BATCH", certainty="is", number={"off_batches": off})
+    return SiteExplanation(CauseCode.SMALL_BATCH, {"off_batches": off})
 
 
-def _stacked_bessel(case: Case, path: str) -> Verdict | None:
+def _stacked_bessel(case: Case, path: str) -> SiteExplanation | None:
     bias = bessel_bias(case, path)
-    return None if bias is None else Verdict(code="BESSEL", certainty="is", number={"bias": bias})
+    return None if bias is None else SiteExplanation(CauseCode.BESSEL, {"bias": bias})
 
 
-def _exact_bessel(case: Case, path: str) -> Verdict | None:
+def _exact_bessel(case: Case, path: str) -> SiteExplanation | None:
     """The same in every channel, which neither lag nor other data are; no gap is needed."""
     bias, found = bessel_bias(case, path), case.measurement.sites.get(path)
     if bias is None or found is None:
@@ -419,7 +418,7 @@ def _exact_bessel(case: Case, path: str) -> Verdict | None:
     low, high = np.quantile(measured[np.isfinite(measured)], [0.25, 0.75])
     if high - low > BESSEL_FITS * math.log(bias):
         return None
-    return Verdict(code="BESSEL", certainty="is", number={"bias": bias})
+    return SiteExplanation(CauseCode.BESSEL, {"bias": bias})
 
 
 def bessel_bias(case: Case, path: str) -> float | None:
@@ -439,38 +438,42 @@ def bessel_bias(case: Case, path: str) -> float | None:
     return math.exp(predicted) if fits and float(np.median(shift)) <= AGREES else None
 
 
-def _settled(case: Case) -> Callable[[Case, str], Verdict | None]:
+def _settled(case: Case) -> Callable[[Case, str], SiteExplanation | None]:
     """One answer for all sites whose average has forgotten its start, and still is wrong."""
     code, certainty, number = _settled_answer(case)
 
-    def test(case: Case, path: str) -> Verdict | None:
+    def test(case: Case, path: str) -> SiteExplanation | None:
         if agrees(case, path):
             return None
-        return Verdict(code=code, certainty=certainty, number=number)
+        return SiteExplanation(code, number, certainty)
 
     return test
 
 
-def _settled_answer(case: Case) -> tuple[str, Certainty, dict[str, float]]:
+def _settled_answer(case: Case) -> tuple[CauseCode, Certainty, dict[str, float]]:
     moving = [p for p in case.mismatches if case.roles[p] in ("moving", "unmoved")]
     sizes = [case.mismatches[path] for path in moving]
     if not sizes:
-        return "EMA_LAG", "may", {}
+        return CauseCode.EMA_LAG, "may", {}
     first = sizes[0]
     share = case.old_share(moving[0])
     windows = case.windows(moving[0])
     if share is not None and windows is not None and windows < WINDOWS:
-        return "EMA_LAG", "may", {"windows": windows, "old_share": share}
+        return CauseCode.EMA_LAG, "may", {"windows": windows, "old_share": share}
     onset = abrupt_onset(case)
     if onset is not None:
-        return "STALE_AFTER_WEIGHT_EDIT", "may", {"onset": float(onset)}
+        return CauseCode.STALE_AFTER_WEIGHT_EDIT, "may", {"onset": float(onset)}
     if first > FAR and explained_by_input(case, moving[0]):
-        return "DOMAIN_STATS", "may", {"first_mismatch": first}
+        return CauseCode.DOMAIN_STATS, "may", {"first_mismatch": first}
     if first > FAR and first >= 2 * float(np.median(sizes)):
-        return "DOMAIN_STATS", "may", {"first_mismatch": first}
+        return CauseCode.DOMAIN_STATS, "may", {"first_mismatch": first}
     if windows is not None and first > FAR:  # large steps leave less at a first site
-        return "STALE_AFTER_WEIGHT_EDIT", "may", {"windows": windows, "first_mismatch": first}
-    return "EMA_LAG", "may", {"first_mismatch": first}
+        return (
+            CauseCode.STALE_AFTER_WEIGHT_EDIT,
+            "may",
+            {"windows": windows, "first_mismatch": first},
+        )
+    return CauseCode.EMA_LAG, "may", {"first_mismatch": first}
 
 
 def abrupt_onset(case: Case) -> int | None:

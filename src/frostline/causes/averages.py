@@ -14,8 +14,10 @@ from frostline.causes.assignment import (
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.frozen import switched
+from frostline.causes.registry import cause
 from frostline.numerics.averages import OLD_SHARE
 from frostline.types import Certainty
+from frostline.types.codes import CauseCode, Fix
 
 _REFERENCE = "the checkpoint from before, as reference="
 _TRAINING_DATA = "the data the model was trained on"
@@ -25,15 +27,16 @@ _TRAINING_DATA = "the data the model was trained on"
 SHRINKS = 0.05
 
 
+@cause(CauseCode.POISONED, rank=10, treated_by=(Fix.RECALIBRATE,))
 def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Statistics that no data give, and what they break."""
-    paths = _of("POISONED", assigned)
+    paths = _of(CauseCode.POISONED, assigned)
     if paths:
         channels = sum(assigned[path].number["bad_channels"] for path in paths)
         broken = sum(probe.broken for name, probe in case.measurement.probes.items()
                      if name == "inference")  # fmt: skip
         yield Claim(
-            code="POISONED",
+            code=CauseCode.POISONED,
             message=f"{count(int(channels), 'channel')} at {count(len(paths), 'site')} have stored "
             f"statistics that are not finite or a negative variance; {count(broken, 'sample')} of "
             f"{case.measurement.samples} come out as NaN or infinite",
@@ -47,9 +50,17 @@ def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
         yield from _extreme(case, assigned)
 
 
+@cause(
+    CauseCode.STATS_NEVER_UPDATED,
+    rank=120,
+    treated_by=(
+        Fix.RECALIBRATE,
+        Fix.SET_MOMENTUM,
+    ),
+)
 def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Statistics that are still those of the first day, or cannot move."""
-    paths = _of("STATS_NEVER_UPDATED", assigned)
+    paths = _of(CauseCode.STATS_NEVER_UPDATED, assigned)
     if not paths:
         return
     verdicts = [assigned[path].number for path in paths]
@@ -64,7 +75,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     trained = f" after {count(case.steps, 'step')}" if case.steps else ""
     amount = _amount(case, paths)
     yield Claim(
-        code="STATS_NEVER_UPDATED",
+        code=CauseCode.STATS_NEVER_UPDATED,
         message=f"the statistics of {count(len(paths), 'site')} were never updated{trained}: "
         f"{told}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
         "deviations away",
@@ -77,19 +88,43 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(
+    CauseCode.MOMENTUM_CONVENTION,
+    rank=130,
+    treated_by=(
+        Fix.RECALIBRATE,
+        Fix.SET_MOMENTUM,
+    ),
+)
 def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """A PyTorch momentum in a Keras layer: the average is the last batch."""
-    yield from _short(case, assigned, "MOMENTUM_CONVENTION")
+    yield from _short(case, assigned, CauseCode.MOMENTUM_CONVENTION)
 
 
+@cause(
+    CauseCode.EMA_NOISE,
+    rank=140,
+    treated_by=(
+        Fix.RECALIBRATE,
+        Fix.SET_MOMENTUM,
+    ),
+)
 def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """An average over so few batches that it is as noisy as one of them."""
-    yield from _short(case, assigned, "EMA_NOISE")
+    yield from _short(case, assigned, CauseCode.EMA_NOISE)
 
 
+@cause(
+    CauseCode.EMA_LAG,
+    rank=190,
+    treated_by=(
+        Fix.RECALIBRATE,
+        Fix.SET_MOMENTUM,
+    ),
+)
 def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Averages that have not caught up with the weights or the data."""
-    paths = _of("EMA_LAG", assigned)
+    paths = _of(CauseCode.EMA_LAG, assigned)
     if not paths:
         return
     amount = _amount(case, paths)
@@ -118,7 +153,7 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         evidence["way_from_initial"] = min(ways)
         told = f"they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
     yield Claim(
-        code="EMA_LAG",
+        code=CauseCode.EMA_LAG,
         message=f"the moving averages of {count(len(paths), 'site')} lag: {told}"
         + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
         sites=paths,
@@ -130,9 +165,10 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.STALE_AFTER_WEIGHT_EDIT, rank=210, treated_by=(Fix.RECALIBRATE,))
 def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Weights that changed after the statistics had settled."""
-    paths = _of("STALE_AFTER_WEIGHT_EDIT", assigned)
+    paths = _of(CauseCode.STALE_AFTER_WEIGHT_EDIT, assigned)
     if not paths:
         return
     first = paths[0]
@@ -149,7 +185,7 @@ def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
         if "onset" in assigned[first].number:
             told += ", and agree at every site before"
     yield Claim(
-        code="STALE_AFTER_WEIGHT_EDIT",
+        code=CauseCode.STALE_AFTER_WEIGHT_EDIT,
         message=f"weights were changed after the statistics of {count(len(paths), 'site')} were "
         f"taken: {told}",
         sites=paths,
@@ -160,19 +196,20 @@ def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.DOMAIN_STATS, rank=200, treated_by=(Fix.RECALIBRATE,))
 def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Statistics of other data than these."""
     yield from _other_data_locked(case)
-    paths = _of("DOMAIN_STATS", assigned)
+    paths = _of(CauseCode.DOMAIN_STATS, assigned)
     amount = _amount(case, paths)
     if pretrained_elsewhere(case, assigned):
-        paths = _of("EMA_LAG", assigned)[:1]
+        paths = _of(CauseCode.EMA_LAG, assigned)[:1]
         amount = case.blame(paths) * case.stale_part / 2
     if not paths:
         return
     first = paths[0]
     yield Claim(
-        code="DOMAIN_STATS",
+        code=CauseCode.DOMAIN_STATS,
         message=f"the stored statistics are of other data: those given are "
         f"{number(case.mismatch(first))} standard deviations away at the first site already"
         + _closes(case, ", and their own close {} of the BN gap"),
@@ -185,9 +222,10 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.MIXED_SOURCES, rank=150, treated_by=(Fix.RECALIBRATE,))
 def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """One average over batches, or uses, that are not alike."""
-    paths = _of("MIXED_SOURCES", assigned)
+    paths = _of(CauseCode.MIXED_SOURCES, assigned)
     if not paths:
         return
     worse = max(0.0, -case.change("population", "inference"))
@@ -199,7 +237,7 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     told, evidence = _mixed_told(assigned, paths)
     yield Claim(
-        code="MIXED_SOURCES",
+        code=CauseCode.MIXED_SOURCES,
         message=f"{count(len(paths), 'site')} mix sources: {told}",
         sites=paths,
         amount=amount,
@@ -231,9 +269,10 @@ def _mixed_told(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[s
     return told + "trained on such, and one average serves all of them", {"pure_batches": pure}
 
 
+@cause(CauseCode.BESSEL, rank=180, treated_by=(Fix.RECALIBRATE,))
 def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """The unbiased variance, stacked: each site shrinks its output by √((n − 1)/n)."""
-    paths = _of("BESSEL", assigned)
+    paths = _of(CauseCode.BESSEL, assigned)
     if not paths:
         return
     biases = np.array([assigned[path].number["bias"] for path in paths])
@@ -243,7 +282,7 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if amount is None and (product - 1 < SHRINKS or not saved):
         return  # benign
     yield Claim(
-        code="BESSEL",
+        code=CauseCode.BESSEL,
         message=f"the stored variances of {count(len(paths), 'site')} are n/(n − 1) = "
         f"{float(np.median(biases)):.4g} times those of the batches; stacked, inference outputs "
         f"are smaller by up to {product:.4g}",
@@ -255,6 +294,7 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.EPS_MISMATCH, rank=80, treated_by=(Fix.SET_EPSILON,))
 def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Another epsilon than the one the weights were trained with."""
     known = case.reference
@@ -262,11 +302,11 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
         paths = tuple(path for path in case.sites if path in known.epsilons)
         mine, theirs = known.epsilons[paths[0]] if paths else next(iter(known.epsilons.values()))
         yield Claim(
-            code="EPS_MISMATCH",
+            code=CauseCode.EPS_MISMATCH,
             message=f"epsilon is {mine:g} where the reference has {theirs:g}, at "
             f"{count(len(known.epsilons), 'site')}",
             sites=paths,
-            amount=_amount(case, _of("EPS_MISMATCH", assigned)),
+            amount=_amount(case, _of(CauseCode.EPS_MISMATCH, assigned)),
             standing=0.95,
             certainty="is",
             evidence={"epsilon": mine, "reference_epsilon": theirs},
@@ -278,7 +318,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if findings:
         effect = max(float(each.evidence.get("effect", 0.0)) for each in findings)
         yield Claim(
-            code="EPS_MISMATCH",
+            code=CauseCode.EPS_MISMATCH,
             message=f"epsilon of {count(len(paths), 'site')} is not that of the others, which "
             f"changes outputs by up to {effect:.0%}",
             sites=paths,
@@ -290,6 +330,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
         )
 
 
+@cause(CauseCode.RANK_DIVERGENCE, rank=220, treated_by=(Fix.RECALIBRATE,))
 def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
     """Equal weights, different statistics: a replica, or a pass in training mode since."""
     drift = case.moved_from_reference
@@ -300,7 +341,7 @@ def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
         return
     farthest = max(drift[path] for path in paths)
     yield Claim(
-        code="RANK_DIVERGENCE",
+        code=CauseCode.RANK_DIVERGENCE,
         message=f"all weights equal the reference's, but the stored statistics of "
         f"{count(len(paths), 'site')} differ, by up to {number(farthest)} standard deviations",
         sites=paths,
@@ -318,7 +359,7 @@ def pretrained_elsewhere(case: Case, assigned: Assigned) -> bool:
     Weights and inputs of a first site hardly change in training, so that its statistics tell data
     from lag, unless the old part is the initial 0 and 1.
     """
-    paths = _of("EMA_LAG", assigned)
+    paths = _of(CauseCode.EMA_LAG, assigned)
     if not paths or not case.mismatches or paths[0] != next(iter(case.mismatches)):
         return False
     young = any("way_from_initial" in assigned[path].number for path in paths)
@@ -326,7 +367,7 @@ def pretrained_elsewhere(case: Case, assigned: Assigned) -> bool:
     return not young and case.mismatch(paths[0]) > FAR and explained_by_input(case, paths[0])
 
 
-def _short(case: Case, assigned: Assigned, code: str) -> Iterator[Claim]:
+def _short(case: Case, assigned: Assigned, code: CauseCode) -> Iterator[Claim]:
     paths = _of(code, assigned)
     if not paths:
         return
@@ -336,7 +377,7 @@ def _short(case: Case, assigned: Assigned, code: str) -> Iterator[Claim]:
                 default=0.0)  # fmt: skip
     told = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
     told += f"last batch, off by up to {number(noise)} standard deviations"
-    if code == "MOMENTUM_CONVENTION":
+    if code == CauseCode.MOMENTUM_CONVENTION:
         told += f"; {case.sites[paths[0]].words.other_convention(decay)}"
     yield Claim(
         code=code,
@@ -360,7 +401,7 @@ def _extreme(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not 0 < ratio < 1 / EXTREME or assigned[moving[0]].certainty == "is":
         return
     yield Claim(
-        code="POISONED",
+        code=CauseCode.POISONED,
         message=f"the stored variance of the first site is {1 / ratio:.3g} times that of the data: "
         "an extreme batch may be in the average",
         sites=(moving[0],),
@@ -378,7 +419,7 @@ def _other_data_locked(case: Case) -> Iterator[Claim]:
     if not gained or far <= FAR or {*locked} & {*switched(case)}:
         return
     yield Claim(
-        code="DOMAIN_STATS",
+        code=CauseCode.DOMAIN_STATS,
         message=f"{count(len(locked), 'locked site')} keep statistics of other data, up to "
         f"{number(far)} standard deviations away; those of the data save "
         f"{number(gained)} of loss",
@@ -393,7 +434,7 @@ def _amount(case: Case, paths: tuple[str, ...]) -> float | None:
     return case.blame(paths) * case.stale_part or None
 
 
-def _of(code: str, assigned: Assigned) -> tuple[str, ...]:
+def _of(code: CauseCode, assigned: Assigned) -> tuple[str, ...]:
     return tuple(path for path, verdict in assigned.items() if verdict.code == code)
 
 

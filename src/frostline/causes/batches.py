@@ -8,7 +8,9 @@ import numpy as np
 
 from frostline.causes.assignment import SOURCES, Assigned
 from frostline.causes.case import FEW_VALUES, Case, Claim, count, number
+from frostline.causes.registry import cause
 from frostline.rules.predicates import uses_batch
+from frostline.types.codes import CauseCode, Fix
 
 #: Part of the excess of inference that batches must give beyond the population's statistics.
 BEYOND = 0.2
@@ -21,6 +23,14 @@ REORDERED = 1e-3
 REORDERED_HALF = 5e-2
 
 
+@cause(
+    CauseCode.FORCED_TRAIN,
+    rank=20,
+    treated_by=(
+        Fix.INFERENCE_MODE,
+        Fix.RECALIBRATE,
+    ),
+)
 def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     """Inference that normalises with the batch at hand."""
     paths = tuple(
@@ -42,7 +52,7 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
         evidence["better_than_population"] = -better
         told += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
     yield Claim(
-        code="FORCED_TRAIN",
+        code=CauseCode.FORCED_TRAIN,
         message=f"{count(len(paths), 'site')} used statistics of the batch at inference: {told}",
         sites=paths,
         standing=2.5,
@@ -52,6 +62,7 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.KERNEL_BUG, rank=30)
 def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     """Outputs that depend on the batch although no site uses it."""
     behaviour = case.measurement.behaviour.values()
@@ -76,7 +87,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
         ", and whether a BN layer uses the batch could not be told of all"
     )  # fmt: skip
     yield Claim(
-        code="KERNEL_BUG",
+        code=CauseCode.KERNEL_BUG,
         message=f"inference outputs change {told}",
         standing=2.0,
         certainty="is" if sure else "may",
@@ -85,6 +96,14 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(
+    CauseCode.SMALL_BATCH,
+    rank=170,
+    treated_by=(
+        Fix.RECALIBRATE,
+        Fix.LARGER_BATCH,
+    ),
+)
 def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Batches of so few values that the network fits each batch, not the data."""
     if _tells_class(case):
@@ -92,7 +111,7 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     size = case.measurement.batch_size
     paths = case.few_values(size)
     amount = case.beyond_population
-    averaged = tuple(path for path, each in assigned.items() if each.code == "SMALL_BATCH")
+    averaged = tuple(path for path, each in assigned.items() if each.code == CauseCode.SMALL_BATCH)
     if case.inference_is_worse and paths and amount >= BEYOND * abs(case.bn_gap):
         fewest = min(case.values_per_batch(path, size) or 0 for path in paths)
         told = f"see as few as {count(fewest, 'value')} per channel in a batch of {size}"
@@ -100,7 +119,7 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             told = f"see {fewest} values per channel in a batch of {size}, of images so unlike "
             told += "that they are worth few"
         yield Claim(
-            code="SMALL_BATCH",
+            code=CauseCode.SMALL_BATCH,
             message=f"{count(len(paths), 'site')} {told}: batches of that size give a loss "
             f"{number(amount)} lower than exact statistics of all the data",
             sites=paths,
@@ -113,12 +132,13 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _trained_on_smaller(case)
 
 
+@cause(CauseCode.BATCH_LEAK, rank=160, treated_by=(Fix.RECALIBRATE,))
 def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Batches whose make-up tells the label, or that tell more than any fixed statistics."""
     if not _tells_class(case):
         yield from _beyond_statistics(case, assigned)
         return
-    if any(verdict.code == "MIXED_SOURCES" for verdict in assigned.values()):
+    if any(verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()):
         return  # two sources, one in each batch: told there
     sorted_loss, inference = case.loss("sorted"), case.loss("inference")
     if sorted_loss is None or inference is None:
@@ -134,7 +154,9 @@ def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
     size = case.measurement.batch_size
     yield Claim(
         # Two classes in batches of their own are two sources: real and made up.
-        code="MIXED_SOURCES" if case.measurement.classes == SOURCES else "BATCH_LEAK",
+        code=CauseCode.MIXED_SOURCES
+        if case.measurement.classes == SOURCES
+        else CauseCode.BATCH_LEAK,
         message=f"batches of one class give a loss {number(-case.change('sorted', 'batch'))} lower "
         f"than mixed batches, and {number(amount)} lower than exact statistics: the make-up of a "
         "batch tells the label",
@@ -151,11 +173,11 @@ def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not case.inference_is_worse or amount < BEYOND * abs(case.bn_gap):
         return
     if case.few_values(case.measurement.batch_size) or any(
-        verdict.code == "MIXED_SOURCES" for verdict in assigned.values()
+        verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()
     ):
         return
     yield Claim(
-        code="BATCH_LEAK",
+        code=CauseCode.BATCH_LEAK,
         message=f"batches give a loss {number(amount)} lower than exact statistics of all the "
         "data, although they are large: the model reads something from what shares a batch",
         sites=case.with_role("moving", "frozen batch", "frozen drift", "unmoved"),
@@ -186,7 +208,7 @@ def _trained_on_smaller(case: Case) -> Iterator[Claim]:
     if not paths or not others or amount < max(BEYOND * inference, 5 * case.floor):
         return
     yield Claim(
-        code="SMALL_BATCH",
+        code=CauseCode.SMALL_BATCH,
         message=f"the model does best in batches of {best.batch_size}: {number(best.batch_loss)} "
         f"against {number(min(others))} in larger ones and {number(inference)} at inference, with "
         f"fewer than {FEW_VALUES} values per channel at {count(len(paths), 'site')}",

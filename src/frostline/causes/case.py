@@ -18,6 +18,7 @@ from frostline.numerics import averages
 from frostline.numerics.stats import paired_bootstrap
 from frostline.rules.predicates import expected_behaviour, is_frozen, uses_batch
 from frostline.types import Array, Certainty, Finding
+from frostline.types.codes import CauseCode, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts
 from frostline.types.measured import Difference, Interval, Measurement, Probe
 
@@ -85,7 +86,7 @@ class Claim:
         findings: Codes of findings behind it.
     """
 
-    code: str
+    code: CauseCode
     message: str
     sites: tuple[str, ...] = ()
     amount: float | None = None
@@ -116,8 +117,12 @@ class Case:
     # --- probes -------------------------------------------------------------------------------
 
     def probe(self, name: str) -> Probe | None:
-        """A probe with a finite loss."""
-        found = self.measurement.probes.get(name)
+        """A probe with a finite loss.
+
+        Raises:
+            ValueError: No probe has this name.
+        """
+        found = self.measurement.probes.get(probe_name(name))
         return found if found is not None and math.isfinite(found.loss) else None
 
     def loss(self, name: str) -> float | None:

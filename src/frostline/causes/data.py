@@ -9,6 +9,8 @@ import numpy as np
 
 from frostline.causes.assignment import Assigned, scale_of_inputs, young_average
 from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
+from frostline.causes.registry import cause
+from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
 from frostline.types.measured import InputMoments
 
 #: Part of the excess of inference that an input transformation must close to be told at all, and
@@ -47,9 +49,6 @@ TIMES = 1.5
 #: Part of the spread of the inputs by which an affine map of them may miss their range.
 RANGE = 0.15
 
-#: Names of probes with the inputs in another encoding begin so.
-_TRIAL = "input "
-
 #: Transformations within the reach of another contrast or brightness -> range that they are for.
 _MILD = {
     "x*2-1": (0.0, 1.0),
@@ -76,17 +75,18 @@ _ACCURACIES = (
 USUAL_SCALES = (255.0, 127.5, 2.0, 1 / 255.0, 1 / 127.5, 0.5)
 
 
+@cause(CauseCode.DROPOUT, rank=240)
 def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Dropout or noise layers, which act in training only."""
     kinds = case.measurement.noise_layers
     gap = case.dropout_gap
     noise = [name for name, kind in kinds.items() if kind != "augmentation"]
-    shifted, told = _shift(case, assigned, "DROPOUT")
+    shifted, told = _shift(case, assigned, CauseCode.DROPOUT)
     if not (gap or shifted) or (kinds and not noise):
         return
     evidence = {"dropout_gap": gap, "total_gap": case.total_gap}
     yield Claim(
-        code="DROPOUT",
+        code=CauseCode.DROPOUT,
         message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
         f"({count(len(noise), 'layer')} act in training only){told}",
         amount=abs(gap) + shifted,
@@ -95,16 +95,17 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.AUGMENT_TRAIN_ONLY, rank=250)
 def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Augmentation in the model, or in the data of training only."""
     kinds = case.measurement.noise_layers
     layers = [name for name, kind in kinds.items() if kind == "augmentation"]
     gap = case.dropout_gap
-    shifted, told = _shift(case, assigned, "AUGMENT_TRAIN_ONLY")
+    shifted, told = _shift(case, assigned, CauseCode.AUGMENT_TRAIN_ONLY)
     if layers and (gap or shifted):
         only = len(layers) == len(kinds)
         yield Claim(
-            code="AUGMENT_TRAIN_ONLY",
+            code=CauseCode.AUGMENT_TRAIN_ONLY,
             message=f"{count(len(layers), 'augmentation layer')}, with BN as at inference, change "
             f"the loss by {gap:+.3g}{told}",
             amount=abs(gap) + shifted if only else None,
@@ -118,7 +119,7 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     reported, now, _flat = worse
     yield Claim(
-        code="AUGMENT_TRAIN_ONLY",
+        code=CauseCode.AUGMENT_TRAIN_ONLY,
         message=f"training reported a loss of {number(reported)} over its last epochs, the final "
         f"weights give {number(now)} in training mode on these samples: training saw harder inputs",
         standing=0.4,
@@ -128,7 +129,7 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-def _shift(case: Case, assigned: Assigned, code: str) -> tuple[float, str]:
+def _shift(case: Case, assigned: Assigned, code: CauseCode) -> tuple[float, str]:
     """What statistics taken under dropout or augmentation cost at inference, and that in words."""
     paths = tuple(path for path, verdict in assigned.items() if verdict.code == code)
     amount = case.blame(paths) * case.stale_part
@@ -138,6 +139,7 @@ def _shift(case: Case, assigned: Assigned, code: str) -> tuple[float, str]:
     return amount, told + f"{number(amount)} at inference"
 
 
+@cause(CauseCode.EPOCH_AVERAGE, rank=260)
 def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
     """A training metric that is the mean over an epoch in which the weights changed."""
     told = _history_worse(case)
@@ -145,7 +147,7 @@ def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
         return
     reported, now, _flat = told
     yield Claim(
-        code="EPOCH_AVERAGE",
+        code=CauseCode.EPOCH_AVERAGE,
         message=f"the last epoch reported a loss of {number(reported)}, the final weights give "
         f"{number(now)} in training mode and {number(case.loss('inference') or now)} at inference: "
         "the report is the mean over an epoch of changing weights",
@@ -155,6 +157,7 @@ def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.PREPROCESS, rank=70, treated_by=(Fix.FIX_PREPROCESSING,))
 def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Inputs that are not prepared as in training."""
     repair = best_trial(case)
@@ -162,7 +165,7 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
         name, loss, part = repair
         inference = case.loss("inference") or math.nan
         yield Claim(
-            code="PREPROCESS",
+            code=CauseCode.PREPROCESS,
             message=f"with {name} inference gives a loss of {number(loss)} instead of "
             f"{number(inference)}: the inputs are prepared in another way than in training",
             amount=inference - loss,
@@ -177,7 +180,7 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
             f"{number(scale)} times as strong" if scale > 1 else f"1/{number(1 / scale)} of these"
         )
         yield Claim(
-            code="PREPROCESS",
+            code=CauseCode.PREPROCESS,
             message=f"the statistics of the first site were taken of inputs {told}, by one factor "
             "in all channels, as between pixels from 0 to 255 and others: the inputs are scaled in "
             "another way than then",
@@ -200,7 +203,7 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     names = [
         name
         for name in case.measurement.probes
-        if name.startswith(_TRIAL) and _plausible(name.removeprefix(_TRIAL), case)
+        if name.startswith(INPUT_TRIAL) and _plausible(name.removeprefix(INPUT_TRIAL), case)
     ]
     gains = {name: -case.change(name, "inference") for name in names}
     name = max(gains, key=gains.__getitem__, default=None)
@@ -221,7 +224,7 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
         part = min(part, (reached[0] - now.accuracy) / missing)
     if part < REPAIRS_PART:
         return None
-    return name.removeprefix(_TRIAL), now.loss - gains[name], min(1.0, part)
+    return name.removeprefix(INPUT_TRIAL), now.loss - gains[name], min(1.0, part)
 
 
 def _plausible(name: str, case: Case) -> bool:
@@ -243,6 +246,7 @@ def _plausible(name: str, case: Case) -> bool:
     return high - low >= FILLS * (ends[1] - ends[0])
 
 
+@cause(CauseCode.LABEL_ORDER, rank=60, treated_by=(Fix.RELABEL,))
 def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     """Labels that belong to other samples, or classes under other names."""
     known = case.measurement
@@ -255,7 +259,7 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     renamed = 0.0 if known.relabelled is None or max(found) >= now + RENAMED else known.relabelled
     if renamed >= max(0.5, now + RENAMED) and _beats_chance(case):
         yield Claim(
-            code="LABEL_ORDER",
+            code=CauseCode.LABEL_ORDER,
             message=f"accuracy is {now:.1%}, and {renamed:.1%} after a one-to-one "
             "renaming of the classes",
             standing=1.5,
@@ -268,6 +272,7 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     yield from _at_chance(case, now)
 
 
+@cause(CauseCode.OVERFIT, rank=270)
 def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
     """Training samples are fitted, others are not, whatever the statistics."""
     if case.inference_is_worse or not _is_good(case, "inference"):
@@ -289,7 +294,7 @@ def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
         agreeing = f" and {_both(case, 'validation batch')} with batch statistics: "
         agreeing += "both phases agree"
     yield Claim(
-        code="OVERFIT",
+        code=CauseCode.OVERFIT,
         message=f"training samples {_both(case, 'inference')}, validation samples "
         f"{_both(case, 'validation inference')} at inference{agreeing}",
         standing=0.9,
@@ -347,7 +352,7 @@ def _other_validation_inputs(case: Case) -> Iterator[Claim]:
         if abs(math.log(scale)) > 5 * math.log(2):
             sure = True
     yield Claim(
-        code="PREPROCESS",
+        code=CauseCode.PREPROCESS,
         message=f"validation inputs are prepared in another way: {told}; inference gives "
         f"{_both(case, 'inference')} on training samples and "
         f"{_both(case, 'validation inference')} on validation samples",
@@ -400,7 +405,7 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
         told += f", while validation samples reach {elsewhere:.1%}"
     settled = trained_well and confident
     yield Claim(
-        code="LABEL_ORDER",
+        code=CauseCode.LABEL_ORDER,
         message=f"{told}: labels and samples may not belong together",
         standing=1.2 if confident or trained_well or fine else 0.35,
         certainty="is" if settled else "may",
@@ -417,7 +422,7 @@ def _overfit_by_history(case: Case) -> Iterator[Claim]:
     if validation < max(TIMES * inference, inference + 5 * case.floor):
         return
     yield Claim(
-        code="OVERFIT",
+        code=CauseCode.OVERFIT,
         message=f"inference gives {number(inference)} on these samples and gave "
         f"{number(validation)} on those of validation, without a gap between the phases",
         standing=0.4,

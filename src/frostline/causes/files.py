@@ -8,17 +8,20 @@ from frostline.causes.assignment import Assigned
 from frostline.causes.batches import REORDERED
 from frostline.causes.case import Case, Claim, number
 from frostline.causes.data import AT_CHANCE
+from frostline.causes.registry import cause
+from frostline.types.codes import CauseCode
 
 #: A training run that reported a loss below this share of the present one had other weights.
 BETTER = 0.5
 
 
+@cause(CauseCode.LOADING, rank=40)
 def loading(case: Case, _: Assigned) -> Iterator[Claim]:
     """Outputs that differ although weights and statistics are equal."""
     trip = case.measurement.round_trip
     if trip is not None and trip > REORDERED:
         yield Claim(
-            code="LOADING",
+            code=CauseCode.LOADING,
             message=f"saving and loading changes inference outputs by up to {number(trip)} of the "
             "largest one",
             standing=1.8,
@@ -35,7 +38,7 @@ def loading(case: Case, _: Assigned) -> Iterator[Claim]:
     settings = "; ".join(f"{path}: {told}" for path, told in list(known.settings.items())[:3])
     told = f"outputs differ by up to {number(outputs)} of the largest one"
     yield Claim(
-        code="LOADING",
+        code=CauseCode.LOADING,
         message=f"weights and statistics equal the reference's, but {told}"
         + (f" (settings: {settings})" if settings else ""),
         standing=1.8 if outputs > REORDERED else 0.3,
@@ -45,6 +48,7 @@ def loading(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(CauseCode.STALE_PARAMS, rank=50)
 def stale_params(case: Case, _: Assigned) -> Iterator[Claim]:
     """Weights that are still the reference's although training was made."""
     known = case.reference
@@ -61,7 +65,7 @@ def stale_params(case: Case, _: Assigned) -> Iterator[Claim]:
         return
     told = f", while training reported a loss of {number(losses[-1])}" if better else ""
     yield Claim(
-        code="STALE_PARAMS",
+        code=CauseCode.STALE_PARAMS,
         message=f"after {case.steps} steps every weight equals the reference's{told}: these are "
         "not the weights that were trained",
         standing=1.6,

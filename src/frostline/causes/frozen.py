@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from frostline.causes.assignment import Assigned
 from frostline.causes.case import EQUAL, Case, Claim, count, number
+from frostline.causes.registry import cause
 from frostline.types import Certainty
+from frostline.types.codes import CauseCode, Fix
 
 #: Rank of a fact about frozen sites that shows in no gap: told, behind all that do.
 _QUIET = 0.15
@@ -15,6 +17,14 @@ _QUIET = 0.15
 _SHOWN = 0.95
 
 
+@cause(
+    CauseCode.FROZEN_BATCH_STATS,
+    rank=100,
+    treated_by=(
+        Fix.FREEZE,
+        Fix.RECALIBRATE,
+    ),
+)
 def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Frozen sites that normalise with the batch in training and with stored numbers afterwards."""
     paths = tuple(path for path in case.with_role("frozen batch") if path not in assigned)
@@ -25,7 +35,7 @@ def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if amount is not None:
         told = f"which is {number(amount)} of the {number(abs(case.bn_gap))} BN gap in loss"
     yield Claim(
-        code="FROZEN_BATCH_STATS",
+        code=CauseCode.FROZEN_BATCH_STATS,
         message=f"{count(len(paths), 'frozen site')} used the statistics of each batch in a "
         f"training-mode pass and stored ones at inference, {told}",
         sites=paths,
@@ -37,6 +47,14 @@ def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(
+    CauseCode.FROZEN_DRIFT,
+    rank=110,
+    treated_by=(
+        Fix.FREEZE,
+        Fix.RECALIBRATE,
+    ),
+)
 def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Frozen sites whose statistics (or gamma and beta) move, or have moved from a reference."""
     moving = tuple(
@@ -55,6 +73,14 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _drift_in_prefix(case, assigned)
 
 
+@cause(
+    CauseCode.MODE_RESET,
+    rank=90,
+    treated_by=(
+        Fix.FREEZE,
+        Fix.RECALIBRATE,
+    ),
+)
 def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Sites whose freeze holds in a flag around them, while each training step undoes it."""
     paths = tuple(
@@ -67,7 +93,7 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     amount = case.blame(paths) or None
     replaced = max(1 - case.sites[path].site.decay for path in paths)
     yield Claim(
-        code="MODE_RESET",
+        code=CauseCode.MODE_RESET,
         message=f"{count(len(paths), 'site')} put into inference mode (by eval(), or by a frozen "
         "wrapper around) went back to training mode with the model: a step used the batch and "
         f"replaced {replaced:.2g} of the statistics",
@@ -80,6 +106,14 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+@cause(
+    CauseCode.STALE_SWITCH,
+    rank=230,
+    treated_by=(
+        Fix.FREEZE,
+        Fix.RECALIBRATE,
+    ),
+)
 def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     """``trainable`` was flipped since the training step was compiled."""
     findings = [each for each in case.findings if each.code == "FL107"]
@@ -88,7 +122,7 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
         return
     amount = case.blame(paths) + case.locked_gain * bool({*paths} & {*case.with_role("locked")})
     yield Claim(
-        code="STALE_SWITCH",
+        code=CauseCode.STALE_SWITCH,
         message=f"trainable of {count(len(paths), 'site')} was changed after training had begun: "
         f"{findings[0].message}",
         sites=paths,
@@ -128,7 +162,7 @@ def _drift(
             evidence |= {"steps": float(case.steps), "old_share": old}
             told += f", {case.steps} steps leave {old:.0%} of the old ones"
     return Claim(
-        code="FROZEN_DRIFT",
+        code=CauseCode.FROZEN_DRIFT,
         message=f"the statistics of {count(len(paths), 'frozen site')} move: {told}",
         sites=paths,
         amount=amount,
@@ -162,7 +196,7 @@ def _drift_in_prefix(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if case.steps is not None and (old := case.old_share(paths[0])) is not None:
         evidence |= {"steps": float(case.steps), "old_share": old}
     yield Claim(
-        code="FROZEN_DRIFT",
+        code=CauseCode.FROZEN_DRIFT,
         message=f"{count(len(paths), 'site')} among frozen layers are not frozen: {told}",
         sites=paths,
         amount=amount,

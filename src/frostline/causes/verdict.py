@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from frostline.types import Finding, Site
+from frostline.types.codes import CauseCode
 from frostline.types.measured import Cause, Interval, Measurement, Remedy
 
 #: Fewer samples than this, and the verdict says what they tell.
@@ -43,7 +44,7 @@ def of_measurement(
         remedies: The best first.
         sites: Number of BN layers in the model.
     """
-    named = [cause for cause in causes if cause.code != "NONE"]
+    named = [cause for cause in causes if cause.code != CauseCode.NONE]
     if not named:
         return _nothing(measured, sites, causes[0] if causes else None)
     first = named[0]
@@ -61,7 +62,7 @@ def of_measurement(
         parts.append(f"{best.name}: {_effect(best)}")
     elif remedies:
         parts.append("no remedy that was tried helps for sure")
-    if first.code != "POISONED":  # which tells
+    if first.code != CauseCode.POISONED:  # which tells
         parts += _left_out(measured)
     gap = measured.gaps.get("total")
     few = measured.samples < FEW

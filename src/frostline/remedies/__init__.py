@@ -14,26 +14,14 @@ import numpy as np
 
 from frostline.measure import Bench
 from frostline.numerics.stats import paired_bootstrap
-from frostline.remedies import inputs, statistics, training
-from frostline.remedies.candidate import Candidate, Try, Workplace
+from frostline.remedies.candidate import Candidate, Workplace
+from frostline.remedies.registry import Attempt, all_repairs, verb_of
 from frostline.remedies.statistics import group_of
 from frostline.types import FrostlineError
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Cause, Interval, Measurement, Probe, Remedy
 
 log = logging.getLogger("frostline")
-
-#: From the least to the most that they change: of equal effect the first one wins.
-_TRIES: tuple[Try, ...] = (
-    inputs.fix_preprocessing,
-    inputs.rename_classes,
-    statistics.match_epsilon,
-    statistics.recalibrate,
-    training.lock_frozen,
-    statistics.settled_average,
-    training.larger_batches,
-    statistics.stored_statistics,
-)
 
 #: Shares of the closable gap that differ by less than this are equal.
 _EQUAL_SHARE = 0.05
@@ -67,7 +55,7 @@ def remedies(
     now = measurement.probes.get("inference")
     if now is None:
         return ()
-    candidates = [each for attempt in _TRIES for each in _tried(attempt, place)]
+    candidates = [each for repair in all_repairs() for each in _tried(repair.attempt, place)]
     best = _best(measurement, candidates)
     made = [(each, _remedy(each, now, best)) for each in candidates]
     first = place.codes[0] if place.codes else ""
@@ -80,7 +68,7 @@ def remedies(
     return tuple(remedy for _, remedy in sorted(made, key=rank))  # stable: ties keep order
 
 
-def _tried(attempt: Try, place: Workplace) -> list[Candidate]:
+def _tried(attempt: Attempt, place: Workplace) -> list[Candidate]:
     """What one kind of repair gives; one that cannot be tried does not take the others with it."""
     try:
         return list(attempt(place))
@@ -102,7 +90,7 @@ def _remedy(candidate: Candidate, now: Probe, best: float | None) -> Remedy:
     closed = _closed(candidate, now, best)
     return Remedy(
         name=candidate.name,
-        fix=candidate.fix,
+        fix=candidate.fix.value,
         causes=candidate.treats,
         text=candidate.text,
         python=candidate.python,
@@ -164,4 +152,4 @@ def _after(candidate: Candidate) -> dict[str, float]:
     return {} if candidate.accuracy is None else {"accuracy": candidate.accuracy}
 
 
-__all__ = ["group_of", "remedies"]
+__all__ = ["group_of", "remedies", "verb_of"]

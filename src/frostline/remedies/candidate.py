@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from frostline.causes.registry import treated_by
 from frostline.measure import Bench
+from frostline.types.codes import Fix, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts, Vocabulary
 from frostline.types.measured import Cause, Measurement, Probe
-
-#: Causes of statistics that are wrong at sites that train: their own, exact ones repair them.
-STALE = (
-    "EMA_LAG",
-    "EMA_NOISE",
-    "STATS_NEVER_UPDATED",
-    "MOMENTUM_CONVENTION",
-    "POISONED",
-    "STALE_AFTER_WEIGHT_EDIT",
-    "DOMAIN_STATS",
-    "MIXED_SOURCES",
-    "RANK_DIVERGENCE",
-    "BESSEL",
-    "SMALL_BATCH",
-    "BATCH_LEAK",
-    "FORCED_TRAIN",
-)
-
-#: Causes at sites that are meant to be frozen.
-UNSTEADY = ("FROZEN_BATCH_STATS", "FROZEN_DRIFT", "MODE_RESET", "STALE_SWITCH")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +30,7 @@ class Candidate:
     """
 
     name: str
-    fix: str
+    fix: Fix
     treats: tuple[str, ...]
     text: str
     after: Probe | None = None
@@ -83,8 +65,9 @@ class Workplace:
         """How to speak of the model."""
         return self.facts.words
 
-    def named(self, *codes: str) -> tuple[str, ...]:
-        """Which of these causes were named, the most important first."""
+    def treated(self, fix: Fix) -> tuple[str, ...]:
+        """Which of the causes that this repair treats were found, the most important first."""
+        codes = treated_by(fix)
         return tuple(code for code in self.codes if code in codes)
 
     @cached_property
@@ -99,7 +82,7 @@ class Workplace:
 
     def probe(self, name: str) -> Probe | None:
         """A probe that was made already."""
-        return self.measurement.probes.get(name)
+        return self.measurement.probes.get(probe_name(name))
 
     def population(self, group: str) -> Probe | None:
         """Inference with the data's own statistics at a group of sites; ``None`` if it is empty."""
@@ -109,7 +92,3 @@ class Workplace:
             return known
         statistics = self.bench.population(group)
         return self.bench.probe(name, statistics=statistics) if statistics else None
-
-
-#: Tries one kind of repair.
-Try = Callable[[Workplace], Iterator[Candidate]]

@@ -5,34 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.remedies.candidate import Candidate, Workplace
-
-#: Name of a probe with the inputs in another encoding begins so.
-_TRIAL = "input "
+from frostline.remedies.registry import remedy
+from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
 
 #: Classes whose new numbers fit on a line.
 _FEW_CLASSES = 20
 
 
+@remedy(Fix.FIX_PREPROCESSING, rank=10)
 def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
     """The encoding of the inputs that inference does best with, where it is taken for the cause."""
-    named = {each.evidence.get("trial") for each in place.causes if each.code == "PREPROCESS"}
+    named = {
+        each.evidence.get("trial") for each in place.causes if each.code == CauseCode.PREPROCESS
+    }
     for name, probe in place.measurement.probes.items():
-        if name.startswith(_TRIAL) and name.removeprefix(_TRIAL) in named:
-            change = name.removeprefix(_TRIAL)
+        if name.startswith(INPUT_TRIAL) and name.removeprefix(INPUT_TRIAL) in named:
+            change = name.removeprefix(INPUT_TRIAL)
             yield Candidate(
                 name=f"inputs as {change}",
-                fix="fix preprocessing",
-                treats=("PREPROCESS",),
+                fix=Fix.FIX_PREPROCESSING,
+                treats=(CauseCode.PREPROCESS,),
                 text=f"prepare the inputs as {change}, with x as they are given now",
                 after=probe,
                 python=f"x = {change}" if set(change) <= set("x0123456789.+-*/() ") else None,
             )
 
 
+@remedy(Fix.RELABEL, rank=20)
 def rename_classes(place: Workplace) -> Iterator[Candidate]:
     """The one-to-one renaming of the classes that fits the predictions best."""
     known = place.measurement
-    if "LABEL_ORDER" not in place.codes or known.relabelled is None or known.confusion is None:
+    if (
+        CauseCode.LABEL_ORDER not in place.codes
+        or known.relabelled is None
+        or known.confusion is None
+    ):
         return
     now = place.probe("inference")
     if now is None or now.accuracy is None or known.relabelled <= now.accuracy:
@@ -43,8 +50,8 @@ def rename_classes(place: Workplace) -> Iterator[Candidate]:
     names = [int(columns[list(rows).index(row)]) for row in range(len(rows))]
     yield Candidate(
         name="rename the classes",
-        fix="relabel",
-        treats=("LABEL_ORDER",),
+        fix=Fix.RELABEL,
+        treats=(CauseCode.LABEL_ORDER,),
         text="give each class the number under which the model knows it",
         accuracy=known.relabelled,
         python=f"y = np.array({names})[y]" if len(names) <= _FEW_CLASSES else None,

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from frostline.numerics.averages import suggest_momentum
-from frostline.remedies.candidate import STALE, UNSTEADY, Candidate, Workplace
+from frostline.remedies.candidate import Candidate, Workplace
+from frostline.remedies.registry import remedy
 from frostline.types import Array
+from frostline.types.codes import CauseCode, Fix
 from frostline.types.measured import Remedy
 
 #: Updates that a new momentum is suggested for where training steps are not known.
@@ -16,13 +18,13 @@ _USUAL_STEPS = 200
 #: A recalibration's name is this and the group of its sites.
 _RECALIBRATE = "recalibrate "
 
-_AVERAGES = ("EMA_LAG", "EMA_NOISE", "MOMENTUM_CONVENTION", "STATS_NEVER_UPDATED")
 
-
+@remedy(Fix.RECALIBRATE, rank=40, verb="recalibrate")
 def recalibrate(place: Workplace) -> Iterator[Candidate]:
     """Exact statistics of the data at unfrozen, all and frozen sites."""
-    stale = (*place.named(*STALE), *place.shifted_by_dropout)
-    unsteady = place.named(*UNSTEADY)
+    unsteady = place.treated(Fix.FREEZE)
+    stale = [code for code in place.treated(Fix.RECALIBRATE) if code not in unsteady]
+    stale += place.shifted_by_dropout
     frozen = [each.site.stats_frozen for each in place.facts]
     if not frozen or not (stale or unsteady):
         return
@@ -48,7 +50,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             note = "layers behind frozen sites were fitted to the old statistics: check other data"
         yield Candidate(
             name=f"{_RECALIBRATE}{group}",
-            fix="recalibrate",
+            fix=Fix.RECALIBRATE,
             treats=treats,
             text=f"store the exact statistics of the data at {told}",
             after=after,
@@ -60,19 +62,20 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
 
 def group_of(remedy: Remedy) -> str | None:
     """Return the sites that a recalibration is for; ``None`` for other remedies."""
-    return remedy.name.removeprefix(_RECALIBRATE) if remedy.fix == "recalibrate" else None
+    return remedy.name.removeprefix(_RECALIBRATE) if remedy.fix == Fix.RECALIBRATE else None
 
 
+@remedy(Fix.SET_MOMENTUM, rank=60)
 def settled_average(place: Workplace) -> Iterator[Candidate]:
     """A momentum with which the average follows: then it holds the mean of the batches' moments."""
-    named = place.named(*_AVERAGES)
+    named = place.treated(Fix.SET_MOMENTUM)
     paths = [path for path in place.blamed(*named) if path in place.measurement.sites]
     paths = [path for path in paths if not place.sites[path].site.stats_frozen]
     if not named or not paths:
         return
     site, words = place.sites[paths[0]].site, place.words
     steps = place.measurement.steps or place.facts.steps or _USUAL_STEPS
-    decay = 1 - site.decay if "MOMENTUM_CONVENTION" in named else suggest_momentum(steps)
+    decay = 1 - site.decay if CauseCode.MOMENTUM_CONVENTION in named else suggest_momentum(steps)
     decay = float(f"{decay:.3g}")
     if decay == site.decay:
         return
@@ -82,7 +85,7 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
     }
     yield Candidate(
         name=f"momentum {decay:g} and train on",
-        fix="set-momentum",
+        fix=Fix.SET_MOMENTUM,
         treats=named,
         text=f"average over {1 / (1 - decay):.3g} batches instead of {_batches(site.decay)}, at "
         f"{len(paths)} sites",
@@ -97,9 +100,10 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
     )
 
 
+@remedy(Fix.SET_EPSILON, rank=30)
 def match_epsilon(place: Workplace) -> Iterator[Candidate]:
     """The epsilon of the reference, or of most sites: a variance that differs by as much."""
-    wanted = dict(_wanted_epsilons(place)) if "EPS_MISMATCH" in place.codes else {}
+    wanted = dict(_wanted_epsilons(place)) if CauseCode.EPS_MISMATCH in place.codes else {}
     statistics = {}
     for path, epsilon in wanted.items():
         found = place.measurement.sites.get(path)
@@ -112,8 +116,8 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
     path = next(iter(statistics))
     yield Candidate(
         name=f"epsilon {epsilon:g}",
-        fix="set epsilon",
-        treats=("EPS_MISMATCH",),
+        fix=Fix.SET_EPSILON,
+        treats=(CauseCode.EPS_MISMATCH,),
         text=f"use epsilon {epsilon:g} at {len(statistics)} sites",
         after=place.bench.probe(f"epsilon {epsilon:g}", statistics=statistics),
         python=place.words.epsilon_line.format(
@@ -122,15 +126,16 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
     )
 
 
+@remedy(Fix.INFERENCE_MODE, rank=80)
 def stored_statistics(place: Workplace) -> Iterator[Candidate]:
     """Inference that really is inference, where a site uses the batch."""
     after = place.probe("stored")
-    if "FORCED_TRAIN" not in place.codes or after is None:
+    if CauseCode.FORCED_TRAIN not in place.codes or after is None:
         return
     yield Candidate(
         name="inference mode",
-        fix="inference mode",
-        treats=("FORCED_TRAIN",),
+        fix=Fix.INFERENCE_MODE,
+        treats=(CauseCode.FORCED_TRAIN,),
         text="use the stored statistics at inference, whatever shares the batch",
         after=after,
         python=place.words.inference_call,
@@ -152,4 +157,4 @@ def _wanted_epsilons(place: Workplace) -> Iterator[tuple[str, float]]:
         yield from ((path, theirs) for path, (_, theirs) in known.epsilons.items())
         return
     frequent = Counter(each.site.epsilon for each in place.facts).most_common(1)[0][0]
-    yield from ((path, frequent) for path in place.blamed("EPS_MISMATCH"))
+    yield from ((path, frequent) for path in place.blamed(CauseCode.EPS_MISMATCH))

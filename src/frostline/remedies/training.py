@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from frostline.remedies.candidate import UNSTEADY, Candidate, Workplace
+from frostline.remedies.candidate import Candidate, Workplace
+from frostline.remedies.registry import remedy
+from frostline.types.codes import CauseCode, Fix
 
 #: Passes over the samples in which the effect of a lock is looked at: the layers behind have to
 #: learn the stored statistics anew, which takes about as long as a head does.
 TRIAL_EPOCHS = 3
 
 
+@remedy(Fix.FREEZE, rank=50)
 def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     """Frozen sites at their stored statistics, and a short training of what trains."""
-    named = place.named(*UNSTEADY)
+    named = place.treated(Fix.FREEZE)
     paths = place.blamed(*named)
     trains = any(layer.trains for layer in place.facts.layers)
     trial = getattr(place.bench.view, "trial", None)
@@ -36,7 +39,7 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     )
     yield Candidate(
         name="lock frozen sites and train on",
-        fix="freeze",
+        fix=Fix.FREEZE,
         treats=named,
         text=f"keep {len(paths)} frozen sites at their stored statistics in training",
         after=locked,
@@ -47,8 +50,8 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     if exact is not None:
         yield Candidate(
             name="lock frozen sites, train on, recalibrate unfrozen",
-            fix="freeze",
-            treats=(*named, *place.named("EMA_LAG")),
+            fix=Fix.FREEZE,
+            treats=(*named, *[code for code in place.codes if code == CauseCode.EMA_LAG]),
             text=f"keep {len(paths)} frozen sites at their stored statistics in training, then "
             "store exact statistics at the others",
             after=exact,
@@ -64,7 +67,7 @@ def _lock_in_own_loop(
     """The lock of a torch module, whose optimizer and loop are the user's."""
     return Candidate(
         name="lock frozen sites and train on",
-        fix="freeze",
+        fix=Fix.FREEZE,
         treats=named,
         text=f"keep {len(paths)} frozen sites at their stored statistics, whatever train() does",
         python=f"fl.freeze(model, until={_first_that_trains(place, paths)!r})",
@@ -73,17 +76,18 @@ def _lock_in_own_loop(
     )
 
 
+@remedy(Fix.LARGER_BATCH, rank=70)
 def larger_batches(place: Workplace) -> Iterator[Candidate]:
     """What training would see in larger batches; inference then needs new statistics."""
-    if "SMALL_BATCH" not in place.codes:
+    if CauseCode.SMALL_BATCH not in place.codes:
         return
     values = place.measurement.batch_size
     larger = [point for point in place.measurement.sweep if point.batch_size > values]
     told = "; ".join(f"loss {p.batch_loss:.3g} in batches of {p.batch_size}" for p in larger)
     yield Candidate(
         name="larger batches, or no batch statistics",
-        fix="larger batch",
-        treats=("SMALL_BATCH",),
+        fix=Fix.LARGER_BATCH,
+        treats=(CauseCode.SMALL_BATCH,),
         text="train in larger batches, with all BN frozen, or with group normalisation",
         note=f"not measurable without training anew{'; now: ' + told if told else ''}",
     )
