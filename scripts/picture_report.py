@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 import frostline as fl
-from frostline.experiments import backbones, datasets
+from frostline.data import image_sets
+from frostline.experiments import backbones
 from frostline.experiments.overfit import default_boundary
 
 BACKBONE, SIDE, PER_CLASS, BATCH, EPOCHS, SEED = "efficientnet-lite0", 128, 100, 32, 10, 0
@@ -54,7 +55,7 @@ def diagnosed(source: str) -> fl.Report:
     """Train the row ``batch`` with public functions alone, and diagnose it."""
     import keras
 
-    images = datasets.load(
+    images = image_sets.load(
         source, classes=["cat", "dog"], per_class=PER_CLASS, image_size=SIDE, seed=SEED
     )
     x = np.asarray(backbones.preprocess(BACKBONE, images.images), dtype=np.float32)

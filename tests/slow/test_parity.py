@@ -18,8 +18,9 @@ import torch
 
 from frostline.adapters import view
 from frostline.adapters.torch.adapter import TorchView
+from frostline.data import image_sets
 from frostline.data.batches import Batch
-from frostline.experiments import backbones, datasets
+from frostline.experiments import backbones
 from frostline.measure.recalibration import recalibrated
 from frostline.numerics.attribution import path_integral
 
@@ -39,7 +40,7 @@ def twins() -> tuple[Any, Any, Any, Any]:
     native.load_state_dict(torch.load(str(file), weights_only=True))
     native._dropout.p = 0.0
     source = str(DATA) if DATA.exists() else "digits"
-    images = datasets.load(source, split="test", per_class=1, image_size=SIZE).images[:COUNT]
+    images = image_sets.load(source, split="test", per_class=1, image_size=SIZE).images[:COUNT]
     x = backbones.preprocess("efficientnet-lite0", images)
     model = backbones.build("efficientnet-lite0", image_size=SIZE, include_top=True)
     return view(model), TorchView(native), x, x.transpose(0, 3, 1, 2).copy()

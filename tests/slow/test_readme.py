@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.experiments import backbones, datasets
+from frostline.data import image_sets
+from frostline.experiments import backbones
 
 README = Path(__file__).parents[2] / "README.md"
 DOCS = README.parent / "docs"
@@ -28,7 +29,7 @@ def examples(*, torch: bool) -> str:
 def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
-    data = datasets.load("digits", classes=["3", "8"], per_class=16, image_size=16)
+    data = image_sets.load("digits", classes=["3", "8"], per_class=16, image_size=16)
     model = backbones.build("tiny", image_size=16, classes=2, weights=None)
     names: dict[str, Any] = {
         "model": model,

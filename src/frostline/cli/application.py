@@ -18,40 +18,22 @@ from typing import Annotated, TextIO
 
 import typer
 
-from frostline.cli import (
-    cache as cache_commands,
-    fit as fit_command,
-    looking,
-    transfer as transfer_command,
-)
-from frostline.cli.modules import is_module
-from frostline.cli.options import (
-    DATA_HELP,
-    BackendOption,
-    BatchSizeOption,
-    ClassesOption,
-    DataArgument,
-    ForceOption,
-    Format,
-    FormatOption,
-    FrozenPolicy,
-    ImageSizeOption,
-    Method,
-    ModelArgument,
-    OutputOption,
-    PerClassOption,
-    PreprocessOption,
-    SeedOption,
-    Solver,
-    Split,
-    SplitOption,
-    StateOption,
-    Weights,
-    boundary as read_boundary,
-    names,
-    read_as,
-)
-from frostline.cli.starting import start
+from frostline.cli.cache import app as cache
+from frostline.cli.convert import convert
+from frostline.cli.demo import demo
+from frostline.cli.diagnose import diagnose
+from frostline.cli.env import env
+from frostline.cli.fit import fit
+from frostline.cli.fold import fold
+from frostline.cli.freeze import freeze
+from frostline.cli.lint import lint
+from frostline.cli.overfit import overfit
+from frostline.cli.phases import phases
+from frostline.cli.recalibrate import recalibrate
+from frostline.cli.rule import rule
+from frostline.cli.set_momentum import set_momentum
+from frostline.cli.sites import sites
+from frostline.cli.transfer import transfer
 from frostline.types import FrostlineError
 
 log = logging.getLogger("frostline")
@@ -67,9 +49,13 @@ app = typer.Typer(
     "between training and inference. Exit codes: 0 clean, 1 a gap or findings, 2 could not run.",
 )
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
-looking.register(app)
+for _command in (sites, phases, lint, diagnose, rule, freeze, convert, recalibrate, set_momentum,
+                 fold, fit, demo, env):  # fmt: skip
+    app.command()(_command)
+for _command in (overfit, transfer):
+    experiments.command()(_command)
 app.add_typer(experiments, name="experiment")
-app.add_typer(cache_commands.app, name="cache")
+app.add_typer(cache, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,241 +79,6 @@ def _options(  # what they do is done elsewhere; they are here for the help page
     ] = False,
 ) -> None:
     del version, traceback
-
-
-@app.command()
-def freeze(
-    model: ModelArgument,
-    until: Annotated[
-        str,
-        typer.Option(
-            metavar="LAYER",
-            help="First layer that still trains: a name or path, an "
-            "index, or a share of the layers such as 0.75.",
-        ),
-    ],
-    output: OutputOption,
-    dropout: Annotated[
-        bool,
-        typer.Option("--dropout", help="Also set the rates of frozen dropout to 0, for good."),
-    ] = False,
-    force: ForceOption = False,
-    backend: BackendOption = None,
-    state: StateOption = None,
-) -> int:
-    """Freeze all layers before a boundary, parameters and statistics."""
-    start(backend, keras=not is_module(model, state))
-    from frostline.cli import models
-
-    return models.freeze(
-        model,
-        until=read_boundary(until),
-        dropout=dropout,
-        output=output,
-        force=force,
-        state=state,
-    )
-
-
-@app.command()
-def convert(
-    model: ModelArgument,
-    output: OutputOption,
-    policy: Annotated[
-        FrozenPolicy | None, typer.Option(help="What frozen BN does in training.")
-    ] = None,
-    version: Annotated[
-        str | None, typer.Option(help="Behave as this Keras release, for example 2.2.4.")
-    ] = None,
-    debias: Annotated[
-        bool | None, typer.Option("--debias/--no-debias", help="Correct young moving averages.")
-    ] = None,
-    force: ForceOption = False,
-    backend: BackendOption = None,
-) -> int:
-    """Replace BN layers by frostline.layers.BatchNormalization, keeping all weights."""
-    start(backend)
-    from frostline.cli import models
-
-    return models.convert(
-        model,
-        output=output,
-        policy=None if policy is None else policy.value,
-        version=version,
-        debias=debias,
-        force=force,
-    )
-
-
-@app.command()
-def recalibrate(
-    model: ModelArgument,
-    data: DataArgument,
-    output: OutputOption,
-    sites: Annotated[
-        str, typer.Option(help="unfrozen, frozen, all, a path, a name, or a pattern.")
-    ] = "unfrozen",
-    method: Annotated[Method, typer.Option(help="How the sites are measured.")] = Method.sequential,
-    classes: ClassesOption = None,
-    per_class: PerClassOption = None,
-    image_size: ImageSizeOption = None,
-    preprocess: PreprocessOption = None,
-    split: SplitOption = Split.train,
-    batch_size: BatchSizeOption = 32,
-    seed: SeedOption = 0,
-    force: ForceOption = False,
-    backend: BackendOption = None,
-    state: StateOption = None,
-) -> int:
-    """Store the exact statistics of the data in BN layers."""
-    start(backend, keras=not is_module(model, state))
-    from frostline.cli import models
-
-    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
-    return models.recalibrate(
-        model,
-        options,
-        sites=sites,
-        method=method.value,
-        batch_size=batch_size,
-        output=output,
-        force=force,
-        state=state,
-    )
-
-
-@app.command()
-def set_momentum(
-    model: ModelArgument,
-    momentum: Annotated[
-        float, typer.Argument(min=0, max=1, help="Kept share per update, as in Keras: 0.99.")
-    ],
-    output: OutputOption,
-    sites: Annotated[
-        str, typer.Option(help="all, unfrozen, frozen, a path, a name, or a pattern.")
-    ] = "all",
-    force: ForceOption = False,
-    backend: BackendOption = None,
-    state: StateOption = None,
-) -> int:
-    """Set how much of the old statistics a BN layer keeps per update."""
-    start(backend, keras=not is_module(model, state))
-    from frostline.cli import models
-
-    return models.set_momentum(
-        model, momentum, sites=sites, output=output, force=force, state=state
-    )
-
-
-@app.command()
-def fold(
-    model: ModelArgument,
-    output: OutputOption,
-    force: ForceOption = False,
-    backend: BackendOption = None,
-    state: StateOption = None,
-) -> int:
-    """Fold BN layers into the layers before them: plain Keras, for inference."""
-    start(backend, keras=not is_module(model, state))
-    from frostline.cli import models
-
-    return models.fold(model, output=output, force=force, state=state)
-
-
-fit_command.register(app)
-
-
-@experiments.command()
-def overfit(
-    backbone: Annotated[
-        str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
-    ] = "efficientnet-lite0",
-    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
-    classes: ClassesOption = None,
-    per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
-    image_size: Annotated[int, typer.Option(min=8, help="Side in pixels.")] = 128,
-    boundary: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LAYER",
-            help="First layer that trains: name, path, index, or share; "
-            "else the backbone's usual one.",
-        ),
-    ] = None,
-    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained,
-    rows: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME...",
-            help="Rows to run: update batch inference inference+debias "
-            "inference+recalibrate none-frozen all-bn-frozen. All when not given.",
-        ),
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32,
-    optimizer: Annotated[Solver, typer.Option(help="Optimizer.")] = Solver.sgd,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Step size; sgd 0.01, rmsprop and adam 0.0001.")
-    ] = None,
-    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9,
-    seed: SeedOption = 0,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
-    ] = None,
-    force: ForceOption = False,
-    diagnosed: Annotated[
-        bool,
-        typer.Option("--diagnose", help="Also diagnose each trained network; reports go along."),
-    ] = False,
-    backend: BackendOption = None,
-) -> int:
-    """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
-    start(backend)
-    from frostline.cli import overfit as command
-    from frostline.experiments.overfit import ROWS, OverfitSettings
-
-    settings = OverfitSettings(
-        backbone=backbone,
-        data=data,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        boundary=None if boundary is None else read_boundary(boundary),
-        rows=names(rows) or tuple(ROWS),
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer.value,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weights=None if weights is Weights.none else weights.value,
-        seed=seed,
-    )
-    return command.run(settings, output=output, force=force, diagnosed=diagnosed)
-
-
-transfer_command.register(experiments)
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for the results; overwritten.")
-    ] = Path("runs/demo"),
-    backend: BackendOption = None,
-) -> int:
-    """See a frozen BN layer break a fine-tuned network, and Frostline fix it (minutes)."""
-    start(backend)
-    from frostline.cli import demo as command
-
-    return command.run(output=output)
-
-
-@app.command()
-def env(format: FormatOption = Format.text) -> int:
-    """Show versions, backends and how one is chosen, cores, folders. Needs no backend."""
-    from frostline.cli import env as command
-
-    return command.run(as_json=format is Format.json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -357,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback as printer
 
             printer.print_exc()
-        return _fail(_in_one_line(error))
+        return _fail(_explained(error))
     if code == 130:  # newer releases of typer turn KeyboardInterrupt into this
         return _fail("interrupted", code=130)
     return code if isinstance(code, int) else 0
@@ -426,20 +177,18 @@ def _own_warnings_in_one_line() -> Iterator[None]:
 
 
 def _fail(message: str, *, code: int = 2) -> int:
-    typer.echo(f"error: {message}", err=True)
+    from frostline.cli.terminal import one_line
+
+    typer.echo(f"error: {one_line(message)}", err=True)
     return code
 
 
-def _in_one_line(error: Exception) -> str:
-    """Return what an error says, on one line, with a hint where it was not foreseen."""
+def _explained(error: Exception) -> str:
+    """Return what an error says, with a hint where it was not foreseen."""
     explain = getattr(error, "format_message", None)  # typer's own: a wrong option or argument
     if callable(explain):
-        command = getattr(getattr(error, "ctx", None), "command_path", "frostline")
-        return f"{_joined(str(explain()))} (see: {command} --help)"
+        name = getattr(getattr(error, "ctx", None), "command_path", "frostline")
+        return f"{explain()} (see: {name} --help)"
     if isinstance(error, FrostlineError):
-        return _joined(str(error))
-    return f"{type(error).__name__}: {_joined(str(error))} (unexpected; --traceback shows where)"
-
-
-def _joined(text: str) -> str:
-    return " ".join(text.split())
+        return str(error)
+    return f"{type(error).__name__}: {error} (unexpected; --traceback shows where)"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frostline.cli.options import Format, FormatOption
+from frostline.cli.options import CacheOption, Format, FormatOption
+from frostline.cli.terminal import echo
 from frostline.types import DataError
 
 if TYPE_CHECKING:
@@ -19,17 +20,13 @@ app = typer.Typer(
     no_args_is_help=True, help="Features that fit keeps on disk: list, check, remove."
 )
 
-FolderOption = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
-]
 IdArgument = Annotated[
     list[str] | None, typer.Argument(metavar="ID...", help="First letters of an id, as ls shows.")
 ]
 
 
 @app.command()
-def ls(cache: FolderOption = None, format: FormatOption = Format.text) -> int:
+def ls(cache: CacheOption = None, format: FormatOption = Format.text) -> int:
     """List what is in the cache, last used first."""
     from frostline.cache import folder
     from frostline.cache.progress import in_bytes
@@ -37,17 +34,17 @@ def ls(cache: FolderOption = None, format: FormatOption = Format.text) -> int:
     root = folder.resolve(cache)
     found = folder.entries(root)
     if format is Format.json:
-        typer.echo(json.dumps({"folder": str(root), "caches": [_plain(each) for each in found]}))
+        echo(json.dumps({"folder": str(root), "caches": [_plain(each) for each in found]}))
         return 0
     for entry in found:
-        typer.echo(_line(entry))
+        echo(_line(entry))
     total = sum(entry.nbytes for entry in found)
-    typer.echo(f"{root}: {len(found)} cache(s), {in_bytes(total)}")
+    echo(f"{root}: {len(found)} cache(s), {in_bytes(total)}")
     return 0
 
 
 @app.command()
-def verify(ids: IdArgument = None, cache: FolderOption = None) -> int:
+def verify(ids: IdArgument = None, cache: CacheOption = None) -> int:
     """Compare every byte with its checksum; exit code 1 when something is damaged."""
     from frostline.cache import folder
 
@@ -55,18 +52,18 @@ def verify(ids: IdArgument = None, cache: FolderOption = None) -> int:
     for path in _chosen(folder.resolve(cache), ids):
         problems = folder.verify(path)
         damaged += bool(problems)
-        typer.echo(f"{path.name[:12]}: {'damaged' if problems else 'whole'}")
+        echo(f"{path.name[:12]}: {'damaged' if problems else 'whole'}")
         for problem in problems:
-            typer.echo(f"  {problem}")
+            echo(f"  {problem}")
     if damaged:
-        typer.echo("what is damaged is computed again when it is next used")
+        echo("what is damaged is computed again when it is next used")
     return int(damaged > 0)
 
 
 @app.command()
 def rm(
     ids: IdArgument = None,
-    cache: FolderOption = None,
+    cache: CacheOption = None,
     every: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
 ) -> int:
     """Remove features from the disk; they are computed again when they are needed."""
@@ -81,7 +78,7 @@ def rm(
     for path in chosen:
         freed += folder.size(path)
         folder.remove(path, Progress("", None, 0))
-    typer.echo(f"{root}: {len(chosen)} cache(s) removed, {in_bytes(freed)} freed")
+    echo(f"{root}: {len(chosen)} cache(s) removed, {in_bytes(freed)} freed")
     return 0
 
 

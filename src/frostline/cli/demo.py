@@ -5,14 +5,21 @@ from __future__ import annotations
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from frostline.cli.overfit import Display, comparison
-from frostline.experiments import overfit
+import typer
+
+from frostline.cli.options import BackendOption, command
+from frostline.cli.progress import Display
+from frostline.experiments.overfit_settings import OverfitSettings
 from frostline.report import text
+
+if TYPE_CHECKING:
+    from frostline.experiments.overfit import Row, RowResult
 
 #: Small enough for minutes on two cores, large enough to show what full-size photographs show:
 #: ImageNet weights, images that ImageNet has none of, frozen up to the usual boundary.
-SETTINGS = overfit.OverfitSettings(
+SETTINGS = OverfitSettings(
     backbone="efficientnet-lite0",
     data="digits",
     classes=("3", "8"),
@@ -25,12 +32,20 @@ SETTINGS = overfit.OverfitSettings(
 )
 
 
-def run(*, output: Path) -> int:
-    """Run the two rows and tell what they show.
+@command
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the results; overwritten.")
+    ] = Path("runs/demo"),
+    backend: BackendOption = None,
+) -> int:
+    """See a frozen BN layer break a fine-tuned network, and Frostline fix it (minutes)."""
+    from frostline.cli import model_files
 
-    Args:
-        output: Folder for results and figure; what an earlier demo left there is overwritten.
-    """
+    model_files.start(backend)
+    from frostline.cli.overfit import comparison
+    from frostline.experiments.overfit import run_overfit
+
     count = (SETTINGS.per_class or 0) * len(SETTINGS.classes)
     out = text.console()
     _say(
@@ -41,7 +56,7 @@ def run(*, output: Path) -> int:
         "nothing can be lost to overfitting."
     )
     with Story() as story:
-        result = overfit.run_overfit(SETTINGS, output=output, force=True, progress=story)
+        result = run_overfit(SETTINGS, output=output, force=True, progress=story)
     if result.interrupted:
         raise KeyboardInterrupt
     out.print()
@@ -64,9 +79,9 @@ class Story(Display):
 
     def __init__(self) -> None:
         super().__init__()
-        self._before: overfit.RowResult | None = None
+        self._before: RowResult | None = None
 
-    def started(self, row: overfit.Row, number: int, total: int) -> None:
+    def started(self, row: Row, number: int, total: int) -> None:
         """Say what is about to be trained."""
         if number == 1:
             _step(1, "Fine-tune with frozen layers that still look at the batch")
@@ -88,7 +103,7 @@ class Story(Display):
             )
         super().started(replace(row, meaning="training ..."), number, total)
 
-    def finished(self, result: overfit.RowResult) -> None:
+    def finished(self, result: RowResult) -> None:
         """Say what was measured."""
         self.pause()
         if self._before is None:
@@ -98,7 +113,7 @@ class Story(Display):
         self._before = result
 
 
-def _tell_the_gap(result: overfit.RowResult) -> None:
+def _tell_the_gap(result: RowResult) -> None:
     inference, training = result.phases["0"], result.phases["1"]
     low, high = inference.metrics["accuracy"], training.metrics["accuracy"]
     samples = result.phases.samples
@@ -120,7 +135,7 @@ def _tell_the_gap(result: overfit.RowResult) -> None:
     )
 
 
-def _tell_the_fix(before: overfit.RowResult, after: overfit.RowResult) -> None:
+def _tell_the_fix(before: RowResult, after: RowResult) -> None:
     samples = after.phases.samples
     was, now = (row.phases["0"].metrics["accuracy"] for row in (before, after))
     _say(

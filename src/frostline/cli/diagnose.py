@@ -1,108 +1,109 @@
-"""``diagnose``: a model and its data in, a report out."""
+"""``frostline diagnose``: a model and its data in, a report out, and with ``--fix`` a model."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from frostline import rules
-from frostline.cli import fixing, models, modules, showing
-from frostline.cli.options import DataOptions
-from frostline.types import Array, DataError, ModelError
-from frostline.types.measured import Remedy
+from frostline.cli.options import (
+    DataOptions,
+    LossOption,
+    ModelOptions,
+    OutputOptions,
+    ReportOptions,
+    RuleOptions,
+    Split,
+    command,
+    names,
+)
+from frostline.types import Array, DataError, ModelError, OutputError
+
+if TYPE_CHECKING:
+    from frostline.types.measured import Remedy
 
 
-def run(
-    source: str,
-    options: DataOptions,
-    *,
-    validation: str | None = None,
-    reference: str | None = None,
-    history: Path | None = None,
-    loss: str | None = None,
-    max_samples: int = 1024,
-    batch_size: int = 32,
-    select: Sequence[str] = (),
-    ignore: Sequence[str] = (),
-    format: showing.Form = "text",
-    output: Path | None = None,
-    force: bool = False,
-    exit_zero: bool = False,
-    fix: bool = False,
-    state: str | None = None,
+@command
+def diagnose(
+    model: ModelOptions,
+    data: DataOptions,
+    which: RuleOptions,
+    report: ReportOptions,
+    validation: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Data that the model was not trained on.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model to compare with.")
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Log of the training run, .csv or .json.")
+    ] = None,
+    loss: LossOption = None,
+    max_samples: Annotated[int, typer.Option(min=2, help="At most so many, at random.")] = 1024,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Samples per batch, best as in training.")
+    ] = 32,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Apply the best remedy; -o is then the model file to write."),
+    ] = False,
 ) -> int:
-    """Diagnose a model on data; 1 when there is a gap with a cause, an error or a warning.
+    """Find out whether BN makes training and inference differ, where, why, and what helps."""
+    from frostline.cli import best_remedy, model_files, reports
+    from frostline.cli.samples import read_samples
+    from frostline.verbs import diagnose as verbs
 
-    Args:
-        source: MODEL, as typed.
-        options: How DATA is read; its seed is also that of the draw and of the intervals.
-        validation: DATA that the model was not trained on, read in the same way. The same source
-            again means its test part.
-        reference: MODEL to compare with.
-        history: The training run: a CSV log, or a JSON file with a list of numbers per metric.
-        loss: Name of a loss; ``None`` for the compiled one. ``module:function`` for torch.
-        max_samples: At most so many samples are drawn.
-        batch_size: Samples per batch.
-        select: Rules to apply; empty for the default set.
-        ignore: Rules to leave out.
-        format: How to print.
-        output: Also write the report to this ``.html``, ``.json`` or ``.txt`` file.
-        force: Overwrite it.
-        exit_zero: Return 0 whatever is found.
-        fix: Apply the best remedy; ``output`` is the repaired model's file then, and the code is 0
-            when it was repaired.
-        state: File with the ``state_dict`` of a torch module.
-    """
-    fixed = fixing.check_output(output, source, force=force) if fix else None
-    showing.check_output(None if fix else output, force=force)
-    rules.select(select or None, ignore or None)
-    run_log = None if history is None else _history(history)
-    from frostline.verbs.diagnose import diagnose
-
-    model = models.load(source, state)
-    if fix and modules.is_state(model):
+    target = _model_target(report, model.model) if fix else None
+    if not fix:
+        reports.check_output(report.output, force=report.force)
+    chosen = which.chosen()
+    log = None if history is None else _history(history)
+    loaded = model_files.open_model(model)
+    if fix and model_files.is_state(loaded):
         raise ModelError(
             "--fix writes a Keras model; of a torch module: frostline recalibrate, or the line of "
-            f"the remedy in your code. Received: {source}"
+            f"the remedy in your code. Received: {model.model}"
         )
-    x, y = models.read_data(options, model)
-    report = diagnose(
-        model,
+    x, y = read_samples(data, loaded)
+    found = verbs.diagnose(
+        loaded,
         (x, y),
-        validation=None if validation is None else _held_out(validation, options, model, x),
-        reference=None if reference is None else _reference(reference, model),
-        history=run_log,
-        loss=modules.loss(loss, model),
+        validation=None if validation is None else _held_out(validation, data, loaded, x),
+        reference=None if reference is None else model_files.load_reference(reference, loaded),
+        history=log,
+        loss=model_files.loss_of(loss, loaded),
         max_samples=max_samples,
         batch_size=batch_size,
-        seed=options.seed,
-        select=select or None,
-        ignore=ignore or None,
+        seed=data.seed,
+        **chosen,
     )
-    name = shlex.quote(source) + ("" if state is None else f" --state {shlex.quote(state)}")
-    words = {"MODEL": name, "DATA": _as_typed(options)}
-    report = replace(report, remedies=tuple(_filled(each, words) for each in report.remedies))
-    if fixed is None:
-        return showing.show(report, format=format, output=output, exit_zero=exit_zero)
-    showing.show(report, format=format, output=None, exit_zero=exit_zero)
-    samples = fixing.Samples(
-        x=x, y=y, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=options.seed
+    words = {"MODEL": _model_as_typed(model), "DATA": _data_as_typed(data)}
+    found = replace(found, remedies=tuple(_filled(each, words) for each in found.remedies))
+    if target is None:
+        return reports.show(found, report)
+    reports.show(found, replace(report, output=None))
+    samples = best_remedy.Samples(
+        x=x, y=y, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=data.seed
     )
-    plain = format == "text"
-    code = fixing.apply(model, report, samples, output=fixed, force=force, plain=plain)
-    return 0 if exit_zero else code
+    plain = report.format == "text"
+    code = best_remedy.apply(loaded, found, samples, target=target, plain=plain)
+    return 0 if report.exit_zero else code
 
 
-def _reference(source: str, model: Any) -> Any:
-    """Return a model to compare with; for a torch module, a file with a state will do."""
-    known = modules.reference(source) if modules.is_state(model) else None
-    return models.load(source) if known is None else known
+def _model_target(report: ReportOptions, source: str) -> OutputOptions:
+    """Return the model file that ``--fix`` writes."""
+    from frostline.cli import model_files
+
+    if report.output is None:
+        raise OutputError("--fix writes a repaired model: name its file with -o OUT.keras")
+    target = OutputOptions(output=report.output, force=report.force)
+    model_files.check_output(target, source)
+    return target
 
 
 def _filled(remedy: Remedy, words: Mapping[str, str]) -> Remedy:
@@ -113,27 +114,37 @@ def _filled(remedy: Remedy, words: Mapping[str, str]) -> Remedy:
     return replace(remedy, shell=shell)
 
 
-def _as_typed(options: DataOptions) -> str:
+def _model_as_typed(model: ModelOptions) -> str:
+    state = "" if model.state is None else f" --state {shlex.quote(model.state)}"
+    return shlex.quote(model.model) + state
+
+
+def _data_as_typed(data: DataOptions) -> str:
     """Return DATA with the options that it was read with, as words of a shell."""
-    words = [options.source]
-    if options.classes:
-        words += ["--classes", ",".join(options.classes)]
+    words = [data.data]
+    if classes := names(data.classes):
+        words += ["--classes", ",".join(classes)]
     for name in ("per_class", "image_size", "preprocess"):
-        value = getattr(options, name)
+        value = getattr(data, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    if options.split != "train":
-        words += ["--split", options.split]
-    if options.seed:
-        words += ["--seed", str(options.seed)]
+    if data.split is not Split.train:
+        words += ["--split", data.split.value]
+    if data.seed:
+        words += ["--seed", str(data.seed)]
     return shlex.join(words)
 
 
-def _held_out(source: str, options: DataOptions, model: Any, x: Array) -> tuple[Array, Array]:
-    split = options.split
-    if source == options.source and split == "train":
-        split = "test"
-    held_out = models.read_data(replace(options, source=source, split=split), model)
+def _held_out(source: str, data: DataOptions, model: Any, x: Array) -> tuple[Array, Array]:
+    """Read the validation data as the data were read; of the same source, the test part."""
+    import numpy as np
+
+    from frostline.cli.samples import read_samples
+
+    split = data.split
+    if source == data.data and split is Split.train:
+        split = Split.test
+    held_out = read_samples(replace(data, data=source, split=split), model)
     if held_out[0].shape == x.shape and np.array_equal(held_out[0], x):
         raise DataError(
             f"the validation data are the same samples as the data. Received: --validation {source}"
@@ -143,13 +154,12 @@ def _held_out(source: str, options: DataOptions, model: Any, x: Array) -> tuple[
 
 def _history(path: Path) -> Any:
     """Return what a JSON file holds, or the path of a CSV log."""
+    from frostline.data.reading import require_file
+
+    require_file(path)
     if path.suffix != ".json":
-        if not path.is_file():
-            raise DataError(f"no such file: {path}")
         return path
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSON file ({error})") from None

@@ -6,29 +6,29 @@ import json
 import os
 import sys
 
-import typer
-
 from frostline import environment
-from frostline.report import text
+from frostline.cli.options import Format, FormatOption, command
+
+_VARIABLES = ("KERAS_BACKEND", "KERAS_HOME", "FROSTLINE_CACHE_DIR", "FROSTLINE_LOG_LEVEL",
+              "CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
-def run(*, as_json: bool) -> int:
-    """Print versions, backends, how one is chosen, cores and the cache folder."""
+@command
+def env(format: FormatOption = Format.text) -> int:
+    """Show versions, backends and how one is chosen, cores, folders. Needs no backend."""
+    from frostline.cli.terminal import echo
+    from frostline.report import text
+
     found = {
         **environment.facts(),
         "executable": sys.executable,
         "backends": list(environment.installed_backends()),
         "backend_choice": environment.how_backend_is_chosen(),
         "cache_folder": str(environment.cache_folder()),
-        "variables": {
-            name: os.environ[name]
-            for name in ("KERAS_BACKEND", "KERAS_HOME", "FROSTLINE_CACHE_DIR",
-                         "FROSTLINE_LOG_LEVEL", "CUDA_VISIBLE_DEVICES")
-            if name in os.environ
-        },
-    }  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+    if format is Format.json:
+        echo(json.dumps(found, indent=2))
         return 0
     versions = environment.versions()
     backends = ", ".join(environment.installed_backends()) or environment.HOW_TO_INSTALL

@@ -1,31 +1,22 @@
-"""``fit``: train a compiled model file through the feature cache and write the result."""
+"""``frostline fit``: train a compiled model file through the feature cache."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from frostline.cli.options import (
     BackendOption,
     BatchSizeOption,
-    ClassesOption,
-    DataArgument,
-    ForceOption,
-    ImageSizeOption,
+    CacheOption,
+    DataOptions,
     ModelArgument,
-    OutputOption,
-    PerClassOption,
-    PreprocessOption,
-    SeedOption,
-    Split,
-    SplitOption,
+    OutputOptions,
     boundary,
-    read_as,
+    command,
 )
-from frostline.cli.starting import start
 from frostline.types import ModelError
 
 
@@ -37,15 +28,11 @@ class Storage(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def register(app: typer.Typer) -> None:
-    """Make ``fit`` a command."""
-    app.command()(fit)
-
-
+@command
 def fit(
     model: ModelArgument,
-    data: DataArgument,
-    output: OutputOption,
+    data: DataOptions,
+    target: OutputOptions,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 1,
     learning_rate: Annotated[
         float | None, typer.Option(min=0.0, help="Step size; else the compiled one.")
@@ -55,10 +42,7 @@ def fit(
     ] = 0.0,
     engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
     dtype: Annotated[Storage, typer.Option(help="How features are stored.")] = Storage.float32,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
-    ] = None,
+    cache: CacheOption = None,
     max_gb: Annotated[float | None, typer.Option(help="Largest size of the cache.")] = None,
     thaw_later: Annotated[
         str | None,
@@ -67,60 +51,43 @@ def fit(
             "features are kept on the way."
         ),
     ] = None,
-    classes: ClassesOption = None,
-    per_class: PerClassOption = None,
-    image_size: ImageSizeOption = None,
-    preprocess: PreprocessOption = None,
-    split: SplitOption = Split.train,
     batch_size: BatchSizeOption = 32,
-    seed: SeedOption = 0,
-    force: ForceOption = False,
     backend: BackendOption = None,
 ) -> int:
     """Train a compiled model; its frozen part runs over the data only once."""
-    start(backend)
+    from frostline.cli import model_files
+    from frostline.cli.samples import read_samples
+    from frostline.cli.terminal import echo
 
-    options = read_as(data, classes, per_class, image_size, preprocess, split, seed)
-    settings = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "validation_split": validation_split,
-        "engine": engine,
-        "dtype": dtype.value,
-        "cache": cache,
-        "max_gb": max_gb,
-        "thaw_later": None if thaw_later is None else boundary(thaw_later),
-    }
-    return _run(model, options, settings, learning_rate=learning_rate, seed=seed,
-                output=output, force=force)  # fmt: skip
-
-
-def _run(
-    source: str,
-    options: Any,
-    settings: dict[str, Any],
-    *,
-    learning_rate: float | None,
-    seed: int,
-    output: Path,
-    force: bool,
-) -> int:
+    model_files.start(backend)
     from frostline.adapters.keras.cached_fit import seed_everything
-    from frostline.cli import models
     from frostline.verbs import fit as training
 
-    model = models.load(source)
-    models.check_output(output, source, force=force)
-    if not getattr(model, "compiled", False):
+    loaded = model_files.load(model)
+    model_files.check_output(target, model)
+    if not getattr(loaded, "compiled", False):
         raise ModelError(
-            f"{source} is not compiled: save it after model.compile(optimizer, loss, ...)"
+            f"{model} is not compiled: save it after model.compile(optimizer, loss, ...)"
         )
     if learning_rate is not None:
-        model.optimizer.learning_rate = learning_rate
-    x, y = models.read_data(options, model)
-    seed_everything(seed)
-    history = training.fit(model, x, y, verbose="auto", **settings)
-    models.save(model, output, force=force)
+        loaded.optimizer.learning_rate = learning_rate
+    x, y = read_samples(data, loaded)
+    seed_everything(data.seed)
+    history = training.fit(
+        loaded,
+        x,
+        y,
+        verbose="auto",
+        epochs=epochs,
+        batch_size=batch_size,
+        validation_split=validation_split,
+        engine=engine,
+        dtype=dtype.value,
+        cache=cache,
+        max_gb=max_gb,
+        thaw_later=None if thaw_later is None else boundary(thaw_later),
+    )
+    model_files.save(loaded, target)
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in history.history.items())
-    typer.echo(f"{output}: {len(x)} samples, {len(history.epoch)} epoch(s): {last}")
+    echo(f"{target.output}: {len(x)} samples, {len(history.epoch)} epoch(s): {last}")
     return 0

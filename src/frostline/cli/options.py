@@ -1,15 +1,18 @@
-"""What may stand behind a command: option types, their help, and how values are read.
+"""Options that several commands share, one by one and in groups, and how values are read.
 
-Only typer here: every command's signature is built from these, before any framework is loaded.
+A command's function takes single options and groups; `command` spreads each group out, so that
+typer sees the options themselves. Imports only typer: no framework is loaded for a help page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -29,37 +32,6 @@ class Format(StrEnum):
     json = "json"
 
 
-class Split(StrEnum):
-    """Part of a data source."""
-
-    train = "train"
-    test = "test"
-    all = "all"
-
-
-class FrozenPolicy(StrEnum):
-    """What a frozen BN layer does in training."""
-
-    inference = "inference"
-    batch = "batch"
-    update = "update"
-
-
-class Weights(StrEnum):
-    """Where a backbone's weights come from."""
-
-    pretrained = "pretrained"
-    none = "none"
-
-
-class Solver(StrEnum):
-    """Optimizers of the experiments."""
-
-    sgd = "sgd"
-    rmsprop = "rmsprop"
-    adam = "adam"
-
-
 class ReportFormat(StrEnum):
     """How a report is printed; ``github`` makes annotations of it."""
 
@@ -69,25 +41,30 @@ class ReportFormat(StrEnum):
     github = "github"
 
 
-class Method(StrEnum):
-    """How recalibration measures: site by site, or all sites in one pass."""
+class Split(StrEnum):
+    """Part of a data source."""
 
-    sequential = "sequential"
-    batch = "batch"
+    train = "train"
+    test = "test"
+    all = "all"
 
 
+class Weights(StrEnum):
+    """Where a backbone's weights come from."""
+
+    pretrained = "pretrained"
+    none = "none"
+
+
+DATA_HELP = (
+    "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10. Arrays x and y "
+    "of an .npz go to the model as they are; images with the channels last are moved, with a note, "
+    "for a model that takes them on axis 1 only."
+)
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help="A .keras, .h5, .pt2 or TorchScript file, or module:function."
-    ),
-]
-StateOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="state_dict of the torch module that module:function returns; it is read with "
-        "weights_only=True.",
     ),
 ]
 BackendOption = Annotated[
@@ -105,29 +82,11 @@ ClassesOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
-DATA_HELP = (
-    "Image folder, Hugging Face parquet file or folder, .npz, digits, or cifar10. Arrays x and y "
-    "of an .npz go to the model as they are; images with the channels last are moved, with a note, "
-    "for a model that takes them on axis 1 only."
-)
-DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
-OutputOption = Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")]
-PerClassOption = Annotated[int | None, typer.Option(min=1, help="Images per class.")]
-ImageSizeOption = Annotated[
-    int | None, typer.Option(min=1, help="Side in pixels; else the model's input size.")
-]
-PreprocessOption = Annotated[
-    str | None, typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name.")
-]
-SplitOption = Annotated[Split, typer.Option(help="Part of the data.")]
-SelectOption = Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")]
-IgnoreOption = Annotated[list[str] | None, typer.Option(help="Rules to leave out.")]
-ReportFormatOption = Annotated[ReportFormat, typer.Option("--format", help="How to print.")]
-ReportOption = Annotated[
+CacheOption = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Also write the report: .html, .json or .txt."),
+    typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
 ]
-ExitZeroOption = Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever is found.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 LossOption = Annotated[
     str | None,
     typer.Option(
@@ -135,51 +94,126 @@ LossOption = Annotated[
         "outputs and targets."
     ),
 ]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
+SitesOption = Annotated[
+    str, typer.Option(help="unfrozen, frozen, all, a path, a name, or a pattern.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """MODEL and what it is read with."""
+
+    model: ModelArgument
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="state_dict of the torch module that module:function returns; it is read with "
+            "weights_only=True.",
+        ),
+    ] = None
+    backend: BackendOption = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """How DATA becomes ``x`` and ``y``.
+    """How DATA becomes ``x`` and ``y``; ``seed`` is that of the choice and the order."""
 
-    Attributes:
-        source: As typed.
-        classes: Names; their order gives the labels. Empty for all.
-        per_class: Images per class; ``None`` for all.
-        image_size: Side in pixels; ``None`` takes the model's own input size.
-        preprocess: ``"none"`` (0 to 255), ``"unit"`` (0 to 1) or a backbone's name.
-        split: ``"train"``, ``"test"`` or ``"all"``.
-        seed: Of the choice and the order.
-    """
-
-    source: str
-    classes: tuple[str, ...] = ()
-    per_class: int | None = None
-    image_size: int | None = None
-    preprocess: str | None = None
-    split: Literal["train", "test", "all"] = "train"
-    seed: int = 0
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+    classes: ClassesOption = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Images per class.")] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=8192, help="Side in pixels; else the model's input size."),
+    ] = None
+    preprocess: Annotated[
+        str | None, typer.Option(help="none (0 to 255), unit (0 to 1), or a backbone's name.")
+    ] = None
+    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train
+    seed: SeedOption = 0
 
 
-def read_as(
-    source: str,
-    classes: Sequence[str] | None,
-    per_class: int | None,
-    image_size: int | None,
-    preprocess: str | None,
-    split: Split,
-    seed: int,
-) -> DataOptions:
-    """Return DATA with its options, in the order in which the commands have them."""
-    return DataOptions(
-        source=source,
-        classes=names(classes),
-        per_class=per_class,
-        image_size=image_size,
-        preprocess=preprocess,
-        split=split.value,
-        seed=seed,
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """The model file that a command writes."""
+
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model file to write.")]
+    force: ForceOption = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """Which rules are applied."""
+
+    select: Annotated[list[str] | None, typer.Option(help="Codes, prefixes or names.")] = None
+    ignore: Annotated[list[str] | None, typer.Option(help="Rules to leave out.")] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Return both as the library's verbs take them, ``None`` for the default.
+
+        Raises:
+            ModelError: No rule has such a code or name; so it is said before the model loads.
+        """
+        from frostline import rules
+
+        select, ignore = names(self.select) or None, names(self.ignore) or None
+        rules.select(select, ignore)
+        return {"select": select, "ignore": ignore}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """How a report is printed, and where it is written as well."""
+
+    format: Annotated[ReportFormat, typer.Option("--format", help="How to print.")] = (
+        ReportFormat.text
     )
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Also write the report: .html, .json or .txt."),
+    ] = None
+    force: ForceOption = False
+    exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit 0 whatever is found.")] = (
+        False
+    )
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Return a function whose parameters are the options of ``function``, its groups spread out.
+
+    Every parameter is annotated as typer wants it, or with one of the dataclasses above; the
+    result still takes such groups as a whole, under the name of the parameter.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if not is_dataclass(kind):
+            parameters.append(_parameter(parameter.name, kind, parameter.default))
+            continue
+        assert isinstance(kind, type)
+        groups[parameter.name] = kind
+        inner = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(_parameter(field.name, inner[field.name], default))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> int:
+        arguments = {
+            name: kind(**{f.name: values.pop(f.name) for f in fields(kind) if f.name in values})
+            for name, kind in groups.items()
+        }
+        return function(**arguments, **values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 def names(values: Sequence[str] | None) -> tuple[str, ...]:

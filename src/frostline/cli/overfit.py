@@ -2,96 +2,108 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated
 
-from frostline.report import text
+import typer
+
+from frostline.cli.options import (
+    DATA_HELP,
+    BackendOption,
+    ClassesOption,
+    ForceOption,
+    SeedOption,
+    Weights,
+    boundary,
+    command,
+    names,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress as Bar, TaskID
-
-    from frostline.experiments.overfit import Epoch, OverfitResult, OverfitSettings, Row, RowResult
+    from frostline.experiments.overfit import OverfitResult
+    from frostline.report.text import ComparisonRow
 
 
-class Display:
-    """Progress on standard error: a bar on a terminal, one plain line per epoch elsewhere."""
+class Solver(StrEnum):
+    """Optimizers of the experiments."""
 
-    def __init__(self) -> None:
-        self._out = text.console(stderr=True)
-        self._bar: Bar | None = None
-        self._task: TaskID | None = None
-        self._label = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.pause()
-
-    def pause(self) -> None:
-        """End the live bar, if one is shown, so that something else can be printed."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def started(self, row: Row, number: int, total: int) -> None:
-        """Open a bar, or say which row begins."""
-        self.begin(row.name, row.meaning, number, total)
-
-    def begin(self, name: str, meaning: str, number: int, total: int) -> None:
-        """Open a bar for row ``number`` of ``total``, or print a line."""
-        self._label = f"[{number}/{total}] {name}"
-        if not self._out.is_terminal:
-            self._out.print(f"{self._label}: {meaning}", markup=False, soft_wrap=True)
-            return
-        if self._bar is None:
-            self._bar = _bar(self._out)
-            self._bar.start()
-        self._task = self._bar.add_task(self._label.replace("[", r"\["), total=None, state="")
-
-    def epoch(self, epoch: Epoch, total: int) -> None:
-        """Show one epoch's numbers."""
-        state = (
-            f"epoch {epoch.number}/{total}  train {epoch.train_accuracy:.3f}  "
-            f"phase 1 {epoch.phase1_accuracy:.3f}  phase 0 {epoch.phase0_accuracy:.3f}"
-        )
-        self.advance(epoch.number, total, state, epoch.seconds)
-
-    def advance(self, number: int, total: int, state: str, seconds: float) -> None:
-        """Move the bar to epoch ``number``, or print a line."""
-        if self._bar is None or self._task is None:
-            self._out.print(f"{self._label}: {state}  {seconds:.1f} s", markup=False,
-                            soft_wrap=True)  # fmt: skip
-        else:
-            self._bar.update(self._task, total=total, completed=number, state=state)
-
-    def finished(self, result: RowResult) -> None:
-        """Nothing more to show: the table comes at the end."""
+    sgd = "sgd"
+    rmsprop = "rmsprop"
+    adam = "adam"
 
 
-def _bar(out: Console) -> Bar:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    words, state = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
-    return Progress(words, BarColumn(bar_width=20), state, TimeElapsedColumn(), console=out)
-
-
-def run(
-    settings: OverfitSettings, *, output: Path | None, force: bool, diagnosed: bool = False
+@command
+def overfit(
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
+    ] = "efficientnet-lite0",
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
+    classes: ClassesOption = None,
+    per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
+    image_size: Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")] = 128,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--boundary",
+            metavar="LAYER",
+            help="First layer that trains: name, path, index, or share; "
+            "else the backbone's usual one.",
+        ),
+    ] = None,
+    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="Rows to run: update batch inference inference+debias "
+            "inference+recalibrate none-frozen all-bn-frozen. All when not given.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32,
+    optimizer: Annotated[Solver, typer.Option(help="Optimizer.")] = Solver.sgd,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Step size; sgd 0.01, rmsprop and adam 0.0001.")
+    ] = None,
+    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
+    ] = None,
+    force: ForceOption = False,
+    diagnosed: Annotated[
+        bool,
+        typer.Option("--diagnose", help="Also diagnose each trained network; reports go along."),
+    ] = False,
+    backend: BackendOption = None,
 ) -> int:
-    """Run the experiment, print what was seen; 0, or raise ``KeyboardInterrupt`` at the end."""
-    from frostline.experiments import overfit, records
+    """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
+    from frostline.cli import model_files
 
+    model_files.start(backend)
+    from frostline.cli.progress import Display
+    from frostline.experiments import overfit as experiment, records
+
+    settings = experiment.OverfitSettings(
+        backbone=backbone,
+        data=data,
+        classes=names(classes),
+        per_class=per_class,
+        image_size=image_size,
+        boundary=None if since is None else boundary(since),
+        rows=names(rows) or tuple(experiment.ROWS),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer.value,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weights=None if weights is Weights.none else weights.value,
+        seed=seed,
+    )
     folder = output if output is not None else records.default_folder(settings)
     with Display() as display:
-        result = overfit.run_overfit(
+        result = experiment.run_overfit(
             settings, output=folder, force=force, diagnosed=diagnosed, progress=display
         )
     if result.rows:
@@ -103,13 +115,14 @@ def run(
 
 def show(result: OverfitResult) -> None:
     """Print the essay's table, one sentence per row, and where the files are."""
-    from frostline.experiments import overfit
+    from frostline.experiments import overfit as experiment
+    from frostline.report import text
 
     out = text.console()
     out.print(text.comparison_table(comparison(result)))
     for row in result.rows:
         out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
-        out.print(overfit.describe(row), markup=False)
+        out.print(experiment.describe(row), markup=False)
         if row.report is not None:
             out.print(row.report.verdict, markup=False)
     if result.files:
@@ -117,8 +130,10 @@ def show(result: OverfitResult) -> None:
                   soft_wrap=True)  # fmt: skip
 
 
-def comparison(result: OverfitResult) -> list[text.ComparisonRow]:
+def comparison(result: OverfitResult) -> list[ComparisonRow]:
     """Return the rows of the essay's table."""
+    from frostline.report import text
+
     return [
         text.ComparisonRow(name=row.row.name, phases={p.phase: p for p in row.phases.rows})
         for row in result.rows

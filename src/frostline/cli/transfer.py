@@ -15,29 +15,18 @@ from frostline.cli.options import (
     SeedOption,
     Weights,
     boundary,
+    command,
     names,
 )
-from frostline.cli.overfit import Display
-from frostline.cli.starting import start
-from frostline.report import text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from frostline.experiments.transfer import (
-        Epoch,
-        Row,
-        RowResult,
-        TransferResult,
-        TransferSettings,
-    )
+    from frostline.cli.progress import Display
+    from frostline.experiments.transfer import Epoch, Row, RowResult, TransferResult
 
 
-def register(app: typer.Typer) -> None:
-    """Make ``transfer`` a command."""
-    app.command()(transfer)
-
-
+@command
 def transfer(
     backbone: Annotated[
         str, typer.Option(help="efficientnet-lite0|1|2, tiny, or a keras.applications name.")
@@ -46,7 +35,7 @@ def transfer(
     classes: ClassesOption = None,
     train_per_class: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 100,
     test_per_class: Annotated[int, typer.Option(min=1, help="Test images per class.")] = 100,
-    image_size: Annotated[int, typer.Option(min=8, help="Side in pixels.")] = 96,
+    image_size: Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")] = 96,
     since: Annotated[
         str | None,
         typer.Option(
@@ -89,10 +78,13 @@ def transfer(
     Each row is written when it is finished; after an interruption, the same command with --resume
     goes on. Without a download: --data digits --image-size 32 --backbone tiny --weights none.
     """
-    start(backend)
-    from frostline.experiments.transfer import ROWS, TransferSettings
+    from frostline.cli import model_files
 
-    settings = TransferSettings(
+    model_files.start(backend)
+    from frostline.cli.progress import Display
+    from frostline.experiments import records, transfer as experiment
+
+    settings = experiment.TransferSettings(
         backbone=backbone,
         data=data,
         classes=names(classes),
@@ -100,7 +92,7 @@ def transfer(
         test_per_class=test_per_class,
         image_size=image_size,
         boundary=None if since is None else boundary(since),
-        rows=names(rows) or tuple(ROWS),
+        rows=names(rows) or tuple(experiment.ROWS),
         head_epochs=head_epochs,
         epochs=epochs,
         batch_size=batch_size,
@@ -110,7 +102,17 @@ def transfer(
         weights=None if weights is Weights.none else weights.value,
         seed=seed,
     )
-    return run(settings, output=output, force=force, resume=resume)
+    folder = records.default_folder(settings, "transfer") if output is None else output
+    with Display() as display:
+        progress = TransferProgress(display)
+        result = experiment.run_transfer(
+            settings, output=folder, force=force, resume=resume, progress=progress
+        )
+    if result.rows:
+        show(result)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return 0
 
 
 class TransferProgress:
@@ -135,34 +137,16 @@ class TransferProgress:
         """Nothing more to show: the table comes at the end."""
 
 
-def run(
-    settings: TransferSettings, *, output: Path | None, force: bool, resume: bool = False
-) -> int:
-    """Run the experiment, print what was seen; 0, or raise ``KeyboardInterrupt`` at the end."""
-    from frostline.experiments import records, transfer
-
-    folder = records.default_folder(settings, "transfer") if output is None else output
-    with Display() as display:
-        progress = TransferProgress(display)
-        result = transfer.run_transfer(
-            settings, output=folder, force=force, resume=resume, progress=progress
-        )
-    if result.rows:
-        show(result)
-    if result.interrupted:
-        raise KeyboardInterrupt
-    return 0
-
-
 def show(result: TransferResult) -> None:
     """Print the table, one sentence per row, and where the files are."""
-    from frostline.experiments import transfer
+    from frostline.experiments import transfer as experiment
+    from frostline.report import text
 
     out = text.console()
     out.print(_table(result))
     for row in result.rows:
         out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
-        out.print(transfer.describe(row), markup=False)
+        out.print(experiment.describe(row), markup=False)
     if result.files:
         out.print("\nwritten: " + ", ".join(str(path) for path in result.files), markup=False,
                   soft_wrap=True)  # fmt: skip

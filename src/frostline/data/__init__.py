@@ -1,1 +1,1 @@
-"""What a user has as data and models, read into batches. Loads no framework."""
+"""DATA and what is named instead of a file: readers of images, arrays and batches."""

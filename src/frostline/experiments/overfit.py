@@ -20,7 +20,8 @@ import numpy as np
 
 from frostline import environment, layers
 from frostline.adapters import ModelView, view
-from frostline.experiments import backbones, datasets, records
+from frostline.data import image_sets
+from frostline.experiments import backbones, records
 from frostline.experiments.overfit_settings import (
     ROWS,
     OverfitSettings,
@@ -170,7 +171,7 @@ def _run_rows(
     settings: OverfitSettings, output: Path | None, diagnosed: bool, progress: Follower
 ) -> OverfitResult:
     """Run row by row; what is finished is on disk before the next one starts."""
-    images = datasets.load(
+    images = image_sets.load(
         settings.data,
         classes=settings.classes or None,
         per_class=settings.per_class,

@@ -100,7 +100,7 @@ class OverfitSettings:
 
     Attributes:
         backbone: A name that `backbones.build` knows.
-        data: What `datasets.load` knows: ``digits``, ``cifar10``, a folder, a parquet, an npz.
+        data: What `image_sets.load` knows: ``digits``, ``cifar10``, a folder, a parquet, an npz.
         classes: Class names to use; all classes when empty.
         per_class: Images per class; all when ``None``.
         image_size: Side of the square images, in pixels.

@@ -20,7 +20,8 @@ import numpy as np
 
 from frostline import environment, layers
 from frostline.adapters import view
-from frostline.experiments import backbones, datasets, records
+from frostline.data import image_sets
+from frostline.experiments import backbones, records
 from frostline.experiments.overfit_settings import default_boundary
 from frostline.experiments.run import Progress, Result, Silent, run_rows
 from frostline.experiments.transfer_settings import ROWS, Row, TransferSettings, check_settings
@@ -165,7 +166,7 @@ def describe(result: RowResult) -> str:
 
 def _start(
     settings: TransferSettings, earlier: Path | None
-) -> tuple[TransferResult, tuple[datasets.ImageSet, ...]]:
+) -> tuple[TransferResult, tuple[image_sets.ImageSet, ...]]:
     """Load the images; return the result so far, with the rows that a folder holds, and them."""
     from frostline.experiments import transfer_records
 
@@ -181,7 +182,7 @@ def _start(
 
 def _run_rows(
     result: TransferResult,
-    images: tuple[datasets.ImageSet, ...],
+    images: tuple[image_sets.ImageSet, ...],
     output: Path | None,
     progress: Follower,
     cache: str,
@@ -205,8 +206,8 @@ def _run_rows(
     return result
 
 
-def _images(settings: TransferSettings, split: Literal["train", "test"]) -> datasets.ImageSet:
-    return datasets.load(
+def _images(settings: TransferSettings, split: Literal["train", "test"]) -> image_sets.ImageSet:
+    return image_sets.load(
         settings.data,
         split=split,
         classes=settings.classes or None,
@@ -216,7 +217,7 @@ def _images(settings: TransferSettings, split: Literal["train", "test"]) -> data
     )
 
 
-def _arrays(settings: TransferSettings, images: datasets.ImageSet) -> tuple[Array, Array]:
+def _arrays(settings: TransferSettings, images: image_sets.ImageSet) -> tuple[Array, Array]:
     x = np.asarray(backbones.preprocess(settings.backbone, images.images), dtype=np.float32)
     return x, images.labels.astype(np.int32)
 

@@ -78,7 +78,7 @@ class TransferSettings:
 
     Attributes:
         backbone: A name that `backbones.build` knows.
-        data: What `datasets.load` knows, with a train and a test split.
+        data: What `image_sets.load` knows, with a train and a test split.
         classes: Class names to use; all when empty.
         train_per_class: Training images per class; all when ``None``.
         test_per_class: Test images per class; all when ``None``.

@@ -542,12 +542,12 @@ def test_an_experiment_checks_its_folder_before_any_work(tmp_path: Path) -> None
 def test_an_unforeseen_error_is_one_line_with_a_hint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from frostline.cli import env
+    from frostline import environment
 
-    def broken(**_: Any) -> int:
+    def broken() -> dict[str, object]:
         raise ZeroDivisionError("some\nreason")
 
-    monkeypatch.setattr(env, "run", broken)
+    monkeypatch.setattr(environment, "facts", broken)
     monkeypatch.delenv("FROSTLINE_LOG_LEVEL", raising=False)
     assert cli.main(["env"]) == 2
     out, err = capsys.readouterr()
@@ -564,11 +564,11 @@ def test_an_unforeseen_error_is_one_line_with_a_hint(
 
 @pytest.mark.once
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from frostline.cli import env
+    from frostline import environment
 
-    def interrupted(**_: Any) -> int:
+    def interrupted() -> dict[str, object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(env, "run", interrupted)
+    monkeypatch.setattr(environment, "facts", interrupted)
     assert cli.main(["env"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"

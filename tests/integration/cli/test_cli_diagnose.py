@@ -12,8 +12,9 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.cli import diagnose as command, fixing, models, showing
-from frostline.cli.options import DataOptions
+from frostline.cli import best_remedy, diagnose as command, reports
+from frostline.cli.options import DataOptions, OutputOptions, ReportFormat, ReportOptions, Split
+from frostline.cli.samples import read_samples
 from frostline.types.measured import Cause, Remedy
 from frostline.types.report import Report
 
@@ -115,7 +116,7 @@ CLEAN = Report(verdict="fine")
 @pytest.mark.parametrize("form", ["text", "json", "html", "github"])
 def test_forms(form: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.txt"
-    assert showing.show(CLEAN, format=form, output=path, exit_zero=False) == 0
+    assert reports.show(CLEAN, ReportOptions(format=ReportFormat(form), output=path)) == 0
     out = capsys.readouterr().out
     starts = {"text": "fine\n", "json": "{\n", "html": "<!DOCTYPE html>", "github": ""}
     assert out.startswith(starts[form])
@@ -126,8 +127,9 @@ def test_exit_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["lint", str(folder / "model.keras")]
     assert cli.main([*words, "--select", "FL1"]) == 0
     report = Report(verdict="bad", findings=fl.lint(_frozen_untouched()).findings)
-    assert showing.show(report, format="github", output=None, exit_zero=False) == 1
-    assert showing.show(report, format="github", output=None, exit_zero=True) == 0
+    github = ReportOptions(format=ReportFormat.github)
+    assert reports.show(report, github) == 1
+    assert reports.show(report, replace(github, exit_zero=True)) == 0
     assert "::error title=FL204" in capsys.readouterr().out
 
 
@@ -138,18 +140,18 @@ def _frozen_untouched() -> Any:
 
 def test_a_command_to_paste_names_the_model_and_the_data() -> None:
     options = DataOptions(
-        source="my images", classes=("cat", "dog"), per_class=5, preprocess="unit", split="all",
+        data="my images", classes=["cat", "dog"], per_class=5, preprocess="unit", split=Split.all,
         seed=3,
     )  # fmt: skip
     remedy = Remedy(name="r", fix="recalibrate", causes=(), text="t",
                     shell="frostline recalibrate MODEL DATA --output FIXED.keras")  # fmt: skip
-    words = {"MODEL": "it's.keras", "DATA": command._as_typed(options)}
+    words = {"MODEL": "it's.keras", "DATA": command._data_as_typed(options)}
     assert command._filled(remedy, words).shell == (
         "frostline recalibrate it's.keras 'my images' --classes cat,dog --per-class 5 "
         "--preprocess unit --split all --seed 3 --output FIXED.keras"
     )
     assert command._filled(replace(remedy, shell=None), words).shell is None
-    assert command._as_typed(DataOptions(source="digits")) == "digits"
+    assert command._data_as_typed(DataOptions(data="digits")) == "digits"
 
 
 def test_images_have_the_channels_where_the_model_wants_them() -> None:
@@ -157,7 +159,7 @@ def test_images_have_the_channels_where_the_model_wants_them() -> None:
         model = keras.Sequential(
             [keras.Input(shape), keras.layers.Conv2D(2, 3, data_format=layout)]
         )
-        x, _ = models.read_data(DataOptions(source="digits", per_class=1), model)
+        x, _ = read_samples(DataOptions(data="digits", per_class=1), model)
         assert x.shape == (10, *shape)
 
 
@@ -165,11 +167,11 @@ def test_force(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
     with pytest.raises(fl.OutputError, match="--force"):
-        showing.check_output(path, force=False)
-    showing.check_output(path, force=True)
+        reports.check_output(path, force=False)
+    reports.check_output(path, force=True)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(fl.OutputError, match="is a folder"):
-        showing.check_output(tmp_path / "folder.html", force=True)
+        reports.check_output(tmp_path / "folder.html", force=True)
 
 
 # --- --fix ----------------------------------------------------------------------------------------
@@ -255,7 +257,9 @@ def test_fix_refuses_what_it_cannot_do_and_says_what_helps(
     cause = Cause(code="EMA_LAG", share=1.0, sites=("bn",), certainty="is", message="it lags")
     report = Report(verdict="bad", causes=(cause,), remedies=remedies)
     path = tmp_path / "out.keras"
-    assert fixing.apply(None, report, SAMPLES, output=path, force=False, plain=True) == 1
+    assert (
+        best_remedy.apply(None, report, SAMPLES, target=OutputOptions(output=path), plain=True) == 1
+    )
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("not fixed: ")
@@ -263,6 +267,6 @@ def test_fix_refuses_what_it_cannot_do_and_says_what_helps(
     assert not path.exists()
 
 
-SAMPLES = fixing.Samples(
+SAMPLES = best_remedy.Samples(
     x=np.zeros((2, 4)), y=np.zeros(2), loss=None, batch_size=2, max_samples=2, seed=0
 )

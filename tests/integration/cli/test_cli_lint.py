@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from frostline import rules
-from frostline.cli import lint
+from frostline.cli.lint import lint
+from frostline.cli.options import Format, ReportFormat
+from frostline.cli.rule import rule
 from frostline.types import FrostlineError, OutputError
 
 keras = pytest.importorskip("keras")
@@ -32,16 +34,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_exit_codes(source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lint.run(source) == 1
+    assert lint(model=source) == 1
     assert "FL204 initial-statistics (1 site)" in capsys.readouterr().out
-    assert lint.run(source, ignore=["FL204"]) == 0
+    assert lint(model=source, ignore=["FL204"]) == 0
     assert "nothing found" in capsys.readouterr().out
-    assert lint.run(source, select=["FL1"]) == 0
+    assert lint(model=source, select=["FL1"]) == 0
 
 
 def test_json_and_file(source: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    assert lint.run(source, format="json", output=output) == 1
+    assert lint(model=source, format=ReportFormat.json, output=output) == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(output.read_text())
     assert [each["code"] for each in printed["findings"]] == ["FL204"]
@@ -49,46 +51,46 @@ def test_json_and_file(source: str, capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_github(source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lint.run(source, format="github") == 1
+    assert lint(model=source, format=ReportFormat.github) == 1
     assert capsys.readouterr().out.startswith("::error title=FL204 initial-statistics::bn: mean 0")
-    assert lint.run(source, select=["FL1"], format="github") == 0
+    assert lint(model=source, select=["FL1"], format=ReportFormat.github) == 0
     assert capsys.readouterr().out == ""
 
 
 def test_a_misspelt_code_is_told_before_the_model_is_read() -> None:
     with pytest.raises(FrostlineError, match="no rule 'FL7'"):
-        lint.run("no-such-file.keras", select=["FL7"])
+        lint(model="no-such-file.keras", select=["FL7"])
     with pytest.raises(FrostlineError, match="no-such-file"):
-        lint.run("no-such-file.keras")
+        lint(model="no-such-file.keras")
 
 
 def test_a_file_that_cannot_be_written(source: str, capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"\.json or \.txt"):
-        lint.run(source, output=tmp_path / "report.doc")
+        lint(model=source, output=tmp_path / "report.doc")
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.once
 def test_rule_pages(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lint.show_rules("FL203") == 0
+    assert rule(reference="FL203") == 0
     page = capsys.readouterr().out
     assert page.startswith("# FL203 stale-running-statistics\n\nwarning, needs: optimizer")
     assert "## Why is this bad?" in page
-    assert lint.show_rules("stale-running-statistics") == 0
+    assert rule(reference="stale-running-statistics") == 0
     assert capsys.readouterr().out == page
     with pytest.raises(FrostlineError, match="stale-running-statistics"):
-        lint.show_rules("stale-statistics")
+        rule(reference="stale-statistics")
 
 
 @pytest.mark.once
 def test_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
     every = rules.all_rules()
-    assert lint.show_rules(None) == 0
+    assert rule(reference=None) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [each.code for each in every]
-    assert lint.show_rules(None, every=True) == 0
+    assert rule(reference=None, every=True) == 0
     assert capsys.readouterr().out.count("\n## Use instead\n") == len(every)
-    assert lint.show_rules("FL203", format="json") == 0
+    assert rule(reference="FL203", format=Format.json) == 0
     (plain,) = json.loads(capsys.readouterr().out)
     assert plain["options"] == {"max_share": 0.1}
     assert plain["documentation"] == rules.get("FL203").documentation

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 import pytest
 
-from frostline.experiments import backbones, datasets
+from frostline.data import image_sets
+from frostline.experiments import backbones
 from frostline.types import BackendError, ModelError
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -21,7 +22,7 @@ RESOLUTION = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientne
 def images(size: int) -> Any:
     """Real photographs where CIFAR-10 is at hand, real scans of digits elsewhere."""
     source = str(DATA) if DATA.exists() else "digits"
-    return datasets.load(source, split="test", per_class=1, image_size=size).images[:6]
+    return image_sets.load(source, split="test", per_class=1, image_size=size).images[:6]
 
 
 @pytest.mark.parametrize("name", list(RESOLUTION))

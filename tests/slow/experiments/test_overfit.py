@@ -57,9 +57,10 @@ def by_hand(row: str) -> dict[str, float]:
     """The row's last epoch with stock layers and stock Keras only."""
     import keras
 
-    from frostline.experiments import backbones, datasets
+    from frostline.data import image_sets
+    from frostline.experiments import backbones
 
-    data = datasets.load(
+    data = image_sets.load(
         SETTINGS.data, classes=SETTINGS.classes, per_class=SETTINGS.per_class,
         image_size=SETTINGS.image_size, seed=SETTINGS.seed,
     )  # fmt: skip

@@ -50,11 +50,12 @@ def by_hand() -> list[float]:
     """Losses and accuracies of the patched row, with stock layers and ``model.fit`` alone."""
     import keras
 
-    from frostline.experiments import backbones, datasets
+    from frostline.data import image_sets
+    from frostline.experiments import backbones
 
     data = []
     for split, count in (("train", 16), ("test", 12)):
-        images = datasets.load(
+        images = image_sets.load(
             "digits", split=split, classes=("3", "8"), per_class=count, image_size=16, seed=0
         )  # type: ignore[arg-type]
         data.append((backbones.preprocess("tiny", images.images), images.labels.astype("int32")))

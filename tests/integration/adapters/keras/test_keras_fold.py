@@ -22,7 +22,7 @@ import pytest
 import frostline as fl
 from frostline.adapters import view
 from frostline.adapters.keras import graph
-from frostline.cli import models as commands
+from frostline.cli.fold import fold
 from frostline.experiments import backbones
 from frostline.types import ModelError, OutputError
 
@@ -492,7 +492,7 @@ def test_the_files_need_no_frostline(tmp_path: Path) -> None:
     for suffix in (".keras", ".h5"):
         source = tmp_path / f"in{suffix}"
         model.save(source)
-        assert commands.fold(str(source), output=tmp_path / f"out{suffix}", force=False) == 0
+        assert fold(model=str(source), output=tmp_path / f"out{suffix}") == 0
     done = subprocess.run(
         [sys.executable, "-c", LOADS_ALONE, "out.keras", "out.h5"],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240,
@@ -511,16 +511,16 @@ def test_command_says_what_it_did_and_overwrites_nothing(
     source, target = tmp_path / "in.keras", tmp_path / "out.keras"
     speak(plain()).save(source)
     given = source.read_bytes()
-    commands.fold(str(source), output=target, force=False)
+    fold(model=str(source), output=target)
     assert capsys.readouterr().out == (
         f"{target}: 1 BN layers folded into the layer before them, "
         "1 turned into a layer that scales and shifts\n"
     )
     for path in (target, source):
         with pytest.raises(OutputError, match="exists"):
-            commands.fold(str(source), output=path, force=False)
+            fold(model=str(source), output=path)
     assert source.read_bytes() == given
-    commands.fold(str(source), output=target, force=True)
+    fold(model=str(source), output=target, force=True)
 
 
 # --- real networks --------------------------------------------------------------------------------

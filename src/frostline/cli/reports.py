@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import typer
 
+from frostline.cli.options import ReportFormat, ReportOptions
+from frostline.cli.terminal import echo
 from frostline.data import files
 from frostline.report import github, terminal, text
 from frostline.report.files import ENDINGS
 from frostline.types.report import Report
-
-Form = Literal["text", "json", "html", "github"]
 
 
 def check_output(path: Path | None, *, force: bool) -> None:
@@ -25,27 +24,21 @@ def check_output(path: Path | None, *, force: bool) -> None:
         files.check_output(path, ENDINGS, "a report", force=force)
 
 
-def show(report: Report, *, format: Form, output: Path | None, exit_zero: bool) -> int:
+def show(report: Report, options: ReportOptions) -> int:
     """Write the report where asked, print it, and return the exit code.
 
-    Args:
-        report: What was found.
-        format: How to print; ``"html"`` prints the page.
-        output: Also write it to this file, complete or not at all.
-        exit_zero: Return 0 whatever is found.
-
     Returns:
-        0 for a clean report, else 1.
+        0 for a clean report or with ``exit_zero``, else 1.
     """
-    if output is not None:
-        report.save(output)
-    if format == "json":
+    if options.output is not None:
+        report.save(options.output)
+    if options.format is ReportFormat.json:
         typer.echo(report.as_json(), nl=False)
-    elif format == "html":
+    elif options.format is ReportFormat.html:
         from frostline.report import html
 
         typer.echo(html.page(report))
-    elif format == "github":
+    elif options.format is ReportFormat.github:
         typer.echo(github.as_github(report), nl=False)
     else:
         out = text.console()
@@ -53,6 +46,6 @@ def show(report: Report, *, format: Form, output: Path | None, exit_zero: bool) 
             out.print(terminal.as_text(report), crop=False)
         else:  # a file or a pipe: no blanks at the ends of lines
             typer.echo(text.render(terminal.as_text(report), width=out.width), nl=False)
-        if output is not None:
-            typer.echo(f"written: {output}", err=True)
-    return 0 if report.clean or exit_zero else 1
+        if options.output is not None:
+            echo(f"written: {options.output}", err=True)
+    return 0 if report.clean or options.exit_zero else 1

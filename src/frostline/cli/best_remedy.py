@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from frostline.cli import models
+from frostline.cli import model_files
+from frostline.cli.options import OutputOptions
+from frostline.cli.terminal import echo
 from frostline.remedies import group_of
 from frostline.report import excerpts
 from frostline.types import Array, OutputError
@@ -41,16 +41,8 @@ class Samples:
     seed: int
 
 
-def check_output(path: Path | None, source: str, *, force: bool) -> Path:
-    """Refuse an output that cannot be, before the work instead of after it."""
-    if path is None:
-        raise OutputError("--fix writes a repaired model: name its file with -o OUT.keras")
-    models.check_output(path, source, force=force)
-    return path
-
-
 def apply(
-    model: Any, report: Report, samples: Samples, *, output: Path, force: bool, plain: bool
+    model: Any, report: Report, samples: Samples, *, target: OutputOptions, plain: bool
 ) -> int:
     """Apply the best remedy to the model, write it, and print what inference was and is.
 
@@ -61,16 +53,16 @@ def apply(
         model: The diagnosed model; it is changed.
         report: Its diagnosis.
         samples: What the diagnosis was made on.
-        output: Model file to write.
-        force: Overwrite it.
+        target: Model file to write.
         plain: Print to stdout; otherwise to stderr, since stdout holds a report for a program.
 
     Returns:
         0 when the model was repaired, or had nothing to repair; 1 when it could not be.
     """
+    output = target.output
     best = excerpts.first_choice(report.remedies)
     if report.clean and best is None:
-        typer.echo(f"nothing to fix: {output} is not written", err=not plain)
+        echo(f"nothing to fix: {output} is not written", err=not plain)
         return 0
     if best is None:
         tried = ", ".join(each.name for each in report.remedies if each.after)
@@ -91,15 +83,15 @@ def apply(
         return _not_fixed(
             f"{best.name} with all {len(samples.x)} samples leaves {_effect(before, after)}", output
         )
-    models.save(model, output, force=force)
-    written = inference(models.load(str(output)), samples)
+    model_files.save(model, target)
+    written = inference(model_files.load(str(output)), samples)
     if abs(written.loss - after.loss) > _ROUNDING * max(abs(after.loss), 1.0):
         raise OutputError(
             f"{output} was written, but does not compute what the repaired model does: loss "
             f"{written.loss:.6g} instead of {after.loss:.6g}"
         )
-    typer.echo(f"fixed: {best.name}: {change}", err=not plain)
-    typer.echo(f"inference: {_effect(before, written)}, measured on {output}", err=not plain)
+    echo(f"fixed: {best.name}: {change}", err=not plain)
+    echo(f"inference: {_effect(before, written)}, measured on {output}", err=not plain)
     return 0
 
 
@@ -122,7 +114,7 @@ def inference(model: Any, samples: Samples) -> Probe:
 
 
 def _not_fixed(reason: str, output: Path) -> int:
-    typer.echo(f"not fixed: {reason}. {output} is not written", err=True)
+    echo(f"not fixed: {reason}. {output} is not written", err=True)
     return 1
 
 

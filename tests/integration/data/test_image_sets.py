@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.experiments import image_sources as sources
-from frostline.experiments.datasets import load, resize
+from frostline.data import parquet as sources
+from frostline.data.image_sets import load, resize
 from frostline.types import BackendError, DataError
 
 PIL_Image = pytest.importorskip("PIL.Image")
@@ -418,7 +418,7 @@ class TestErrors:
             ({"per_class": 500}, r"class '0' has \d+ image.*'train'.*per_class=500"),
             ({"split": "validation"}, "split must be"),
             ({"seed": -1}, "seed must be"),
-            ({"image_size": 0}, "at least 1 pixel"),
+            ({"image_size": 0}, "1 to 8192 pixels"),
         ],
     )
     def test_wrong_selection(self, kwargs: dict[str, Any], message: str) -> None:
@@ -495,7 +495,7 @@ class TestResize:
     def test_wrong_input(self) -> None:
         with pytest.raises(DataError, match=r"uint8 of shape.*float32 of shape \(2, 4, 4, 3\)"):
             resize(np.zeros((2, 4, 4, 3), np.float32), 8)
-        with pytest.raises(DataError, match="at least 1 pixel"):
+        with pytest.raises(DataError, match="1 to 8192 pixels"):
             resize(np.zeros((2, 4, 4, 3), np.uint8), (8, 0))
         with pytest.raises(DataError, match="method must be"):
             resize(np.zeros((2, 4, 4, 3), np.uint8), 8, method="nearest")  # type: ignore[arg-type]

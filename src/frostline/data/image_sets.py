@@ -1,4 +1,4 @@
-"""Images for the experiments: load, select classes and n per class, resize; all reproducible.
+"""Labelled images: load, select classes and n per class, resize; all reproducible.
 
 Sources: ``digits`` (bundled with scikit-learn, needs no download), ``cifar10`` (through
 ``keras.datasets``), Hugging Face image parquet files or a folder of them, an image folder with one
@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from frostline.experiments.image_sources import Catalogue, Labels, Split, open_source, optional
+from frostline.data import bundled
+from frostline.data.archive import images_of_arrays
+from frostline.data.catalogue import Catalogue, Labels, Split, optional
+from frostline.data.image_folder import image_folder
+from frostline.data.parquet import files_of_split, parquet_files
+from frostline.data.reading import available_memory, require_memory
 from frostline.types import Array, DataError
 
 #: Share of each class, at its end, that is the test split of a source that has no splits of its
 #: own: the usual one in five.
 HELD_OUT = 0.2
+
+#: Largest side that images are resized to: such an image has 192 MiB.
+MOST_SIDE = 8192
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,10 +110,11 @@ def load(
     catalogue = open_source(source, split)
     chosen = _class_indices(catalogue.class_names, classes, source)
     rows, labels = _select(catalogue, chosen, split, per_class, seed, source)
-    decoded = catalogue.decode(rows.tolist())
-    if image_size is not None:
-        decoded = [_resized(image, _height_width(image_size), "bicubic") for image in decoded]
-    images = _stack(decoded, source)
+    size = None if image_size is None else _height_width(image_size)
+    if size is not None:
+        what = f"{len(rows)} images of {size[0]} x {size[1]} pixels"
+        require_memory(3 * math.prod(size) * len(rows), what)
+    images = _stack(catalogue.decode(rows.tolist(), _Prepare(size)), source)
     names = tuple(catalogue.class_names[index] for index in chosen)
     digest = hashlib.blake2b(images.tobytes(), digest_size=16)
     digest.update(labels.tobytes())
@@ -118,6 +129,41 @@ def load(
     }
     return ImageSet(
         images=images, labels=labels, class_names=names, source=source, selection=selection
+    )
+
+
+def open_source(source: str, split: Split) -> Catalogue:
+    """Find the reader for ``source``: ``digits``, ``cifar10``, or a path.
+
+    Raises:
+        DataError: There is no such source, or it cannot be read.
+        BackendError: A package that this kind of source needs is not installed.
+    """
+    if source == "digits":
+        return bundled.digits()
+    if source == "cifar10":
+        return bundled.cifar10(split)
+    path = Path(source).expanduser()
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # links in a loop, a name that is too long, a null byte
+        there = False
+    if not there:
+        raise DataError(
+            f"No such file or folder, and not 'digits' or 'cifar10'. Received: {source}"
+        )
+    if path.suffix == ".npz":
+        return images_of_arrays(path, source, split)
+    if path.suffix == ".parquet":
+        return parquet_files(files_of_split([path], split, source), source, split)
+    if path.is_dir():
+        parquets = sorted(path.rglob("*.parquet"))
+        if parquets:
+            return parquet_files(files_of_split(parquets, split, source), source, split)
+        return image_folder(path, source, split)
+    raise DataError(
+        "A data file must be .parquet or .npz; images come in a folder with one sub-folder per "
+        f"class. Received: {source}"
     )
 
 
@@ -156,8 +202,8 @@ def resize(
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise DataError(f"An image size must be at least 1 pixel. Received: {size}")
+    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
+        raise DataError(f"An image size must be 1 to {MOST_SIDE} pixels. Received: {size}")
     return height, width
 
 
@@ -167,6 +213,28 @@ def _resized(image: Array, size: tuple[int, int], method: Literal["bilinear", "b
     pillow = optional("PIL.Image", "Resizing images")
     filters = {"bilinear": pillow.Resampling.BILINEAR, "bicubic": pillow.Resampling.BICUBIC}
     return np.asarray(pillow.fromarray(image).resize(size[::-1], filters[method]))
+
+
+class _Prepare:
+    """Resizes each image as soon as it is decoded, and stops when memory runs short.
+
+    Args:
+        size: Height and width in pixels; ``None`` keeps each image's own.
+    """
+
+    def __init__(self, size: tuple[int, int] | None) -> None:
+        self._size = size
+        self._left = available_memory()
+
+    def __call__(self, image: Array) -> Array:
+        kept = image if self._size is None else _resized(image, self._size, "bicubic")
+        self._left -= kept.nbytes
+        if self._left < 0:
+            raise DataError(
+                "the images do not fit into memory; choose a smaller image_size=, or fewer with "
+                "per_class="
+            )
+        return kept
 
 
 def _stack(images: list[Array], source: str) -> Array:

@@ -1,0 +1,107 @@
+"""DATA as the model takes it: ``x`` with the channels where they belong, ``y`` for its loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frostline.adapters import ModelView, view
+from frostline.cli.options import DataOptions, names
+from frostline.cli.terminal import echo
+from frostline.data import archive, image_sets
+from frostline.types import Array, DataError
+
+
+def read_samples(options: DataOptions, model: Any) -> tuple[Array, Array]:
+    """Return inputs and targets of DATA as the model wants them.
+
+    An ``.npz`` with ``x`` and ``y``, and no option that only images know, is handed to the model
+    as it is, unless the model takes its ``x`` with the channels on axis 1 only, which is then said;
+    everything else is images, and these get the channels where the model wants them.
+    """
+    plain = not (options.classes or options.per_class or options.image_size or options.preprocess)
+    if plain and Path(options.data).suffix == ".npz":
+        arrays = archive.read_arrays(Path(options.data))
+        if arrays is not None:
+            return _channels_moved(arrays[0], model, options.data), arrays[1]
+    found = image_sets.load(
+        options.data,
+        split=options.split.value,
+        classes=names(options.classes) or None,
+        per_class=options.per_class,
+        image_size=options.image_size or _input_size(model),
+        seed=options.seed,
+    )
+    x = _preprocessed(found.images, options.preprocess)
+    if view(model).channel_axis == 1:
+        x = _channels_first(x)
+    return x, _targets(found.labels, model)
+
+
+def _channels_first(x: Array) -> Array:
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def _channels_moved(x: Array, model: Any, source: str) -> Array:
+    """Return images of an ``.npz`` as the model takes them, and say so if an axis had to move.
+
+    Nothing is guessed from the shape alone: the model must refuse it as it is and take it moved.
+    """
+    channels = (1, 3, 4)
+    if x.ndim != 4 or x.shape[-1] not in channels or x.shape[1] in channels:
+        return x
+    seen, moved = view(model), _channels_first(x[:1])
+    if seen.channel_axis != 1 or _takes(seen, x[:1]) or not _takes(seen, moved):
+        return x
+    height, width, count = x.shape[1:]
+    echo(
+        f"note: {source}: x has the channels last, {x.shape}, and the model takes them on axis 1: "
+        f"read as (samples, {count}, {height}, {width})",
+        err=True,
+    )
+    return _channels_first(x)
+
+
+def _takes(seen: ModelView, x: Array) -> bool:
+    try:
+        seen.forward(x, training=False)
+    except Exception:  # whatever a forward function of a user raises
+        return False
+    return True
+
+
+def _input_size(model: Any) -> int | None:
+    """Return the side of the images that the model takes; ``None`` when it takes any."""
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        return None
+    height, width = (shape[1], shape[2]) if shape[3] in (1, 3) else (shape[2], shape[3])
+    return height if height is not None and height == width else None
+
+
+def _preprocessed(images: Array, how: str | None) -> Array:
+    if how in (None, "none"):
+        return images.astype(np.float32)
+    if how == "unit":
+        return images.astype(np.float32) / 255
+    from frostline.experiments import backbones
+
+    prepared: Array = np.asarray(backbones.preprocess(str(how), images), dtype=np.float32)
+    return prepared
+
+
+def _targets(labels: Array, model: Any) -> Array:
+    """Return labels as the model's loss wants them: indices, one-hot rows, or one column."""
+    loss = getattr(model, "loss", None)
+    name = loss if isinstance(loss, str) else getattr(loss, "name", type(loss).__name__)
+    width = (getattr(model, "output_shape", None) or (None,))[-1]
+    if width == 1:
+        return labels.reshape(-1, 1).astype(np.float32)
+    if str(name) == "categorical_crossentropy" and isinstance(width, int):
+        if labels.max(initial=0) >= width:
+            raise DataError(f"the data has {labels.max() + 1} classes, the model {width}; "
+                            "choose some with --classes")  # fmt: skip
+        return np.eye(width, dtype=np.float32)[labels]
+    return labels.astype(np.int32)
