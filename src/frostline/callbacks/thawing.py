@@ -10,8 +10,8 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras import edit as keras_edit, graph as keras_graph
-from frostline.adapters.keras.graph import Place
 from frostline.adapters.keras.weight_hold import Gate
+from frostline.graph.addresses import Place
 from frostline.types import ModelError
 
 log = logging.getLogger("frostline")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from frostline.graph.addresses import closest
 from frostline.types import ModelError, Site
 
 GROUPS = ("all", "unfrozen", "frozen")
@@ -74,8 +74,7 @@ def _fitting(sites: Sequence[Site], entry: Any) -> list[str]:
         if site.name == entry or fnmatchcase(site.path, entry) or fnmatchcase(site.name, entry)
     ]
     if not found:
-        close = difflib.get_close_matches(entry, [site.path for site in sites], n=3, cutoff=0.5)
-        hint = f"Closest: {', '.join(map(repr, close))}. " if close else ""
+        hint = closest(entry, [site.path for site in sites])
         raise ModelError(
             f"no BN layer has the path or name {entry!r}, nor fits it as a pattern. {hint}"
             f"Received: {entry!r}"

@@ -33,6 +33,7 @@ from frostline.adapters.keras.site_handle import (
     stored_call,
 )
 from frostline.data.batches import Batch
+from frostline.graph.addresses import Place, ancestors
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 
@@ -441,12 +442,12 @@ def shaped_like_outputs(model: Any, x: Any) -> Any:
     return inference(model, x)
 
 
-def in_a_loop(places: tuple[keras_graph.Place, ...], path: str) -> bool:
+def in_a_loop(places: tuple[Place, ...], path: str) -> bool:
     """Whether a recurrent layer runs the site, in a loop that only the backend sees."""
     by_path = {place.path for place in places}
     if path not in by_path:  # inside a torch module
         return False
-    above = set(keras_graph.ancestors(places, path))
+    above = set(ancestors(path))
     return any(
         place.path in above and isinstance(place.layer, keras.layers.RNN) for place in places
     )

@@ -29,9 +29,10 @@ from frostline.adapters.keras.cached_data import (
     randomness_kept as randomness_kept,
     untouched as untouched,
 )
-from frostline.adapters.keras.graph import Place, resolve, walk
+from frostline.adapters.keras.graph import resolve, walk
 from frostline.adapters.keras.prefix import weights_digest
 from frostline.data.batches import to_numpy
+from frostline.graph.addresses import Place
 from frostline.types import Array, ModelError
 
 #: ``fetch(x)``: features of a batch, from what the inner adapter hands out in place of ``x``.

@@ -9,8 +9,9 @@ from typing import Any
 import keras
 
 from frostline.adapters.dropout_rate import Knob, Rates, knobs, turned_on
-from frostline.adapters.keras.graph import Place, walk, wrapped_module
+from frostline.adapters.keras.graph import walk, wrapped_module
 from frostline.adapters.keras.noise import noise_layers
+from frostline.graph.addresses import Place
 from frostline.types import ModelError
 
 _INNER = ("dropout", "_dropout", "recurrent_dropout")

@@ -18,7 +18,9 @@ import keras
 
 from frostline.adapters.dropout_rate import Rates
 from frostline.adapters.keras import dropout as keras_dropout, state as keras_state
-from frostline.adapters.keras.graph import Place, ancestors, is_site, walk, wrapped_module
+from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.graph import addresses
+from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError, Policy
 
 Stock = keras.layers.BatchNormalization
@@ -101,7 +103,7 @@ def set_frozen(
     dropouts = 0
     try:
         if dropout:
-            there = _there(places, boundary, before=before)
+            there = addresses.side(places, boundary, before=before)
             turn_off = keras_dropout.turn_off
             dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
         if not (params or statistics):
@@ -123,18 +125,8 @@ def set_frozen(
 
 def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     """Leaves (and containers with weights of their own) on one side, in execution order."""
-    there = _there(places, boundary, before=before)
+    there = addresses.side(places, boundary, before=before)
     return [place for place in there if place.leaf or _has_own_weights(place.layer)]
-
-
-def _there(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
-    if boundary.path is None:
-        return list(places) if before else []
-    edge = next(place for place in places if place.path == boundary.path)
-    around = set(ancestors(places, boundary.path))
-    if before:
-        return [p for p in places if p.order < edge.order and p.path not in around]
-    return [place for place in places if place.order >= edge.order]
 
 
 def _has_own_weights(layer: Any) -> bool:
@@ -211,7 +203,7 @@ def _wraps_bn(layer: Any) -> bool:
 
 def open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) -> None:
     """Let containers of thawed layers train, without flipping what else they contain."""
-    around = {path for place in thawed for path in ancestors(places, place.path)}
+    around = {path for place in thawed for path in addresses.ancestors(place.path)}
     closed = [model] if thawed and not model.trainable else []
     closed += [p.layer for p in places if p.path in around and not p.layer.trainable]
     if not closed:

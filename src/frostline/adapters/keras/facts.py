@@ -10,7 +10,6 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.graph import (
-    Place,
     inner_optimizers,
     is_site,
     optimized_variables,
@@ -20,6 +19,7 @@ from frostline.adapters.keras.graph import (
     wrapped_module,
 )
 from frostline.adapters.torch.vocabulary import TORCH
+from frostline.graph.addresses import Place
 from frostline.types import Array, Site
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 

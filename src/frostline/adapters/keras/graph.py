@@ -10,41 +10,15 @@ This room reads only: it never changes a layer.
 
 from __future__ import annotations
 
-import difflib
-import operator
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from frostline.types import Boundary, ModelError, Site
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Place:
-    """One layer with its address.
-
-    Attributes:
-        path: ``backbone/block3/bn1``: names of the containers and of the layer; a name that a
-            sibling already has gets ``#2``, ``#3``, ...
-        layer: The layer.
-        parent: Path of the container; ``None`` at the top level.
-        order: Rank in execution order (of the first use, if shared); containers come before what
-            they contain.
-        top: Index of the top-level layer that it is or is in, as in ``model.layers``.
-        calls: How often the model uses the layer.
-        leaf: Holds no other layer.
-    """
-
-    path: str
-    layer: Any
-    parent: str | None
-    order: int
-    top: int
-    calls: int
-    leaf: bool
+from frostline.graph import addresses
+from frostline.graph.addresses import Layers, Place
+from frostline.types import Boundary, Site
 
 
 class _Walk:
@@ -65,8 +39,8 @@ class _Walk:
         else:
             self.found[key] = {
                 "path": self._unique(layer.name, parent),
+                "name": layer.name,
                 "layer": layer,
-                "parent": parent,
                 "order": len(self.found),
                 "top": top,
                 "calls": calls,
@@ -118,17 +92,6 @@ def _children(layer: Any) -> list[tuple[Any, int]]:
     return [(child, uses[id(child)]) for child in ordered] + [(child, 1) for child in beside]
 
 
-def ancestors(places: tuple[Place, ...], path: str) -> tuple[str, ...]:
-    """Paths of the containers around ``path``, innermost first."""
-    parents = {place.path: place.parent for place in places}
-    chain: list[str] = []
-    above = parents[path]
-    while above is not None:
-        chain.append(above)
-        above = parents[above]
-    return tuple(chain)
-
-
 def is_site(layer: Any) -> bool:
     """Whether the layer is a Keras BN layer: the stock one, ours, or a subclass of either."""
     return isinstance(layer, keras.layers.BatchNormalization)
@@ -153,30 +116,14 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
-    """How many sites lie before the first layer with weights that trains, and its path.
+    """How many sites lie before the first layer with weights that trains, and its path."""
 
-    A BN layer trains where its gamma and beta do, or where its statistics move.
+    def trains(place: Place) -> bool | None:
+        layer = place.layer
+        own = layer.weights if place.leaf else layer._trainable_variables
+        return bool(layer.trainable) and not is_site(layer) if own else None
 
-    Returns:
-        ``(None, None)`` when that is the very first one: there is no prefix. ``(sites, None)`` when
-        every layer is frozen.
-    """
-    found = sites(model)
-    live = {site.path for site in found if not (site.params_frozen and site.stats_frozen)}
-    frozen: list[str] = []
-    for place in walk(model):
-        if not place.leaf or not place.layer.weights:
-            continue
-        if place.path in live or (place.layer.trainable and not is_site(place.layer)):
-            before = sum(_is_within(site.path, frozen) for site in found)
-            return (before, place.path) if frozen else (None, None)
-        frozen.append(place.path)
-    return len(found), None
-
-
-def _is_within(path: str, places: list[str]) -> bool:
-    """Whether a site is one of these layers, or inside one (a wrapped torch module)."""
-    return any(path == place or path.startswith(f"{place}/") for place in places)
+    return addresses.frozen_prefix(walk(model), sites(model), trains)
 
 
 def inner_optimizers(places: tuple[Place, ...]) -> list[tuple[str, frozenset[int]]]:
@@ -273,102 +220,12 @@ def _torch_site(place: Place, path: str, module: Any) -> dict[str, Any]:
     }
 
 
+def layers(model: Any) -> Layers:
+    """All layers with their addresses."""
+    top = tuple(layer for layer, _ in _children(model))
+    return Layers(places=walk(model), top=top, word="layer", kind=keras.Layer)
+
+
 def resolve(model: Any, reference: Any) -> Boundary:
-    """Translate what a person writes into a boundary.
-
-    Args:
-        model: A Keras model.
-        reference: A path (``backbone/block3/conv``) or a layer name that is unique in the model;
-            an index into ``model.layers``, also negative, where ``len(model.layers)`` is the end;
-            a float in [0, 1], the share of leaf layers in execution order that are before the
-            boundary; a layer; a :class:`Boundary`; ``None`` for the end of the model.
-
-    Returns:
-        The boundary: first layer behind it and that layer's index at the top level.
-
-    Raises:
-        ModelError: No such layer (with the closest names), an ambiguous name, an index or fraction
-            out of range.
-    """
-    places = walk(model)
-    end = Boundary(path=None, index=len(_children(model)))
-    if isinstance(reference, Boundary):
-        reference = reference.path
-    if reference is None:
-        return end
-    if isinstance(reference, str):
-        place: Place | None = _by_name(places, reference)
-    elif isinstance(reference, keras.Layer):
-        place = _by_layer(places, reference)
-    elif isinstance(reference, float):
-        place = _by_fraction(places, reference)
-    else:
-        place = _by_index(places, reference, _children(model))
-    return end if place is None else Boundary(path=place.path, index=place.top)
-
-
-def _by_name(places: tuple[Place, ...], reference: str) -> Place:
-    for place in places:
-        if place.path == reference:
-            return place
-    named = [place for place in places if place.layer.name == reference]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        listed = ", ".join(repr(place.path) for place in named)
-        raise ModelError(
-            f"boundary {reference!r} names {len(named)} layers; use one of the paths {listed}. "
-            f"Received: {reference!r}"
-        )
-    known = [place.path for place in places]
-    names = {place.layer.name: place.path for place in reversed(places)}
-    close = difflib.get_close_matches(reference, [*known, *names], n=5, cutoff=0.5)
-    paths = list(dict.fromkeys(names.get(name, name) for name in close))[:3]
-    hint = f"Closest: {', '.join(map(repr, paths))}. " if paths else _ends(known)
-    raise ModelError(
-        f"boundary {reference!r} is not a layer of this model. {hint}Received: {reference!r}"
-    )
-
-
-def _ends(known: list[str]) -> str:
-    if not known:
-        return "The model has no layers. "
-    return f"Its layers go from {known[0]!r} to {known[-1]!r}. "
-
-
-def _by_layer(places: tuple[Place, ...], reference: Any) -> Place:
-    for place in places:
-        if place.layer is reference:
-            return place
-    raise ModelError(f"layer {reference.name!r} is not part of this model. Received: {reference!r}")
-
-
-def _by_fraction(places: tuple[Place, ...], reference: float) -> Place | None:
-    if not 0.0 <= reference <= 1.0:
-        raise ModelError(
-            f"a fractional boundary must be between 0.0 and 1.0. Received: {reference!r}"
-        )
-    leaves = [place for place in places if place.leaf]
-    cut = round(reference * len(leaves))
-    return leaves[cut] if cut < len(leaves) else None
-
-
-def _by_index(
-    places: tuple[Place, ...], reference: Any, top: list[tuple[Any, int]]
-) -> Place | None:
-    try:
-        index = None if isinstance(reference, bool) else operator.index(reference)
-    except TypeError:
-        index = None
-    if index is None:
-        raise ModelError(
-            "a boundary is a layer name, a path, an index, a fraction or a layer. "
-            f"Received: {reference!r} ({type(reference).__name__})"
-        )
-    count = len(top)
-    if not -count <= index <= count:
-        raise ModelError(
-            f"boundary index must be between {-count} and {count} for this model's {count} layers. "
-            f"Received: {reference!r}"
-        )
-    return None if index == count else _by_layer(places, top[index][0])
+    """Translate a layer name, path, index, fraction or layer into a boundary."""
+    return layers(model).resolve(reference)

@@ -22,9 +22,10 @@ from frostline.adapters.keras.calls import (
     run,
     told_apart,
 )
-from frostline.adapters.keras.graph import ancestors, resolve, walk
+from frostline.adapters.keras.graph import resolve, walk
 from frostline.adapters.keras.pure import Impurity, impurity, observe
 from frostline.adapters.keras.tape import graph_of
+from frostline.graph.addresses import ancestors
 from frostline.graph.mincut import later_cut
 from frostline.types import Crossing, ModelError
 
@@ -196,7 +197,7 @@ def _before(
             f"the boundary is the end of the model: nothing is left behind it. Received: at={at!r}"
         )
     edge = next(place for place in places if place.path == boundary.path)
-    around = set(ancestors(places, boundary.path))
+    around = set(ancestors(boundary.path))
     order = {id(p.layer): p.order for p in places if p.path not in around}
     good, before = set(graph.inputs), []
     allowed = {id(call) for call in pure}

@@ -29,6 +29,7 @@ from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
 from frostline.data.batches import leaves
+from frostline.graph import addresses
 from frostline.numerics.compare import relative_difference
 from frostline.types import Boundary, ModelError, Policy, Site
 from frostline.types.facts import ModelFacts
@@ -68,7 +69,7 @@ class TorchView:
 
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the modules before a boundary: those that freezing up to it freezes."""
-        places = torch_edit.side(torch_graph.walk(self.model), boundary, before=True)
+        places = addresses.side(torch_graph.walk(self.model), boundary, before=True)
         return frozenset(place.path for place in places)
 
     def frozen_prefix(self) -> tuple[int | None, str | None]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from frostline.adapters.dropout_rate import Knob, Rates, knobs, turned_on
 from frostline.adapters.torch.forward_pass import noise_layers
-from frostline.adapters.torch.graph import Place, unwrapped
+from frostline.adapters.torch.graph import unwrapped
+from frostline.graph.addresses import Place
 from frostline.types import ModelError
 
 _ANYWHERE = ("dropout", "attention_dropout")

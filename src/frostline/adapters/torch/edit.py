@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch import dropout as torch_dropout
-from frostline.adapters.torch.graph import Place, is_frozen_kind, is_site, unwrapped, walk
+from frostline.adapters.torch.graph import is_frozen_kind, is_site, unwrapped, walk
 from frostline.adapters.torch.locked import is_locked, lock, unlock
+from frostline.graph import addresses
+from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
 
 
@@ -47,7 +49,7 @@ def set_frozen(
         ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
     """
     undo = snapshot(model)
-    there = side(walk(model), boundary, before=before)
+    there = addresses.side(walk(model), boundary, before=before)
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
     touched = dropouts = 0
@@ -98,19 +100,6 @@ def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]
         yield total, undo
     finally:
         undo()
-
-
-def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
-    """Modules on one side of a boundary, in execution order."""
-    if boundary.path is None:
-        return list(places) if before else []
-    edge = next(place for place in places if place.path == boundary.path)
-    if before:
-        around = tuple(f"{boundary.path}/".startswith(f"{p.path}/") for p in places)
-        return [
-            p for p, holds in zip(places, around, strict=True) if p.order < edge.order and not holds
-        ]
-    return [place for place in places if place.order >= edge.order]
 
 
 def _set_params(module: Any, frozen: bool) -> int:

@@ -8,12 +8,9 @@ more without being run.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,31 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch.locked import is_locked, unlocked_class
-from frostline.types import Boundary, ModelError, Site
+from frostline.graph import addresses
+from frostline.graph.addresses import Layers, Place
+from frostline.types import Boundary, Site
 
 #: Buffers of the FrozenBatchNorm classes of torchvision, detectron2, timm and transformers.
 _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
-
-
-@dataclass(frozen=True)
-class Place:
-    """One module of a model.
-
-    Attributes:
-        path: Its name with slashes.
-        module: The module.
-        order: Position in order of registration.
-        calls: Under how many names it is registered.
-        leaf: It holds no other module, or is a site.
-        top: Index of the child of the root that it is or lies in.
-    """
-
-    path: str
-    module: Any
-    order: int
-    calls: int
-    leaf: bool
-    top: int
 
 
 def unwrapped(model: Any) -> Any:
@@ -71,9 +49,8 @@ def is_site(module: Any) -> bool:
     """
     if isinstance(module, _BatchNorm) or is_frozen_kind(module):
         return True
-    return _keeps_statistics(module) and (
-        isinstance(module, _InstanceNorm) or _calls_norm(type(module))
-    )
+    kind: Any = type(module)
+    return _keeps_statistics(module) and (isinstance(module, _InstanceNorm) or _calls_norm(kind))
 
 
 def _keeps_statistics(module: Any) -> bool:
@@ -124,7 +101,8 @@ def walk(model: Any) -> tuple[Place, ...]:
     return tuple(
         Place(
             path=name.replace(".", "/") or type(root).__name__,
-            module=module,
+            name=name.rpartition(".")[2] or type(root).__name__,
+            layer=module,
             order=order,
             calls=counts[id(module)],
             leaf=is_site(module) or not any(True for _ in module.children()),
@@ -162,27 +140,13 @@ def sites(model: Any) -> tuple[Site, ...]:
 
 
 def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
-    """How many sites lie before the first module with parameters that trains, and its path.
+    """How many sites lie before the first module with parameters that trains, and its path."""
 
-    A BN module trains where its parameters do, or where its statistics move.
-
-    Returns:
-        ``(None, None)`` when that is the very first one: there is no prefix. ``(sites, None)`` when
-        every module is frozen.
-    """
-    found = {site.path: site for site in sites(model)}
-    before = met = 0
-    for place in walk(model):
+    def trains(place: Place) -> bool | None:
         own = list(place.module.parameters(recurse=False))
-        site = found.get(place.path)
-        if site is None and not own:
-            continue
-        moves = site is not None and not site.stats_frozen
-        if moves or any(parameter.requires_grad for parameter in own):
-            return (before, place.path) if met else (None, None)
-        met += 1
-        before += site is not None
-    return len(found), None
+        return any(parameter.requires_grad for parameter in own) if own else None
+
+    return addresses.frozen_prefix(walk(model), sites(model), trains)
 
 
 def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
@@ -263,93 +227,12 @@ def modes_kept(model: Any) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
+def layers(model: Any) -> Layers:
+    """All modules with their addresses."""
+    top = tuple(unwrapped(model).children())
+    return Layers(places=walk(model), top=top, word="module", kind=nn.Module)
+
+
 def resolve(model: Any, reference: Any) -> Boundary:
-    """Translate what a person writes into a boundary.
-
-    Args:
-        model: A torch module.
-        reference: A path (``layer3/0/conv1`` or ``layer3.0.conv1``) or a module name that is unique
-            in the model; an index into the root's children, also negative; a float in [0, 1], the
-            share of leaf modules before the boundary; a module; a :class:`Boundary`; ``None`` for
-            the end of the model.
-
-    Raises:
-        ModelError: No such module (with the closest names), an ambiguous name, an index or fraction
-            out of range.
-    """
-    places = walk(model)
-    count = sum(1 for _ in unwrapped(model).children())
-    end = Boundary(path=None, index=count)
-    if isinstance(reference, Boundary):
-        reference = reference.path
-    if reference is None:
-        return end
-    place: Place | None
-    if isinstance(reference, str):
-        place = _by_name(places, reference)
-    elif isinstance(reference, nn.Module):
-        place = _by_module(places, reference)
-    elif isinstance(reference, float):
-        place = _by_fraction(places, reference)
-    else:
-        place = _by_index(places, reference, count)
-    return end if place is None else Boundary(path=place.path, index=place.top)
-
-
-def _by_name(places: tuple[Place, ...], reference: str) -> Place:
-    wanted = reference.replace(".", "/")
-    for place in places:
-        if place.path == wanted:
-            return place
-    named = [place for place in places if place.path.rpartition("/")[2] == reference]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        listed = ", ".join(repr(place.path) for place in named[:5])
-        raise ModelError(
-            f"boundary {reference!r} names {len(named)} modules; use one of the paths {listed}. "
-            f"Received: {reference!r}"
-        )
-    close = difflib.get_close_matches(wanted, [place.path for place in places], n=3, cutoff=0.5)
-    hint = f"Closest: {', '.join(map(repr, close))}. " if close else ""
-    raise ModelError(
-        f"boundary {reference!r} is not a module of this model. {hint}Received: {reference!r}"
-    )
-
-
-def _by_module(places: tuple[Place, ...], reference: Any) -> Place:
-    for place in places:
-        if place.module is reference:
-            return place
-    raise ModelError(
-        "this module is not part of the model. "
-        f"Received: {type(reference).__module__}.{type(reference).__qualname__}"
-    )
-
-
-def _by_fraction(places: tuple[Place, ...], reference: float) -> Place | None:
-    if not 0.0 <= reference <= 1.0:
-        raise ModelError(
-            f"a fractional boundary must be between 0.0 and 1.0. Received: {reference!r}"
-        )
-    leaves = [place for place in places if place.leaf]
-    cut = round(reference * len(leaves))
-    return leaves[cut] if cut < len(leaves) else None
-
-
-def _by_index(places: tuple[Place, ...], reference: Any, count: int) -> Place | None:
-    index = None
-    with suppress(TypeError):
-        index = None if isinstance(reference, bool) else operator.index(reference)
-    if index is None:
-        raise ModelError(
-            "a boundary is a module name, a path, an index, a fraction or a module. "
-            f"Received: {reference!r} ({type(reference).__name__})"
-        )
-    if not -count <= index <= count:
-        raise ModelError(
-            f"boundary index must be between {-count} and {count} for this model's {count} "
-            f"children. Received: {reference!r}"
-        )
-    index = index + count if index < 0 else index
-    return next((place for place in places if place.top == index), None) if index < count else None
+    """Translate a module name, path, index, fraction or module into a boundary."""
+    return layers(model).resolve(reference)

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.adapters.torch.forward_pass import untouched
-from frostline.adapters.torch.graph import Place, is_site, resolve, unwrapped, walk
+from frostline.adapters.torch.graph import is_site, resolve, unwrapped, walk
 from frostline.adapters.torch.network import Network, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Impurity, Observed, observe
+from frostline.graph.addresses import Place
 from frostline.graph.mincut import later_cut
 from frostline.types import Crossing, ModelError
 
