@@ -23,6 +23,7 @@ from keras import ops
 from frostline.layers.releases import Release, release
 from frostline.layers.state import State, WhileTrainable
 from frostline.layers.tensors import copy_of, move, read, select, traced, values_per_channel
+from frostline.numerics.blend import mixed
 from frostline.types import Policy
 
 _POLICIES = ("inference", "batch", "update")
@@ -391,10 +392,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         counts = read(ramp, batch[0].dtype)
         blend = ops.minimum(counts[0] / counts[1], 1.0)
         move(ramp, ops.stack([ops.minimum(counts[0] + 1.0, counts[1]), counts[1]]), live)
-        mixed = [old + blend * (new - old) for new, old in zip(batch, stored, strict=True)]
-        # At λ = 1 the bits of the batch, not those of old + (new - old).
         mean, variance = (
-            ops.where(blend < 1.0, between, new) for between, new in zip(mixed, batch, strict=True)
+            mixed(blend, old, new, ops) for old, new in zip(stored, batch, strict=True)
         )
         return mean, variance
 

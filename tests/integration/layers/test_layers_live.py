@@ -290,3 +290,14 @@ def test_canary_own_predictions_as_labels() -> None:
     model.compile(keras.optimizers.SGD(0.0), "mse")
     x = data[4][0]
     assert model.train_on_batch(x, model.predict(x, verbose=0)) <= 1e-6
+
+
+def test_a_ramp_starts_at_the_stored_statistics_even_if_those_of_the_batch_are_nan() -> None:
+    layer = BatchNormalization()
+    layer.build((None, 2))
+    layer.reserve_ramp()
+    layer.start_ramp(4)
+    x = np.array([[1.0, 2.0], [3.0, np.nan]], "float32")
+    received = keras.ops.convert_to_numpy(layer(x, training=True))
+    expected = x / np.sqrt(1.0 + layer.epsilon)
+    np.testing.assert_allclose(received, expected, rtol=1e-6)

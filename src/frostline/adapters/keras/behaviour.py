@@ -21,7 +21,8 @@ from frostline.adapters.keras.blend import in_a_loop
 from frostline.adapters.keras.compile import compiled
 from frostline.adapters.keras.forward_pass import tensors
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
-from frostline.adapters.keras.site_handle import Port, mixed, ports, reduced, replaced
+from frostline.adapters.keras.site_handle import Port, mixed_statistics, ports, reduced, replaced
+from frostline.numerics.blend import mixed
 from frostline.types import Array, as_float64
 from frostline.types.measured import Behaviour
 
@@ -195,13 +196,13 @@ def _watched(
         return outputs
     batch = use.batch()
     candidates = [
-        use.normalised(*mixed(ops.full((), weight, use.x.dtype), before, batch))
+        use.normalised(*mixed_statistics(ops.full((), weight, use.x.dtype), before, batch))
         for weight in (0.0, middle, 1.0)
     ]
     if (formula := use.textbook(*batch)) is not None:
         # A call that reads no stored statistics gives the same with any: the formula tells then.
         deaf = ops.all(ops.equal(candidates[0], candidates[2]))
-        plain = [use.textbook(*mixed(ops.full((), weight, use.x.dtype), before, batch))
+        plain = [use.textbook(*mixed_statistics(ops.full((), weight, use.x.dtype), before, batch))
                  for weight in (0.0, middle)]  # fmt: skip
         obeys = _alike(outputs, formula)
         candidates = [
@@ -271,8 +272,7 @@ def _by_hand(port: Port, call: _Call, middle: float) -> tuple[Any, ...]:
         def line(weight: float) -> tuple[Array, Array]:
             """``a`` and ``b`` at this λ."""
             at, spread = (
-                _host_mixed(weight, old, new)
-                for old, new in zip(pair, (mean, variance), strict=True)
+                mixed(weight, old, new, np) for old, new in zip(pair, (mean, variance), strict=True)
             )
             slope = gamma / np.sqrt(spread + port.epsilon)
             return slope, (mean - at) * slope + beta
@@ -311,13 +311,6 @@ def _array(tensor: Any) -> Array:
 def _products(one: Array, other: Array) -> Array:
     """Sum over the values of a product, per channel."""
     return as_float64(np.einsum("nc,nc->c", one, other))
-
-
-def _host_mixed(weight: float, stored: Array, batch: Array) -> Array:
-    """``(1 - λ) stored + λ batch``, where a share of nothing counts nothing, even of NaN."""
-    if weight in (0.0, 1.0):
-        return batch if weight else stored
-    return (1 - weight) * stored + weight * batch
 
 
 def _arrays(entry: tuple[Any, ...], port: Port, middle: float) -> _Sums:

@@ -17,6 +17,7 @@ from keras import ops
 
 from frostline.adapters.keras import graph as keras_graph
 from frostline.layers import BatchNormalization
+from frostline.numerics.blend import mixed
 from frostline.types import ModelError
 
 #: Calls that do nothing but normalise; of any other, the layer's own call is run.
@@ -139,7 +140,7 @@ def blended_call(
     batch = use.batch()
     if seen is not None:
         seen.append((use.count(), *batch))
-    return use.normalised(*mixed(ops.cast(blend, use.x.dtype), stored, batch))
+    return use.normalised(*mixed_statistics(ops.cast(blend, use.x.dtype), stored, batch))
 
 
 def given_call(
@@ -155,10 +156,12 @@ def stored_call(port: Port, own: Callable[..., Any], *args: Any, **kwargs: Any) 
     return port.use(own, args, kwargs).locked()
 
 
-def mixed(weight: Any, stored: tuple[Any, Any], batch: tuple[Any, Any]) -> tuple[Any, Any]:
-    """``(1 - λ) stored + λ batch`` of means and variances."""
+def mixed_statistics(
+    blend: Any, stored: tuple[Any, Any], batch: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """Mean and variance at λ = ``blend``."""
     mean, variance = (
-        _mixed(weight, ops.cast(old, new.dtype), new)
+        mixed(blend, ops.cast(old, new.dtype), new, ops)
         for old, new in zip(stored, batch, strict=True)
     )
     return mean, variance
@@ -402,13 +405,6 @@ def _values(x: Any, axis: int) -> Any:
     sizes = ops.shape(x)  # tensors where a trace leaves a size open
     whole = functools.reduce(lambda one, other: one * other, (sizes[a] for a in reduced(x, axis)))
     return ops.convert_to_tensor(whole, "int32")
-
-
-def _mixed(weight: Any, stored: Any, batch: Any) -> Any:
-    """``(1 - λ) stored + λ batch``, where a share of nothing counts nothing, even of NaN."""
-    safe_batch = ops.where(ops.logical_or(weight > 0, ops.isfinite(batch)), batch, stored)
-    safe_stored = ops.where(ops.logical_or(weight < 1, ops.isfinite(stored)), stored, batch)
-    return (1 - weight) * safe_stored + weight * safe_batch
 
 
 def _arguments(

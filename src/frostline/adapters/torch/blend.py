@@ -26,6 +26,7 @@ from frostline.adapters.torch.forward_pass import (
 from frostline.adapters.torch.graph import set_mode, site_modules
 from frostline.adapters.torch.loss import per_sample
 from frostline.data.batches import Batch
+from frostline.numerics.blend import mixed
 from frostline.numerics.stats import Moments
 from frostline.types import DataError, ModelError, as_float64
 
@@ -165,7 +166,7 @@ class TorchForward:
                 return call.with_batch()
             fresh = batch_statistics(call.wide, single=call.single)
             mean, variance = (
-                _mixed(weight.to(new.dtype), old.to(new.dtype), new)
+                mixed(weight.to(new.dtype), old.to(new.dtype), new, torch)
                 for old, new in zip(pair, fresh, strict=True)
             )
             return call.differentiable(mean, variance)
@@ -227,10 +228,3 @@ class TorchForward:
             mean, variance = (torch.as_tensor(v, device=device).float() for v in pair)
             pairs[path] = mean, variance
         return pairs
-
-
-def _mixed(weight: Any, old: Any, new: Any) -> Any:
-    """``(1 - λ) stored + λ batch``; at λ = 0 or 1 the unused operand is ignored, even if NaN."""
-    safe_new = torch.where((weight > 0) | torch.isfinite(new), new, old)
-    safe_old = torch.where((weight < 1) | torch.isfinite(old), old, new)
-    return (1 - weight) * safe_old + weight * safe_new
