@@ -1,0 +1,162 @@
+"""Ask every verb of every model: ``python -m tests.slow.thirdparty [NAME ...]``.
+
+Each model runs in a process of its own, which may crash or hang without taking the others with it.
+``--json FILE`` keeps the answers; ``--page FILE`` writes the table for the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .program import ENTRIES, Entry
+
+ROOT = Path(__file__).parents[3]
+LIMIT_S = 600
+#: What an answer may begin with, in the order of the summary.
+OUTCOMES = ("works", "refused", "wrong", "crash")
+
+
+def load() -> dict[str, Entry]:
+    """The table; frameworks are imported here."""
+    from . import keras_programs, torch_programs  # noqa: F401
+
+    return ENTRIES
+
+
+def answers(entry: Entry) -> dict[str, Any]:
+    """Build one model and ask every verb, in this process."""
+    warnings.simplefilter("ignore")
+    from frostline.types import FrostlineError
+
+    from .judging import Wrong
+
+    try:
+        version = metadata.version(entry.library)
+        program = entry.build()
+    except (ImportError, metadata.PackageNotFoundError) as problem:
+        return {"missing": f"{type(problem).__name__}: {problem}"}
+    if entry.framework == "keras":
+        from .keras_verbs import VERBS
+    else:
+        from .torch_verbs import VERBS  # type: ignore[assignment]
+    found: dict[str, Any] = {}
+    for name, verb in VERBS.items():
+        begin = time.perf_counter()
+        try:
+            again = entry.build() if entry.framework == "keras" else program
+            model = again.model if entry.framework == "keras" else copy.deepcopy(program.model)
+            told = f"works: {verb(again, model)}"
+        except FrostlineError as refusal:
+            wrong = isinstance(refusal, Wrong)
+            told = f"{'wrong' if wrong else 'refused'}: {refusal}"
+        except Wrong as problem:
+            told = f"wrong: {problem}"
+        except Exception as problem:
+            where = traceback.extract_tb(problem.__traceback__)[-1]
+            told = (
+                f"crash: {type(problem).__name__}: {problem} "
+                f"({Path(where.filename).name}:{where.lineno})"
+            )
+        found[name] = [" ".join(told.split()), round(time.perf_counter() - begin, 2)]
+    return {"version": version, "verbs": found}
+
+
+def apart(name: str) -> dict[str, Any]:
+    """The same in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.slow.thirdparty", "--one", name]
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"verbs": {"all": [f"crash: not ended in {LIMIT_S} s", LIMIT_S]}}
+    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    if run.returncode or not lines:
+        last = (run.stderr.strip().splitlines() or ["no word"])[-1]
+        return {"verbs": {"all": [f"crash: exit {run.returncode}: {last}", 0.0]}}
+    return dict(json.loads(lines[-1]))
+
+
+def counted(results: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Outcome -> how many calls."""
+    told = [t for r in results.values() for t, _ in r.get("verbs", {}).values()]
+    return {outcome: sum(t.startswith(outcome) for t in told) for outcome in OUTCOMES}
+
+
+def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
+    """The table as Markdown."""
+    verbs = list(dict.fromkeys(v for r in results.values() for v in r.get("verbs", {})))
+    signs = {"works": "✓", "refused": "refused", "wrong": "**wrong**", "crash": "**crash**"}
+    lines = [
+        "# Models and loops of other libraries",
+        "",
+        "Made by `python -m tests.slow.thirdparty --page docs/compatibility.md`: each model is",
+        "built small, with random weights, and asked with every verb. A check mark means that the",
+        "answer agreed with something that is not ours: buffers bit for bit, inputs of normalising",
+        "calls seen by a function mode of torch, the library's own loss in both phases.",
+        "",
+        ", ".join(f"{n} {word}" for word, n in counted(results).items()) + ".",
+        "",
+        f"| model | library | {' | '.join(verbs)} |",
+        f"|---|---|{'---|' * len(verbs)}",
+    ]
+    notes = []
+    for name, result in results.items():
+        entry = table[name]
+        if "missing" in result:
+            continue
+        cells = []
+        for verb in verbs:
+            told, _ = result["verbs"].get(verb, ["", 0.0])
+            outcome = told.partition(":")[0]
+            cells.append(signs.get(outcome, ""))
+            if outcome not in ("works", ""):
+                notes.append(f"- {name}, `{verb}`: {told[:300]}")
+        lines.append(
+            f"| {name} | {entry.library} {result.get('version', '')} | {' | '.join(cells)} |"
+        )
+    return "\n".join([*lines, "", *(["## What is refused, and why", "", *notes] if notes else [])])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m tests.slow.thirdparty", description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names; all without")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path)
+    given = parser.parse_args(arguments)
+    table = load()
+    if given.one:
+        print(json.dumps(answers(table[given.one])))
+        return 0
+    chosen = [n for n in table if not given.names or any(w in n for w in given.names)]
+    results = {}
+    for index, name in enumerate(chosen, 1):
+        result = results[name] = apart(name)
+        if "missing" in result:
+            print(f"{index}/{len(chosen)} {name}: left out, {result['missing']}", flush=True)
+            continue
+        bad = {v: t for v, (t, _) in result["verbs"].items() if not t.startswith("works")}
+        took = sum(seconds for _, seconds in result["verbs"].values())
+        print(f"{index}/{len(chosen)} {name}: {took:.0f} s", *bad.items(), sep="\n    ", flush=True)
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(", ".join(f"{n} {word}" for word, n in counted(results).items()))
+    if given.page:
+        given.page.write_text(page(results, table) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A model of the table: how it is built, its batches, and how its own library judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A model with data, as its library uses it.
+
+    Attributes:
+        model: A torch module or a Keras model, with statistics that a few updates left.
+        batches: What its loader yields.
+        ask: The library's own way: ``(model, batch) -> loss``, a scalar tensor; ``None`` for a
+            model without a loss.
+        options: What a user writes beside model and data: ``loss=``, ``step=``.
+        call: ``(model, batch) -> outputs`` in the model's present mode; tensors somewhere inside.
+        sample: What ``split`` is given as a sample; ``None``: nothing.
+        in_training_mode: The library computes its loss in training mode only.
+        exported: An exported program: its calls are below what a function mode sees.
+    """
+
+    model: Any
+    batches: Sequence[Any]
+    ask: Callable[[Any, Any], Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch[0])
+    sample: Any = None
+    in_training_mode: bool = False
+    exported: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of the table.
+
+    Attributes:
+        name: Of the model.
+        library: Distribution that it comes from.
+        kind: What it is for.
+        build: Makes the program.
+        framework: ``"torch"`` or ``"keras"``.
+    """
+
+    name: str
+    library: str
+    kind: str
+    build: Callable[[], Program]
+    framework: str = "torch"
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def entry(
+    name: str, library: str, kind: str, *, framework: str = "torch"
+) -> Callable[[Callable[[], Program]], Any]:
+    """Register a builder under a name."""
+
+    def register(build: Callable[[], Program]) -> Callable[[], Program]:
+        ENTRIES[name] = Entry(
+            name=name, library=library, kind=kind, build=build, framework=framework
+        )
+        return build
+
+    return register

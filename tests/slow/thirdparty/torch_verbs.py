@@ -1,0 +1,308 @@
+"""Every verb on a torch program, held to what torch and the model's own library say."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import frostline as fl
+
+from .judging import Wrong, require
+from .program import Program
+
+#: Largest difference, in standard deviations, between stored statistics and those that hooks see.
+FIXED_POINT = 1e-4
+
+
+# --- oracles ----------------------------------------------------------------------------------
+
+
+class Seen(TorchFunctionMode):  # type: ignore[misc]
+    """Inputs of every normalising call that reads stored statistics, by their buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[int, list[Any]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in (nn.functional.batch_norm, torch.batch_norm):
+            mean = given.get("running_mean", args[1] if len(args) > 1 else None)
+            if func is torch.batch_norm:
+                mean = args[3]
+            if mean is not None:
+                x = given.get("input", args[0] if args else None)
+                self.inputs.setdefault(mean.data_ptr(), []).append(x.detach().double())
+        return func(*args, **given)
+
+
+def tensors(outputs: Any) -> list[Any]:
+    """All floating tensors of an output, in order."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs] if outputs.is_floating_point() else []
+    if isinstance(outputs, Mapping):
+        return [t for value in outputs.values() for t in tensors(value)]
+    if isinstance(outputs, (list, tuple)):
+        return [t for value in outputs for t in tensors(value)]
+    if hasattr(outputs, "__dict__"):
+        return [t for value in vars(outputs).values() for t in tensors(value)]
+    return []
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Parameters, buffers, flags and modes, as they are."""
+    found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    flags = {f"flag {name}": p.requires_grad for name, p in model.named_parameters()}
+    modes = {f"mode {name}": m.training for name, m in model.named_modules()}
+    kinds = {f"class {name}": type(m).__name__ for name, m in model.named_modules()}
+    return {**found, **flags, **modes, **kinds}
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The first entry that differs; empty where all are the same, bit for bit."""
+    for name in before.keys() | after.keys():
+        one, two = before.get(name), after.get(name)
+        same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+        if not same:
+            return name
+    return ""
+
+
+def norms(model: Any) -> list[tuple[str, Any]]:
+    """Modules with running statistics."""
+    return [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "running_mean", None), torch.Tensor)
+    ]
+
+
+def noisy(model: Any) -> bool:
+    """Whether the model is random in training."""
+    words = ("Dropout", "DropPath", "StochasticDepth")
+    return any(
+        word in type(m).__name__ and any(getattr(m, r, 0) for r in ("p", "drop_prob"))
+        for m in model.modules()
+        for word in words
+    )
+
+
+@contextlib.contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Put everything back, by torch alone."""
+    kept = copy.deepcopy(model.state_dict())
+    modes = {m: m.training for m in model.modules()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(kept)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def own_loss(program: Program, model: Any, *, training: bool) -> float | None:
+    """Mean of the library's own loss over the batches, in a phase without dropout."""
+    if program.ask is None:
+        return None
+    with untouched(model), torch.no_grad():
+        total = 0.0
+        for batch in program.batches:
+            with contextlib.suppress(Exception):
+                model.train(training)
+            if not training and program.in_training_mode:
+                model.train()
+                for module in model.modules():
+                    if isinstance(getattr(module, "running_mean", None), torch.Tensor) or (
+                        "Dropout" in type(module).__name__
+                    ):
+                        module.eval()
+            total += float(program.ask(model, batch))
+        return total / len(program.batches)
+
+
+def outputs(program: Program, model: Any) -> list[Any]:
+    """What the model returns at inference for the first batch."""
+    with untouched(model), torch.no_grad():
+        with contextlib.suppress(Exception):
+            model.eval()
+        return tensors(program.call(model, program.batches[0]))
+
+
+def close(one: list[Any], two: list[Any]) -> float:
+    """Largest difference, relative to the largest output."""
+    require(len(one) == len(two), f"{len(two)} outputs instead of {len(one)}")
+    worst = 0.0
+    for a, b in zip(one, two, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        if a.numel():
+            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)))
+    return worst
+
+
+# --- verbs ------------------------------------------------------------------------------------
+
+
+def sites(program: Program, model: Any) -> str:
+    found = fl.sites(model)
+    require(bool(found) or not norms(model), "no site in a model with running statistics")
+    if not program.exported:
+        seen = Seen()
+        with untouched(model), torch.no_grad(), seen:
+            model.eval()
+            program.call(model, program.batches[0])
+        known = len({m.running_mean.data_ptr() for _, m in norms(model)})
+        used = len(seen.inputs)
+        require(len(found) >= max(known, used), f"{len(found)} sites; torch has {known}")
+    return f"{len(found)} sites"
+
+
+def lint(program: Program, model: Any) -> str:
+    before = state(model)
+    report = fl.lint(model)
+    require(not difference(before, state(model)), "lint changed the model")
+    return f"{len(report.findings)} findings"
+
+
+def phases(program: Program, model: Any) -> str:
+    before = state(model)
+    table = fl.phases(model, program.batches, **program.options)
+    require(not difference(before, state(model)), "phases changed the model")
+    for phase, training in (("0", False), ("1", True)):
+        mine, own = table[phase].loss, own_loss(program, model, training=training)
+        if own is None or (training and noisy(model)):
+            continue
+        require(mine is not None, f"no loss at phase {phase}; the library says {own:.4g}")
+        near = math.isclose(float(mine or 0), own, rel_tol=2e-3, abs_tol=1e-4)
+        require(near, f"loss at phase {phase} is {mine:.5g}; the library says {own:.5g}")
+    return f"{table['0'].loss} → {table['1'].loss}"
+
+
+def recalibrate(program: Program, model: Any) -> str:
+    before = state(model)
+    change = fl.recalibrate(model, program.batches, sites="all")
+    if not program.exported:
+        seen = Seen()
+        with untouched(model), torch.no_grad(), seen:
+            model.eval()
+            for batch in program.batches:
+                program.call(model, batch)
+        for name, module in norms(model):
+            inputs = seen.inputs.get(module.running_mean.data_ptr())
+            if not inputs:
+                same = torch.equal(before[f"{name}.running_mean"], module.running_mean)
+                require(same, f"{name} is not used, and changed")
+                continue
+            x = torch.cat([i.transpose(0, 1).reshape(i.shape[1], -1) for i in inputs], 1)
+            spread = x.var(1, unbiased=False).clamp_min(0).sqrt() + 1e-3
+            off = float(((module.running_mean.double() - x.mean(1)) / spread).abs().max())
+            require(off < FIXED_POINT, f"the mean of {name} is {off:.2g} deviations off")
+            biased = x.var(1, unbiased=False)
+            big = biased > 1e-6
+            ratio = (module.running_var.double() / biased.clamp_min(1e-12))[big]
+            if bool(big.any()):  # torch's own updates store n / (n - 1) of the biased variance
+                low, high = float(ratio.min()), float(ratio.max())
+                factor = x.shape[1] / (x.shape[1] - 1)
+                holds = low > 1 - FIXED_POINT and high < factor * (1 + FIXED_POINT)
+                require(holds, f"the variance of {name} is {low:.6g} to {high:.6g} of the biased")
+    change.undo()
+    require(not difference(before, state(model)), "undo did not put everything back")
+    return "fixed point"
+
+
+def freeze(program: Program, model: Any) -> str:
+    before = state(model)
+    change = fl.freeze(model)
+    kept = {k: v for k, v in state(model).items() if "running" in k}
+    with torch.no_grad():
+        for batch in program.batches:
+            model.train()
+            (program.ask or program.call)(model, batch)
+    moved = difference(kept, {k: v for k, v in state(model).items() if "running" in k})
+    require(not moved, f"{moved} moved though frozen")
+    model.load_state_dict({k: v for k, v in before.items() if isinstance(v, torch.Tensor)})
+    change.undo()
+    after = state(model)
+    flags = {k: v for k, v in after.items() if k.startswith(("flag", "class"))}
+    require(not difference({k: before[k] for k in flags}, flags), "undo left flags or classes")
+    return "statistics stay"
+
+
+def assert_frozen(program: Program, model: Any) -> str:
+    fl.freeze(model)
+    fl.assert_frozen(model, data=program.batches)
+    paths = [site.path for site in fl.sites(model)]
+    if not program.exported:
+        fl.unfreeze(model, since=paths[-1])
+        try:
+            fl.assert_frozen(model, data=program.batches)
+        except fl.NotFrozenError:
+            return "no false alarm; a thaw is found"
+        raise Wrong("a thawed layer was not found")
+    return "no false alarm"
+
+
+def watch(program: Program, model: Any) -> str:
+    with fl.watch(model, program.batches, **program.options) as seen:
+        model.train()
+        with torch.no_grad():
+            (program.ask or program.call)(model, program.batches[0])
+    return f"{len(str(seen))} characters"
+
+
+def diagnose(program: Program, model: Any) -> str:
+    before = state(model)
+    report = fl.diagnose(model, program.batches, verbose=0, **program.options)
+    require(not difference(before, state(model)), "diagnose changed the model")
+    require(bool(report.verdict), "no verdict")
+    own0, own1 = (own_loss(program, model, training=t) for t in (False, True))
+    if own0 is not None and own1 is not None and not noisy(model) and report.gap is not None:
+        gap = float(report.gap.loss.estimate)
+        off = min(abs(gap - (own0 - own1)), abs(gap - (own1 - own0)))
+        scale = max(abs(own0 - own1), 1e-3 * max(abs(own0), abs(own1)))
+        require(off <= 0.05 * scale + 1e-3, f"gap {gap:.4g}; the library says {own0 - own1:.4g}")
+    return report.verdict[:60]
+
+
+def split(program: Program, model: Any) -> str:
+    fl.freeze(model, 0.5)
+    before = state(model)
+    parts = fl.split(model, sample=program.sample)
+    changed = difference(before, state(model))
+    require(not changed, f"split changed the model: {changed}")
+    sample = program.sample if program.sample is not None else program.batches[0]
+    whole = outputs(program, model)
+    with torch.no_grad():
+        parts.prefix.eval()
+        parts.suffix.eval()
+        mapping = isinstance(sample, Mapping)
+        features = parts.prefix(**sample) if mapping else parts.prefix(sample)
+        found = tensors(parts.suffix(features))
+    worst = close(whole[: len(found)], found)
+    require(worst < 1e-4, f"suffix(prefix(x)) is {worst:.2g} off")
+    return f"{len(parts.frontier)} tensors cross"
+
+
+def fold(program: Program, model: Any) -> str:
+    with contextlib.suppress(Exception):
+        model.eval()
+    folded = fl.fold(model)
+    worst = close(outputs(program, model), outputs(program, folded))
+    require(worst < 1e-2, f"the folded model is {worst:.2g} off")
+    left = len(norms(folded))
+    return f"{left} BN layers left"
+
+
+VERBS: dict[str, Callable[[Program, Any], str]] = {
+    verb.__name__: verb
+    for verb in (
+        sites, lint, phases, recalibrate, freeze, assert_frozen, watch, diagnose, split, fold
+    )
+}  # fmt: skip
