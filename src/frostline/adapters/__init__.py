@@ -20,6 +20,7 @@ from frostline.adapters.protocol import (
     Meter,
     ModelView,
     Outcome,
+    Population,
     SplitModel,
 )
 from frostline.types import Array, ModelError
@@ -131,6 +132,7 @@ __all__ = [
     "Meter",
     "ModelView",
     "Outcome",
+    "Population",
     "SplitModel",
     "adapter_of",
     "view",

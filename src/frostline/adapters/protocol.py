@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -168,23 +168,59 @@ class Forward(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Population:
+    """Population moments of the sites that a data set uses.
+
+    Attributes:
+        moments: Path -> moments over all batches; a site that no batch used is not in it.
+        batches: Batches that entered to the end.
+        skipped: Batch number -> why it was left out from some site on.
+        passes: Passes over the data or over stored activations that it took.
+        stages: Paths in execution order; those of one stage do not depend on each other.
+        notes: What else a person should know.
+    """
+
+    moments: Mapping[str, Moments]
+    batches: int
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    passes: int = 1
+    stages: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """Finite batches to measure with."""
+
+    def read(self) -> Iterator[tuple[int, Batch]]:
+        """Batches with their numbers, from the beginning."""
+        ...
+
+    def require_again(self, verb: str) -> None:
+        """Raise :class:`DataError` where the data can be read only once."""
+        ...
+
+
 class Meter(Protocol):
     """Measures and stores the statistics of the sites that it was made for."""
 
-    def start(self, x: Any) -> tuple[Array, ...]:
-        """What the first stage takes, from one batch of model inputs."""
-        ...
+    def population(
+        self,
+        source: Source,
+        paths: Sequence[str],
+        *,
+        method: Literal["sequential", "batch"],
+        memory_limit: int,
+    ) -> Population:
+        """Population moments of some sites; on the way, statistics may be stored.
 
-    def programs(self, inputs: int) -> Sequence[Program]:
-        """The stages in order; ``inputs`` arrays are what the first one takes."""
-        ...
-
-    def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
-        """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
+        ``sequential``: each with all earlier ones at their new values. ``batch``: one pass with
+        batch statistics at all of them.
+        """
         ...
 
     def batch(self) -> Callable[[Any], Seen]:
-        """Compile one pass with batch statistics at all sites: ``x`` -> moments."""
+        """Compile one pass with batch statistics at all sites: a batch -> moments of each use."""
         ...
 
     def stored(self, path: str) -> tuple[Array, Array]:
@@ -201,6 +237,34 @@ class Meter(Protocol):
 
     def snapshot(self) -> Callable[[], None]:
         """Remember all statistics; returns what puts them back, bit for bit."""
+        ...
+
+
+class StagedMeter(Protocol):
+    """What :mod:`frostline.adapters.staged` asks of a meter that knows the graph of its model."""
+
+    def start(self, x: Any) -> tuple[Array, ...]:
+        """What the first stage takes, from one batch of model inputs."""
+        ...
+
+    def programs(self, inputs: int) -> Sequence[Program]:
+        """The stages in order; ``inputs`` arrays are what the first one takes."""
+        ...
+
+    def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
+        """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
+        ...
+
+    def stored(self, path: str) -> tuple[Array, Array]:
+        """Stored mean and variance, float64."""
+        ...
+
+    def epsilon(self, path: str) -> float:
+        """What the site adds to the variance."""
+        ...
+
+    def store(self, path: str, mean: Array, variance: Array) -> None:
+        """Store population statistics."""
         ...
 
 

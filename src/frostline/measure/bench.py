@@ -13,7 +13,7 @@ from frostline.adapters import Forward, ModelView, Outcome
 from frostline.data.batches import Batch, leaves
 from frostline.graph.selection import GROUPS
 from frostline.measure.phases import infer_task, judge
-from frostline.measure.recalibration import recalibrated
+from frostline.measure.recalibration import measured
 from frostline.measure.samples import Samples
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
@@ -25,6 +25,9 @@ WAITING = 1 << 28
 
 #: Path -> (mean, biased variance), shape ``(channels,)`` each, float64.
 Statistics = Mapping[str, tuple[Array, Array]]
+
+#: Paths in execution order; those of one stage do not depend on each other.
+Stages = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,9 +62,7 @@ class Bench:
     noisy: bool = True
     cost: dict[str, float] = field(default_factory=dict)
     _probes: dict[Any, Probe] = field(default_factory=dict)
-    _populations: dict[tuple[str, ...], dict[str, tuple[Array, Array]]] = field(
-        default_factory=dict
-    )
+    _populations: dict[tuple[str, ...], tuple[Statistics, Stages]] = field(default_factory=dict)
     _meters: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -291,35 +292,31 @@ class Bench:
             return {}
         if chosen not in self._populations:
             begin = time.perf_counter()
-            meter, known = self._meter(), self._populations.get(self.paths)
-            passes = 0.0
-            if known is not None and _depend_on_none_but(chosen, meter.programs(self._inputs)):
-                found = {path: known[path] for path in chosen}
+            known, passes = self._populations.get(self.paths), 0.0
+            if known is not None and _depend_on_none_but(chosen, known[1]):
+                found = {path: known[0][path] for path in chosen if path in known[0]}
+                self._populations[chosen] = found, known[1]
             else:
-                found, passes = self._measured(meter, chosen), 1.0
-            self._populations[chosen] = found
+                self._populations[chosen], passes = self._measured(chosen), 1.0
             name = f"statistics of {sites if isinstance(sites, str) else 'chosen'} sites"
             self.spend(name, time.perf_counter() - begin, passes)
-        return self._populations[chosen]
+        return self._populations[chosen][0]
 
-    def _measured(self, meter: Any, chosen: tuple[str, ...]) -> dict[str, tuple[Array, Array]]:
+    def _measured(self, chosen: tuple[str, ...]) -> tuple[Statistics, Stages]:
+        meter = self._meter()
         restore = meter.snapshot()
         try:
-            recalibrated(meter, chosen, list(self.batches), memory_limit=WAITING)
-            return {path: meter.stored(path) for path in chosen}
+            found, _ = measured(meter, chosen, list(self.batches), memory_limit=WAITING)
         finally:
             restore()
+        moments = found.moments.items()
+        return {path: (each.mean, each.variance) for path, each in moments}, found.stages
 
     def _meter(self) -> Any:
         """One for all groups of sites and all trials: what it has compiled serves each of them."""
         if "all" not in self._meters:
             self._meters["all"] = self.view.meter(self.paths)
         return self._meters["all"]
-
-    @property
-    def _inputs(self) -> int:
-        """Number of arrays that the model takes."""
-        return len(leaves(self.batches[0].x))
 
     def _chosen(self, sites: str | Sequence[str]) -> tuple[str, ...]:
         if not isinstance(sites, str) or sites not in GROUPS:
@@ -384,11 +381,11 @@ def _key(statistics: Statistics | None) -> Any:
     )
 
 
-def _depend_on_none_but(chosen: Sequence[str], programs: Sequence[Any]) -> bool:
+def _depend_on_none_but(chosen: Sequence[str], stages: Stages) -> bool:
     """Whether no other site comes before one of these, so that others' statistics do not matter."""
     wanted, others = set(chosen), False
-    for program in programs:
-        here = set(program.paths)
+    for stage in stages:
+        here = set(stage)
         if here & wanted and (others or here - wanted):
             return False
         others = others or bool(here - wanted)

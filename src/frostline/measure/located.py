@@ -195,10 +195,13 @@ def shared_uses(bench: Bench, meter: Any) -> dict[str, tuple[tuple[Array, Array]
     if not shared:
         return {}
     measure = meter.batch()
-    per_batch = [measure(batch.x) for batch in bench.batches[:USE_BATCHES]]
+    per_batch = [measure(batch) for batch in bench.batches[:USE_BATCHES]]
     found = {}
     for path in shared:
-        columns = zip(*(seen[path] for seen in per_batch), strict=True)
+        uses = [seen[path] for seen in per_batch if seen.get(path)]
+        if len({len(each) for each in uses}) != 1:
+            continue  # not used, or not equally often in each batch
+        columns = zip(*uses, strict=True)
         merged = [functools.reduce(Moments.merge, column) for column in columns]
         found[path] = tuple((each.mean, each.variance) for each in merged)
     return found

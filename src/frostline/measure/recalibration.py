@@ -1,15 +1,11 @@
 """Which sites, which batches, what to store: the part of recalibration that knows no framework.
 
-``sequential`` goes through the model stage by stage. A stage takes the activations that the one
-before left, batch by batch, measures its sites and passes on what later stages need; what waits
-between two stages lies in memory up to a limit and beyond it in a temporary folder. Every operation
-of the model runs once, as in one forward pass.
+How the moments of a data set are measured is the framework's own: see ``Meter.population``.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.adapters import Meter, ModelView
+from frostline.adapters import Meter, ModelView, Population
 from frostline.data.batches import Batch, batches, leaves, require_reiterable
-from frostline.graph.schedule import Program
 from frostline.graph.selection import GROUPS, select
-from frostline.measure.spool import Spool, Workspace
-from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError
 
 Method = Literal["sequential", "batch"]
@@ -30,17 +23,7 @@ Method = Literal["sequential", "batch"]
 #: Bytes of activations kept in memory between two stages; the rest waits on disk.
 MEMORY_LIMIT = 1 << 30
 
-#: A layer that is used again behind its own output is measured until its statistics move by no more
-#: than this, in standard deviations (and relative, for the variance): float32 holds no more.
-TOLERANCE = 1e-6
-
-#: Such a layer that has not settled after so many passes never will; the change says so.
-MAX_PASSES = 50
-
 _METHODS = ("sequential", "batch")
-_LOG = logging.getLogger("frostline")
-
-Seen = Mapping[str, Sequence[Moments]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +53,8 @@ class Recalibration:
         samples: Samples that entered the statistics.
         batches: Batches read.
         skipped: Batch number -> why it was left out.
-        passes: Passes over the data or over stored activations that the longest stage took; 1
-            unless a part of the model has no graph or a layer is used behind itself.
+        passes: Passes over the data or over stored activations that it took; 1 unless a part of
+            the model has no graph, a layer is used behind itself, or memory is short.
         notes: What else a person should know.
     """
 
@@ -109,8 +92,8 @@ class Recalibration:
             )
         if self.passes > 1:
             remarks.append(
-                f"took {self.passes} passes over a part of the model that has no graph or uses a "
-                "layer behind its own output"
+                f"took {self.passes} passes over a part of the model that has no graph, uses a "
+                "layer several times, or did not fit in memory"
             )
         return (*remarks, *self.notes)
 
@@ -172,26 +155,102 @@ def recalibrated(
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
     before = {path: meter.stored(path) for path in paths}
-    run = _Run(meter, data, batch_size, paths)
     restore = meter.snapshot()
     try:
-        if method == "batch":
-            run.batch_statistics(paths)
-        else:
-            with Workspace(memory_limit) as workspace:
-                run.sequential(workspace)
+        found, source = measured(
+            meter, paths, data, method=method, batch_size=batch_size, memory_limit=memory_limit
+        )
+        for path, moments in found.moments.items():
+            meter.store(path, moments.mean, moments.variance)
     except BaseException:  # KeyboardInterrupt too: the model is the user's
         restore()
         raise
+    unused = [path for path in paths if path not in found.moments]
+    notes = list(found.notes)
+    if unused:
+        shown = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
+        notes.append(f"left alone: {len(unused)} BN layer(s) that inference does not use ({shown})")
+    skipped = {**source.skipped, **found.skipped}
     return Recalibration(
         method=method,
-        shifts=tuple(_shift(meter, path, before[path], run.counts[path]) for path in paths),
-        samples=sum(size for index, size in run.sizes.items() if index not in run.skipped),
-        batches=len(run.sizes),
-        skipped=dict(sorted(run.skipped.items())),
-        passes=run.passes,
-        notes=tuple(run.notes),
+        shifts=tuple(
+            _shift(meter, path, before[path], found.moments[path].count)
+            for path in paths
+            if path in found.moments
+        ),
+        samples=sum(size for number, size in source.sizes.items() if number not in skipped),
+        batches=len(source.sizes),
+        skipped=dict(sorted(skipped.items())),
+        passes=found.passes,
+        notes=tuple(notes),
     )
+
+
+def measured(
+    meter: Meter,
+    paths: Sequence[str],
+    data: Any,
+    *,
+    method: Method = "sequential",
+    batch_size: int = 32,
+    memory_limit: int = MEMORY_LIMIT,
+) -> tuple[Population, FiniteBatches]:
+    """Population moments of chosen sites; statistics may be stored on the way.
+
+    Returns:
+        The moments, and what was read.
+
+    Raises:
+        DataError: No finite batch, or a site that saw no value.
+        ModelError: No chosen site is used.
+    """
+    source = FiniteBatches(data, batch_size)
+    found = meter.population(source, paths, method=method, memory_limit=memory_limit)
+    if not found.batches:
+        raise DataError(source.nothing_finite(found.skipped))
+    for path, moments in found.moments.items():
+        if moments.count == 0:
+            raise DataError(f"Site '{path}' saw no value: every element was masked.")
+    if paths and not found.moments:
+        shown = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
+        raise ModelError(
+            "inference uses none of the chosen BN layers on these data, so there is nothing to "
+            f"measure. Received: {shown}"
+        )
+    return found, source
+
+
+class FiniteBatches:
+    """Batches without NaN or infinite values, and what was read so far."""
+
+    def __init__(self, data: Any, batch_size: int) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.sizes: dict[int, int] = {}
+        self.skipped: dict[int, str] = {}
+
+    def read(self) -> Iterator[tuple[int, Batch]]:
+        """Finite batches with their numbers."""
+        for number, batch in enumerate(batches(self.data, batch_size=self.batch_size)):
+            self.sizes[number] = len(batch)
+            name = _not_finite(batch)
+            if name is None:
+                yield number, batch
+            else:
+                self.skipped[number] = f"x{name} has NaN or infinite values"
+
+    def require_again(self, verb: str) -> None:
+        """Raise :class:`DataError` where the data can be read only once."""
+        require_reiterable(self.data, verb)
+
+    def nothing_finite(self, late: Mapping[int, str]) -> str:
+        """Why there is nothing to store."""
+        reasons = {**self.skipped, **late}
+        shown = "; ".join(f"batch {number}: {why}" for number, why in list(reasons.items())[:3])
+        return (
+            f"none of the {len(self.sizes)} batches is finite, so there is nothing to store "
+            f"({shown}). The model is unchanged."
+        )
 
 
 def _shift(meter: Meter, path: str, before: tuple[Array, Array], count: int) -> Shift:
@@ -202,168 +261,6 @@ def _shift(meter: Meter, path: str, before: tuple[Array, Array], count: int) -> 
     return Shift(
         path=path, mean=float(moved.max()), variance=math.exp(float(ratio.max())), count=count
     )
-
-
-class _Run:
-    """One recalibration: what was read, skipped and counted so far."""
-
-    def __init__(self, meter: Meter, data: Any, batch_size: int, paths: Sequence[str]) -> None:
-        self.meter = meter
-        self.chosen = frozenset(paths)
-        self.data = data
-        self.batch_size = batch_size
-        self.sizes: dict[int, int] = {}
-        self.skipped: dict[int, str] = {}
-        self.counts: dict[str, int] = {}
-        self.notes: list[str] = []
-        self.passes = 1
-
-    def read(self) -> Iterator[tuple[int, Batch]]:
-        """Finite batches with their numbers."""
-        for index, batch in enumerate(batches(self.data, batch_size=self.batch_size)):
-            self.sizes[index] = len(batch)
-            name = _not_finite(batch)
-            if name is None:
-                yield index, batch
-            else:
-                self.skipped[index] = f"x{name} has NaN or infinite values"
-
-    # --- method "batch" -----------------------------------------------------------------------
-
-    def batch_statistics(self, paths: Sequence[str]) -> None:
-        measure = self.meter.batch()
-        total = _Total(paths)
-        for index, batch in self.read():
-            total.add(index, measure(batch.x))
-        self.skipped |= total.skipped
-        self.store(total)
-
-    # --- method "sequential" ------------------------------------------------------------------
-
-    def sequential(self, workspace: Workspace) -> None:
-        stream = self.read()
-        first = next(stream, None)
-        if first is None:
-            raise DataError(self.nothing_finite())
-        programs = self.meter.programs(len(self.meter.start(first[1].x)))
-        if programs[0].passes != 1 or programs[0].closed:
-            require_reiterable(self.data, "recalibrate(method='sequential') on this model")
-        opening: Iterator[tuple[int, Batch]] | None = itertools.chain([first], stream)
-
-        def inputs() -> Iterator[tuple[int, tuple[Array, ...]]]:
-            nonlocal opening
-            source, opening = opening if opening is not None else self.read(), None
-            for index, batch in source:
-                yield index, self.meter.start(batch.x)
-
-        waiting: Spool | None = None
-        for number, program in enumerate(programs):
-            last = number == len(programs) - 1
-            _LOG.debug("stage %d of %d: %s", number + 1, len(programs), program.paths)
-            following = None if last else workspace.spool()
-            source = inputs if waiting is None else waiting.read
-            if waiting is not None and program.passes == 1 and not program.closed:
-                source = waiting.drain
-            self.run_stage(program, source, following)
-            if waiting is not None:
-                waiting.clear()
-            waiting = following
-
-    def run_stage(
-        self,
-        program: Program,
-        source: Callable[[], Iterator[tuple[int, tuple[Array, ...]]]],
-        following: Spool | None,
-    ) -> None:
-        """Measure and store one stage's sites, again and again where they hang on each other."""
-        stage = self.meter.stage(program)
-        for number in itertools.count(1):
-            total = _Total([path for path in program.paths if path in self.chosen])
-            for index, values in source():
-                if index in self.skipped:
-                    continue
-                outputs, seen = stage(values)
-                if total.add(index, seen) and following is not None and number == 1:
-                    following.append(index, outputs)
-            if not total.count:
-                raise DataError(self.nothing_finite(total.skipped))
-            before = {path: self.meter.stored(path) for path in total.moments}
-            self.store(total)
-            self.passes = max(self.passes, number)
-            if self.settled(program, before, number, total.reused):
-                break
-        self.skipped |= total.skipped
-
-    def settled(self, program: Program, before: dict[str, Any], number: int, reused: bool) -> bool:
-        chain = program.passes is not None and not (program.closed and reused)
-        if (chain and program.passes == number) or not before:
-            return True
-        moved = [
-            np.max([np.max(np.abs(new - old) / scale), np.max(np.abs(wide - narrow) / scale**2)])
-            for path in before
-            for (old, narrow), (new, wide) in [(before[path], self.meter.stored(path))]
-            for scale in [np.sqrt(wide + self.meter.epsilon(path))]
-        ]
-        if max(moved) <= (0.0 if chain else TOLERANCE):
-            return True
-        if not chain and number >= MAX_PASSES:
-            self.notes.append(
-                f"'{list(before)[int(np.argmax(moved))]}' is used behind its own output and did "
-                f"not settle in {MAX_PASSES} passes: its statistics still moved by "
-                f"{max(moved):.2g} standard deviations"
-            )
-            return True
-        return False
-
-    # --- both ---------------------------------------------------------------------------------
-
-    def store(self, total: _Total) -> None:
-        if not total.count:
-            raise DataError(self.nothing_finite(total.skipped))
-        for path, moments in total.moments.items():
-            if moments is None or moments.count == 0:
-                raise DataError(f"Site '{path}' saw no value: every element was masked.")
-        for path, moments in total.moments.items():
-            if moments is not None:
-                self.meter.store(path, moments.mean, moments.variance)
-                self.counts[path] = moments.count
-
-    def nothing_finite(self, late: Mapping[int, str] | None = None) -> str:
-        reasons = {**self.skipped, **(late or {})}
-        shown = "; ".join(f"batch {index}: {why}" for index, why in list(reasons.items())[:3])
-        return (
-            f"none of the {len(self.sizes)} batches is finite, so there is nothing to store "
-            f"({shown}). The model is unchanged."
-        )
-
-
-class _Total:
-    """Moments of some sites, merged over batches; a batch enters as a whole or not at all."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.moments: dict[str, Moments | None] = dict.fromkeys(paths)
-        self.skipped: dict[int, str] = {}
-        self.count = 0
-        self.reused = False
-
-    def add(self, index: int, seen: Seen) -> bool:
-        for path in self.moments:
-            uses = seen.get(path, ())
-            if not uses:
-                raise ModelError(
-                    f"the model did not use the BN layer '{path}' on batch {index}, so it cannot "
-                    "be recalibrated; leave it out of sites=."
-                )
-            if not all(moments.finite for moments in uses):
-                self.skipped[index] = f"the input of '{path}' is not finite"
-                return False
-            self.reused |= len(uses) > 1
-        for path, moments in self.moments.items():
-            for use in seen[path]:
-                moments = use if moments is None else moments.merge(use)
-            self.moments[path] = moments
-        self.count += 1
-        return True
 
 
 def _not_finite(batch: Batch) -> str | None:

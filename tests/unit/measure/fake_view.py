@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import Outcome
+from frostline.adapters.staged import in_stages
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Site
@@ -187,6 +188,9 @@ class FakeMeter:
             return values, {path: [seen[path]] for path in program.paths}
 
         return run
+
+    def population(self, source: Any, paths: Any, *, method: str, memory_limit: int) -> Any:
+        return in_stages(self, source, paths, memory_limit)
 
     def stored(self, path: str) -> tuple[Any, Any]:
         return self.view.stored[path]

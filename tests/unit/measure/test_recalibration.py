@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from frostline.adapters.spool import Workspace
+from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrated
-from frostline.measure.spool import Workspace
 from frostline.numerics.stats import Moments
 from frostline.types import DataError, ModelError, OutputError, Site
 
@@ -70,15 +71,20 @@ class Chain:
         return run
 
     def batch(self) -> Callable[[Any], Any]:
-        def run(x: Any) -> dict[str, list[Moments]]:
+        def run(batch: Any) -> dict[str, list[Moments]]:
             self.tick()
-            seen = {}
+            x, seen = batch.x, {}
             for path in self.paths:
                 seen[path] = [Moments.of(x)]
                 x = np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON) + 1, 0)
             return seen
 
         return run
+
+    def population(self, source: Any, paths: Any, *, method: str, memory_limit: int) -> Any:
+        if method == "batch":
+            return with_batch_statistics(self.batch(), source, paths)
+        return in_stages(self, source, paths, memory_limit)
 
     def stored(self, path: str) -> Any:
         return self.statistics[path]
@@ -94,7 +100,7 @@ class Chain:
         before = dict(self.statistics)
         return lambda: self.statistics.update(before)
 
-    def population(self, x: Any) -> dict[str, tuple[Any, Any]]:
+    def site_by_site(self, x: Any) -> dict[str, tuple[Any, Any]]:
         """Site by site over the whole data set: what `sequential` means."""
         found = {}
         for path in self.paths:
@@ -119,7 +125,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-
 def test_sequential_stores_what_the_inference_network_sees(closed: bool, batch_size: int) -> None:
     meter = Chain(4, closed=closed)
     done = recalibrated(meter, meter.paths, data(), batch_size=batch_size)
-    assert_same(meter.statistics, meter.population(data()))
+    assert_same(meter.statistics, meter.site_by_site(data()))
     assert done.samples == 100
     assert done.passes == (4 if closed else 1)
     assert [shift.count for shift in done.shifts] == [100] * 4

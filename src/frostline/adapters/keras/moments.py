@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -24,6 +24,9 @@ from keras import ops
 from frostline.adapters.keras.compile import inlined_functions
 from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.tape import graph_of, record
+from frostline.adapters.protocol import Population, Source
+from frostline.adapters.staged import in_stages, with_batch_statistics
+from frostline.data.batches import Batch
 from frostline.graph.schedule import Program, Slot, Step, closed, schedule
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
@@ -133,7 +136,7 @@ class KerasMoments:
         return stage
 
     def batch(self) -> Callable[[Any], Seen]:
-        """Compile one pass with batch statistics at all chosen sites: ``x`` -> their moments."""
+        """Compile one pass with batch statistics at all chosen sites: a batch -> their moments."""
 
         def run(values: Sequence[Any]) -> dict[str, list[Any]]:
             sums: dict[str, list[Any]] = {path: [] for path in self.layers}
@@ -143,11 +146,24 @@ class KerasMoments:
 
         compiled = self._compiled(("batch",), run, self.model.variables)
 
-        def batch(x: Any) -> Seen:
-            self._structure = x
-            return _moments(compiled(list(keras.tree.flatten(x))))
+        def run_batch(batch: Batch) -> Seen:
+            self._structure = batch.x
+            return _moments(compiled(list(keras.tree.flatten(batch.x))))
 
-        return batch
+        return run_batch
+
+    def population(
+        self,
+        source: Source,
+        paths: Sequence[str],
+        *,
+        method: Literal["sequential", "batch"],
+        memory_limit: int,
+    ) -> Population:
+        """Population moments of some sites; ``sequential`` stores them on the way."""
+        if method == "batch":
+            return with_batch_statistics(self.batch(), source, paths)
+        return in_stages(self, source, paths, memory_limit)
 
     def _variables(self, program: Program) -> list[Any]:
         if not self.has_graph:

@@ -135,10 +135,18 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
     Args:
         sites: Path -> module of every site of the model.
         answer: Gets each call and returns its output; ``call.run()`` leaves it as it is.
+        made: Is told of everything that any function returns.
     """
 
-    def __init__(self, sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Any],
+        answer: Callable[[Call], Any],
+        *,
+        made: Callable[[Any], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._made = made
         self._paths = {
             id(mean): path
             for path, module in sites.items()
@@ -150,13 +158,19 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Hand normalising calls to ``answer``, all others on."""
+        result = self._result(function, args, kwargs or {})
+        if self._made is not None:
+            self._made(result)
+        return result
+
+    def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
         known = _FUNCTIONS.get(function)
-        run = functools.partial(function, *args, **(kwargs or {}))
         if known is None:
-            return run()
+            return function(*args, **kwargs)
+        run = functools.partial(function, *args, **kwargs)
         names, single = known
         given = dict(zip(names, args, strict=False))
-        given |= {_NAMES.get(name, name): value for name, value in (kwargs or {}).items()}
+        given |= {_NAMES.get(name, name): value for name, value in kwargs.items()}
         for unused in ("momentum", "cudnn"):
             given.pop(unused, None)
         mean = given.get("mean")
@@ -176,7 +190,16 @@ _running = _Running()
 
 @contextmanager
 def answered(model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> Iterator[None]:
-    """Answer the normalising calls of a model for a while; see :class:`Calls`.
+    """Answer the normalising calls that this thread makes for a while; see :class:`Calls`."""
+    with answerable(model, sites, answer), Calls(sites, answer):
+        yield
+
+
+@contextmanager
+def answerable(
+    model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]
+) -> Iterator[None]:
+    """Let a model make calls that :class:`Calls` sees, in any thread, for a while.
 
     FrozenBatchNorm classes, which compute by hand, make calls as well. SyncBatchNorm in a single
     process is plain BN.
@@ -191,7 +214,7 @@ def answered(model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]
         for path, module in sites.items()
         if (forward := _own_forward(module, answer)) is not None
     }
-    with _uncompiled(unwrapped(model)), replaced_forward(changes), Calls(sites, answer):
+    with _uncompiled(unwrapped(model)), replaced_forward(changes):
         yield
 
 

@@ -17,7 +17,7 @@ from keras import ops
 import frostline as fl
 from frostline.adapters.keras import moments as keras_moments
 from frostline.adapters.keras.moments import KerasMoments
-from frostline.measure.spool import Workspace
+from frostline.adapters.spool import Workspace
 from frostline.types import DataError, ModelError
 
 L = keras.layers

@@ -1,0 +1,417 @@
+"""The forward passes of many batches side by side: at each site they meet, then all go on.
+
+Every batch runs its pass in a thread of its own, of which one runs at a time. At a site that is to
+be measured a pass waits; when all wait, their moments are merged and all that wait at that site go
+on with the new statistics. So one pass gives the population statistics of every site, each with all
+earlier ones at their new values, and needs no graph.
+
+What waits at a site is the live part of a batch. Where that does not fit, the newest passes are
+given up and made again from the beginning for each site that they come to.
+"""
+
+from __future__ import annotations
+
+import functools
+import graphlib
+import itertools
+import math
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.adapters.protocol import Population, Source
+from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
+from frostline.adapters.torch.calls import Call, Calls, answerable
+from frostline.adapters.torch.forward_pass import called, tensors, untouched
+from frostline.adapters.torch.graph import set_mode
+from frostline.data.batches import Batch, leaves
+from frostline.numerics.stats import Moments
+from frostline.types import DataError
+
+#: Most threads of all passes together, those that torch starts for each included.
+MOST_THREADS = 512
+
+
+class _Ended(BaseException):
+    """Ends a pass that waits; no ``except Exception`` of a model catches it."""
+
+
+class _Pass:
+    """The forward pass of one batch.
+
+    Attributes:
+        number: The batch's number.
+        batch: The batch, where it could not be read again.
+        site: Where it waits; ``None``: it has come to its end.
+        moments: What it saw there.
+        uses: Site -> how often this run has used it, in order of first use.
+        recorded: Site -> how many uses have entered the moments.
+        size: Bytes that wait.
+        running: It has a thread; else it has ended, or was given up and must be made again.
+        dropped: Something in it is not finite.
+    """
+
+    def __init__(self, number: int, batch: Batch | None) -> None:
+        self.number, self.batch = number, batch
+        self.site: str | None = None
+        self.moments: Moments | None = None
+        self.uses: dict[str, int] = {}
+        self.recorded: dict[str, int] = {}
+        self.size = 0
+        self.running = self.dropped = False
+        self._ending = False
+        self._problem: BaseException | None = None
+        self._made: list[weakref.ref[Any]] = []
+
+    def start(self, run: Callable[[], Any]) -> None:
+        """Run in a new thread up to the first site to wait at."""
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._ending, self.running, self.site, self.uses = False, True, None, {}
+        self._thread = threading.Thread(target=self._body, args=(run,), daemon=True)
+        self._thread.start()
+        self.go_on()
+
+    def _body(self, run: Callable[[], Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self._ending:
+                run()
+        except _Ended:
+            pass
+        except BaseException as problem:  # raised again in the thread that waits for this one
+            self._problem = problem
+        finally:
+            if not self._ending:
+                self.site = self.moments = None
+            self.running = False
+            self._back.release()
+
+    def wait(self, site: str, moments: Moments) -> None:
+        """Called in the pass: wait until someone lets it go on."""
+        self.site, self.moments = site, moments
+        self._back.release()
+        self._go.acquire()
+        if self._ending:
+            raise _Ended
+
+    def go_on(self) -> None:
+        """Let it run to the next site to wait at, or to its end."""
+        self._go.release()
+        self._back.acquire()
+        if self._problem is not None:
+            raise self._problem
+
+    def end(self) -> None:
+        """Give it up; it remembers where it waited and what it saw there."""
+        if self.running:
+            self._ending = True
+            self._go.release()
+            self._thread.join()
+        self._made.clear()
+
+    def note(self, made: Any) -> None:
+        """Remember a tensor that the pass has made, as long as it lives."""
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor):
+                self._made.append(weakref.ref(each))
+
+    def weigh(self, known: frozenset[int]) -> None:
+        """Set ``size`` to the bytes of its living tensors that are not the model's own."""
+        alive = [tensor for each in self._made if (tensor := each()) is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        sizes = dict(_storage(tensor) for tensor in alive) if self.running else {}
+        held = [] if self.batch is None else [leaf for _, leaf in leaves(self.batch.x)]
+        self.size = sum(size for pointer, size in sizes.items() if pointer not in known)
+        self.size += sum(getattr(leaf, "nbytes", 0) for leaf in held)
+
+
+def _storage(tensor: Any) -> tuple[int, int]:
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # sparse tensors and the like have none
+        return id(tensor), tensor.numel() * tensor.element_size()
+
+
+def population(
+    model: Any,
+    sites: Mapping[str, Any],
+    chosen: Sequence[str],
+    source: Source,
+    *,
+    memory_limit: int,
+) -> Population:
+    """Population moments of sites, each with all earlier ones at their new values.
+
+    A site that one pass uses several times is answered with what the round before found, until that
+    does not move any more. The model is not changed.
+
+    Args:
+        model: A torch module.
+        sites: Path -> module of all its sites.
+        chosen: Paths of those to measure; all others normalise with what they store.
+        source: The batches.
+        memory_limit: Bytes that may wait.
+    """
+    order, learned = list(chosen), False
+    fixed: dict[str, Moments] = {}
+    looped: set[str] = set()
+    notes: tuple[str, ...] = ()
+    reads = turn = 0
+    while True:
+        with untouched(model) as root:
+            set_mode(root, training=False)
+            run = _Round(root, sites, order, fixed, looped, source, memory_limit)
+            run.all()
+        reads, turn = reads + run.reads, turn + 1
+        if run.late and not learned:
+            order, learned = run.learned_order(), True
+            if order:
+                continue
+        looped |= run.reused | run.late
+        found = {path: run.moments[path] for path in chosen if path in looped & run.moments.keys()}
+        moved = {path: _shift(fixed.get(path), found[path], sites[path]) for path in found}
+        if turn == MAX_PASSES and max(moved.values(), default=0) > TOLERANCE:
+            notes = (unsettled(moved),)
+            break
+        if all(each <= TOLERANCE for each in moved.values()):
+            break
+        fixed = found
+    return Population(
+        moments={path: run.moments[path] for path in chosen if path in run.moments},
+        batches=sum(not each.dropped for each in run.passes),
+        skipped=run.skipped,
+        passes=reads,
+        stages=tuple((path,) for path in run.closed),
+        notes=notes,
+    )
+
+
+def _shift(old: Moments | None, new: Moments, site: Any) -> float:
+    if old is None:
+        return math.inf
+    pairs = [(each.mean, each.variance) for each in (old, new)]
+    return shift(pairs[0], pairs[1], float(getattr(site, "eps", 1e-5)))
+
+
+class _Round:
+    """All batches from the first site to the last; see :func:`population`.
+
+    Attributes:
+        moments: Path -> merged moments.
+        closed: Path -> the statistics that passes go on with, in order.
+        reused: Sites that some pass used more than once.
+        late: Sites that a pass came to when they were closed without it.
+        skipped: Batch number -> what in it is not finite.
+        reads: Times that the batches were read.
+    """
+
+    def __init__(
+        self,
+        root: Any,
+        sites: Mapping[str, Any],
+        order: Sequence[str],
+        fixed: Mapping[str, Moments],
+        looped: set[str],
+        source: Source,
+        memory_limit: int,
+    ) -> None:
+        self.root, self.sites, self.looped, self.source = root, sites, looped, source
+        self.rank = {path: index for index, path in enumerate(order)}
+        self.limit = memory_limit
+        self.most = max(8, MOST_THREADS // torch.get_num_threads())
+        self.moments: dict[str, Moments] = {}
+        self.closed = {path: self._tensors(path, moments) for path, moments in fixed.items()}
+        self.reused: set[str] = set()
+        self.late: set[str] = set()
+        self.skipped: dict[int, str] = {}
+        self.reads = 0
+        self.passes: list[_Pass] = []
+        self._here = threading.local()
+        self._default = torch.get_default_device()
+        self._known = frozenset(
+            _storage(tensor)[0] for tensor in itertools.chain(root.parameters(), root.buffers())
+        )
+
+    def all(self) -> None:
+        """Start every batch, then close site after site."""
+        once = False
+        try:
+            self._require_again()
+        except DataError:
+            once = True
+        with answerable(self.root, self.sites, self._answer):
+            try:
+                for number, batch in self._read():
+                    own = _Pass(number, batch if once else None)
+                    self.passes.append(own)
+                    self._start(own, batch)
+                while waiting := {each.site for each in self.passes if each.site is not None}:
+                    self._close(min(waiting, key=self.rank.__getitem__))
+            finally:
+                for each in self.passes:
+                    each.end()
+
+    def _require_again(self) -> None:
+        self.source.require_again("measuring more than fits in memory")
+
+    def _read(self) -> Iterator[tuple[int, Batch]]:
+        self.reads += 1
+        yield from self.source.read()
+
+    def _start(self, own: _Pass, batch: Batch) -> None:
+        own.start(functools.partial(self._forward, own, batch))
+        self._make_room(own)
+
+    def _forward(self, own: _Pass, batch: Batch) -> None:
+        """What the thread of a pass runs."""
+        self._here.own = own
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self._default.type != "cpu":
+                stack.enter_context(self._default)
+            inputs = tensors(batch.x, self.root)
+            for _, leaf in leaves(inputs):
+                own.note(leaf)
+            stack.enter_context(Calls(self.sites, self._answer, made=own.note))
+            called(replica(self.root), inputs)
+
+    def _make_room(self, latest: _Pass) -> None:
+        """Give up the newest passes while more waits than may."""
+        latest.weigh(self._known)
+        running = [each for each in self.passes if each.running]
+        total = sum(each.size for each in self.passes)
+        while len(running) > 1 and (total > self.limit or len(running) > self.most):
+            newest = running.pop()
+            total -= newest.size
+            newest.end()
+            newest.weigh(self._known)
+            total += newest.size
+        if total > self.limit and latest.batch is not None:
+            self._require_again()
+
+    def _close(self, site: str) -> None:
+        """Merge what all that wait at a site saw there, and let them go on."""
+        there = [each for each in self.passes if each.site == site]
+        for own in there:
+            own.recorded[site] = 1
+            if own.moments is not None:
+                self._add(site, own.moments)
+        self.closed[site] = self._tensors(site, self.moments[site])
+        lost: dict[int, _Pass] = {}
+        for own in there:
+            if own.running:
+                own.go_on()
+                self._make_room(own)
+            else:
+                lost[own.number] = own
+        for number, batch in self._again(lost):
+            self._start(lost.pop(number), batch)
+            if not lost:
+                break
+
+    def _again(self, lost: Mapping[int, _Pass]) -> Iterator[tuple[int, Batch]]:
+        """The batches of passes that were given up."""
+        kept = [(number, own.batch) for number, own in lost.items() if own.batch is not None]
+        if kept or not lost:
+            yield from kept
+            return
+        for number, batch in self._read():
+            if number in lost:
+                yield number, batch
+
+    def _add(self, path: str, moments: Moments) -> None:
+        known = self.moments.get(path)
+        self.moments[path] = moments if known is None else known.merge(moments)
+
+    def _fits(self, path: str, moments: Moments) -> bool:
+        """Whether it is finite, also in the dtype that the site stores."""
+        largest = torch.finfo(self.sites[path].running_var.dtype).max
+        return moments.finite and bool((moments.variance <= largest).all())
+
+    def _tensors(self, path: str, moments: Moments) -> tuple[Any, Any]:
+        """As the site will store them, so that inference sees the very same."""
+        own = self.sites[path].running_mean, self.sites[path].running_var
+        pair = zip((moments.mean, moments.variance), own, strict=True)
+        mean, variance = (torch.as_tensor(new).to(old) for new, old in pair)
+        return mean, variance
+
+    def _answer(self, call: Call) -> Any:
+        path, own = call.path, self._here.own
+        if path not in self.rank or not call.x.numel():
+            return call.run()
+        use = own.uses[path] = own.uses.get(path, 0) + 1
+        if use > 1:
+            self.reused.add(path)
+        if use > own.recorded.get(path, 0):
+            moments = call.moments()
+            if not self._fits(path, moments):
+                own.dropped = True
+                self.skipped[own.number] = f"the input of '{path}' is not finite"
+                raise _Ended
+            if path not in self.closed and path not in self.looped:
+                own.wait(path, moments)
+            else:
+                if use == 1 and path not in self.looped:
+                    self.late.add(path)
+                own.recorded[path] = use
+                self._add(path, moments)
+                if path not in self.closed:  # new in this round, so that nothing is known of it
+                    self.closed[path] = self._tensors(path, moments)
+        return call.with_statistics(*self.closed[path])
+
+    def learned_order(self) -> list[str]:
+        """An order in which every pass used the sites; empty: there is none."""
+        before: dict[str, set[str]] = {path: set() for path in self.rank}
+        for own in self.passes:
+            for earlier, later in itertools.pairwise(own.uses):
+                before[later].add(earlier)
+        try:
+            return list(graphlib.TopologicalSorter(before).static_order())
+        except graphlib.CycleError:
+            return []
+
+
+def replica(root: Any) -> Any:
+    """A module with the same parameters and buffers, but with attributes of its own.
+
+    A ``forward`` may keep activations on ``self``, and passes side by side must not mix them.
+    """
+    holders = {
+        id(owner)
+        for module in root.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+        if (owner := getattr(hook, "__self__", None)) is not None
+    }
+    made: dict[int, Any] = {}
+
+    def copied(value: Any) -> Any:
+        if id(value) in made:
+            return made[id(value)]
+        if isinstance(value, torch.jit.ScriptModule):
+            return value
+        if isinstance(value, nn.Module) or id(value) in holders:
+            twin = made[id(value)] = object.__new__(type(value))
+            vars(twin).update({name: copied(item) for name, item in vars(value).items()})
+            return twin
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, copied(value.__self__))
+        if type(value) is functools.partial:
+            return functools.partial(
+                copied(value.func), *map(copied, value.args), **copied(value.keywords)
+            )
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, copied(item)) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        return value
+
+    return copied(root)

@@ -1,0 +1,272 @@
+"""Sequential recalibration without a graph, held to forward hooks, site after site in float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import frostline as fl
+from frostline.adapters.torch.adapter import TorchView
+from frostline.measure.recalibration import recalibrated
+from frostline.types import DataError, ModelError
+
+X = np.random.default_rng(0).normal(0.5, 2, (24, 3, 8, 8)).astype("float32")
+
+
+def statistics(model: Any) -> dict[str, Any]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+
+
+def by_hooks(model: Any, names: Sequence[str], batches: Sequence[Any]) -> Any:
+    """Site after site over all batches, in float64; no part of Frostline."""
+    twin = copy.deepcopy(model).double().eval()
+    for name in names:
+        module, seen = twin.get_submodule(name), []
+        hook = module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+        with torch.no_grad():
+            for batch in batches:
+                twin(torch.as_tensor(batch).double())
+        hook.remove()
+        flat = torch.cat([each.movedim(1, -1).reshape(-1, each.shape[1]) for each in seen])
+        module.running_mean.copy_(flat.mean(0))
+        module.running_var.copy_(flat.var(0, correction=0))
+    return twin
+
+
+def assert_same(model: Any, twin: Any, rtol: float = 1e-4) -> None:
+    theirs = statistics(twin)
+    for name, value in statistics(model).items():
+        np.testing.assert_allclose(value, theirs[name], rtol=rtol, atol=1e-5, err_msg=name)
+
+
+class Deep(nn.Module):
+    """torch.fx cannot follow it; one pass with old statistics after the other overflows."""
+
+    def __init__(self, depth: int = 60, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width if i else 3, width, 3, padding=1, bias=False) for i in range(depth)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(depth))
+
+    def forward(self, x: Any) -> Any:
+        if float(x.abs().sum()) < 0:
+            raise ValueError("a check that torch.fx cannot trace")
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = functional.relu(norm(conv(x)))
+        return x.mean((2, 3))
+
+
+def test_sixty_layers_that_cannot_be_traced() -> None:
+    model = Deep()
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.as_tensor(X))
+    calls: list[int] = []
+    model.convs[0].register_forward_hook(lambda *_: calls.append(threading.get_ident()))
+    names = [f"norms.{index}" for index in range(60)]
+    twin = by_hooks(model, names, [X[:8], X[8:16], X[16:]])
+    calls.clear()
+    fl.recalibrate(model, X, batch_size=8)
+    assert len(calls) == 3  # every batch went through once
+    assert_same(model, twin, rtol=1e-3)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model.eval()(torch.as_tensor(X))).all())
+    before = statistics(model)
+    fl.recalibrate(model, X, batch_size=8)
+    for name, value in statistics(model).items():
+        np.testing.assert_allclose(value, before[name], rtol=1e-5, atol=1e-6)
+    assert threading.active_count() < 5
+
+
+class Branches(nn.Module):
+    """Batches take different ways, and come to the sites in another order than registration's."""
+
+    def __init__(self, *, swapped: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = {"a": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4)}
+        for name in sorted(parts, reverse=swapped):
+            self.add_module(name, parts[name])
+        self.stem, self.unused = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        high = float(x.mean()) > 0.5
+        x = self.stem(x)
+        if high:
+            x = functional.relu(self.a(x) - 0.3)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_passes_that_part_meet_again_by_site(swapped: bool) -> None:
+    model = Branches(swapped=swapped)
+    batches = [X[:8], X[8:16] - 1.5, X[16:] + 1.0]
+    untouched = copy.deepcopy(model.unused.state_dict())
+    twin = by_hooks(model, ["a", "b"], batches)
+    change = fl.recalibrate(model, [(batch,) for batch in batches])
+    assert_same(model, twin)
+    assert all(torch.equal(untouched[k], v) for k, v in model.unused.state_dict().items())
+    assert any("does not use ('unused')" in note for note in change.notes)
+
+
+class Towers(nn.Module):
+    """One encoder for two inputs, as siamese networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv, self.next = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def encode(self, x: Any) -> Any:
+        return self.second(self.next(functional.relu(self.first(self.conv(x)))))
+
+    def forward(self, x: Any) -> Any:
+        return self.encode(x) - self.encode(x.flip(0) * 2 + 1)
+
+
+def test_a_site_used_twice_gets_the_moments_of_both_uses() -> None:
+    model = Towers()
+    twin = by_hooks(model, ["first", "second"], [X[:12], X[12:]])
+    fl.recalibrate(model, X, batch_size=12)
+    assert_same(model, twin)
+
+
+class Behind(nn.Module):
+    """A site behind its own output: only a fixed point is right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Any) -> Any:
+        for _ in range(3):
+            x = functional.relu(self.norm(self.conv(x)))
+        return x
+
+
+def test_a_site_behind_itself_comes_to_a_fixed_point() -> None:
+    model = Behind()
+    fl.recalibrate(model, X, batch_size=12)
+    again = by_hooks(model, ["norm"], [X[:12], X[12:]])
+    assert_same(model, again, rtol=1e-4)
+
+
+class Keeps(nn.Module):
+    """What it keeps on itself must not reach another batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.kept: Any = None
+        self.conv.register_forward_hook(self.keep)
+
+    def keep(self, _: Any, __: Any, output: Any) -> None:
+        self.kept = output
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.norm(self.conv(x)) * self.kept)
+
+
+def test_what_a_model_keeps_on_itself_stays_with_its_batch() -> None:
+    model = Keeps()
+    batches = [X[:12], X[12:] * 3]
+    twin = by_hooks(model, ["norm", "last"], batches)
+    fl.recalibrate(model, [(batch,) for batch in batches])
+    assert_same(model, twin)
+    assert model.kept is None  # the model itself was not run
+
+
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_what_does_not_fit_in_memory_is_computed_again(limit: int) -> None:
+    model, roomy = Deep(4), Deep(4)
+    paths = [f"norms/{index}" for index in range(4)]
+    done = recalibrated(TorchView(model).meter(paths), paths, X, batch_size=6, memory_limit=limit)
+    assert done.passes > 1
+    assert recalibrated(TorchView(roomy).meter(paths), paths, X, batch_size=6).passes == 1
+    assert_same(model, roomy, rtol=1e-6)
+
+
+def stream(stop: int = 4) -> Iterator[Any]:
+    for index in range(stop):
+        yield (X[6 * index : 6 * index + 6],)
+
+
+def test_a_generator_is_read_once_and_refused_where_it_does_not_fit() -> None:
+    model, whole = Deep(3), Deep(3)
+    fl.recalibrate(model, stream())
+    fl.recalibrate(whole, X, batch_size=6)
+    assert_same(model, whole, rtol=1e-6)
+    paths = ["norms/0", "norms/1", "norms/2"]
+    before = statistics(model)
+    with pytest.raises(DataError, match="reads the data more than once"):
+        recalibrated(TorchView(model).meter(paths), paths, stream(), memory_limit=1000)
+    assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
+
+
+class Fails(Deep):
+    def forward(self, x: Any) -> Any:
+        found = super().forward(x)
+        if float(x.mean()) > 2:
+            raise ArithmeticError("this batch is too much")
+        return found
+
+
+@pytest.mark.parametrize("problem", [ArithmeticError, KeyboardInterrupt])
+def test_a_pass_that_raises_ends_all_and_nothing_is_changed(problem: Any) -> None:
+    model = Fails(3)
+    if problem is KeyboardInterrupt:
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        model.norms[2].register_forward_pre_hook(interrupted)
+    before, threads = statistics(model), threading.active_count()
+    with pytest.raises(problem):
+        fl.recalibrate(model, [(X[:8],), (X[8:16] + 4,), (X[16:],)])
+    assert threading.active_count() == threads
+    assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
+    assert model.training
+
+
+def test_a_batch_that_overflows_inside_is_left_out_from_there_on() -> None:
+    model = Deep(2)
+    large = X[8:16].copy()
+    large[0] = 3e38
+    change = fl.recalibrate(model, [(X[:8],), (large,), (X[16:],)])
+    assert_same(model, by_hooks(model, ["norms.0", "norms.1"], [X[:8], X[16:]]))
+    assert any("skipped 1 of 3 batches" in note for note in change.notes)
+
+
+def test_none_of_the_sites_is_used() -> None:
+    model = Branches(swapped=False)
+    with pytest.raises(ModelError, match="uses none of the chosen"):
+        fl.recalibrate(model, X, sites=["unused"])
+
+
+def test_instance_norm_gets_what_its_average_would_settle_at() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True))
+    fl.recalibrate(model, X, batch_size=7)
+    with torch.no_grad():
+        inner = model[0](torch.as_tensor(X)).double()
+    np.testing.assert_allclose(model[1].running_mean, inner.mean((2, 3)).mean(0), rtol=1e-5)
+    wanted = inner.var((2, 3), correction=0).mean(0)
+    np.testing.assert_allclose(model[1].running_var, wanted, rtol=1e-5)
