@@ -66,6 +66,11 @@ class FoldedModel(Protocol):
         """Paths of BN layers in whose place is a layer that scales and shifts."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """BN layers that are left as they were, and why."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:

@@ -21,4 +21,6 @@ def fold(model: ModelOptions, target: OutputOptions) -> int:
     echo(
         f"{target.output}: {len(folded.absorbed)} BN layers folded into the layer before them{more}"
     )
+    for note in folded.notes:
+        echo(f"note: {note}")
     return 0

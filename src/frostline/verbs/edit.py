@@ -6,6 +6,7 @@ what it did. What a framework must do for it is in ``models``; this room knows v
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -221,18 +222,27 @@ def fold(model: Any) -> Any:
     as it moves when its weights move by their last bit (``docs/fold.md``); in half precision as far
     as the layer's own rounding goes. Do not train the outcome: nothing is left that normalises.
 
+    A torch module comes back as plain torch, too. What cannot be folded there stays as it is and is
+    named in a warning: a BN class that does more than normalise, a BN layer that keeps no
+    statistics, one inside a module that ``torch.fx`` cannot follow. The outcome is compared with
+    the model on random inputs where these can be guessed.
+
     Args:
         model: A built functional or sequential Keras model; nested models and shared layers are
-            fine. It is not changed.
+            fine. Or a torch module. It is not changed.
 
     Returns:
         A new model, not compiled, with the names of the old layers.
 
     Raises:
-        ModelError: No BN layer, or one that cannot be folded, with its path: inside a subclassed
-            model or a composite layer, of a class of your own, or with broken statistics.
+        ModelError: No BN layer, or none that can be folded, with its path; in a Keras model also
+            one inside a subclassed model or a composite layer, of a class of your own, or with
+            broken statistics. Or the outcome does not compute what the model computes.
     """
-    return view(model).fold().model
+    folded = view(model).fold()
+    for note in folded.notes:
+        warnings.warn(f"fold: {note}", stacklevel=2)
+    return folded.model
 
 
 def recalibrate(

@@ -36,11 +36,13 @@ class Folded:
         absorbed: Paths of the BN layers that are now part of the layer before them.
         replaced: Paths of the BN layers in whose place is a layer that scales and shifts. A BN
             layer that is used in several places can be in both.
+        notes: BN layers that are left as they were, and why; none.
     """
 
     model: Any
     absorbed: tuple[str, ...]
     replaced: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def fold(model: Any) -> Folded:

@@ -3,12 +3,18 @@
 With ``s = gamma / sqrt(variance + epsilon)``, a linear layer whose output goes to the BN layer
 alone gets ``weight * s`` and ``(bias - mean) * s + beta``, computed in float64 (Jacob et al. 2018,
 arXiv 1712.05877, section 3.2). Elsewhere a product and a sum take the BN layer's place.
+
+A BN layer that does more than scale and shift (an activation inside its class, batch statistics at
+inference) stays as it is and is named. Inside a module that ``torch.fx`` cannot follow only
+pairs of a convolution and a BN layer are folded, in place. The outcome is compared with the model
+on random inputs wherever these can be guessed.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,84 +23,236 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from frostline.adapters.torch.graph import is_frozen_kind, site_places, unwrapped
+from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.locked import unlocked_class
-from frostline.adapters.torch.trace import trace
+from frostline.adapters.torch.network import followed
+from frostline.adapters.torch.samples import flat, guesses
 from frostline.types import ModelError
 
 #: BN classes that do nothing but normalise.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: A fold that is off by more than this share of the largest output is wrong; rounding is far below.
+_WRONG = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """A new module without BN layers, and where they went: paths of sites."""
+    """A new module, and where its BN layers went: paths of sites.
+
+    Attributes:
+        model: The new module.
+        absorbed: BN layers that are now part of the layer before them.
+        replaced: BN layers in whose place are a product and a sum.
+        notes: BN layers that are left as they were, and why.
+    """
 
     model: Any
     absorbed: tuple[str, ...]
     replaced: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def fold(model: Any) -> Folded:
     """Fold every BN layer at its stored statistics.
 
     Args:
-        model: A torch module that ``torch.fx`` can trace; it is not changed.
+        model: A torch module; it is not changed.
+
+    Returns:
+        A new module, and where the BN layers went. It pickles as plain torch: ``torch.load`` of it
+        needs no Frostline, unless a locked BN layer had to stay.
 
     Raises:
-        ModelError: No graph can be traced; a BN layer of a user's own class, or one that keeps no
-            statistics, with its path.
+        ModelError: No BN layer, or none that can be folded, with the reason; or the outcome does
+            not compute what the model computes.
     """
-    _require_foldable(model)
-    twin = copy.deepcopy(unwrapped(model)).eval()
-    graph, reason = trace(twin)
-    if graph is None:
+    root = unwrapped(model)
+    sites = site_modules(root)
+    if not sites:
+        raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
+    twin = copy.deepcopy(root).eval()
+    work = _Fold(twin)
+    wanted = next(filter(None, (work.outputs(batch) for batch in guesses(twin))), None)
+    made = work.whole(inside=wanted is not None)
+    done = {*work.absorbed, *work.replaced}
+    if not done:
+        path, reason = next(iter(work.left.items()))
         raise ModelError(
-            f"torch.fx cannot trace this model ({reason}), so what lies before a BN layer is not "
-            f"known. Received: {type(twin).__name__}"
+            f"no BN layer can be folded: '{path}' {reason}. Received: {type(root).__name__}"
         )
-    made = fx.GraphModule(twin, graph)
-    paths = {id(place.module): place.path for place in site_places(twin)}
-    absorbed: list[str] = []
-    replaced: list[str] = []
-    for node in list(graph.nodes):
-        if node.op != "call_module" or id(twin.get_submodule(node.target)) not in paths:
-            continue
-        site = twin.get_submodule(node.target)
-        path = paths[id(site)]
-        if _absorb(made, graph, node, site):
-            absorbed.append(path)
-        else:
-            _replace(made, graph, node, site)
-            replaced.append(path)
-        graph.erase_node(node)
-    made.delete_all_unused_submodules()
-    made.recompile()
+    if wanted is not None:
+        _require_same(made, *wanted)
     return Folded(
         model=made,
-        absorbed=tuple(dict.fromkeys(absorbed)),
-        replaced=tuple(dict.fromkeys(replaced)),
+        absorbed=tuple(dict.fromkeys(work.absorbed)),
+        replaced=tuple(dict.fromkeys(work.replaced)),
+        notes=tuple(f"'{path}' {reason}; it is left" for path, reason in work.left.items()),
     )
 
 
-def _require_foldable(model: Any) -> None:
-    places = site_places(model)
-    if not places:
-        raise ModelError(
-            f"no BN layer: there is nothing to fold. Received: {type(unwrapped(model)).__name__}"
+class _Fold:
+    """Folds a copy of a model."""
+
+    def __init__(self, twin: Any) -> None:
+        self.twin = twin
+        self.sites = site_modules(twin)
+        self.paths = {id(module): path for path, module in self.sites.items()}
+        self.names = Counter(id(m) for _, m in twin.named_modules(remove_duplicate=False))
+        reasons = {path: _more_than_affine(module) for path, module in self.sites.items()}
+        #: Path of each site that cannot be folded -> why.
+        self.left: dict[str, str] = {path: why for path, why in reasons.items() if why}
+        self.absorbed: list[str] = []
+        self.replaced: list[str] = []
+
+    def outputs(self, batch: Any) -> tuple[Any, list[Any]] | None:
+        """What the module makes of a batch, before anything is folded; ``None``: it refuses it."""
+        try:
+            return batch, _run(copy.deepcopy(self.twin).double(), batch)
+        except Exception:  # whatever the model's own code raises on inputs that it does not take
+            return None
+
+    def whole(self, *, inside: bool) -> Any:
+        """The folded model; ``inside``: also in modules that torch.fx cannot follow."""
+        unseen: dict[str, str] = {}
+        try:
+            graph = followed(self.twin, None, unseen)
+        except ModelError as problem:
+            unseen, graph = {"": str(problem)}, None
+        made: Any = self.twin
+        if graph is not None:
+            graph._tracer_cls = None  # it would be pickled by name
+            made = fx.GraphModule(self.twin, graph)
+            for node in self._nodes(graph, self.twin):
+                site = self.twin.get_submodule(node.target)
+                path = self.paths[id(site)]
+                if self._absorb(self.twin, graph, node, site):
+                    node.replace_all_uses_with(node.args[0])
+                    self.absorbed.append(path)
+                else:
+                    _replace(made, graph, node, site)
+                    self.replaced.append(path)
+                graph.erase_node(node)
+            made.delete_all_unused_submodules()
+            made.recompile()
+        for name in unseen if inside else ():
+            self._in_place(self.twin.get_submodule(name))
+        why = "is called where torch.fx cannot follow it, and does not stand behind a linear layer"
+        present = site_modules(made)
+        for path in present.keys() - {*self.absorbed, *self.replaced}:
+            self.left.setdefault(path, why)
+        self.left = {path: reason for path, reason in self.left.items() if path in present}
+        return made
+
+    def _nodes(self, graph: Any, root: Any) -> list[Any]:
+        """The calls of sites that can be folded."""
+        found = [(n, self.paths.get(id(root.get_submodule(n.target)))) for n in graph.nodes
+                 if n.op == "call_module"]  # fmt: skip
+        return [node for node, path in found if path is not None and path not in self.left]
+
+    def _in_place(self, owner: Any) -> None:
+        """Fold pairs in the largest modules below ``owner`` that torch.fx can follow."""
+        for child in owner.children():
+            unseen: dict[str, str] = {}
+            try:
+                graph = followed(child, None, unseen)
+            except ModelError:
+                self._in_place(child)
+                continue
+            for node in self._nodes(graph, child):
+                site = child.get_submodule(node.target)
+                if self.names[id(site)] > 1 or _calls(graph, node.target) > 1:
+                    continue
+                if self._absorb(child, graph, node, site, asserted=False):
+                    holder, _, name = str(node.target).rpartition(".")
+                    setattr(child.get_submodule(holder), name, nn.Identity())
+                    self.absorbed.append(self.paths[id(site)])
+            for name in unseen:
+                self._in_place(child.get_submodule(name))
+
+    def _absorb(
+        self, owner: Any, graph: Any, node: Any, site: Any, *, asserted: bool = True
+    ) -> bool:
+        """Fold a site into the linear module whose output it alone takes."""
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            return False
+        linear = owner.get_submodule(before.target)
+        shared = self.names[id(linear)] > 1 or _calls(graph, before.target) > 1
+        if not _is_linear(linear, site) or shared:
+            return False
+        if isinstance(linear, nn.Linear):
+            if not asserted:
+                return False
+            _require_two_axes(graph, node, before)
+        scale, shift = _coefficients(site)
+        weight = linear.weight.detach().double()
+        bias = 0.0 if linear.bias is None else linear.bias.detach().double()
+        with torch.no_grad():
+            linear.weight.copy_(_scaled(linear, weight, scale))
+            folded = (bias * scale + shift).to(linear.weight.dtype)
+            if linear.bias is None:
+                linear.bias = nn.Parameter(folded, requires_grad=linear.weight.requires_grad)
+            else:
+                linear.bias.copy_(folded)
+        return True
+
+
+def _calls(graph: Any, target: Any) -> int:
+    return sum(node.op == "call_module" and node.target == target for node in graph.nodes)
+
+
+def _more_than_affine(site: Any) -> str:
+    """Why a site is not ``x * scale + shift`` along axis 1 at inference; "" where it is."""
+    if getattr(site, "running_mean", None) is None:
+        return "keeps no statistics"
+    kind = unlocked_class(type(site))
+    if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
+        return ""
+    scale, shift = _coefficients(site)
+    twin = copy.deepcopy(site).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    accepted = False
+    for axes in ((), (3,), (3, 3), (2, 2, 2)):
+        shape = (-1, *[1] * len(axes))
+        x = torch.randn(16, len(scale), *axes, generator=generator, dtype=torch.float64) * 20
+        x = x.to(scale.device)
+        try:
+            with torch.no_grad():
+                found = twin(x.clone())
+        except Exception:  # not the number of axes that it is for
+            continue
+        wanted = x * scale.reshape(shape) + shift.reshape(shape)
+        same = found.shape == wanted.shape and torch.allclose(
+            found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True
         )
-    for place in places:
-        module = place.module
-        if module.running_mean is None:
+        if not same:
+            return f"is a BN class of its own, which does more than normalise ({kind.__name__})"
+        accepted = True
+    return "" if accepted else f"is a BN class of its own that takes no tensor ({kind.__name__})"
+
+
+def _run(module: Any, batch: Any) -> list[Any]:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = batch.double() if batch.is_floating_point() else batch
+        return [each for each in flat(module(x.clone())) if each.is_floating_point()]
+
+
+def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
+    try:
+        found = _run(copy.deepcopy(made).double(), batch)
+    except AssertionError:  # a Linear layer was folded for other inputs than these
+        return
+    for one, other in zip(found, wanted, strict=True):
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        close = one.shape == other.shape and torch.allclose(
+            one, other, rtol=0.0, atol=_WRONG * scale, equal_nan=True
+        )
+        if not close:
             raise ModelError(
-                f"'{place.path}' keeps no statistics, so it cannot be folded. "
-                f"Received: {place.path!r}"
-            )
-        kind = unlocked_class(type(module))
-        if kind not in _PLAIN and not is_frozen_kind(module):
-            raise ModelError(
-                f"'{place.path}' is a BN class of its own, which may do more than normalise. "
-                f"Received: {kind.__module__}.{kind.__qualname__}"
+                "the folded module does not compute what the model computes, on random inputs of "
+                f"shape {tuple(batch.shape)}: something reads a layer between its convolution and "
+                f"its BN. Fold the parts apart. Received: {type(made).__name__}"
             )
 
 
@@ -102,35 +260,10 @@ def _coefficients(site: Any) -> tuple[Any, Any]:
     """Scale and shift of a site, float64, shape ``(channels,)``."""
     mean, variance = site.running_mean.double(), site.running_var.double()
     scale = torch.rsqrt(variance + float(getattr(site, "eps", 1e-5)))
-    scale = scale if site.weight is None else scale * site.weight.detach().double()
+    weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
+    scale = scale if weight is None else scale * weight.detach().double()
     shift = -mean * scale
-    return scale, shift if site.bias is None else shift + site.bias.detach().double()
-
-
-def _absorb(made: Any, graph: Any, node: Any, site: Any) -> bool:
-    """Fold a site into the linear module whose output it alone takes."""
-    before = node.args[0] if node.args else None
-    if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
-        return False
-    linear = made.get_submodule(before.target)
-    uses = sum(n.op == "call_module" and n.target == before.target for n in graph.nodes)
-    shared = sum(module is linear for _, module in made.named_modules(remove_duplicate=False)) > 1
-    if not _is_linear(linear, site) or uses > 1 or shared:
-        return False
-    scale, shift = _coefficients(site)
-    weight = linear.weight.detach().double()
-    bias = 0.0 if linear.bias is None else linear.bias.detach().double()
-    with torch.no_grad():
-        linear.weight.copy_(_scaled(linear, weight, scale))
-        folded = (bias * scale + shift).to(linear.weight.dtype)
-        if linear.bias is None:
-            linear.bias = nn.Parameter(folded, requires_grad=linear.weight.requires_grad)
-        else:
-            linear.bias.copy_(folded)
-    if isinstance(linear, nn.Linear):
-        _require_two_axes(graph, node, before)
-    node.replace_all_uses_with(before)
-    return True
+    return scale, shift if bias is None else shift + bias.detach().double()
 
 
 def _require_two_axes(graph: Any, node: Any, before: Any) -> None:

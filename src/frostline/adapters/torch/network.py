@@ -147,8 +147,8 @@ def network(model: Any) -> Network:
     whole: dict[str, str] = {}
     varying: set[str] = set()
     while True:
-        graph = _followed(root, None, whole)
-        other = _followed(root, modes, whole)
+        graph = followed(root, None, whole)
+        other = followed(root, modes, whole)
         place = _first_difference(graph, other)
         if place is None:
             break
@@ -199,7 +199,7 @@ class _Tracer(Tracer):
             raise
 
 
-def _followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
+def followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
     """The graph in one phase; modules that cannot be followed are added to ``whole``."""
     kind = type(root).__name__
     while True:

@@ -190,7 +190,7 @@ def _folded(root: Any) -> Any:
         done = fold(root)
     except ModelError:
         return copy.deepcopy(root).eval()
-    return copy.deepcopy(root).eval() if done.replaced else done.model.eval()
+    return copy.deepcopy(root).eval() if done.replaced or done.notes else done.model.eval()
 
 
 __all__ = [

@@ -87,22 +87,108 @@ def test_a_folded_module_is_saved_without_frostline() -> None:
         torch.testing.assert_close(torch.export.load(stream).module()(x), model.eval()(x))
 
 
+class Activated(nn.BatchNorm2d):
+    """A subclass with an activation inside, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Any) -> Any:
+        return torch.relu(super().forward(x))
+
+
+class Renamed(nn.BatchNorm2d):
+    """A subclass that adds nothing."""
+
+
+class FrozenActivated(nn.Module):
+    """Parameters that are buffers and an activation, as timm's FrozenBatchNormAct2d."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+        self.eps = 1e-5
+
+    def forward(self, x: Any) -> Any:
+        stored = self.running_mean, self.running_var, self.weight, self.bias
+        return torch.relu(nn.functional.batch_norm(x, *stored, False, 0.0, self.eps))
+
+
+class Undecided(nn.Module):
+    """Nothing that torch.fx can follow; what is inside of its children it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.stem(x)
+        return self.bn(x) if x.sum() > -1e9 else x
+
+
+class Peeking(Undecided):
+    """Reads the convolution's output before the BN layer: folding that pair would be wrong."""
+
+    def forward(self, x: Any) -> Any:
+        early = self.stem[0](x)
+        return (early, self.bn(self.stem(x))) if x.sum() > -1e9 else x
+
+
+def agree(model: Any, folded: Any, *shape: int) -> None:
+    x = torch.randn(5, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Activated, FrozenActivated])
+def test_an_activation_inside_a_class_is_kept(kind: Any) -> None:
+    model = settled(
+        nn.Sequential(nn.Conv2d(3, 4, 3), kind(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    )
+    with pytest.warns(UserWarning, match="'1' is a BN class of its own, which does more"):
+        folded = fl.fold(model)
+    assert [type(each).__name__ for each in folded.children()] == [
+        "Conv2d",
+        kind.__name__,
+        "Conv2d",
+    ]
+    agree(model, folded, 3, 9, 9)
+
+
+def test_a_subclass_that_only_normalises_is_folded() -> None:
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), Renamed(4)))
+    folded = fl.fold(model)
+    assert len(list(folded.children())) == 1
+    agree(model, folded, 3, 8, 8)
+
+
+def test_pairs_inside_what_cannot_be_followed_are_folded_in_place() -> None:
+    model = settled(Undecided())
+    with pytest.warns(UserWarning, match="'bn' is called where torch.fx cannot follow it"):
+        folded = fl.fold(model)
+    assert isinstance(folded.stem[1], nn.Identity)
+    assert isinstance(model.stem[1], nn.BatchNorm2d)
+    agree(model, folded, 3, 8, 8)
+
+
+def test_a_fold_that_would_be_wrong_is_refused() -> None:
+    with pytest.raises(ModelError, match="does not compute what the model computes"):
+        fl.fold(settled(Peeking()))
+
+
+def test_what_is_saved_names_no_class_of_frostline() -> None:
+    stream = io.BytesIO()
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    fl.freeze(model)
+    torch.save(fl.fold(model), stream)
+    assert b"frostline" not in stream.getvalue()
+    stream.seek(0)
+    agree(model, torch.load(stream, weights_only=False), 3, 8, 8)
+
+
 def test_what_is_refused_is_named() -> None:
-    class Own(nn.BatchNorm2d):
-        pass
-
-    class Undecided(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x: Any) -> Any:
-            return self.bn(x) if x.sum() > 0 else x
-
     for model, message in (
-        (nn.Sequential(nn.Conv2d(3, 3, 1), Own(3)), "'1' is a BN class of its own"),
+        (nn.Sequential(nn.Conv2d(3, 3, 1), Activated(3)), "'1' is a BN class of its own"),
         (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "'0' keeps no statistics"),
-        (Undecided(), "cannot trace this model"),
         (nn.Sequential(nn.Linear(2, 2)), "no BN layer"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -1,0 +1,53 @@
+"""Batches that a torch module may take, read off its first layer, for checks without a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from frostline.adapters.torch.forward_pass import tensors
+from frostline.adapters.torch.graph import is_site
+
+ROWS = 3  # samples in a trial batch
+_SIZES = (64, 224, 32, 28, 128, 16)  # sides of images that are tried
+
+
+def guesses(root: Any, modules: Any = None) -> list[Any]:
+    """Batches of ``2 * ROWS`` random samples, as the first module with weights may take them.
+
+    Args:
+        root: What will be called with one of them, as its only argument.
+        modules: Its modules in execution order; without them, in order of registration.
+    """
+    found = root.modules() if modules is None else modules
+    first = next((m for m in found if any(True for _ in m.parameters(recurse=False))), None)
+    rng = np.random.default_rng(0)
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(first, nn.Linear):
+        shapes = [(first.in_features,), (8, first.in_features)]
+    elif isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        axes = len(first.kernel_size)
+        shapes = [(first.in_channels, *[side] * axes) for side in _SIZES]
+    elif first is not None and is_site(first):
+        channels = len(first.weight)
+        shapes = [(channels,), (channels, 16), (channels, 16, 16)]
+    elif isinstance(first, nn.Embedding):
+        drawn = rng.integers(0, first.num_embeddings, (2 * ROWS, 16))
+        return [tensors(drawn, root)]
+    drawn_rows = [rng.normal(size=(2 * ROWS, *shape)).astype(np.float32) for shape in shapes]
+    return [tensors(each, root) for each in drawn_rows]
+
+
+def flat(value: Any) -> list[Any]:
+    """The tensors in a structure of outputs, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [leaf for item in value.values() for leaf in flat(item)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flat(item)]
+    return []
