@@ -1,58 +1,69 @@
-"""Write an experiment down: ``results.json``, ``history.csv``, the figure. All or nothing.
+"""Write an experiment down: ``results.json``, ``history.csv``, the figures. All or nothing.
 
-Every file is written under a temporary name in its folder and renamed, so that a reader never
-sees half of one and an interrupted run leaves the last complete state.
+Every file is written under a temporary name in its folder and renamed. A reader never sees half a
+file, and an interrupted run leaves the last complete state.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from frostline.data import files
-from frostline.types import OutputError, PhaseRow
+from frostline.experiments.results import (
+    OverfitResult,
+    OverfitRow,
+    TransferEpoch,
+    TransferResult,
+    TransferRow,
+)
+from frostline.experiments.settings import Settings, data_name
+from frostline.experiments.transfer_settings import ROWS
+from frostline.types import DataError, OutputError, PhaseRow, PhaseTable
+from frostline.types.report import Report
 
-if TYPE_CHECKING:
-    from frostline.experiments.overfit import OverfitResult, OverfitSettings, RowResult
-    from frostline.experiments.transfer import TransferSettings
-    from frostline.types.report import Report
+AnyResult = OverfitResult | TransferResult
 
 #: Version of the layout of ``results.json``; grows when a reader would have to change.
 SCHEMA_VERSION = 1
 
 RESULTS, HISTORY, FIGURES = "results.json", "history.csv", ("figure.png", "figure.svg")
 
-#: What the diagnoses blame; each whole report lies beside it under its row's name.
+#: Causes and remedies of the diagnoses; each whole report lies beside it under its row's name.
 DIAGNOSIS = "diagnosis.json"
 
 
-def data_name(data: str) -> str:
-    """Return a short name for a data source: a path's last part without its suffix."""
-    path = Path(data)
-    if path.suffix or len(path.parts) > 1 or path.is_dir():
-        return path.resolve().stem
-    return data
-
-
-def default_folder(
-    settings: OverfitSettings | TransferSettings, experiment: str = "overfit"
-) -> Path:
+def default_folder(settings: Settings, experiment: str = "overfit") -> Path:
     """Return where results go when no folder is named; equal settings share a folder."""
     name = f"{experiment}-{settings.backbone}-{data_name(settings.data)}-seed{settings.seed}"
     return Path("runs") / name
 
 
-def check_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
-    """Make sure, before any work, that results can be written here.
+@contextlib.contextmanager
+def folder(output: Path | None, *, force: bool) -> Iterator[None]:
+    """Check before any work that results can be written; a run without results leaves no folder.
 
-    A file is really created and removed: permission bits say nothing about a read-only file
-    system, a full disk or the root user.
+    Raises:
+        OutputError: As in :func:`check_folder`.
+    """
+    made = () if output is None else check_folder(output, force=force)
+    try:
+        yield
+    finally:
+        remove_empty(made)
+
+
+def check_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
+    """Make sure that results can be written, by creating the folder and a file in it.
+
+    Permission bits would not tell of a read-only file system, a full disk or the root user.
 
     Args:
         folder: Where results will go; created with its parents when missing.
@@ -86,37 +97,49 @@ def check_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those folders, innermost first, that hold nothing: a failed run leaves no trace."""
+    """Remove those folders, innermost first, that are empty."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def write(result: OverfitResult, folder: Path) -> tuple[Path, ...]:
+def write(result: AnyResult, folder: Path) -> tuple[Path, ...]:
     """Write all files of a result and return their paths."""
     from frostline.experiments import figures
 
-    numbers = write_numbers(result, folder)
-    drawn = []
-    for name in FIGURES:
-        content = figures.draw(result, suffix=Path(name).suffix)
-        drawn.append(files.write(folder / name, content))
-    return (*numbers, *drawn)
+    drawn = [
+        files.write(folder / name, figures.draw(result, suffix=Path(name).suffix))
+        for name in FIGURES
+    ]
+    return (*write_numbers(result, folder), *drawn)
 
 
-def write_numbers(result: OverfitResult, folder: Path) -> tuple[Path, ...]:
-    """Write ``results.json`` and ``history.csv`` and return their paths."""
-    content = json.dumps(as_json(result), indent=2, ensure_ascii=False, allow_nan=False)
+def write_numbers(result: AnyResult, folder: Path) -> tuple[Path, ...]:
+    """Write all files of a result but the figures, and return their paths."""
     return (
-        files.write(folder / RESULTS, content.encode() + b"\n"),
+        _write_json(folder / RESULTS, as_json(result)),
         files.write(folder / HISTORY, _history(result).encode()),
         *_write_reports(result, folder),
     )
 
 
-def _write_reports(result: OverfitResult, folder: Path) -> list[Path]:
-    """Write the report of each row that was diagnosed, and what they blame in one small file."""
-    reports = {row.row.name: row.report for row in result.rows if row.report is not None}
+def as_json(result: AnyResult) -> dict[str, Any]:
+    """Return a result as plain data; floats that are not finite become ``null``."""
+    return {"schema_version": SCHEMA_VERSION, **_finite(result.as_dict())}
+
+
+def _write_json(path: Path, plain: Any) -> Path:
+    content = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    return files.write(path, content.encode() + b"\n")
+
+
+def _write_reports(result: AnyResult, folder: Path) -> list[Path]:
+    """Write each row's diagnosis, and the causes and remedies of all in one small file."""
+    reports = {
+        row.row.name: row.report
+        for row in result.rows
+        if isinstance(row, OverfitRow) and row.report is not None
+    }
     if not reports:
         return []
     paths = [
@@ -124,60 +147,42 @@ def _write_reports(result: OverfitResult, folder: Path) -> list[Path]:
         for name, report in reports.items()
         for ending in (".html", ".json")
     ]
-    plain = finite(
-        {
-            "experiment": "overfit",
-            "settings": asdict(result.settings),
-            "environment": result.environment,
-            "rows": {name: blamed(report) for name, report in reports.items()},
-        }
-    )
-    content = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-    return [*paths, files.write(folder / DIAGNOSIS, content.encode() + b"\n")]
+    plain = {
+        "experiment": result.experiment,
+        "settings": asdict(result.settings),
+        "environment": result.environment,
+        "rows": {name: _diagnosis(report) for name, report in reports.items()},
+    }
+    return [*paths, _write_json(folder / DIAGNOSIS, _finite(plain))]
 
 
-def blamed(report: Report) -> dict[str, Any]:
+def _diagnosis(report: Report) -> dict[str, Any]:
     """Return verdict, gap, causes and remedies of a report as plain data."""
-    gap, seen = report.gap, report.measurement
+    gap, measured = report.gap, report.measurement
     return {
         "verdict": report.verdict,
         "gap_in_loss": None if gap is None else asdict(gap.loss),
-        "inference_accuracy": None if seen is None else seen.probes["inference"].accuracy,
+        "inference_accuracy": None if measured is None else measured.probes["inference"].accuracy,
         "causes": [
             {
-                "code": each.code,
-                "share": each.share,
-                "certainty": each.certainty,
-                "sites": len(each.sites),
-                "message": each.message,
+                "code": cause.code,
+                "share": cause.share,
+                "certainty": cause.certainty,
+                "sites": len(cause.sites),
+                "message": cause.message,
             }
-            for each in report.causes
+            for cause in report.causes
         ],
         "remedies": [
             {
-                "name": each.name,
-                "before": dict(each.before),
-                "after": dict(each.after),
-                "recommended": each.recommended,
+                "name": remedy.name,
+                "before": dict(remedy.before),
+                "after": dict(remedy.after),
+                "recommended": remedy.recommended,
             }
-            for each in report.remedies
+            for remedy in report.remedies
         ],
     }
-
-
-def as_json(result: OverfitResult) -> dict[str, Any]:
-    """Return a result as plain data; floats that are not finite become ``null``."""
-    plain = {
-        "schema_version": SCHEMA_VERSION,
-        "experiment": "overfit",
-        "interrupted": result.interrupted,
-        "settings": asdict(result.settings),
-        "selection": result.selection,
-        "environment": result.environment,
-        "rows": [_row_as_json(row) for row in result.rows],
-    }
-    content: dict[str, Any] = finite(plain)
-    return content
 
 
 def _missing_parents(folder: Path) -> tuple[Path, ...]:
@@ -192,56 +197,109 @@ def _missing_parents(folder: Path) -> tuple[Path, ...]:
     return tuple(missing)
 
 
-def _history(result: OverfitResult) -> str:
+def _history(result: AnyResult) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["policy", "epoch", "loss", "accuracy", "val_loss", "val_accuracy",
-         "phase1_loss", "phase1_accuracy", "seconds"]
-    )  # fmt: skip
-    writer.writerows(_history_rows(result))
+    writer.writerow(result.history)
+    for row in result.rows:
+        for epoch in row.epochs:
+            values = {"row": row.row.name, **asdict(epoch), "seconds": f"{epoch.seconds:.3f}"}
+            writer.writerow(
+                f"{value:.9g}" if isinstance(value, float) else value
+                for value in (values[name] for name in result.history.values())
+            )
     return stream.getvalue()
 
 
-def _history_rows(result: OverfitResult) -> Iterator[list[Any]]:
-    for row in result.rows:
-        for epoch in row.epochs:
-            values = (epoch.train_loss, epoch.train_accuracy, epoch.phase0_loss,
-                      epoch.phase0_accuracy, epoch.phase1_loss, epoch.phase1_accuracy)  # fmt: skip
-            yield [
-                row.row.name,
-                epoch.number,
-                *[f"{value:.9g}" for value in values],
-                f"{epoch.seconds:.3f}",
-            ]
-
-
-def _row_as_json(result: RowResult) -> dict[str, Any]:
-    return {
-        **asdict(result.row),
-        "boundary": result.boundary,
-        "sites": result.sites,
-        "sites_frozen": result.sites_frozen,
-        "seconds": round(result.seconds, 3),
-        "phases": {row.phase: _phase_as_json(row) for row in result.phases.rows},
-        "patterns": list(result.phases.patterns),
-        "epochs": [asdict(epoch) for epoch in result.epochs],
-    }
-
-
-def _phase_as_json(row: PhaseRow) -> dict[str, Any]:
-    return {"loss": row.loss, **{name: float(value) for name, value in row.metrics.items()}}
-
-
-def finite(value: Any) -> Any:
-    """Plain data for JSON: numbers that are not finite become ``None``, paths text."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
+def _finite(value: Any) -> Any:
+    """Return plain data for JSON: numbers that are not finite become ``None``, paths text."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [_finite(item) for item in value]
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Path):
         return str(value)
     item = getattr(value, "item", None)
-    return finite(item()) if callable(item) else value
+    return _finite(item()) if callable(item) else value
+
+
+def continued(result: TransferResult, folder: Path) -> TransferResult:
+    """Return ``result`` with the rows that were measured before, those first.
+
+    Args:
+        result: Of a run that starts now, without rows.
+        folder: May hold ``results.json`` of a run that was interrupted, or that had fewer rows.
+
+    Returns:
+        ``settings.rows`` names the rows of the folder, then those that are still to be run.
+
+    Raises:
+        DataError: The file is no result of this experiment, or was measured with other settings,
+            images, backend or versions, which are named: its rows could not be compared.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return result
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content["experiment"], content["schema_version"]) != (
+            result.experiment, SCHEMA_VERSION
+        ):  # fmt: skip
+            raise ValueError("another experiment or version")
+        rows = tuple(_read_row(row) for row in content["rows"])
+        differing = _differing(json.loads(json.dumps(as_json(result))), content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DataError(
+            f"{path} cannot be continued: it is not a result of this experiment "
+            f"({type(problem).__name__}: {problem})"
+        ) from problem
+    if differing:
+        raise DataError(
+            f"{path} was measured on something else and cannot be continued; choose another "
+            f"folder, or start anew with force. Received: {'; '.join(differing)}"
+        )
+    order = dict.fromkeys([*(row.row.name for row in rows), *result.settings.rows])
+    return replace(result, settings=replace(result.settings, rows=tuple(order)), rows=rows)
+
+
+def _differing(now: Mapping[str, Any], file: Mapping[str, Any]) -> list[str]:
+    """Return what makes rows incomparable, as ``name now (file)``; the number of cores does not."""
+    pairs = {
+        name: (value, file["settings"][name])
+        for name, value in now["settings"].items()
+        if name != "rows"
+    }
+    for split in ("train", "test"):
+        digests = (now["selection"][split]["digest"], file["selection"][split]["digest"])
+        pairs[f"{split} images"] = digests
+    for name in ("backend", "versions"):
+        pairs[name] = (now["environment"][name], file["environment"][name])
+    return [f"{name} {one} (the file: {other})" for name, (one, other) in pairs.items()
+            if one != other]  # fmt: skip
+
+
+def _read_row(content: Mapping[str, Any]) -> TransferRow:
+    number = {None: float("nan")}
+    names = [each.name for each in fields(TransferEpoch)]
+    return TransferRow(
+        row=ROWS[content["name"]],
+        epochs=tuple(
+            TransferEpoch(**{name: number.get(epoch[name], epoch[name]) for name in names})
+            for epoch in content["epochs"]
+        ),
+        phases=PhaseTable(
+            rows=tuple(
+                PhaseRow(phase=phase, loss=values.pop("loss"), metrics=values)
+                for phase, values in ((phase, dict(v)) for phase, v in content["phases"].items())
+            ),
+            task=content["task"],
+            samples=content["samples"],
+            sites=content["sites"],
+        ),
+        sites=content["sites"],
+        sites_frozen=content["sites_frozen"],
+        boundary=content["boundary"],
+        seconds=dict(content["seconds"]),
+    )

@@ -1,47 +1,32 @@
-"""A run of an experiment, row by row: what it tells on its way, and what it leaves."""
+"""Run an experiment row by row: report progress, keep what is finished, write it down."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from frostline.types import DataError
+from frostline.experiments import records
+from frostline.experiments.results import OverfitResult, TransferResult
 
-Settings = TypeVar("Settings")
-Measured = TypeVar("Measured")
-Treatment = TypeVar("Treatment")
-_Told = TypeVar("_Told", contravariant=True)
+_Row = TypeVar("_Row", contravariant=True)
 _Epoch = TypeVar("_Epoch", contravariant=True)
-_Done = TypeVar("_Done", contravariant=True)
+_RowResult = TypeVar("_RowResult", contravariant=True)
+
+AnyResult = TypeVar("AnyResult", OverfitResult, TransferResult)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result(Generic[Settings, Measured]):
-    """Everything that one run measured, with what is needed to repeat it."""
-
-    settings: Settings
-    selection: dict[str, Any]
-    environment: dict[str, Any]
-    rows: tuple[Measured, ...]
-    interrupted: bool = False
-    files: tuple[Path, ...] = field(default=(), compare=False)
-
-
-Found = TypeVar("Found", bound=Result[Any, Any])
-
-
-class Progress(Protocol[_Told, _Epoch, _Done]):
+class Progress(Protocol[_Row, _Epoch, _RowResult]):
     """What a caller may do while the experiment runs."""
 
-    def started(self, row: _Told, number: int, total: int) -> None:
+    def started(self, row: _Row, number: int, total: int) -> None:
         """Row ``number`` of ``total`` (counted from 1) begins."""
 
     def epoch(self, epoch: _Epoch, total: int) -> None:
         """One of ``total`` epochs is done."""
 
-    def finished(self, result: _Done) -> None:
+    def finished(self, result: _RowResult) -> None:
         """A row is done."""
 
 
@@ -58,49 +43,39 @@ class Silent:
         """Show nothing."""
 
 
-def check_rows(names: Sequence[str], rows: Mapping[str, Any]) -> None:
-    """Refuse rows that are unknown, named twice, or none.
-
-    Raises:
-        DataError: With what is allowed and what was received.
-    """
-    unknown = [name for name in names if name not in rows]
-    if unknown or not names:
-        raise DataError(f"rows must be some of {', '.join(rows)}. Received: {unknown or 'none'}")
-    if len(set(names)) != len(names):
-        raise DataError(f"a row is named twice. Received: rows={names}")
-
-
 def run_rows(
-    result: Found,
-    names: Sequence[str],
-    rows: Mapping[str, Treatment],
-    measure: Callable[[Treatment], Any],
-    progress: Progress[Treatment, Any, Any],
-    keep: Callable[[Found], None],
-) -> Found:
-    """Measure row by row; an interruption keeps those that were finished.
+    result: AnyResult,
+    rows: Mapping[str, Any],
+    measure: Callable[[Any], Any],
+    *,
+    progress: Progress[Any, Any, Any],
+    output: Path | None = None,
+) -> AnyResult:
+    """Measure the rows of ``result.settings`` that ``result`` does not have.
 
     Args:
-        result: The rows it has are not measured again; those come first.
-        names: Rows to run, in order.
+        result: Its rows are the first of the settings' rows; they are not measured again.
         rows: All rows by name.
         measure: Runs one row.
         progress: Told about the rows.
-        keep: Puts what is finished on disk, before the next row starts.
+        output: Folder in which finished rows are on disk before the next one starts.
 
     Returns:
-        The result with the rows that were measured.
+        The result with all rows; on ``KeyboardInterrupt`` with those that were finished, and
+        ``interrupted=True``.
     """
-    for number, name in enumerate(names, start=1):
-        if number <= len(result.rows):
-            continue
+    names = result.settings.rows
+    for number, name in list(enumerate(names, start=1))[len(result.rows) :]:
         progress.started(rows[name], number, len(names))
         try:
             measured = measure(rows[name])
         except KeyboardInterrupt:
-            return replace(result, interrupted=True)
+            result = replace(result, interrupted=True)
+            break
         result = replace(result, rows=(*result.rows, measured))
         progress.finished(measured)
-        keep(result)
+        if output is not None:
+            records.write_numbers(result, output)
+    if output is not None and result.rows:
+        result = replace(result, files=records.write(result, output))
     return result

@@ -1,33 +1,25 @@
-"""What the transfer experiment can be run with: its rows, its settings, and what is refused."""
+"""The transfer experiment: its rows and its settings."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from frostline.experiments.run import check_rows
-from frostline.types import DataError, Policy
+from frostline.experiments import settings as shared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way of treating BN.
+class Row(shared.Row):
+    """One way of treating BN; the attributes of `settings.Row`, and these.
 
     Attributes:
-        name: The row's name, as in tables and files.
-        meaning: What it is, for people.
-        policy: What a frozen BN layer does in training.
         cached: Train through ``fl.fit``, which computes the frozen part once; otherwise every
             epoch runs the whole network.
         every_site: Fine-tune with every BN layer frozen, also behind the boundary.
         recalibrate: Measure the statistics behind the boundary on the training images before
             they are thawed.
-        ramp: Let BN behind the boundary go from stored to batch statistics over the first epoch.
+        ramp: Move BN behind the boundary from stored to batch statistics over the first epoch.
     """
 
-    name: str
-    meaning: str
-    policy: Policy = "inference"
     cached: bool = True
     every_site: bool = False
     recalibrate: bool = False
@@ -73,44 +65,27 @@ ROWS: dict[str, Row] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferSettings:
-    """What one run depends on, and nothing else.
+class TransferSettings(shared.Settings):
+    """What one run depends on; the attributes of `settings.Settings`, and these.
 
     Attributes:
-        backbone: A name that `backbones.build` knows.
-        data: What `image_sets.load` knows, with a train and a test split.
-        classes: Class names to use; all when empty.
         train_per_class: Training images per class; all when ``None``.
         test_per_class: Test images per class; all when ``None``.
-        image_size: Side of the square images, in pixels.
-        boundary: First layer that is fine-tuned; ``None`` takes the backbone's usual one.
-        rows: Names from `ROWS`.
         head_epochs: Epochs of the head alone.
         epochs: Epochs of fine-tuning.
-        batch_size: Images per step.
         head_learning_rate: Step size of RMSprop for the head.
         learning_rate: Step size of SGD for fine-tuning.
-        momentum: Momentum of SGD.
-        weights: ``"pretrained"`` or ``None`` for random weights.
-        seed: Seeds selection, head and order of batches.
     """
 
-    backbone: str = "efficientnet-lite0"
     data: str = "cifar10"
-    classes: tuple[str, ...] = ()
     train_per_class: int | None = 100
     test_per_class: int | None = 100
     image_size: int = 96
-    boundary: str | int | float | None = None
     rows: tuple[str, ...] = tuple(ROWS)
     head_epochs: int = 10
     epochs: int = 5
-    batch_size: int = 32
     head_learning_rate: float = 1e-3
     learning_rate: float = 1e-4
-    momentum: float = 0.9
-    weights: str | None = "pretrained"
-    seed: int = 0
 
 
 def check_settings(settings: TransferSettings) -> None:
@@ -119,16 +94,16 @@ def check_settings(settings: TransferSettings) -> None:
     Raises:
         DataError: With the setting's name, what is allowed and what was received.
     """
-    least = {"image_size": 8, "head_epochs": 1, "epochs": 1, "batch_size": 2,
-             "train_per_class": 1, "test_per_class": 1, "seed": 0}  # fmt: skip
-    for name, lowest in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < lowest:
-            raise DataError(f"{name} must be at least {lowest}. Received: {name}={value}")
-    for name in ("head_learning_rate", "learning_rate"):
-        rate = getattr(settings, name)
-        if not (math.isfinite(rate) and rate > 0):
-            raise DataError(f"{name} must be above 0. Received: {name}={rate}")
-    if not 0 <= settings.momentum < 1:
-        raise DataError(f"momentum must be in [0, 1). Received: momentum={settings.momentum}")
-    check_rows(settings.rows, ROWS)
+    shared.check(
+        settings,
+        ROWS,
+        counts=("head_epochs", "train_per_class", "test_per_class"),
+        rates=("learning_rate", "head_learning_rate"),
+    )
+
+
+def resolved(settings: TransferSettings) -> TransferSettings:
+    """Fill in the backbone's usual boundary, so that the results record it."""
+    if settings.boundary is not None:
+        return settings
+    return replace(settings, boundary=shared.default_boundary(settings.backbone))

@@ -17,6 +17,7 @@ import pytest
 from frostline.data import files
 from frostline.experiments import figures, overfit, records
 from frostline.experiments.run import Silent
+from frostline.experiments.settings import data_name
 from frostline.types import DataError, ModelError, OutputError, PhaseRow, PhaseTable
 from frostline.types.report import Report
 
@@ -214,7 +215,7 @@ def test_a_path_gives_a_folder_name(tmp_path: Path) -> None:
         ("../shared/data", "data"),
         ("a/cifar10-train.parquet", "cifar10-train"),
     ):
-        assert records.data_name(source) == name
+        assert data_name(source) == name
 
 
 class Interrupts(Silent):

@@ -13,7 +13,7 @@ import pytest
 import tables
 
 from frostline import cli
-from frostline.experiments import transfer, transfer_records
+from frostline.experiments import figures, transfer
 from frostline.types import DataError, OutputError
 
 pytestmark = pytest.mark.once  # that fl.fit is model.fit on every backend is tested with fl.fit
@@ -126,7 +126,7 @@ def test_the_files_say_what_was_measured(result: transfer.TransferResult, folder
     lines = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
     assert len(lines) == 5 * 4
     assert float(lines[-1]["test_loss"]) == pytest.approx(result.rows[-1].epochs[-1].test_loss)
-    assert (folder / "figure.png").read_bytes() == transfer_records.draw(result, suffix=".png")
+    assert (folder / "figure.png").read_bytes() == figures.draw(result, suffix=".png")
     assert b"fine-tuned from" in (folder / "figure.svg").read_bytes()
     assert {path.name for path in result.files} == {path.name for path in folder.iterdir()}
 
