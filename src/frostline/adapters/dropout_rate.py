@@ -25,7 +25,8 @@ OFF: Mapping[str, float] = {
 }
 #: What to do about dropout in a part that should be frozen, behind what it does there.
 TURN_OFF = "; freeze(dropout=True) turns it off"
-_KEPT = "_frostline_rates"
+#: Where an object keeps the rates that were turned off.
+KEPT_RATES = "_frostline_rates"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Knob:
     @property
     def kept(self) -> Any:
         """The rate before :meth:`turn_off`, or ``None``."""
-        return vars(self.owner).get(_KEPT, {}).get(self.name)
+        return vars(self.owner).get(KEPT_RATES, {}).get(self.name)
 
     def turn_off(self) -> bool:
         """Set it to the identity; returns whether it was another value."""
@@ -71,12 +72,12 @@ class Knob:
 
     def _keep(self, value: Any) -> None:
         # Not by setattr: Keras would track the dict, and freeze it into what it saves.
-        others = {k: v for k, v in vars(self.owner).get(_KEPT, {}).items() if k != self.name}
+        others = {k: v for k, v in vars(self.owner).get(KEPT_RATES, {}).items() if k != self.name}
         found = others if value is None else {**others, self.name: value}
         if found:
-            vars(self.owner)[_KEPT] = found
+            vars(self.owner)[KEPT_RATES] = found
         else:
-            vars(self.owner).pop(_KEPT, None)
+            vars(self.owner).pop(KEPT_RATES, None)
 
 
 @dataclass(frozen=True, eq=False)

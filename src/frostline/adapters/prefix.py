@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from frostline.adapters import room_of, rooms
+from frostline.adapters.computation import Identity, identity_of
 from frostline.types import Array, ModelError
 
 
@@ -25,8 +26,8 @@ def _role(prefix: Any) -> Any:
     )
 
 
-def identity(prefix: Any) -> str:
-    """Return the hash of a prefix: what it computes, weights and stored statistics included.
+def identity(prefix: Any) -> Identity:
+    """Tell what a prefix computes, weights and stored statistics included.
 
     Args:
         prefix: A built Keras model, a torch module, or anything with an ``identity`` of its own.
@@ -35,8 +36,18 @@ def identity(prefix: Any) -> str:
         ModelError: Neither.
     """
     if is_callable_prefix(prefix):
-        return str(prefix.identity)
-    return str(_role(prefix).identity(prefix))
+        return Identity(prefix.identity)
+    found: Identity = _role(prefix).identity(prefix)
+    return found
+
+
+def function_identity(function: Any) -> Identity:
+    """Tell what any function, callable object or layer computes."""
+    room = room_of(function)
+    if room is None:
+        return identity_of(function)
+    found: Identity = room.prefix_role().layer_identity(function)
+    return found
 
 
 def native(prefix: Any) -> Callable[[Any], list[Array]]:

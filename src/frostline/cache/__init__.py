@@ -18,6 +18,7 @@ import numpy as np
 
 from frostline import engines
 from frostline.adapters import prefix as prefixes
+from frostline.adapters.computation import Identity
 from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
@@ -138,17 +139,17 @@ def cache_features(
         title=title,
         through=through,
     )
-    identity = prefixes.identity(prefix)
+    found = prefixes.identity(prefix)
     data = prefixes.readable(prefix, data, batch_size)
     labels: list[Any] | None = [] if prefixes.hands_out_labels(prefix) else None
     made = [
-        _view(prefix, identity, data, order, view, views, None if view else labels)
+        _view(prefix, found, data, order, view, views, None if view else labels)
         for view in range(views)
     ]
-    found: FeatureCache = prefixes.handed_out(
+    cache: FeatureCache = prefixes.handed_out(
         prefix, FeatureCache(path=order.root, views=tuple(made)), labels or ()
     )
-    return found
+    return cache
 
 
 def _check(*, views: int, augment: Any, batch_size: int, max_gb: float | None) -> None:
@@ -167,7 +168,7 @@ def _check(*, views: int, augment: Any, batch_size: int, max_gb: float | None) -
 
 def _view(
     prefix: Any,
-    identity: str,
+    identity: Identity,
     data: Any,
     order: _Order,
     view: int,
@@ -184,11 +185,11 @@ def _view(
 
     def key_with(engine: str) -> str:
         return build.collection_key(
-            identity, engine, order.dtype, order.batch_size, forms, augmented
+            identity.text, engine, order.dtype, order.batch_size, forms, augmented
         )
 
     key = key_with(order.engine)
-    known_by = (identity, repr(forms))
+    known_by = (identity.text, repr(forms))
     small = expected is not None and expected <= _FEW_BATCHES * order.batch_size
     tried = (
         (order.root / key).exists()
@@ -201,6 +202,12 @@ def _view(
         key = key_with("native")
     progress = Progress(title, expected, order.verbose)
     home = order.root / key
+    if identity.private:
+        folder.remove_at_exit(home)
+        progress.say(
+            f"{title}: the prefix uses {identity.private}, which cannot be told from another: its "
+            "features are computed anew and kept for this process only"
+        )
     with folder.locked(home, progress, timeout=order.lock_timeout):
         start = _Start(prefix, known_by, order, progress, expected)
         lazy = _Lazy(start, first.x, view, _known(home))

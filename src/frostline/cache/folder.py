@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -17,7 +18,7 @@ from frostline.cache import build, shards
 from frostline.cache.files import DamagedError, make_folder
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection
-from frostline.types import DataError, OutputError
+from frostline.types import DataError, FrostlineError, OutputError
 
 _HEX = set("0123456789abcdef")
 
@@ -174,6 +175,18 @@ def verify(folder: Path) -> list[str]:
         except (DamagedError, DataError) as error:
             problems.append(f"data set {path.stem[:12]}: {error}")
     return problems
+
+
+def remove_at_exit(folder: Path) -> None:
+    """Remove a collection that no other process can use when this one ends."""
+    creator = os.getpid()
+
+    def removed() -> None:
+        if os.getpid() == creator:  # not in a forked worker
+            with contextlib.suppress(FrostlineError, OSError):
+                remove(folder, Progress("", None, 0))
+
+    atexit.register(removed)
 
 
 def remove(folder: Path, progress: Progress) -> None:

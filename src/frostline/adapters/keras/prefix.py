@@ -2,51 +2,206 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import sys
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
+from keras.metrics import Metric
 
-from frostline.adapters.bytecode import code_of
+from frostline.adapters.computation import Identity, Reader, hashed, identity_of, is_library
+from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.keras.compile import without_gradients
 from frostline.adapters.keras.graph import walk
 from frostline.adapters.keras.native import device, full_precision, native, uncompiled
 from frostline.types import Array, ModelError
 
-#: Parts of a configuration that say nothing about what an inference pass computes.
-_BESIDE = ("name", "trainable", "build_config", "compile_config")
-
 #: A Keras data set keeps its own labels.
 HANDS_OUT_LABELS = False
 
 
-def identity(model: Any) -> str:
-    """Hash of the architecture without names, and of all weights: kernels, gamma, statistics.
+def identity(model: Any) -> Identity:
+    """Hash of all that decides what a model computes at inference, apart from names of layers.
 
     Keras numbers layers as they are made (``conv2d_7``), so a name is replaced by the layer's place
-    in the model: the same network built twice is the same network. Keras' own layers are known by
-    its version, others by their code.
+    in its model: the same network built twice is the same network. Keras' own layers are known by
+    its version, their configuration and the functions they hold; others also by their code and by
+    all of their attributes.
 
     Raises:
         ModelError: Not built, or a layer that cannot say what it is.
     """
     if not model.built:
         raise ModelError("the prefix is not built: call it on a batch first.")
-    places = walk(model)
-    names = {place.layer.name: f"layer {place.order}" for place in places}
+    return layer_identity(model)
+
+
+def layer_identity(model: Any) -> Identity:
+    """As :func:`identity`, of any layer, built or not."""
+    reading = _Reading(model)
     try:
-        config = keras.saving.serialize_keras_object(model)
-        text = json.dumps(_plain(config, names), sort_keys=True, default=repr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a lambda cannot be loaded safely
+            config = keras.saving.serialize_keras_object(model)
+        config = _without_names(config, reading.classes)
+        text = json.dumps(config, sort_keys=True, default=repr)
     except Exception as error:  # a layer without get_config, or with one that fails
         raise ModelError(
             f"the prefix cannot be described, so its features cannot be kept ({error})"
         ) from error
-    code = [code_of(type(each), "keras") for each in (model, *(place.layer for place in places))]
-    parts = (keras.__version__, keras.backend.floatx(), text, *code, weights_digest(model))
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    names = [
+        tensor._keras_history.operation.name for tensor in getattr(model, "inputs", None) or ()
+    ]
+    if len(names) == 1 or any(name.startswith(_NUMBERED) for name in names):
+        names = []  # Keras finds an input by its name where there are several
+    head = (keras.__version__, keras.backend.floatx(), text, *names, weights_digest(model))
+    found = identity_of(_Whole(reading), reading.leaf)
+    return replace(found, text=hashed(*head, found.text))
+
+
+#: What Keras calls inputs without a name.
+_NUMBERED = ("input_layer", "keras_tensor")
+_LAYER_KEYS = ("build_config", "compile_config")
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A model to be read: itself, its layers and operations, in order."""
+
+    reading: _Reading
+
+
+class _Reading:
+    """Reads a model's layers beyond their configuration."""
+
+    def __init__(self, model: Any) -> None:
+        self.layers = [model, *(place.layer for place in walk(model))]
+        self.numbers = {id(layer): number for number, layer in enumerate(self.layers)}
+        self.weights = {id(variable): number for number, variable in enumerate(model.weights)}
+        self.classes = {(layer.name, type(layer).__name__) for layer in self.layers}
+
+    def leaf(self, value: Any, reader: Reader) -> list[Any] | None:
+        """Read a value of Keras' own; see :class:`frostline.adapters.computation.Reader`."""
+        if isinstance(value, _Whole):
+            return [part for layer in self.layers for part in self._layer(layer, reader)]
+        if isinstance(value, keras.Variable):
+            number = self.weights.get(id(value))
+            return ["weight", str(number)] if number is not None else ["variable", *_bytes(value)]
+        if isinstance(value, keras.Layer):
+            number = self.numbers.get(id(value))
+            return ["layer", str(number)] if number is not None else self._layer(value, reader)
+        if isinstance(value, keras.KerasTensor):
+            return ["tensor", str(value.shape), str(value.dtype)]
+        if isinstance(value, (keras.random.SeedGenerator, keras.Optimizer, keras.Loss, Metric)):
+            return [type(value).__name__]
+        if keras.ops.is_tensor(value):
+            return ["constant", *_bytes(value)]
+        library = is_library(type(value).__module__)
+        if library and not isinstance(value, type) and callable(getattr(value, "get_config", None)):
+            return [type(value).__name__, reader.read(value.get_config())]
+        if "torch" in sys.modules:
+            from frostline.adapters.torch.prefix import leaf as of_torch
+
+            return of_torch(value, reader)
+        return None
+
+    def _layer(self, layer: Any, reader: Reader) -> list[Any]:
+        """Class and attributes of a layer, but for those that every layer has."""
+        own = {name: each for name, each in vars(layer).items() if name not in _of_every_layer()}
+        if is_library(type(layer).__module__):
+            # Its configuration says the rest; what Keras keeps beside it may differ between runs.
+            reader = Reader(self.leaf, lenient=True)
+            own = {
+                name: each
+                for name, each in own.items()
+                if not isinstance(each, str) and name not in ("seed", "_nodes", "_operations")
+            }
+        parts: list[Any] = ["layer", reader.read(type(layer)), *reader.items(own)]
+        if isinstance(layer, keras.Function):
+            inner = [each for each in layer.operations if not isinstance(each, keras.Layer)]
+            parts += [reader.read(type(each)) for each in inner]
+        return parts
+
+
+@functools.cache
+def _of_every_layer() -> frozenset[str]:
+    """Attributes of a bare layer and of a bare model, compiled or not."""
+
+    class Bare(keras.Model):  # type: ignore[misc]
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+    model = Bare()
+    model.compile("sgd", "mse")
+    graph = keras.Sequential([keras.Input((1,)), keras.layers.Flatten()])
+    functional = vars(getattr(graph, "_functional", graph))
+    known = {*vars(keras.layers.Layer()), *vars(model), *vars(graph), *functional}
+    return frozenset({*known, KEPT_RATES, "history", "stop_training", "validation_data", "_layers"})
+
+
+def _without_names(value: Any, layers: set[tuple[str, str]], scope: Any = None) -> Any:
+    """A configuration with the names of layers replaced where they refer to one.
+
+    Args:
+        value: Part of what Keras serializes.
+        layers: (name, class) of every layer in the model.
+        scope: Name -> place, of the layers of the model that this is part of.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_without_names(item, layers, scope) for item in value]
+    if not isinstance(value, dict):
+        return value
+    scope = scope or {}
+    name, config = value.get("class_name"), value.get("config")
+    if name == "__lambda__":
+        return {"class_name": name}  # its bytes name file and line; the function itself is read
+    if name == "__keras_tensor__" and isinstance(config, dict):
+        layer, *indices = config["keras_history"]
+        return {**value, "config": {**config, "keras_history": [scope.get(layer, layer), *indices]}}
+    if not isinstance(config, dict) or "class_name" not in value:
+        return {key: _without_names(item, layers, scope) for key, item in value.items()}
+    config = dict(config)
+    outer = {key: item for key, item in value.items() if key not in ("config", *_LAYER_KEYS)}
+    if "inbound_nodes" in value or (config.get("name"), name) in layers:
+        outer.pop("name", None)
+        config.pop("name", None)
+        config.pop("trainable", None)
+    entries = config.get("layers")
+    if isinstance(entries, list) and all(isinstance(each, dict) for each in entries):
+        names = [each.get("name", each.get("config", {}).get("name")) for each in entries]
+        scope_inside = {name: f"layer {place}" for place, name in enumerate(names)}
+        inside = layers | {
+            (name, each.get("class_name")) for name, each in zip(names, entries, strict=True)
+        }
+        for end in ("input_layers", "output_layers"):
+            if end in config:
+                config[end] = _ends(config[end], scope_inside)
+        config["layers"] = [_without_names(each, inside, scope_inside) for each in entries]
+        return {**_without_names(outer, layers, scope), "config": config}
+    return {
+        **_without_names(outer, layers, scope),
+        "config": {key: _without_names(item, layers, scope) for key, item in config.items()},
+    }
+
+
+def _ends(value: Any, scope: dict[str, str]) -> Any:
+    """Inputs or outputs of a graph: layers as ``[name, node, tensor]`` in any structure."""
+    if isinstance(value, dict):
+        return {key: _ends(item, scope) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and len(value) == 3 and isinstance(value[0], str):
+        return [scope.get(value[0], value[0]), *value[1:]]
+    return [_ends(item, scope) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _bytes(tensor: Any) -> tuple[str, str, memoryview]:
+    value = np.ascontiguousarray(_numpy(tensor))
+    return str(value.shape), str(value.dtype), value.reshape(-1).view(np.uint8).data
 
 
 def weights_digest(model: Any) -> str:
@@ -57,18 +212,6 @@ def weights_digest(model: Any) -> str:
         digest.update(f"{variable.shape}|{variable.dtype}|".encode())
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _plain(value: Any, names: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            names.get(key, key): _plain(inner, names)
-            for key, inner in value.items()
-            if key not in _BESIDE
-        }
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner, names) for inner in value]
-    return names.get(value, value) if isinstance(value, str) else value
 
 
 def _numpy(variable: Any) -> Array:
@@ -141,6 +284,7 @@ __all__ = [
     "full_precision",
     "handed_out",
     "identity",
+    "layer_identity",
     "native",
     "readable",
     "seeded",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,65 +10,123 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from frostline.adapters.bytecode import code_of
+from frostline.adapters.computation import Identity, Reader, UnreadableError, identity_of
+from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.torch import forward_pass as torch_pass
 from frostline.adapters.torch.cached_data import FeatureDataset, in_order as readable, joined
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import unlocked_class
-from frostline.adapters.torch.network import phase
+from frostline.adapters.torch.network import attribute, phase
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None))
-#: What a BN module has beside what it computes at inference.
-_BESIDE = frozenset({"training", "momentum", "track_running_stats", "num_batches_tracked"})
+#: What torch's own BN modules have beside what they compute at inference.
+_BESIDE_IN_BN = frozenset({"momentum", "track_running_stats", "num_batches_tracked"})
+#: Attributes that every module has; hooks of the forward pass are read apart.
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl", KEPT_RATES})
 _OPSET = 17
 #: Features come as a data set of samples with their labels.
 HANDS_OUT_LABELS = True
 
 
-def identity(module: Any) -> str:
-    """Hash of what a module computes at inference: code, configuration, weights and statistics.
+def identity(module: Any) -> Identity:
+    """Hash of all that decides what a module computes at inference.
+
+    Classes with their code, attributes of any kind, hooks, replaced methods, weights, statistics.
 
     Args:
         module: Any torch module; wrappers are taken off.
     """
-    root = unwrapped(module)
-    digest = hashlib.sha256(b"torch")
-    if isinstance(root, fx.GraphModule):
-        digest.update(root.code.encode())
-    for name, each in root.named_modules():
-        digest.update(repr((name, _described(each))).encode())
-    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if name.rpartition(".")[2] in _BESIDE:
-            continue
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    hooks = [
+        getattr(nn.modules.module, f"_global_forward_{name}") for name in ("hooks", "pre_hooks")
+    ]
+    return identity_of([unwrapped(module), *(list(each.values()) for each in hooks)], leaf)
 
 
-def _described(module: Any) -> tuple[Any, ...]:
-    """Class of a module, its plain settings, and its code where it is not torch's own."""
+#: Of any module: the same.
+layer_identity = identity
+
+
+def leaf(value: Any, reader: Reader) -> list[Any] | None:
+    """Read a value of torch's; see :class:`frostline.adapters.computation.Reader`."""
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise UnreadableError("a TorchScript program")
+    if isinstance(value, nn.Module):
+        return _module(value, reader)
+    if isinstance(value, type) and unlocked_class(value) is not value:
+        return [reader.read(unlocked_class(value))]
+    if isinstance(value, torch.Generator):
+        return ["generator", value.get_state().numpy().tobytes()]
+    if isinstance(value, _NAMED):
+        return [type(value).__name__, str(value)]
+    return None
+
+
+_NAMED = (
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+
+
+def _tensor(tensor: Any) -> list[Any]:
+    head = f"{tuple(tensor.shape)}|{tensor.dtype}"
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.device.type == "meta":
+        raise UnreadableError("a tensor without values")
+    try:
+        dense = tensor.detach().resolve_conj().resolve_neg()
+        flat = dense.to_dense() if dense.layout != torch.strided else dense
+        content = flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UnreadableError(f"a tensor of type {tensor.dtype} ({first_line(error)})") from None
+    return ["tensor", head, content.data]
+
+
+def _module(module: Any, reader: Reader) -> list[Any]:
+    """All that decides what one module computes at inference, its children included."""
     kind: Any = unlocked_class(type(module))
+    own = kind.__module__.startswith("torch.nn.modules.") and issubclass(kind, _NormBase)
+    skipped = _BESIDE_IN_BN if own else frozenset()
+    parts: list[Any] = ["module"]
     if isinstance(module, fx.GraphModule):
-        return ("graph",)
-    settings = {
-        key: value
-        for key, value in sorted(vars(module).items())
-        if not key.startswith("_") and key not in _BESIDE and _is_plain(value)
-    }
-    return kind.__module__, kind.__qualname__, settings, code_of(kind, "torch")
+        parts += _graph(module, reader)
+        attributes = {name: vars(module)[name] for name in ("forward",) if name in vars(module)}
+    else:
+        parts.append(reader.read(kind))
+        attributes = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE}
+    parts += reader.items(attributes, skipped)
+    for held in (module._parameters, module._buffers):
+        parts += reader.items(held, skipped)
+    for kind_of_hook in ("_forward_pre_hooks", "_forward_hooks"):
+        with_kwargs = getattr(module, f"{kind_of_hook}_with_kwargs")
+        for number, hook in getattr(module, kind_of_hook).items():
+            parts += [kind_of_hook, str(number in with_kwargs), reader.read(hook)]
+    for name, child in module._modules.items():
+        parts += [name, reader.read(child)]
+    return parts
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (*_PLAIN, torch.dtype))
+def _graph(module: Any, reader: Reader) -> list[Any]:
+    """Code of a graph, and the functions and constants that it names."""
+    parts: list[Any] = [module.code]
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            parts.append(reader.read(node.target))
+        elif node.op == "get_attr":
+            parts.append(reader.read(attribute(module, node.target)))
+        arguments = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+        parts += reader.each(each for each in arguments if not isinstance(each, fx.Node))
+    return parts
 
 
 def device(module: Any) -> str:
@@ -199,6 +256,7 @@ __all__ = [
     "full_precision",
     "handed_out",
     "identity",
+    "layer_identity",
     "native",
     "readable",
     "takes_any_number",
