@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
 from frostline.cache.files import DamagedError, sha256
+from frostline.cache.judge import ChangedError, Judge
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Tensor
 from frostline.cache.through import Through, start as start_through
-from frostline.data.batches import Batch, batches, leaves, require_reiterable
+from frostline.data.batches import Batch, batches, is_reiterable, leaves, require_reiterable
 from frostline.types import Array, DataError, FrostlineError
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
@@ -210,17 +211,49 @@ def _view(
         )
     with folder.locked(home, progress, timeout=order.lock_timeout):
         start = _Start(prefix, known_by, order, progress, expected)
-        lazy = _Lazy(start, first.x, view, _known(home))
-        collection = lazy.collection(home, key)
-        shards.create(collection)
-        used = folder.size(order.root)
-        build.require_room(collection, expected, max_bytes=order.max_bytes, used=used)
-        progress.say(build.estimate(collection, title, expected))
-        builder = build.Builder(collection, lazy.run, order.dtype, progress, order.max_bytes, used)
         rest: Iterator[Batch] = itertools.chain([first], stream)
-        manifest = builder.build(batch.x for batch in _noted(rest, labels))
+        try:
+            collection, manifest = _built(start, home, key, view, first.x, _noted(rest, labels))
+        except ChangedError as changed:
+            shards.discard(home)
+            progress.say(f"{title}: {changed}; they are discarded and computed anew")
+            if is_reiterable(data):
+                rest = batches(data, batch_size=order.batch_size)
+            elif changed.batches == 1:
+                rest = itertools.chain([first], stream)
+            else:
+                raise DataError(
+                    f"{changed}. They are discarded; the data can be read only once, so run it "
+                    f"again. Received: {type(data).__name__}"
+                ) from changed
+            progress.done = progress.computed = 0
+            if labels is not None:
+                labels.clear()
+            collection, manifest = _built(start, home, key, view, first.x, _noted(rest, labels))
     progress.finish()
     return View(collection=collection, manifest=manifest)
+
+
+def _built(
+    start: _Start, home: Path, key: str, view: int, first: Any, stream: Iterator[Batch]
+) -> tuple[Collection, build.Manifest]:
+    """Compute what is missing and write the manifest; the lock is held.
+
+    Raises:
+        ChangedError: What is stored is not what the prefix computes.
+    """
+    order, progress = start.order, start.progress
+    lazy = _Lazy(start, first, view, _known(home))
+    collection = lazy.collection(home, key)
+    shards.create(collection)
+    used = folder.size(order.root)
+    build.require_room(collection, start.expected, max_bytes=order.max_bytes, used=used)
+    progress.say(build.estimate(collection, progress.title, start.expected))
+    judge = Judge(start.prefix, collection, _augmenter(order, view))
+    builder = build.Builder(
+        collection, lazy.run, order.dtype, progress, order.max_bytes, used, judge
+    )
+    return collection, builder.build(batch.x for batch in stream)
 
 
 def _noted(stream: Iterator[Batch], labels: list[Any] | None) -> Iterator[Batch]:
@@ -379,14 +412,22 @@ def _map_rows(x: Any, rows: Array) -> Any:
 
 
 def _augmented(run: Any, order: _Order, view: int) -> build.Run:
-    """Run on augmented samples; the seed is a hash of the samples: a killed run goes on alike."""
-    if order.augment is None:
+    """Run on augmented samples."""
+    augment = _augmenter(order, view)
+    if augment is None:
         return lambda x, _: run(x)
+    return lambda x, digests: run(augment(x, digests))
+
+
+def _augmenter(order: _Order, view: int) -> Callable[[Any, Array], Any] | None:
+    """Augment a batch; the seed is a hash of its samples: a killed run goes on alike."""
+    if order.augment is None:
+        return None
     apply = prefixes.augmenter(order.augment)
 
     def augmented(x: Any, digests: Array) -> Any:
         digest = sha256("seed", str(order.seed), str(view), digests.tobytes())
-        return run(apply(x, int(digest[:8], 16) & 0x7FFFFFFF))
+        return apply(x, int(digest[:8], 16) & 0x7FFFFFFF)
 
     return augmented
 

@@ -20,6 +20,7 @@ from frostline.cache.files import (
     write_array,
     write_sealed,
 )
+from frostline.cache.judge import Judge
 from frostline.cache.progress import Progress, in_bytes
 from frostline.cache.shards import Collection, Shard
 from frostline.data.batches import leaves, map_leaves
@@ -105,6 +106,7 @@ class Builder:
         progress: Told of every batch.
         max_bytes: Limit of ``used`` together with what is written.
         used: Bytes in the cache before.
+        judge: Compares stored samples with what the prefix computes.
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class Builder:
         progress: Progress,
         max_bytes: int | None = None,
         used: int = 0,
+        judge: Judge | None = None,
     ) -> None:
+        self.judge = judge
         self.collection = collection
         self.run = run
         self.dtype = dtype
@@ -135,6 +139,7 @@ class Builder:
 
         Raises:
             FullError: Disk or limit reached; complete shards stay and count.
+            ChangedError: Stored features are not what the prefix computes.
             DataError: Features that are not finite, with the sample.
         """
         order = hashlib.sha256()
@@ -144,6 +149,8 @@ class Builder:
             digests = shards.sample_digests(leaves(x))
             order.update(digests.tobytes())
             places, missing = self._locate(digests)
+            if self.judge is not None:
+                self.judge.see(x, digests, self._stored(places))
             pointers.append(places)
             if missing.any():
                 rows = np.flatnonzero(missing)
@@ -152,6 +159,8 @@ class Builder:
                 self._compute(whole_batches=True)
             seen += len(digests)
             self.progress.advance(len(digests), int(missing.sum()))
+        if self.judge is not None:
+            self.judge.finish()
         self._compute(whole_batches=False)
         self._flush()
         return self._finish(order.hexdigest(), np.concatenate(pointers))
@@ -172,6 +181,16 @@ class Builder:
                     self._ordinal, self._filled = self._ordinal + 1, 0
             places[row] = place
         return places, missing
+
+    def _stored(self, places: Array) -> list[tuple[int, Shard, int]]:
+        """Which samples of a batch were stored before, and where."""
+        found = []
+        for number, place in enumerate(map(int, places)):
+            ordinal = place >> _ROW_BITS
+            shard = self.index.shards[ordinal] if ordinal < len(self.index.shards) else None
+            if shard is not None:
+                found.append((number, shard, place & ((1 << _ROW_BITS) - 1)))
+        return found
 
     def _compute(self, *, whole_batches: bool) -> None:
         """Run the prefix on what waits."""

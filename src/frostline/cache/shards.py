@@ -149,6 +149,14 @@ def create(collection: Collection) -> None:
     )
 
 
+def discard(folder: Path) -> None:
+    """Remove all that a collection holds, its description first; only while holding its lock."""
+    (folder / "collection.json").unlink(missing_ok=True)
+    for inner in ("manifests", "shards"):
+        for path in (folder / inner).glob("*"):
+            path.unlink(missing_ok=True)
+
+
 def load(folder: Path) -> Collection:
     """Read what a folder says about itself.
 

@@ -11,11 +11,22 @@ import numpy as np
 import pytest
 
 import frostline.cache as package
-from frostline.cache import FeatureCache, augmentation, cache_features, files, folder, shards
+from frostline.cache import (
+    FeatureCache,
+    augmentation,
+    cache_features,
+    files,
+    folder,
+    judge,
+    shards,
+)
 from frostline.cache.progress import in_bytes
 from frostline.types import DataError, ModelError, OutputError
 
 pytestmark = pytest.mark.once
+
+#: Samples that are computed again to compare them where features are reused.
+JUDGED = judge.AT_FIRST + judge.FROM_ALL
 
 
 class Prefix:
@@ -79,11 +90,13 @@ def test_samples_are_computed_once_whatever_data_set_they_come_in(x: Any, tmp_pa
     assert sorted(set(prefix.seen)) == list(range(100))
     prefix.seen = []
     cache = make(prefix, x[::-1][:40], tmp_path)  # another order, a subset
-    assert prefix.seen == []
+    assert len(set(prefix.seen)) <= JUDGED
+    prefix.seen = []
     np.testing.assert_array_equal(cache.rows([0, 39])[0], x[[99, 60]] * 2)
     more = np.concatenate([x, x[:3] + 1000])  # and three new ones
     cache = make(prefix, more, tmp_path)
-    assert set(prefix.seen) == {1000.0, 1001.0, 1002.0}
+    assert {1000.0, 1001.0, 1002.0} <= set(prefix.seen)
+    assert len(set(prefix.seen)) <= 3 + JUDGED
     np.testing.assert_array_equal(cache.rows(np.arange(103))[0], more * 2)
 
 
@@ -140,14 +153,15 @@ def test_several_inputs_in_any_order_of_names(tmp_path: Path) -> None:
         calls = 0
 
         def __call__(self, x: Any) -> list[Any]:
-            Sum.calls += 1
+            Sum.calls += len(np.unique(x["b"], axis=0))
             return [x["a"] + x["b"]]
 
     a, b = np.ones((4, 2), np.float32), np.arange(8, dtype=np.float32).reshape(4, 2)
     cache = make(Sum(), {"a": a, "b": b}, tmp_path)
     calls = Sum.calls
     again = make(Sum(), {"b": b, "a": a}, tmp_path)
-    assert Sum.calls == calls
+    assert Sum.calls - calls <= judge.AT_FIRST  # compared, not computed
+    calls = Sum.calls
     np.testing.assert_array_equal(cache.rows([2])[0], again.rows([2])[0])
     np.testing.assert_array_equal(cache.rows([2])[0], [[5.0, 6.0]])
     swapped = make(Sum(), {"a": b, "b": a}, tmp_path)
@@ -228,6 +242,89 @@ def test_an_augmentation_is_known_by_what_it_does(monkeypatch: pytest.MonkeyPatc
     assert identity(make_shift(object()), "shift 1") == identity(scaled, "shift 1")
 
 
+# ---------------------------------------------------------------- behaviour as the judge
+
+
+class Bent(Prefix):
+    """The same identity as :class:`Prefix`; another function for some samples."""
+
+    def __init__(self, since: float = 0, share: float = 1e-2) -> None:
+        super().__init__()
+        self.since = since
+        self.share = share
+
+    def __call__(self, x: Any) -> list[Any]:
+        doubled, sums = super().__call__(x)
+        return [np.where(x[:, :1] >= self.since, doubled * (1 + self.share), doubled), sums]
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("kind", ["arrays", "one-shot", "one shard"])
+def test_features_of_another_computation_are_discarded(
+    kind: str, x: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(Prefix(), x, tmp_path)
+    data = iter([x[:30], x[30:]]) if kind == "one-shot" else x[:20] if kind == "one shard" else x
+    cache = make(Bent(), data, tmp_path, verbose=2)
+    rows = np.arange(len(cache))
+    np.testing.assert_array_equal(cache.rows(rows)[0], Bent()(x[: len(cache)])[0])
+    text = capsys.readouterr().err
+    assert "differ by 9.9e-03 from what the prefix computes now" in text
+    assert f"{len(cache)} samples, {len(cache)} computed, 0 already there" in text
+    again = Bent()
+    make(again, x[: len(cache)], tmp_path, verbose=2)
+    assert len(set(again.seen)) <= JUDGED
+    assert "differ" not in capsys.readouterr().err
+
+
+def test_a_difference_in_later_samples_is_found(
+    x: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = np.random.Generator(np.random.PCG64(0))
+    monkeypatch.setattr(judge.np.random, "default_rng", lambda: drawn)
+    make(Prefix(), x, tmp_path)
+    cache = make(Bent(since=16), x, tmp_path)  # the first batch is as it was
+    np.testing.assert_array_equal(cache.rows(np.arange(100))[0], Bent(since=16)(x)[0])
+    make(Prefix("other"), x, tmp_path)
+    other = Bent(since=16)
+    other.identity = Prefix("other").identity
+    with pytest.raises(DataError, match="run it again"):
+        make(other, iter([x[:16], x[16:]]), tmp_path)
+    cache = make(other, iter([x[:16], x[16:]]), tmp_path)
+    np.testing.assert_array_equal(cache.rows(np.arange(100))[0], Bent(since=16)(x)[0])
+
+
+def test_augmented_features_are_compared_as_they_were_augmented(
+    x: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noise(x: Any, seed: int) -> Any:
+        return x + np.random.default_rng(seed).normal(size=x.shape).astype(np.float32)
+
+    one = make(Prefix(), x, tmp_path, views=2, augment=noise)
+    make(Prefix(), x, tmp_path, views=2, augment=noise, verbose=2)
+    assert "differ" not in capsys.readouterr().err
+    other = make(Bent(since=-99), x, tmp_path, views=2, augment=noise, verbose=2)
+    assert capsys.readouterr().err.count("differ by 9.9e-03") == 2
+    rows = np.arange(100)
+    np.testing.assert_allclose(
+        other.rows(rows, view=1)[0] / 1.01, make(Prefix("b"), x, tmp_path, views=2, augment=noise)
+        .rows(rows, view=1)[0], rtol=1e-5,
+    )  # fmt: skip
+    assert one.keys == other.keys
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounding_to_sixteen_bits_is_no_difference(
+    dtype: str, x: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(Prefix(), x, tmp_path, dtype=dtype)
+    make(Prefix(), x, tmp_path, dtype=dtype, verbose=2)
+    assert "0 computed, 100 already there" in (text := capsys.readouterr().err)
+    assert "differ" not in text
+    make(Bent(share=0.05), x, tmp_path, dtype=dtype, verbose=2)
+    assert "differ" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -250,7 +347,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_repaired(x: Any, tmp_path: Path)
             np.testing.assert_array_equal(cache.rows([99])[1][0, :, 0], np.cumsum(x[99])[1:3])
             assert everything(tmp_path) == whole, (name, position)
             # Only the shard that was hit is computed again (its padding and the trial apart).
-            assert len(set(prefix.seen) - set(range(16))) <= 32, (name, position)
+            assert len(set(prefix.seen) - set(range(16))) <= 32 + JUDGED, (name, position)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -287,7 +384,8 @@ def test_a_failure_half_way_keeps_what_is_complete(x: Any, tmp_path: Path) -> No
         make(Fails(), x, tmp_path)
     prefix = Prefix()
     cache = make(prefix, x, tmp_path)
-    assert set(prefix.seen) == set(range(64, 100))
+    assert set(prefix.seen) >= set(range(64, 100))
+    assert len(set(prefix.seen)) <= 36 + JUDGED
     np.testing.assert_array_equal(cache.rows(np.arange(100))[0], x * 2)
 
 
