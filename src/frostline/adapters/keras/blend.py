@@ -20,16 +20,17 @@ from keras import ops
 
 from frostline.adapters import Outcome
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import compiled, without_gradients
 from frostline.adapters.keras.forward_pass import inference, tensors
 from frostline.adapters.keras.loss import PerSampleLoss
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
-    Port,
+    SiteHandle,
     blended_call,
     given_call,
-    ports,
     replaced,
+    site_handles,
     stored_call,
 )
 from frostline.data.batches import Batch
@@ -84,12 +85,12 @@ class BlendForward:
             raise ModelError("step= is not supported here yet: pass loss=. Received: a step")
         self.model = model
         self.traces = 0
-        known = ports(model)
-        self._ports = _chosen(model, known, paths)
-        self.paths = tuple(self._ports)
+        known = site_handles(model)
+        self._handles = _chosen(model, known, paths)
+        self.paths = tuple(self._handles)
         places = keras_graph.walk(model)
         self._looped = [path for path in self.paths if in_a_loop(places, path)]
-        self._others = [port for path, port in known.items() if path not in self._ports]
+        self._others = [handle for path, handle in known.items() if path not in self._handles]
         self._given_loss = loss
         self._loss: PerSampleLoss | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -195,7 +196,7 @@ class BlendForward:
             ModelError: The model has no loss, or one that gives one number per batch.
         """
         losses, slope = self._run("gradient", batch, blend, statistics, dropout, number)
-        return as_float64(_numpy(losses)), as_float64(_numpy(slope))
+        return as_float64(to_numpy(losses)), as_float64(to_numpy(slope))
 
     def outcome(
         self,
@@ -224,7 +225,7 @@ class BlendForward:
         )
         return Outcome(
             outputs=keras.tree.map_structure(_outgoing, found),
-            losses=as_float64(_numpy(losses)),
+            losses=as_float64(to_numpy(losses)),
             moments=_moments(seen) if record else {},
         )
 
@@ -239,7 +240,7 @@ class BlendForward:
         kind = "own training" if training else "own inference"
         found, losses, _ = self._run(kind, batch, 0.0, None, training, number)
         return Outcome(
-            outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(_numpy(losses))
+            outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(to_numpy(losses))
         )
 
     # --- the pass -----------------------------------------------------------------------------
@@ -267,7 +268,7 @@ class BlendForward:
     @property
     def _recordable(self) -> bool:
         """Moments may be recorded whether or not a mask comes along."""
-        return not self._looped and all(port.axis == -1 for port in self._ports.values())
+        return not self._looped and all(handle.axis == -1 for handle in self._handles.values())
 
     def _require_recordable(self) -> None:
         if self._looped:
@@ -291,15 +292,15 @@ class BlendForward:
 
     def _statistics(self, given: Statistics | None) -> list[tuple[Any, Any]]:
         given = given or {}
-        unknown = [path for path in given if path not in self._ports]
+        unknown = [path for path in given if path not in self._handles]
         if unknown:
             raise ModelError(
                 f"statistics are given for a site that is not blended; there are "
                 f"{', '.join(self.paths) or 'none'}. Received: {unknown[0]!r}"
             )
         pairs = []
-        for path, port in self._ports.items():
-            own = _stored(path, port)
+        for path, handle in self._handles.items():
+            own = _stored(path, handle)
             pair = given.get(path, own)
             for value, variable in zip(pair, own, strict=True):
                 if tuple(np.shape(value)) != tuple(variable.shape):
@@ -328,7 +329,7 @@ class BlendForward:
     def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
         variables = list(self.model.variables)
         # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
-        settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._ports.values())
+        settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._handles.values())
         if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
             settings = tuple(
                 (bool(place.layer.trainable), getattr(place.layer, "policy", None))
@@ -380,23 +381,25 @@ class BlendForward:
         self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
     ) -> AbstractContextManager[None]:
         """Give every BN layer a forward function that uses these tensors."""
-        calls: list[tuple[Port, Callable[..., Any]]] = []
-        for index, (path, port) in enumerate(self._ports.items()):
+        calls: list[tuple[SiteHandle, Callable[..., Any]]] = []
+        for index, (path, handle) in enumerate(self._handles.items()):
             entries = None if seen is None else seen[path]
             call = functools.partial(blended_call, blend[index], statistics[index], entries)
-            calls.append((port, call))
-        return replaced([*calls, *((port, stored_call) for port in self._others)])
+            calls.append((handle, call))
+        return replaced([*calls, *((handle, stored_call) for handle in self._others)])
 
     def _given(self, statistics: list[tuple[Any, Any]]) -> AbstractContextManager[None]:
         """Give every BN layer a forward function that uses these statistics and no others."""
-        ports = zip(self._ports.values(), statistics, strict=True)
-        calls = [(port, functools.partial(given_call, pair)) for port, pair in ports]
-        return replaced([*calls, *((port, stored_call) for port in self._others)])
+        handles = zip(self._handles.values(), statistics, strict=True)
+        calls = [(handle, functools.partial(given_call, pair)) for handle, pair in handles]
+        return replaced([*calls, *((handle, stored_call) for handle in self._others)])
 
 
-def _chosen(model: Any, known: Mapping[str, Port], paths: Sequence[str] | None) -> dict[str, Port]:
+def _chosen(
+    model: Any, known: Mapping[str, SiteHandle], paths: Sequence[str] | None
+) -> dict[str, SiteHandle]:
     if paths is None:
-        ready = {path: port for path, port in known.items() if port.stored() is not None}
+        ready = {path: handle for path, handle in known.items() if handle.stored() is not None}
         if known and not ready and not model.built:
             raise _not_built(next(iter(known)))
         return ready
@@ -411,11 +414,11 @@ def _chosen(model: Any, known: Mapping[str, Port], paths: Sequence[str] | None) 
     return {path: known[path] for path in chosen}
 
 
-def _stored(path: str, port: Port) -> tuple[Any, Any]:
-    pair = port.stored()
+def _stored(path: str, handle: SiteHandle) -> tuple[Any, Any]:
+    pair = handle.stored()
     if pair is not None:
         return pair
-    if port.name == "call":
+    if handle.name == "call":
         raise _not_built(path)
     raise ModelError(
         f"'{path}' keeps no statistics, so there is nothing to blend with. Received: a torch "
@@ -461,13 +464,9 @@ def _at_least_float32(variable: Any) -> str:
     return str(keras.backend.result_type(name, "float32"))
 
 
-def _numpy(tensor: Any) -> Array:
-    return np.asarray(ops.convert_to_numpy(tensor))
-
-
 def _outgoing(tensor: Any) -> Array:
     """An array of a type that numpy knows: half precision becomes float32."""
-    array = _numpy(tensor)
+    array = to_numpy(tensor)
     half = keras.backend.standardize_dtype(tensor.dtype) in ("float16", "bfloat16")
     return array.astype(np.float32) if half else array
 
@@ -477,8 +476,8 @@ def _moments(seen: Mapping[str, Sequence[Any]]) -> dict[str, Moments]:
     for path, entries in seen.items():
         parts = []
         for count, mean, variance in entries:
-            number = int(_numpy(count))
-            mean64, variance64 = as_float64(_numpy(mean)), as_float64(_numpy(variance))
+            number = int(to_numpy(count))
+            mean64, variance64 = as_float64(to_numpy(mean)), as_float64(to_numpy(variance))
             parts.append(Moments(number, mean64, variance64 * number))
         if parts:
             merged[path] = functools.reduce(Moments.merge, parts)

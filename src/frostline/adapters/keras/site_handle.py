@@ -1,7 +1,7 @@
 """What a pass needs of one BN layer: its stored statistics, and calls of it that obey the pass.
 
-A port stands for a layer whose forward function is replaced while a pass runs. There is one for
-Keras layers and one for BN modules inside a ``TorchModuleWrapper``.
+A handle stands for a layer whose forward function is replaced while a pass runs. There is one kind
+for Keras layers and one for BN modules inside a ``TorchModuleWrapper``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 from keras import ops
@@ -27,44 +27,13 @@ _KNOWN_CALLS = (keras.layers.BatchNormalization.call, BatchNormalization.call)
 Replacement = Callable[..., Any]
 
 
-class Use(Protocol):
-    """One call of a layer, taken apart."""
+class SiteHandle:
+    """One BN layer.
 
-    @property
-    def x(self) -> Any:
-        """The input, float32 at least."""
-        ...
-
-    def batch(self) -> tuple[Any, Any]:
-        """Mean and biased variance of the input, shape ``(channels,)`` each."""
-        ...
-
-    def count(self) -> Any:
-        """Values per channel."""
-        ...
-
-    def normalised(self, mean: Any, variance: Any) -> Any:
-        """What the layer gives in inference with these statistics."""
-        ...
-
-    def locked(self) -> Any:
-        """What the layer gives in inference, whatever phase the model runs in."""
-        ...
-
-    def textbook(self, mean: Any, variance: Any) -> Any | None:
-        """The formula with these statistics; ``None`` where :meth:`normalised` is just that."""
-        ...
-
-    def scale_and_offset(self) -> tuple[Any, Any] | None:
-        """Gamma and beta, each ``None`` where there is none.
-
-        ``None`` instead of both: the layer does something else than the formula, or masks values.
-        """
-        ...
-
-
-class Port(Protocol):
-    """One BN layer; ``name`` is the attribute of ``owner`` that holds its forward function."""
+    Attributes:
+        owner: The Keras layer or torch module.
+        name: The attribute of ``owner`` that holds its forward function.
+    """
 
     owner: Any
     name: str
@@ -72,88 +41,155 @@ class Port(Protocol):
     @property
     def epsilon(self) -> float:
         """Added to the variance."""
-        ...
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the layer's flag is set, or that of the wrapper around the module."""
-        ...
+        raise NotImplementedError
 
     @property
     def axis(self) -> int:
         """The channel axis."""
-        ...
+        raise NotImplementedError
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer's flag is set, or that of the wrapper around the module."""
+        raise NotImplementedError
 
     def stored(self) -> tuple[Any, Any] | None:
         """Stored mean and variance at this moment of the pass; ``None``: it has none."""
-        ...
+        raise NotImplementedError
 
-    def use(self, own: Callable[..., Any], args: Any, kwargs: Any) -> Use:
-        """Take a call of the layer apart; ``own`` is its own forward function."""
-        ...
+    def call(self, original_call: Callable[..., Any], args: Any, kwargs: Any) -> SiteCall:
+        """Take a call of the layer apart; ``original_call`` is its own forward function."""
+        raise NotImplementedError
 
 
-def ports(model: Any) -> dict[str, Port]:
-    """Path -> port of every BN layer, those without stored statistics too."""
-    found: dict[str, Port] = {}
+class SiteCall:
+    """One call of a layer, taken apart.
+
+    Attributes:
+        handle: The layer.
+        x: The input, float32 at least: half precision overflows in the variance.
+        dtype: Dtype of the output.
+        mask: Which values count; ``None``: all of them.
+        follows_formula: Whether the layer does nothing but normalise.
+    """
+
+    mask: Any = None
+    follows_formula = True
+
+    def __init__(self, handle: SiteHandle, inputs: Any, dtype: Any) -> None:
+        self.handle, self.dtype = handle, dtype
+        dtype_in = keras.backend.standardize_dtype(inputs.dtype)
+        self.x = ops.cast(inputs, keras.backend.result_type(dtype_in, "float32"))
+
+    def batch(self) -> tuple[Any, Any]:
+        """Mean and biased variance of the input, shape ``(channels,)`` each."""
+        return batch_statistics(self.x, self.handle.axis)
+
+    def count(self) -> Any:
+        """Values per channel."""
+        sizes, axes = ops.shape(self.x), reduced(self.x, self.handle.axis)
+        whole = functools.reduce(lambda one, other: one * other, (sizes[axis] for axis in axes))
+        return ops.convert_to_tensor(whole, "int32")  # a tensor where a trace leaves a size open
+
+    def parameters(self) -> tuple[Any, Any]:
+        """Gamma and beta, each ``None`` where there is none."""
+        raise NotImplementedError
+
+    def normalised(self, mean: Any, variance: Any) -> Any:
+        """What the layer gives in inference with these statistics."""
+        return self.formula(mean, variance)
+
+    def formula(self, mean: Any, variance: Any) -> Any:
+        """What a layer that does nothing but normalise gives with these statistics."""
+        x = self.x
+        gamma, beta = (None if p is None else ops.cast(p, x.dtype) for p in self.parameters())
+        outputs = ops.batch_normalization(
+            x=x,
+            mean=mean,
+            variance=variance,
+            axis=self.handle.axis,
+            offset=beta,
+            scale=gamma,
+            epsilon=self.handle.epsilon,
+        )
+        return ops.cast(outputs, self.dtype)
+
+    def inference_output(self) -> Any:
+        """What the layer gives in inference, whatever phase the model runs in."""
+        stored = self.handle.stored()
+        if stored is None:  # then it always uses those of the batch
+            return self.normalised(*self.batch())
+        return self.normalised(*(ops.cast(value, self.x.dtype) for value in stored))
+
+
+def site_handles(model: Any) -> dict[str, SiteHandle]:
+    """Path -> handle of every BN layer, those without stored statistics too."""
+    found: dict[str, SiteHandle] = {}
     for place in keras_graph.walk(model):
         if keras_graph.is_site(place.layer):
-            found[place.path] = KerasPort(place.layer)
+            found[place.path] = _KerasHandle(place.layer)
             continue
         for path, module in keras_graph.torch_norms(place):
-            found[path] = TorchPort(module, place.layer)
+            found[path] = _TorchHandle(module, place.layer)
     return found
 
 
 @contextmanager
-def replaced(functions: Iterable[tuple[Port, Replacement]]) -> Iterator[None]:
+def replaced(functions: Iterable[tuple[SiteHandle, Replacement]]) -> Iterator[None]:
     """Give each layer another forward function; take it away on any exit.
 
     Args:
-        functions: (port, function) pairs; called as ``function(port, own, *args, **kwargs)``.
+        functions: (handle, function) pairs; a function is called as
+            ``function(handle, original_call, *args, **kwargs)``.
     """
     chosen = list(functions)
-    before = [(port, vars(port.owner).get(port.name)) for port, _ in chosen]
+    before = [(handle, vars(handle.owner).get(handle.name)) for handle, _ in chosen]
     try:
-        for port, function in chosen:
-            own = getattr(port.owner, port.name)
-            vars(port.owner)[port.name] = functools.partial(function, port, own)
+        for handle, function in chosen:
+            original_call = getattr(handle.owner, handle.name)
+            vars(handle.owner)[handle.name] = functools.partial(function, handle, original_call)
         yield
     finally:
-        for port, own in before:
-            vars(port.owner).pop(port.name, None)
+        for handle, own in before:
+            vars(handle.owner).pop(handle.name, None)
             if own is not None:
-                vars(port.owner)[port.name] = own
+                vars(handle.owner)[handle.name] = own
 
 
 def blended_call(
     blend: Any,
     stored: tuple[Any, Any],
     seen: list[Any] | None,
-    port: Port,
-    own: Callable[..., Any],
+    handle: SiteHandle,
+    original_call: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """The layer's output for these inputs, normalised with blended statistics."""
-    use = port.use(own, args, kwargs)
-    batch = use.batch()
+    call = handle.call(original_call, args, kwargs)
+    batch = call.batch()
     if seen is not None:
-        seen.append((use.count(), *batch))
-    return use.normalised(*mixed_statistics(ops.cast(blend, use.x.dtype), stored, batch))
+        seen.append((call.count(), *batch))
+    return call.normalised(*mixed_statistics(ops.cast(blend, call.x.dtype), stored, batch))
 
 
 def given_call(
-    given: tuple[Any, Any], port: Port, own: Callable[..., Any], *args: Any, **kwargs: Any
+    given: tuple[Any, Any],
+    handle: SiteHandle,
+    original_call: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The layer's output with these statistics: that of λ = 0, for which nobody needs the batch."""
-    use = port.use(own, args, kwargs)
-    return use.normalised(*(ops.cast(each, use.x.dtype) for each in given))
+    call = handle.call(original_call, args, kwargs)
+    return call.normalised(*(ops.cast(value, call.x.dtype) for value in given))
 
 
-def stored_call(port: Port, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def stored_call(
+    handle: SiteHandle, original_call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """The layer's output in inference, whatever phase the model runs in."""
-    return port.use(own, args, kwargs).locked()
+    return handle.call(original_call, args, kwargs).inference_output()
 
 
 def mixed_statistics(
@@ -170,7 +206,7 @@ def mixed_statistics(
 # --- Keras layers -----------------------------------------------------------------------------
 
 
-class KerasPort:
+class _KerasHandle(SiteHandle):
     """A Keras BN layer: stock, ours, or a subclass of either."""
 
     name = "call"
@@ -180,51 +216,44 @@ class KerasPort:
 
     @property
     def epsilon(self) -> float:
-        """Added to the variance."""
         return float(self.owner.epsilon)
 
     @property
     def axis(self) -> int:
-        """The channel axis."""
         return int(self.owner.axis)
 
     @property
     def trainable(self) -> bool:
-        """Whether the layer's flag is set."""
         return bool(self.owner.trainable)
 
     def stored(self) -> tuple[Any, Any] | None:
-        """Variables with the stored mean and variance."""
         layer = self.owner
         return None if layer.moving_mean is None else (layer.moving_mean, layer.moving_variance)
 
-    def use(self, own: Callable[..., Any], args: Any, kwargs: Any) -> KerasUse:
-        """Take a call apart."""
-        return KerasUse(self.owner, own, args, kwargs)
+    def call(self, original_call: Callable[..., Any], args: Any, kwargs: Any) -> SiteCall:
+        return _KerasCall(self, original_call, args, kwargs)
 
 
-class KerasUse:
-    """One call of a Keras BN layer."""
-
-    def __init__(self, layer: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self.layer, self.own = layer, own
-        inputs, self.mask, self.bound = _arguments(layer, own, args, kwargs)
-        # Half precision overflows in the variance: compute in float32 at least, as the layer does.
-        self.x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+class _KerasCall(SiteCall):
+    def __init__(
+        self, handle: _KerasHandle, original_call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> None:
+        self.layer, self.original_call = handle.owner, original_call
+        inputs, self.mask, self.bound = _arguments(self.layer, original_call, args, kwargs)
+        self.follows_formula = getattr(original_call, "__func__", None) in _KNOWN_CALLS
+        super().__init__(handle, inputs, self.layer.compute_dtype)
 
     def batch(self) -> tuple[Any, Any]:
-        """Mean and biased variance of what is not masked."""
-        layer, shape = self.layer, self.layer.moving_mean.shape
         if self.mask is None:
-            return batch_statistics(self.x, layer.axis)
+            return super().batch()
+        layer, shape = self.layer, self.layer.moving_mean.shape
         mean, variance = keras.layers.BatchNormalization._moments(layer, self.x, self.mask)
         return ops.reshape(mean, shape), ops.reshape(variance, shape)
 
     def count(self) -> Any:
-        """Values per channel that are not masked."""
-        axis, x = self.layer.axis, self.x
         if self.mask is None:
-            return _values(x, axis)
+            return super().count()
+        axis, x = self.layer.axis, self.x
         if axis % len(x.shape) != len(x.shape) - 1:
             raise ModelError(
                 "the moments of a masked BN layer can be recorded only with the channels on the "
@@ -232,48 +261,20 @@ class KerasUse:
             )
         return ops.sum(ops.cast(ops.broadcast_to(self.mask, ops.shape(x)[:-1]), "int32"))
 
-    def normalised(self, mean: Any, variance: Any) -> Any:
-        """What the layer gives in inference with these statistics."""
-        if getattr(self.own, "__func__", None) not in _KNOWN_CALLS:
-            return self._own_call(mean, variance)
-        return self._formula(mean, variance)
-
-    def textbook(self, mean: Any, variance: Any) -> Any | None:
-        """The formula, for a ``call`` that Frostline does not know."""
-        if getattr(self.own, "__func__", None) in _KNOWN_CALLS:
-            return None
-        return self._formula(mean, variance)
-
-    def scale_and_offset(self) -> tuple[Any, Any] | None:
-        """Gamma and beta of a ``call`` that Frostline knows, on an input without a mask."""
-        if self.mask is not None or getattr(self.own, "__func__", None) not in _KNOWN_CALLS:
-            return None
+    def parameters(self) -> tuple[Any, Any]:
         return self.layer.gamma, self.layer.beta
 
-    def _formula(self, mean: Any, variance: Any) -> Any:
-        layer, x = self.layer, self.x
-        outputs = ops.batch_normalization(
-            x=x,
-            mean=mean,
-            variance=variance,
-            axis=layer.axis,
-            offset=None if layer.beta is None else ops.cast(layer.beta, x.dtype),
-            scale=None if layer.gamma is None else ops.cast(layer.gamma, x.dtype),
-            epsilon=layer.epsilon,
-        )
-        return ops.cast(outputs, layer.compute_dtype)
+    def normalised(self, mean: Any, variance: Any) -> Any:
+        if self.follows_formula:
+            return self.formula(mean, variance)
+        return self._call_with(mean, variance)
 
-    def locked(self) -> Any:
-        """What the layer gives in inference, even if its ``call`` insists on training mode."""
-        layer = self.layer
-        if getattr(self.own, "__func__", None) in _KNOWN_CALLS:
-            return self.own(*self.bound.args, **self.bound.kwargs)
-        dtype = self.x.dtype
-        return self._own_call(
-            ops.cast(layer.moving_mean, dtype), ops.cast(layer.moving_variance, dtype)
-        )
+    def inference_output(self) -> Any:
+        if self.follows_formula:
+            return self.original_call(*self.bound.args, **self.bound.kwargs)
+        return super().inference_output()
 
-    def _own_call(self, mean: Any, variance: Any) -> Any:
+    def _call_with(self, mean: Any, variance: Any) -> Any:
         """Run a ``call`` that Frostline does not know, on other statistics than its own."""
         layer, bound = self.layer, self.bound
         statistics = (layer.moving_mean, layer.moving_variance)
@@ -284,7 +285,7 @@ class KerasUse:
                 variable.assign(value)  # seen in the StatelessScope around the pass only
             # For a `call` that insists on training mode.
             vars(layer)["_moments"] = lambda *_, **__: (mean, variance)
-            return self.own(*bound.args, **bound.kwargs)
+            return self.original_call(*bound.args, **bound.kwargs)
         finally:
             vars(layer).pop("_moments", None)
             if before is not None:
@@ -296,83 +297,35 @@ class KerasUse:
 # --- torch modules ----------------------------------------------------------------------------
 
 
-class TorchPort:
+class _TorchHandle(SiteHandle):
     """A BN module inside a ``TorchModuleWrapper``; its variance is unbiased, as torch stores it."""
 
-    name = "forward"
-    axis = 1
+    name, axis = "forward", 1
 
     def __init__(self, module: Any, wrapper: Any) -> None:
-        self.owner = module
-        self.wrapper = wrapper
+        self.owner, self.wrapper = module, wrapper
 
     @property
     def epsilon(self) -> float:
-        """Added to the variance."""
         return float(self.owner.eps)
 
     @property
     def trainable(self) -> bool:
-        """Whether the wrapper's flag is set."""
         return bool(self.wrapper.trainable)
 
     def stored(self) -> tuple[Any, Any] | None:
-        """Tensors with the stored mean and variance."""
         module = self.owner
         return None if module.running_mean is None else (module.running_mean, module.running_var)
 
-    def use(self, own: Callable[..., Any], args: Any, kwargs: Any) -> TorchUse:
-        """Take a call apart."""
-        return TorchUse(self.owner, own, args, kwargs)
+    def call(self, original_call: Callable[..., Any], args: Any, kwargs: Any) -> SiteCall:
+        bound = inspect.signature(original_call).bind(*args, **kwargs)
+        inputs = next(iter(bound.arguments.values()))
+        return _TorchCall(self, inputs, keras.backend.standardize_dtype(inputs.dtype))
 
 
-class TorchUse:
-    """One call of a torch BN module."""
-
-    def __init__(self, module: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self.module, self.own = module, own
-        bound = inspect.signature(own).bind(*args, **kwargs)
-        self.inputs = next(iter(bound.arguments.values()))
-        self.x = ops.cast(self.inputs, keras.backend.result_type(str(self.inputs.dtype), "float32"))
-
-    def batch(self) -> tuple[Any, Any]:
-        """Mean and biased variance."""
-        return batch_statistics(self.x, 1)
-
-    def count(self) -> Any:
-        """Values per channel."""
-        return _values(self.x, 1)
-
-    def normalised(self, mean: Any, variance: Any) -> Any:
-        """What the module gives in eval mode with these statistics."""
-        module, x = self.module, self.x
-        outputs = ops.batch_normalization(
-            x=x,
-            mean=mean,
-            variance=variance,
-            axis=1,
-            offset=None if module.bias is None else ops.cast(module.bias, x.dtype),
-            scale=None if module.weight is None else ops.cast(module.weight, x.dtype),
-            epsilon=module.eps,
-        )
-        return outputs.to(self.inputs.dtype)
-
-    def textbook(self, mean: Any, variance: Any) -> None:  # noqa: ARG002
-        """A torch module is asked by the formula anyway."""
-        return
-
-    def scale_and_offset(self) -> tuple[Any, Any] | None:
-        """Weight and bias."""
-        return self.module.weight, self.module.bias
-
-    def locked(self) -> Any:
-        """What the module gives in eval mode; one without statistics always uses the batch's."""
-        module = self.module
-        if module.running_mean is None:
-            return self.normalised(*self.batch())
-        return self.normalised(
-            ops.cast(module.running_mean, self.x.dtype), ops.cast(module.running_var, self.x.dtype)
-        )
+class _TorchCall(SiteCall):
+    def parameters(self) -> tuple[Any, Any]:
+        return self.handle.owner.weight, self.handle.owner.bias
 
 
 # --- statistics -------------------------------------------------------------------------------
@@ -399,12 +352,6 @@ def reduced(x: Any, axis: int) -> list[int]:
     """All axes but that of the channels."""
     rank = len(x.shape)
     return [each for each in range(rank) if each != axis % rank]
-
-
-def _values(x: Any, axis: int) -> Any:
-    sizes = ops.shape(x)  # tensors where a trace leaves a size open
-    whole = functools.reduce(lambda one, other: one * other, (sizes[a] for a in reduced(x, axis)))
-    return ops.convert_to_tensor(whole, "int32")
 
 
 def _arguments(

@@ -10,7 +10,7 @@ import keras
 
 from frostline.adapters.keras import state as keras_state
 from frostline.adapters.keras.forward_pass import Collected, readable_labels
-from frostline.adapters.keras.site_handle import ports, replaced, stored_call
+from frostline.adapters.keras.site_handle import replaced, site_handles, stored_call
 from frostline.types import ModelError
 
 
@@ -54,7 +54,7 @@ def trial(
 
 
 def _train(model: Any, collected: Collected, epochs: int) -> None:
-    locked = [(port, stored_call) for port in ports(model).values() if not port.trainable]
+    locked = [(site, stored_call) for site in site_handles(model).values() if not site.trainable]
     with _fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
         _renew_optimizer(model)
         if keras.backend.backend() == "tensorflow":

@@ -15,6 +15,7 @@ from keras import ops
 import frostline as fl
 from frostline.adapters import view
 from frostline.adapters.keras.blend import BlendForward
+from frostline.adapters.keras.site_handle import site_handles
 from frostline.data.batches import Batch
 from frostline.numerics.attribution import path_integral
 from frostline.types import DataError, ModelError
@@ -173,7 +174,7 @@ def norms(model: Any) -> list[Any]:
 
 
 def by_path(model: Any) -> dict[str, Any]:
-    return {path: port.owner for path, port in BlendForward(model)._ports.items()}
+    return {path: handle.owner for path, handle in site_handles(model).items()}
 
 
 # --- oracles ----------------------------------------------------------------------------------

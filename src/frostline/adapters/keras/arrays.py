@@ -1,0 +1,28 @@
+"""Keras tensors and variables as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from frostline.types import Array, as_float64
+
+
+def to_numpy(tensor: Any) -> Array:
+    """The values of a tensor or variable, which the array may share; not to be written to."""
+    array: Array = np.asarray(keras.ops.convert_to_numpy(tensor))
+    return array
+
+
+def copied(variable: Any) -> Array:
+    """A copy that nothing shares: backends may keep an array without copying it."""
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def float64(tensor: Any) -> Array:
+    """Values in float64; half precision, which numpy may lack, goes through float32."""
+    name = keras.backend.standardize_dtype(tensor.dtype)
+    wide = tensor if name == "float64" else keras.ops.cast(tensor, "float32")
+    return as_float64(to_numpy(wide))
