@@ -48,7 +48,10 @@ def causes(
     made = [(c, s) for c, s in made if c.standing > 0 or (s is not None and s >= _SMALLEST_SHARE)]
     made.sort(key=lambda each: -max(each[0].standing, each[1] or 0.0))  # stable: ties keep order
     found = tuple(_cause(claim, share) for claim, share in made)
-    return found or (_none(case),)
+    if found:
+        return found
+    trial = data.unexplained_trial(case)
+    return (_none(case) if trial is None else _cause(trial, None),)
 
 
 def _merged(claims: Sequence[Claim]) -> list[Claim]:
@@ -83,18 +86,34 @@ def _not_void(claims: list[Claim]) -> list[Claim]:
 
 
 def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list[Claim]:
-    """Take from BN what a repaired input, or one of another scale, explains.
+    """Take from the other BN causes what repaired inputs, or another epsilon, explain."""
+    repair, scale = data.best_trial(case), scale_of_inputs(case, assigned)
+    if repair is not None or scale is not None:
+        part = 1.0 if repair is None else repair[2]
+        claims = _taken(claims, CauseCode.PREPROCESS, part)
+    epsilon = next((claim for claim in claims if claim.code == CauseCode.EPS_MISMATCH), None)
+    excess = abs(case.bn_gap)
+    if epsilon is not None and epsilon.amount and excess:
+        part = min(1.0, epsilon.amount / excess)
+        kept = [replace(claim, amount=None) if claim is epsilon else claim for claim in claims]
+        others = _taken(kept, CauseCode.EPS_MISMATCH, part)
+        claims = [
+            replace(claim, amount=epsilon.amount) if claim.code == epsilon.code else claim
+            for claim in others
+        ]
+    return claims
 
-    Where the inputs are prepared wrongly the stored statistics cannot fit them: what is only
-    inferred from that misfit is dropped. Where a site is at fault by other evidence too, either
-    repair alone closes the gap, and each gets half of it (Shapley's value of two such causes).
+
+def _taken(claims: list[Claim], by: CauseCode, part: float) -> list[Claim]:
+    """Give a part of what the BN causes claim to the cause of a repair that closes it.
+
+    With wrong inputs the stored statistics cannot fit, so what is only inferred from their misfit
+    is dropped. Where a site is at fault by other evidence too, either repair alone closes the gap,
+    and each gets half of it (Shapley's value of two such causes).
     """
-    repair = data.best_trial(case)
-    if repair is None and scale_of_inputs(case, assigned) is None:
-        return claims
-    part, kept, taken = 1.0 if repair is None else repair[2], [], 0.0
+    kept, taken = [], 0.0
     for claim in claims:
-        if not claim.code.is_bn or claim.amount is None:
+        if claim.code == by or not claim.code.is_bn or claim.amount is None:
             kept.append(claim)
             continue
         fact = claim.certainty == "is"
@@ -102,9 +121,7 @@ def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list
         taken += claim.amount - rest
         if fact or 1 - part > 1 - data.REPAIRS:
             kept.append(replace(claim, amount=rest))
-    if not taken:
-        return kept
-    return [replace(c, amount=taken) if c.code == CauseCode.PREPROCESS else c for c in kept]
+    return [replace(c, amount=taken) if taken and c.code == by else c for c in kept]
 
 
 def _share(claim: Claim, total: float) -> float | None:

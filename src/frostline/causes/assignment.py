@@ -467,12 +467,13 @@ def _settled_answer(case: Case) -> tuple[CauseCode, Certainty, dict[str, float]]
         return CauseCode.DOMAIN_STATS, "may", {"first_mismatch": first}
     if first > FAR and first >= 2 * float(np.median(sizes)):
         return CauseCode.DOMAIN_STATS, "may", {"first_mismatch": first}
-    if windows is not None and first > FAR:  # large steps leave less at a first site
-        return (
-            CauseCode.STALE_AFTER_WEIGHT_EDIT,
-            "may",
-            {"windows": windows, "first_mismatch": first},
-        )
+    # Weights that an average trails leave little at a first site, whose inputs are the data's.
+    early = first > FAR or (first > AGREES and first >= float(np.median(sizes)) / 2)
+    if early and case.history_excess is not None and case.history_excess.flat:
+        return CauseCode.AUGMENT_TRAIN_ONLY, "may", {"first_mismatch": first}
+    if windows is not None and early:
+        numbers = {"windows": windows, "first_mismatch": first}
+        return CauseCode.STALE_AFTER_WEIGHT_EDIT, "may", numbers
     return CauseCode.EMA_LAG, "may", {"first_mismatch": first}
 
 

@@ -21,6 +21,10 @@ from frostline.types.codes import CauseCode, Fix
 
 _REFERENCE = "the checkpoint from before, as reference="
 _TRAINING_DATA = "the data the model was trained on"
+_UNDECIDED = (
+    "the checkpoint of the last training step, as reference=, or the training inputs with their "
+    "augmentation, as data"
+)
 
 
 #: Outputs that stacked layers make smaller by less than this are nobody's trouble.
@@ -134,15 +138,20 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
     shares = {path: s for path in paths if (s := case.old_share(path)) is not None}
     told = "the stored statistics trail the weights"
+    settle = f"{_REFERENCE}, or the training history"
     if shares:
         slowest = max(shares, key=lambda path: shares[path])
         updates, oldest = case.updates(slowest) or 0, shares[slowest]
         decay = case.sites[slowest].site.decay
         evidence |= {"steps": float(updates), "decay": decay, "old_share": oldest}
-        told = f"{count(updates, 'update')} at {case.decay_told(slowest)} leave {oldest:.1%} of "
-        told += "the old statistics"
-        if oldest <= OLD_SHARE:
-            told += ", the weights moved meanwhile"
+        told = f"{count(updates, 'update')} at {case.decay_told(slowest)} "
+        if oldest > OLD_SHARE:
+            told += f"leave {oldest:.0%} of the old statistics"
+        else:
+            told += f"are {number(case.windows(slowest) or 0.0)} times as many as the average "
+            told += "looks back, so it trails weights that still moved; weights that were changed "
+            told += "afterwards, or other inputs than these, would look alike"
+            settle = _UNDECIDED
     elif case.sites[paths[0]].cumulative:
         updates = case.updates(paths[0]) or 0
         evidence["steps"] = float(updates)
@@ -160,7 +169,7 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         amount=None if amount is None else amount - shared,
         certainty=_certainty(assigned, paths),
         evidence=evidence,
-        settle=_settle(assigned, paths, f"{_REFERENCE}, or the training history"),
+        settle=_settle(assigned, paths, settle),
         findings=case.found("FL203", "FL120", sites=paths),
     )
 
@@ -171,28 +180,34 @@ def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
     paths = _of(CauseCode.STALE_AFTER_WEIGHT_EDIT, assigned)
     if not paths:
         return
-    first = paths[0]
-    evidence: dict[str, float | str] = {"bn_gap": case.bn_gap, "mismatch": case.mismatch(first)}
-    if "params_from_reference" in assigned[first].number:
-        evidence |= assigned[first].number
-        told = "weights differ from the reference while the stored statistics are the same"
+    first, known = paths[0], assigned[paths[0]].number
+    evidence: dict[str, float | str] = {
+        "bn_gap": case.bn_gap,
+        "mismatch": case.mismatch(first),
+        **{name: known[name] for name in ("params_from_reference", "windows") if name in known},
+    }
+    off, sites = number(case.mismatch(first)), count(len(paths), "site")
+    if "params_from_reference" in known:
+        text = f"weights were changed after the statistics of {sites} were taken: weights differ "
+        text += "from the reference while the stored statistics are the same"
+    elif "onset" in known:
+        text = f"the statistics of {sites} do not belong to these weights: they are {off} standard "
+        text += "deviations off from this site on, and agree at every site before; an edit of the "
+        text += "weights in between would do that, and so would noise that only training has there"
     else:
-        told = f"the statistics are {number(case.mismatch(first))} standard deviations off from "
-        told += "this site on, although the average had time to settle"
-        if "windows" in assigned[first].number:
-            evidence |= assigned[first].number
-            told += f", {number(assigned[first].number['windows'])} times as long as it looks back"
-        if "onset" in assigned[first].number:
-            told += ", and agree at every site before"
+        text = f"the statistics of {sites} belong to other weights or to other inputs: the run was "
+        text += f"{number(known.get('windows', 0.0))} times as long as the average looks back, and "
+        text += f"the first site is {off} standard deviations off; weights that were averaged, "
+        text += "edited or loaded since would do that, and so would training on augmented inputs, "
+        text += "on another domain or on one client's data"
     yield Claim(
         code=CauseCode.STALE_AFTER_WEIGHT_EDIT,
-        message=f"weights were changed after the statistics of {count(len(paths), 'site')} were "
-        f"taken: {told}",
+        message=text,
         sites=paths,
         amount=_amount(case, paths),
         certainty=_certainty(assigned, paths),
         evidence=evidence,
-        settle=_settle(assigned, paths, _REFERENCE),
+        settle=_settle(assigned, paths, _UNDECIDED),
     )
 
 
@@ -294,10 +309,11 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-@cause(CauseCode.EPS_MISMATCH, rank=80, treated_by=(Fix.SET_EPSILON,))
+@cause(CauseCode.EPS_MISMATCH, rank=80, treated_by=(Fix.SET_EPSILON, Fix.RECALIBRATE))
 def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Another epsilon than the one the weights were trained with."""
     known = case.reference
+    closes = max(0.0, -case.change("epsilon", "inference"))
     if known is not None and known.epsilons:
         paths = tuple(path for path in case.sites if path in known.epsilons)
         mine, theirs = known.epsilons[paths[0]] if paths else next(iter(known.epsilons.values()))
@@ -306,7 +322,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             message=f"epsilon is {mine:g} where the reference has {theirs:g}, at "
             f"{count(len(known.epsilons), 'site')}",
             sites=paths,
-            amount=_amount(case, _of(CauseCode.EPS_MISMATCH, assigned)),
+            amount=closes or _amount(case, _of(CauseCode.EPS_MISMATCH, assigned)),
             standing=0.95,
             certainty="is",
             evidence={"epsilon": mine, "reference_epsilon": theirs},
@@ -322,9 +338,10 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             message=f"epsilon of {count(len(paths), 'site')} is not that of the others, which "
             f"changes outputs by up to {effect:.0%}",
             sites=paths,
+            amount=closes or None,
             standing=0.2,
             certainty="may",
-            evidence={"effect": effect},
+            evidence={"effect": effect} | ({"closes": closes} if closes else {}),
             settle="the model that the weights come from, as reference=",
             findings=("FL113",),
         )

@@ -6,7 +6,9 @@ the BN gap is handed out to sites.
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +18,7 @@ import numpy as np
 
 from frostline.numerics import averages
 from frostline.numerics.stats import paired_bootstrap
-from frostline.rules.predicates import expected_behaviour, is_frozen, uses_batch
+from frostline.rules.predicates import expected_behaviour, is_frozen, layer_behind, uses_batch
 from frostline.types import Array, Certainty, Finding
 from frostline.types.codes import CauseCode, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -95,6 +97,22 @@ class Claim:
     evidence: Mapping[str, float | str] = field(default_factory=dict)
     settle: str | None = None
     findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HistoryExcess:
+    """A training run that reported a higher loss than the final weights give.
+
+    Attributes:
+        reported: Loss of the last epoch.
+        now: Loss of the final weights in training mode, on these samples.
+        flat: The reported loss changed by less over the last three epochs than it is off, so it
+            is no average over weights that still changed.
+    """
+
+    reported: float
+    now: float
+    flat: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +204,20 @@ class Case:
             return False
         interval = paired_bootstrap(first.hits, second.hits, seed=_SEED)
         return interval.excludes_zero and abs(interval.estimate) >= SMALL_ACCURACY
+
+    @cached_property
+    def history_excess(self) -> HistoryExcess | None:
+        """How much worse training reported itself; ``None`` unless it clearly did."""
+        losses = self.measurement.history.get("loss", ())
+        now = self.loss("training")
+        if not losses or now is None or not math.isfinite(losses[-1]):
+            return None
+        excess = losses[-1] - now
+        if excess <= max(SMALL_SHARE * losses[-1], self.floor):
+            return None
+        recent = losses[-3:]
+        flat = len(recent) == 3 and max(recent) - min(recent) < excess / 2
+        return HistoryExcess(losses[-1], now, flat)
 
     # --- the parts of the gap -----------------------------------------------------------------
 
@@ -366,12 +398,20 @@ class Case:
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:
-        """Thawed sites among frozen layers: none of the layers before them trains."""
+        """Thawed sites among frozen layers: none of the layers before them trains.
+
+        A site at the head of the first thawed block, as in pre-activation networks, has frozen
+        layers before it too; by its path it belongs to the layer behind it.
+        """
         found = []
         for path in self.with_role("moving"):
             order = self.facts.order.get(path, self.sites[path].site.index)
             before = [layer for layer in self.facts.layers if layer.order < order]
-            if before and not any(layer.trains for layer in before):
+            if not before or any(layer.trains for layer in before):
+                continue
+            behind = layer_behind(self.facts, self.sites[path])
+            own = _kinship(path, before[-1].path)
+            if behind is None or not behind.trains or _kinship(path, behind.path) <= own:
                 found.append(path)
         return tuple(found)
 
@@ -495,6 +535,12 @@ class Case:
                 }
             )
         )
+
+
+def _kinship(first: str, second: str) -> int:
+    """How many leading words two paths share: ``block2/0/bn1`` and ``block2/0/conv1`` share 2."""
+    pairs = zip(re.split(r"[/_.]", first), re.split(r"[/_.]", second), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def number(value: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import Assigned, scale_of_inputs, young_average
-from frostline.causes.case import SMALL_ACCURACY, SMALL_SHARE, Case, Claim, count, number
+from frostline.causes.case import SMALL_ACCURACY, Case, Claim, count, number
 from frostline.causes.registry import cause
 from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
 from frostline.types.measured import InputMoments
@@ -114,17 +114,23 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
             evidence={"dropout_gap": gap} | ({"variance_shift": shifted} if shifted else {}),
         )
         return
-    worse = _history_worse(case)
-    if worse is None or not worse[2]:
+    worse = case.history_excess
+    if not shifted and (worse is None or not worse.flat):
         return
-    reported, now, _flat = worse
+    text = "the training inputs were harder"
+    evidence = {"variance_shift": shifted} if shifted else {}
+    if worse is not None:
+        evidence |= {"reported": worse.reported, "now": worse.now}
+        text = f"training reported a loss of {number(worse.reported)} over its last epochs, the "
+        text += f"final weights give {number(worse.now)} in training mode on these samples: "
+        text += "training saw harder inputs"
     yield Claim(
         code=CauseCode.AUGMENT_TRAIN_ONLY,
-        message=f"training reported a loss of {number(reported)} over its last epochs, the final "
-        f"weights give {number(now)} in training mode on these samples: training saw harder inputs",
+        message=text + told,
+        amount=shifted or None,
         standing=0.4,
         certainty="may",
-        evidence={"reported": reported, "now": now},
+        evidence=evidence,
         settle="the training pipeline, augmentation included, as data",
     )
 
@@ -142,10 +148,10 @@ def _shift(case: Case, assigned: Assigned, code: CauseCode) -> tuple[float, str]
 @cause(CauseCode.EPOCH_AVERAGE, rank=260)
 def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
     """A training metric that is the mean over an epoch in which the weights changed."""
-    told = _history_worse(case)
-    if told is None or told[2] or case.gap_parts:
+    worse = case.history_excess
+    if worse is None or worse.flat or case.gap_parts:
         return
-    reported, now, _flat = told
+    reported, now = worse.reported, worse.now
     yield Claim(
         code=CauseCode.EPOCH_AVERAGE,
         message=f"the last epoch reported a loss of {number(reported)}, the final weights give "
@@ -193,28 +199,57 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _other_validation_inputs(case)
 
 
+def unexplained_trial(case: Case) -> Claim | None:
+    """The best other encoding of the inputs, where no cause was found for a poor inference.
+
+    It need not be plausible by the range of the inputs: it is a hint, and better than none.
+    """
+    now, name = case.probe("inference"), _best_gain(case, all_names=True)
+    if now is None or name is None:
+        return None
+    then, gain = case.probe(name), -case.change(name, "inference")
+    worse = then is None or (then.accuracy or 0.0) < (now.accuracy or 0.0)
+    if worse or gain <= REPAIRS_PART * now.loss:
+        return None
+    trial = name.removeprefix(INPUT_TRIAL)
+    return Claim(
+        code=CauseCode.PREPROCESS,
+        message=f"with {trial} inference gives a loss of {number(now.loss - gain)} instead of "
+        f"{number(now.loss)}: the inputs may be prepared in another way than in training",
+        standing=0.3,
+        certainty="may",
+        evidence={"trial": trial, "loss": now.loss - gain, "inference": now.loss},
+        settle="the preprocessing of training",
+    )
+
+
+def _best_gain(case: Case, *, all_names: bool = False) -> str | None:
+    """Name of the probe with the inputs in the encoding that lowers the loss most."""
+    names = [
+        name
+        for name in case.measurement.probes
+        if name.startswith(INPUT_TRIAL)
+        and (all_names or _plausible(name.removeprefix(INPUT_TRIAL), case))
+    ]
+    return min(names, key=lambda name: case.change(name, "inference"), default=None)
+
+
 def best_trial(case: Case) -> tuple[str, float, float] | None:
     """The input transformation that repairs inference best: name, loss, part of the excess closed.
 
     The excess of inference is over the best of what batch statistics reach, in loss and, where
     there is one, in accuracy: the smaller part counts. A trial must be about as good as those.
     """
-    now = case.probe("inference")
-    names = [
-        name
-        for name in case.measurement.probes
-        if name.startswith(INPUT_TRIAL) and _plausible(name.removeprefix(INPUT_TRIAL), case)
-    ]
-    gains = {name: -case.change(name, "inference") for name in names}
-    name = max(gains, key=gains.__getitem__, default=None)
-    if now is None or name is None or gains[name] <= REPAIRS_PART * now.loss:
+    now, name = case.probe("inference"), _best_gain(case)
+    gain = 0.0 if name is None else -case.change(name, "inference")
+    if now is None or name is None or gain <= REPAIRS_PART * now.loss:
         return None
-    found = [case.probe(each) for each in (name, "training blend", "batch", "population")]
+    found = [case.probe(probe) for probe in (name, "training blend", "batch", "population")]
     probes = [each for each in found if each is not None]
     best = min(each.loss for each in probes)
-    part = gains[name] / (now.loss - best)
+    part = gain / (now.loss - best)
     if now.accuracy is None:
-        if now.loss - gains[name] > AS_GOOD * best > 0:
+        if now.loss - gain > AS_GOOD * best > 0:
             return None
     else:
         reached = [each.accuracy or 0.0 for each in probes]
@@ -224,7 +259,7 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
         part = min(part, (reached[0] - now.accuracy) / missing)
     if part < REPAIRS_PART:
         return None
-    return name.removeprefix(INPUT_TRIAL), now.loss - gains[name], min(1.0, part)
+    return name.removeprefix(INPUT_TRIAL), now.loss - gain, min(1.0, part)
 
 
 def _plausible(name: str, case: Case) -> bool:
@@ -430,24 +465,6 @@ def _overfit_by_history(case: Case) -> Iterator[Claim]:
         evidence={"train_loss": inference, "validation_loss": validation},
         settle="the validation data, as validation=",
     )
-
-
-def _history_worse(case: Case) -> tuple[float, float, bool] | None:
-    """Loss of the last epoch, that of the final weights in training mode, and whether it is flat.
-
-    ``None`` unless the first is clearly higher. Flat: it changed by less over the last three
-    epochs than it is off.
-    """
-    losses = case.measurement.history.get("loss", ())
-    now = case.loss("training")
-    if not losses or now is None or not math.isfinite(losses[-1]):
-        return None
-    off = losses[-1] - now
-    if off <= max(SMALL_SHARE * losses[-1], case.floor):
-        return None
-    recent = losses[-3:]
-    flat = len(recent) == 3 and max(recent) - min(recent) < off / 2
-    return losses[-1], now, flat
 
 
 def _last(case: Case, *names: str) -> float | None:

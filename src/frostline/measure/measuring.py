@@ -144,6 +144,7 @@ class _Run:
             ("input trials", self.input_trials),
             ("validation", lambda: self.validation(validation)),
             ("difference", lambda: self.difference(reference)),
+            ("epsilon", self.epsilon),
             ("round trip", lambda: self.round_trip(round_trip)),
         ]
         for number, (name, step) in enumerate(steps):
@@ -426,6 +427,20 @@ class _Run:
             bench.cost[name] = amount * (
                 len(samples) / len(bench.samples) if name.endswith("(passes)") else 1.0
             )
+
+    def epsilon(self) -> None:
+        """Inference with the epsilon of the reference, or of most sites, as another variance."""
+        known, odd = self.found.get("difference"), self.facts.odd_epsilons
+        if known is not None and known.epsilons:
+            odd = {path: theirs for path, (_, theirs) in known.epsilons.items()}
+        own = {site.site.path: site.site.epsilon for site in self.facts}
+        statistics = {
+            path: (site.stored_mean, site.stored_variance + (odd[path] - own[path]))
+            for path, site in self.found.get("sites", {}).items()
+            if path in odd
+        }
+        if statistics:
+            self.probes["epsilon"] = self.bench.probe("epsilon", statistics=statistics)
 
     def difference(self, reference: Any) -> None:
         """The reference, weight by weight."""

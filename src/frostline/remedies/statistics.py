@@ -156,5 +156,5 @@ def _wanted_epsilons(place: Workplace) -> Iterator[tuple[str, float]]:
     if known is not None and known.epsilons:
         yield from ((path, theirs) for path, (_, theirs) in known.epsilons.items())
         return
-    frequent = Counter(each.site.epsilon for each in place.facts).most_common(1)[0][0]
-    yield from ((path, frequent) for path in place.blamed(CauseCode.EPS_MISMATCH))
+    odd = place.facts.odd_epsilons
+    yield from ((path, odd[path]) for path in place.blamed(CauseCode.EPS_MISMATCH) if path in odd)

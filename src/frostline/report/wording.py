@@ -27,6 +27,7 @@ PROBES = {
     "batch": "batch statistics at every site",
     "stored": "stored statistics at every site",
     "dropout": "inference with dropout on",
+    "epsilon": "inference with the other epsilon",
     "population": "inference, all sites recalibrated",
     "population unfrozen": "inference, unfrozen sites recalibrated",
     "population frozen": "inference, frozen sites recalibrated",

@@ -6,7 +6,6 @@ The examples run with ``import keras, numpy as np, frostline as fl`` and define 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -149,13 +148,11 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
     ## References
     Defaults of `keras.layers.BatchNormalization` and `torch.nn.BatchNorm2d`.
     """
-    counts = Counter(each.site.epsilon for each in model)
-    if len(counts) < 2:
-        return
-    frequent, others = counts.most_common(1)[0]
+    odd = model.odd_epsilons
+    others = len(model.sites) - len(odd)
     for each in model:
-        epsilon = each.site.epsilon
-        if epsilon == frequent or each.variance is None or not np.isfinite(each.variance).all():
+        epsilon, frequent = each.site.epsilon, odd.get(each.site.path)
+        if frequent is None or each.variance is None or not np.isfinite(each.variance).all():
             continue
         variance = np.maximum(each.variance, 0.0)
         effect = float(np.max(np.abs(np.sqrt((variance + epsilon) / (variance + frequent)) - 1)))

@@ -5,6 +5,7 @@ Rules are tested with facts written by hand. Nothing is computed here that a rul
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -184,6 +185,15 @@ class ModelFacts:
 
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)
+
+    @property
+    def odd_epsilons(self) -> dict[str, float]:
+        """Path of each site with another epsilon than most -> the most frequent one."""
+        counts = Counter(site.site.epsilon for site in self)
+        if len(counts) < 2:
+            return {}
+        frequent = counts.most_common(1)[0][0]
+        return {s.site.path: frequent for s in self if s.site.epsilon != frequent}
 
     def flip_effect(self, *, frozen: bool) -> str | None:
         """What the next training step does after a flip of ``trainable``; ``None``: as meant.

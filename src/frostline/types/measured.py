@@ -261,10 +261,12 @@ class Measurement:
             ``training blend``: λ as training uses it at each site (:attr:`behaviour`), dropout off.
             ``dropout``: λ = 0, everything else as in training. ``population``, ``population
             unfrozen``, ``population frozen``: λ = 0 with exact population statistics at all,
-            unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``validation
-            inference``, ``validation batch``, ``validation population``: the validation data, the
-            last with the statistics of the training samples. ``input NAME``: the model's own
-            inference with the best of the :attr:`input_trials`, if one is better for sure.
+            unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``epsilon``:
+            inference with the epsilon of the reference, or of most sites, where some differ.
+            ``validation inference``, ``validation batch``, ``validation population``: the
+            validation data, the last with the statistics of the training samples. ``input NAME``:
+            the model's own inference with the best of the :attr:`input_trials`, if one is better
+            for sure.
         gaps: By name: ``total`` (training − inference), ``bn`` (training blend − inference),
             ``dropout`` (dropout − inference), ``all batch`` (batch − inference), ``lag``
             (population unfrozen − inference), ``population`` (population − inference), ``sorted``

@@ -16,10 +16,13 @@ from written_cases import (
     finding,
     measurement,
     probe,
+    site_facts,
     site_measurement,
 )
 
 from frostline.causes import causes
+from frostline.causes.case import Case
+from frostline.types.facts import LayerFacts, ModelFacts
 from frostline.types.measured import BN_CAUSES, Cause, Difference, InputMoments, SweepPoint
 
 pytestmark = pytest.mark.once
@@ -324,6 +327,76 @@ def test_statistics_off_from_one_site_on_after_they_had_settled():
     assert codes(found)[0] == "STALE_AFTER_WEIGHT_EDIT"
     assert found[0].sites == ("bn3", "bn4")
     assert found[0].certainty == "may"
+
+
+def test_a_settled_average_is_never_said_to_be_old():
+    """One client's statistics in averaged weights: it said "EMA_LAG, leave 0.0%" before."""
+    early = {path: site_measurement(path, shift=0.12, ratio=1.2) for path in PATHS}
+    fast = facts({path: {"decay": 0.9} for path in PATHS}, steps=90)
+    found = causes(fast, measurement(GAP, shares=[0.25] * 4, sites=early), [])
+    assert (codes(found), found[0].certainty) == (["STALE_AFTER_WEIGHT_EDIT"], "may")
+    assert "client" in found[0].message  # not: weights were changed
+    assert "reference=" in found[0].settle
+    assert "as data" in found[0].settle
+    trailing = {"bn1": site_measurement("bn1", shift=0.1, ratio=1.1)} | far(*PATHS[1:])
+    for steps in (50, 120, 5000):
+        lagging = facts({path: {"decay": 0.9} for path in PATHS}, steps=steps)
+        for cause in causes(lagging, measurement(GAP, shares=[0.25] * 4, sites=trailing), []):
+            assert "0.0%" not in cause.message
+            assert not cause.message.startswith("weights were changed")
+
+
+def test_a_history_tells_augmentation_from_an_edit():
+    early = {path: site_measurement(path, shift=0.3, ratio=SCATTERED) for path in PATHS}
+    settled = facts({path: {"decay": 0.9} for path in PATHS}, steps=500)
+    made = measurement(GAP, shares=[0.25] * 4, sites=early, history={"loss": (0.9, 0.9, 0.9)})
+    found = causes(settled, made, [])
+    assert (codes(found), found[0].certainty) == (["AUGMENT_TRAIN_ONLY"], "may")
+    assert found[0].share == pytest.approx(1.0)
+
+
+def test_an_epsilon_takes_the_share_that_it_closes():
+    """FL113 alone had a share of None before, and the gap went to the averages."""
+    probes = {**GAP, "epsilon": (0.19, 0.96)}
+    made = measurement(probes, shares=[0.25] * 4, sites=far(*PATHS))
+    odd = facts({"bn1": {"epsilon": 1e-3}} | {path: {"epsilon": 1e-5} for path in PATHS[1:]})
+    assert odd.odd_epsilons == {"bn1": 1e-5}
+    found = causes(odd, made, [finding("FL113", "bn1", effect=0.3)])
+    assert codes(found)[0] == "EPS_MISMATCH"
+    assert found[0].share == pytest.approx(0.9, abs=0.02)
+
+
+def test_another_encoding_that_closes_most_of_the_loss_is_never_no_cause():
+    """x*2-1: 1.416 -> 0.367, of inputs that do not fill [0, 1], and the verdict was "no cause"."""
+    probes = dict.fromkeys(NO_GAP, (1.416, 0.6)) | {"input x*2-1": (0.367, 0.9)}
+    dark = InputMoments(
+        mean=np.array([0.2]), deviation=np.array([0.1]), low=np.array([0.0]), high=np.array([0.5])
+    )
+    found = causes(facts(steps=5000), measurement(probes, input=dark), [])
+    assert (codes(found), found[0].certainty) == (["PREPROCESS"], "may")
+    assert found[0].evidence["trial"] == "x*2-1"
+    worse = dict.fromkeys(NO_GAP, (1.416, 0.6)) | {"input x*2-1": (1.3, 0.6)}
+    assert codes(causes(facts(steps=5000), measurement(worse, input=dark), [])) == ["NONE"]
+
+
+def test_pre_activation_is_not_thawed_among_frozen():
+    """A block that begins with its BN behind a frozen stem: FROZEN_DRIFT was named before."""
+    layers = (
+        LayerFacts(path="stem/conv", order=0, trains=False),
+        LayerFacts(path="block1/conv1", order=2, trains=True),
+    )
+    for name, prefix in (("block1/bn1", ()), ("stem/bn", ("stem/bn",)), ("bn", ("bn",))):
+        known = ModelFacts(sites=(site_facts(name),), layers=layers, order={name: 1})
+        assert Case(known, measurement(NO_GAP, sites={})).thawed_in_prefix == prefix
+
+
+def test_a_design_in_which_the_batch_matters_voids_nothing():
+    seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
+    made = measurement(GAP, shares=[0.25] * 4, sites=FAR, behaviour=seen, neighbours=0.4)
+    found = causes(facts(steps=48), made, [])
+    assert codes(found) == ["EMA_LAG", "KERNEL_BUG"]
+    assert found[1].certainty == "may"
+    assert "by design" in found[1].message
 
 
 def test_a_reference_shows_the_edit():

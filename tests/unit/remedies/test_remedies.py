@@ -216,7 +216,9 @@ def test_names_of_classes_in_the_order_of_the_model():
 def test_epsilon_of_the_reference_as_a_variance():
     bench = ListedBench({"epsilon 1e-05": (0.2, 0.95)})
     other = Difference(epsilons={"bn1": (1e-3, 1e-5)})
-    found = tried({}, cause("EPS_MISMATCH", "bn1"), bench=bench, difference=other)
+    exact = {"population unfrozen": (0.3, 0.94)}
+    found = tried(exact, cause("EPS_MISMATCH", "bn1"), bench=bench, difference=other)
+    assert [remedy.name for remedy in found] == ["epsilon 1e-05", "recalibrate unfrozen"]
     assert found[0].recommended
     stored = site_measurement("bn1").stored_variance
     np.testing.assert_allclose(
