@@ -1,6 +1,6 @@
-"""How results are shown; nothing is measured here.
+"""Renderers: how results are shown and saved. Nothing is measured here.
 
-``report`` holds the object, ``schema`` its JSON form; ``terminal``, ``github`` and ``html`` (with
-``vector`` and ``figures``) are its renderers, which share ``wording`` and ``excerpts``; ``text``
-has the tables of other commands.
+``terminal``, ``github`` and ``html`` (with ``vector`` and ``figures``) show a
+:class:`~frostline.types.report.Report`; they share ``wording``, ``excerpts``, ``escaping`` and
+``palette``. ``schema`` is its JSON form, ``files`` saves it. ``text`` has the other tables.
 """

@@ -1,4 +1,4 @@
-"""What a table or picture takes out of a report: chosen, sorted, summarised; nothing measured."""
+"""Select, sort and summarise the numbers of a report for its tables and pictures."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from frostline.types import Array, as_float64
 from frostline.types.measured import Attribution, Gap, Measurement, Remedy
 from frostline.types.report import Report
 
-#: Sites that are named beside the picture of shares.
+#: Number of sites named beside the picture of shares.
 NAMED_SITES = 3
 
-#: Quantiles of a site's channels that are shown.
+#: Quantiles over a site's channels that are shown.
 QUANTILES = (0.5, 0.9, 1.0)
 
 
 def relative_shares(found: Attribution) -> Array:
-    """Return each site's share of the BN gap, in parts of the gap; zeros when there is no gap."""
+    """Return each site's share of the BN gap as a fraction of it; zeros without a gap."""
     if not found.gap or not math.isfinite(found.gap):
         return np.zeros(len(found.paths))
     return as_float64(found.shares) / found.gap
 
 
 def largest(values: Array, most: int = NAMED_SITES) -> list[int]:
-    """Return the positions of the largest values by size, the largest first; no zeros."""
+    """Return the positions of the values with the largest magnitude, without zeros."""
     order = np.argsort(-np.abs(values), kind="stable")[:most]
     return [int(index) for index in order if values[index]]
 
 
 def group_shares(found: Attribution, most: int) -> list[tuple[str, float]]:
-    """Return (block, part of the gap) of the blocks with the largest parts, in their order."""
+    """Return (block, fraction of the gap) of the largest blocks, in order of depth."""
     if not found.gap or not math.isfinite(found.gap):
         return []
     values = np.array(list(found.groups.values()), dtype=np.float64) / found.gap
@@ -41,7 +41,7 @@ def group_shares(found: Attribution, most: int) -> list[tuple[str, float]]:
 
 
 def block_of(report: Report, paths: Sequence[str]) -> list[str]:
-    """Return the block of each site: the longest group name that its path begins with."""
+    """Return each site's block: the longest group name that its path starts with."""
     found = report.attribution
     names = sorted(found.groups if found is not None else (), key=len, reverse=True)
     return [next((name for name in names if _begins(path, name)), "") for path in paths]
@@ -63,7 +63,7 @@ def runs(values: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def quantiles(values: Array, at: Sequence[float] = QUANTILES) -> tuple[float, ...]:
-    """Return quantiles over the channels that have a finite value; NaN where none has."""
+    """Return quantiles over the finite channels; NaN if there is none."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return (math.nan,) * len(at)
@@ -71,10 +71,10 @@ def quantiles(values: Array, at: Sequence[float] = QUANTILES) -> tuple[float, ..
 
 
 def drift_quantiles(measured: Measurement) -> tuple[Array, Array]:
-    """Return what the picture of drift shows, both of shape ``(3, sites)``.
+    """Return quantiles of shift and variance ratio, each of shape ``(3, sites)``.
 
     Returns:
-        10th percentile, median and 90th percentile over the channels of the shift, and of the
+        10th percentile, median and 90th percentile over the channels: of the shift, and of the
         variance ratio.
     """
     at = (0.1, 0.5, 0.9)
@@ -84,15 +84,14 @@ def drift_quantiles(measured: Measurement) -> tuple[Array, Array]:
 
 
 def gap_of_probe(measured: Measurement, name: str) -> Gap | None:
-    """Return the gap that compares this probe with another one, if there is one."""
+    """Return the gap whose first probe is this one, if there is one."""
     return next((gap for gap in measured.gaps.values() if gap.of == name), None)
 
 
 def remedy_metric(remedies: Sequence[Remedy]) -> str:
-    """Return what remedies are compared by: accuracy where all have it and it moves, else loss."""
-    measured = [each for each in remedies if each.after]
-    with_accuracy = [each for each in measured if "accuracy" in each.after and each.before]
-    if measured and len(with_accuracy) == len(measured):
+    """Return the metric that compares remedies: accuracy if all have it and it moves, else loss."""
+    measured = [remedy for remedy in remedies if remedy.after]
+    if measured and all("accuracy" in each.after and each.before for each in measured):
         values = {each.after["accuracy"] for each in measured}
         values |= {each.before.get("accuracy", math.nan) for each in measured}
         if max(values) - min(values) > 1e-9:
@@ -101,7 +100,7 @@ def remedy_metric(remedies: Sequence[Remedy]) -> str:
 
 
 def effects(remedy: Remedy) -> list[tuple[str, float, float]]:
-    """Return (metric, before, after) of each number that a remedy has both of."""
+    """Return (metric, before, after) for each metric that was measured both times."""
     return [
         (name, remedy.before[name], after)
         for name, after in remedy.after.items()
@@ -110,12 +109,12 @@ def effects(remedy: Remedy) -> list[tuple[str, float, float]]:
 
 
 def first_choice(remedies: Sequence[Remedy]) -> Remedy | None:
-    """Return the remedy to take: the first that helps for sure, as they come best first."""
+    """Return the first recommended remedy; remedies are sorted best first."""
     return next((each for each in remedies if each.recommended), None)
 
 
 def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
-    """Return the remedies that have this number before and after."""
+    """Return the remedies with a finite value of the metric before and after."""
     return [
         each
         for each in remedies
@@ -124,12 +123,12 @@ def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
 
 
 def frozen_paths(report: Report) -> set[str]:
-    """Return the paths of the sites of which anything is frozen."""
+    """Return the paths of sites whose parameters or statistics are frozen."""
     return {site.path for site in report.sites if site.stats_frozen or site.params_frozen}
 
 
 def unexplained(report: Report) -> float | None:
-    """Return the part of the gap that no cause explains; ``None`` without shares, or when small."""
+    """Return the fraction of the gap that no cause explains; ``None`` if unknown or below 0.5%."""
     shares = [cause.share for cause in report.causes if cause.share is not None]
     rest = 1 - sum(shares)
     return rest if shares and rest >= 0.005 else None

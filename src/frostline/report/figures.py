@@ -1,8 +1,7 @@
 """Pictures of a measurement, drawn with matplotlib's objects: no window, no global state.
 
-Each function draws one picture into a figure that it is given, wide (a page) or narrow (a phone).
-Every picture reads in grey: a colour stands beside a word, a mark or an axis. The colours are
-Okabe and Ito's, told apart with any colour vision.
+Each function draws one picture into a given figure, wide (a page) or narrow (a phone). Every
+picture is also readable in grey.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ if TYPE_CHECKING:
 
     Canvas = Figure | SubFigure
 
-#: Groups and remedies that a picture shows at most; the page's lists have them all.
+#: Most rows in a picture; the page's lists have all of them.
 MOST_ROWS = 12
 
-#: Blocks above which none is shaded: their stripes would be all that one sees.
+#: With more blocks than this, none is shaded: the stripes would hide the data.
 MOST_BANDS = 40
 
 #: Mean width of a character of the labels, in points.
 _CHARACTER = 6.1
 
-#: What all pictures share. ``default`` comes first: the user's own style is for the user's own.
+#: Style of all pictures, on top of matplotlib's ``default``: the user's own style is ignored.
 STYLE: dict[str, Any] = {
     "font.size": 11.0,
     "axes.spines.top": False,
@@ -61,7 +60,7 @@ STYLE: dict[str, Any] = {
 
 
 def gaps(figure: Canvas, report: Report, *, wide: bool) -> None:
-    """Draw every gap in loss with its interval: a filled dot where the sign is certain."""
+    """Draw every gap in loss with its interval; a filled dot marks a certain sign."""
     measured = _measured(report)
     shown = [gap for gap in measured.gaps.values() if math.isfinite(gap.loss.estimate)]
     ax = _rows(figure, [wording.gap(gap.name) for gap in shown], wide=wide)
@@ -76,7 +75,7 @@ def gaps(figure: Canvas, report: Report, *, wide: bool) -> None:
 
 
 def attribution(figure: Canvas, report: Report, *, wide: bool) -> None:
-    """Draw each site's share of the BN gap over depth, blocks shaded, frozen parts named."""
+    """Draw each site's share of the BN gap over depth."""
     found = report.attribution
     assert found is not None
     shares = excerpts.relative_shares(found) * 100
@@ -96,7 +95,7 @@ def attribution(figure: Canvas, report: Report, *, wide: bool) -> None:
 
 
 def groups(figure: Canvas, report: Report, *, wide: bool) -> None:
-    """Draw the shares of blocks, those with the largest ones, in the order of depth."""
+    """Draw the blocks with the largest shares, in order of depth."""
     found = report.attribution
     assert found is not None
     shown = excerpts.group_shares(found, MOST_ROWS)
@@ -114,7 +113,7 @@ def groups(figure: Canvas, report: Report, *, wide: bool) -> None:
 
 
 def drift(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG001
-    """Draw how far each site's stored statistics are from the data's: median to 90th percentile."""
+    """Draw how far each site's stored statistics are from those of the data."""
     paths = list(_measured(report).sites)
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(**_margins(figure, left=48, right=6, top=22, bottom=70), hspace=0.3)
@@ -135,7 +134,7 @@ def drift(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG00
 
 
 def path(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG001
-    """Draw the loss on the way from stored statistics (λ = 0) to those that training uses."""
+    """Draw the loss from stored statistics (λ = 0) to those that training uses."""
     found = report.attribution
     assert found is not None
     t, losses = np.array(found.curve, dtype=np.float64).T
@@ -153,7 +152,7 @@ def path(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG001
 
 
 def sweep(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG001
-    """Draw the loss against the batch size: with batch statistics, and at inference."""
+    """Draw the loss over batch sizes, with batch statistics and at inference."""
     points = _measured(report).sweep
     sizes = [point.batch_size for point in points]
     ax = figure.subplots()
@@ -173,7 +172,7 @@ def sweep(figure: Canvas, report: Report, *, wide: bool) -> None:  # noqa: ARG00
 
 
 def remedies(figure: Canvas, report: Report, *, wide: bool) -> None:
-    """Draw each remedy's effect as a line from before (hollow) to after (filled)."""
+    """Draw each remedy as a line from before (hollow) to after (filled)."""
     metric = excerpts.remedy_metric(report.remedies)
     shown = excerpts.measured_remedies(report.remedies, metric)[:MOST_ROWS]
     best = excerpts.first_choice(report.remedies)
@@ -199,7 +198,7 @@ Draw = Callable[..., None]
 
 
 def available(report: Report) -> dict[str, Draw]:
-    """Return name -> function for each picture that the report has the numbers for."""
+    """Return name -> function of the pictures that this report has numbers for."""
     measured = report.measurement
     if measured is None:
         return {}
@@ -272,7 +271,7 @@ def _finite(values: Any) -> bool:
 
 
 def _margins(canvas: Canvas, **points: float) -> dict[str, float]:
-    """Turn margins in points into the fractions that matplotlib wants."""
+    """Convert margins from points to matplotlib's fractions."""
     box = canvas.bbox
     scale = 72 / canvas.figure.dpi
     width, height = box.width * scale, box.height * scale
@@ -287,7 +286,7 @@ def _margins(canvas: Canvas, **points: float) -> dict[str, float]:
 def _rows(
     canvas: Canvas, names: Sequence[str], *, wide: bool, right: float = 14, bottom: float = 42
 ) -> Axes:
-    """Return axes with one named row each: names at the left, or above the row on a phone."""
+    """Return axes with one row per name: names at the left, or above the row on a phone."""
     ax: Axes = canvas.subplots()
     rows = max(len(names), 1)
     fits = 56 if wide else 54
@@ -313,7 +312,7 @@ def _frozen(report: Report, paths: Sequence[str]) -> list[bool]:
 
 
 def _kinds(frozen: Sequence[bool]) -> list[tuple[Array, str, str]]:
-    """Return (positions, mark, colour) of the frozen sites, and of those that train."""
+    """Return (positions, marker, colour) of frozen sites and of sites that train."""
     is_frozen = np.array(frozen, dtype=bool)
     return [
         (np.flatnonzero(is_frozen), "o", FROZEN),
@@ -322,7 +321,7 @@ def _kinds(frozen: Sequence[bool]) -> list[tuple[Array, str, str]]:
 
 
 def _bars(ax: Axes, heights: Array, frozen: Sequence[bool]) -> None:
-    """Draw bars, those of one colour as one path: hundreds of them make a small file."""
+    """Draw all bars of a colour as one path, which keeps the file small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -340,7 +339,7 @@ def _bars(ax: Axes, heights: Array, frozen: Sequence[bool]) -> None:
 
 
 def _ranges(ax: Axes, low: Array, middle: Array, high: Array, frozen: Sequence[bool]) -> None:
-    """Draw median and range per site: round marks where frozen, square ones where it trains."""
+    """Draw median and range per site: round where frozen, square where it trains."""
     many = len(middle) > 100
     for chosen, mark, colour in _kinds(frozen):
         gaps_between = np.full(len(chosen), np.nan)
@@ -362,7 +361,7 @@ def _plain_log_axis(ax: Axes) -> None:
 
 
 def _training_line(ax: Axes, report: Report, metric: str) -> None:
-    """Mark what the samples reach in training mode, which a full repair would reach too."""
+    """Mark the value in training mode, which a complete repair would reach."""
     found = _measured(report).probes.get("training blend") if report.measurement else None
     value = None if found is None else getattr(found, metric)
     if value is None or not math.isfinite(value):
@@ -374,7 +373,7 @@ def _training_line(ax: Axes, report: Report, metric: str) -> None:
 
 
 def _block_bands(ax: Axes, report: Report, paths: tuple[str, ...], *, wide: bool) -> None:
-    """Shade every other block, and name those whose name fits."""
+    """Shade every other block, and name blocks that are wide enough."""
     runs = excerpts.runs(excerpts.block_of(report, paths))
     if not 2 <= len(runs) <= MOST_BANDS:
         return
@@ -390,14 +389,14 @@ def _block_bands(ax: Axes, report: Report, paths: tuple[str, ...], *, wide: bool
 
 
 def _depth_axis(ax: Axes, frozen: Sequence[bool]) -> None:
-    """Number the sites, and say in words which of them are frozen."""
+    """Number the sites, and label the frozen stretches."""
     from matplotlib.ticker import MaxNLocator
     from matplotlib.transforms import offset_copy
 
     number = len(frozen)
     ax.set_xlim(-0.7, number - 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    ax.set_xlabel("site, in the order of execution", labelpad=27)
+    ax.set_xlabel("site, in execution order", labelpad=27)
     strip = offset_copy(ax.get_xaxis_transform(), ax.figure.figure, y=-24, units="points")
     width = ax.get_window_extent().width * 72 / ax.figure.dpi
     for name, start, stop in excerpts.runs(["frozen" if each else "trains" for each in frozen]):

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-#: Sites above which their table is folded away.
+#: With more sites than this, their table starts folded.
 MANY_SITES = 60
 
-#: The little picture in a site's row: bins of the channels' shift, from and to, on a log scale.
+#: Histogram in a site's row: number of bins, and range of the shift on a log scale.
 _BINS, _FROM, _TO = 20, 0.01, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture in two widths, as SVG."""
+    """A picture as SVG, in two widths."""
 
     name: str
     title: str
@@ -47,7 +47,7 @@ def page(report: Report) -> str:
 
 
 def fragment(report: Report) -> str:
-    """Return the report as one ``<div>`` with its own style sheet, for a notebook."""
+    """Return the report for a notebook: one ``<div>`` with its own style sheet."""
     return _environment().get_template("body.html.jinja").render(**_context(report))
 
 
@@ -114,7 +114,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def pictures(report: Report) -> dict[str, Picture]:
-    """Return name -> picture, for all that the report has the numbers for."""
+    """Return name -> picture, for each that the report has numbers for."""
     from markupsafe import Markup
 
     found: dict[str, Picture] = {}
@@ -146,7 +146,7 @@ def gap_rows(measured: Measurement) -> list[dict[str, Any]]:
 
 
 def cause_row(report: Report, cause: Cause) -> dict[str, Any]:
-    """Return what the page says of a cause."""
+    """Return what the page shows of a cause."""
     names = {finding.code: finding.name for finding in report.findings}
     return {
         "code": cause.code,
@@ -165,7 +165,7 @@ def cause_row(report: Report, cause: Cause) -> dict[str, Any]:
 
 
 def top_sites(report: Report) -> list[dict[str, Any]]:
-    """Return the sites with the largest shares, with the effect of switching each alone."""
+    """Return the sites with the largest shares, and the effect of switching each one alone."""
     found = report.attribution
     if found is None:
         return []
@@ -181,7 +181,7 @@ def top_sites(report: Report) -> list[dict[str, Any]]:
 
 
 def remedy_row(remedy: Remedy, *, best: bool) -> dict[str, Any]:
-    """Return what the page says of a remedy."""
+    """Return what the page shows of a remedy."""
     lines = [("Python", remedy.python), ("Shell", remedy.shell)]
     return {
         "remedy": remedy,
@@ -192,7 +192,7 @@ def remedy_row(remedy: Remedy, *, best: bool) -> dict[str, Any]:
 
 
 def finding_rows(report: Report) -> list[dict[str, Any]]:
-    """Return one row per rule: equal findings of many sites are told once."""
+    """Return one row per rule; equal findings of many sites share it."""
     rows = []
     for group in wording.by_code(report.findings):
         first = group[0]
@@ -209,9 +209,9 @@ def finding_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def remedy_of(report: Report, finding: Finding) -> Remedy | None:
-    """Return the remedy that repairs a finding: of those with its fix, the one most about it."""
+    """Return the remedy for a finding: has the same fix, and causes that match it best."""
     codes = {cause.code for cause in report.causes if finding.code in cause.findings}
-    if not codes:  # no cause rests on it: those that blame the same layers
+    if not codes:  # no cause cites it: take causes at the same layers
         codes = {each.code for each in report.causes if set(each.sites) & set(finding.sites)}
     fitting = [each for each in report.remedies if each.fix == finding.fix]
     return min(fitting, key=lambda each: len(set(each.causes) ^ codes), default=None)
@@ -237,8 +237,8 @@ def site_row(report: Report, site: Site) -> dict[str, Any]:
 def outline(shift: Array) -> str:
     """Return the histogram of a site's shift as an SVG path of 80 by 18 units.
 
-    The bins are the same for every site, so that rows compare: 20, on a log scale from 0.01 to 10
-    standard deviations; what lies outside is counted in the first and the last one.
+    Every site has the same 20 bins, so that rows compare: on a log scale from 0.01 to 10 standard
+    deviations. Values outside count in the first or the last bin.
     """
     finite = shift[np.isfinite(shift)]
     if not finite.size:
@@ -252,7 +252,7 @@ def outline(shift: Array) -> str:
 
 
 def _width(share: float | None) -> float:
-    """Return how much of a bar is filled, in percent."""
+    """Return the filled part of a bar in percent."""
     if share is None or not math.isfinite(share):
         return 0.0
     return round(100 * min(max(share, 0.0), 1.0), 1)

@@ -1,19 +1,19 @@
-"""Nouns to plain JSON types and back, driven by the type hints of the dataclasses.
+"""Dataclasses to plain JSON types and back, driven by their type hints.
 
-What JSON has no word for:
+Values that JSON cannot express:
 
 =====================  =========================================================================
 an array of float64    nested lists of numbers
-any other array        ``{"dtype": "int64", "shape": [2, 2], "values": [...]}``, values flat; so
-                       is an empty array of more than one axis, whose shape a list would lose
+any other array        ``{"dtype": "int64", "shape": [2, 2], "values": [...]}`` with flat values;
+                       also an empty array of several axes, whose shape a list would lose
 a tuple                a list
 NaN, infinities        the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``, which ``float`` and
                        JavaScript's ``Number`` read. A text in a finding's or cause's *evidence*
-                       that is one of these three words is read as the number
+                       that equals one of these three words is read as the number
 =====================  =========================================================================
 
-Reading is strict about types and lenient about fields: a field that is missing takes its default,
-one that is unknown is passed over, so that a report of a version with one field more still reads.
+Reading is strict about types and lenient about fields: a missing field takes its default and an
+unknown field is ignored, so that a report of a later version with one more field still reads.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def from_dict(kind: type[_Report], plain: Mapping[str, Any]) -> _Report:
 
 
 def encode(value: Any) -> Any:
-    """Return a noun, or anything made of nouns, arrays, tuples and mappings, as JSON types."""
+    """Return dataclasses, arrays, tuples and mappings as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: encode(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):
@@ -79,12 +79,12 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, plain: Any, *, where: str = "report") -> Any:
-    """Return what :func:`encode` was given.
+    """Return the value that :func:`encode` was given.
 
     Args:
         kind: The type, as a type hint.
         plain: What was read from JSON.
-        where: Place in the document, for the error.
+        where: Place in the document, for the error message.
 
     Raises:
         DataError: ``plain`` is not of this type.

@@ -1,8 +1,6 @@
-"""Tables for the terminal: data in, `rich` renderables or text out. Computes no measurement.
+"""Tables for the terminal, as `rich` renderables; `render` turns them into text of a given width.
 
-Colour never carries meaning alone: every coloured word is also a word. `render` turns any
-renderable into a string of a given width, so the same tables go to a terminal, a pipe, a test or
-a README.
+Colour never carries meaning alone: the coloured word says the same.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from frostline.report import wording
 from frostline.report.escaping import line, printable
 from frostline.types import PhaseRow, PhaseTable, Site
 
@@ -18,10 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-#: Shown for a number that does not exist (no loss, AUC of more than two classes).
-MISSING = "–"
-
-#: Metric name -> the heading that people know it by.
+#: Metric name -> its usual heading.
 _HEADINGS = {"accuracy": "accuracy", "auc": "AUC", "mse": "MSE", "spearman": "Spearman"}
 
 _PHASE_WORDS = {
@@ -85,7 +81,7 @@ def number(value: float | None, *, signed: bool = False) -> str:
     ('0.123', '1.234e+03', '–', '+0.500')
     """
     if value is None:
-        return MISSING
+        return wording.MISSING
     sign = "+" if signed else ""
     return f"{value:{sign}.3e}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
 
@@ -128,7 +124,7 @@ def sites_table(
 
 
 def phases_table(table: PhaseTable) -> RenderableType:
-    """Return the essay's table: dynamic, phase 0 and phase 1, the gap, and the tell-tales."""
+    """Return the essay's table: dynamic, phase 0, phase 1, their gap, and telling patterns."""
     from rich.console import Group
 
     names = list(dict.fromkeys(name for row in table.rows for name in row.metrics))
@@ -146,14 +142,14 @@ def phases_table(table: PhaseTable) -> RenderableType:
         *[number(gaps.get(name), signed=True) for name in ("loss", *names)],
         style="bold",
     )
-    plural = "" if table.sites == 1 else "s"
-    caption = f"{table.task}, {table.samples} samples, {table.sites} BN layer{plural}"
+    layers = wording.count(table.sites, "BN layer")
+    caption = f"{table.task}, {table.samples} samples, {layers}"
     words = [line(f"▶ {pattern}", style="bold yellow") for pattern in table.patterns]
     return Group(line(caption, style="dim"), grid, *words)
 
 
 def phase_gaps(inference: PhaseRow, training: PhaseRow) -> dict[str, float]:
-    """Return metric at phase 1 minus metric at phase 0, for every number that both have."""
+    """Return metric at phase 1 minus metric at phase 0, for every metric of both."""
     gaps: dict[str, float] = {}
     if inference.loss is not None and training.loss is not None:
         gaps["loss"] = training.loss - inference.loss
@@ -164,7 +160,7 @@ def phase_gaps(inference: PhaseRow, training: PhaseRow) -> dict[str, float]:
 
 
 def comparison_table(rows: Iterable[ComparisonRow]) -> RenderableType:
-    """Return the experiment's table: per row loss, accuracy and AUC in the three phases."""
+    """Return an experiment's table: loss, accuracy and AUC of each row in the three phases."""
     kept = list(rows)
     metrics = [
         name
@@ -206,7 +202,7 @@ def _site_cells(site: Site) -> tuple[str, ...]:
     return (
         str(site.index),
         printable(site.path + uses),
-        MISSING if site.channels is None else str(site.channels),
+        wording.MISSING if site.channels is None else str(site.channels),
         "frozen" if site.params_frozen else "train",
         "frozen" if site.stats_frozen else "move",
         f"{site.decay:g}",
@@ -215,7 +211,7 @@ def _site_cells(site: Site) -> tuple[str, ...]:
 
 
 def _normalises_with(site: Site) -> str:
-    """Say which statistics normalise the batch in training, as the site stands now."""
+    """Return which statistics normalise a batch in training, by the site's present state."""
     frozen = site.params_frozen or site.stats_frozen
     if frozen and site.policy == "inference" and site.stats_frozen:
         return "stored"
@@ -226,16 +222,15 @@ def _sites_summary(sites: Sequence[Site]) -> RenderableType:
 
     frozen = sum(site.stats_frozen for site in sites)
     fixed = sum(site.params_frozen for site in sites)
-    plural = "" if len(sites) == 1 else "s"
     return line(
-        f"{len(sites)} BN layer{plural}: statistics frozen in {frozen}, "
+        f"{wording.count(len(sites), 'BN layer')}: statistics frozen in {frozen}, "
         f"gamma/beta frozen in {fixed}.",
         style="bold",
     )
 
 
 def _column_widths(rows: Sequence[Sequence[str]], *, flexible: int, width: int) -> tuple[int, ...]:
-    """Give every column its longest cell, and the flexible one what is left."""
+    """Return column widths: that of the longest cell, and for the flexible column the rest."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     spare = width - (sum(widths) - widths[flexible]) - 2 * (len(widths) - 1)
     widths[flexible] = max(12, min(widths[flexible], spare))
@@ -245,7 +240,7 @@ def _column_widths(rows: Sequence[Sequence[str]], *, flexible: int, width: int) 
 def _fixed_table(
     rows: Sequence[Sequence[str]], *, headings: Sequence[str] | None, widths: Sequence[int]
 ) -> Table:
-    """Return a borderless table of fixed column widths, so that two of them line up."""
+    """Return a borderless table of fixed column widths; two of them line up."""
     from rich.table import Table
 
     grid = Table(box=None, padding=(0, 2, 0, 0), show_header=headings is not None, pad_edge=False)
@@ -275,15 +270,15 @@ def _table(headings: Sequence[str]) -> Table:
 
 def _phase_cell(row: PhaseRow | None, metrics: Sequence[str]) -> str:
     if row is None:
-        return MISSING
+        return wording.MISSING
     cells = [_short(row.loss), *[_short(row.metrics.get(name)) for name in metrics]]
     return " ".join(f"{cell:>4}" for cell in cells)
 
 
 def _short(value: float | None, *, signed: bool = False) -> str:
-    """Return ``.785`` for 0.785: three cells of three numbers must fit into 80 columns."""
+    """Return ``.785`` for 0.785: three times three numbers fit into 80 columns."""
     if value is None:
-        return MISSING
+        return wording.MISSING
     sign = "+" if signed else ""
     size = abs(value)
     if size != size or size >= 1000:

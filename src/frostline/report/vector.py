@@ -1,4 +1,4 @@
-"""A matplotlib picture as SVG that is part of a page: its fonts, and its colours in both themes.
+"""A matplotlib picture as SVG inside a page: with the page's fonts and the colours of its theme.
 
 matplotlib draws the picture in the colours of the light theme. Each colour then becomes a CSS
 variable of the page; the light colour is the fallback outside of a page.
@@ -19,7 +19,7 @@ def svg(report: Report, name: str, *, wide: bool, label: str) -> str:
     """Return a picture as an ``<svg>`` element.
 
     Args:
-        report: What it shows.
+        report: The report that it shows.
         name: One of :func:`frostline.report.figures.available`.
         wide: For a page, or for a phone.
         label: What a screen reader says.
@@ -27,8 +27,8 @@ def svg(report: Report, name: str, *, wide: bool, label: str) -> str:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    # The salt makes ids repeatable, and different from picture to picture: a browser does not
-    # find a mark or a clipping path in a picture that is not displayed.
+    # The salt makes ids repeatable, and unique to the picture: a browser cannot resolve an id
+    # in a picture that is not displayed.
     salt = f"frostline-{name}-{'wide' if wide else 'narrow'}"
     with matplotlib.style.context(["default", figures.STYLE, {"svg.hashsalt": salt}]):
         width, height = figures.size(report, name, wide=wide)
@@ -43,7 +43,7 @@ def _embedded(document: str, label: str) -> str:
     body = document[document.index("<svg") :]
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
-    # A text node has no bare < or > in it: what is between the two is a tag, and no name.
+    # Text nodes contain no bare < or >, so everything between the two is a tag.
     body = re.sub(r"<[^>]*>", lambda tag: _themed(tag.group()), body)
     body = re.sub(r">\s*\n\s*<", "><", body)
     attributes = f'<svg role="img" aria-label="{escaping.html(label)}"'

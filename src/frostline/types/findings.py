@@ -22,9 +22,9 @@ class Finding:
         certainty: ``"is"`` follows from what was read; ``"may"`` is inferred.
         sites: Paths of the sites, in execution order.
         message: What is wrong, the number that shows it, what to do. At most 120 characters, and
-            without paths, so that equal findings of many sites can be told once.
+            without paths, so that equal findings of many sites are shown once.
         evidence: The numbers behind the message, by name.
-        fix: The repair as a word, for example ``"freeze"``; ``None`` when there is no single one.
+        fix: The repair in one word, for example ``"freeze"``; ``None`` without a single one.
     """
 
     code: str

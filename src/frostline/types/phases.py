@@ -39,7 +39,7 @@ class PhaseTable:
             outputs fit none of these (several outputs, pixels): then only the loss is compared.
         samples: Number of samples, n.
         sites: Number of BN layers in the model.
-        patterns: The essay's tell-tale patterns that are present, in words; empty when none.
+        patterns: Telling patterns of the essay that are present, in words.
     """
 
     rows: tuple[PhaseRow, ...]
