@@ -40,7 +40,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.graph import sites
-from frostline.adapters.keras.moments import KerasMoments
+from frostline.adapters.keras.moments import MomentRecorder
 from frostline.measure.recalibration import recalibrated
 
 
@@ -55,7 +55,7 @@ def runners(model: keras.Model, batch: int) -> dict[str, Callable[[Any], Any]]:
     paths = [site.path for site in sites(model)]
 
     def recalibrate(x: Any, method: Any) -> None:
-        recalibrated(KerasMoments(model, paths), paths, x, method=method, batch_size=batch)
+        recalibrated(MomentRecorder(model, paths), paths, x, method=method, batch_size=batch)
 
     return {
         "predict": lambda x: model.predict(x, batch_size=batch, verbose=0),
@@ -80,7 +80,7 @@ def growth_mib(model: keras.Model, batch: int, method: Any) -> float:
 
     peaks = []
     for batches in (4, 16):
-        meter = KerasMoments(model, paths)
+        meter = MomentRecorder(model, paths)
         recalibrated(meter, paths, stream(batches), method=method, memory_limit=32 << 20)
         peaks.append(peak_mib())
     return peaks[1] - peaks[0]

@@ -85,12 +85,12 @@ def test_gap_and_attribution(twins: Any) -> None:
 
 
 def test_recalibrated_statistics(twins: Any) -> None:
-    from frostline.adapters.keras.moments import KerasMoments
+    from frostline.adapters.keras.moments import MomentRecorder
 
     keras_view, torch_view, x, channels_first = twins
     found = []
     for one, make, inputs in (
-        (keras_view, KerasMoments, x),
+        (keras_view, MomentRecorder, x),
         (torch_view, lambda model, paths: torch_view.meter(paths), channels_first),
     ):
         paths = [site.path for site in one.sites()]

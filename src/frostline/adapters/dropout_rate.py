@@ -30,7 +30,7 @@ KEPT_RATES = "_frostline_rates"
 
 
 @dataclass(frozen=True, eq=False)
-class Knob:
+class DropoutRate:
     """An attribute of an object that holds a rate."""
 
     owner: Any
@@ -82,36 +82,36 @@ class Knob:
 
 @dataclass(frozen=True, eq=False)
 class Rates:
-    """What knobs were set to, to be put back."""
+    """Values of dropout rates, to be put back."""
 
-    values: tuple[tuple[Knob, Any, Any], ...]
+    values: tuple[tuple[DropoutRate, Any, Any], ...]
 
     @classmethod
-    def of(cls, knobs: Iterable[Knob]) -> Rates:
+    def of(cls, rates: Iterable[DropoutRate]) -> Rates:
         """Read them."""
-        return cls(tuple((knob, getattr(knob.owner, knob.name), knob.kept) for knob in knobs))
+        return cls(tuple((rate, getattr(rate.owner, rate.name), rate.kept) for rate in rates))
 
     def restore(self) -> None:
         """Put them back, and what was kept."""
-        for knob, value, kept in self.values:
-            if getattr(knob.owner, knob.name) != value:
-                setattr(knob.owner, knob.name, value)
-            knob._keep(kept)
+        for rate, value, kept in self.values:
+            if getattr(rate.owner, rate.name) != value:
+                setattr(rate.owner, rate.name, value)
+            rate._keep(kept)
 
 
-def knobs(owner: Any) -> list[Knob]:
+def dropout_rates(owner: Any) -> list[DropoutRate]:
     """The rates that an object holds itself; a property that reads another object's is none."""
     return [
-        Knob(owner, name)
+        DropoutRate(owner, name)
         for name in OFF
         if isinstance(vars(owner).get(name), (int, float))
         and not isinstance(vars(owner).get(name), bool)
     ]
 
 
-def turned_on(found: Iterable[Knob]) -> bool:
+def turned_on(found: Iterable[DropoutRate]) -> bool:
     """Turn every one of them on; returns whether any changed."""
-    changed = [knob.turn_on() for knob in found]
+    changed = [rate.turn_on() for rate in found]
     return any(changed)
 
 

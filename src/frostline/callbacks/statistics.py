@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import watch as keras_watch
-from frostline.adapters.keras.moments import KerasMoments
+from frostline.adapters.keras.moments import MomentRecorder
 from frostline.callbacks.sites import keras_sites
 from frostline.data.batches import require_reiterable
 from frostline.graph.selection import GROUPS, select
@@ -62,7 +62,7 @@ class Recalibrate(keras.callbacks.Callback):  # type: ignore[misc]
         self.sites = sites
         self.method = method
         self.batch_size = batch_size
-        self._meter: KerasMoments | None = None
+        self._meter: MomentRecorder | None = None
         self._mark: int | None = None
         self._undo: Callable[[], None] | None = None
         self._fitting = False
@@ -118,7 +118,7 @@ class Recalibrate(keras.callbacks.Callback):  # type: ignore[misc]
         if mark == self._mark:
             return
         if self._meter is None or list(self._meter.layers) != paths:
-            self._meter = KerasMoments(model, paths)
+            self._meter = MomentRecorder(model, paths)
         undo = self._meter.snapshot()
         done = recalibrated(
             self._meter, paths, self.data, method=self.method, batch_size=self.batch_size

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras import edit as keras_edit, graph as keras_graph
-from frostline.adapters.keras.weight_hold import Gate
+from frostline.adapters.keras.weight_hold import WeightHold
 from frostline.graph.addresses import Place
 from frostline.types import ModelError
 
@@ -78,7 +78,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         self.ramp = ramp
         self._waiting: list[_Planned] = []
         self._ramped: list[Any] = []
-        self._gate: Gate | None = None
+        self._hold: WeightHold | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Prepare the optimizer and the training step for all that will be thawed."""
@@ -97,7 +97,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
             self._waiting = planned
             held = [v for each in planned if not each.site for v in _own(each.place.layer)]
             if planned:
-                self._gate = Gate(model, held)
+                self._hold = WeightHold(model, held)
             self._reserve_ramps(model)
             model.make_train_function(force=True)
         except BaseException:
@@ -113,8 +113,8 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
             return
         model = self.model  # on JAX this brings the weights back from the running fit
         self._waiting = [each for each in self._waiting if each.epoch > epoch]
-        if self._gate is not None:
-            self._gate.open(v for each in due if not each.site for v in _own(each.place.layer))
+        if self._hold is not None:
+            self._hold.open(v for each in due if not each.site for v in _own(each.place.layer))
         uses = {id(each.place.layer): each.place.calls for each in due if each.site}
         for each in due:
             if each.site:
@@ -135,7 +135,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the schedule where it is; for a ``fit`` that was interrupted."""
-        if self._model is None or not (self._waiting or self._gate or self._ramped):
+        if self._model is None or not (self._waiting or self._hold or self._ramped):
             return
         model = self.model
         for each in self._waiting:
@@ -171,9 +171,9 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
     def _release(self, model: Any) -> None:
         for layer in self._ramped:
             layer.release_ramp()
-        if self._gate is not None:
-            self._gate.remove()
-        self._waiting, self._ramped, self._gate = [], [], None
+        if self._hold is not None:
+            self._hold.remove()
+        self._waiting, self._ramped, self._hold = [], [], None
         model.train_function = None
 
 

@@ -260,7 +260,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _add_state(self) -> None:
         for variable in (self._trained_gamma, self._trained_beta):
             if variable is not None and variable.regularizer is not None:
-                variable.regularizer = WhileTrainable(self, variable.regularizer)
+                variable.regularizer = WhileTrainable(self._is_trainable, variable.regularizer)
         self._state = self._make_state()
         self._offer_to_optimizer()
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras import ops
-
-if TYPE_CHECKING:
-    from frostline.layers.normalization import BatchNormalization
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,20 @@ class State:
 
 
 class WhileTrainable:
-    """A regularizer that counts only while its layer is trainable, as in a stock frozen layer."""
+    """A regularizer that counts only while its layer is trainable, as in a stock frozen layer.
 
-    def __init__(self, layer: BatchNormalization, regularizer: Callable[[Any], Any]) -> None:
-        self.layer = layer
+    Args:
+        live: Whether the layer is trainable: a bool, or a tensor inside a step that is traced.
+        regularizer: Weight -> penalty.
+    """
+
+    def __init__(self, live: Callable[[], Any], regularizer: Callable[[Any], Any]) -> None:
+        self.live = live
         self.regularizer = regularizer
 
     def __call__(self, value: Any) -> Any:
         """Return the penalty of a weight, 0 while the layer is frozen."""
-        live = self.layer._is_trainable()
+        live = self.live()
         if live is True:
             return self.regularizer(value)
         if live is False:

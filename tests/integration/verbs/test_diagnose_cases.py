@@ -225,11 +225,11 @@ def test_the_model_is_left_bit_for_bit(name: Any, at: int, monkeypatch: pytest.M
 
 
 def test_interrupted_while_statistics_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from frostline.adapters.keras.moments import KerasMoments
+    from frostline.adapters.keras.moments import MomentRecorder
 
     model = lagging()
     before = everything(model)
-    interrupted(KerasMoments, "store", 2, monkeypatch)
+    interrupted(MomentRecorder, "store", 2, monkeypatch)
     x, y = digits()
     with pytest.raises(KeyboardInterrupt):
         diagnose(model, (x[:128], y[:128]))

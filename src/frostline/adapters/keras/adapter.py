@@ -38,7 +38,7 @@ from frostline.adapters.keras.forward_pass import (
     readable_labels,
     tensors,
 )
-from frostline.adapters.keras.moments import KerasMoments
+from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.types import Boundary, Policy, Site
 from frostline.types.facts import ModelFacts
@@ -127,13 +127,13 @@ class KerasView:
         """What rules without data may look at."""
         return keras_facts.facts(self.model)
 
-    def meter(self, paths: Sequence[str]) -> KerasMoments:
+    def meter(self, paths: Sequence[str]) -> MomentRecorder:
         """What measures and stores the statistics of these sites.
 
         Raises:
             ModelError: A path is not a built Keras BN layer.
         """
-        return KerasMoments(self.model, paths)
+        return MomentRecorder(self.model, paths)
 
     def blend_forward(
         self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from frostline.adapters.dropout_rate import Knob, Rates, knobs, turned_on
+from frostline.adapters.dropout_rate import DropoutRate, Rates, dropout_rates, turned_on
 from frostline.adapters.keras.graph import walk, wrapped_module
 from frostline.adapters.keras.noise import noise_layers
 from frostline.graph.addresses import Place
@@ -20,7 +20,10 @@ _INNER = ("dropout", "_dropout", "recurrent_dropout")
 def rates(model: Any) -> Rates:
     """Every rate of a model as it is now."""
     return Rates.of(
-        knob for place in walk(model) for owner in _inside(place.layer) for knob in knobs(owner)
+        rate
+        for place in walk(model)
+        for owner in _inside(place.layer)
+        for rate in dropout_rates(owner)
     )
 
 
@@ -33,7 +36,7 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
     """
     kinds = noise_layers(model)
     parents = {place.path: place.layer for place in walk(model)}
-    found: list[list[Knob]] = []
+    found: list[list[DropoutRate]] = []
     for place in chosen:
         if wrapped_module(place.layer) is not None:
             found += _in_torch(place.layer)
@@ -41,9 +44,11 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
         if kinds.get(place.path) != "dropout":
             continue
         # A recurrent layer's rates are those of its cell; other rates in there are not its own.
-        own = knobs(place.layer)
-        own += [k for each in walk(place.layer) for k in knobs(each.layer) if k.name in _INNER]
-        own = [knob for knob in own if not knob.is_off]
+        own = dropout_rates(place.layer)
+        own += [
+            k for each in walk(place.layer) for k in dropout_rates(each.layer) if k.name in _INNER
+        ]
+        own = [rate for rate in own if not rate.is_off]
         if not own:
             raise ModelError(
                 f"'{place.path}' drops values in training, but none of its attributes is known to "
@@ -52,11 +57,11 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
             )
         # Attention keeps the rate of the dropout layer inside of it, and saves that one.
         parent = parents.get(place.parent or "")
-        around = [] if parent is None or isinstance(parent, keras.Model) else knobs(parent)
-        found.append(own + [k for k in around if k.name in _INNER and not k.is_off])
+        around = [] if parent is None or isinstance(parent, keras.Model) else dropout_rates(parent)
+        found.append(own + [r for r in around if r.name in _INNER and not r.is_off])
     for group in found:
-        for knob in group:
-            knob.turn_off()
+        for rate in group:
+            rate.turn_off()
     return len(found)
 
 
@@ -65,15 +70,15 @@ def turn_on(chosen: Sequence[Place]) -> int:
     changed = [
         place.path
         for place in chosen
-        if turned_on(knob for owner in _inside(place.layer) for knob in knobs(owner))
+        if turned_on(rate for owner in _inside(place.layer) for rate in dropout_rates(owner))
     ]
     return sum(not any(other.startswith(f"{path}/") for other in changed) for path in changed)
 
 
-def _in_torch(wrapper: Any) -> list[list[Knob]]:
+def _in_torch(wrapper: Any) -> list[list[DropoutRate]]:
     drop = sys.modules["torch"].nn.modules.dropout._DropoutNd
     modules = [each for each in _inside(wrapper) if isinstance(each, drop) and each.p]
-    return [knobs(each) for each in modules]
+    return [dropout_rates(each) for each in modules]
 
 
 def _inside(layer: Any) -> list[Any]:

@@ -43,7 +43,7 @@ Seen = Mapping[str, Sequence[Moments]]
 StageFunction = Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]
 
 
-class KerasMoments:
+class MomentRecorder:
     """Measures and stores the statistics of chosen sites of one model.
 
     Args:

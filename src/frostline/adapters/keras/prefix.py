@@ -263,7 +263,7 @@ def takes_any_number(model: Any) -> bool:
 
 def to_onnx(model: Any, batch: Any) -> bytes:  # noqa: ARG001 - the model knows its inputs
     """Serialize the model at inference as an ONNX model."""
-    from frostline.adapters.keras.onnx.writer import to_onnx as written
+    from frostline.adapters.keras.onnx.export import to_onnx as written
 
     return written(model)
 

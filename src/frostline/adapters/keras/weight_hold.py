@@ -1,7 +1,7 @@
 """Hold chosen weights still inside a compiled training step, and let go of them later.
 
 An optimizer and a compiled step are made for one list of variables. Here the list has all that will
-ever train, and a *gate*, one bool per held weight among the optimizer's own variables, decides in
+ever train, and a *hold*, one bool per held weight among the optimizer's own variables, decides in
 every step which of them keep their bits. What the optimizer keeps for a held weight stays at its
 start: it receives a zero gradient and no weight decay that lasts.
 """
@@ -23,12 +23,12 @@ from frostline.types import ModelError
 log = logging.getLogger("frostline")
 
 
-class Gate:
-    """A gate around one model's optimizer; installed when made, until :meth:`remove`.
+class WeightHold:
+    """A hold around one model's optimizer; installed when made, until :meth:`remove`.
 
     Args:
         model: A compiled model whose optimizer is built for every weight that will ever train. Its
-            training step must be made anew afterwards, for the gate to be in it.
+            training step must be made anew afterwards, for the hold to be in it.
         held: Weights to hold until :meth:`open`.
 
     Raises:
@@ -51,9 +51,9 @@ class Gate:
                 initializer="zeros",
                 dtype="bool",
                 aggregation="only_first_replica",
-                name="gate",
+                name="hold",
             )
-        # The file of a model in the middle of `fit` must fit an optimizer without a gate.
+        # The file of a model in the middle of `fit` must fit an optimizer without a hold.
         self._replaced = {
             "apply": self._applying(self.optimizer.apply),
             "save_own_variables": self._save,
@@ -95,11 +95,11 @@ class Gate:
                 if id(variable) in self.index
             ]
             opened = {id(variable): flag for variable, flag, _ in held}
-            gated = [
-                _gated(gradient, opened.get(id(variable)))
+            passed = [
+                _passed(gradient, opened.get(id(variable)))
                 for gradient, variable in zip(grads, every, strict=True)
             ]
-            original(gated, trainable_variables)
+            original(passed, trainable_variables)
             # Weight decay, momentum left from before, FTRL: a zero gradient need not mean no move.
             for variable, flag, before in held:
                 variable.assign(ops.where(flag, _value(variable), before))
@@ -137,7 +137,7 @@ class Gate:
         return [variable for variable in self.optimizer.variables if variable is not self.flags]
 
 
-def _gated(gradient: Any, flag: Any) -> Any:
+def _passed(gradient: Any, flag: Any) -> Any:
     # The gradient of an embedding is a list of rows; what it does to a held weight is undone.
     if flag is None or gradient is None or type(gradient).__name__ == "IndexedSlices":
         return gradient

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from frostline.adapters.dropout_rate import Knob, Rates, knobs, turned_on
+from frostline.adapters.dropout_rate import DropoutRate, Rates, dropout_rates, turned_on
 from frostline.adapters.torch.forward_pass import noise_layers
 from frostline.adapters.torch.graph import unwrapped
 from frostline.graph.addresses import Place
@@ -20,7 +20,7 @@ _ANYWHERE = ("dropout", "attention_dropout")
 
 def rates(model: Any) -> Rates:
     """Every rate of a module as it is now."""
-    return Rates.of(knob for module in unwrapped(model).modules() for knob in knobs(module))
+    return Rates.of(rate for module in unwrapped(model).modules() for rate in dropout_rates(module))
 
 
 def turn_off(model: Any, chosen: Sequence[Place]) -> int:
@@ -31,13 +31,13 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
             rate has changed then.
     """
     kinds = noise_layers(model)
-    found: list[tuple[str, list[Knob]]] = []
+    found: list[tuple[str, list[DropoutRate]]] = []
     for place in chosen:
         drops = kinds.get(place.path) == "dropout"
         own = [
-            knob
-            for knob in knobs(place.module)
-            if not knob.is_off and (drops or knob.name in _ANYWHERE)
+            rate
+            for rate in dropout_rates(place.module)
+            if not rate.is_off and (drops or rate.name in _ANYWHERE)
         ]
         inside = any(path.startswith(f"{place.path}/") for path in kinds)
         if drops and not own and not inside:
@@ -49,14 +49,14 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
         if own:
             found.append((place.path, own))
     for _, group in found:
-        for knob in group:
-            knob.turn_off()
+        for rate in group:
+            rate.turn_off()
     return _innermost([path for path, _ in found])
 
 
 def turn_on(chosen: Sequence[Place]) -> int:
     """Give back what :func:`turn_off` took in these places; returns the number of modules."""
-    return _innermost([place.path for place in chosen if turned_on(knobs(place.module))])
+    return _innermost([place.path for place in chosen if turned_on(dropout_rates(place.module))])
 
 
 def _innermost(paths: Sequence[str]) -> int:

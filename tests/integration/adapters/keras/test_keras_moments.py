@@ -16,7 +16,7 @@ from keras import ops
 
 import frostline as fl
 from frostline.adapters.keras import moments as keras_moments
-from frostline.adapters.keras.moments import KerasMoments
+from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.spool import Workspace
 from frostline.types import DataError, ModelError
 
@@ -64,7 +64,7 @@ def moments(layer: Any, entries: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def sites_of(model: Any) -> dict[str, Any]:
-    return KerasMoments(model, [site.path for site in fl.sites(model)]).layers
+    return MomentRecorder(model, [site.path for site in fl.sites(model)]).layers
 
 
 def statistics(model: Any) -> dict[str, tuple[Any, Any]]:
@@ -514,7 +514,7 @@ def test_undo_puts_every_bit_back(name: str) -> None:
 def test_interrupted_while_storing(method: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build("sequential")
     before = bits(model)
-    original, calls = KerasMoments.store, []
+    original, calls = MomentRecorder.store, []
 
     def store(self: Any, path: str, mean: Any, variance: Any) -> None:
         original(self, path, mean, variance)
@@ -522,7 +522,7 @@ def test_interrupted_while_storing(method: Any, step: int, monkeypatch: pytest.M
         if len(calls) > step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(KerasMoments, "store", store)
+    monkeypatch.setattr(MomentRecorder, "store", store)
     with pytest.raises(KeyboardInterrupt):
         fl.recalibrate(model, x, method=method)
     assert bits(model) == before

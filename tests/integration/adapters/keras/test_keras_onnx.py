@@ -11,7 +11,7 @@ import pytest
 from keras.src.applications.convnext import LayerScale
 
 from frostline.adapters.keras.graph import walk
-from frostline.adapters.keras.onnx.writer import to_onnx
+from frostline.adapters.keras.onnx.export import to_onnx
 from frostline.types import ModelError
 
 onnxruntime = pytest.importorskip("onnxruntime")

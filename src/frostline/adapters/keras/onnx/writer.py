@@ -1,12 +1,4 @@
-"""Write a frozen Keras prefix as an ONNX graph, whatever the Keras backend.
-
-Exports that trace a backend's program leave its layout changes in the graph. This one is written
-from the layers: images travel with the channels first, as inference engines want them, from one
-transpose at the input to one at the output, and BN layers disappear into the convolutions before
-them, computed in float64. What it does not know it refuses by name, so that another way is taken.
-
-This room reads only.
-"""
+"""The ONNX graph while it is written: nodes, weights, and what the rules of layers use."""
 
 from __future__ import annotations
 
@@ -17,10 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.adapters.keras.calls import Call, Graph, Slot, flatten
+from frostline.adapters.keras.calls import Call, Graph, Slot
 from frostline.adapters.keras.graph import is_site
 from frostline.adapters.keras.rebuild import LINEAR, float64
-from frostline.types import Array, BackendError, ModelError
+from frostline.types import Array, ModelError
 
 OPSET, IR_VERSION = 17, 9
 _LARGEST = 2**31 - 2**20  # bytes that one protobuf message can hold
@@ -44,37 +36,18 @@ class Value:
     moved: bool = False
 
 
-def to_onnx(model: Any) -> bytes:
-    """Serialize a functional model in inference mode as an ONNX model.
+class Writer:
+    """Collects nodes and weights while the calls of a graph are followed.
 
     Args:
-        model: A functional model of float32 layers; its inputs become the ONNX inputs in flattened
-            order, its outputs the outputs ``output_0``, ``output_1``, ...
-
-    Returns:
-        The serialized ``ModelProto``; weights are copied, so later training does not change it.
-
-    Raises:
-        ModelError: A layer or an option that this exporter does not know, by name.
-        BackendError: The package ``onnx`` is not installed.
+        onnx: The package of that name.
+        graph: The model's calls.
+        rule_for: The rule for a layer or operation.
     """
-    try:
-        import onnx
-    except ImportError as problem:
-        raise BackendError("writing an ONNX graph needs onnx: pip install frostline[onnx]") from (
-            problem
-        )
-    graph = flatten(model)
-    if graph is None:
-        raise ModelError(f"only functional models can be exported. Received: {model.name!r}")
-    return Writer(onnx, graph).written(model.name)
 
-
-class Writer:
-    """Collects nodes and weights while the calls of a graph are followed."""
-
-    def __init__(self, onnx: Any, graph: Graph) -> None:
+    def __init__(self, onnx: Any, graph: Graph, rule_for: Callable[[Any], Rule]) -> None:
         self.onnx = onnx
+        self._rule_for = rule_for
         self.graph = graph
         self.nodes: list[Any] = []
         self.weights: list[Any] = []
@@ -188,8 +161,6 @@ class Writer:
         return self.onnx.helper.make_tensor_value_info(name, _ELEMENT[value.dtype], sizes)
 
     def _call(self, call: Call) -> None:
-        from frostline.adapters.keras.onnx.layers import rule_for
-
         operation = call.operation
         name = getattr(operation, "name", "cast")
         if call.masked:
@@ -203,7 +174,7 @@ class Writer:
             if slot not in self.values:
                 raise ModelError(f"'{name}' reads what was not computed")
         try:
-            outcome = rule_for(operation)(self, call)
+            outcome = self._rule_for(operation)(self, call)
         except ModelError as problem:
             raise ModelError(f"layer '{name}' cannot be exported: {problem}") from problem
         self.values[call.writes[0]] = outcome
