@@ -20,6 +20,7 @@ from frostline.adapters.protocol import (
     Meter,
     ModelView,
     Outcome,
+    OutputDistance,
     Population,
     SplitModel,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "Meter",
     "ModelView",
     "Outcome",
+    "OutputDistance",
     "Population",
     "SplitModel",
     "adapter_of",

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from frostline.data.batches import Batch
+from frostline.data.batches import Batch, leaves
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
 from frostline.types import Array, Boundary, Crossing, Policy, Site
@@ -91,6 +91,31 @@ class Outcome:
     unit: Literal["sample", "batch"] = "sample"
     parts: Mapping[str, Array] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDistance:
+    """A loss without labels: squared distance of a sample's outputs from given ones.
+
+    Attributes:
+        spread: Standard deviation of each output array over the samples: the unit of distance.
+    """
+
+    spread: tuple[float, ...]
+
+    def __call__(self, outputs: Any, wanted: Any) -> Any:
+        """Mean over the arrays of ``((output - wanted) / spread)²``, shape ``(n,)``.
+
+        Args:
+            outputs: Tensors in any structure, or arrays; those that are wanted may come first.
+            wanted: One array for each of them.
+        """
+        total: Any = 0.0
+        pairs = zip(leaves(outputs), leaves(wanted), self.spread, strict=True)
+        for (_, output), (_, goal), spread in pairs:
+            squares = ((output - goal) / spread) ** 2
+            total = total + squares.reshape(len(squares), -1).mean(1)
+        return total / len(self.spread)
 
 
 class SplitModel(Protocol):

@@ -9,11 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.adapters import view
+from frostline.adapters import Forward, view
 from frostline.adapters.keras import graph as keras_graph
-from frostline.adapters.keras.blend import BlendForward
 from frostline.callbacks.sites import keras_sites
-from frostline.data.batches import Batch, batches
+from frostline.data.batches import Batch, batches, paired
+from frostline.measure.phases import require_one
 from frostline.numerics import stats
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, Site
@@ -36,12 +36,15 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
     - ``bn/ratio_max``: largest factor, at least 1, between a channel's seen and stored variance.
     - ``bn/frozen``: number of sites whose statistics are frozen.
 
-    Nothing of the model changes. The cost is that of three forward passes over the samples, which
-    are compiled before the first epoch and again only when ``trainable`` is flipped.
+    Nothing of the model changes. The cost is that of two forward passes over the samples, which are
+    compiled before the first epoch and again only when ``trainable`` is flipped.
 
     Args:
         data: A few held-out samples, ``(x, y)`` or anything that :func:`frostline.phases` takes;
             read once and kept in memory.
+        loss: Instead of the compiled loss, as in :func:`frostline.phases`.
+        step: Instead of a loss, the user's own ``step(model, batch)``, as in
+            :func:`frostline.phases`.
         batch_size: Samples per batch for data given as arrays. Batch statistics depend on it: use
             the one that you train with.
         max_samples: Samples that are used of them.
@@ -51,29 +54,42 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         DataError: At the start of ``fit``: the samples do not fit the model.
     """
 
-    def __init__(self, data: Any, *, batch_size: int = 32, max_samples: int = 256) -> None:
+    def __init__(
+        self,
+        data: Any,
+        *,
+        loss: Any = None,
+        step: Any = None,
+        batch_size: int = 32,
+        max_samples: int = 256,
+    ) -> None:
         super().__init__()
+        require_one(loss, step)
         self.data = data
+        self.loss = loss
+        self.step = step
         self.batch_size = batch_size
         self.max_samples = max_samples
         self._batches: list[Batch] = []
-        self._forward: BlendForward | None = None
+        self._forward: Forward | None = None
         self._with_gap = True
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Read the samples and compile; a mistake shows before the first epoch, not after it."""
         if not self._batches:
             self._batches = list(
-                batches(self.data, batch_size=self.batch_size, max_samples=self.max_samples)
+                paired(batches(self.data, batch_size=self.batch_size, max_samples=self.max_samples))
             )
         model = self.model
         paths = [site.path for site in keras_sites(model)]
-        self._forward = BlendForward(model, paths)
-        self._with_gap = bool(model.loss) and all(each.y is not None for each in self._batches)
+        self._forward = view(model).blend_forward(loss=self.loss, step=self.step, paths=paths)
+        asked = self.loss is not None or self.step is not None
+        compiled = bool(model.loss) and all(part.y is not None for part in self._batches)
+        self._with_gap = asked or compiled
         try:
             self.measure()
         except ModelError as problem:
-            if not self._with_gap:
+            if not self._with_gap or asked:
                 raise
             self._with_gap = False
             log.warning("BatchNormMonitor leaves out bn/gap: %s", problem)
@@ -92,11 +108,11 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             raise ModelError("measure() needs a model: it works from the start of fit on.")
         sites = {site.path: site for site in view(model).sites()}
         blend = [float(not _locked(sites[path])) for path in self._forward.paths]
-        numbers = {"bn/gap": self._gap(blend)} if self._with_gap else {}
-        shifts, ratios = self._distances(blend, sites)
+        gap, seen = self._passes(blend)
+        shifts, ratios = self._distances(seen, sites)
         p50, p90, largest = np.quantile(shifts, [0.5, 0.9, 1.0])
         return {
-            **numbers,
+            **({} if gap is None else {"bn/gap": gap}),
             "bn/shift_p50": float(p50),
             "bn/shift_p90": float(p90),
             "bn/shift_max": float(largest),
@@ -104,23 +120,30 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             "bn/frozen": float(sum(site.stats_frozen for site in sites.values())),
         }
 
-    def _gap(self, blend: Sequence[float]) -> float:
-        assert self._forward is not None
-        losses = [
-            np.concatenate(
-                [self._forward.outcome(each, blend=value).losses for each in self._batches]
-            ).mean()
-            for value in (blend, 0.0)
-        ]
-        return float(losses[0] - losses[1])
-
-    def _distances(self, blend: Sequence[float], sites: Mapping[str, Site]) -> tuple[Array, Array]:
+    def _passes(self, blend: Sequence[float]) -> tuple[float | None, Mapping[str, Moments]]:
+        """The gap, and the moments that the sites see in a training pass."""
         assert self._forward is not None
         seen: dict[str, Moments] = {}
-        for each in self._batches:
-            _, moments = self._forward.outputs(each, blend=blend, record=True)
+        losses: list[list[float]] = []
+        for batch in self._batches:
+            if self._with_gap:
+                one = self._forward.outcome(batch, blend=blend, record=True)
+                zero = self._forward.outcome(batch, blend=0.0)
+                moments = one.moments
+                losses.append([float(one.losses.mean()), float(zero.losses.mean())])
+            else:
+                _, moments = self._forward.outputs(batch, blend=blend, record=True)
             for path, found in moments.items():
                 seen[path] = seen[path].merge(found) if path in seen else found
+        if not losses:
+            return None, seen
+        counts = [batch.count or 1 for batch in self._batches]
+        one_mean, zero_mean = np.average(losses, axis=0, weights=counts)
+        return float(one_mean - zero_mean), seen
+
+    def _distances(
+        self, seen: Mapping[str, Moments], sites: Mapping[str, Site]
+    ) -> tuple[Array, Array]:
         layers = {place.path: place.layer for place in keras_graph.walk(self.model)}
         shifts, ratios = [], []
         for path, found in seen.items():

@@ -1,8 +1,9 @@
-"""Anything a user has -> batches of numpy arrays, in order, without shuffling.
+"""Anything a user has -> batches, in order, without shuffling.
 
 Data is ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a bare ``x``, a ``tf.data.Dataset``, a Keras
-``PyDataset``, a torch ``DataLoader``, or any iterable of ``(x, y[, sample_weight])``. ``x`` and
-``y`` may be a dict, tuple or list of arrays for models with several inputs or outputs.
+``PyDataset``, a torch ``DataLoader`` or ``Dataset``, or any iterable of batches. A batch is what
+the loader yields: ``(x, y)`` arrays, a mapping, a list of images, an object with tensors inside. It
+becomes numpy, and may be cut, only where it is arrays of one length; otherwise it stays whole.
 
 Frameworks are recognised by type name and module along the MRO, never by importing them, and
 tensors become numpy by duck typing.
@@ -11,8 +12,9 @@ tensors become numpy by duck typing.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,12 @@ from frostline.types.reasons import first_line
 
 _ACCEPTED = (
     "Data must be (x, y) or (x, y, sample_weight) arrays, a bare x, a tf.data.Dataset, a Keras "
-    "PyDataset, a torch DataLoader, or an iterable of (x, y[, sample_weight])."
+    "PyDataset, a torch DataLoader or Dataset, or an iterable of batches."
 )
+
+
+#: Channels that an image in a list may have in its first axis.
+_MOST_COLOURS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +37,9 @@ class Batch:
     """Samples that go through the model together.
 
     Attributes:
-        x: Array of shape ``(n, ...)``, or a dict, tuple or list of such arrays.
-        y: Targets, nested like ``x`` may be; ``None`` when there are none.
+        x: Model inputs: arrays of shape ``(n, ...)``, or a mapping, tuple or list of them, where
+            the inputs are arrays of one length; otherwise what the loader yielded.
+        y: Targets, as ``x``; ``None`` when there are none beside the inputs.
         sample_weight: Shape ``(n,)``, nested like ``y`` may be; ``None`` when there are none.
         whole: Exactly what the loader yielded; ``None`` for batches that are cut from arrays.
     """
@@ -42,8 +49,83 @@ class Batch:
     sample_weight: Any = None
     whole: Any = None
 
+    @property
+    def count(self) -> int | None:
+        """Number of samples; ``None`` where the batch does not tell."""
+        if _one_each(self.x, self.y):
+            return len(self.x)
+        return next((n for n in map(_count, (self.x, self.y)) if n is not None), None)
+
     def __len__(self) -> int:
-        return len(leaves(self.x)[0][1])
+        number = self.count
+        if number is None:
+            raise DataError(
+                "the number of samples of this batch is not known. "
+                f"Received: {_describe(self.whole if self.whole is not None else self.x)}"
+            )
+        return number
+
+    @property
+    def regular(self) -> bool:
+        """Inputs, targets and weights are arrays of one length."""
+        if _is_images(self.x) or _one_each(self.x, self.y):
+            return False
+        named = leaves((self.x, self.y, self.sample_weight))
+        if not named or any(not isinstance(leaf, np.ndarray) or not leaf.ndim for _, leaf in named):
+            return False
+        return len({len(leaf) for _, leaf in named}) == 1
+
+    @property
+    def divisible(self) -> bool:
+        """Arrays of one length and nothing else: the batch may be cut by sample."""
+        return self.regular and not self.rest
+
+    @property
+    def rest(self) -> tuple[Any, ...]:
+        """Items of ``whole`` that are neither inputs, nor targets, nor weights."""
+        if not isinstance(self.whole, (tuple, list)) or _is_numbers(self.whole):
+            return ()
+        known = (self.x, self.y, self.sample_weight)
+        used = max(1, sum(part is not None for part in known))
+        if self.y is None and _is_images(self.whole):
+            return ()
+        return tuple(item for item in self.whole[used:] if item is not None)
+
+    @property
+    def given(self) -> Any:
+        """What a user's ``step(model, batch)`` gets: ``whole``, or the tuple of the arrays."""
+        if self.whole is not None:
+            return self.whole
+        if self.y is None:
+            return self.x
+        pair = (self.x, self.y)
+        return pair if self.sample_weight is None else (*pair, self.sample_weight)
+
+
+def take(batch: Batch, rows: Any) -> Batch:
+    """The rows of a batch of arrays: a slice, or an array of indices.
+
+    Raises:
+        DataError: The batch is not arrays of one length.
+    """
+    require_arrays(batch, "the batch")
+    return Batch(
+        map_leaves(lambda leaf: leaf[rows], batch.x),
+        map_leaves(lambda leaf: leaf[rows], batch.y),
+        map_leaves(lambda leaf: leaf[rows], batch.sample_weight),
+    )
+
+
+def left_out(batch: Batch) -> str | None:
+    """What a loss of ``(x, y)`` does not see of this batch, for a person; ``None``: nothing."""
+    rest = batch.rest
+    if not rest:
+        return None
+    shown = ", ".join(_describe(item) for item in rest[:3])
+    return (
+        f"beside inputs and labels each batch holds {shown}, which are no sample weights (floating "
+        "numbers, none negative, one per sample) and are not used; pass step= to use them"
+    )
 
 
 def batches(
@@ -55,22 +137,25 @@ def batches(
 ) -> Iterator[Batch]:
     """Iterate over ``data`` once, in its own order.
 
-    Arrays are cut into batches of ``batch_size``; data that come in batches keep theirs.
-    Array-likes on disk (memory maps, HDF5) are read one batch at a time.
+    Arrays are cut into batches of ``batch_size``, a torch ``Dataset`` is collated into them; data
+    that come in batches keep theirs. Array-likes on disk (memory maps, HDF5) are read one batch at
+    a time.
 
     Args:
         data: See the module's docstring.
-        batch_size: Samples per batch for data given as arrays.
-        max_samples: Stop after this many samples; the last batch is cut. ``None`` reads to the end,
-            and refuses data that say that they have none (``dataset.repeat()``).
-        check_finite: Raise when ``x`` has a NaN or an infinite value.
+        batch_size: Samples per batch for data given as arrays or as a torch ``Dataset``.
+        max_samples: Stop after this many samples; a last batch of arrays is cut, another one stays
+            whole. ``None`` reads to the end, and refuses data that say that they have none
+            (``dataset.repeat()``).
+        check_finite: Raise when ``x`` is arrays with a NaN or an infinite value.
 
     Yields:
-        One :class:`Batch` of numpy arrays at a time; never an empty one.
+        One :class:`Batch` at a time; never an empty one.
 
     Raises:
-        DataError: The data are of an unknown type, empty, ragged, of object dtype, or their lengths
-            differ; or not finite, if that is checked. The batch and the sample are named.
+        DataError: The data are of an unknown type or empty; or arrays that are ragged, of object
+            dtype, or of different lengths; or not finite, if that is checked. The batch and the
+            sample are named.
 
     Example:
         >>> [len(batch) for batch in batches(np.zeros((5, 2)), batch_size=2)]
@@ -115,7 +200,7 @@ def collect(
     """Read the first ``max_samples`` samples of ``data`` into memory.
 
     Args:
-        data: See the module's docstring; one-shot iterators too.
+        data: See the module's docstring; one-shot iterators too. The batches must be arrays.
         max_samples: At most this many samples, in order; ``None`` for all.
         batch_size: Samples read at a time from data given as arrays.
         check_finite: Raise when ``x`` has a NaN or an infinite value.
@@ -124,16 +209,71 @@ def collect(
         One :class:`Batch` with all of them.
 
     Raises:
-        DataError: As :func:`batches`; or batches whose arrays do not fit together.
+        DataError: As :func:`batches`; or batches that are not arrays of one length, or whose
+            arrays do not fit together.
     """
-    parts = list(
-        batches(data, batch_size=batch_size, max_samples=max_samples, check_finite=check_finite)
+    parts = []
+    stream = batches(
+        data, batch_size=batch_size, max_samples=max_samples, check_finite=check_finite
     )
+    for index, part in enumerate(stream):
+        require_arrays(part, f"batch {index}")
+        parts.append(part)
+    return joined(parts)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """Batches of arrays in one.
+
+    Raises:
+        DataError: Their arrays do not fit together.
+    """
     return Batch(
         _concatenate([part.x for part in parts], "x"),
         _concatenate([part.y for part in parts], "y"),
         _concatenate([part.sample_weight for part in parts], "sample_weight"),
     )
+
+
+def require_arrays(batch: Batch, where: str) -> None:
+    """Raise unless the batch's inputs, targets and weights are arrays of one length.
+
+    Raises:
+        DataError: They are not; the one that is not is named.
+    """
+    if batch.regular:
+        return
+    for value in (batch.x, batch.y, batch.sample_weight):
+        try:
+            map_leaves(to_numpy, value)
+        except DataError as error:
+            raise DataError(f"In {where}: {error}") from error
+    _common_length(batch, where)
+    raise DataError(f"In {where}: arrays of one length are needed. Received: {_describe(batch.x)}")
+
+
+def paired(stream: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches, but none of a single sample at the end where others come before it.
+
+    A layer that normalises with the batch cannot do so with one value. The lone sample joins the
+    batch before it where both are arrays; otherwise it is left out.
+    """
+    before: Batch | None = None
+    for batch in stream:
+        if before is not None and batch.count == 1:
+            if (before.count or 0) > 1 and batch.regular and before.regular:
+                try:
+                    before = joined([before, batch])
+                    continue
+                except DataError:
+                    continue
+            if (before.count or 0) > 1:
+                continue
+        if before is not None:
+            yield before
+        before = batch
+    if before is not None:
+        yield before
 
 
 def to_numpy(value: Any) -> Array:
@@ -194,63 +334,216 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         return {key: map_leaves(function, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) and not _is_numbers(value):
         items = [map_leaves(function, item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
     return function(value)
 
 
+@dataclass(frozen=True, eq=False)
+class Collation:
+    """Single samples, and what makes a batch of them.
+
+    Attributes:
+        dataset: Sample ``i`` is ``dataset[i]``.
+        indices: Of the samples to draw from.
+        collate: Samples -> what a loader yields.
+        batch_size: The loader's; ``None`` where it has none.
+    """
+
+    dataset: Any
+    indices: Any
+    collate: Callable[[list[Any]], Any]
+    batch_size: int | None = None
+
+    def items(self, indices: Iterable[Any]) -> list[Any]:
+        """The samples of these indices."""
+        return [self.dataset[index] for index in indices]
+
+    def batch(self, items: list[Any]) -> Batch:
+        """Samples in one batch."""
+        return _converted(_unpack(self.collate(items)), "a batch of collated samples", 0)
+
+
+def collation_of(data: Any) -> Collation | None:
+    """Samples and collate function of a torch loader or dataset; ``None`` where there are none.
+
+    A loader whose own sampler makes the batches has none: which samples meet is its business.
+    """
+    if _is_indexed(data):
+        return Collation(data, range(len(data)), _collated)
+    if not _is_a(data, ("DataLoader",), "torch") or data.batch_size is None:
+        return None
+    dataset, sampler = data.dataset, data.sampler
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return None
+    if _is_a(sampler, ("SequentialSampler", "RandomSampler"), "torch"):
+        indices: Any = range(len(dataset))
+    else:
+        indices = list(sampler)
+    return Collation(dataset, indices, data.collate_fn, data.batch_size)
+
+
 def _raw(data: Any, batch_size: int) -> Iterator[Any]:
-    """Pick the reader for the type of ``data``; yields ``Batch`` or ``(x, y, sample_weight)``."""
+    """Pick the reader for the type of ``data``; yields what a loader yields, or ``Batch``."""
     if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__") or data is None:
         raise DataError(f"{_ACCEPTED} Received: {_describe(data)}")
     if _is_a(data, ("PyDataset", "Sequence"), "keras"):
         # Not iter(): it would never end, as items beyond the last one raise nothing.
         endless = _is_endless(data)
-        return (data[index] for index in (itertools.count() if endless else range(len(data))))
+        indices = itertools.count() if endless else range(len(data))
+        return (_unpack(data[index], strict=True) for index in indices)
+    if _is_a(data, ("DatasetV2", "DistributedDataset"), "tensorflow"):
+        return (_unpack(item, strict=True) for item in data)
+    if _is_a(data, ("IterableDataset", "IterDataPipe"), "torch"):
+        return _grouped(iter(data), batch_size)
+    if _is_a(data, ("DataLoader",), "torch"):
+        return _loaded(data)
     if _is_loader(data):
         return iter(data)
+    if _is_indexed(data):
+        return _grouped((data[index] for index in range(len(data))), batch_size)
     if isinstance(data, Batch):
-        return _cut(data, batch_size)
+        return iter([data]) if data.whole is not None else _cut(data, batch_size)
     if isinstance(data, tuple):
-        return _cut(_unpack(data), batch_size)
+        return _cut(_unpack(data, strict=True, cut=True), batch_size)
     if isinstance(data, list):
         return _from_list(data, batch_size)
     if isinstance(data, Mapping) or hasattr(data, "shape"):
         return _cut(Batch(data), batch_size)
+    if _is_object(data):
+        return iter([data])
     if hasattr(data, "__iter__"):
         return iter(data)
     raise DataError(f"{_ACCEPTED} Received: {_describe(data)}")
 
 
+def _loaded(loader: Any) -> Iterator[Any]:
+    """What a torch loader yields; its default collation makes lists of tuples' items."""
+    own = getattr(loader.collate_fn, "__name__", "") == "default_collate"
+    for item in loader:
+        yield tuple(item) if own and isinstance(item, list) else item
+
+
+def _grouped(items: Iterator[Any], batch_size: int) -> Iterator[Any]:
+    while group := list(itertools.islice(items, batch_size)):
+        yield _collated(group)
+
+
+def _collated(items: list[Any]) -> Any:
+    """Samples in one batch, as torch's loader does it by default."""
+    loading = sys.modules.get("torch.utils.data")
+    try:
+        if loading is None:
+            return _stacked(items)
+        made = loading.default_collate(items)
+    except Exception as error:
+        raise DataError(
+            f"the samples of this dataset do not fit in one batch ({first_line(error)}); pass a "
+            "loader with a collate function, for example torch.utils.data.DataLoader(dataset, "
+            f"collate_fn=...). Received: samples of type {_describe(items[0])}"
+        ) from error
+    return tuple(made) if isinstance(items[0], tuple) else made
+
+
+def _stacked(items: list[Any]) -> Any:
+    columns = [leaves(item) for item in items]
+    stacked = iter([np.stack([to_numpy(leaf) for _, leaf in rows]) for rows in zip(*columns)])  # noqa: B905
+    return map_leaves(lambda _: next(stacked), items[0])
+
+
 def _from_list(data: list[Any], batch_size: int) -> Iterator[Any]:
     if not data:
         raise DataError("The data hold no samples. Received: an empty list")
-    if all(isinstance(item, (tuple, Batch)) for item in data):
-        return iter(data)
     if _is_numbers(data):
         return _cut(Batch(to_numpy(data)), batch_size)
+    if not any(hasattr(item, "shape") or isinstance(item, (str, bytes)) for item in data):
+        return iter(data)
     raise DataError(
         "A list must hold batches, (x, y) tuples. For a model with several inputs pass "
-        f"((a, b), y) or ((a, b),). Received: a list of {_describe(data[0])}"
+        "((a, b), y) or ((a, b),); for batches without labels pass [(x,), (x,)]. "
+        f"Received: a list of {_describe(data[0])}"
     )
 
 
-def _unpack(item: Any) -> Batch:
-    """``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, as tuple or list, or a bare ``x``."""
+def _unpack(item: Any, *, strict: bool = False, cut: bool = False) -> Batch:
+    """What a loader yields -> inputs, targets and weights, as far as they can be told apart.
+
+    ``strict``: the third item can only be sample weights, as Keras has it. ``cut``: the tuple holds
+    the arrays of all samples.
+    """
     if isinstance(item, Batch):
         return item
-    if not isinstance(item, tuple) and not (isinstance(item, list) and not _is_numbers(item)):
-        return Batch(item)
-    if not 1 <= len(item) <= 3:
+    whole = None if cut else item
+    positional = isinstance(item, tuple) or (isinstance(item, list) and not _is_numbers(item))
+    if not positional or _is_images(item):
+        return Batch(item, whole=whole)
+    if strict and not 1 <= len(item) <= 3:
         raise DataError(
             "A tuple of data must be (x,), (x, y) or (x, y, sample_weight). "
             f"Received: {len(item)} items"
         )
+    if not item:
+        raise DataError("A batch holds nothing. Received: an empty tuple")
     if _is_loader(item[0]) or hasattr(item[0], "__next__"):
         raise DataError(
             "A dataset brings its own labels: pass it alone, not in a tuple. "
             f"Received: ({_describe(item[0])}, ...)"
         )
-    return Batch(*item)
+    if len(item) > 3:  # several inputs, several labels: only the user's step knows
+        return Batch(item[0], whole=whole)
+    x, y, third = (*item, None, None)[:3]
+    if third is None:
+        return Batch(x, y, whole=whole)
+    if _is_weights(third, y, temporal=strict):
+        return Batch(x, y, third, whole=whole)
+    if strict:
+        described = ", ".join(
+            f"{getattr(leaf, 'dtype', type(leaf).__name__)} of shape {_shape(leaf)}"
+            for _, leaf in leaves(third)
+        )
+        raise DataError(
+            "The third item must be sample weights: floating numbers, none negative, one per "
+            "sample. Pass (x, y), or weights.astype('float32') if they are weights. "
+            f"Received: {described or _describe(third)}"
+        )
+    return Batch(x, y, whole=whole)
+
+
+def _is_weights(value: Any, y: Any, *, temporal: bool) -> bool:
+    """Floating, finite, not negative, shape ``(n,)`` or ``(n, 1)``; nested like ``y`` may be.
+
+    ``temporal``: also one weight per time step, in the leading shape of ``y``.
+    """
+    nested = isinstance(value, (Mapping, tuple, list)) and not _is_numbers(value)
+    if nested and not isinstance(y, type(value)):
+        return False
+    found = leaves(value)
+    for _, leaf in found:
+        try:
+            array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else to_numpy(leaf)
+            if "float" not in str(array.dtype):
+                return False
+            shape = tuple(int(side) for side in array.shape)
+            flat = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
+            if not flat and not (temporal and shape == _leading_shape(y, len(shape))):
+                return False
+            if not hasattr(array, "read_direct"):  # HDF5: the values are checked batch by batch
+                numbers = to_numpy(array)
+                if not (np.isfinite(numbers) & (numbers >= 0)).all():
+                    return False
+        except (DataError, TypeError):
+            return False
+    return bool(found)
+
+
+def _leading_shape(y: Any, axes: int) -> tuple[int, ...]:
+    found = leaves(y)
+    return _shape(found[0][1])[:axes] if found else ()
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(int(side) for side in getattr(value, "shape", np.shape(value)))
 
 
 def _cut(whole: Batch, batch_size: int) -> Iterator[Batch]:
@@ -287,10 +580,47 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 def _checked(
     raw: Iterator[Any], data: Any, max_samples: int | None, check_finite: bool
 ) -> Iterator[Batch]:
-    seen = 0
+    seen, weighted = 0, None
     for index, item in enumerate(raw):
-        batch = _unpack(item)
         where = f"batch {index}"
+        batch = _converted(_unpack(item), where, seen)
+        count = batch.count
+        if count == 0:
+            continue
+        if weighted not in (None, batch.sample_weight is not None):
+            raise DataError(
+                f"In {where}: the third item is sample weights in some batches and not in others: "
+                "weights are floating numbers, none negative, one per sample. Pass (x, y) batches, "
+                f"or step=. Received: {_describe(item)}"
+            )
+        weighted = batch.sample_weight is not None
+        count = 1 if count is None else count
+        if max_samples is not None and seen + count > max_samples and batch.regular:
+            batch = _rows(batch, slice(max_samples - seen))
+            count = len(batch)
+        if check_finite:
+            _require_finite(batch, where, seen)
+        seen += count
+        yield batch
+        if max_samples is not None and seen >= max_samples:
+            return
+    if seen == 0:
+        raise DataError(f"The data hold no samples. Received: {_describe(data)}")
+
+
+def _converted(batch: Batch, where: str, seen: int) -> Batch:
+    """Arrays become numpy where a part is arrays of one length; all else stays as it is."""
+    found = leaves(batch.x)
+    if not found:
+        raise DataError(f"In {where}: x holds no array. Received: x={batch.x!r}")
+    alone = len(found) == 1 and batch.x is found[0][1]
+    for name, leaf in ((f"x{found[0][0]}", found[0][1]), ("y", batch.y)):
+        if (alone or batch.whole is None) and _is_scalar(leaf):
+            raise DataError(
+                f"In {where}: {name} is a single number, not a batch; batch the data first, for "
+                "example with dataset.batch(32)."
+            )
+    if batch.whole is None:
         try:
             batch = Batch(
                 map_leaves(to_numpy, batch.x),
@@ -299,20 +629,98 @@ def _checked(
             )
         except DataError as error:
             raise DataError(f"In {where} (from sample {seen}): {error}") from error
-        count = _common_length(batch, where)
-        if count == 0:
-            continue
-        if max_samples is not None and seen + count > max_samples:
-            batch = _rows(batch, slice(max_samples - seen))
-            count = len(batch)
-        if check_finite:
-            _require_finite(batch, where, seen)
-        seen += count
-        yield batch
-        if seen == max_samples:
-            return
-    if seen == 0:
-        raise DataError(f"The data hold no samples. Received: {_describe(data)}")
+        _common_length(batch, where)
+        return batch
+    return replace(
+        batch,
+        x=batch.x if _one_each(batch.x, batch.y) else _as_arrays(batch.x),
+        y=_as_arrays(batch.y),
+        sample_weight=_as_arrays(batch.sample_weight),
+    )
+
+
+def _as_arrays(value: Any) -> Any:
+    """The value in numpy if it is arrays of one length, else the value itself."""
+    if value is None:
+        return None
+    try:
+        arrays = map_leaves(to_numpy, value)
+    except DataError:
+        return value
+    found = [leaf for _, leaf in leaves(arrays)]
+    numeric = all(leaf.ndim and leaf.dtype.kind in "buifcUS" for leaf in found)
+    same = found and numeric and len({len(leaf) for leaf in found}) == 1
+    return arrays if same and not _is_images(value) else value
+
+
+def _count(value: Any) -> int | None:
+    """Samples in a part of a batch."""
+    if isinstance(value, (list, tuple)) and not _is_numbers(value):
+        sides = {_shape(item)[:1] for item in value if hasattr(item, "shape")}
+        if _is_images(value) or (len(sides) != 1 and value):
+            return len(value)
+        if value and not hasattr(value[0], "shape"):
+            return len(value) if isinstance(value[0], Mapping) else _count(value[0])
+    graphs = getattr(value, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    for _, leaf in leaves(value):
+        shape = getattr(leaf, "shape", None)
+        if shape is not None and len(shape):
+            return int(shape[0])
+    return None
+
+
+def _is_images(value: Any) -> bool:
+    """A list of tensors of different sizes, one per sample, as detectors take it.
+
+    Two or three of them could also be inputs and targets, which have the number of samples in
+    common. As samples they differ in the first axis, or have three axes with few channels first.
+    """
+    if not isinstance(value, (list, tuple)) or not value or _is_numbers(value):
+        return False
+    if not all(hasattr(item, "shape") and hasattr(item, "dtype") for item in value):
+        return False
+    shapes = [_shape(item) for item in value]
+    if isinstance(value, tuple) and len(value) <= 3:
+        return False
+    if len({len(shape) for shape in shapes}) > 1 or not shapes[0]:
+        return False
+    if len({shape[0] for shape in shapes}) > 1:
+        return True
+    image = len(shapes[0]) == 3 and shapes[0][0] <= _MOST_COLOURS
+    return image and (len(value) > 3 or len(set(shapes)) > 1)
+
+
+def _one_each(x: Any, y: Any) -> bool:
+    """A list of samples with a list of as many mappings, as detectors take them."""
+    both = isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)) and len(x) == len(y)
+    return both and bool(len(y)) and all(isinstance(item, Mapping) for item in y)
+
+
+def _is_scalar(value: Any) -> bool:
+    shape = getattr(value, "shape", None)
+    return (shape is not None and len(shape) == 0) or isinstance(value, (bool, int, float, complex))
+
+
+def _is_indexed(data: Any) -> bool:
+    """A dataset of single samples, read by index."""
+    if _is_a(data, ("Dataset",), "datasets"):
+        return True
+    named = _is_a(data, ("Dataset",), "torch")
+    if not named or hasattr(data, "__iter__") or _is_a(data, ("IterableDataset",), "torch"):
+        return False
+    if not hasattr(data, "__len__"):
+        raise DataError(
+            "the dataset has no length; pass a DataLoader, or an iterable of batches. "
+            f"Received: {_describe(data)}"
+        )
+    return True
+
+
+def _is_object(data: Any) -> bool:
+    """One batch that is an object with tensors inside, such as a graph."""
+    return callable(getattr(data, "to", None)) and not hasattr(data, "__next__")
 
 
 def _common_length(batch: Batch, where: str) -> int:
@@ -325,23 +733,24 @@ def _common_length(batch: Batch, where: str) -> int:
     if not leaves(batch.x):
         raise DataError(f"In {where}: x holds no array. Received: x={batch.x!r}")
     for name, leaf in named:
-        if len(leaf.shape) == 0:
+        if len(_shape(leaf)) == 0:
             raise DataError(
                 f"In {where}: {name} is a single number, not a batch; batch the data first, for "
                 "example with dataset.batch(32)."
             )
-    lengths = {int(leaf.shape[0]) for _, leaf in named}
+    lengths = {_shape(leaf)[0] for _, leaf in named}
     if len(lengths) > 1:
-        sizes = ", ".join(f"{name}: {int(leaf.shape[0])}" for name, leaf in named)
+        sizes = ", ".join(f"{name}: {_shape(leaf)[0]}" for name, leaf in named)
+        hint = " (one batch as it is goes in a list: [batch])" if where == "the data" else ""
         raise DataError(
-            f"In {where}: all arrays must have the same number of samples. Received: {sizes}"
+            f"In {where}: all arrays must have the same number of samples{hint}. Received: {sizes}"
         )
     return lengths.pop()
 
 
 def _require_finite(batch: Batch, where: str, start: int) -> None:
     for name, leaf in leaves(batch.x):
-        if leaf.dtype.kind not in "fc":
+        if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "fc":
             continue
         bad = ~np.isfinite(leaf)
         if bad.any():

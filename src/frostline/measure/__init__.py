@@ -19,7 +19,6 @@ from frostline.measure.phases import (
     phase_table,
 )
 from frostline.measure.samples import Samples, draw
-from frostline.measure.setting import facts_of
 
 __all__ = [
     "CHANCE_MARGIN",
@@ -33,7 +32,6 @@ __all__ = [
     "Progress",
     "Samples",
     "draw",
-    "facts_of",
     "infer_task",
     "judge",
     "measure",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from frostline.types.measured import Probe, Task
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
 #: waits on disk. Few, for a diagnosis should not need much more memory than the model itself.
 WAITING = 1 << 28
+
+#: Passes over the samples that settle statistics where only the user's step can run the model, and
+#: the move, in standard deviations, below which they have settled.
+MOST_PASSES, SETTLED = 12, 1e-4
 
 #: Path -> (mean, biased variance), shape ``(channels,)`` each, float64.
 Statistics = Mapping[str, tuple[Array, Array]]
@@ -46,6 +51,8 @@ class Bench:
         labels: Class index of each sample, or its target in a regression; ``None`` for other tasks.
         blend_in_training: λ of each site in training; see
             :attr:`frostline.types.measured.Measurement.behaviour`.
+        unit: What a loss is of: ``"sample"`` or ``"batch"``; set by :func:`make_bench`.
+        step: The user's own step calls the model.
         noisy: The model has layers but BN that act in training only; without them dropout is not
             tried a second time.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
@@ -59,7 +66,9 @@ class Bench:
     logits: bool = False
     labels: Array | None = None
     blend_in_training: Array | None = None
+    unit: Literal["sample", "batch"] = "sample"
     noisy: bool = True
+    step: bool = False
     cost: dict[str, float] = field(default_factory=dict)
     _probes: dict[Any, Probe] = field(default_factory=dict)
     _populations: dict[tuple[str, ...], tuple[Statistics, Stages]] = field(default_factory=dict)
@@ -84,6 +93,20 @@ class Bench:
     def batch_size(self) -> int:
         """Samples per batch."""
         return self.samples.batch_size
+
+    @property
+    def has_classes(self) -> bool:
+        """Samples can be put into batches by class."""
+        classes = self.task in ("binary", "multiclass") and self.labels is not None
+        return classes and self.samples.divisible
+
+    def by_batch(self, probe: Probe) -> Array:
+        """Mean loss of each batch of a probe on the bench's own batches, shape ``(batches,)``."""
+        losses = as_float64(probe.losses)
+        if self.unit == "batch":
+            return losses
+        ends = np.cumsum([part.count or 1 for part in self.batches])[:-1]
+        return np.array([part.mean() for part in np.split(losses, ends)])
 
     # --- probes -------------------------------------------------------------------------------
 
@@ -215,12 +238,13 @@ class Bench:
                 outputs.append(outcome.outputs)
             labels.append(batch.y)
             moments.append(outcome.moments)
-            count += len(batch)
+            count += batch.count or 1
         if not losses:
             raise DataError(f"probe '{name}' got no batch. Received: no samples")
         joined = joined_arrays(outputs) if outputs else None
         truth = joined_arrays(labels) if self.task != "unknown" else None
-        found = self.judged(name, np.concatenate(losses), only(joined), only(truth))
+        whole = None if joined is None or truth is None else (only(joined), only(truth))
+        found = self.judged(name, np.concatenate(losses), *(whole or (None, None)))
         self.spend(name, time.perf_counter() - begin, count / len(self.samples))
         return found, joined, tuple(moments)
 
@@ -230,7 +254,8 @@ class Bench:
         hits, metrics = None, {}
         if outputs is not None and labels is not None:
             flat = as_float64(outputs).reshape(len(outputs), -1)
-            broken = broken | ~np.isfinite(flat).all(axis=1)
+            if self.unit == "sample":
+                broken = broken | ~np.isfinite(flat).all(axis=1)
             with np.errstate(invalid="ignore", over="ignore"):
                 result = judge(labels, outputs, self.task, self.logits)
             hits = result.hits
@@ -293,7 +318,10 @@ class Bench:
         if chosen not in self._populations:
             begin = time.perf_counter()
             known, passes = self._populations.get(self.paths), 0.0
-            if known is not None and _depend_on_none_but(chosen, known[1]):
+            if self.step:  # only the user's step knows how the model takes a batch
+                found, passes = self._repeated(chosen)
+                self._populations[chosen] = found, ()
+            elif known is not None and _depend_on_none_but(chosen, known[1]):
                 found = {path: known[0][path] for path in chosen if path in known[0]}
                 self._populations[chosen] = found, known[1]
             else:
@@ -311,6 +339,25 @@ class Bench:
             restore()
         moments = found.moments.items()
         return {path: (each.mean, each.variance) for path, each in moments}, found.stages
+
+    def _repeated(self, chosen: tuple[str, ...]) -> tuple[dict[str, tuple[Array, Array]], float]:
+        """Inference again and again with what the pass before it has seen, until nothing moves."""
+        found: dict[str, tuple[Array, Array]] = {}
+        run = self.blended(dict.fromkeys(chosen, 1.0), record=True)
+        passes = 0.0
+        for _ in range(MOST_PASSES):
+            passes += 1
+            _, _, seen = self.passes("statistics by passes", run, self.batches)
+            before, found = found, {}
+            for path in chosen:
+                parts = [moments[path] for moments in seen if path in moments]
+                if parts:
+                    merged = functools.reduce(Moments.merge, parts)
+                    found[path] = (merged.mean, merged.variance)
+            if before and max(map(_moved, before.values(), found.values()), default=0) <= SETTLED:
+                break
+            run = self.blended(0.0, statistics=found, record=True)
+        return found, passes
 
     def _meter(self) -> Any:
         """One for all groups of sites and all trials: what it has compiled serves each of them."""
@@ -332,7 +379,10 @@ class Bench:
 
 
 def task_of(
-    outputs: Any, labels: Any, objective: tuple[str | None, bool | None]
+    outputs: Any,
+    labels: Any,
+    objective: tuple[str | None, bool | None],
+    losses: Array | None = None,
 ) -> tuple[Task, bool]:
     """Task and whether the outputs are logits, from one output array and its labels.
 
@@ -340,11 +390,12 @@ def task_of(
         outputs: All outputs in one array; ``None`` with several outputs.
         labels: The labels in one array.
         objective: Snake-case name of the loss and its ``from_logits``.
+        losses: Loss of each sample; ``None``: not known.
     """
     if outputs is None or labels is None:
         return "unknown", False
     name, from_logits = objective
-    task = infer_task(labels, outputs, name)
+    task = infer_task(labels, outputs, name, losses)
     finite = outputs[np.isfinite(outputs)]
     outside = bool(finite.size and (finite.min() < 0 or finite.max() > 1))
     return task, bool(from_logits) or outside
@@ -366,6 +417,12 @@ def joined_arrays(parts: Sequence[Any]) -> tuple[Array, ...] | None:
 def only(arrays: tuple[Array, ...] | None) -> Array | None:
     """The array where there is just one."""
     return arrays[0] if arrays is not None and len(arrays) == 1 else None
+
+
+def _moved(old: tuple[Array, Array], new: tuple[Array, Array]) -> float:
+    """How far statistics moved, in standard deviations."""
+    scale = np.sqrt(np.maximum(new[1], np.finfo(np.float64).tiny))
+    return float(np.max([np.abs(new[0] - old[0]) / scale, np.abs(new[1] - old[1]) / scale**2]))
 
 
 def _transformed(batch: Batch, transform: Callable[[Any], Any] | None) -> Batch:

@@ -52,7 +52,8 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
     high: Array | None = None
     for batch in batches:
         found = leaves(batch.x)
-        if len(found) != 1 or found[0][1].dtype.kind not in "buif" or found[0][1].ndim < 2:
+        numbers = len(found) == 1 and isinstance(found[0][1], np.ndarray)
+        if not numbers or found[0][1].dtype.kind not in "buif" or found[0][1].ndim < 2:
             return None
         values = np.moveaxis(found[0][1], axis, -1)
         flat = values.reshape(-1, values.shape[-1])

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.batches import Batch
+from frostline.data.batches import Batch, take
 from frostline.measure.bench import Bench, Statistics
-from frostline.measure.samples import take
 from frostline.numerics import stats
 from frostline.numerics.stats import Moments
 from frostline.types import Array
@@ -112,7 +111,7 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
     The passes run at λ = 0 with the statistics of mixed batches in the place of the stored ones:
     so each sample is treated as in a mixed batch at λ = 1, and a batch may be of one class.
     """
-    if bench.task not in ("binary", "multiclass") or bench.labels is None:
+    if not bench.has_classes:
         return {}
     merged = {
         path: functools.reduce(Moments.merge, [moments[path] for moments in recorded])
@@ -144,7 +143,7 @@ def class_distances(
     A moving average over data that are sorted by class holds the class that came last. Empty where
     fewer than two sites are off, or without classes.
     """
-    if bench.task not in ("binary", "multiclass") or bench.labels is None:
+    if not bench.has_classes:
         return {}
     off = [
         path
@@ -153,6 +152,7 @@ def class_distances(
         and stats.normals_apart(stored[path], _settled([moments[path] for moments in recorded]))
         > OFF
     ]
+    assert bench.labels is not None
     if len(off) < 2 or not 2 <= len(np.unique(bench.labels)) <= MOST_SINGLE_CLASSES:
         return {}
     classes = _class_batches(bench, MOST_SINGLE_CLASSES)

@@ -15,11 +15,12 @@ from frostline.data.batches import leaves
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
-from frostline.measure.phases import predicted_classes
+from frostline.measure.phases import predicted_classes, tried
 from frostline.measure.samples import draw, rebatched
-from frostline.measure.setting import facts_of, make_bench
+from frostline.measure.setting import make_bench
 from frostline.numerics import stats
 from frostline.types import Array, DataError
+from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Gap, Interval, Measurement, Probe
 from frostline.types.reasons import first_line
 
@@ -56,6 +57,8 @@ def measure(
     *,
     validation: Any = None,
     loss: Any = None,
+    step: Any = None,
+    facts: ModelFacts | None = None,
     batch_size: int | None = None,
     reference: Any = None,
     history: Any = None,
@@ -74,6 +77,8 @@ def measure(
         validation: Labelled data that the model was not trained on; ``None`` to leave them out.
         loss: Whatever the framework takes as a loss; ``None`` for the compiled one, or else the
             usual one for the labels and outputs.
+        step: The user's own ``step(model, batch)`` in the place of a loss.
+        facts: Of the model, where they have been read.
         batch_size: Samples per batch in training; ``None`` for that of the data's own batches, and
             32 for arrays.
         reference: A model or checkpoint to compare with.
@@ -96,10 +101,18 @@ def measure(
     with view.preserved():
         if progress is not None:
             progress("samples", 0.0)
+        facts = view.facts() if facts is None else facts
         bench, behaviour, notes = make_bench(
-            view, data, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=seed
+            view,
+            data,
+            facts=facts,
+            loss=loss,
+            step=step,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            seed=seed,
         )
-        run = _Run(bench, behaviour, seed=seed, max_samples=max_samples)
+        run = _Run(bench, behaviour, facts, seed=seed, max_samples=max_samples)
         run.steps(validation, reference, round_trip, progress)
     return replace(run.measurement(), history=past, notes=tuple(notes)), bench
 
@@ -108,11 +121,17 @@ class _Run:
     """One measurement in the making."""
 
     def __init__(
-        self, bench: Bench, behaviour: dict[str, Behaviour], *, seed: int, max_samples: int
+        self,
+        bench: Bench,
+        behaviour: dict[str, Behaviour],
+        facts: ModelFacts,
+        *,
+        seed: int,
+        max_samples: int,
     ) -> None:
         self.bench, self.behaviour = bench, behaviour
         self.seed, self.max_samples = seed, max_samples
-        self.facts = facts_of(bench.view)
+        self.facts = facts
         self.probes: dict[str, Probe] = {}
         self.found: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
@@ -214,9 +233,11 @@ class _Run:
         if blended is not None:
             first = bench.batches[0]
             begin = time.perf_counter()
-            own = bench.forward.own(first, training=True).losses
+            own = tried(bench.forward, first, training=True).losses
             known = blended.losses[: len(own)]
-            bench.spend("training", time.perf_counter() - begin, len(own) / len(bench.samples))
+            bench.spend(
+                "training", time.perf_counter() - begin, (first.count or 1) / len(bench.samples)
+            )
             if np.allclose(own, known, rtol=SAME, atol=SAME, equal_nan=True):
                 self.probes["training"] = bench.remember(
                     ("own", True), replace(blended, name="training")
@@ -305,7 +326,10 @@ class _Run:
         bench = self.bench
         if bench.labels is None:
             raise _Skip("the task has no one label per sample to sort by")
+        if bench.unit == "batch":
+            raise _Skip("the loss is one number per batch: other batches have other losses")
         keys = np.asarray(bench.labels).reshape(len(bench.labels), -1)[:, 0]
+        self._require_other_batches()
         if len(bench.batches) < 2 or len(np.unique(keys)) < 2:
             raise _Skip("one batch, or one class: sorting changes nothing")
         order = np.argsort(keys, kind="stable")
@@ -351,11 +375,13 @@ class _Run:
         """Batch sizes."""
         if self.facts.batch is not None:
             raise _Skip(f"the model takes batches of {self.facts.batch} samples only")
+        self._require_other_batches()
         stored = all(each.inference == 0.0 for each in self.behaviour.values())
         self.found["sweep"] = sweep.sweep(self.bench, self.outputs, stored=stored)
 
     def neighbours(self) -> None:
         """The same samples in other company."""
+        self._require_other_batches()
         self.found["neighbours"] = sweep.neighbours(self.bench, self.outputs, seed=self.seed)
 
     # --- inputs ---------------------------------------------------------------------------------
@@ -369,6 +395,8 @@ class _Run:
     def input_trials(self) -> None:
         """Inference with the inputs in other encodings."""
         seen, accuracy = self.found.get("input"), self.probes["inference"].accuracy
+        if self.bench.step:
+            raise _Skip("the inputs reach the model through step= alone")
         leaf = leaves(self.bench.batches[0].x)[0][1]
         if seen is None or leaf.ndim != 4:
             raise _Skip("the inputs are not images")
@@ -376,7 +404,8 @@ class _Run:
             raise _Skip(f"inference is right already: accuracy {accuracy:.3f}")
         bench = self.bench
         part = bench.samples.first(TRIAL_SAMPLES)
-        base = self.probes["inference"].losses[: len(part)]
+        units = len(part) if bench.unit == "sample" else len(part.batches)
+        base = self.probes["inference"].losses[:units]
         trials, tried = {"x": float(base.mean())}, {}
         changes = inputs.transforms(seen, axis=bench.channels)
         if self.facts.any_size:
@@ -413,7 +442,11 @@ class _Run:
             batch_size=bench.batch_size,
             seed=self.seed,
             fixed=self.facts.batch is not None,
+            labels=leaves(bench.batches[0].y) != [],
+            whole=bench.step,
         )
+        if isinstance(bench.samples.batches[0].y, tuple) and not samples.batches[0].y:
+            raise _Skip("outputs are compared, and validation data without labels add nothing")
         other = replace(bench, samples=samples, labels=None, cost={}, _probes={}, _populations={})
         name = "validation inference"
         self.probes[name] = other.own_probe(name, samples.batches)
@@ -446,19 +479,13 @@ class _Run:
         """The reference, weight by weight."""
         if reference is None:
             raise _Skip("no reference given: reference=")
-        compare = getattr(self.bench.view, "difference", None)
-        if compare is None:
-            raise _Skip("models of this framework cannot be compared yet")
-        self.found["difference"] = compare(reference, self.bench.batches[0].x)
+        self.found["difference"] = self.bench.view.difference(reference, self.bench.batches[0].x)
 
     def round_trip(self, asked: bool) -> None:
         """Save and load."""
         if not asked:
             raise _Skip("not asked for: round_trip=True")
-        save_and_load = getattr(self.bench.view, "round_trip", None)
-        if save_and_load is None:
-            raise _Skip("models of this framework cannot be saved and loaded yet")
-        self.found["round_trip"] = float(save_and_load(self.bench.batches[0].x))
+        self.found["round_trip"] = float(self.bench.view.round_trip(self.bench.batches[0].x))
 
     # --- the outcome ----------------------------------------------------------------------------
 
@@ -493,7 +520,6 @@ class _Run:
     def measurement(self) -> Measurement:
         """Everything that was found."""
         bench = self.bench
-        noise = getattr(bench.view, "noise_layers", None)
         return Measurement(
             samples=len(bench.samples),
             batch_size=bench.batch_size,
@@ -502,11 +528,17 @@ class _Run:
             probes=dict(self.probes),
             gaps=self.gaps(),
             behaviour=self.behaviour,
-            noise_layers={} if noise is None else dict(noise()),
+            noise_layers=dict(bench.view.noise_layers()),
             cost=dict(bench.cost),
             skipped=dict(self.skipped),
             **self.found,
         )
+
+    def _require_other_batches(self) -> None:
+        if self.bench.samples.fixed is not None:
+            raise _Skip(self.bench.samples.fixed)
+        if any(batch.count is None for batch in self.bench.batches):
+            raise _Skip("the number of samples in a batch is not known")
 
     def _require_sites(self) -> None:
         if not self.bench.paths:

@@ -8,11 +8,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from frostline.adapters import ModelView
-from frostline.data.batches import Batch, batches, is_reiterable, leaves
+from frostline.adapters import Forward, ModelView, Outcome
+from frostline.data.batches import Batch, batches, is_reiterable, leaves, left_out, paired
 from frostline.numerics import stats
-from frostline.types import Array, DataError, PhaseRow, PhaseTable, as_float64
+from frostline.types import (
+    Array,
+    DataError,
+    FrostlineError,
+    ModelError,
+    PhaseRow,
+    PhaseTable,
+    as_float64,
+)
 from frostline.types.measured import Interval, Task
+from frostline.types.reasons import first_line
 
 Metrics = Mapping[str, Callable[[Array, Array], float]]
 
@@ -35,13 +44,17 @@ SMALL_GAP = 0.05
 #: Fixed, so that the same model and data give the same words.
 _BOOTSTRAP_SEED = 0
 
+#: Without a loss, outputs are scores of classes where they are at most so many times the classes
+#: that the labels show.
+MOST_UNSEEN = 4
+
+_CLASS_LOSSES = ("crossentropy", "cross_entropy", "nll", "hinge", "focal", "bce", "log_loss")
+
 _REGRESSION_LOSSES = ("squared", "absolute", "huber", "log_cosh", "logcosh", "mse", "mae", "msle")
 
 
 class _Scorer(Protocol):
-    def __call__(
-        self, batch: Batch, *, training: bool, number: int
-    ) -> tuple[Any, float | None]: ...
+    def __call__(self, batch: Batch, *, training: bool, number: int) -> Outcome: ...
 
 
 @dataclass
@@ -49,15 +62,40 @@ class _Pass:
     """What one phase gave so far."""
 
     outputs: list[Any] = field(default_factory=list)
-    loss_sum: float = 0.0
-    loss_known: bool = True
+    losses: list[Array] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    named: dict[str, list[float]] = field(default_factory=dict)
+    unit: str = "sample"
 
-    def add(self, outputs: Any, loss: float | None, count: int) -> None:
-        self.outputs.append(outputs)
-        if loss is None:
-            self.loss_known = False
-        else:
-            self.loss_sum += float(loss) * count
+    def add(self, outcome: Outcome, count: int) -> None:
+        self.outputs.append(outcome.outputs)
+        self.losses.append(outcome.losses)
+        self.counts.append(count)
+        if outcome.unit == "batch":
+            self.unit = "batch"
+        for name, values in {**outcome.parts, **outcome.metrics}.items():
+            self.named.setdefault(name, []).append(float(np.mean(values)))
+
+    @property
+    def known(self) -> bool:
+        return all(len(losses) for losses in self.losses)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the samples; a batch counts as its samples do."""
+        return (
+            self._mean([float(np.mean(losses)) for losses in self.losses]) if self.known else None
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Mean of each named loss and metric."""
+        whole = len(self.counts)
+        return {
+            name: self._mean(values) for name, values in self.named.items() if len(values) == whole
+        }
+
+    def _mean(self, values: list[float]) -> float:
+        return float(np.average(values, weights=self.counts))
 
 
 def phase_table(
@@ -66,72 +104,222 @@ def phase_table(
     *,
     metrics: Metrics | None = None,
     loss: Any = None,
+    step: Any = None,
     batch_size: int = 32,
 ) -> PhaseTable:
     """Evaluate a model in the dynamic phase, phase 0 and phase 1; see :func:`frostline.phases`."""
+    require_one(loss, step)
     if not is_reiterable(data):
         data = list(batches(data, batch_size=batch_size))  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
-    labels: list[Array] = []
-    judge_batch = _by_score(view) if loss is None else _by_loss(view, loss)
+    labels: list[Any] = []
+    told: list[str] = []
+    score: _Scorer | None = None
     with view.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
-        for number, batch in enumerate(batches(data, batch_size=batch_size)):
-            labels.append(_labels_of(batch, number))
+        for number, batch in enumerate(paired(batches(data, batch_size=batch_size))):
+            if score is None:
+                score, told = _scorer(view, batch, loss, step)
+            labels.append(batch.y)
             for phase, training in (("0", False), ("1", True)):
-                outputs, value = judge_batch(batch, training=training, number=number)
-                passes[phase].add(outputs, value, len(batch))
-        dynamic = dict(view.evaluate(_tuples(data, batch_size)))
-    samples = sum(len(leaf) for leaf in labels)
+                outcome = score(batch, training=training, number=number)
+                passes[phase].add(outcome, batch.count or 1)
+        plain = step is None and all(part is not None for part in labels) and not told
+        dynamic = dict(view.evaluate(_tuples(data, batch_size))) if plain else {}
+    loss_name, from_logits = view.objective() if loss is None else loss_name_of(loss)
     known = _known_outputs(labels, passes)
-    loss_name, from_logits = view.objective()
     task: Task = "unknown"
     judged: dict[str, Judged] = {}
     if known is not None:
         y, outputs = known
-        task = infer_task(y, outputs["0"], loss_name)
+        found = passes["0"]
+        losses = np.concatenate(found.losses) if found.known and found.unit == "sample" else None
+        named = loss_name or ("step" if step is not None else None)
+        task = infer_task(y, outputs["0"], named, losses)
         logits = bool(from_logits) or any(_outside_unit(values) for values in outputs.values())
         judged = {phase: judge(y, values, task, logits) for phase, values in outputs.items()}
+    unlabelled = all(part is None for part in labels)
+    distances = _distances(passes) if unlabelled and not passes["0"].known else None
     rows = [_dynamic_row(dynamic)]
     for phase in ("0", "1"):
         done = passes[phase]
         row_metrics = dict(judged[phase].metrics) if phase in judged else {}
+        row_metrics |= done.metrics()
+        if distances is not None:
+            row_metrics["distance"] = 0.0 if phase == "0" else float(np.sqrt(distances.mean()))
         if known is not None:
             row_metrics |= _custom(metrics or {}, known[0], known[1][phase])
         rows.append(
             PhaseRow(
                 phase="0" if phase == "0" else "1",
-                loss=done.loss_sum / samples if done.loss_known else None,
+                loss=done.loss,
                 metrics=row_metrics,
                 outputs=None if known is None else known[1][phase],
             )
         )
     sites = len(view.sites())
+    said = list(told)
+    if known is not None:
+        said += patterns(task, judged, sites)
+    own = step is not None or loss is not None or known is None
+    if passes["0"].unit == "batch":
+        said.append("The loss is one number per batch: batches are compared, not samples.")
+    if task == "unknown" and own:
+        said += _gap_in_loss(passes)
+    if distances is not None:
+        said.append(
+            "No labels and no loss: outputs are compared. Those of phase 1 are "
+            f"{np.sqrt(distances.mean()):.3g} standard deviations of the outputs away from those "
+            "of phase 0 (root mean square)."
+        )
     return PhaseTable(
         rows=tuple(rows),
         task=task,
-        samples=samples,
+        samples=sum(passes["0"].counts),
         sites=sites,
-        patterns=patterns(task, judged, sites) if known is not None else (),
+        patterns=tuple(said),
     )
 
 
-def _by_score(view: ModelView) -> _Scorer:
-    def score(batch: Batch, *, training: bool, number: int) -> tuple[Any, float | None]:
-        return view.score(batch.x, batch.y, batch.sample_weight, training=training, step=number)
+def require_one(loss: Any, step: Any) -> None:
+    """Raise where both a loss and a step are given, or the step is no function.
 
-    return score
+    Raises:
+        ModelError: Both, or no function.
+    """
+    if step is not None and not callable(step):
+        raise ModelError(
+            "step must be a function (model, batch) that returns a loss, one loss per sample, a "
+            f"mapping of losses, or (loss, metrics). Received: step={step!r}"
+        )
+    if loss is not None and step is not None:
+        raise ModelError(
+            "a step brings its own loss: pass loss= or step=, not both. Received: loss and step"
+        )
 
 
-def _by_loss(view: ModelView, loss: Any) -> _Scorer:
-    """Score batches by a loss that was given; see ``ModelView.score``."""
-    forward = view.blend_forward(loss=loss)
+def _scorer(view: ModelView, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
+    """What scores a batch, and what a person should know of it."""
+    plain = step is None and first.regular and bool(leaves(first.y))
+    if plain and loss is None:
 
-    def score(batch: Batch, *, training: bool, number: int) -> tuple[Any, float]:
+        def score(batch: Batch, *, training: bool, number: int) -> Outcome:
+            outputs, value = view.score(
+                batch.x, batch.y, batch.sample_weight, training=training, step=number
+            )
+            losses = np.empty(0) if value is None else np.array([value], np.float64)
+            return Outcome(outputs=outputs, losses=losses)
+
+        return score, []
+    if first.y is None and loss is None and step is None and view.objective()[0] is not None:
+        _require_no_labels(view, first)
+    forward = view.blend_forward(loss=loss, step=step)
+    told = [] if step is not None else [text for text in [left_out(first)] if text]
+
+    def by_forward(batch: Batch, *, training: bool, number: int) -> Outcome:
+        return tried(forward, batch, training=training, number=number)
+
+    def bare(batch: Batch, *, training: bool, number: int) -> Outcome:
+        outputs = view.forward(batch.x, training=training, step=number)
+        return Outcome(outputs=outputs, losses=np.empty(0))
+
+    if step is not None or loss is not None or first.y is not None:
+        return by_forward, told
+    try:
+        tried(forward, first)  # a model that computes its own loss
+    except FrostlineError:
+        return bare, told
+    return by_forward, told
+
+
+def _require_no_labels(view: ModelView, first: Batch) -> None:
+    """Raise where the compiled loss needs labels that are not there."""
+    try:
+        tried(view.blend_forward(), first)
+    except FrostlineError as error:
+        raise DataError(
+            "the phases are compared by loss and metrics, which need labels: pass (x, y), or step= "
+            "for a loss without. Received: batches without labels"
+        ) from error
+
+
+def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int = 0) -> Outcome:
+    """The model's own pass of a batch, where what a user's code raises becomes one of our errors.
+
+    Raises:
+        FrostlineError: The pass fails; the text says on what and what to do.
+    """
+    try:
         outcome = forward.own(batch, training=training, number=number)
-        return outcome.outputs, float(np.mean(outcome.losses))
+    except FrostlineError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
+            "Where the model takes a batch in its own way, pass step=, a function (model, batch) "
+            f"that returns the loss. Received: a batch of {described(batch)}"
+        ) from error
+    if outcome.losses.ndim != 1 or not len(outcome.losses):
+        raise ModelError(
+            "a loss must be one number per batch or one per sample. "
+            f"Received: shape {outcome.losses.shape}"
+        )
+    return outcome
 
-    return score
+
+def described(batch: Batch) -> str:
+    """What a batch is made of, in a few words."""
+    value = batch.given
+    if isinstance(value, Mapping):
+        return f"a mapping with {', '.join(map(repr, list(value)[:6]))}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(type(item).__name__ for item in value[:4])}"
+    return type(value).__name__
+
+
+def _distances(passes: Mapping[str, _Pass]) -> Array:
+    """Squared distance of the phases' outputs, in variances of phase 0, of each array or sample.
+
+    Raises:
+        ModelError: The phases' outputs differ in structure or size.
+    """
+    found = []
+    for one, other in zip(passes["0"].outputs, passes["1"].outputs, strict=True):
+        found.append([(leaf, twin) for (_, leaf), (_, twin) in zip(leaves(one), leaves(other))])  # noqa: B905
+        alike = len(leaves(one)) == len(leaves(other)) > 0
+        if not alike or any(np.shape(leaf) != np.shape(twin) for leaf, twin in found[-1]):
+            raise ModelError(
+                "there are neither labels nor a loss, and the outputs in training mode are not "
+                "those of inference in kind or size: pass step=, a function (model, batch) that "
+                "returns a loss. Received: outputs that cannot be compared"
+            )
+    totals = []
+    for column in zip(*found, strict=True):
+        if np.asarray(column[0][0]).dtype.kind != "f":
+            continue
+        base = np.concatenate([np.ravel(as_float64(leaf)) for leaf, _ in column])
+        other = np.concatenate([np.ravel(as_float64(twin)) for _, twin in column])
+        totals.append(np.square(other - base) / max(float(base.var()), np.finfo(np.float64).tiny))
+    if not totals:
+        raise ModelError(
+            "there are neither labels nor a loss, and no output is a floating number: pass step=, "
+            "a function (model, batch) that returns a loss. Received: no numbers to compare"
+        )
+    return np.concatenate([np.atleast_1d(total.mean()) for total in totals])
+
+
+def _gap_in_loss(passes: Mapping[str, _Pass]) -> Iterator[str]:
+    """The gap in a loss of the user's own, over samples or batches."""
+    zero, one = passes["0"], passes["1"]
+    if not zero.known or not one.known:
+        return
+    a, b = np.concatenate(one.losses), np.concatenate(zero.losses)
+    sound = np.isfinite(a) & np.isfinite(b) if a.shape == b.shape else np.zeros(0, bool)
+    if not sound.any():
+        return
+    gap = stats.paired_bootstrap(a[sound], b[sound], seed=_BOOTSTRAP_SEED)
+    if gap.excludes_zero and abs(gap.estimate) > SMALL_GAP * max(abs(a.mean()), abs(b.mean())):
+        yield _gap_in_words("loss", gap, worse="1" if gap.estimate > 0 else "0")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,13 +344,20 @@ class Judged:
     reachable: float | None = None
 
 
-def infer_task(y: Array, outputs: Array, loss_name: str | None = None) -> Task:
-    """Tell the task from labels, outputs and, where there is one, the compiled loss.
+def infer_task(
+    y: Array, outputs: Array, loss_name: str | None = None, losses: Array | None = None
+) -> Task:
+    """Tell the task from labels, outputs and, where there is one, the loss.
+
+    Class numbers beside an array of outputs do not make those class scores: an embedding has the
+    same shape. So the loss must be one of classification, by its name or because it orders the
+    samples as cross-entropy does; without a loss there must be as many outputs as classes.
 
     Args:
         y: Labels, shape ``(n,)``, ``(n, 1)``, or that of the outputs (one-hot, regression).
         outputs: Model outputs, shape ``(n,)`` or ``(n, k)``.
-        loss_name: Snake-case name of the compiled loss.
+        loss_name: Snake-case name of the loss; ``None``: there is none.
+        losses: Loss of each sample, shape ``(n,)``; ``None``: not known.
 
     Returns:
         ``"binary"`` for one sigmoid or two softmax columns, ``"multiclass"``, ``"regression"``, or
@@ -187,13 +382,31 @@ def infer_task(y: Array, outputs: Array, loss_name: str | None = None) -> Task:
     classes: Task = "binary" if columns == 2 else "multiclass"
     if _columns(y) == 1:
         inside = whole and float(y.min()) >= 0 and float(y.max()) < columns
-        return classes if inside else "unknown"
+        return classes if inside and _are_scores(y, outputs, loss_name, losses) else "unknown"
     if _columns(y) != columns:
         return "unknown"
     in_unit = float(y.min()) >= 0 and float(y.max()) <= 1
     if in_unit and np.allclose(as_float64(y).sum(axis=1), 1, atol=1e-3):  # one-hot, or smoothed
         return classes
     return "unknown" if in_unit and whole else "regression"  # multi-hot: several labels per sample
+
+
+def _are_scores(y: Array, outputs: Array, loss_name: str | None, losses: Array | None) -> bool:
+    """Whether outputs beside class numbers are the classes' scores, and no embedding."""
+    if loss_name is not None and any(word in loss_name for word in _CLASS_LOSSES):
+        return True
+    flat = as_float64(outputs)
+    finite = np.isfinite(flat).all(axis=1)
+    shares = finite.any() and bool((flat[finite] >= 0).all())
+    if shares and np.allclose(flat[finite].sum(axis=1), 1, atol=1e-3):
+        return True
+    if loss_name is None or losses is None or len(losses) != len(y):
+        return loss_name is None and flat.shape[1] <= MOST_UNSEEN * (float(y.max()) + 1)
+    sound = finite & np.isfinite(losses)
+    if sound.sum() < 3:
+        return False
+    entropy = stats.cross_entropy(y.reshape(-1)[sound].astype(int), flat[sound], from_logits=True)
+    return bool(stats.spearman(as_float64(losses)[sound], entropy) >= NEAR_ONE)
 
 
 def judge(y: Array, outputs: Array, task: Task, logits: bool) -> Judged:
@@ -362,18 +575,6 @@ def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
     )
 
 
-def _labels_of(batch: Batch, number: int) -> Array:
-    found = leaves(batch.y)
-    if not found:
-        raise DataError(
-            f"The phases are compared by loss and metrics, which need labels: pass (x, y). "
-            f"Received: batch {number} without labels"
-        )
-    # Models with several outputs get their loss only, so one of their labels serves to count.
-    first: Array = found[0][1]
-    return first
-
-
 def _tuples(data: Any, batch_size: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches(data, batch_size=batch_size):
         if batch.sample_weight is None:
@@ -383,17 +584,25 @@ def _tuples(data: Any, batch_size: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _known_outputs(
-    labels: list[Array], passes: Mapping[str, _Pass]
+    labels: list[Any], passes: Mapping[str, _Pass]
 ) -> tuple[Array, dict[str, Array]] | None:
     """Labels and outputs in one array each; ``None`` for several outputs or ragged batches."""
-    single = all(isinstance(part, np.ndarray) for done in passes.values() for part in done.outputs)
-    shapes = {part.shape[1:] for part in passes["0"].outputs} if single else set()
-    if len(shapes) != 1 or len({label.shape[1:] for label in labels}) != 1:
+    y = [leaves(part) for part in labels]
+    if not all(len(found) >= 1 and isinstance(found[0][1], np.ndarray) for found in y):
         return None
-    return np.concatenate(labels), {
+    first = [found[0][1] for found in y]  # of several labels one serves to count
+    single = all(isinstance(part, np.ndarray) for done in passes.values() for part in done.outputs)
+    shapes = {
+        part.shape[1:] for done in passes.values() for part in done.outputs if single and part.ndim
+    }
+    if not single or len(shapes) != 1 or len({label.shape[1:] for label in first}) != 1:
+        return None
+    found = {
         phase: np.concatenate(done.outputs).astype(np.float32, copy=False)
         for phase, done in passes.items()
     }
+    truth = np.concatenate(first)
+    return None if any(len(part) != len(truth) for part in found.values()) else (truth, found)
 
 
 def _dynamic_row(logs: dict[str, float]) -> PhaseRow:
@@ -424,3 +633,22 @@ def _columns(values: Array) -> int:
 def _outside_unit(values: Array) -> bool:
     finite = values[np.isfinite(values)]
     return bool(finite.size and (finite.min() < 0 or finite.max() > 1))
+
+
+def loss_name_of(loss: Any) -> tuple[str | None, bool | None]:
+    """Snake-case name of a loss that the user gave, and its ``from_logits``."""
+    if isinstance(loss, str):
+        return _snake(loss), None
+    if isinstance(loss, Mapping) and loss.keys() == {"class_name", "config"}:
+        return _snake(loss["class_name"]), loss["config"].get("from_logits")
+    if isinstance(loss, (Mapping, list, tuple)):
+        return None, None
+    name = getattr(loss, "__name__", None) or type(loss).__name__
+    return _snake(name), getattr(loss, "_fn_kwargs", {}).get("from_logits")
+
+
+def _snake(name: str) -> str:
+    return "".join(
+        f"_{c.lower()}" if c.isupper() and i and name[i - 1].islower() else c.lower()
+        for i, c in enumerate(name)
+    )

@@ -232,7 +232,7 @@ class FiniteBatches:
     def read(self) -> Iterator[tuple[int, Batch]]:
         """Finite batches with their numbers."""
         for number, batch in enumerate(batches(self.data, batch_size=self.batch_size)):
-            self.sizes[number] = len(batch)
+            self.sizes[number] = batch.count or 1
             name = _not_finite(batch)
             if name is None:
                 yield number, batch
@@ -265,6 +265,6 @@ def _shift(meter: Meter, path: str, before: tuple[Array, Array], count: int) -> 
 
 def _not_finite(batch: Batch) -> str | None:
     for name, leaf in leaves(batch.x):
-        if leaf.dtype.kind in "fc" and not np.isfinite(leaf).all():
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fc" and not np.isfinite(leaf).all():
             return name
     return None

@@ -2,18 +2,29 @@
 
 Order is a property of training, not of a model, so it is drawn at random here: a batch has the
 class mixture of the data. All batches have one size: batch statistics of a short last batch would
-be of another quality, and each further size is compiled again.
+be of another quality, and each further size is compiled again. Batches that are not arrays are
+never cut: a loader's dataset and collate function make others, or they are taken as they come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from frostline.data.batches import Batch, batches, collect, leaves, map_leaves
+from frostline.data.batches import (
+    Batch,
+    Collation,
+    batches,
+    collation_of,
+    joined,
+    leaves,
+    left_out,
+    paired,
+    take,
+)
 from frostline.types import Array, DataError
 
 #: A stream is read up to so many times the samples that are wanted: a generator may never end.
@@ -26,14 +37,19 @@ MANY_BATCHES = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
-    """Labelled samples in batches of one size.
+    """The samples of a diagnosis, in batches.
 
     Attributes:
-        batches: All of :attr:`batch_size` samples.
-        batch_size: Samples per batch.
+        batches: Arrays: all of :attr:`batch_size` samples. What is no arrays of one length: as the
+            loader made them.
+        batch_size: Samples per batch; of the first where they differ or are not known.
         natural: Batch size that was asked for or that the data have.
         read: Samples that were read to draw these.
         notes: What a person should know about the draw.
+        divisible: The batches are arrays and may be cut and mixed anew.
+        items: Single samples in the order of :attr:`batches`, where the data are a loader or
+            dataset that can make other batches of them.
+        source: What makes a batch of :attr:`items`.
     """
 
     batches: tuple[Batch, ...]
@@ -41,14 +57,33 @@ class Samples:
     natural: int
     read: int
     notes: tuple[str, ...] = field(default=())
+    divisible: bool = True
+    items: tuple[Any, ...] = ()
+    source: Collation | None = None
 
     def __len__(self) -> int:
-        return len(self.batches) * self.batch_size
+        if self.divisible:
+            return len(self.batches) * self.batch_size
+        return sum(self.batch_size if (n := part.count) is None else n for part in self.batches)
+
+    @property
+    def fixed(self) -> str | None:
+        """Why no other batches can be made of the samples; ``None``: they can."""
+        if self.divisible or self.items:
+            return None
+        return (
+            "the batches are no arrays of one length, and the data are no loader with a dataset of "
+            "single samples and a collate function: other batches cannot be made of them"
+        )
 
     @property
     def whole(self) -> Batch:
-        """All samples in one batch."""
-        return collect(list(self.batches))
+        """All samples in one batch.
+
+        Raises:
+            DataError: They are not arrays of one length.
+        """
+        return joined(list(self.batches))
 
     def first(self, count: int) -> Samples:
         """The first batches that hold at least ``count`` samples; at least one batch, at most all.
@@ -56,12 +91,8 @@ class Samples:
         The draw is random, so they are a random part of the samples.
         """
         number = min(len(self.batches), max(1, -(-count // self.batch_size)))
-        return Samples(
-            batches=self.batches[:number],
-            batch_size=self.batch_size,
-            natural=self.natural,
-            read=self.read,
-        )
+        part = replace(self, batches=self.batches[:number], notes=())
+        return replace(part, items=self.items[: len(part)])
 
 
 def draw(
@@ -71,12 +102,18 @@ def draw(
     batch_size: int | None = None,
     seed: int = 0,
     fixed: bool = False,
+    labels: bool = True,
+    whole: bool = False,
 ) -> Samples:
     """Draw samples at random, mix them and cut them into batches of one size.
 
     Every sample gets a random key, and those with the smallest keys are kept: of data of any length
     only ``2 * max_samples`` samples and a batch are held in memory. Arrays are read whole; streams
     up to :data:`READ_FACTOR` times ``max_samples`` samples.
+
+    Batches that are not arrays of one length, or do not fit together (padded to different lengths),
+    are not cut: a loader's own dataset and collate function make new ones of random samples, and
+    where there are none the first batches are taken as they come.
 
     Args:
         data: See :mod:`frostline.data.batches`; one-shot iterators too.
@@ -85,6 +122,8 @@ def draw(
             32 for arrays.
         seed: Of the draw.
         fixed: The model takes no other batch size.
+        labels: Raise where there are none.
+        whole: Keep what a batch holds beside inputs, labels and weights.
 
     Returns:
         The samples.
@@ -95,32 +134,111 @@ def draw(
     if batch_size is not None and batch_size < 1:
         raise DataError(f"batch_size must be at least 1. Received: batch_size={batch_size}")
     limit = READ_FACTOR * max_samples
-    kept = _Kept(max_samples, np.random.default_rng(seed))
-    natural, read = batch_size, 0
-    for batch in batches(data, batch_size=batch_size or 32, max_samples=_bound(data, limit)):
-        if not leaves(batch.y):
+    rng = np.random.default_rng(seed)
+    kept = _Kept(max_samples, rng)
+    natural, read, held, form = batch_size, 0, [], None
+    notes: list[str] = []
+    stream = batches(data, batch_size=batch_size or 32, max_samples=_bound(data, limit))
+    for batch in stream:
+        if labels and not leaves(batch.y):
             raise DataError(
                 "a diagnosis compares losses, which need labels: pass (x, y). "
                 "Received: batches without labels"
             )
-        natural = natural or len(batch)
-        read += len(batch)
+        if not whole and (told := left_out(batch)) is not None and told not in notes:
+            notes.append(told)
+        count = batch.count or 1
+        natural = natural or count
+        if read < max_samples:
+            held.append(batch)
+        read += count
+        here = _form(batch) if batch.divisible or (batch.regular and not whole) else None
+        form = here if form is None else form
+        if here is None or here != form:
+            source = collation_of(data)
+            if source is not None:
+                try:
+                    return _collated(source, max_samples, natural, rng, notes, fixed=fixed)
+                except TypeError:  # a dataset that only its own loader can read
+                    pass
+            return _as_they_come(held, stream, max_samples, notes)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
-    whole, notes = _sound(kept.mixed())
+    mixed, told_of = _sound(kept.mixed())
+    notes += told_of
     if read >= limit and not _is_arrays(data):
         notes.append(f"only the first {read:,} samples of the data were read")
-    size = natural if fixed else size_near(len(whole), natural)
-    if len(whole) < size:
+    size = natural if fixed else size_near(len(mixed), natural)
+    if len(mixed) < size:
         raise DataError(
-            f"the model takes batches of {size} samples only. Received: {len(whole)} samples"
+            f"the model takes batches of {size} samples only. Received: {len(mixed)} samples"
         )
-    left = len(whole) % size
+    left = len(mixed) % size
     if left:
-        notes.append(f"{left} of {len(whole)} samples beyond the last full batch were left out")
-    cut = list(batches(take(whole, slice(len(whole) - left)), batch_size=size))
+        notes.append(f"{left} of {len(mixed)} samples beyond the last full batch were left out")
+    cut = list(batches(take(mixed, slice(len(mixed) - left)), batch_size=size))
     return Samples(
         batches=tuple(cut), batch_size=size, natural=natural, read=read, notes=tuple(notes)
+    )
+
+
+def _form(batch: Batch) -> Any:
+    """What two batches must have in common to be joined."""
+    return [
+        (name, leaf.shape[1:], leaf.dtype.kind)
+        for name, leaf in leaves((batch.x, batch.y, batch.sample_weight))
+    ]
+
+
+def _as_they_come(
+    held: list[Batch], stream: Iterator[Batch], max_samples: int, notes: list[str]
+) -> Samples:
+    """Whole batches: those read so far, and more up to ``max_samples``."""
+    read = sum(batch.count or 1 for batch in held)
+    while read < max_samples and (batch := next(stream, None)) is not None:
+        held.append(batch)
+        read += batch.count or 1
+    kept = list(paired(held))
+    first = kept[0].count or 1
+    if len(kept) > 2 and (kept[-1].count or 1) < first:
+        notes.append(f"the last batch, of {kept.pop().count} samples, is shorter and was left out")
+    return Samples(
+        batches=tuple(kept),
+        batch_size=first,
+        natural=first,
+        read=read,
+        notes=(*notes, "the batches are taken as they come: they are no arrays of one length"),
+        divisible=False,
+    )
+
+
+def _collated(
+    source: Collation,
+    max_samples: int,
+    size: int,
+    rng: np.random.Generator,
+    notes: list[str],
+    *,
+    fixed: bool,
+) -> Samples:
+    chosen = rng.permutation(len(source.indices))[:max_samples]
+    size = size if fixed else size_near(len(chosen), size)
+    if size > len(chosen):
+        raise DataError(
+            f"the model takes batches of {size} samples only. Received: {len(chosen)} samples"
+        )
+    chosen = chosen[: len(chosen) // size * size]
+    items = source.items(source.indices[int(index)] for index in chosen)
+    starts = range(0, len(items), size)
+    return Samples(
+        batches=tuple(source.batch(items[start : start + size]) for start in starts),
+        batch_size=size,
+        natural=size,
+        read=len(items),
+        notes=tuple(notes),
+        divisible=False,
+        items=tuple(items),
+        source=source,
     )
 
 
@@ -174,14 +292,14 @@ class _Kept:
             self._compact()
 
     def _compact(self) -> None:
-        keys, whole = np.concatenate(self.keys), collect(self.parts)
+        keys, whole = np.concatenate(self.keys), joined(self.parts)
         best = np.sort(np.argpartition(keys, self.most - 1)[: self.most])
         self.keys, self.parts = [keys[best]], [take(whole, best)]
         self.threshold = float(keys[best].max())
 
     def mixed(self) -> Batch:
         """The kept samples in the order of their keys, which is random."""
-        keys, whole = np.concatenate(self.keys), collect(self.parts)
+        keys, whole = np.concatenate(self.keys), joined(self.parts)
         return take(whole, np.argsort(keys)[: self.most])
 
 
@@ -189,23 +307,24 @@ def rebatched(samples: Samples, size: int, order: Array | None = None) -> Iterat
     """The same samples in batches of another size or in another order; a short rest is left out.
 
     Args:
-        samples: The samples.
+        samples: The samples; not :attr:`Samples.fixed`.
         size: Samples per batch.
         order: Indices of samples; ``None`` for their own order.
+
+    Raises:
+        DataError: The samples cannot be put into other batches.
     """
-    whole = samples.whole
+    if samples.fixed is not None:
+        raise DataError(samples.fixed)
     index = np.arange(len(samples)) if order is None else order
+    whole = samples.whole if samples.divisible else None
     for start in range(0, len(index) - size + 1, size):
-        yield take(whole, index[start : start + size])
-
-
-def take(batch: Batch, rows: Any) -> Batch:
-    """The rows of a batch: a slice, or an array of indices."""
-    return Batch(
-        map_leaves(lambda leaf: leaf[rows], batch.x),
-        map_leaves(lambda leaf: leaf[rows], batch.y),
-        map_leaves(lambda leaf: leaf[rows], batch.sample_weight),
-    )
+        rows = index[start : start + size]
+        if whole is not None:
+            yield take(whole, rows)
+        else:
+            assert samples.source is not None
+            yield samples.source.batch([samples.items[row] for row in rows])
 
 
 def _bound(data: Any, limit: int) -> int | None:

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView, read_facts as read_facts
-from frostline.data.batches import Batch, leaves
+from frostline.adapters import Forward, ModelView, Outcome, OutputDistance
+from frostline.data.batches import Batch, leaves, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
-from frostline.measure.phases import class_labels, infer_task
-from frostline.measure.samples import Samples, draw, take
+from frostline.measure.phases import (
+    class_labels,
+    described,
+    infer_task,
+    loss_name_of,
+    require_one,
+    tried,
+)
+from frostline.measure.samples import Samples, draw
 from frostline.types import Array, DataError, FrostlineError, ModelError, Site
 from frostline.types.facts import ModelFacts
-from frostline.types.measured import Behaviour
+from frostline.types.measured import Behaviour, Task
 from frostline.types.reasons import first_line
 
 #: Batches in which the sites are watched, and samples of each: stored and batch statistics are
 #: told apart the better the fewer there are.
 WATCHED, WATCHED_SAMPLES = 2, 8
 
-#: What terminals read as colours.
-
-
-def facts_of(view: ModelView) -> ModelFacts:
-    """What the view knows without data."""
-    own = getattr(view, "facts", None)
-    return own() if own is not None else read_facts(view.model)
+#: Batches that are too few for an interval over them.
+FEW_BATCHES = 5
 
 
 def make_bench(
     view: ModelView,
     data: Any,
     *,
+    facts: ModelFacts | None = None,
     loss: Any = None,
+    step: Any = None,
     batch_size: int | None = None,
     max_samples: int = 1024,
     seed: int = 0,
@@ -48,45 +53,70 @@ def make_bench(
         DataError: Data that cannot be used.
         ModelError: No loss is compiled, none is given, and none can be inferred.
     """
-    fixed = facts_of(view).batch
+    require_one(loss, step)
+    fixed = (view.facts() if facts is None else facts).batch
     samples = draw(
         data,
         max_samples=max_samples,
         batch_size=fixed or batch_size,
         seed=seed,
         fixed=fixed is not None,
+        labels=False,
+        whole=step is not None,
     )
     notes = list(samples.notes)
     first = samples.batches[0]
-    outputs = None
-    if loss is None and view.objective()[0] is None and not _has_loss(view):
-        outputs = only(joined_arrays([view.forward(first.x, training=False)]))
-        loss, told = _inferred_loss(outputs, first)
-        notes.append(told)
-    forward, foreign = _forward(view, loss)
-    notes += foreign
-    objective = view.objective() if loss is None else _named(loss)
-    labels = only(joined_arrays([batch.y for batch in samples.batches]))
+    labels = only(joined_arrays([batch.y for batch in samples.batches])) if step is None else None
     if labels is not None and labels.dtype.kind not in "buif":
         raise DataError(f"labels must be numbers. Received: dtype {labels.dtype}")
-    if outputs is None:  # a pass that the inference probe needs anyway: it is compiled only once
-        try:
-            outcome = forward.own(first, training=False)
-        except FrostlineError:
-            raise
-        except Exception:
-            own = only(joined_arrays([view.forward(first.x, training=False)]))
-            _require_known_classes(labels, own, objective[0])
-            raise
+    outputs: Any = None
+    outcome: Outcome | None = None
+    objective = view.objective()
+    compiled = objective[0] is not None or _has_loss(view)
+    forward: Any = None
+    if step is None and loss is None and not compiled:
+        if not first.regular or first.y is None:  # a model that computes its own loss, perhaps
+            try:
+                forward, foreign = _forward(view)
+                outcome = tried(forward, first)
+            except FrostlineError:
+                outcome = None
+        if outcome is None and first.y is not None:
+            outputs = only(joined_arrays([view.forward(first.x, training=False)]))
+            loss, told = _inferred_loss(outputs, first)
+            notes.append(told)
+    if loss is not None or step is not None:
+        objective = (None, None) if step is not None else loss_name_of(loss)
+    behaviour = behaviour_of(view, samples, whole=fixed is not None, by_flags=step is not None)
+    if outcome is None and first.y is None and step is None and loss is None and not compiled:
+        samples, loss, told = _by_outputs(view, samples, behaviour)
+        first = samples.batches[0]
+        notes.append(told)
+    if outcome is None:
+        forward, foreign = _forward(view, loss, step)
+    notes += foreign
+    if outputs is None and outcome is None:
+        # A pass that the inference probe needs anyway: it is compiled only once.
+        outcome = _first_pass(view, forward, first, labels, objective, step)
+    if outcome is not None:
         outputs = only(joined_arrays([outcome.outputs]))
     if getattr(loss or getattr(view.model, "loss", None), "ignore_class", None) is None:
         _require_known_classes(labels, outputs, objective[0])
-    task, logits = task_of(outputs, only(joined_arrays([first.y])), objective)
+    unit = "sample" if outcome is None else outcome.unit
+    losses = outcome.losses if outcome is not None and unit == "sample" else None
+    task: Task = "unknown"
+    logits = False
+    if labels is not None and not isinstance(loss, OutputDistance):
+        task, logits = task_of(outputs, only(joined_arrays([first.y])), objective, losses)
     judged = labels
     if task in ("binary", "multiclass") and labels is not None and outputs is not None:
         judged = class_labels(labels, outputs)
-    behaviour = behaviour_of(view, samples, whole=fixed is not None)
-    noise = getattr(view, "noise_layers", None)
+    if unit == "batch":
+        number = len(samples.batches)
+        told = f"the loss is one number per batch: the units of comparison are {number} batches"
+        if number < FEW_BATCHES:
+            told += ", too few for an interval to rely on: pass more data"
+        notes.append(told)
     bench = Bench(
         view=view,
         forward=forward,
@@ -95,9 +125,88 @@ def make_bench(
         logits=logits,
         labels=None if task == "unknown" else judged,
         blend_in_training=training_blend(forward.paths, view.sites(), behaviour),
-        noisy=noise is None or bool(noise()),
+        unit=unit,
+        step=step is not None,
+        noisy=bool(view.noise_layers()),
     )
     return bench, behaviour, notes
+
+
+def _first_pass(
+    view: ModelView,
+    forward: Any,
+    first: Batch,
+    labels: Any,
+    objective: tuple[str | None, bool | None],
+    step: Any,
+) -> Outcome:
+    try:
+        return tried(forward, first)
+    except FrostlineError as error:
+        if first.y is None and step is None:
+            raise DataError(
+                "a diagnosis compares losses, which need labels here: pass (x, y), or step= for a "
+                f"loss of another kind. Received: batches without labels ({first_line(error)})"
+            ) from error
+        if error.__cause__ is not None and not isinstance(error.__cause__, FrostlineError):
+            own = only(joined_arrays([view.forward(first.x, training=False)]))
+            _require_known_classes(labels, own, objective[0])
+        raise
+
+
+def _by_outputs(
+    view: ModelView, samples: Samples, behaviour: Mapping[str, Behaviour]
+) -> tuple[Samples, OutputDistance, str]:
+    """Samples whose labels are the outputs with λ as training has it, and the distance from them.
+
+    Raises:
+        ModelError: Outputs that are no floating numbers, or of one size in one phase only.
+    """
+    forward, _ = _forward(view)
+    blend = training_blend(forward.paths, view.sites(), behaviour)
+    wanted, stored = [], []
+    for number, batch in enumerate(samples.batches):
+        try:
+            wanted.append(_floating(forward.outputs(batch, blend=blend, number=number)))
+            stored.append(_floating(forward.outputs(batch, blend=0.0, number=number)))
+        except FrostlineError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the model fails on a batch as the data give it: {first_line(error)}. Where it "
+                "takes a batch in its own way, pass step=, a function (model, batch) that returns "
+                f"the loss. Received: a batch of {described(batch)}"
+            ) from error
+    same = [[leaf.shape for leaf in part] for part in wanted] == [
+        [leaf.shape for leaf in part] for part in stored
+    ]
+    if not wanted[0] or not same:
+        raise ModelError(
+            "there are neither labels nor a loss, and the outputs cannot be compared: pass step=, "
+            "a function (model, batch) that returns a loss. Received: outputs that are no floating "
+            "numbers, or not as many in both phases"
+        )
+    columns = zip(*stored, strict=True)
+    spread = tuple(
+        max(float(np.std(np.concatenate([np.ravel(leaf) for leaf in column]))), 1e-12)
+        for column in columns
+    )
+    parts = tuple(
+        replace(batch, y=goal) for batch, goal in zip(samples.batches, wanted, strict=True)
+    )
+    told = (
+        "no labels and no loss: outputs are compared. A loss here is the squared distance of a "
+        "sample's outputs from those with the statistics that training uses, in variances of the "
+        "outputs; which of the two is right it does not say"
+    )
+    return replace(samples, batches=parts, items=()), OutputDistance(spread=spread), told
+
+
+def _floating(outputs: Any) -> tuple[Array, ...]:
+    """The arrays of outputs, where all of them are floating numbers."""
+    found = tuple(leaf for _, leaf in leaves(outputs))
+    kinds = {leaf.dtype.kind if isinstance(leaf, np.ndarray) else "O" for leaf in found}
+    return found if kinds == {"f"} else ()
 
 
 def training_blend(
@@ -114,22 +223,36 @@ def training_blend(
     return blend
 
 
-def behaviour_of(view: ModelView, samples: Samples, *, whole: bool) -> dict[str, Behaviour]:
-    """What each site does, watched in passes of the model; ``whole``: it takes no other batches."""
-    watch = getattr(view, "behaviour", None)
-    if watch is not None:
-        few = slice(None) if whole else slice(WATCHED_SAMPLES)
-        parts = [take(batch, few) for batch in samples.batches[:WATCHED]]
-        try:
-            return dict(watch([(part.x, part.y) for part in parts]))
-        except FrostlineError:
+def behaviour_of(
+    view: ModelView, samples: Samples, *, whole: bool, by_flags: bool = False
+) -> dict[str, Behaviour]:
+    """What each site does, watched in passes of the model.
+
+    Args:
+        view: The model.
+        samples: Some batches of which are passed through it.
+        whole: The model takes no other batch size.
+        by_flags: Go by the layers' flags where the model does not take a batch itself.
+
+    Raises:
+        ModelError: The model fails in training mode.
+    """
+    whole = whole or not samples.divisible
+    few = [
+        batch if whole else take(batch, slice(WATCHED_SAMPLES))
+        for batch in samples.batches[:WATCHED]
+    ]
+    try:
+        return dict(view.behaviour([(part.x, part.y) for part in few]))
+    except Exception as error:
+        if by_flags:
+            return {site.path: _from_flags(site) for site in view.sites()}
+        if isinstance(error, FrostlineError):
             raise
-        except Exception as error:  # inference has run already
-            raise ModelError(
-                "the model fails in training mode, so that it cannot be compared with inference, "
-                f"which works. Received: {first_line(error)}"
-            ) from error
-    return {site.path: _from_flags(site) for site in view.sites()}
+        raise ModelError(
+            "the model fails in training mode on these batches, so that it cannot be "
+            f"compared with inference. Received: {first_line(error)}"
+        ) from error
 
 
 def _from_flags(site: Site) -> Behaviour:
@@ -138,24 +261,17 @@ def _from_flags(site: Site) -> Behaviour:
     return Behaviour(path=site.path, training=float(not stored), inference=0.0, moves=moves)
 
 
-def _forward(view: ModelView, loss: Any) -> tuple[Any, list[str]]:
+def _forward(view: ModelView, loss: Any = None, step: Any = None) -> tuple[Forward, list[str]]:
     """λ-passes over all sites that can be blended, and which cannot."""
-    make = getattr(view, "blend_forward", None)
-    if make is None:
-        from frostline.adapters.keras.blend import BlendForward
-
-        def make(loss: Any = None, paths: Any = None) -> Any:
-            return BlendForward(view.model, paths, loss=loss)
-
     try:
-        return make(loss=loss), []
+        return view.blend_forward(loss=loss, step=step), []
     except ModelError:
         own = [site.path for site in view.sites() if not site.kind.startswith("torch.")]
         foreign = len(view.sites()) - len(own)
         if not foreign:
             raise
         note = f"{foreign} BN layer(s) inside torch modules are left as they are in all probes"
-        return make(loss=loss, paths=own), [note]
+        return view.blend_forward(loss=loss, step=step, paths=own), [note]
 
 
 def _has_loss(view: ModelView) -> bool:
@@ -173,25 +289,6 @@ def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> 
             f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
             f"classes. Received: labels from {low} to {high}"
         )
-
-
-def _named(loss: Any) -> tuple[str | None, bool | None]:
-    """Snake-case name of a loss that the user gave, and its ``from_logits``."""
-    if isinstance(loss, str):
-        return _snake(loss), None
-    if isinstance(loss, Mapping) and loss.keys() == {"class_name", "config"}:
-        return _snake(loss["class_name"]), loss["config"].get("from_logits")
-    if isinstance(loss, (Mapping, list, tuple)):
-        return None, None
-    name = getattr(loss, "__name__", None) or type(loss).__name__
-    return _snake(name), getattr(loss, "_fn_kwargs", {}).get("from_logits")
-
-
-def _snake(name: str) -> str:
-    return "".join(
-        f"_{c.lower()}" if c.isupper() and i and name[i - 1].islower() else c.lower()
-        for i, c in enumerate(name)
-    )
 
 
 def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:

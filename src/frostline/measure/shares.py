@@ -15,7 +15,7 @@ from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
 from frostline.numerics.attribution import MAX_NODES, path_integral
-from frostline.types import Array, DataError, as_float64
+from frostline.types import Array, DataError
 from frostline.types.measured import Attribution, Probe
 
 #: Samples that are differentiated: a derivative costs three passes, and there is one per node.
@@ -59,11 +59,11 @@ def attribute(
     """
     begin = time.perf_counter()
     nodes = next((n for limit, n in NODES if quotient < limit), MAX_NODES)
-    each_gap = _by_batch(bench, training) - _by_batch(bench, stored)
+    each_gap = bench.by_batch(training) - bench.by_batch(stored)
     part = part_for(bench.samples, nodes, each_gap)
     chosen = np.flatnonzero(blend)
     forward = _only(bench, chosen)
-    high, low = (float(_by_batch(bench, probe)[[*part]].mean()) for probe in (training, stored))
+    high, low = (float(bench.by_batch(probe)[[*part]].mean()) for probe in (training, stored))
     if not np.isfinite(high - low):
         raise DataError("some losses are not finite, so nothing can be attributed. Received: NaN")
     curve = {0.0: low, 1.0: high}
@@ -92,7 +92,7 @@ def attribute(
         residual=found.residual,
         complete=found.complete,
         nodes=found.nodes,
-        samples=len(part) * bench.batch_size,
+        samples=sum(bench.batches[number].count or 1 for number in part),
         groups=grouped(bench.paths, found.shares),
         alone={bench.paths[i]: high - _without(bench, part, blend, i) for i in top if blend[i]},
         curve=tuple(sorted(curve.items())),
@@ -127,12 +127,6 @@ def part_for(samples: Samples, nodes: int, gaps: Array) -> tuple[int, ...]:
         sums = gaps[taken].sum() + gaps[left]
         taken.append(left[int(np.argmin(np.abs(sums / (len(taken) + 1) - target)))])
     return tuple(sorted(int(index) for index in taken))
-
-
-def _by_batch(bench: Bench, probe: Probe) -> Array:
-    """Mean loss of each batch, shape ``(batches,)``."""
-    losses = as_float64(probe.losses).reshape(len(bench.batches), bench.batch_size)
-    return as_float64(losses.mean(axis=1))
 
 
 def _only(bench: Bench, chosen: Array) -> Any:
@@ -178,7 +172,7 @@ def walk(u: float, quotient: float) -> tuple[float, float]:
 
 
 def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tuple[float, Array]:
-    """Mean loss and its derivative; all batches have one size, so plain means are right."""
+    """Mean loss and its derivative; a batch counts as one, whatever its size."""
     batches = bench.batches
     losses, slopes = zip(
         *(forward.gradient(batches[number], blend=blend, number=number) for number in part),

@@ -9,7 +9,7 @@ import numpy as np
 from frostline.adapters import Outcome
 from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
-from frostline.measure.samples import rebatched, take
+from frostline.measure.samples import rebatched
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array
 from frostline.types.measured import SweepPoint
@@ -63,8 +63,7 @@ def _point(
     outputs: Outputs,
 ) -> SweepPoint:
     n = count // size * size
-    whole = bench.samples.whole
-    batches = [take(whole, slice(start, start + size)) for start in range(0, n, size)]
+    batches = list(rebatched(bench.samples, size, np.arange(count)))
     if size == bench.batch_size:
         inference, change = bench.nominal(training=False), 0.0
     else:
@@ -74,11 +73,12 @@ def _point(
     if bench.paths:
         known = size == bench.batch_size
         batch = bench.probe("sweep", blend=1.0, batches=None if known else batches)
+    units = n if bench.unit == "sample" else len(batches)
     return SweepPoint(
         batch_size=size,
-        batch_loss=float(batch.losses[:n].mean()),
+        batch_loss=float(batch.losses[:units].mean()),
         batch_accuracy=None if batch.hits is None else float(batch.hits[:n].mean()),
-        inference_loss=float(inference.losses[:n].mean()),
+        inference_loss=float(inference.losses[:units].mean()),
         inference_change=change,
     )
 

@@ -78,7 +78,7 @@ def lint(
         >>> [finding.code for finding in report.findings]                  # doctest: +SKIP
     """
     seen = view(model)
-    known = measure.facts_of(seen)
+    known = seen.facts()
     checked = _checked(known, None, select, ignore, options)
     return Report(
         verdict=verdicts.of_rules(checked["sites"], checked["findings"], checked["rules"]),
@@ -93,6 +93,7 @@ def diagnose(
     *,
     validation: Any = None,
     loss: Any = None,
+    step: Any = None,
     batch_size: int | None = None,
     reference: Any = None,
     history: Any = None,
@@ -113,12 +114,18 @@ def diagnose(
 
     Args:
         model: A Keras 3 model, or a torch module.
-        data: Labelled data, best those that the model was trained on, prepared in the same way:
-            ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable of
-            batches. Read once.
+        data: Best those that the model was trained on, prepared in the same way: ``(x, y)`` or
+            ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable of batches. A
+            batch is what the loader yields: a mapping, a list of images, an object with tensors;
+            it is cut only where it is arrays of one length. Read once.
         validation: Labelled data that the model was not trained on.
-        loss: What the framework takes as a loss; default: the compiled one, else the usual one for
-            these labels and outputs.
+        loss: What the framework takes as a loss; default: the compiled one, one that the model
+            computes itself, else the usual one for these labels and outputs. Without labels and
+            loss the outputs of the two phases are compared.
+        step: Instead of a loss, the user's own ``step(model, batch)``: it calls the model on a
+            batch as the loader yields it, on the model's device, and returns one loss, a loss per
+            sample, a mapping of named losses (added up), or ``(loss, metrics)``. What is compared
+            is samples where losses come per sample, else batches; the report says which.
         batch_size: Samples per batch in training; default: that of the data's own batches, and 32
             for arrays.
         reference: A model or checkpoint to compare with, for example the one that training began
@@ -137,7 +144,8 @@ def diagnose(
 
     Raises:
         ModelError: Not a model that Frostline can read, or none with a loss.
-        DataError: Data without labels, or unusable; see :mod:`frostline.data.batches`.
+        DataError: Data that are unusable, or without the labels that the loss needs; see
+            :mod:`frostline.data.batches`.
         FrostlineError: No such rule.
 
     Example:
@@ -146,12 +154,15 @@ def diagnose(
     """
     rules.select(select, ignore)  # a misspelt code is told before the long part
     seen = view(model)
+    known = seen.facts()
     with seen.full_precision(), _progress(verbose) as progress:
         measured, bench = measure.measure(
             seen,
             data,
             validation=validation,
             loss=loss,
+            step=step,
+            facts=known,
             batch_size=batch_size,
             reference=reference,
             history=history,
@@ -161,7 +172,6 @@ def diagnose(
             progress=progress,
         )
         progress("remedies", 1.0)
-        known = measure.facts_of(seen)
         checked = _checked(known, measured, select, ignore, None)
         causes = explain(known, measured, checked["findings"])
         with seen.preserved():
@@ -234,6 +244,7 @@ def phases(
     *,
     metrics: measure.Metrics | None = None,
     loss: Any = None,
+    step: Any = None,
     batch_size: int = 32,
 ) -> PhaseTable:
     """Compare a model with itself in the dynamic phase, phase 0 and phase 1, on the same data.
@@ -248,26 +259,30 @@ def phases(
 
     Args:
         model: A Keras 3 model, or a torch module. Without ``compile`` there is no dynamic phase,
-            and no loss but ``loss``.
-        data: ``(x, y)`` or ``(x, y, sample_weight)`` arrays, a dataset or loader, or an iterable
-            of batches. Read twice; a one-shot iterator is held in memory.
+            and no loss but ``loss``, ``step`` or one that the model computes itself.
+        data: As in :func:`diagnose`. Read twice; a one-shot iterator is held in memory.
         metrics: More metrics of phases 0 and 1: name -> function of labels and outputs, arrays of
             shape ``(n, ...)``, to a number. Not weighted by ``sample_weight``, nor are the
             built-in ones; the loss is.
         loss: Loss of phases 0 and 1, as in :func:`diagnose`; default: the compiled one.
+        step: Instead of a loss, the user's own ``step(model, batch)``, as in :func:`diagnose`.
         batch_size: Samples per batch for data given as arrays. Phase 1 depends on it, as training
             does: use the one that you train with.
 
     Returns:
         A table with loss, and accuracy (AUC too for two classes) or MSE and Spearman's rank
-        correlation; ``patterns`` names the tell-tale signs that are present.
+        correlation; each named loss and metric of a step; without labels and loss the distance of
+        the phases' outputs. ``patterns`` names the tell-tale signs that are present.
 
     Raises:
         ModelError: Not a model that Frostline can read.
-        DataError: Data without labels, or unusable; see :mod:`frostline.data.batches`.
+        DataError: Data that are unusable, or without the labels that the loss needs; see
+            :mod:`frostline.data.batches`.
 
     Example:
         >>> table = fl.phases(model, (x, y))                             # doctest: +SKIP
         >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
     """
-    return measure.phase_table(view(model), data, metrics=metrics, loss=loss, batch_size=batch_size)
+    return measure.phase_table(
+        view(model), data, metrics=metrics, loss=loss, step=step, batch_size=batch_size
+    )

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import ModelView, read_facts as read, view
-from frostline.data.batches import Batch, batches, collect
+from frostline.data.batches import Batch, batches, joined, paired
+from frostline.measure.phases import require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
-from frostline.types import Array, FrostlineError, ModelError
+from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.facts import ModelFacts, SiteFacts
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
@@ -69,6 +70,7 @@ class Watch:
     _frozen: Mapping[str, tuple[bool, bool]] = field(repr=False)
     _batches: Sequence[Batch] = field(repr=False, default=())
     _loss: Any = field(repr=False, default=None)
+    _step: Any = field(repr=False, default=None)
     checks: list[Check] = field(default_factory=list)
 
     def check(self) -> Check:
@@ -86,15 +88,18 @@ class Watch:
         return self.checks[-1]
 
     def _gap(self) -> float:
-        forward = self._view.blend_forward(self._loss)
+        forward = self._view.blend_forward(loss=self._loss, step=self._step)
         locked = {s.path for s in self._view.sites() if s.stats_frozen and s.policy == "inference"}
         training = np.array([0.0 if path in locked else 1.0 for path in forward.paths])
-        sums = np.zeros(2)
+        gaps, counts = [], []
         for number, batch in enumerate(self._batches):
-            for index, blend in enumerate((training, np.zeros_like(training))):
-                outcome = forward.outcome(batch, blend=blend, number=number)
-                sums[index] += float(np.sum(outcome.losses))
-        return float((sums[0] - sums[1]) / sum(len(batch) for batch in self._batches))
+            one, zero = (
+                float(np.mean(forward.outcome(batch, blend=blend, number=number).losses))
+                for blend in (training, np.zeros_like(training))
+            )
+            gaps.append(one - zero)
+            counts.append(batch.count or 1)
+        return float(np.average(gaps, weights=counts))
 
     def __str__(self) -> str:
         if not self.checks:
@@ -118,14 +123,24 @@ class Watch:
 
 @contextmanager
 def watch(
-    model: Any, data: Any = None, *, loss: Any = None, max_samples: int = 256, batch_size: int = 32
+    model: Any,
+    data: Any = None,
+    *,
+    loss: Any = None,
+    step: Any = None,
+    max_samples: int = 256,
+    batch_size: int = 32,
 ) -> Iterator[Watch]:
     """Watch a model while something trains it.
 
     Args:
         model: A Keras model or a torch module.
-        data: ``(x, y)`` to measure the gap on at each check; a few hundred samples will do.
-        loss: As in :func:`frostline.diagnose`; a torch module needs one where ``data`` is given.
+        data: What to measure the gap on at each check, as in :func:`frostline.diagnose`; a few
+            hundred samples will do.
+        loss: As in :func:`frostline.diagnose`; a torch module that does not compute its own needs
+            one, or ``step``, where ``data`` is given.
+        step: Instead of a loss, the user's own ``step(model, batch)``, as in
+            :func:`frostline.diagnose`.
         max_samples: Samples held.
         batch_size: Samples per batch of the gap; use the one that you train with.
 
@@ -134,7 +149,9 @@ def watch(
         check is made at the end.
 
     Raises:
-        ModelError: Not a model that Frostline can read; no BN layer.
+        ModelError: Not a model that Frostline can read; no BN layer; a loss or step that cannot be
+            used. All of it before the block runs.
+        DataError: Data that cannot be used, before the block runs.
 
     Example:
         >>> with fl.watch(model, (x, y), loss=criterion) as seen:    # doctest: +SKIP
@@ -146,10 +163,8 @@ def watch(
     found = {each.site.path: each for each in read(model) if each.mean is not None}
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
-    held: list[Batch] = []
-    if data is not None:
-        whole = collect(data, max_samples=max_samples, batch_size=batch_size)
-        held = list(batches((whole.x, whole.y), batch_size=batch_size))
+    require_one(loss, step)
+    held = [] if data is None else _held(data, max_samples, batch_size)
     watching = Watch(
         _view=seen,
         _before=found,
@@ -158,9 +173,25 @@ def watch(
         },
         _batches=held,
         _loss=loss,
+        _step=step,
     )
+    if held:
+        with seen.preserved():  # what cannot be compared is told now, not after the training
+            tried(seen.blend_forward(loss=loss, step=step), held[0])
     yield watching
     watching.check()
+
+
+def _held(data: Any, max_samples: int, batch_size: int) -> list[Batch]:
+    """Batches to keep: arrays cut anew to the size wanted, all else as it comes."""
+    read = list(batches(data, batch_size=batch_size, max_samples=max_samples))
+    if all(part.divisible for part in read):
+        try:
+            whole = joined(read)
+        except DataError:
+            return list(paired(read))
+        return list(paired(batches(whole, batch_size=batch_size)))
+    return list(paired(read))
 
 
 def assert_frozen(

@@ -33,7 +33,7 @@ def pairs() -> list[tuple[Any, Any]]:
 
 @given(n=st.integers(1, 50), size=st.integers(1, 60), limit=st.none() | st.integers(1, 60))
 def test_arrays_are_cut_in_order_without_loss(n: int, size: int, limit: int | None) -> None:
-    x, y, weight = np.arange(n), np.arange(n) * 2, np.arange(n) * 3
+    x, y, weight = np.arange(n), np.arange(n) * 2, np.arange(n) * 3.0
     parts = list(batches((x, y, weight), batch_size=size, max_samples=limit))
     kept = n if limit is None else min(n, limit)
     assert all(len(part) == size for part in parts[:-1])

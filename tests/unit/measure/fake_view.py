@@ -13,7 +13,7 @@ from frostline.adapters import Outcome
 from frostline.adapters.staged import in_stages
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
-from frostline.types import Site
+from frostline.types import DataError, ModelError, Site
 from frostline.types.facts import ModelFacts, SiteFacts
 from frostline.types.measured import Behaviour
 
@@ -114,6 +114,12 @@ class FakeView:
             for path in self._paths
         }
 
+    def difference(self, reference: Any, x: Any) -> Any:
+        raise ModelError("models of this framework cannot be compared yet")
+
+    def round_trip(self, x: Any) -> float:
+        raise ModelError("models of this framework cannot be saved and loaded yet")
+
     def meter(self, paths: Sequence[str]) -> FakeMeter:
         return FakeMeter(self, paths)
 
@@ -135,6 +141,8 @@ class FakeForward:
         record: bool = False,
         kind: str = "outcome",
     ) -> Outcome:
+        if batch.y is None:
+            raise DataError("a loss needs labels. Received: y=None")
         self.view.calls.append((kind, len(batch)))
         if self.view.stop_at is not None and len(self.view.calls) == self.view.stop_at:
             raise KeyboardInterrupt

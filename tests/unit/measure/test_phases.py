@@ -13,7 +13,7 @@ import pytest
 
 from frostline import measure
 from frostline.measure import infer_task, judge, phase_table
-from frostline.types import DataError, PhaseRow, PhaseTable, Site
+from frostline.types import DataError, ModelError, PhaseRow, PhaseTable, Site
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 scipy_stats = pytest.importorskip("scipy.stats")
@@ -90,6 +90,13 @@ class FakeView:
     ) -> tuple[Any, float | None]:
         outputs = self.forward(x, training=training, step=step)
         return outputs, float(np.square(outputs[:, 0] - y).mean())
+
+    def blend_forward(self, loss: Any = None, step: Any = None, paths: Any = None) -> Any:
+        class Lossless:
+            def own(self, batch: Any, *, training: bool, number: int = 0) -> Any:
+                raise ModelError("no loss")
+
+        return Lossless()
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         seen = list(batches)
@@ -181,7 +188,21 @@ class TestPhases:
 
     def test_without_labels(self) -> None:
         with pytest.raises(DataError, match="which need labels"):
-            phase_table(FakeView(), two_classes()[0])
+            phase_table(FakeView(objective=("mean_squared_error", None)), two_classes()[0])
+
+    def test_without_labels_and_loss_outputs_are_compared(self) -> None:
+        x = two_classes()[0]
+        view = FakeView(head=identity, mean=1.0, std=2.0)
+        table = phase_table(view, x, batch_size=50)
+        assert [row.loss for row in table.rows] == [None, None, None]
+        # Phase 0 is (x - 1) / 2, phase 1 the batch's own standardisation.
+        parts = np.split(x[:, :1], len(x) // 50)
+        one = np.concatenate([(part - part.mean()) / part.std() for part in parts])
+        zero = (x[:, :1] - 1) / 2
+        wanted = np.sqrt(np.square(one - zero).mean()) / zero.std()
+        np.testing.assert_allclose(table["1"].metrics["distance"], wanted, rtol=1e-5)
+        assert table["0"].metrics["distance"] == 0
+        assert any("outputs are compared" in text for text in table.patterns)
 
 
 class TestPatterns:
