@@ -107,7 +107,7 @@ def cache_features(
             that of the prefix all the same: it says what is computed, not by which way.
 
     Returns:
-        The features, memory-mapped. For a torch module a ``torch.utils.data.Dataset`` of them with
+        The features on disk. For a torch module a ``torch.utils.data.Dataset`` of them with
         the labels in ``data``, for the user's own loop; row i is sample i of the data set, in
         whatever order its ``DataLoader`` would shuffle.
 

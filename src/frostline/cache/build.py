@@ -14,6 +14,7 @@ from frostline.cache import shards
 from frostline.cache.files import (
     DamagedError,
     FullError,
+    read_array,
     read_sealed,
     require_name,
     sha256,
@@ -417,23 +418,13 @@ def read_manifest(collection: Collection, fingerprint: str) -> Manifest:
         belongs = (body["key"], body["fingerprint"]) == (collection.key, fingerprint)
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{path.name}: fields are missing") from error
-    pointers = _pointers(path, digest)
+    pointers = read_array(path.with_suffix(".npy"), digest)
+    if pointers.dtype != np.uint64:
+        raise DamagedError(f"{path.stem}.npy: of another form")
     shard = pointers >> np.uint64(_ROW_BITS)
     if not belongs or pointers.shape != (samples,) or (shard >= len(names)).any():
         raise DamagedError(f"{path.name}: describes something else")
     return Manifest(fingerprint=fingerprint, shards=names, pointers=pointers)
-
-
-def _pointers(path: Any, digest: object) -> Array:
-    from frostline.cache.files import checksum, map_array
-
-    file = path.with_suffix(".npy")
-    if checksum(file) != digest:
-        raise DamagedError(f"{file.name}: changed since it was written")
-    array = np.array(map_array(file))
-    if array.dtype != np.uint64:
-        raise DamagedError(f"{file.name}: of another form")
-    return array
 
 
 def manifests(collection: Collection) -> Iterator[Manifest]:

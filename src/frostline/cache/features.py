@@ -1,8 +1,7 @@
-"""Read features: rows in any order, memory-mapped, with flat memory however many there are."""
+"""Read features: rows in any order, in flat memory, each file compared with its checksum."""
 
 from __future__ import annotations
 
-import mmap
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,12 @@ import numpy as np
 
 from frostline.cache import shards
 from frostline.cache.build import Manifest
-from frostline.cache.files import DamagedError, map_array
+from frostline.cache.files import DamagedError, StoredArray
 from frostline.cache.shards import Collection, Tensor
 from frostline.types import Array, DataError
 
-#: Maps that are open at a time; each holds a file descriptor.
-_OPEN_MAPS = 128
-#: Mapped pages count as memory of this process until they are given back.
-_HELD_BYTES = 64 << 20
+#: Files that are open at a time.
+_OPEN_FILES = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +30,9 @@ class View:
 
     collection: Collection
     manifest: Manifest
-    _maps: OrderedDict[tuple[int, int], Any] = field(default_factory=OrderedDict, repr=False)
-    _touched: list[int] = field(default_factory=lambda: [0], repr=False)
+    _files: OrderedDict[tuple[int, int], StoredArray] = field(
+        default_factory=OrderedDict, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.manifest.pointers)
@@ -49,48 +47,27 @@ class View:
             out = np.empty((len(pointers), *tensor.shape), tensor.storage)
             for owner in np.unique(owners):
                 chosen = np.flatnonzero(owners == owner)
-                self._copy(out, chosen, int(owner), rows[chosen], position)
-            self._touched[0] += out.nbytes
+                out[chosen] = self._read(int(owner), position, rows[chosen])
             found.append(shards.decode(out, tensor))
-        if self._touched[0] > _HELD_BYTES:
-            self._give_back()
         return found
 
-    def _copy(self, out: Array, chosen: Array, owner: int, rows: Array, position: int) -> None:
-        mapped = self._map(owner, position)
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-            out[chosen] = mapped[rows[0] : rows[-1] + 1]
-        else:
-            for target, row in zip(chosen, rows, strict=True):
-                out[target] = mapped[row]
-
-    def _map(self, owner: int, position: int) -> Array:
-        key = (owner, position)
-        if key in self._maps:
-            self._maps.move_to_end(key)
-        else:
-            path = self.collection.file(self.manifest.shards[owner], position)
-            try:
-                self._maps[key] = map_array(path)
-            except DamagedError as error:
-                raise DataError(
-                    f"a file of the feature cache is gone or cut short ({error}); run it again, "
-                    "what is missing is computed again"
-                ) from error
-            while len(self._maps) > _OPEN_MAPS:
-                self._maps.popitem(last=False)
-        mapped: Array = self._maps[key]
-        return mapped
-
-    def _give_back(self) -> None:
-        """Drop the mapped pages from this process; they stay in the system's page cache."""
-        advice = getattr(mmap, "MADV_DONTNEED", None)
-        for mapped in self._maps.values():
-            if advice is not None:
-                mapped._mmap.madvise(advice)
-        if advice is None:
-            self._maps.clear()
-        self._touched[0] = 0
+    def _read(self, owner: int, position: int, rows: Array) -> Array:
+        """Rows of one tensor of one shard."""
+        name, key = self.manifest.shards[owner], (owner, position)
+        try:
+            if key not in self._files:
+                shard = shards.read_shard(self.collection, name)
+                self._files[key] = shards.open_tensor(self.collection, shard, position)
+            self._files.move_to_end(key)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+            return self._files[key].read(rows)
+        except DamagedError as error:
+            self._files.pop(key, None)
+            raise DataError(
+                f"shard {name[:12]} of the feature cache in {self.collection.folder} is damaged "
+                f"({error}); make the cache again: this shard is computed anew, the others stay"
+            ) from error
 
     def digests(self) -> Array:
         """Digest of every sample, in order, shape ``(n, 16)``, uint8."""
@@ -106,8 +83,8 @@ class View:
 class FeatureCache:
     """Features of a frozen prefix on disk: row i is sample i, in every view.
 
-    Made by :func:`frostline.cache_features`. Every byte behind it was compared with its checksum
-    when it was made.
+    Made by :func:`frostline.cache_features`. Every byte behind it is compared with its checksum
+    before it is used, and again when its file has changed.
 
     Attributes:
         path: Folder of the cache.

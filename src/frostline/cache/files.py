@@ -11,8 +11,12 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import threading
+import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,19 +54,6 @@ def sha256(*parts: bytes | str) -> str:
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
     return digest.hexdigest()
-
-
-def checksum(path: Path) -> str:
-    """Return the sha256 of a file's bytes, read a megabyte at a time.
-
-    Raises:
-        DamagedError: It cannot be read.
-    """
-    try:
-        with _open(path) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DamagedError(f"{path.name}: {error.strerror or error}") from error
 
 
 def require_name(name: object, where: Path) -> str:
@@ -104,20 +95,123 @@ def write_array(path: Path, array: Array) -> tuple[str, int]:
     return hashlib.sha256(content).hexdigest(), len(content)
 
 
-def map_array(path: Path) -> np.memmap[Any, Any]:
-    """Map a ``.npy`` file into memory, read only.
+class StoredArray:
+    """A ``.npy`` file that is read row by row, by position.
+
+    It is never mapped: a file that is cut short is an error, not the end of the process. Its bytes
+    are compared with their checksum when it is opened, and again when it has changed since.
+
+    Args:
+        path: The file; a link is not followed.
+        digest: sha256 of its bytes.
 
     Raises:
-        DamagedError: Not a whole ``.npy`` file of numbers.
+        DamagedError: Not the bytes that were written.
+    """
+
+    def __init__(self, path: Path, digest: str) -> None:
+        self.path = path
+        self.digest = digest
+        try:
+            self._stream = _open(path)
+        except OSError as error:
+            raise DamagedError(f"{path.name}: {error.strerror or error}") from error
+        weakref.finalize(self, self._stream.close)
+        self._lock = threading.Lock()
+        self.require_whole()
+        try:
+            self._stream.seek(0)
+            version = np.lib.format.read_magic(self._stream)
+            read = np.lib.format.read_array_header_1_0
+            header = np.lib.format.read_array_header_2_0 if version > (1, 0) else read
+            self.shape, fortran, self.dtype = header(self._stream)
+        except (ValueError, EOFError) as error:
+            raise DamagedError(f"{path.name}: {error}") from error
+        self._start = self._stream.tell()
+        if fortran or self.dtype.hasobject:
+            raise DamagedError(f"{path.name}: not an array of numbers, row by row")
+
+    def require_whole(self) -> tuple[int, ...]:
+        """Compare the bytes with their checksum, unless this was done and nothing changed since.
+
+        Returns:
+            Signature of the file whose bytes are right.
+
+        Raises:
+            DamagedError: They differ.
+        """
+        now = _signature(self._stream)
+        if (now, self.digest) in _VERIFIED:
+            return now
+        with self._lock:
+            self._stream.seek(0)
+            found = hashlib.file_digest(self._stream, "sha256").hexdigest()
+        if found != self.digest or _signature(self._stream) != now:
+            raise DamagedError(f"{self.path.name}: changed since it was written")
+        # A clock that ticks every few milliseconds does not tell a change right behind a write.
+        if time.time_ns() - max(now[-2:]) > _TICK_NS:
+            _VERIFIED.add((now, self.digest))
+        return now
+
+    def read(self, rows: Array) -> Array:
+        """Read rows in any order.
+
+        Raises:
+            DamagedError: The file changed while it was in use.
+        """
+        known = self.require_whole()
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        size = self.dtype.itemsize * math.prod(self.shape[1:])
+        content: memoryview = out.reshape(-1).view(np.uint8).data
+        # Runs of neighbours are read in one go.
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            if stop > start and size:
+                self._fill(content[start * size : stop * size], int(rows[start]) * size)
+        if _signature(self._stream) != known:
+            raise DamagedError(f"{self.path.name}: changed while it was read")
+        return out
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        done, position = 0, self._start + offset
+        while done < len(target):
+            if hasattr(os, "preadv"):  # forked readers share the position of the file
+                count = os.preadv(self._stream.fileno(), [target[done:]], position + done)
+            else:
+                with self._lock:
+                    self._stream.seek(position + done)
+                    count = self._stream.readinto(target[done:])
+            if not count:
+                raise DamagedError(f"{self.path.name}: cut short")
+            done += count
+
+
+#: Signature and sha256 of the files that this process has compared with their checksum.
+_VERIFIED: set[tuple[tuple[int, ...], str]] = set()
+_TICK_NS = 50_000_000
+
+
+def _signature(stream: io.FileIO) -> tuple[int, ...]:
+    """What changes when a file does; the last two are times."""
+    found = os.fstat(stream.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def read_array(path: Path, digest: object) -> Array:
+    """Read a whole ``.npy`` file whose bytes have this sha256.
+
+    Raises:
+        DamagedError: Not the bytes that were written, or not an array of numbers.
     """
     try:
-        _open(path).close()
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        with _open(path) as stream:
+            content = stream.read()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise DamagedError(f"{path.name}: changed since it was written")
+        array: Array = np.load(io.BytesIO(content), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DamagedError(f"{path.name}: {error}") from error
-    if not isinstance(mapped, np.memmap):
-        raise DamagedError(f"{path.name}: not a .npy file")
-    return mapped
+    return array
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
@@ -156,6 +250,20 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return found
 
 
+def require_no_link(*paths: Path) -> None:
+    """Refuse links in place of the files and folders of a store: they lead out of it.
+
+    Raises:
+        DataError: One is a link.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise DataError(
+                f"{path}: refused, a link does not belong into a cache; remove it, the features "
+                "are computed again"
+            )
+
+
 def sweep(folder: Path) -> None:
     """Remove temporary files that a killed process left behind; only while holding the lock."""
     for path in folder.glob(".*.tmp*"):
@@ -177,10 +285,10 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def _open(path: Path) -> io.BufferedReader:
-    """Open for reading, and never through a link: a link could lead out of the cache."""
+def _open(path: Path) -> io.FileIO:
+    """Open for reading without a buffer, and never through a link, which leads elsewhere."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    return io.open(os.open(path, flags), "rb")  # noqa: UP020 - of a descriptor, Path cannot
+    return io.FileIO(os.open(path, flags), "rb")
 
 
 def _canonical(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from frostline.cache import build, shards
-from frostline.cache.files import DamagedError, make_folder
+from frostline.cache.files import DamagedError, make_folder, require_no_link
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection
 from frostline.types import DataError, FrostlineError, OutputError
@@ -84,6 +84,7 @@ def locked(folder: Path, progress: Progress, *, timeout: float | None = None) ->
     Raises:
         OutputError: Another process holds it for longer.
     """
+    require_no_link(folder, folder / "lock")
     make_folder(folder)
     lock = FileLock(folder / "lock")
     try:

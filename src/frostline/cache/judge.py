@@ -14,7 +14,6 @@ import numpy as np
 from frostline import engines
 from frostline.adapters import prefix as prefixes
 from frostline.cache import shards
-from frostline.cache.files import map_array
 from frostline.cache.shards import Collection, Shard
 from frostline.data.batches import map_leaves
 from frostline.types import Array
@@ -128,8 +127,8 @@ class Judge:
     def _stored(self, shard: Shard, rows: list[int]) -> list[Array]:
         found = []
         for position, tensor in enumerate(self.collection.tensors):
-            mapped = map_array(self.collection.file(shard.name, position))
-            found.append(shards.decode(np.array(mapped[rows]), tensor))
+            stored = shards.open_tensor(self.collection, shard, position)
+            found.append(shards.decode(stored.read(np.array(rows)), tensor))
         return found
 
     def _compare(self, samples: Sequence[tuple[Any, list[Array]]]) -> None:

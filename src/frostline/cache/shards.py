@@ -24,10 +24,10 @@ import numpy as np
 
 from frostline.cache.files import (
     DamagedError,
-    checksum,
-    map_array,
+    StoredArray,
     read_sealed,
     require_name,
+    require_no_link,
     sha256,
     sweep,
     write_array,
@@ -134,6 +134,7 @@ class Collection:
 def create(collection: Collection) -> None:
     """Make the folder; only while holding its lock."""
     for folder in (collection.shards, collection.manifests):
+        require_no_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
     sweep(collection.folder)
@@ -165,6 +166,7 @@ def load(folder: Path) -> Collection:
         DataError: Another version's, or one that does not belong into this folder.
     """
     path = folder / "collection.json"
+    require_no_link(folder, folder / "shards", folder / "manifests")
     body = read_sealed(path)
     if require_name(body.get("key"), path) != folder.name:
         raise DataError(f"{path}: refused, it describes another folder. Received: {body['key']!r}")
@@ -218,20 +220,27 @@ def read_shard(collection: Collection, name: str) -> Shard:
     return Shard(name=name, samples=samples, files=files)
 
 
+def open_tensor(collection: Collection, shard: Shard, index: int) -> StoredArray:
+    """Open one tensor of a shard, compared with its checksum and with the form of the frontier.
+
+    Raises:
+        DamagedError: It differs.
+    """
+    tensor, (digest, _) = collection.tensors[index], shard.files[index]
+    stored = StoredArray(collection.file(shard.name, index), digest)
+    if stored.shape != (len(shard.samples), *tensor.shape) or stored.dtype != tensor.storage:
+        raise DamagedError(f"{stored.path.name}: of another form")
+    return stored
+
+
 def verify_shard(collection: Collection, shard: Shard) -> None:
     """Compare every file with its checksum, and its form with the frontier.
 
     Raises:
         DamagedError: One differs.
     """
-    expected = zip(collection.tensors, shard.files, strict=True)
-    for index, (tensor, (digest, _)) in enumerate(expected):
-        path = collection.file(shard.name, index)
-        if checksum(path) != digest:
-            raise DamagedError(f"{path.name}: changed since it was written")
-        mapped = map_array(path)
-        if mapped.shape != (len(shard.samples), *tensor.shape) or mapped.dtype != tensor.storage:
-            raise DamagedError(f"{path.name}: of another form")
+    for index in range(len(collection.tensors)):
+        open_tensor(collection, shard, index)
 
 
 def write_shard(collection: Collection, samples: Array, features: Sequence[Array]) -> Shard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,49 @@ def test_a_file_that_is_cut_short_or_gone_is_repaired(cut: int, x: Any, tmp_path
         assert everything(tmp_path) == whole, name
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", ["bit", "bit, old time", "cut", "swapped", "gone"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_damage_while_in_use_is_an_error_and_is_repaired(
+    damage: str, opened: bool, x: Any, tmp_path: Path
+) -> None:
+    cache = make(Prefix(), x, tmp_path)
+    if opened:
+        cache.rows(np.arange(100))
+    collection, names = cache.views[0].collection, cache.views[0].manifest.shards
+    path = collection.file(names[1], 0)
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    if damage == "cut":
+        os.truncate(path, len(content) // 2)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        content[-5] ^= 16
+        other = collection.file(names[0], 0).read_bytes() if damage == "swapped" else content
+        with path.open("r+b") as stream:  # in place: what is open sees it
+            stream.write(other)
+        if damage == "bit, old time":
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    np.testing.assert_array_equal(cache.rows(np.arange(32))[0], x[:32] * 2)
+    if damage == "gone" and opened:  # what is open is there
+        np.testing.assert_array_equal(cache.rows([40])[0], x[[40]] * 2)
+    else:
+        with pytest.raises(DataError, match=f"shard {names[1][:12]} .* is damaged"):
+            cache.rows([40])
+    cache = make(Prefix(), x, tmp_path)
+    np.testing.assert_array_equal(cache.rows(np.arange(100))[0], x * 2)
+
+
+@pytest.mark.parametrize("place", ["shards", "manifests", "lock", "."])
+def test_a_link_in_place_of_a_folder_is_refused(place: str, x: Any, tmp_path: Path) -> None:
+    cache = make(Prefix(), x, tmp_path / "cache")
+    path = cache.views[0].collection.folder / place
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="a link does not belong into a cache"):
+        make(Prefix(), x, tmp_path / "cache")
+
+
 def test_temporary_files_of_a_killed_build_are_removed(x: Any, tmp_path: Path) -> None:
     make(Prefix(), x, tmp_path)
     whole = everything(tmp_path)
@@ -458,7 +502,9 @@ def test_objects_are_never_unpickled(x: Any, tmp_path: Path) -> None:
     path = tmp_path / "evil.npy"
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(files.DamagedError):
-        files.map_array(path)
+        files.read_array(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(files.DamagedError):
+        files.StoredArray(path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 # ---------------------------------------------------------------- room

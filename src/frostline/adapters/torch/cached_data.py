@@ -18,7 +18,7 @@ class FeatureDataset(torch_data.Dataset):  # type: ignore[misc]
     """Features of a frozen prefix with the labels of their samples: sample i is ``(x, y)``.
 
     ``x`` is a tensor, or a tuple of them where several cross the frontier; without labels it comes
-    alone. Features are read from memory-mapped files when they are asked for; labels are in memory.
+    alone. Features are read from disk when they are asked for; labels are in memory.
     A ``DataLoader`` with workers gets its copies without the features. Everything that a
     :class:`frostline.FeatureCache` has is there as well (``rows``, ``nbytes``, ``engine``, ...).
 
