@@ -471,7 +471,7 @@ def _settled_answer(case: Case) -> tuple[CauseCode, Certainty, dict[str, float]]
     early = first > FAR or (first > AGREES and first >= float(np.median(sizes)) / 2)
     if early and case.history_excess is not None and case.history_excess.flat:
         return CauseCode.AUGMENT_TRAIN_ONLY, "may", {"first_mismatch": first}
-    if windows is not None and early:
+    if windows is not None and first > FAR:
         numbers = {"windows": windows, "first_mismatch": first}
         return CauseCode.STALE_AFTER_WEIGHT_EDIT, "may", numbers
     return CauseCode.EMA_LAG, "may", {"first_mismatch": first}

@@ -149,8 +149,9 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
             told += f"leave {oldest:.0%} of the old statistics"
         else:
             told += f"are {number(case.windows(slowest) or 0.0)} times as many as the average "
-            told += "looks back, so it trails weights that still moved; weights that were changed "
-            told += "afterwards, or other inputs than these, would look alike"
+            told += "looks back, so they trail weights that still moved, or else the weights were "
+            told += "averaged or edited since, or the inputs were augmented, of another domain or "
+            told += "of one client, which looks alike"
             settle = _UNDECIDED
     elif case.sites[paths[0]].cumulative:
         updates = case.updates(paths[0]) or 0

@@ -58,7 +58,7 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
         standing=2.5,
         certainty="is",
         evidence=evidence,
-        findings=case.found("FL109", "FL110", "FL119", sites=paths),
+        findings=case.found("FL109", "FL110", "FL119", "FL121", sites=paths),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,6 @@ from frostline.causes.case import Case, Claim
 from frostline.types.codes import CauseCode, Fix
 
 Explain = Callable[[Case, Assigned], Iterator[Claim]]
-
-#: Modules whose import registers causes.
-_MODULES = ("averages", "batches", "data", "files", "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,5 +84,7 @@ def treated_by(fix: Fix) -> tuple[CauseCode, ...]:
 
 @functools.cache
 def _load() -> None:
-    for module in _MODULES:
-        importlib.import_module(f"frostline.causes.{module}")
+    from frostline import causes
+
+    for module in pkgutil.iter_modules(causes.__path__):
+        importlib.import_module(f"{causes.__name__}.{module.name}")

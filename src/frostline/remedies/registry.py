@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,6 @@ from frostline.types.codes import Fix
 
 #: Tries one kind of repair.
 Attempt = Callable[[Workplace], Iterator[Candidate]]
-
-#: Modules whose import registers remedies.
-_MODULES = ("inputs", "statistics", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,5 +80,7 @@ def verb_of(fix: str) -> str | None:
 
 @functools.cache
 def _load() -> None:
-    for module in _MODULES:
-        importlib.import_module(f"frostline.remedies.{module}")
+    from frostline import remedies
+
+    for module in pkgutil.iter_modules(remedies.__path__):
+        importlib.import_module(f"{remedies.__name__}.{module.name}")

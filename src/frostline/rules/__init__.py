@@ -18,6 +18,7 @@ import functools
 import importlib
 import inspect
 import logging
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,20 +34,6 @@ log = logging.getLogger("frostline")
 
 Needs = Literal["sites", "statistics", "optimizer", "data"]
 Check = Callable[..., Iterator["Hit"]]
-
-#: Modules with the rules that come with Frostline.
-_BUILTIN = (
-    "freezing",
-    "train_mode",
-    "call_arguments",
-    "configuration",
-    "stored",
-    "channels",
-    "observed_behaviour",
-    "data",
-    "batches",
-    "mixed_statistics",
-)
 
 #: Why a rule was not applied, by what it needs.
 _LACKS: Mapping[Needs, str] = {
@@ -291,8 +278,8 @@ def _present(facts: ModelFacts) -> set[Needs]:
 
 @functools.cache
 def _load() -> None:
-    for module in _BUILTIN:
-        importlib.import_module(f"frostline.rules.{module}")
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
     for point in metadata.entry_points(group="frostline.rules"):
         try:
             point.load()

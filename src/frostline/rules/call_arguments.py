@@ -1,4 +1,4 @@
-"""FL108 to FL110 and FL117: sites whose mode is decided by how they are called, not by their flags.
+"""FL108, FL109 and FL117: how a site is called decides its mode, not its flags.
 
 The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
 """
@@ -104,50 +104,6 @@ def written_training_mode(model: ModelFacts) -> Iterator[Hit]:
                 message="called with training=True: model(x) uses batch statistics, predict() "
                 "stored ones; remove it",
                 evidence={"training": "True"},
-            )
-
-
-@rule("FL110", "no-stored-statistics", severity="error")
-def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
-    """A torch site keeps no statistics, so inference uses those of the batch.
-
-    ## What it does
-    Reports torch BN layers, native or wrapped, made with `track_running_stats=False`.
-
-    ## Why is this bad?
-    A prediction depends on the other samples in its batch: on their number, and on their classes.
-
-    ## Example
-    ```python
-    import torch
-
-    norm = torch.nn.BatchNorm1d(4, track_running_stats=False)
-    layer = keras.layers.TorchModuleWrapper(norm, output_shape=(None, 4))
-    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(2)])
-    ```
-
-    ## Use instead
-    ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
-    ```
-
-    ## When not to use it
-    When batch statistics at inference are wanted and every batch is a fair sample.
-
-    ## Options
-    None.
-
-    ## References
-    jax issue 139; LearningToCompare issue 48.
-    """
-    for each in model:
-        if each.site.channels is not None and each.mean is None:
-            yield Hit(
-                sites=(each.site.path,),
-                message="keeps no statistics: every prediction depends on the other samples of its "
-                "batch; track them",
-                evidence={"channels": float(each.site.channels or 0)},
             )
 
 

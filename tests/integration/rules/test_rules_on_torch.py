@@ -106,6 +106,23 @@ def test_statistics_switched_off() -> None:
     assert found(network(track_running_stats=False)) == {"FL110": ("4",)}
 
 
+def test_buffers_that_torch_func_dropped() -> None:
+    model = network()
+    with torch.no_grad():
+        for index in (1, 4):
+            model[index].weight.uniform_(0.5, 1.5)
+    alone = model.eval()(X[:1])
+    kept = copy.deepcopy(model)
+    torch.func.replace_all_batch_norm_modules_(model)
+    assert found(kept) == {}
+    assert found(model) == {"FL121": ("1", "4")}
+    # As it says: a prediction now depends on its batch, in eval() too.
+    torch.testing.assert_close(kept(X)[:1], alone)
+    assert not torch.allclose(model(X)[:1], model(X[:8])[:1], atol=1e-3)
+    never = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    assert found(never) == {"FL110": ("1",)}
+
+
 @pytest.mark.parametrize(
     ("momentum", "code", "told"),
     [

@@ -334,8 +334,9 @@ def test_a_settled_average_is_never_said_to_be_old():
     early = {path: site_measurement(path, shift=0.12, ratio=1.2) for path in PATHS}
     fast = facts({path: {"decay": 0.9} for path in PATHS}, steps=90)
     found = causes(fast, measurement(GAP, shares=[0.25] * 4, sites=early), [])
-    assert (codes(found), found[0].certainty) == (["STALE_AFTER_WEIGHT_EDIT"], "may")
-    assert "client" in found[0].message  # not: weights were changed
+    assert (codes(found), found[0].certainty) == (["EMA_LAG"], "may")
+    assert "or else the weights were averaged" in found[0].message
+    assert "one client" in found[0].message
     assert "reference=" in found[0].settle
     assert "as data" in found[0].settle
     trailing = {"bn1": site_measurement("bn1", shift=0.1, ratio=1.1)} | far(*PATHS[1:])

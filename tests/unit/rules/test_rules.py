@@ -134,6 +134,18 @@ TRIGGERS: list[tuple[str, ModelFacts]] = [
     ("FL119", model(facts(at=MODULE, mode=True), **{**NATIVE, "mode": False})),
     ("FL120", model(facts(at={**MODULE, "decay": 0.0}, cumulative=True, updates=0), **NATIVE)),
     ("FL120", model(facts(at={**TORCH, "decay": 0.0}, cumulative=True, wrapper_frozen=False))),
+    (
+        "FL121",
+        model(
+            facts("a", at=MODULE, mean=None, variance=None),
+            facts("b", at=MODULE, mean=None, variance=None),
+            **NATIVE,
+        ),
+    ),
+    (
+        "FL121",
+        model(facts("a", at=MODULE, mean=None, variance=None), facts("b", at=MODULE), **NATIVE),
+    ),
     ("FL203", model(facts("a", at=MODULE, updates=21), facts("b", at=MODULE), **NATIVE)),
     ("FL204", model(facts(at=MODULE, **INITIAL, updates=0), **{**NATIVE, "steps": None})),
     ("FL201", model(facts(mean=np.array([0.0, np.nan, 1.0])))),
