@@ -4,4 +4,4 @@ A command reads files, calls the library, prints, and returns the exit code: 0 c
 findings. It raises `FrostlineError` when it could not run (exit code 2).
 """
 
-from frostline.cli.application import app as app, main as main
+from frostline.cli.application import app as app, main as main, run as run

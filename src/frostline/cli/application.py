@@ -7,13 +7,18 @@ framework; a command does, after the backend is settled. What the commands do is
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, TextIO
 
 import typer
@@ -40,6 +45,9 @@ log = logging.getLogger("frostline")
 
 #: Options that take several values after one name: ``--classes cat dog``.
 _SEVERAL = ("--classes", "--rows", "--select", "--ignore")
+
+#: What a file system says that takes no more, of standard output.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,14 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     try:
         _set_log_level()
-        with _own_warnings_in_one_line():
+        with _own_warnings_in_one_line(), _signals_end_tidily():
             code = app(args=words, prog_name="frostline", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", code=130)
-    except BrokenPipeError:
-        # The reader has gone (`| head`): give the interpreter's last flush a place to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _Terminated as signalled:
+        return _fail(f"ended by {signalled}", code=128 + signalled.number)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # as click takes it
+            _give_up_stdout()
+            return 141
+        return _fail("code that the command called ended the program with sys.exit()")
+    except BrokenPipeError:  # The reader has gone (`| head`).
+        _give_up_stdout()
         return 141
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help page is already printed
@@ -112,6 +127,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == 130:  # newer releases of typer turn KeyboardInterrupt into this
         return _fail("interrupted", code=130)
     return code if isinstance(code, int) else 0
+
+
+class _Terminated(BaseException):
+    """A signal asked the program to end; blocks that clean up behind themselves still do."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def _signals_end_tidily() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exception, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise _Terminated(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, names)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run() -> int:
+    """Run the command line as the program of this process, on whatever streams it was given."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file opened would be taken for standard output
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # ASCII: nothing is lost
+    code = main()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _give_up_stdout()
+    return code
+
+
+def _give_up_stdout() -> None:
+    """Give the interpreter's last flush a place to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spread_values(words: list[str]) -> list[str]:
@@ -191,4 +260,9 @@ def _explained(error: Exception) -> str:
         return f"{explain()} (see: {name} --help)"
     if isinstance(error, FrostlineError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this model and these data"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM and not error.filename:
+        _give_up_stdout()
+        return f"cannot print the result ({error.strerror})"
     return f"{type(error).__name__}: {error} (unexpected; --traceback shows where)"

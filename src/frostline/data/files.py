@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,43 +31,71 @@ def check_output(
     if path.suffix not in suffixes:
         *most, last = suffixes
         raise OutputError(f"{noun} is written as {', '.join(most)} or {last}. Received: {path}")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder")
-    if path.exists() and not force:
-        known = source is not None and Path(source).exists() and path.samefile(source)
-        same = " (the model itself)" if known else ""
-        raise OutputError(f"{path} exists{same}; choose another name, or overwrite it with --force")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        there = path.exists()
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder")
+        if there and not path.is_file():
+            raise OutputError(f"{path} is no regular file")
+        if (there or path.is_symlink()) and not force:
+            known = there and source is not None and Path(source).exists()
+            same = " (the model itself)" if known and path.samefile(str(source)) else ""
+            raise OutputError(
+                f"{path} exists{same}; choose another name, or overwrite it with --force"
+            )
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # links in a loop, a name too long, a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {path}: {reason}") from None
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name in the folder of ``path``, and rename that file when the block ends.
 
-    A reader sees the old file or the new one, never half of it.
+    A reader sees the old file or the new one, never half of it. A link is followed, and the file
+    behind it replaced; the new file has the old one's mode. Nobody can guess the temporary name, so
+    nobody can put a link in its place.
 
     Yields:
-        The temporary path, with the suffix of ``path``.
+        The temporary path, with the suffix of ``path``; an empty file is there.
 
     Raises:
         OutputError: It cannot be written. After this and any other error the old file is as it
             was, and nothing is left behind.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary: Path | None = None
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass  # Libraries report a folder that cannot be written to in many ways; this in one.
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:60]}.", suffix=f".tmp{target.suffix}", dir=target.parent
+        )
+        os.close(descriptor)
+        temporary = Path(name)
+        temporary.chmod(_mode(target))
         yield temporary
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        temporary.replace(target)
+        _sync_folder(target.parent)
     except OutputError:
         raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path) -> int:
+    """Return the mode of the file that is replaced, else that of any new file of this process."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write(path: Path, content: bytes | memoryview) -> Path:

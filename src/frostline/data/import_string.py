@@ -23,7 +23,7 @@ def named(source: str) -> Any:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # the user's module runs: anything can happen
+    except (Exception, SystemExit) as error:  # the user's module runs: anything can happen
         raise ModelError(f"{source}: cannot import {name!r} ({first_line(error)})") from error
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -40,5 +40,5 @@ def built(source: str) -> Any:
     build = named(source)
     try:
         return build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # also where it ends the program with exit code 0
         raise ModelError(f"{source}: the function failed ({first_line(error)})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import keras
 import numpy as np
-from keras.src.legacy.saving.legacy_h5_format import load_optimizer_weights_from_hdf5_group
+from keras.src.legacy.saving.legacy_h5_format import (
+    load_optimizer_weights_from_hdf5_group,
+    save_model_to_hdf5,
+)
 
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
 from frostline.adapters import room_of
+from frostline.adapters.keras.file_checks import UnsafeFileError, check_h5_file, check_keras_file
 from frostline.data import files
 from frostline.data.import_string import built
+from frostline.data.reading import require_file
 from frostline.types import ModelError, OutputError
 from frostline.types.reasons import first_line
 
@@ -74,7 +80,19 @@ def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
     with files.replacing(path) as temporary:
-        model.save(temporary)
+        if path.suffix == ".h5":
+            temporary.write_bytes(_as_h5(model))
+        else:
+            model.save(temporary)
+
+
+def _as_h5(model: Any) -> bytes:
+    """Return an ``.h5`` file, made in memory: HDF5 ends the process where a disk is full."""
+    with h5py.File("model.h5", "w", driver="core", backing_store=False) as file:
+        save_model_to_hdf5(model, file)
+        file.flush()
+        image: bytes = file.id.get_file_image()
+        return image
 
 
 def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> Any:
@@ -87,28 +105,37 @@ def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> A
     Raises:
         ModelError: No such file, or an unreadable one.
     """
-    if not path.exists():
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; MODEL is a .keras or .h5 file, or module:function")
+    if not os.path.lexists(path):
         raise ModelError(
             f"no such model file: {path}. MODEL is a .keras or .h5 file, or module:function"
         )
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder; MODEL is a .keras or .h5 file, or module:function")
+    require_file(path, kind=ModelError)
     if path.suffix not in SUFFIXES:
         raise ModelError(f"a model file ends in .keras or .h5. Received: {path}")
     if path.suffix == ".keras" and not zipfile.is_zipfile(path):
         # Keras says "File not found" of a file whose end, where a zip has its index, is missing.
         raise ModelError(f"{path}: not a whole .keras file; it is truncated or something else")
     try:
-        model = keras.saving.load_model(path, custom_objects, safe_mode=True)
-        return _with_optimizer_state(model, path) if path.suffix == ".h5" else model
-    except Exception as error:  # zip, JSON, HDF5 and deserialisation each raise their own
+        if path.suffix == ".keras":
+            check_keras_file(path, custom_objects)
+            return keras.saving.load_model(path, custom_objects, safe_mode=True)
+        if check_h5_file(path, custom_objects):
+            model = keras.saving.load_model(path, custom_objects, safe_mode=True)
+            return _with_optimizer_state(model, path)
+        raise ModelError("its loss or a metric is not one of Keras' own")
+    except UnsafeFileError as error:
+        raise ModelError(f"{error}. {_WAY_OUT}") from None
+    except (Exception, SystemExit) as error:  # zip, JSON, HDF5, deserialisation each their own
         if path.suffix == ".h5" and (model := _not_compiled(path, custom_objects)) is not None:
             _log.warning("%s: loaded without its compile state (%s)", path, first_line(error))
             return model
-        way_out = "" if isinstance(error, OSError) else f". {_WAY_OUT}"
-        raise ModelError(
-            f"{path}: not a readable Keras model ({first_line(error)}){way_out}"
-        ) from error
+        way_out = "" if isinstance(error, OSError | ModelError) else f". {_WAY_OUT}"
+        reason = first_line(error)
+        if isinstance(error, ModelError) and str(path) in reason:
+            raise
+        raise ModelError(f"{path}: not a readable Keras model ({reason}){way_out}") from error
 
 
 def _with_optimizer_state(model: Any, path: Path) -> Any:
@@ -137,6 +164,7 @@ def _with_optimizer_state(model: Any, path: Path) -> Any:
 
 def _not_compiled(path: Path, custom_objects: Mapping[str, Any] | None) -> Any | None:
     try:
+        check_h5_file(path, custom_objects)
         return keras.saving.load_model(path, custom_objects, safe_mode=True, compile=False)
     except Exception:  # the first complaint is the one to report
         return None

@@ -28,7 +28,8 @@ def is_layer(value: Any) -> bool:
 
 
 def _is_program(value: Any) -> bool:
-    return type(value).__module__.startswith(("torch.export", "torch.jit"))
+    programs = ("torch.export", "torch.jit", f"{__name__}.program")
+    return type(value).__module__.startswith(programs)
 
 
 def is_model(value: Any) -> bool:

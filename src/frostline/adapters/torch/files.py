@@ -1,12 +1,12 @@
 """Read a torch module from a function and a file with its state, and write a state, or nothing.
 
-A file is never unpickled: a state is read with ``weights_only=True``, a program with
-``torch.export.load`` or ``torch.jit.load``, which have readers of their own.
+A file is never unpickled: a state is read with ``weights_only=True``, a program as
+:mod:`frostline.adapters.torch.program_file` says.
 """
 
 from __future__ import annotations
 
-import warnings
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.adapters.torch.program_file import read_exported, read_script
 from frostline.data import files
 from frostline.data.import_string import built
+from frostline.data.reading import require_file, require_sound_zip
 from frostline.types import ModelError, OutputError
 from frostline.types.reasons import first_line
 
@@ -60,8 +62,7 @@ def read_state_file(path: Path) -> Mapping[str, Any]:
     Raises:
         ModelError: No such file, or no state in it.
     """
-    if not path.is_file():
-        raise ModelError(f"no such file: {path}")
+    require_file(path, kind=ModelError)
     if path.suffix == ".safetensors":
         raise ModelError(
             f"{path}: .safetensors is not read; in Python: torch.save(safetensors.torch.load_file("
@@ -71,6 +72,9 @@ def read_state_file(path: Path) -> Mapping[str, Any]:
         raise ModelError(f"{path}: a TorchScript program, not a state_dict; it is a MODEL itself")
     from frostline.adapters.torch.reference import read_state
 
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            require_sound_zip(archive, str(path), kind=ModelError)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -118,23 +122,14 @@ def _fill(model: Any, path: Path) -> None:
 
 
 def _program(path: Path) -> Any:
-    if not path.is_file():
+    if path.is_dir() or not os.path.lexists(path):
         what = f"{path} is a folder" if path.is_dir() else f"no such model file: {path}"
         raise ModelError(f"{what}. MODEL is module:function, a .pt2 or a TorchScript file")
+    require_file(path, kind=ModelError)
     if path.suffix == ".pt2":
-        try:
-            return torch.export.load(path)
-        except Exception as error:
-            raise ModelError(f"{path}: not a readable .pt2 ({first_line(error)})") from None
+        return read_exported(path)
     if _is_script(path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            try:
-                return torch.jit.load(path, map_location="cpu")
-            except Exception as error:
-                raise ModelError(
-                    f"{path}: not readable TorchScript ({first_line(error)})"
-                ) from None
+        return read_script(path)
     read_state_file(path)  # raises with the reason where that is no state either
     raise ModelError(f"{path} holds a state_dict, which is no network: {_HOW}")
 

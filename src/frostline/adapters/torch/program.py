@@ -6,7 +6,8 @@ layers can be listed and their numbers checked; there is nothing to train, freez
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -19,7 +20,29 @@ from frostline.types.facts import ModelFacts, SiteFacts
 
 #: ATen operators that normalise with stored statistics; arguments 1 to 4 are weight, bias, running
 #: mean and running variance in all of them.
-_OPERATORS = ("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+OPERATORS = ("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExportedCall:
+    """One normalising call of an exported program.
+
+    Attributes:
+        path: Where its statistics live.
+        numbers: ``mean``, ``variance``, ``gamma`` and ``beta``.
+        epsilon: Added to the variance.
+    """
+
+    path: str
+    numbers: dict[str, Array | None]
+    epsilon: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedFile:
+    """What is read of a ``.pt2`` file: its normalising calls, in execution order."""
+
+    calls: tuple[ExportedCall, ...]
 
 
 class ProgramView:
@@ -42,8 +65,11 @@ class ProgramView:
 
     def facts(self) -> ModelFacts:
         """Stored numbers; nothing trains."""
-        scripted = isinstance(self.model, torch.jit.ScriptModule)
-        found = _scripted(self.model) if scripted else _exported(self.model)
+        if isinstance(self.model, torch.jit.ScriptModule):
+            found = _scripted(self.model)
+        else:
+            of_file = isinstance(self.model, ExportedFile)
+            found = _exported(self.model.calls if of_file else _calls(self.model))
         found = [replace(f, site=replace(f.site, index=i)) for i, f in enumerate(found)]
         return ModelFacts(
             name=str(getattr(self.model, "original_name", type(self.model).__name__)),
@@ -63,24 +89,49 @@ class ProgramView:
         )
 
 
-def _exported(program: Any) -> list[SiteFacts]:
+def exported_call(
+    names: Sequence[str | None], tensor: Callable[[str], Any], epsilon: float
+) -> ExportedCall | None:
+    """Return one call of an operator that normalises; ``None`` where it has no statistics.
+
+    Args:
+        names: Of weight, bias, running mean and running variance in the state of the program.
+        tensor: Name -> tensor.
+        epsilon: As the operator got it.
+    """
+    gamma, beta, mean, variance = (
+        None if name is None else _numbers(tensor(name)) for name in names
+    )
+    if mean is None or variance is None:
+        return None
+    path = str(names[2]).rpartition(".")[0].replace(".", "/")
+    numbers = {"mean": mean, "variance": variance, "gamma": gamma, "beta": beta}
+    return ExportedCall(path=path, numbers=numbers, epsilon=epsilon)
+
+
+def _calls(program: Any) -> Iterator[ExportedCall]:
+    """Calls of a program in memory, in execution order."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tensors = {**program.state_dict, **program.constants}
-    found: dict[str, SiteFacts] = {}
     for node in program.graph.nodes:
         operator = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2]
-        if node.op != "call_function" or operator not in _OPERATORS:
+        if node.op != "call_function" or operator not in OPERATORS:
             continue
         owned = [names.get(getattr(each, "name", "")) for each in node.args[1:5]]
-        weight, bias, mean, variance = (_numbers(tensors.get(name)) for name in owned)
-        if mean is None or variance is None:
-            continue
-        path = str(owned[2]).rpartition(".")[0].replace(".", "/")
-        calls = 1 + (found[path].site.calls if path in found else 0)
-        numbers = {"mean": mean, "variance": variance, "gamma": weight, "beta": bias}
         epsilon = next((a for a in reversed(node.args) if isinstance(a, float)), 1e-5)
-        found[path] = _facts(path, numbers, kind="batch_norm", epsilon=epsilon, calls=calls)
+        call = exported_call(owned, tensors.get, epsilon)
+        if call is not None:
+            yield call
+
+
+def _exported(calls: Iterable[ExportedCall]) -> list[SiteFacts]:
+    found: dict[str, SiteFacts] = {}
+    for each in calls:
+        count = 1 + (found[each.path].site.calls if each.path in found else 0)
+        found[each.path] = _facts(
+            each.path, each.numbers, kind="batch_norm", epsilon=each.epsilon, calls=count
+        )
     return list(found.values())
 
 

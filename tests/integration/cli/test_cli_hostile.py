@@ -1,0 +1,508 @@
+"""Files that were sent by someone else: nothing in them runs, nothing in them takes the machine.
+
+Each payload would write a file named ``trap``. Sizes are declared, never there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frostline import cli
+
+keras = pytest.importorskip("keras")
+h5py = pytest.importorskip("h5py")
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in both forms, and data for it."""
+    folder = tmp_path_factory.mktemp("sound")
+    layers = keras.layers
+    net = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(2, 3, name="conv"),
+            layers.BatchNormalization(name="bn"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, activation="softmax", name="head"),
+        ]
+    )
+    net.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+    net.save(folder / "net.keras")
+    net.save(folder / "net.h5")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "data.npz", x=rng.normal(size=(12, 8, 8, 3)), y=np.arange(12) % 3)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """Run, and return the one line of complaint."""
+    before = {path.name for path in Path.cwd().rglob("*")}
+    started = time.perf_counter()
+    code = cli.main([str(word) for word in words])
+    took = time.perf_counter() - started
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), (out, err)
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert "unexpected" not in line
+    assert line.isprintable()
+    assert took < 5
+    assert {path.name for path in Path.cwd().rglob("*")} == before
+    return line
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("trap"),))
+
+
+# --- no code from files ---------------------------------------------------------------------------
+
+
+def edited(source: Path, target: Path, edit: Any) -> Path:
+    """Write a copy of a ``.keras`` file whose configuration is changed by ``edit``."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                edit(config)
+                content = json.dumps(config).encode()
+            new.writestr(name, content)
+    return target
+
+
+def layer_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(x for x in config["config"]["layers"] if x["config"].get("name") == name)
+
+
+def torch_wrapper() -> dict[str, Any]:
+    stolen = {"class_name": "__bytes__", "config": {"value": pickle.dumps(Trap()).hex()}}
+    return {
+        "module": "keras.layers", "class_name": "TorchModuleWrapper", "registered_name": None,
+        "config": {"name": "w", "module": stolen, "output_shape": None},
+    }  # fmt: skip
+
+
+PAYLOADS = {
+    "function of another module": {
+        "module": "pathlib", "class_name": "function", "config": "Path", "registered_name": "Path",
+    },
+    "callable as class": {
+        "module": "os", "class_name": "mkdir", "config": {"path": "trap"}, "registered_name": "x",
+    },
+    "builtin as class": {
+        "module": "builtins", "class_name": "open", "config": {"file": "trap", "mode": "w"},
+        "registered_name": "open",
+    },
+    "download as layer": {
+        "module": "keras.utils", "class_name": "get_file", "registered_name": "get_file",
+        "config": {"fname": "trap", "origin": "file:///etc/hostname", "cache_dir": "."},
+    },
+    "safe mode off": {
+        "module": "keras.config", "class_name": "enable_unsafe_deserialization", "config": {},
+        "registered_name": "enable_unsafe_deserialization",
+    },
+    "lambda": {
+        "module": "keras.layers", "class_name": "Lambda", "registered_name": None,
+        "config": {"name": "l", "function": {"class_name": "__lambda__", "config": {"code": "4w"}}},
+    },
+    "saved model": {
+        "module": "keras.layers", "class_name": "TFSMLayer", "registered_name": None,
+        "config": {"name": "t", "filepath": "saved"},
+    },
+    "module that is not loaded": {
+        "module": "planted", "class_name": "Layer", "config": {}, "registered_name": "p>Layer",
+    },
+    "tensorflow function": {
+        "class_name": "__typespec__", "spec_name": "io.write_file", "module": "tensorflow",
+        "config": ["trap", "x"], "registered_name": None,
+    },
+    "vocabulary of another file": {
+        "module": "keras.layers", "class_name": "StringLookup", "registered_name": None,
+        "config": {"name": "s", "vocabulary": "/etc/hostname"},
+    },
+    "torch module": torch_wrapper(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
+@pytest.mark.parametrize("place", ["layer", "activation", "compile"])
+def test_keras_files_hold_no_code(
+    payload: dict[str, Any], place: str, sound: Path, here: Path, capsys: Any
+) -> None:
+    (here / "planted.py").write_text("open('trap', 'w')")
+
+    def edit(config: dict[str, Any]) -> None:
+        if place == "layer":
+            config["config"]["layers"].insert(1, payload)
+        elif place == "activation":
+            layer_of(config, "head")["config"]["activation"] = payload
+        else:
+            config["compile_config"]["loss"] = payload
+
+    edited(sound / "net.keras", here / "bad.keras", edit)
+    assert "bad.keras" in refused(capsys, "sites", "bad.keras")
+    assert not (here / "trap").exists()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
+def test_h5_files_hold_no_code(
+    payload: dict[str, Any], sound: Path, here: Path, capsys: Any
+) -> None:
+    (here / "planted.py").write_text("open('trap', 'w')")
+    (here / "bad.h5").write_bytes((sound / "net.h5").read_bytes())
+    with h5py.File("bad.h5", "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        layer_of(config, "head")["config"]["activation"] = payload
+        file.attrs["model_config"] = json.dumps(config)
+    assert "bad.h5" in refused(capsys, "sites", "bad.h5")
+    # In its compile state it costs the file that state, and no more.
+    (here / "loss.h5").write_bytes((sound / "net.h5").read_bytes())
+    with h5py.File("loss.h5", "r+") as file:
+        config = json.loads(file.attrs["training_config"])
+        config["loss"] = payload
+        file.attrs["training_config"] = json.dumps(config)
+    assert cli.main(["sites", "loss.h5"]) == 0
+    assert not (here / "trap").exists()
+
+
+def test_weights_that_lie_elsewhere(sound: Path, here: Path, capsys: Any) -> None:
+    (here / "secret").write_bytes(bytes(range(24)))
+    for kind in ("external", "link", "soft"):
+        path = here / f"{kind}.h5"
+        path.write_bytes((sound / "net.h5").read_bytes())
+        with h5py.File(path, "r+") as file:
+            if kind == "external":
+                file.create_dataset("x", (3,), "f8", external=[("secret", 0, 24)])
+            elif kind == "link":
+                file["x"] = h5py.ExternalLink("secret", "/")
+            else:
+                file["x"] = h5py.SoftLink("/model_weights")
+        assert "not read" in refused(capsys, "sites", path)
+    path = here / "huge.h5"
+    path.write_bytes((sound / "net.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("x", (1 << 40,), "f8", chunks=(1 << 10,))
+    assert "declares" in refused(capsys, "sites", path)
+
+
+def test_npz_with_objects(sound: Path, here: Path, capsys: Any) -> None:
+    np.savez("bad.npz", x=np.array([Trap()] * 3, dtype=object), y=np.zeros(3))
+    line = refused(capsys, "phases", sound / "net.keras", "bad.npz")
+    assert "pickled objects" in line
+    assert not (here / "trap").exists()
+
+
+def test_images_of_formats_that_run_programs(sound: Path, here: Path, capsys: Any) -> None:
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(trap) (w) file closefile showpage\n"
+    for name in ("cat", "dog"):
+        (here / "images" / name).mkdir(parents=True)
+        (here / "images" / name / "0.png").write_bytes(eps)
+    line = refused(capsys, "phases", sound / "net.keras", "images", "--split", "all")
+    assert "0.png: not a readable image" in line
+    assert not (here / "trap").exists()
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def test_an_exported_program_is_not_unpickled(here: Path, capsys: Any) -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3)).eval()
+    net[1].running_mean += torch.tensor([1.0, 2.0, 3.0])
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 1, 8, 8),)), "sound.pt2")
+    with zipfile.ZipFile("sound.pt2") as old, zipfile.ZipFile("bad.pt2", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("sample_inputs/model.pt"):
+                stream = io.BytesIO()
+                torch.save(Trap(), stream)
+                content = stream.getvalue()
+            new.writestr(name, content)
+    assert cli.main(["sites", "bad.pt2", "--format", "json"]) == 0
+    (site,) = json.loads(capsys.readouterr().out)["sites"]
+    assert (site["path"], site["channels"]) == ("1", 3)
+    assert not (here / "trap").exists()
+    # The same numbers as torch's own reader gives.
+    from frostline.adapters import read_facts
+    from frostline.adapters.torch.files import load_model
+
+    ours, theirs = read_facts(load_model("bad.pt2")), read_facts(torch.export.load("sound.pt2"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.site == b.site
+        for key in ("mean", "variance", "gamma", "beta"):
+            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
+
+
+def test_weights_of_a_program_that_are_a_pickle(here: Path, capsys: Any) -> None:
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.BatchNorm2d(3)).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 1, 8, 8),)), "sound.pt2")
+    stream = io.BytesIO()
+    torch.save(Trap(), stream)
+    with zipfile.ZipFile("sound.pt2") as old, zipfile.ZipFile("bad.pt2", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("weights_config.json"):
+                config = json.loads(content)
+                for entry in config["config"].values():
+                    entry["use_pickle"] = True
+                content = json.dumps(config).encode()
+            elif "weights/weight_" in name:
+                content = stream.getvalue()
+            new.writestr(name, content)
+    assert "not a readable .pt2" in refused(capsys, "sites", "bad.pt2")
+    assert not (here / "trap").exists()
+
+
+def test_torchscript_that_runs_when_it_is_read(here: Path, capsys: Any) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Sets(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.running_mean = torch.ones(2)
+            self.running_var = torch.ones(2)
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return x
+
+        @torch.jit.export
+        def __getstate__(self):  # type: ignore[no-untyped-def]
+            return self.running_mean
+
+        @torch.jit.export
+        def __setstate__(self, state: torch.Tensor):  # type: ignore[no-untyped-def]
+            torch.save(state, "trap")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Sets()), "bad.pt")
+        with pytest.raises(RuntimeError, match="uninitialized"):
+            torch.jit.load("bad.pt")
+    Path("trap").unlink()  # the payload is a live one
+    assert "runs code when it is read" in refused(capsys, "sites", "bad.pt")
+    assert not (here / "trap").exists()
+
+
+# --- bounded before read --------------------------------------------------------------------------
+
+
+def npy(shape: tuple[int, ...], content: bytes, descr: str = "<f8") -> bytes:
+    header = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode()
+    header += b" " * (63 - (len(header) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+def test_headers_that_declare_more_than_is_there(sound: Path, here: Path, capsys: Any) -> None:
+    for shape in ((1 << 40,), (1 << 62, 1 << 62), (-3, 8, 8, 3)):
+        with zipfile.ZipFile("bad.npz", "w") as new:
+            new.writestr("x.npy", npy(shape, b"\0" * 64))
+            new.writestr("y.npy", npy((1,), b"\0" * 8))
+        assert "declares" in refused(capsys, "phases", sound / "net.keras", "bad.npz")
+
+
+def test_zip_members_that_declare_more_than_is_there(sound: Path, here: Path, capsys: Any) -> None:
+    for name, source in (("bad.npz", "data.npz"), ("bad.keras", "net.keras")):
+        with zipfile.ZipFile(sound / source) as old, zipfile.ZipFile(name, "w") as new:
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+        content = bytearray(Path(name).read_bytes())
+        at = content.index(b"PK\x01\x02")  # the first entry of the directory: its size
+        content[at + 24 : at + 28] = struct.pack("<I", 0xFFFFFFF0)
+        Path(name).write_bytes(content)
+    assert "declares more" in refused(capsys, "phases", sound / "net.keras", "bad.npz")
+    assert "declares more" in refused(capsys, "sites", "bad.keras")
+
+
+def test_a_zip_bomb(sound: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frostline.data import reading
+
+    with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as new:
+        new.writestr("x.npy", npy((1 << 20,), b"\0" * (8 << 20)))
+        new.writestr("y.npy", npy((1,), b"\0" * 8))
+    monkeypatch.setattr(reading, "available_memory", lambda: 1 << 20)
+    line = refused(capsys, "phases", sound / "net.keras", "bomb.npz")
+    assert "GiB of memory are free" in line
+
+
+def png(width: int, height: int) -> bytes:
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("size", [(1 << 31) - 1, 60_000, 9_000])
+def test_images_of_too_many_pixels(size: int, sound: Path, here: Path, capsys: Any) -> None:
+    for name in ("cat", "dog"):
+        (here / "images" / name).mkdir(parents=True)
+        (here / "images" / name / "0.png").write_bytes(png(size, size))
+    assert "0.png" in refused(capsys, "phases", sound / "net.keras", "images", "--split", "all")
+
+
+def test_devices_pipes_and_loops(sound: Path, here: Path, capsys: Any) -> None:
+    os.mkfifo("pipe.npz")
+    os.mkfifo("pipe.keras")
+    os.mkfifo("pipe.json")
+    Path("zero.npz").symlink_to("/dev/zero")
+    Path("zero.keras").symlink_to("/dev/zero")
+    Path("zero.pt2").symlink_to("/dev/zero")
+    Path("zero.parquet").symlink_to("/dev/zero")
+    Path("loop.keras").symlink_to("loop.keras")
+    Path("loop.npz").symlink_to("loop.npz")
+    net = sound / "net.keras"
+    for data in ("pipe.npz", "zero.npz", "zero.parquet"):
+        assert "not a regular file" in refused(capsys, "phases", net, data)
+    for model in ("pipe.keras", "zero.keras", "zero.pt2"):
+        assert "not a regular file" in refused(capsys, "sites", model)
+    assert "loop" in refused(capsys, "sites", "loop.keras")
+    assert "loop" in refused(capsys, "phases", net, "loop.npz")
+    assert "loop" in refused(capsys, "fold", net, "-o", "loop.keras")
+    history = ("diagnose", net, sound / "data.npz", "--history", "pipe.json")
+    assert "not a regular file" in refused(capsys, *history)
+    assert "8192" in refused(capsys, "phases", net, "digits", "--image-size", "200000")
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+NASTY = "a\x1b[31mred\x1b]0;title\x07\u202eback\r[bold]b[/]"
+
+
+def test_names_are_shown_not_obeyed(here: Path, capsys: Any) -> None:
+    net = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")])
+    net.save("net.keras")
+
+    def edit(config: dict[str, Any]) -> None:
+        layer_of(config, "bn")["config"]["name"] = NASTY
+
+    edited(here / "net.keras", here / "nasty.keras", edit)
+    np.savez("data.npz", x=np.ones((4, 4)), y=np.ones((4, 4)))
+    for words in (
+        ["sites", "nasty.keras"],
+        ["lint", "nasty.keras"],
+        ["lint", "nasty.keras", "--format", "github"],
+        ["phases", "nasty.keras", "data.npz", "--loss", NASTY],
+        ["freeze", "nasty.keras", "--until", NASTY + "x", "-o", "out.keras"],
+        ["sites", NASTY],
+        ["phases", "nasty.keras", NASTY],
+        ["nasty" + NASTY],
+        ["sites", "nasty.keras", "--" + NASTY],
+    ):
+        cli.main(words)
+        out, err = capsys.readouterr()
+        text = out + err
+        assert out or err
+        bad = {c for c in text if not c.isprintable() and c not in "\n\xa0"}
+        assert not bad, (words, text)
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+def test_force_keeps_mode_and_link(sound: Path, here: Path) -> None:
+    real = here / "real"
+    real.mkdir()
+    (real / "out.keras").write_bytes(b"old")
+    (real / "out.keras").chmod(0o640)
+    Path("link.keras").symlink_to("real/out.keras")
+    words = ["set-momentum", str(sound / "net.keras"), "0.9", "-o", "link.keras"]
+    assert cli.main(words) == 2
+    assert (real / "out.keras").read_bytes() == b"old"
+    assert cli.main([*words, "--force"]) == 0
+    assert Path("link.keras").is_symlink()
+    assert stat.S_IMODE((real / "out.keras").stat().st_mode) == 0o640
+    assert zipfile.is_zipfile(real / "out.keras")
+    assert [path.name for path in real.iterdir()] == ["out.keras"]
+
+
+def test_a_new_file_has_the_mode_of_any_new_file(sound: Path, here: Path) -> None:
+    Path("other").touch()
+    assert cli.main(["fold", str(sound / "net.keras"), "-o", "out.keras"]) == 0
+    assert Path("out.keras").stat().st_mode == Path("other").stat().st_mode
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_sigterm_while_writing_leaves_nothing(
+    suffix: str, sound: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from frostline.data import files
+
+    def killed(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: None)
+    monkeypatch.setattr(Path, "replace", killed)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["fold", str(sound / "net.keras"), "-o", f"out{suffix}"]) == 143
+    assert capsys.readouterr().err == "error: ended by SIGTERM\n"
+    assert list(here.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_module_that_ends_the_program(here: Path, capsys: Any) -> None:
+    (here / "leaves_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    (here / "leaves_later.py").write_text("import sys\ndef build():\n    sys.exit(0)\n")
+    before = list(sys.path)
+    try:
+        for source in ("leaves_at_once:build", "leaves_later:build"):
+            code = cli.main(["sites", source])
+            assert code == 2
+            assert "SystemExit" in capsys.readouterr().err
+    finally:
+        sys.path[:] = before
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "ascii", "gone"])
+def test_standard_output(stream: str, here: Path) -> None:
+    redirect = {"closed": ">&-", "full": "> /dev/full", "ascii": "", "gone": "| head -c 1"}[stream]
+    command = f"{sys.executable} -m frostline rule FL203 {redirect}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if stream == "ascii" else os.environ
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=here,
+        env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    expected = {"closed": 0, "full": 2, "ascii": 0, "gone": done.returncode}[stream]
+    assert done.returncode == expected, done.stderr
+    assert stream != "gone" or done.returncode in (0, 141)  # 0: it was done before `head` was
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if stream == "full":
+        assert done.stderr == "error: cannot print the result (No space left on device)\n"
+    if stream == "ascii":
+        assert "## Use instead" in done.stdout
