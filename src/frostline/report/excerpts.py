@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from frostline.types import Array, as_float64
-from frostline.types.measured import Attribution, Gap, Measurement, Remedy
+from frostline.types.measured import Attribution, Gap, Measurement, Probe, Remedy
 from frostline.types.report import Report
 
 #: Number of sites named beside the picture of shares.
@@ -29,6 +29,16 @@ def largest(values: Array, most: int = NAMED_SITES) -> list[int]:
     """Return the positions of the values with the largest magnitude, without zeros."""
     order = np.argsort(-np.abs(values), kind="stable")[:most]
     return [int(index) for index in order if values[index]]
+
+
+def top_sites(found: Attribution) -> list[tuple[str, float, float | None]]:
+    """Return (path, fraction of the gap, change in loss alone) of the largest shares."""
+    shares = relative_shares(found)
+    return [
+        (path, float(shares[index]), found.alone.get(path))
+        for index in largest(shares)
+        for path in (found.paths[index],)
+    ]
 
 
 def group_shares(found: Attribution, most: int) -> list[tuple[str, float]]:
@@ -70,6 +80,11 @@ def quantiles(values: Array, at: Sequence[float] = QUANTILES) -> tuple[float, ..
     return tuple(float(value) for value in np.quantile(finite, at))
 
 
+def median(values: Array) -> float:
+    """Return the median over the finite channels."""
+    return quantiles(values, (0.5,))[0]
+
+
 def drift_quantiles(measured: Measurement) -> tuple[Array, Array]:
     """Return quantiles of shift and variance ratio, each of shape ``(3, sites)``.
 
@@ -83,9 +98,10 @@ def drift_quantiles(measured: Measurement) -> tuple[Array, Array]:
     return np.array(shifts).reshape(-1, 3).T, np.array(ratios).reshape(-1, 3).T
 
 
-def gap_of_probe(measured: Measurement, name: str) -> Gap | None:
-    """Return the gap whose first probe is this one, if there is one."""
-    return next((gap for gap in measured.gaps.values() if gap.of == name), None)
+def probes(measured: Measurement) -> list[tuple[Probe, Gap | None]]:
+    """Return each probe with the gap whose first probe it is, if there is one."""
+    gaps = {gap.of: gap for gap in reversed(list(measured.gaps.values()))}
+    return [(probe, gaps.get(probe.name)) for probe in measured.probes.values()]
 
 
 def remedy_metric(remedies: Sequence[Remedy]) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from frostline.report import escaping, excerpts, figures, palette, vector, wording
-from frostline.types import Array, Finding, Site
-from frostline.types.measured import Cause, Measurement, Remedy
+from frostline.types import Array, Finding
+from frostline.types.measured import Remedy
 from frostline.types.report import Report
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _environment() -> Environment:
     )
     filters = (
         wording.number, wording.percent, wording.interval, wording.count, wording.listed,
-        wording.sentence, wording.certainty, pasted,
+        wording.sentence, wording.certainty, wording.fact, wording.probe, wording.state,
+        wording.alike, excerpts.effects, pasted, filled,
     )  # fmt: skip
     environment.filters |= {each.__name__: each for each in filters}
     # autoescape then does for <, > and & what escaping.html does elsewhere.
@@ -87,26 +88,28 @@ def _context(report: Report) -> dict[str, Any]:
 
     style = (resources.files("frostline.report") / "page.css").read_text(encoding="utf-8")
     measured, found = report.measurement, report.attribution
+    probes = [] if measured is None else excerpts.probes(measured)
+    groups = wording.by_code(report.findings)
     return {
         "style": Markup(palette.stylesheet() + style),
         "report": report,
         "measured": measured,
+        "summary": wording.summary(report),
         "status": wording.status(report),
         "origin": wording.origin(report),
         "tiles": wording.tiles(report),
-        "gap_rows": gap_rows(measured) if measured is not None else [],
-        "causes": [cause_row(report, cause) for cause in report.causes if cause.code != "NONE"],
+        "remedies": report.remedies,
+        "best": excerpts.first_choice(report.remedies),
+        "causes": [cause for cause in report.causes if cause.code != "NONE"],
+        "rule_names": {finding.code: finding.name for finding in report.findings},
         "unexplained": excerpts.unexplained(report),
-        "summary": wording.summary(report),
-        "completeness": "" if found is None else wording.completeness(found),
+        "probes": probes,
         "pictures": pictures(report),
-        "top_sites": top_sites(report),
-        "remedies": [
-            remedy_row(each, best=each is excerpts.first_choice(report.remedies))
-            for each in report.remedies
-        ],
-        "findings": finding_rows(report),
-        "site_rows": [site_row(report, site) for site in report.sites],
+        "top_sites": [] if found is None else excerpts.top_sites(found),
+        "completeness": "" if found is None else wording.completeness(found),
+        "symbols": wording.SEVERITIES,
+        "findings": [(group, remedy_of(report, group[0])) for group in groups],
+        "site_rows": site_rows(report),
         "many_sites": len(report.sites) > MANY_SITES,
         "unchecked": wording.unchecked(report),
         "readings": wording.readings(report),
@@ -127,87 +130,6 @@ def pictures(report: Report) -> dict[str, Picture]:
     return found
 
 
-def gap_rows(measured: Measurement) -> list[dict[str, Any]]:
-    """Return one row per probe, with what it is compared with."""
-    rows = []
-    for probe in measured.probes.values():
-        gap = excerpts.gap_of_probe(measured, probe.name)
-        rows.append(
-            {
-                "name": wording.probe(probe.name),
-                "loss": probe.loss,
-                "accuracy": probe.accuracy,
-                "broken": probe.broken,
-                "gap": gap,
-                "against": None if gap is None or gap.minus == "inference" else gap.minus,
-            }
-        )
-    return rows
-
-
-def cause_row(report: Report, cause: Cause) -> dict[str, Any]:
-    """Return what the page shows of a cause."""
-    names = {finding.code: finding.name for finding in report.findings}
-    return {
-        "code": cause.code,
-        "kind": "BN" if cause.is_bn else "not BN",
-        "share": cause.share,
-        "width": _width(cause.share),
-        "certainty": cause.certainty,
-        "message": cause.message,
-        "evidence": [
-            (name.replace("_", " "), wording.fact(value)) for name, value in cause.evidence.items()
-        ],
-        "sites": cause.sites,
-        "settle": cause.settle,
-        "findings": [(code, names.get(code, "")) for code in cause.findings],
-    }
-
-
-def top_sites(report: Report) -> list[dict[str, Any]]:
-    """Return the sites with the largest shares, and the effect of switching each one alone."""
-    found = report.attribution
-    if found is None:
-        return []
-    shares = excerpts.relative_shares(found)
-    return [
-        {
-            "path": found.paths[index],
-            "share": float(shares[index]),
-            "alone": found.alone.get(found.paths[index]),
-        }
-        for index in excerpts.largest(shares)
-    ]
-
-
-def remedy_row(remedy: Remedy, *, best: bool) -> dict[str, Any]:
-    """Return what the page shows of a remedy."""
-    lines = [("Python", remedy.python), ("Shell", remedy.shell)]
-    return {
-        "remedy": remedy,
-        "best": best,
-        "effects": excerpts.effects(remedy),
-        "lines": [(name, line) for name, line in lines if line],
-    }
-
-
-def finding_rows(report: Report) -> list[dict[str, Any]]:
-    """Return one row per rule; equal findings of many sites share it."""
-    rows = []
-    for group in wording.by_code(report.findings):
-        first = group[0]
-        rows.append(
-            {
-                "first": first,
-                "symbol": wording.SEVERITIES[first.severity],
-                "sites": [path for finding in group for path in finding.sites],
-                "messages": [] if wording.alike(group) else group,
-                "remedy": remedy_of(report, first),
-            }
-        )
-    return rows
-
-
 def remedy_of(report: Report, finding: Finding) -> Remedy | None:
     """Return the remedy for a finding: has the same fix, and causes that match it best."""
     codes = {cause.code for cause in report.causes if finding.code in cause.findings}
@@ -217,21 +139,28 @@ def remedy_of(report: Report, finding: Finding) -> Remedy | None:
     return min(fitting, key=lambda each: len(set(each.causes) ^ codes), default=None)
 
 
-def site_row(report: Report, site: Site) -> dict[str, Any]:
-    """Return one row of the table of sites; numbers are ``None`` where nothing was measured."""
-    measured = report.measurement.sites.get(site.path) if report.measurement is not None else None
+def site_rows(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of the table of sites; numbers are ``None`` where nothing was measured."""
+    sites = {} if report.measurement is None else report.measurement.sites
     found = report.attribution
-    share = None
-    if found is not None and site.path in found.paths:
-        share = float(excerpts.relative_shares(found)[found.paths.index(site.path)])
-    return {
-        "site": site,
-        "state": wording.state(site),
-        "share": share,
-        "shift": None if measured is None else excerpts.quantiles(measured.shift),
-        "ratio": None if measured is None else excerpts.quantiles(measured.ratio, (0.5,))[0],
-        "outline": None if measured is None else outline(measured.shift),
-    }
+    shares = {} if found is None else dict(
+        zip(found.paths, excerpts.relative_shares(found).tolist(), strict=True)
+    )  # fmt: skip
+    rows = []
+    for site in report.sites:
+        measured = sites.get(site.path)
+        rows.append(
+            {
+                "site": site,
+                "share": shares.get(site.path),
+                "shift": None if measured is None else excerpts.quantiles(measured.shift),
+                "ratio": None
+                if measured is None
+                else excerpts.quantiles(measured.ratio, (0.5,))[0],
+                "outline": None if measured is None else outline(measured.shift),
+            }
+        )
+    return rows
 
 
 def outline(shift: Array) -> str:
@@ -251,7 +180,7 @@ def outline(shift: Array) -> str:
     return f"M0 18{steps}V18Z"
 
 
-def _width(share: float | None) -> float:
+def filled(share: float | None) -> float:
     """Return the filled part of a bar in percent."""
     if share is None or not math.isfinite(share):
         return 0.0

@@ -89,8 +89,7 @@ def _gap_table(measured: Measurement) -> RenderableType:
         grid.add_column(
             heading, header_style="dim", justify="left" if left else "right", no_wrap=True
         )
-    for probe in measured.probes.values():
-        gap = excerpts.gap_of_probe(measured, probe.name)
+    for probe, gap in excerpts.probes(measured):
         broken = f" ({wording.count(probe.broken, 'sample')} not finite)" if probe.broken else ""
         numbers = map(line, (wording.number(probe.loss), wording.number(probe.accuracy)))
         grid.add_row(line(wording.probe(probe.name) + broken), *numbers, _difference(gap))
@@ -142,10 +141,9 @@ def _where_lines(report: Report, found: Attribution) -> list[RenderableType]:
         marks = "".join("=" if found.paths[start] in frozen else "-" for start, _ in pairs)
         lines += [line(f"  {strip}"), line(f"  {marks}", style="dim")]
         lines.append(line("  = frozen, - trains, ▾ against the gap", style="dim"))
-    for rank, index in enumerate(excerpts.largest(shares), start=1):
-        path, alone = found.paths[index], found.alone.get(found.paths[index])
+    for rank, (path, share, alone) in enumerate(excerpts.top_sites(found), start=1):
         effect = "" if alone is None else f"; alone: loss {wording.number(alone, signed=True)}"
-        lines.append(_inset(f"{rank}. {path}: {wording.percent(float(shares[index]))}{effect}"))
+        lines.append(_inset(f"{rank}. {path}: {wording.percent(share)}{effect}"))
     lines.append(line(f"  {wording.completeness(found)}", style="dim"))
     return lines
 

@@ -164,7 +164,7 @@ def causes(frozen: list[str], thawed: list[str]) -> tuple[Cause, ...]:
             code="EMA_LAG", share=0.33, sites=tuple(thawed), certainty="may",
             message="70 steps at 0.99 leave 49% of the old value in the moving averages of "
             f"{len(thawed)} thawed sites: 33% of the gap",
-            evidence={"steps": 70, "decay": 0.99, "old value left": 0.4948},
+            evidence={"steps": 70, "decay": 0.99, "old_value_left": 0.4948},
             settle="train 390 more steps, or give history= of the run", findings=("FL203",),
         ),
     )  # fmt: skip
