@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered
-from frostline.adapters.torch.forward_pass import called, set_phase, tensors, untouched
+from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules
+from frostline.data.batches import Batch
 from frostline.types.measured import Behaviour
 
 
@@ -22,15 +24,15 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
 
     Args:
         model: A torch module.
-        batches: ``(x, ...)`` tuples, or :class:`frostline.data.batches.Batch`.
+        batches: ``(x, y, ...)`` tuples, or :class:`frostline.data.batches.Batch`.
     """
-    sites = site_modules(model)
+    sites, move = site_modules(model), mover(model)
     weights: dict[bool, dict[str, list[float]]] = {
         training: {path: [] for path in sites} for training in (True, False)
     }
     moved: dict[str, bool] = {}
     for number, batch in enumerate(batches):
-        inputs = tensors(batch[0] if isinstance(batch, tuple) else batch.x, model)
+        given = Batch(*batch) if isinstance(batch, tuple) else batch
         for training, seen in weights.items():
 
             def answer(call: Call, seen: dict[str, list[float]] = seen) -> Any:
@@ -42,7 +44,7 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
             with untouched(model, number=number) as root, torch.no_grad():
                 set_phase(root, training=training)
                 with answered(root, sites, answer):
-                    called(root, inputs)
+                    call(root, given, move, targets=training)
                 if training:
                     for path, module in sites.items():
                         changed = not _alike(before[path], _stored(module))

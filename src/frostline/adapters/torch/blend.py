@@ -6,7 +6,8 @@ Every site normalises with ``(1 - λ) * stored + λ * batch``: its calls are ans
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,24 @@ import numpy.typing as npt
 import torch
 
 from frostline.adapters import Outcome
-from frostline.adapters.torch.calls import Call, answered, statistics as batch_statistics, stored
+from frostline.adapters.torch.asking import Question, call, takes_targets
+from frostline.adapters.torch.calls import (
+    Call,
+    answered,
+    as_meant,
+    statistics as batch_statistics,
+    stored,
+)
 from frostline.adapters.torch.forward_pass import (
     arrays,
-    called,
     device_of,
-    run,
-    tensors,
+    mover,
+    noise_layers,
+    set_phase,
     untouched,
 )
 from frostline.adapters.torch.graph import set_mode, site_modules
-from frostline.adapters.torch.loss import per_sample
+from frostline.adapters.torch.loss import Judged
 from frostline.data.batches import Batch
 from frostline.numerics.blend import mixed
 from frostline.numerics.stats import Moments
@@ -42,7 +50,9 @@ class TorchForward:
     Args:
         model: A torch module; DataParallel, DDP and ``torch.compile`` are taken off.
         paths: Sites to blend, in the order of the blend vector; ``None`` for all of them.
-        loss: A torch loss, any callable ``(outputs, targets)``, or a name; ``None``: none.
+        loss: A torch loss, any callable ``(outputs, targets)``, or a name; ``None``: the one that
+            the model computes.
+        step: The user's ``step(model, batch)``.
 
     Raises:
         ModelError: An unknown path, or a lazy module that has not seen data yet.
@@ -56,8 +66,6 @@ class TorchForward:
         loss: Any = None,
         step: Any = None,
     ) -> None:
-        if step is not None:
-            raise ModelError("step= is not supported here yet: pass loss=. Received: a step")
         self.model = model
         self._sites = site_modules(model)
         self.paths = tuple(self._sites if paths is None else paths)
@@ -67,7 +75,10 @@ class TorchForward:
                 raise ModelError(
                     f"no BN layer has this path; there are {listed}. Received: {path!r}"
                 )
-        self._loss = None if loss is None else per_sample(loss)
+        self._move = mover(model)
+        self._question = Question(loss, step)
+        self._trains: bool | None = None  # the model has its losses in training mode only
+        self._several: bool | None = None  # it returns more in training than at inference
 
     def outputs(
         self,
@@ -80,11 +91,14 @@ class TorchForward:
         record: bool = False,
     ) -> Any:
         """Return the outputs of one batch and, with ``record``, what each site saw."""
-        seen: dict[str, Moments] = {}
+        seen: dict[str, Moments] | None = {} if record else None
         with torch.no_grad():
-            weights = self._blend(blend)
-            found = self._pass(batch, weights, statistics, dropout, number, seen, record)
-        return (arrays(found), seen) if record else arrays(found)
+            how = self._how(self._blend(blend), statistics, seen)
+            with self._answered(how, number) as root:
+                set_mode(root, training=dropout)
+                self._hold_sites()
+                found = arrays(call(root, batch, self._move))
+        return (found, seen) if record else found
 
     def gradient(
         self,
@@ -95,16 +109,18 @@ class TorchForward:
         dropout: bool = False,
         number: int = 0,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
+        """Return the losses, shape ``(units,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
         weights = self._blend(blend).requires_grad_(True)
         with torch.enable_grad():
-            found = self._pass(batch, weights, statistics, dropout, number, {}, False)
-            losses = self._losses(found, batch)
+            how = self._how(weights, statistics, None)
+            _, found = self._judged(batch, how, dropout, number)
             slope = None
-            if losses.requires_grad:
-                (slope,) = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
+            if found.losses.requires_grad:
+                mean = found.losses.mean()
+                (slope,) = torch.autograd.grad(mean, weights, allow_unused=True)
         zero = torch.zeros_like(weights)
-        return as_float64(arrays(losses)), as_float64(arrays(zero if slope is None else slope))
+        losses = as_float64(arrays(found.losses))
+        return losses, as_float64(arrays(zero if slope is None else slope))
 
     def outcome(
         self,
@@ -117,34 +133,91 @@ class TorchForward:
         record: bool = False,
     ) -> Outcome:
         """Return outputs, losses and, with ``record``, the sites' moments of one pass together."""
-        seen: dict[str, Moments] = {}
+        seen: dict[str, Moments] | None = {} if record else None
         with torch.no_grad():
-            weights = self._blend(blend)
-            found = self._pass(batch, weights, statistics, dropout, number, seen, record)
-            losses = self._losses(found, batch)
-        return Outcome(outputs=arrays(found), losses=as_float64(arrays(losses)), moments=seen)
+            how = self._how(self._blend(blend), statistics, seen)
+            outputs, found = self._judged(batch, how, dropout, number)
+        return _outcome(outputs, found, seen or {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
-        """Return outputs and losses of the module's own pass, as its ``train()`` leaves it."""
-        with torch.no_grad():
-            found = run(self.model, batch.x, training=training, number=number)
-            losses = self._losses(found, batch)
-        return Outcome(outputs=arrays(found), losses=as_float64(arrays(losses)))
+        """Return outputs and losses of the module's own pass, as its ``train()`` leaves it.
+
+        Where the losses exist in training mode only, inference is that mode with the stored
+        statistics and without dropout. Of ``(main, auxiliary)`` outputs of training alone the first
+        is judged.
+        """
+        if not training:
+            if self._trains is None:  # find out how the model is asked
+                self.outcome(batch, blend=0.0, number=number)
+            if self._trains:
+                return self.outcome(batch, blend=0.0, number=number)
+        with torch.no_grad(), untouched(self.model, number=number) as root:
+            set_phase(root, training=training)
+            with answered(root, self._sites, as_meant):
+                first = training and self._returns_more_in_training(batch)
+                outputs, found = self._question.answer(root, batch, self._move, first=first)
+        return _outcome(outputs, found, {})
 
     # --- the pass -----------------------------------------------------------------------------
 
-    def _pass(
-        self,
-        batch: Batch,
-        weights: Any,
-        statistics: Statistics | None,
-        dropout: bool,
-        number: int,
-        seen: dict[str, Moments],
-        record: bool,
-    ) -> Any:
+    def _returns_more_in_training(self, batch: Batch) -> bool:
+        """Whether inference returns one tensor, so that what training adds is not compared."""
+        if self._several is None:
+            if self._trains or self._question.steps:
+                self._several = False
+            else:
+                with untouched(self.model) as root:
+                    set_mode(root, training=False)
+                    try:
+                        found = call(root, batch, self._move)
+                    except Exception:  # it runs in training mode only
+                        found = None
+                self._several = isinstance(found, torch.Tensor)
+        return self._several
+
+    def _judged(
+        self, batch: Batch, how: Callable[[Call], Any], dropout: bool, number: int
+    ) -> tuple[Any, Judged]:
+        """Outputs and losses at some λ; in training mode where there are no losses without."""
+        problem: Exception | None = None
+        for trains in (False, True) if self._trains is None else (self._trains,):
+            with self._answered(how, number, quiet=not dropout) as root:
+                if trains and not takes_targets(root):
+                    break
+                set_mode(root, training=trains or dropout)
+                self._hold_sites()
+                if trains and not dropout:
+                    for path in noise_layers(root):
+                        root.get_submodule(path.replace("/", ".")).eval()
+                try:
+                    found = self._question.answer(root, batch, self._move)
+                except Exception as error:
+                    problem = problem or error
+                    continue
+            self._trains = trains
+            return found
+        assert problem is not None
+        raise problem
+
+    def _hold_sites(self) -> None:
+        for module in self._sites.values():
+            module.training = False
+
+    @contextmanager
+    def _answered(
+        self, how: Callable[[Call], Any], number: int, *, quiet: bool = False
+    ) -> Iterator[Any]:
+        with untouched(self.model, number=number) as root:
+            for parameter in root.parameters():
+                parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
+            with answered(root, self._sites, how, quiet=quiet):
+                yield root
+
+    def _how(
+        self, weights: Any, statistics: Statistics | None, seen: dict[str, Moments] | None
+    ) -> Callable[[Call], Any]:
+        """How calls are answered; ``seen`` takes their moments."""
         given = self._statistics(statistics)
-        inputs = tensors(batch.x, self.model)
         shares = dict(zip(self.paths, weights.detach().tolist(), strict=True))
         places = {path: index for index, path in enumerate(self.paths)}
 
@@ -152,7 +225,7 @@ class TorchForward:
             path = call.path
             if path not in self._sites:
                 return call.run()
-            if path in places and record:
+            if path in places and seen is not None:
                 moments = call.moments()
                 seen[path] = seen[path].merge(moments) if path in seen else moments
             if call.mean is None or not call.x.numel():
@@ -171,27 +244,7 @@ class TorchForward:
             )
             return call.differentiable(mean, variance)
 
-        with untouched(self.model, number=number) as root:
-            for parameter in root.parameters():
-                parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
-            set_mode(root, training=dropout)
-            for module in self._sites.values():
-                module.training = False
-            with answered(root, self._sites, answer):
-                return called(root, inputs)
-
-    def _losses(self, outputs: Any, batch: Batch) -> Any:
-        if self._loss is None:
-            raise ModelError(
-                "a torch module has no compiled loss: pass loss=, for example "
-                "torch.nn.CrossEntropyLoss(). Received: loss=None"
-            )
-        if batch.y is None:
-            raise DataError("a loss needs labels. Received: y=None")
-        losses = self._loss(outputs, tensors(batch.y, self.model))
-        if batch.sample_weight is None:
-            return losses
-        return losses * tensors(batch.sample_weight, self.model).to(losses.dtype)
+        return answer
 
     def _blend(self, blend: Any) -> Any:
         values, count = as_float64(blend), len(self.paths)
@@ -228,3 +281,14 @@ class TorchForward:
             mean, variance = (torch.as_tensor(v, device=device).float() for v in pair)
             pairs[path] = mean, variance
         return pairs
+
+
+def _outcome(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:
+    return Outcome(
+        outputs=arrays(outputs),
+        losses=as_float64(arrays(found.losses)),
+        moments=seen,
+        unit=found.unit,
+        parts={name: as_float64(arrays(part)) for name, part in found.parts.items()},
+        metrics={name: arrays(value) for name, value in found.metrics.items()},
+    )

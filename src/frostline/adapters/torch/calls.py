@@ -42,6 +42,17 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
 }
 
 
+_SWITCHED = {
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+}
+_DROPOUT = _SWITCHED | {functional.scaled_dot_product_attention}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
     """One call that normalises.
@@ -136,6 +147,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         sites: Path -> module of every site of the model.
         answer: Gets each call and returns its output; ``call.run()`` leaves it as it is.
         made: Is told of everything that any function returns.
+        quiet: Functional dropout drops nothing.
     """
 
     def __init__(
@@ -144,9 +156,10 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         answer: Callable[[Call], Any],
         *,
         made: Callable[[Any], None] | None = None,
+        quiet: bool = False,
     ) -> None:
         super().__init__()
-        self._made = made
+        self._made, self._quiet = made, quiet
         self._paths = {
             id(mean): path
             for path, module in sites.items()
@@ -166,6 +179,9 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
     def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
         known = _FUNCTIONS.get(function)
         if known is None:
+            if self._quiet and function in _DROPOUT:
+                kwargs = _off(function, args, kwargs)
+                args = args[:1] if function in _SWITCHED else args
             return function(*args, **kwargs)
         run = functools.partial(function, *args, **kwargs)
         names, single = known
@@ -179,6 +195,16 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         return self._answer(Call(path=path, single=single, run=run, **given))
 
 
+def _off(function: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with which a dropout function drops nothing."""
+    if function in _SWITCHED:
+        return {
+            **{key: value for key, value in kwargs.items() if key == "input"},
+            "training": False,
+        }
+    return {**kwargs, "dropout_p": 0.0} if len(args) < 5 else dict(kwargs)
+
+
 class _Running(threading.local):
     """The innermost site whose ``forward`` runs in this thread, where that must be known."""
 
@@ -189,9 +215,11 @@ _running = _Running()
 
 
 @contextmanager
-def answered(model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> Iterator[None]:
+def answered(
+    model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any], *, quiet: bool = False
+) -> Iterator[None]:
     """Answer the normalising calls that this thread makes for a while; see :class:`Calls`."""
-    with answerable(model, sites, answer), Calls(sites, answer):
+    with answerable(model, sites, answer), Calls(sites, answer, quiet=quiet):
         yield
 
 

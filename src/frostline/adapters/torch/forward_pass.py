@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
-from frostline.data.batches import map_leaves
+from frostline.data.batches import Batch
 from frostline.types import Array, DataError
 
 
@@ -33,15 +36,40 @@ def floating_dtype(model: Any) -> Any:
     return next(found, torch.float32)
 
 
+def mover(model: Any) -> Callable[[Any], Any]:
+    """What puts a batch where the model is; see :func:`moved`."""
+    return functools.partial(moved, device=device_of(model), dtype=floating_dtype(model))
+
+
 def tensors(structure: Any, model: Any) -> Any:
     """Arrays -> tensors where the model is; floats in the dtype that the model computes in."""
-    device, dtype = device_of(model), floating_dtype(model)
+    return mover(model)(structure)
 
-    def tensor(leaf: Any) -> Any:
-        made = torch.as_tensor(np.ascontiguousarray(leaf), device=device)
+
+def moved(value: Any, device: Any, dtype: Any) -> Any:
+    """The same structure with every tensor on the device; arrays become tensors.
+
+    Floating arrays take the dtype that the model computes in; tensors keep theirs.
+    """
+    again = functools.partial(moved, device=device, dtype=dtype)
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "biufc":
+            return value
+        made = torch.as_tensor(np.ascontiguousarray(value), device=device)
         return made.to(dtype) if made.is_floating_point() else made
-
-    return map_leaves(tensor, structure)
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: again(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [again(item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return items if isinstance(value, list) else tuple(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return dataclasses.replace(value, **{name: again(getattr(value, name)) for name in names})
+    return value.to(device) if callable(getattr(value, "to", None)) else value
 
 
 @contextmanager
@@ -76,20 +104,36 @@ def called(root: Any, x: Any) -> Any:
 
 
 def arrays(structure: Any) -> Any:
-    """Tensors -> arrays, float32 at least; a structure that numpy has no word for as it is."""
+    """Tensors and numbers -> arrays, float32 at least; what holds neither is left out."""
+    if structure is None:
+        return None
+    found = _arrays(structure)
+    if found is None:
+        raise DataError(
+            "the model must return a tensor, or a structure that holds tensors. "
+            f"Received: {type(structure).__name__}"
+        )
+    return found
+
+
+def _arrays(structure: Any) -> Any:
     if isinstance(structure, torch.Tensor):
         found = structure.detach()
         if found.is_floating_point() and found.dtype != torch.float64:
             found = found.float()
         return found.cpu().numpy()
+    if isinstance(structure, (bool, int, float, np.number, np.ndarray)):
+        return np.asarray(structure)
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, (type, Mapping)):
+        fields = dataclasses.fields(structure)
+        structure = {field.name: getattr(structure, field.name) for field in fields}
     if isinstance(structure, Mapping):
-        return {key: arrays(value) for key, value in structure.items() if value is not None}
+        items = {key: _arrays(value) for key, value in structure.items()}
+        return {key: value for key, value in items.items() if value is not None} or None
     if isinstance(structure, (tuple, list)):
-        return tuple(arrays(value) for value in structure)
-    raise DataError(
-        "the model must return a tensor, or a mapping or sequence of tensors. "
-        f"Received: {type(structure).__name__}"
-    )
+        values = [_arrays(value) for value in structure]
+        return tuple(value for value in values if value is not None) if values else None
+    return None
 
 
 def set_phase(root: Any, *, training: bool) -> None:
@@ -135,12 +179,19 @@ def _built(tensor: Any) -> bool:
 
 
 def run(model: Any, x: Any, *, training: bool, number: int = 0) -> Any:
-    """Outputs of one batch in a phase, tensors; the model is left as it was found."""
-    inputs = tensors(x, model)
+    """Outputs of one batch in a phase, tensors; the model is left as it was found.
+
+    Args:
+        model: A torch module.
+        x: Its inputs, or a :class:`~frostline.data.batches.Batch`.
+        training: The phase.
+        number: Seed of all that is random inside.
+    """
+    batch = x if isinstance(x, Batch) else Batch(x)
     with untouched(model, number=number) as root, torch.no_grad():
         set_phase(root, training=training)
         with answered(root, site_modules(root), as_meant):
-            return called(root, inputs)
+            return call(root, batch, mover(model), targets=training)
 
 
 #: Endings of class names of modules that act in training only.

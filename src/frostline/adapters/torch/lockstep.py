@@ -21,6 +21,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from torch import nn
 
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
+from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, answerable
-from frostline.adapters.torch.forward_pass import called, tensors, untouched
+from frostline.adapters.torch.forward_pass import mover, untouched
 from frostline.adapters.torch.graph import set_mode
 from frostline.data.batches import Batch, leaves
 from frostline.numerics.stats import Moments
@@ -235,6 +237,7 @@ class _Round:
         self.reads = 0
         self.passes: list[_Pass] = []
         self._here = threading.local()
+        self._move = mover(root)
         self._default = torch.get_default_device()
         self._known = frozenset(
             _storage(tensor)[0] for tensor in itertools.chain(root.parameters(), root.buffers())
@@ -277,11 +280,11 @@ class _Round:
             stack.enter_context(torch.no_grad())
             if self._default.type != "cpu":
                 stack.enter_context(self._default)
-            inputs = tensors(batch.x, self.root)
-            for _, leaf in leaves(inputs):
+            batch = replace(batch, x=self._move(batch.x))
+            for _, leaf in leaves(batch.x):
                 own.note(leaf)
             stack.enter_context(Calls(self.sites, self._answer, made=own.note))
-            called(replica(self.root), inputs)
+            call(replica(self.root), batch, self._move)
 
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""

@@ -1,7 +1,8 @@
-"""The loss of a torch model sample by sample.
+"""Losses of a torch model: of each sample where that is what a loss means, else of the batch.
 
-torch losses are callables ``(outputs, targets)`` that average over the batch. Paired comparisons of
-samples need one number per sample, whose mean is what the callable itself gives.
+torch losses are callables ``(outputs, targets)`` that average over the batch. Paired comparisons
+need one number per sample, but only where their mean is what the callable itself gives: a loss of
+the whole batch (contrastive, correlation, Dice) is never computed on one sample.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from frostline.types import DataError, ModelError
@@ -53,8 +58,8 @@ def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
 
 
-def per_sample(loss: Any) -> Loss:
-    """Turn a loss into ``(outputs, targets) -> losses of shape (n,)``.
+def as_callable(loss: Any) -> Loss:
+    """Turn what a user calls a loss into a callable ``(outputs, targets)``; see :func:`judged`.
 
     Args:
         loss: A torch loss module or function, any callable ``(outputs, targets)`` that gives one
@@ -78,7 +83,7 @@ def per_sample(loss: Any) -> Loss:
             "a torch module has no compiled loss: pass loss=, a callable (outputs, targets) such "
             f"as torch.nn.CrossEntropyLoss(). Received: loss={loss!r}"
         )
-    return functools.partial(_called, loss)
+    return loss  # type: ignore[no-any-return]
 
 
 def _classes(outputs: Any, targets: Any) -> Any:
@@ -107,35 +112,191 @@ def _numbers(function: Any, outputs: Any, targets: Any) -> Any:
     return _flat(function(outputs, targets, reduction="none"))
 
 
-def _called(loss: Any, outputs: Any, targets: Any) -> Any:
-    if not (targets.is_floating_point() or targets.dtype == torch.bool):
-        targets = targets.long()  # the only integers that torch's losses take for classes
-    try:
-        reduced = loss(outputs, targets)
-        if reduced.ndim and reduced.shape[0] == targets.shape[0]:
-            return _flat(reduced)
-        values = _unreduced(loss, outputs, targets)
-    except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """Losses of one batch, tensors.
+
+    Attributes:
+        losses: One per unit.
+        unit: ``"sample"`` or ``"batch"``.
+        parts: Name -> losses of each of several named ones, which add up to ``losses``.
+        metrics: Name -> one number, or one per sample.
+    """
+
+    losses: Any
+    unit: Literal["sample", "batch"]
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_losses(result: Any) -> Judged:
+    """What a step, a model or a loss returns, as losses.
+
+    Args:
+        result: One number, one per sample, a mapping of named losses (added up; one that is called
+            ``loss`` is the loss, and the others are metrics), or ``(loss, metrics)``.
+
+    Raises:
+        DataError: Something else.
+    """
+    metrics: Mapping[str, Any] = {}
+    if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], Mapping):
+        result, metrics = result
+    parts: dict[str, Any] = {}
+    if isinstance(result, Mapping):
+        named = {str(key): value for key, value in result.items() if _is_number(value)}
+        if "loss" in named:
+            result = named.pop("loss")
+            metrics = {**named, **metrics}
+        elif named:
+            parts = {name: torch.as_tensor(value) for name, value in named.items()}
+            result = functools.reduce(torch.add, parts.values())
+    if not _is_number(result):
         raise DataError(
-            f"the loss does not take these outputs and labels: {first_line(problem)} "
-            f"Received: outputs {_shape(outputs)}, labels {_shape(targets)}"
+            "a loss is one number per batch, one per sample, a mapping of such losses, or (loss, "
+            f"metrics). Received: {type(result).__name__}"
+        )
+    losses = torch.as_tensor(result)
+    return Judged(
+        losses=_flat(losses) if losses.ndim else losses.reshape(1),
+        unit="sample" if losses.ndim else "batch",
+        parts={name: _flat(part) if part.ndim else part.reshape(1) for name, part in parts.items()},
+        metrics={str(name): value for name, value in metrics.items() if _is_number(value)},
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, float, int, np.number, np.ndarray))
+
+
+def judged(loss: Loss, outputs: Any, targets: Any, sliced: bool | None) -> tuple[Judged, bool]:
+    """Losses of one batch, one per sample where that is what the loss means.
+
+    Args:
+        loss: From :func:`as_callable`.
+        outputs: Of the model.
+        targets: Labels, as tensors; ``None``: there are none.
+        sliced: A loss that gives one number is the mean of those of single samples; ``None``: not
+            known yet.
+
+    Returns:
+        The losses, and whether such a loss was taken sample by sample.
+
+    Raises:
+        DataError: The loss does not take these, or is no longer the mean of what it was before.
+    """
+    targets = _with_long(targets)
+    try:
+        found = read_losses(loss(outputs, targets))
+        if found.unit == "sample" and _count(outputs) not in (None, len(found.losses)):
+            found = replace(found, losses=found.losses.mean().reshape(1), unit="batch")
+        if found.unit == "sample" or sliced is False or found.parts:
+            return found, False
+        values = _unreduced(loss, outputs, targets, found.losses[0])
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as problem:
+        if isinstance(problem, DataError):
+            raise
+        raise DataError(
+            f"the loss does not take these outputs and labels: {first_line(problem)} Received: "
+            f"outputs {_shape(outputs)}, labels {_shape(targets)}"
         ) from problem
-    # Class weights and ignored labels make the mean another one than that over the samples.
-    mean = values.mean()
-    known = bool(torch.isfinite(reduced)) and bool(mean != 0)
-    return values * (reduced / mean).detach() if known and reduced.ndim == 0 else values
+    if values is None and sliced and (_count(outputs) or 0) > 1:
+        raise DataError(
+            "the losses of single samples do not average to the loss of this batch, as they did "
+            "before; pass a loss that gives one number per sample, or step=. Received: a batch "
+            f"with the loss {float(found.losses[0]):.6g}"
+        )
+    if values is None:
+        return found, False
+    return Judged(losses=values, unit="sample", metrics=found.metrics), True
 
 
-def _unreduced(loss: Any, outputs: Any, targets: Any) -> Any:
-    if isinstance(loss, torch.nn.Module) and getattr(loss, "reduction", None) in ("mean", "sum"):
+def _with_long(targets: Any) -> Any:
+    """Integers as torch's losses want them for classes."""
+    if isinstance(targets, torch.Tensor):
+        plain = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+        return targets if plain else targets.long()
+    if isinstance(targets, Mapping):
+        return {key: _with_long(value) for key, value in targets.items()}
+    if type(targets) in (list, tuple):
+        return type(targets)(map(_with_long, targets))
+    return targets
+
+
+def _unreduced(loss: Any, outputs: Any, targets: Any, reduced: Any) -> Any | None:
+    """One loss per sample with the mean ``reduced``; ``None``: it is a loss of the whole batch."""
+    count = _count(outputs)
+    if count is None:
+        return None
+    alone: Any = None
+    if isinstance(loss, nn.Module) and getattr(loss, "reduction", None) in ("mean", "sum"):
         alone = copy.copy(loss)
         alone.reduction = "none"
-        return _flat(alone(outputs, targets))
-    with_choice = inspect.isfunction(loss) and "reduction" in inspect.signature(loss).parameters
-    if with_choice:
-        return _flat(loss(outputs, targets, reduction="none"))
-    count = targets.shape[0]
-    return torch.stack([loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(count)])
+    elif inspect.isfunction(loss) and "reduction" in inspect.signature(loss).parameters:
+        alone = functools.partial(loss, reduction="none")
+    if alone is not None:
+        values = alone(outputs, targets)
+        if isinstance(values, torch.Tensor) and values.ndim and values.shape[0] == count:
+            values = _flat(values)
+            torchs = (getattr(loss, "__module__", None) or "").startswith("torch.nn")
+            # Class weights and ignored labels make the mean another one than that over the samples.
+            return _scaled(values, reduced) if torchs else _checked(values, reduced)
+    if _count(targets) not in (None, count):
+        return None
+    parts = []
+    for index in range(count):
+        rows = slice(index, index + 1)
+        try:
+            part = loss(_rows(outputs, rows), _rows(targets, rows))
+        except Exception:  # one sample is no batch for it
+            return None
+        if not isinstance(part, torch.Tensor) or part.numel() != 1:
+            return None
+        parts.append(part.reshape(()))
+    return _checked(torch.stack(parts), reduced)
+
+
+def _scaled(values: Any, reduced: Any) -> Any:
+    mean = values.mean()
+    known = bool(torch.isfinite(reduced)) and bool(mean != 0)
+    return values * (reduced / mean).detach() if known else values
+
+
+def _checked(values: Any, reduced: Any) -> Any | None:
+    """The values, if their mean is the loss of the batch."""
+    mean, wanted = float(values.detach().double().mean()), float(reduced.detach())
+    alike = math.isclose(mean, wanted, rel_tol=1e-4, abs_tol=1e-7)
+    return values if alike or (not math.isfinite(wanted) and not math.isfinite(mean)) else None
+
+
+def _count(structure: Any) -> int | None:
+    """First dimension that all tensors of a structure share."""
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in _tensors(structure)}
+    return next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def _tensors(structure: Any) -> list[Any]:
+    if isinstance(structure, torch.Tensor):
+        return [structure]
+    if isinstance(structure, Mapping):
+        structure = list(structure.values())
+    if isinstance(structure, (list, tuple)):
+        return [leaf for item in structure for leaf in _tensors(item)]
+    return []
+
+
+def _rows(structure: Any, rows: slice) -> Any:
+    if isinstance(structure, torch.Tensor):
+        return structure[rows]
+    if isinstance(structure, Mapping):
+        twin = copy.copy(structure)
+        for key, value in structure.items():
+            twin[key] = _rows(value, rows)  # type: ignore[index]
+        return twin
+    if isinstance(structure, (list, tuple)):
+        items = [_rows(item, rows) for item in structure]
+        return type(structure)(*items) if hasattr(structure, "_fields") else type(structure)(items)
+    return structure
 
 
 def _flat(values: Any) -> Any:

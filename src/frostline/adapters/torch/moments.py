@@ -9,8 +9,9 @@ import torch
 
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import with_batch_statistics
+from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered, stored
-from frostline.adapters.torch.forward_pass import arrays, called, tensors, untouched
+from frostline.adapters.torch.forward_pass import arrays, mover, untouched
 from frostline.adapters.torch.graph import set_mode, site_modules
 from frostline.adapters.torch.lockstep import population
 from frostline.data.batches import Batch
@@ -62,11 +63,10 @@ class TorchMoments:
                 seen[call.path].append(call.moments())
                 return call.with_batch()
 
-            inputs = tensors(batch.x, self.model)
             with untouched(self.model) as root, torch.no_grad():
                 set_mode(root, training=False)
                 with answered(root, self._sites, answer):
-                    called(root, inputs)
+                    call(root, batch, mover(self.model))
             return seen
 
         return run

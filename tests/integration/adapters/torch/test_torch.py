@@ -20,7 +20,7 @@ from torch.nn import functional
 import frostline as fl
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.locked import is_locked
-from frostline.adapters.torch.loss import per_sample
+from frostline.adapters.torch.loss import as_callable, judged
 from frostline.data.batches import Batch
 from frostline.types import DataError, ModelError
 
@@ -211,18 +211,19 @@ def test_losses_average_to_what_the_callable_gives(loss: Any) -> None:
     outputs, targets = torch.randn(24, 4), torch.as_tensor(Y)
     reduced = functional.cross_entropy(outputs, targets) if isinstance(loss, str) else None
     wanted = loss(outputs, targets) if reduced is None else reduced
-    values = per_sample(loss)(outputs, targets)
-    assert values.shape == (24,)
-    assert float(values.mean()) == pytest.approx(float(wanted), rel=1e-5)
+    found, _ = judged(as_callable(loss), outputs, targets, None)
+    assert found.unit == "sample"
+    assert found.losses.shape == (24,)
+    assert float(found.losses.mean()) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_loss_says_what_it_does_not_take() -> None:
     with pytest.raises(DataError, match=r"labels \(24,\)"):
-        per_sample(nn.CrossEntropyLoss())(torch.randn(20, 4), torch.as_tensor(Y))
+        judged(nn.CrossEntropyLoss(), torch.randn(20, 4), torch.as_tensor(Y), None)
     with pytest.raises(ModelError, match="no compiled loss"):
-        per_sample(None)
+        as_callable(None)
     with pytest.raises(ModelError, match="no loss has this name"):
-        per_sample("crossentropy")
+        as_callable("crossentropy")
 
 
 def test_subclass_with_an_activation_keeps_it() -> None:

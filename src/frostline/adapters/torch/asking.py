@@ -1,0 +1,142 @@
+"""How a torch model is called on a batch, and what it or a loss says of it.
+
+A mapping goes in by keyword where ``forward`` names its keys, else as one argument; a tuple or list
+of arrays by position. Labels go in where ``forward`` has a place for them and its loss is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
+from frostline.data.batches import Batch
+from frostline.types import DataError, ModelError
+
+#: Names of labels, as keys of a mapping and as arguments of a ``forward``.
+_LABELS = ("labels", "label", "targets", "target", "y", "gt", "annotations")
+
+_PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def call(root: Any, batch: Batch, move: Callable[[Any], Any], *, targets: bool = False) -> Any:
+    """Call a module on a batch; with ``targets`` its labels go in where there is a place."""
+    x = move(batch.x)
+    parameters = inspect.signature(root.forward).parameters
+    places = [each for each in parameters.values() if each.kind in _PLACES]
+    if isinstance(x, Mapping):
+        every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        named = {key: value for key, value in x.items() if key in parameters}
+        if named:
+            return root(**(x if every else named))
+        plain = [value for key, value in x.items() if key not in _LABELS]
+        if every and not places:
+            return root(**x)
+        return root(plain[0]) if len(plain) == 1 and isinstance(root, nn.Sequential) else root(x)
+    several = isinstance(x, (list, tuple)) and not _one(x, batch, places)
+    arguments = list(x) if several else [x]
+    if targets and batch.y is not None and len(arguments) < len(places):
+        place = places[len(arguments)]
+        if place.default is inspect.Parameter.empty or place.name in _LABELS:
+            arguments.append(move(batch.y))
+    return root(*arguments)
+
+
+def _one(x: Any, batch: Batch, places: list[Any]) -> bool:
+    """Whether a list is one argument, such as the images of a detector."""
+    needed = sum(each.default is inspect.Parameter.empty for each in places)
+    if not places or len(x) < needed or needed > 1:
+        return False
+    beside = isinstance(batch.y, (list, tuple)) and len(batch.y) == len(x)
+    kept = isinstance(batch.x, (list, tuple)) and isinstance(batch.x[0], torch.Tensor)
+    return beside or kept or len(x) > len(places)
+
+
+def takes_targets(root: Any) -> bool:
+    """Whether ``forward`` has a place for labels behind its inputs."""
+    names = inspect.signature(root.forward).parameters
+    return any(name in _LABELS for name in names)
+
+
+class Question:
+    """What is asked of a model: its own loss, a loss of outputs and labels, or the user's step.
+
+    Args:
+        loss: As for :func:`frostline.adapters.torch.loss.as_callable`; ``None``: the model's own.
+        step: ``step(model, batch)``; see :func:`frostline.adapters.torch.loss.read_losses`.
+    """
+
+    def __init__(self, loss: Any, step: Any) -> None:
+        self._step = step
+        self.steps = step is not None
+        self._loss = None if loss is None else as_callable(loss)
+        self._sliced: bool | None = None  # a loss of single samples is the loss of the batch
+
+    def answer(
+        self, root: Any, batch: Batch, move: Callable[[Any], Any], *, first: bool = False
+    ) -> tuple[Any, Judged]:
+        """Outputs and losses of one batch.
+
+        Args:
+            root: The module, in the mode in which it is asked.
+            batch: The batch.
+            move: Arrays and tensors -> tensors where the model is.
+            first: Of several outputs only the first is judged.
+
+        Raises:
+            ModelError: There is no loss.
+            DataError: The loss does not take these outputs and labels.
+        """
+        if self._step is not None:
+            return None, read_losses(self._step(root, move(_given(batch))))
+        outputs = call(root, batch, move, targets=self._loss is None or root.training)
+        if first and isinstance(outputs, (tuple, list)):
+            outputs = outputs[0]
+        if self._loss is None:
+            return outputs, self._own(root, outputs)
+        labels = batch.y
+        if labels is None and isinstance(batch.x, Mapping):
+            labels = next((batch.x[key] for key in _LABELS if key in batch.x), None)
+        found, sliced = judged(self._loss, outputs, move(labels), self._sliced)
+        if self._sliced is None and (len(found.losses) > 1 or not sliced):
+            self._sliced = sliced
+        if batch.sample_weight is not None:
+            if found.unit == "batch":
+                raise DataError(
+                    "sample weights need a loss per sample, and this one is of the whole batch; "
+                    "leave the weights out, or pass step=. Received: sample weights"
+                )
+            weights = move(batch.sample_weight).to(found.losses.dtype)
+            found = dataclasses.replace(found, losses=found.losses * weights)
+        return outputs, found
+
+    def _own(self, root: Any, outputs: Any) -> Judged:
+        """The loss that the model computes itself."""
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        own = getattr(outputs, "loss", None) if own is None else own
+        if isinstance(own, torch.Tensor):
+            return read_losses(own)
+        if root.training:
+            if isinstance(outputs, torch.Tensor) and outputs.ndim == 0:
+                return read_losses(outputs)
+            values = list(outputs.values()) if isinstance(outputs, Mapping) else []
+            if values and all(isinstance(v, torch.Tensor) and v.numel() == 1 for v in values):
+                return read_losses(outputs)
+        raise ModelError(
+            "a torch module has no compiled loss: pass loss=, for example "
+            "torch.nn.CrossEntropyLoss(), or step=. Received: loss=None"
+        )
+
+
+def _given(batch: Batch) -> Any:
+    """What the user's step gets: what the loader yielded, or the tuple of the arrays."""
+    if batch.whole is not None:
+        return batch.whole
+    parts = (batch.x, batch.y, batch.sample_weight)
+    given = tuple(part for part in parts if part is not None)
+    return given if len(given) > 1 else batch.x

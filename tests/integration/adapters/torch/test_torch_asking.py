@@ -1,0 +1,264 @@
+"""How a model is called and judged, held to the library's own loss and the model's own modes."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from frostline.adapters.torch.adapter import TorchView
+from frostline.data.batches import Batch
+from frostline.types import DataError, ModelError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(0.5, 2, (12, 3, 8, 8)).astype("float32")
+Y = RNG.integers(0, 4, 12)
+IMAGES, LABELS = torch.as_tensor(X), torch.as_tensor(Y)
+
+
+def body() -> Any:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6)
+    norm.running_mean.uniform_(-1, 1)
+    layers = (nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(6, 4))
+
+
+def contrastive(outputs: Any, _: Any) -> Any:
+    z = functional.normalize(outputs, dim=1)
+    return functional.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
+
+
+def correlation(outputs: Any, targets: Any) -> Any:
+    a, b = outputs[:, 0], targets.float()
+    a, b = a - a.mean(), b - b.mean()
+    return 1 - (a * b).mean() / (a.std() * b.std())
+
+
+class Dice(nn.modules.loss._Loss):
+    """Has a ``reduction`` and ignores it, as segmentation libraries do."""
+
+    def forward(self, outputs: Any, targets: Any) -> Any:
+        p, t = outputs.softmax(1), functional.one_hot(targets, 4)
+        return 1 - 2 * (p * t).sum() / (p.square().sum() + t.sum())
+
+
+def weighted(outputs: Any, targets: Any) -> Any:
+    return functional.cross_entropy(outputs, targets, torch.tensor([1.0, 2.0, 0.5, 9.0]))
+
+
+@pytest.mark.parametrize("loss", [contrastive, correlation, Dice(), weighted])
+def test_a_loss_of_the_whole_batch_is_computed_on_it_alone(loss: Any) -> None:
+    model = body()
+    forward = TorchView(model).blend_forward(loss=loss)
+    found = forward.outcome(Batch(X, Y), blend=0.0)
+    with torch.no_grad():
+        wanted = float(loss(copy.deepcopy(model).eval()(IMAGES), LABELS))
+        training = float(loss(copy.deepcopy(model).train()(IMAGES), LABELS))
+    assert (found.unit, found.losses.shape) == ("batch", (1,))
+    assert found.losses[0] == pytest.approx(wanted, rel=1e-5)
+    assert forward.own(Batch(X, Y), training=True).losses[0] == pytest.approx(training, rel=1e-4)
+    losses, slope = forward.gradient(Batch(X, Y), blend=0.5)
+    assert losses.shape == (1,)
+    high, low = (forward.outcome(Batch(X, Y), blend=0.5 + d).losses[0] for d in (1e-3, -1e-3))
+    assert slope[0] == pytest.approx((high - low) / 2e-3, rel=0.05)
+    with pytest.raises(DataError, match="sample weights need a loss per sample"):
+        forward.outcome(Batch(X, Y, np.ones(12, "float32")), blend=0.0)
+
+
+def test_a_loss_that_stops_being_one_of_samples_is_an_error() -> None:
+    def moody(outputs: Any, targets: Any) -> Any:
+        return functional.cross_entropy(outputs, targets) if len(outputs) != 5 else outputs.std()
+
+    forward = TorchView(body()).blend_forward(loss=moody)
+    assert forward.outcome(Batch(X, Y), blend=0.0).unit == "sample"
+    with pytest.raises(DataError, match="do not average to the loss of this batch"):
+        forward.outcome(Batch(X[:5], Y[:5]), blend=0.0)
+
+
+@dataclass
+class Output:
+    logits: Any
+    loss: Any = None
+    note: str = "no number"
+
+
+class Hugging(nn.Module):
+    """As transformers has it: named inputs, labels inside, its own loss, a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = body()
+
+    def forward(self, pixel_values: Any, mask: Any = None, labels: Any = None) -> Any:
+        logits = self.net(pixel_values)
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return Output(logits, loss)
+
+
+def test_a_mapping_goes_in_by_name_and_the_models_loss_is_taken() -> None:
+    model = Hugging()
+    given = {"pixel_values": IMAGES, "labels": LABELS, "index": torch.arange(12)}
+    batch = Batch(given, whole=given)
+    forward = TorchView(model).blend_forward()
+    found = forward.outcome(batch, blend=0.0)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).eval()(IMAGES, labels=LABELS)
+    assert (found.unit, found.losses[0]) == ("batch", pytest.approx(float(wanted.loss), rel=1e-6))
+    np.testing.assert_array_equal(found.outputs["logits"], wanted.logits)
+    assert set(found.outputs) == {"logits", "loss"}
+    inside = TorchView(model).blend_forward(
+        loss=lambda outputs, labels: functional.cross_entropy(outputs.logits, labels)
+    )
+    assert inside.outcome(batch, blend=0.0).losses.mean() == pytest.approx(float(wanted.loss))
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = body()
+
+    def forward(self, batch: Any) -> Any:
+        return self.net(batch["image"]) * batch["scale"]
+
+
+def test_a_mapping_whose_keys_are_not_named_goes_in_as_one_argument() -> None:
+    given = {"image": IMAGES, "scale": 2.0, "label": LABELS}
+    forward = TorchView(Whole()).blend_forward(loss=nn.CrossEntropyLoss())
+    found = forward.outcome(Batch(given, whole=given), blend=0.0)
+    with torch.no_grad():
+        wanted = functional.cross_entropy(Whole().eval()(given), LABELS)
+    assert found.losses.mean() == pytest.approx(float(wanted), rel=1e-6)
+
+
+class Detector(nn.Module):
+    """As torchvision has it: losses in training mode only, lists of images and of mappings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = body(), nn.Dropout(0.5)
+
+    def forward(self, images: list[Any], targets: Any = None) -> Any:
+        logits = functional.dropout(self.drop(self.net(torch.stack(images))), 0.3, self.training)
+        if not self.training:
+            return [{"scores": each.softmax(0)} for each in logits]
+        if targets is None:
+            raise ValueError("In training mode, targets should be passed")
+        labels = torch.stack([each["label"] for each in targets])
+        return {"class": functional.cross_entropy(logits, labels), "size": logits.square().mean()}
+
+
+def test_losses_that_exist_in_training_mode_only() -> None:
+    model = Detector().train()
+    images, targets = list(IMAGES), [{"label": each} for each in LABELS]
+    batch = Batch(images, targets, whole=(images, targets))
+    before = copy.deepcopy(model.state_dict())
+
+    def by_hand(training: bool) -> dict[str, float]:
+        twin = copy.deepcopy(model.net).train(training)
+        with torch.no_grad():
+            logits = twin(IMAGES)
+            loss = functional.cross_entropy(logits, LABELS)
+            return {"class": float(loss), "size": float(logits.square().mean())}
+
+    for loss in (None, lambda outputs, _: sum(outputs.values())):
+        forward = TorchView(model).blend_forward(loss=loss)
+        for blend in (0.0, 1.0):
+            found, wanted = forward.outcome(batch, blend=blend), by_hand(blend == 1)
+            assert found.unit == "batch"
+            assert found.losses[0] == pytest.approx(sum(wanted.values()), rel=1e-5)
+            if loss is None:
+                assert {k: v[0] for k, v in found.parts.items()} == pytest.approx(wanted, rel=1e-5)
+        own = forward.own(batch, training=False)
+        assert own.losses[0] == pytest.approx(sum(by_hand(False).values()), rel=1e-5)
+    assert model.training
+    assert model.drop.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    behaviour = TorchView(model).behaviour([(images, targets)])["net/1"]
+    assert (behaviour.training, behaviour.inference, behaviour.moves) == (1.0, 0.0, True)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.aux = body(), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+    def forward(self, x: Any) -> Any:
+        return (self.net(x), self.aux(x)) if self.training else self.net(x)
+
+
+def test_main_and_auxiliary_in_training_but_main_alone_at_inference() -> None:
+    model = Auxiliary()
+    forward = TorchView(model).blend_forward(loss=nn.CrossEntropyLoss())
+    with torch.no_grad():
+        wanted = functional.cross_entropy(copy.deepcopy(model).train()(IMAGES)[0], LABELS)
+    assert forward.own(Batch(X, Y), training=True).losses.mean() == pytest.approx(float(wanted))
+    assert forward.outcome(Batch(X, Y), blend=1.0).losses.mean() == pytest.approx(float(wanted))
+
+
+def test_the_users_step() -> None:
+    model = body()
+
+    def step(net: Any, batch: Any) -> Any:
+        x, y, _ = batch
+        logits = net(x)
+        losses = {"ce": functional.cross_entropy(logits, y), "l2": 0.1 * logits.square().mean()}
+        return losses, {"accuracy": (logits.argmax(1) == y).float()}
+
+    batch = Batch(X, Y, whole=(IMAGES, LABELS, torch.arange(12)))
+    found = TorchView(model).blend_forward(step=step).outcome(batch, blend=0.0, record=True)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(IMAGES)
+        ce = float(functional.cross_entropy(logits, LABELS))
+        l2 = 0.1 * float(logits.square().mean())
+    assert found.unit == "batch"
+    assert found.losses[0] == pytest.approx(ce + l2, rel=1e-5)
+    assert found.parts["ce"][0] == pytest.approx(ce, rel=1e-5)
+    assert found.metrics["accuracy"].shape == (12,)
+    assert found.moments["1"].count == 12 * 36
+    each = TorchView(model).blend_forward(
+        step=lambda net, b: functional.cross_entropy(net(b[0]), b[1], reduction="none")
+    )
+    assert each.outcome(batch, blend=0.0).losses.shape == (12,)
+
+
+Pair = collections.namedtuple("Pair", "logits scale")
+
+
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = body()
+
+    def forward(self, x: Any, scale: float = 1.0) -> Any:
+        return Pair(self.net(x) * scale, scale)
+
+
+def test_named_tuples_scalars_and_arguments_with_defaults() -> None:
+    loss = nn.CrossEntropyLoss()
+    forward = TorchView(Outputs()).blend_forward(loss=lambda out, y: loss(out.logits, y))
+    found = forward.outcome(Batch(X, Y), blend=0.0)
+    with torch.no_grad():
+        wanted = loss(Outputs().eval()(IMAGES).logits, LABELS)
+    assert found.losses.mean() == pytest.approx(float(wanted), rel=1e-5)
+    assert float(found.outputs[1]) == 1.0
+
+
+def test_no_loss_is_said() -> None:
+    with pytest.raises(ModelError, match=r"pass loss=.*or step="):
+        TorchView(body()).blend_forward().outcome(Batch(X, Y), blend=0.0)
+    forward = TorchView(body()).blend_forward(loss=lambda outputs, _: outputs["no"])
+    with pytest.raises(DataError, match="does not take these outputs"):
+        forward.outcome(Batch(X, Y), blend=0.0)
