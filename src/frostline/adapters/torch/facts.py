@@ -32,6 +32,7 @@ def facts(model: Any) -> ModelFacts:
     for site in sites(model):
         module = places[site.path].module
         own = list(module.parameters(recurse=False))
+        live = is_locked(module) or is_frozen_kind(module)
         found.append(
             SiteFacts(
                 site=site,
@@ -40,9 +41,9 @@ def facts(model: Any) -> ModelFacts:
                 gamma=_numbers(getattr(module, "weight", None)),
                 beta=_numbers(getattr(module, "bias", None)),
                 dtype=site.dtype,
-                live=is_locked(module) or is_frozen_kind(module),
+                live=live,
                 optimized=any(p.requires_grad for p in own) if own else None,
-                undone=root.training and not module.training and thawed[site.path],
+                undone=not live and root.training and not module.training and thawed[site.path],
                 mode=bool(module.training),
                 updates=_updates(module),
                 words=TORCH,

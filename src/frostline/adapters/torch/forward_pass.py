@@ -104,7 +104,11 @@ def called(root: Any, x: Any) -> Any:
 
 
 def arrays(structure: Any) -> Any:
-    """Tensors and numbers -> arrays, float32 at least; what holds neither is left out."""
+    """Tensors -> arrays, float32 at least.
+
+    Of a structure single numbers, such as a loss beside the outputs, and what holds no tensor are
+    left out.
+    """
     if structure is None:
         return None
     found = _arrays(structure)
@@ -129,11 +133,15 @@ def _arrays(structure: Any) -> Any:
         structure = {field.name: getattr(structure, field.name) for field in fields}
     if isinstance(structure, Mapping):
         items = {key: _arrays(value) for key, value in structure.items()}
-        return {key: value for key, value in items.items() if value is not None} or None
+        return {key: value for key, value in items.items() if _many(value)} or None
     if isinstance(structure, (tuple, list)):
         values = [_arrays(value) for value in structure]
-        return tuple(value for value in values if value is not None) if values else None
+        return tuple(value for value in values if _many(value)) or None
     return None
+
+
+def _many(found: Any) -> bool:
+    return found is not None and (not isinstance(found, np.ndarray) or found.ndim > 0)
 
 
 def set_phase(root: Any, *, training: bool) -> None:
