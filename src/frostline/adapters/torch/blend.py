@@ -25,6 +25,7 @@ from frostline.adapters.torch.calls import (
 )
 from frostline.adapters.torch.forward_pass import (
     arrays,
+    arrays_in,
     device_of,
     mover,
     noise_layers,
@@ -285,7 +286,7 @@ class TorchForward:
 
 def _outcome(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:
     return Outcome(
-        outputs=arrays(outputs),
+        outputs=arrays_in(outputs),
         losses=as_float64(arrays(found.losses)),
         moments=seen,
         unit=found.unit,

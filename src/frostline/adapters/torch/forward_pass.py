@@ -111,7 +111,7 @@ def arrays(structure: Any) -> Any:
     """
     if structure is None:
         return None
-    found = _arrays(structure)
+    found = arrays_in(structure)
     if found is None:
         raise DataError(
             "the model must return a tensor, or a structure that holds tensors. "
@@ -120,7 +120,8 @@ def arrays(structure: Any) -> Any:
     return found
 
 
-def _arrays(structure: Any) -> Any:
+def arrays_in(structure: Any) -> Any:
+    """As :func:`arrays`; ``None`` for a structure without arrays."""
     if isinstance(structure, torch.Tensor):
         found = structure.detach()
         if found.is_floating_point() and found.dtype != torch.float64:
@@ -132,10 +133,10 @@ def _arrays(structure: Any) -> Any:
         fields = dataclasses.fields(structure)
         structure = {field.name: getattr(structure, field.name) for field in fields}
     if isinstance(structure, Mapping):
-        items = {key: _arrays(value) for key, value in structure.items()}
+        items = {key: arrays_in(value) for key, value in structure.items()}
         return {key: value for key, value in items.items() if _many(value)} or None
     if isinstance(structure, (tuple, list)):
-        values = [_arrays(value) for value in structure]
+        values = [arrays_in(value) for value in structure]
         return tuple(value for value in values if _many(value)) or None
     return None
 
