@@ -43,7 +43,6 @@ def demo(
     from frostline.cli import model_files
 
     model_files.start(backend)
-    from frostline.cli.overfit import comparison
     from frostline.experiments.overfit import run_overfit
 
     count = (SETTINGS.per_class or 0) * len(SETTINGS.classes)
@@ -60,7 +59,7 @@ def demo(
     if result.interrupted:
         raise KeyboardInterrupt
     out.print()
-    out.print(text.comparison_table(comparison(result)))
+    out.print(text.comparison_table(result.tables))
     _step(5, "Where to go next")
     pictures = [str(path) for path in result.files if path.suffix == ".png"]
     for what, how in (

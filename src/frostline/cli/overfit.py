@@ -22,7 +22,6 @@ from frostline.cli.options import (
 
 if TYPE_CHECKING:
     from frostline.experiments.overfit import OverfitResult
-    from frostline.report.text import ComparisonRow
 
 
 class Solver(StrEnum):
@@ -119,7 +118,7 @@ def show(result: OverfitResult) -> None:
     from frostline.report import text
 
     out = text.console()
-    out.print(text.comparison_table(comparison(result)))
+    out.print(text.comparison_table(result.tables))
     for row in result.rows:
         out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
         out.print(experiment.describe(row), markup=False)
@@ -128,13 +127,3 @@ def show(result: OverfitResult) -> None:
     if result.files:
         out.print("\nwritten: " + ", ".join(str(path) for path in result.files), markup=False,
                   soft_wrap=True)  # fmt: skip
-
-
-def comparison(result: OverfitResult) -> list[ComparisonRow]:
-    """Return the rows of the essay's table."""
-    from frostline.report import text
-
-    return [
-        text.ComparisonRow(name=row.row.name, phases={p.phase: p for p in row.phases.rows})
-        for row in result.rows
-    ]

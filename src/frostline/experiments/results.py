@@ -185,6 +185,11 @@ class Result(Generic[AnySettings, AnyRowResult]):
     interrupted: bool = False
     files: tuple[Path, ...] = field(default=(), compare=False)
 
+    @property
+    def tables(self) -> dict[str, PhaseTable]:
+        """Row's name -> its table of phases."""
+        return {row.row.name: row.phases for row in self.rows}
+
     def as_dict(self) -> dict[str, Any]:
         """The result as plain data; numbers may be NaN."""
         return {

@@ -5,8 +5,7 @@ Colour never carries meaning alone: the coloured word says the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from frostline.report import wording
@@ -25,19 +24,6 @@ _PHASE_WORDS = {
     "0": "phase 0 (inference)",
     "1": "phase 1 (training)",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonRow:
-    """One row of an experiment's table.
-
-    Attributes:
-        name: The row's short name.
-        phases: Phase (``"dynamic"``, ``"0"``, ``"1"``) -> its loss and metrics.
-    """
-
-    name: str
-    phases: Mapping[str, PhaseRow]
 
 
 def console(width: int | None = None, *, stderr: bool = False) -> Console:
@@ -159,24 +145,26 @@ def phase_gaps(inference: PhaseRow, training: PhaseRow) -> dict[str, float]:
     return gaps
 
 
-def comparison_table(rows: Iterable[ComparisonRow]) -> RenderableType:
-    """Return an experiment's table: loss, accuracy and AUC of each row in the three phases."""
-    kept = list(rows)
-    metrics = [
-        name
-        for name in ("accuracy", "auc")
-        if any(name in phase.metrics for row in kept for phase in row.phases.values())
-    ]
+def comparison_table(tables: Mapping[str, PhaseTable]) -> RenderableType:
+    """Return an experiment's table: loss, accuracy and AUC of each row in the three phases.
+
+    Args:
+        tables: Name of the row -> its phases; a phase that is missing is shown as such.
+    """
+    rows = {name: {row.phase: row for row in table.rows} for name, table in tables.items()}
+    every = [phase for phases in rows.values() for phase in phases.values()]
+    metrics = [m for m in ("accuracy", "auc") if any(m in phase.metrics for phase in every)]
     words = ["loss", *["acc" if name == "accuracy" else _HEADINGS[name] for name in metrics]]
     unit = " ".join(f"{word:>4}" for word in words)
-    phases = [f"{word}\n{unit}" for word in ("dynamic", "phase 0", "phase 1")]
-    grid = _table(["row\n", *phases, "gap\nacc"])
-    for row in kept:
-        cells = [_phase_cell(row.phases.get(phase), metrics) for phase in ("dynamic", "0", "1")]
+    grid = _table(
+        ["row\n", *(f"{word}\n{unit}" for word in ("dynamic", "phase 0", "phase 1")), "gap\nacc"]
+    )
+    for name, phases in rows.items():
+        cells = [_phase_cell(phases.get(phase), metrics) for phase in ("dynamic", "0", "1")]
         gap: float | None = None
-        if "0" in row.phases and "1" in row.phases:
-            gap = phase_gaps(row.phases["0"], row.phases["1"]).get("accuracy")
-        grid.add_row(row.name, *cells, _short(gap, signed=True))
+        if "0" in phases and "1" in phases:
+            gap = phase_gaps(phases["0"], phases["1"]).get("accuracy")
+        grid.add_row(line(name), *cells, _short(gap, signed=True))
     return grid
 
 

@@ -120,9 +120,8 @@ def test_regression_shows_its_own_metrics_and_no_loss_where_there_is_none() -> N
 
 
 def test_comparison_fits_80_columns_and_cuts_no_number() -> None:
-    phases = {row.phase: row for row in TABLE.rows}
     names = ("update", "inference+debias", "all-bn-frozen")
-    table = text.comparison_table(text.ComparisonRow(name=n, phases=phases) for n in names)
+    table = text.comparison_table(dict.fromkeys(names, TABLE))
     assert text.render(table) == (
         "row                       dynamic          phase 0          phase 1     gap\n"
         "                   loss  acc  AUC   loss  acc  AUC   loss  acc  AUC     acc\n"
@@ -134,8 +133,9 @@ def test_comparison_fits_80_columns_and_cuts_no_number() -> None:
 
 
 def test_comparison_leaves_out_a_metric_that_nobody_has() -> None:
-    rows = {name: phase(name, 12.345, accuracy=0.9996) for name in ("0", "1")}
-    shown = text.render(text.comparison_table([text.ComparisonRow(name="batch", phases=rows)]))
+    rows = tuple(phase(name, 12.345, accuracy=0.9996) for name in ("0", "1"))
+    table = PhaseTable(rows=rows, task="binary", samples=10, sites=1)
+    shown = text.render(text.comparison_table({"batch": table}))
     assert "AUC" not in shown
     assert "12.3 1.00" in shown
     assert " – " in shown  # the dynamic phase was not measured
