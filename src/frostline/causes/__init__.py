@@ -1,9 +1,9 @@
 """Causes: what explains the gap, ranked, each with its share of it.
 
-Each family has a module with one function per cause code; a function reads a
-:class:`~frostline.causes.case.Case` and says what it knows, in numbers. Here they are asked in
-turn, what one explains is taken from the others, and shares and ranks are made. No framework, no
-model, no repair.
+One function per cause, under :func:`~frostline.causes.registry.cause`, in the module of its family.
+A function reads a :class:`~frostline.causes.case.Case` and claims a part of the gap. This module
+calls them in order of rank, takes from each what another one explains, and computes the shares. It
+knows no framework, no model and no repair.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def causes(
     total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))
     made = [(claim, _share(claim, total)) for claim in claims]
     made = [(c, s) for c, s in made if c.standing > 0 or (s is not None and s >= _SMALLEST_SHARE)]
-    made.sort(key=lambda each: -max(each[0].standing, each[1] or 0.0))  # stable: ties keep order
+    made.sort(key=lambda pair: -max(pair[0].standing, pair[1] or 0.0))  # stable: ties keep order
     found = tuple(_cause(claim, share) for claim, share in made)
     if found:
         return found
@@ -55,14 +55,14 @@ def causes(
 
 
 def _merged(claims: Sequence[Claim]) -> list[Claim]:
-    """One claim per code: the first one's words, all sites, the sum of the amounts."""
+    """Merge the claims of one code: the first message, all sites, the sum of the amounts."""
     found: dict[str, Claim] = {}
     for claim in claims:
         first = found.get(claim.code)
         if first is None:
             found[claim.code] = claim
             continue
-        amounts = [each for each in (first.amount, claim.amount) if each is not None]
+        amounts = [amount for amount in (first.amount, claim.amount) if amount is not None]
         found[claim.code] = replace(
             first,
             sites=tuple(dict.fromkeys((*first.sites, *claim.sites))),
@@ -72,17 +72,17 @@ def _merged(claims: Sequence[Claim]) -> list[Claim]:
     return list(found.values())
 
 
-#: Where one of these is told, losses or statistics of the data are not those of training, and what
-#: is only inferred from them says nothing.
+#: With one of these the losses or the statistics of the data are not those of training, so nothing
+#: can be inferred from them.
 _VOIDING = (CauseCode.LABEL_ORDER, CauseCode.LOADING, CauseCode.STALE_PARAMS, CauseCode.KERNEL_BUG)
 
 
 def _not_void(claims: list[Claim]) -> list[Claim]:
-    """Leave out what is inferred from a gap that wrong labels, weights or outputs make."""
-    strong = [each for each in claims if each.code in _VOIDING and each.standing >= 1]
+    """Drop what is inferred from a gap that wrong labels, weights or outputs make."""
+    strong = [claim for claim in claims if claim.code in _VOIDING and claim.standing >= 1]
     if not strong:
         return claims
-    return [each for each in claims if not each.code.is_bn or each.standing > 0]
+    return [claim for claim in claims if not claim.code.is_bn or claim.standing > 0]
 
 
 def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list[Claim]:
@@ -150,33 +150,33 @@ def _none(case: Case) -> Cause:
     samples = case.measurement.samples
     saved = max(0.0, -case.change("population", "inference"))
     if known is None:
-        told, settle = "no gap was measured, and nothing else explains one", "labelled data"
+        text, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
-        told = f"training mode and inference differ by {number(known.estimate)} in loss, and "
-        told += "nothing that is known here explains it"
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, and "
+        text += "nothing that is known here explains it"
         settle = "the data and the batch size of training, and a reference, as reference="
         if saved:
-            told += f"; exact statistics of these data would save {number(saved)}"
+            text += f"; exact statistics of these data would save {number(saved)}"
     elif saved:
-        told = f"training mode and inference differ by {number(known.estimate)} in loss, but exact "
-        told += f"statistics of these data would save {number(saved)}, which batches of "
-        told += f"{case.measurement.batch_size} are too small to show"
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, but exact "
+        text += f"statistics of these data would save {number(saved)}, which batches of "
+        text += f"{case.measurement.batch_size} are too small to show"
         settle = "the batch size of training, as batch_size=, or recalibrate and compare"
     elif known.excludes_zero:
-        told = f"training mode and inference differ by {number(known.estimate)} in loss, too "
-        told += "little to matter, and nothing else was found"
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, too "
+        text += "little to matter, and nothing else was found"
         settle = "validation data, as validation="
     else:
-        told = f"training mode and inference differ by {number(known.estimate)} in loss, which may "
-        told += f"be chance ({known.level:.0%} interval {number(known.low)} to "
-        told += f"{number(known.high)}, {samples} samples)"
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, which may "
+        text += f"be chance ({known.level:.0%} interval {number(known.low)} to "
+        text += f"{number(known.high)}, {samples} samples)"
         settle = "more samples, or validation data, as validation="
     return Cause(
         code=CauseCode.NONE.value,
         share=None,
         sites=(),
         certainty="may" if known is None or case.bn_gap or case.total_gap or saved else "is",
-        message=told,
+        message=text,
         evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
         settle=settle,
     )

@@ -1,7 +1,7 @@
-"""Which mechanism explains the stored statistics of each site: one word per site.
+"""Which cause explains the stored statistics of each site: one cause per site.
 
-Tests go from facts about the numbers themselves to what is inferred from how long and how fast the
-average was; the first that fits a site keeps it, so that no part of the gap is told twice.
+Tests run from facts about the numbers to inferences from the length and decay of the average. The
+first one that fits a site wins, so no part of the gap is counted twice.
 """
 
 from __future__ import annotations
@@ -20,64 +20,65 @@ from frostline.types import Array, Certainty
 from frostline.types.codes import CauseCode
 from frostline.types.measured import SiteMeasurement
 
-#: Windows of a moving average, ``1 / (1 − decay)`` updates each, below which a run is so short that
-#: the average still trails weights that settle. A longer one saw its last weights long enough: what
-#: it lags behind by then changed after the last update. The public reports of lag end at five.
+#: A run shorter than this many windows of the moving average, ``1 / (1 − decay)`` updates each, is
+#: so short that the average still trails weights that settle. After a longer run the average has
+#: seen the last weights for long enough, so a remaining difference arose after the last update. The
+#: public reports of lag end at five windows.
 WINDOWS = 7.5
 
-#: What is left of the way from the initial values may be this many times ``decayⁿ``: batches of
-#: early training, which were like the initial values, stand in the average as well.
+#: The remaining distance from the initial values may be this many times ``decayⁿ``, because the
+#: average also holds batches of early training, which were close to the initial values.
 LEFT_OF_WAY = 5.0
 
-#: Classes that come in batches of their own because they are two sources: real and made up.
+#: With two classes, batches of one class each mean two sources: real and generated.
 SOURCES = 2
 
-#: Part of the predicted n/(n − 1) by which its channels, and their median, may miss it.
+#: Largest error of the channels, and of their median, relative to the predicted n/(n − 1).
 BESSEL_FITS = 0.35
 
-#: PyTorch momenta that people copy; Keras' are one minus these.
+#: PyTorch momenta that people copy into Keras, where they should be one minus these.
 TORCH_MOMENTA = (0.1, 0.05, 0.03, 0.02, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 
-#: Quotient of the total and the within-class variance from which the two can be told apart: the
-#: variance of one batch of 32 values has a relative standard error of 0.25.
+#: Smallest ratio of the total to the within-class variance that can be distinguished from 1: the
+#: variance of a batch of 32 values has a relative standard error of 0.25.
 BETWEEN = 1.25
 
-#: Correlation over channels above which stored statistics lie on the line from their initial
-#: values to those of the data, and the largest part of the way that still counts as "not there".
+#: Stored statistics lie on the line from their initial values to those of the data when the
+#: correlation over channels exceeds the first number, and have not arrived below the second.
 ON_THE_LINE = 0.9
 ON_THE_WAY = 0.9
 
-#: Distance from 0 and 1 up to which the old part of an average is taken for these: the batches of
-#: early training stand in it as well.
+#: Up to this distance from 0 and 1 the old part of an average counts as the initial values: it also
+#: holds batches of early training.
 NEAR_INITIAL = 0.5
 
-#: Spread of the variance ratio over channels, relative to its size, below which one map of the
-#: input explains a site: borders of padded images add to the spread.
+#: One map of the input explains a site when the variance ratio spreads over channels by less than
+#: this share of its size; the borders of padded images add to the spread.
 ONE_RATIO = 0.4
 
-#: Quotients of the usual encodings of pixels: 0 to 255, against 0 to 1, −1 to 1, and ImageNet's
-#: deviations; the contrast that other images may have beside it; the spread of the logarithm over
-#: channels; and how well large channels must be those that are large in the data.
+#: Ratio of pixels from 0 to 255 to the usual other encodings: 0 to 1, −1 to 1, ImageNet's standard
+#: deviations. Then: the extra contrast that other images may have, the spread of the logarithm over
+#: channels, and the least correlation of stored and measured channels.
 ENCODINGS = (255.0, 127.5, 57.0)
 CONTRAST = 2.7
 ONE_SCALE = 0.5
 SAME_CHANNELS = 0.6
 
-#: A site differs abruptly when it is this many times as far off as every site before it.
+#: A site differs abruptly when it is this many times farther off than every site before it.
 ABRUPT = 4.0
 
-#: Part of the distance of a site before it below which a site has no distance of its own.
+#: Below this share of the distance of an earlier site, a site has no distance of its own.
 FAINT = 0.25
 
-#: Quotient of stored and measured variance from which a few extreme batches are more likely than
-#: other data: ten times the contrast.
+#: Above this ratio of stored to measured variance, a few extreme batches are more likely than other
+#: data: it is ten times the contrast.
 EXTREME = 100.0
 
 
 #: Roles of frozen sites that do something else in training than at inference.
 _UNSTEADY = ("frozen batch", "frozen drift")
 
-#: What the first site may be blamed for, where its inputs may be to blame.
+#: Causes at the first site for which its inputs may be to blame.
 _TELLING = (CauseCode.EMA_LAG, CauseCode.DOMAIN_STATS, CauseCode.STALE_AFTER_WEIGHT_EDIT)
 
 #: Path -> what explains the stored statistics of the site.
@@ -100,9 +101,9 @@ class SiteExplanation:
 
 
 def assign(case: Case) -> Assigned:
-    """Map each site whose stored statistics are in question to what explains them.
+    """Map each site with questionable stored statistics to what explains them.
 
-    Sites that are frozen and sound are left out: their gap has to do with how they are frozen.
+    Frozen sites with sound statistics are left out: their gap comes from how they are frozen.
     """
     found: dict[str, SiteExplanation] = {}
     later = _later_tests(case)
@@ -151,31 +152,31 @@ def poisoned(case: Case, path: str) -> SiteExplanation | None:
 
 def never_updated(case: Case, path: str) -> SiteExplanation | None:
     """Mean 0 or variance 1 (or 0) in every channel although in use, or a decay of 1."""
-    each = case.sites[path]
-    initial = initial_values(each)
+    facts = case.sites[path]
+    initial = initial_values(facts)
     if initial is None:
         return None
-    used, far = bool(case.steps) or affine_is_trained(each), case.mismatch(path) > FAR
+    used, far = bool(case.steps) or affine_is_trained(facts), case.mismatch(path) > FAR
     if initial.mean and initial.variance and (used or far):
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"initial": 1.0})
     if initial.half and far:
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"half_initial": 1.0})
-    if each.updates == 0 and case.steps and case.mismatch(path) > AGREES / 2:
+    if facts.updates == 0 and case.steps and case.mismatch(path) > AGREES / 2:
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"updates": 0.0})
     stuck = case.roles[path] == "unmoved" or (
-        case.roles[path] == "moving" and each.site.decay >= 1 and not each.cumulative
+        case.roles[path] == "moving" and facts.site.decay >= 1 and not facts.cumulative
     )
     if stuck and case.mismatch(path) > AGREES / 2:
-        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"decay": each.site.decay})
+        return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"decay": facts.site.decay})
     return None
 
 
 def short_average(case: Case, path: str) -> SiteExplanation | None:
     """A decay so low that the average is the last batch or two."""
-    each = case.sites[path]
-    decay = each.site.decay
+    facts = case.sites[path]
+    decay = facts.site.decay
     moved = case.roles[path] in ("moving", "frozen drift")
-    if not moved or not is_short(each) or each.site.debias:
+    if not moved or not is_short(facts) or facts.site.debias:
         return None
     usual = any(math.isclose(decay, value, rel_tol=1e-6) for value in TORCH_MOMENTA)
     code = CauseCode.MOMENTUM_CONVENTION if usual else CauseCode.EMA_NOISE
@@ -212,14 +213,17 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
         missing = np.log(found.batch_variance / found.stored_variance)
         shift = np.abs(found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance)
     sound = np.isfinite(between) & np.isfinite(missing) & np.isfinite(shift)
-    told = sound & (between > math.log(BETWEEN))  # channels that can tell the two apart
-    if told.sum() < max(1, sound.sum() / 2):
+    telling = sound & (between > math.log(BETWEEN))  # channels that can tell the two apart
+    if telling.sum() < max(1, sound.sum() / 2):
         return None
-    if float(np.median(np.abs(missing - between)[told])) > float(np.median(between[told])) / 2:
+    if (
+        float(np.median(np.abs(missing - between)[telling]))
+        > float(np.median(between[telling])) / 2
+    ):
         return None
-    if float(np.median(shift[told])) > 2 * FAR:
+    if float(np.median(shift[telling])) > 2 * FAR:
         return None
-    missing_part = 1 - math.exp(-float(np.median(missing[told])))
+    missing_part = 1 - math.exp(-float(np.median(missing[telling])))
     return SiteExplanation(CauseCode.MIXED_SOURCES, {"missing_variance": missing_part}, "may")
 
 
@@ -345,9 +349,9 @@ def _other_epsilon(case: Case, path: str) -> SiteExplanation | None:
 def _last_class(case: Case) -> Callable[[Case, str], SiteExplanation | None]:
     """Statistics of one class, the same at all sites: data in the order of their classes."""
     off = {
-        path: each.class_distances
-        for path, each in case.measurement.sites.items()
-        if each.class_distances is not None and case.roles.get(path) == "moving"
+        path: site.class_distances
+        for path, site in case.measurement.sites.items()
+        if site.class_distances is not None and case.roles.get(path) == "moving"
     }
     label = _nearest_class(case, off) if len(off) > 1 else None
 
@@ -431,7 +435,7 @@ def bessel_bias(case: Case, path: str) -> float | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         measured = np.log(found.stored_variance / found.batch_variance)
     measured = measured[np.isfinite(measured)]
-    if not measured.size or predicted < 2e-4:  # not to be told from rounding and noise
+    if not measured.size or predicted < 2e-4:  # within rounding and noise
         return None
     shift = np.abs(found.stored_mean - found.batch_mean) / np.sqrt(found.batch_variance + 1e-12)
     fits = abs(float(np.median(measured)) - predicted) <= BESSEL_FITS * predicted
@@ -526,7 +530,7 @@ def scale_of_inputs(case: Case, assigned: Assigned) -> float | None:
     if float(np.corrcoef(both)[0, 1]) < SAME_CHANNELS:
         return None
     low, middle, high = np.quantile((both[0] - both[1]) / 2, [0.25, 0.5, 0.75])
-    near = min(abs(abs(middle) - math.log(each)) for each in ENCODINGS)
+    near = min(abs(abs(middle) - math.log(factor)) for factor in ENCODINGS)
     if near > math.log(CONTRAST) or high - low > ONE_SCALE:
         return None
     return math.exp(float(middle))

@@ -68,20 +68,20 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not paths:
         return
     verdicts = [assigned[path].number for path in paths]
-    if any("initial" in each for each in verdicts):
-        told = "mean and variance are the initial values in every channel"
-    elif any("half_initial" in each for each in verdicts):
-        told = "one of mean and variance is the initial value in every channel"
-    elif any("updates" in each for each in verdicts):
-        told = "the layers have counted none"
+    if any("initial" in numbers for numbers in verdicts):
+        text = "mean and variance are the initial values in every channel"
+    elif any("half_initial" in numbers for numbers in verdicts):
+        text = "one of mean and variance is the initial value in every channel"
+    elif any("updates" in numbers for numbers in verdicts):
+        text = "the layers have counted none"
     else:
-        told = f"training mode does not move them ({case.decay_told(paths[0])})"
+        text = f"training mode does not move them ({case.decay_text(paths[0])})"
     trained = f" after {count(case.steps, 'step')}" if case.steps else ""
     amount = _amount(case, paths)
     yield Claim(
         code=CauseCode.STATS_NEVER_UPDATED,
         message=f"the statistics of {count(len(paths), 'site')} were never updated{trained}: "
-        f"{told}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
+        f"{text}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
         "deviations away",
         sites=paths,
         amount=amount,
@@ -137,34 +137,34 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         shared = case.blame(paths[:1]) * case.stale_part / 2
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
     shares = {path: s for path in paths if (s := case.old_share(path)) is not None}
-    told = "the stored statistics trail the weights"
+    text = "the stored statistics trail the weights"
     settle = f"{_REFERENCE}, or the training history"
     if shares:
         slowest = max(shares, key=lambda path: shares[path])
         updates, oldest = case.updates(slowest) or 0, shares[slowest]
         decay = case.sites[slowest].site.decay
         evidence |= {"steps": float(updates), "decay": decay, "old_share": oldest}
-        told = f"{count(updates, 'update')} at {case.decay_told(slowest)} "
+        text = f"{count(updates, 'update')} at {case.decay_text(slowest)} "
         if oldest > OLD_SHARE:
-            told += f"leave {oldest:.0%} of the old statistics"
+            text += f"leave {oldest:.0%} of the old statistics"
         else:
-            told += f"are {number(case.windows(slowest) or 0.0)} times as many as the average "
-            told += "looks back, so they trail weights that still moved, or else the weights were "
-            told += "averaged or edited since, or the inputs were augmented, of another domain or "
-            told += "of one client, which looks alike"
+            text += f"are {number(case.windows(slowest) or 0.0)} times as many as the average "
+            text += "looks back, so they trail weights that still moved, or else the weights were "
+            text += "averaged or edited since, or the inputs were augmented, of another domain or "
+            text += "of one client, which looks alike"
             settle = _UNDECIDED
     elif case.sites[paths[0]].cumulative:
         updates = case.updates(paths[0]) or 0
         evidence["steps"] = float(updates)
-        told = "with momentum=None they are the plain mean over all updates "
-        told += f"({updates}), those of earlier weights too"
+        text = "with momentum=None they are the plain mean over all updates "
+        text += f"({updates}), those of earlier weights too"
     ways = [n for path in paths if (n := assigned[path].number.get("way_from_initial")) is not None]
     if ways and not shares:
         evidence["way_from_initial"] = min(ways)
-        told = f"they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
+        text = f"they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
     yield Claim(
         code=CauseCode.EMA_LAG,
-        message=f"the moving averages of {count(len(paths), 'site')} lag: {told}"
+        message=f"the moving averages of {count(len(paths), 'site')} lag: {text}"
         + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
         sites=paths,
         amount=None if amount is None else amount - shared,
@@ -251,10 +251,10 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     amount = max(_amount(case, paths) or 0.0, case.blame(shared), worse, sorted_better)
     if not amount:
         return
-    told, evidence = _mixed_told(assigned, paths)
+    text, evidence = _mixed_text(assigned, paths)
     yield Claim(
         code=CauseCode.MIXED_SOURCES,
-        message=f"{count(len(paths), 'site')} mix sources: {told}",
+        message=f"{count(len(paths), 'site')} mix sources: {text}",
         sites=paths,
         amount=amount,
         certainty=_certainty(assigned, paths),
@@ -264,25 +264,25 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-def _mixed_told(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[str, float]]:
+def _mixed_text(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[str, float]]:
     missing, apart, pure = (
         max((assigned[path].number.get(name, 0.0) for path in paths), default=0.0)
         for name in ("missing_variance", "uses_apart", "pure_batches")
     )
     if apart:
-        told = f"one average serves inputs that are {number(apart)} standard deviations apart"
-        return told, {"uses_apart": apart}
-    last = [each for path in paths if "last_class" in (each := assigned[path].number)]
+        text = f"one average serves inputs that are {number(apart)} standard deviations apart"
+        return text, {"uses_apart": apart}
+    last = [numbers for path in paths if "last_class" in (numbers := assigned[path].number)]
     if last:
-        label, off = int(last[0]["last_class"]), max(each["off_class"] for each in last)
-        told = f"the stored statistics are those of class {label} alone, to {number(off)} standard "
-        told += "deviations: the data came in the order of their classes"
-        return told, {"last_class": float(label), "off_class": off}
+        label, off = int(last[0]["last_class"]), max(numbers["off_class"] for numbers in last)
+        text = f"the stored statistics are those of class {label} alone, to {number(off)} standard "
+        text += "deviations: the data came in the order of their classes"
+        return text, {"last_class": float(label), "off_class": off}
     if missing:
-        told = f"the stored variance lacks {missing:.0%}, just the part between the classes: it "
-        return told + "was averaged over batches of one class each", {"missing_variance": missing}
-    told = f"batches of one class each give a loss {number(pure)} lower than mixed ones, as if "
-    return told + "trained on such, and one average serves all of them", {"pure_batches": pure}
+        text = f"the stored variance lacks {missing:.0%}, just the part between the classes: it "
+        return text + "was averaged over batches of one class each", {"missing_variance": missing}
+    text = f"batches of one class each give a loss {number(pure)} lower than mixed ones, as if "
+    return text + "trained on such, and one average serves all of them", {"pure_batches": pure}
 
 
 @cause(CauseCode.BESSEL, rank=180, treated_by=(Fix.RECALIBRATE,))
@@ -330,10 +330,10 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             findings=case.found("FL113"),
         )
         return
-    findings = [each for each in case.findings if each.code == "FL113"]
-    paths = tuple(path for path in case.sites if any(path in each.sites for each in findings))
+    findings = [finding for finding in case.findings if finding.code == "FL113"]
+    paths = tuple(path for path in case.sites if any(path in finding.sites for finding in findings))
     if findings:
-        effect = max(float(each.evidence.get("effect", 0.0)) for each in findings)
+        effect = max(float(finding.evidence.get("effect", 0.0)) for finding in findings)
         yield Claim(
             code=CauseCode.EPS_MISMATCH,
             message=f"epsilon of {count(len(paths), 'site')} is not that of the others, which "
@@ -393,13 +393,13 @@ def _short(case: Case, assigned: Assigned, code: CauseCode) -> Iterator[Claim]:
     decay = case.sites[paths[0]].site.decay
     noise = max((case.measurement.sites[p].noise for p in paths if p in case.measurement.sites),
                 default=0.0)  # fmt: skip
-    told = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
-    told += f"last batch, off by up to {number(noise)} standard deviations"
+    text = f"an update replaces {1 - decay:.0%} of the statistics, so that they are those of the "
+    text += f"last batch, off by up to {number(noise)} standard deviations"
     if code == CauseCode.MOMENTUM_CONVENTION:
-        told += f"; {case.sites[paths[0]].words.other_convention(decay)}"
+        text += f"; {case.sites[paths[0]].words.other_convention(decay)}"
     yield Claim(
         code=code,
-        message=f"{count(len(paths), 'site')} with {case.decay_told(paths[0])}: {told}",
+        message=f"{count(len(paths), 'site')} with {case.decay_text(paths[0])}: {text}",
         sites=paths,
         amount=amount,
         standing=0.1,

@@ -12,11 +12,11 @@ from frostline.causes.registry import cause
 from frostline.rules.predicates import uses_batch
 from frostline.types.codes import CauseCode, Fix
 
-#: Part of the excess of inference that batches must give beyond the population's statistics.
+#: Batches must save this share of the gap beyond what population statistics save.
 BEYOND = 0.2
 
-#: Largest change of an output, relative to the largest one, that another batch size or other
-#: neighbours may make: other algorithms of a convolution reorder float32 sums.
+#: Another batch size or other neighbours may change an output by this share of the largest one:
+#: other convolution algorithms reorder float32 sums.
 REORDERED = 1e-3
 
 #: The same where sites compute in half precision.
@@ -43,17 +43,17 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     neighbours = case.measurement.neighbours or 0.0
     evidence = {"sites": float(len(paths)), "neighbours": neighbours}
     spread = _inference_spread(case)
-    told = f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
+    text = f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
     if spread is not None:
         evidence["loss_over_batch_sizes"] = spread
-        told += f", the loss by {number(spread)} over batch sizes"
+        text += f", the loss by {number(spread)} over batch sizes"
     better = case.change("inference", "population")
     if better < 0:
         evidence["better_than_population"] = -better
-        told += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
+        text += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
     yield Claim(
         code=CauseCode.FORCED_TRAIN,
-        message=f"{count(len(paths), 'site')} used statistics of the batch at inference: {told}",
+        message=f"{count(len(paths), 'site')} used statistics of the batch at inference: {text}",
         sites=paths,
         standing=2.5,
         certainty="is",
@@ -68,7 +68,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     behaviour = case.measurement.behaviour.values()
     if any(seen.inference is not None and seen.inference > 0 for seen in behaviour):
         return
-    half = any("16" in each.site.dtype for each in case.facts)
+    half = any("16" in site.site.dtype for site in case.facts)
     tolerance = REORDERED_HALF if half else REORDERED
     wrong = [p for p in case.measurement.sweep if p.inference_change > tolerance]
     neighbours = case.measurement.neighbours or 0.0
@@ -118,16 +118,18 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     size = case.measurement.batch_size
     paths = case.few_values(size)
     amount = case.beyond_population
-    averaged = tuple(path for path, each in assigned.items() if each.code == CauseCode.SMALL_BATCH)
+    averaged = tuple(
+        path for path, explanation in assigned.items() if explanation.code == CauseCode.SMALL_BATCH
+    )
     if case.inference_is_worse and paths and amount >= BEYOND * abs(case.bn_gap):
         fewest = min(case.values_per_batch(path, size) or 0 for path in paths)
-        told = f"see as few as {count(fewest, 'value')} per channel in a batch of {size}"
+        text = f"see as few as {count(fewest, 'value')} per channel in a batch of {size}"
         if fewest >= FEW_VALUES:
-            told = f"see {fewest} values per channel in a batch of {size}, of images so unlike "
-            told += "that they are worth few"
+            text = f"see {fewest} values per channel in a batch of {size}, of images so unlike "
+            text += "that they are worth few"
         yield Claim(
             code=CauseCode.SMALL_BATCH,
-            message=f"{count(len(paths), 'site')} {told}: batches of that size give a loss "
+            message=f"{count(len(paths), 'site')} {text}: batches of that size give a loss "
             f"{number(amount)} lower than exact statistics of all the data",
             sites=paths,
             amount=min(amount, abs(case.bn_gap)) + case.blame(averaged) * case.stale_part,
@@ -141,18 +143,18 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.BATCH_LEAK, rank=160, treated_by=(Fix.RECALIBRATE,))
 def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Batches whose make-up tells the label, or that tell more than any fixed statistics."""
+    """Batches whose composition reveals the label, or more than any fixed statistics hold."""
     if not _tells_class(case):
         yield from _beyond_statistics(case, assigned)
         return
     if any(verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()):
-        return  # two sources, one in each batch: told there
+        return  # two sources, one in each batch: MIXED_SOURCES says so
     sorted_loss, inference = case.loss("sorted"), case.loss("inference")
     if sorted_loss is None or inference is None:
         return
     accuracies = case.accuracy("sorted"), case.accuracy("inference")
     if None not in accuracies and accuracies[0] <= accuracies[1]:  # type: ignore[operator]
-        return  # less confident in wrong answers: whatever that is, no label was told
+        return  # less confident in wrong answers, but no label leaks
     amount = max(0.0, -case.change("sorted", "inference"))
     exact = max(0.0, -case.change("sorted", "population"))
     if not amount or not exact:  # without an advantage over inference there is nothing to explain
@@ -175,7 +177,7 @@ def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 
 def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Batch statistics that no fixed ones can stand for, although the batches are large enough."""
+    """Batch statistics that no fixed ones can replace, although the batches are large enough."""
     amount = case.beyond_population
     if not case.inference_is_worse or amount < BEYOND * abs(case.bn_gap):
         return

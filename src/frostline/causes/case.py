@@ -1,7 +1,7 @@
-"""What every cause is judged by: one measured case, and numbers derived from it.
+"""One measured case, and the numbers derived from it that every cause is judged by.
 
-Nothing here names a cause. Probes become differences that matter or do not, sites get a role, and
-the BN gap is handed out to sites.
+Nothing here names a cause. Differences between probes matter or do not, sites get a role, and the
+BN gap is split among the sites.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from frostline.types.measured import Difference, Interval, Measurement, Probe
 
 Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
 
-#: A difference below this share of the larger loss is not worth a cause: what dropout or rounding
-#: leaves in a healthy model (the same number as ``measure.SMALL_GAP``).
+#: A difference below this share of the larger loss needs no cause: dropout and rounding leave as
+#: much in a healthy model (the same number as ``measure.SMALL_GAP``).
 SMALL_SHARE = 0.05
 
 #: Nor is one below this share of the loss of guessing (``log(classes)``): a cross-entropy of 0.02
@@ -44,18 +44,18 @@ SMALL_ACCURACY = 0.02
 #: moving average at 0.99 over batches of 32 values is off by 0.013, at 0.9 by 0.04.
 AGREES = 0.1
 
-#: Distance from which the two are told to be far apart.
+#: Distance from which the two are far apart.
 FAR = 0.25
 
-#: Values per channel below which batch statistics are a matter of luck: the variance of 16 values
+#: Below this many values per channel, batch statistics are mostly noise: the variance of 16 values
 #: has a relative standard error of 37% (rule FL116).
 FEW_VALUES = 16
 
-#: Samples per batch up to which the values of a channel, however many, are those of one image.
+#: Up to this many samples per batch, all values of a channel come from one or two images.
 FEW_SAMPLES = 2
 
-#: Relative difference up to which weights, statistics or outputs are equal: float32 rounding
-#: summed over some thousand terms.
+#: Weights, statistics or outputs are equal up to this relative difference: float32 rounding summed
+#: over some thousand terms.
 EQUAL = 1e-5
 
 #: Residual up to which an attribution is good enough to split a gap by.
@@ -73,7 +73,7 @@ _POPULATIONS = ("population", "population unfrozen", "population frozen")
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What one cause says for itself; shares come later, when all have spoken.
+    """What one cause claims; shares are computed once all claims are known.
 
     Attributes:
         code: Code of the cause.
@@ -243,11 +243,11 @@ class Case:
 
     @cached_property
     def beyond_population(self) -> float:
-        """What the training blend has over the population's statistics, at least 0.
+        """What the training blend saves beyond the population's statistics, at least 0.
 
-        The part of a gap that no stored statistics can close: it lies in the batches themselves.
-        Layers behind locked sites were fitted to what those have stored, so exact statistics count
-        where they do best: at all sites, at those that train, or at those that are frozen.
+        No stored statistics can close this part of the gap: it lies in the batches themselves.
+        Layers behind locked sites were fitted to what those have stored, so the best of three
+        trials counts: exact statistics at all, at the unfrozen or at the frozen sites.
         """
         tried = [name for name in _POPULATIONS if self.probe(name) is not None]
         least = min((self.change(name, "training blend") for name in tried), default=0.0)
@@ -255,9 +255,9 @@ class Case:
 
     @cached_property
     def best_in_pure_batches(self) -> bool:
-        """Batches of one class each do better than mixed ones, inference and exact statistics.
+        """Batches of one class each beat mixed batches, inference and exact statistics.
 
-        In a network trained on mixed batches they lose what tells the classes apart.
+        In a network trained on mixed batches they lose what separates the classes.
         """
         rivals = ("batch", "inference", "population")
         return self.measurement.batch_size > 1 and all(
@@ -314,8 +314,8 @@ class Case:
         )]  # fmt: skip
         if not self.total_gap or parts[0] is None:
             return 0.0
-        told = sum(part.estimate for part in parts[1:] if part is not None)
-        return abs(parts[0].estimate - told)
+        text = sum(part.estimate for part in parts[1:] if part is not None)
+        return abs(parts[0].estimate - text)
 
     @cached_property
     def gap_parts(self) -> float:
@@ -360,30 +360,30 @@ class Case:
         return (
             self.facts.mode is False
             and not trains
-            and all(each.mode is False and each.site.params_frozen for each in self.facts)
+            and all(site.mode is False and site.site.params_frozen for site in self.facts)
         )
 
     @cached_property
     def sites(self) -> Mapping[str, SiteFacts]:
         """Path -> facts, in execution order."""
-        return {each.site.path: each for each in self.facts}
+        return {site.site.path: site for site in self.facts}
 
     @cached_property
     def roles(self) -> Mapping[str, Role]:
         """Path -> what the site does in training, judged by what it did, else by its flags."""
-        return {path: self._role(each) for path, each in self.sites.items()}
+        return {path: self._role(facts) for path, facts in self.sites.items()}
 
     def with_role(self, *roles: Role) -> tuple[str, ...]:
         """Paths of the sites with one of these roles, in execution order."""
         return tuple(path for path, role in self.roles.items() if role in roles)
 
-    def _role(self, each: SiteFacts) -> Role:
-        site = each.site
-        expected = expected_behaviour(each)
+    def _role(self, facts: SiteFacts) -> Role:
+        site = facts.site
+        expected = expected_behaviour(facts)
         seen = self.measurement.behaviour.get(site.path, expected)
         blend = expected.training if seen.training is None else seen.training
         moves = expected.moves if seen.moves is None else seen.moves
-        if self.meant_frozen(each):
+        if self.meant_frozen(facts):
             if moves:
                 return "frozen drift"
             return "frozen batch" if uses_batch(blend) else "locked"
@@ -392,9 +392,9 @@ class Case:
         return "unmoved" if uses_batch(blend) else "locked"
 
     @staticmethod
-    def meant_frozen(each: SiteFacts) -> bool:
+    def meant_frozen(facts: SiteFacts) -> bool:
         """Some flag says that the site, or what holds it, is frozen."""
-        return is_frozen(each) or bool(each.wrapper_frozen) or each.undone
+        return is_frozen(facts) or bool(facts.wrapper_frozen) or facts.undone
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:
@@ -425,8 +425,8 @@ class Case:
         if found is None or not found.shift.size:
             return 0.0
         with np.errstate(invalid="ignore", divide="ignore"):
-            each = np.sqrt(np.square(found.shift) + np.square(np.log(found.ratio)) / 2)
-        value = float(np.median(each))
+            distances = np.sqrt(np.square(found.shift) + np.square(np.log(found.ratio)) / 2)
+        value = float(np.median(distances))
         return value if math.isfinite(value) else math.inf
 
     @cached_property
@@ -463,10 +463,10 @@ class Case:
 
     def stored(self, path: str) -> tuple[Array, Array] | None:
         """Stored mean and variance of a site."""
-        each = self.sites[path]
-        if each.mean is None or each.variance is None:
+        facts = self.sites[path]
+        if facts.mean is None or facts.variance is None:
             return None
-        return each.mean, each.variance
+        return facts.mean, facts.variance
 
     # --- the moving average -------------------------------------------------------------------
 
@@ -489,12 +489,12 @@ class Case:
         """Length of the run in windows of the moving average, ``1 / (1 − decay)`` updates each."""
         return averages.run_length(self.sites[path], self.steps)
 
-    def decay_told(self, path: str) -> str:
+    def decay_text(self, path: str) -> str:
         """The decay of a site in words of its framework."""
-        each = self.sites[path]
-        if each.cumulative:
+        facts = self.sites[path]
+        if facts.cumulative:
             return "momentum=None"
-        return each.words.decay(each.site.decay)
+        return facts.words.decay(facts.site.decay)
 
     # --- reference and findings ---------------------------------------------------------------
 
@@ -529,9 +529,9 @@ class Case:
         return tuple(
             sorted(
                 {
-                    each.code
-                    for each in self.findings
-                    if each.code in codes and (wanted is None or wanted & set(each.sites))
+                    finding.code
+                    for finding in self.findings
+                    if finding.code in codes and (wanted is None or wanted & set(finding.sites))
                 }
             )
         )

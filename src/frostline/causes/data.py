@@ -13,14 +13,14 @@ from frostline.causes.registry import cause
 from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
 from frostline.types.measured import InputMoments
 
-#: Part of the excess of inference that an input transformation must close to be told at all, and
-#: to be told for sure.
+#: Share of the excess of inference that an input transformation must close to be reported at all,
+#: and to be reported as certain.
 REPAIRS_PART = 0.3
 REPAIRS = 0.8
 
-#: Where no accuracy bears it out: the loss in the right encoding is at most so many times the best.
-#: Without the check inputs that are mapped to one value look repaired, for a constant answer is
-#: better than one that is far off.
+#: Without an accuracy, the loss in the right encoding may be at most this many times the best one.
+#: Otherwise inputs mapped to one value would look repaired: a constant answer beats one that is far
+#: off.
 AS_GOOD = 3.0
 
 #: Inference is as good as it gets when its loss is below this share of guessing.
@@ -36,7 +36,7 @@ CONFIDENT = 1.3
 #: Gain in accuracy of the best renaming of the classes; random labels gain less.
 RENAMED = 0.3
 
-#: Shuffled labels that a renaming must fit better than: by chance it does once in as many.
+#: A renaming must fit better than this many shuffles of the labels.
 SHUFFLES = 20
 
 #: Steps after which a network that can learn has left chance.
@@ -49,7 +49,7 @@ TIMES = 1.5
 #: Part of the spread of the inputs by which an affine map of them may miss their range.
 RANGE = 0.15
 
-#: Transformations within the reach of another contrast or brightness -> range that they are for.
+#: Transformations that another contrast or brightness could explain -> range they are meant for.
 _MILD = {
     "x*2-1": (0.0, 1.0),
     "(x+1)/2": (-1.0, 1.0),
@@ -81,14 +81,14 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     kinds = case.measurement.noise_layers
     gap = case.dropout_gap
     noise = [name for name, kind in kinds.items() if kind != "augmentation"]
-    shifted, told = _shift(case, assigned, CauseCode.DROPOUT)
+    shifted, text = _shift(case, assigned, CauseCode.DROPOUT)
     if not (gap or shifted) or (kinds and not noise):
         return
     evidence = {"dropout_gap": gap, "total_gap": case.total_gap}
     yield Claim(
         code=CauseCode.DROPOUT,
         message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
-        f"({count(len(noise), 'layer')} act in training only){told}",
+        f"({count(len(noise), 'layer')} act in training only){text}",
         amount=abs(gap) + shifted,
         certainty="is" if len(noise) == len(kinds) else "may",
         evidence=evidence | ({"variance_shift": shifted} if shifted else {}),
@@ -101,13 +101,13 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
     kinds = case.measurement.noise_layers
     layers = [name for name, kind in kinds.items() if kind == "augmentation"]
     gap = case.dropout_gap
-    shifted, told = _shift(case, assigned, CauseCode.AUGMENT_TRAIN_ONLY)
+    shifted, cost = _shift(case, assigned, CauseCode.AUGMENT_TRAIN_ONLY)
     if layers and (gap or shifted):
         only = len(layers) == len(kinds)
         yield Claim(
             code=CauseCode.AUGMENT_TRAIN_ONLY,
             message=f"{count(len(layers), 'augmentation layer')}, with BN as at inference, change "
-            f"the loss by {gap:+.3g}{told}",
+            f"the loss by {gap:+.3g}{cost}",
             amount=abs(gap) + shifted if only else None,
             standing=0.3,
             certainty="is" if only else "may",
@@ -126,7 +126,7 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
         text += "training saw harder inputs"
     yield Claim(
         code=CauseCode.AUGMENT_TRAIN_ONLY,
-        message=text + told,
+        message=text + cost,
         amount=shifted or None,
         standing=0.4,
         certainty="may",
@@ -141,8 +141,8 @@ def _shift(case: Case, assigned: Assigned, code: CauseCode) -> tuple[float, str]
     amount = case.blame(paths) * case.stale_part
     if not amount:
         return 0.0, ""
-    told = f"; the stored statistics of {count(len(paths), 'site')} are those with it, which costs "
-    return amount, told + f"{number(amount)} at inference"
+    text = f"; the stored statistics of {count(len(paths), 'site')} are those with it, which costs "
+    return amount, text + f"{number(amount)} at inference"
 
 
 @cause(CauseCode.EPOCH_AVERAGE, rank=260)
@@ -182,12 +182,12 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     scale = scale_of_inputs(case, assigned)
     if scale is not None:
-        told = (
+        text = (
             f"{number(scale)} times as strong" if scale > 1 else f"1/{number(1 / scale)} of these"
         )
         yield Claim(
             code=CauseCode.PREPROCESS,
-            message=f"the statistics of the first site were taken of inputs {told}, by one factor "
+            message=f"the statistics of the first site were taken of inputs {text}, by one factor "
             "in all channels, as between pixels from 0 to 255 and others: the inputs are scaled in "
             "another way than then",
             standing=0.3,
@@ -245,14 +245,14 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     if now is None or name is None or gain <= REPAIRS_PART * now.loss:
         return None
     found = [case.probe(probe) for probe in (name, "training blend", "batch", "population")]
-    probes = [each for each in found if each is not None]
-    best = min(each.loss for each in probes)
+    probes = [probe for probe in found if probe is not None]
+    best = min(probe.loss for probe in probes)
     part = gain / (now.loss - best)
     if now.accuracy is None:
         if now.loss - gain > AS_GOOD * best > 0:
             return None
     else:
-        reached = [each.accuracy or 0.0 for each in probes]
+        reached = [probe.accuracy or 0.0 for probe in probes]
         missing = max(reached) - now.accuracy
         if missing < SMALL_ACCURACY:
             return None
@@ -265,9 +265,9 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
 def _plausible(name: str, case: Case) -> bool:
     """Whether the inputs could be in the encoding that this transformation starts from.
 
-    Factors of a hundred are nobody's contrast. A change of two, or of an offset, is: then the
-    inputs must fill the range that the transformation is for, and the stored statistics must have
-    left their initial values, for on the way from there another contrast may suit them better.
+    No change of contrast explains a factor of a hundred, but it explains a factor of two or an
+    offset. For those the inputs must fill the range of the transformation, and the stored
+    statistics must have left their initial values: on the way, another contrast may suit them.
     """
     ends = _MILD.get(name)
     if ends is None:
@@ -289,8 +289,8 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     if now is None or known.chance is None or known.task not in ("binary", "multiclass"):
         return
     names = ("inference", "training", "training blend", "batch", "population", "sorted")
-    found = [value for each in names if (value := case.accuracy(each)) is not None]
-    # A phase that does well by these labels shows that they are right, and inference inverts them.
+    found = [value for name in names if (value := case.accuracy(name)) is not None]
+    # A phase that does well shows that the labels are right.
     renamed = 0.0 if known.relabelled is None or max(found) >= now + RENAMED else known.relabelled
     if renamed >= max(0.5, now + RENAMED) and _beats_chance(case):
         yield Claim(
@@ -377,18 +377,18 @@ def _other_validation_inputs(case: Case) -> Iterator[Claim]:
     assert second is not None
     found = input_map(first, second)
     evidence: dict[str, float | str] = {"inputs_apart": apart}
-    told = f"they are {number(apart)} deviations from the training inputs"
+    text = f"they are {number(apart)} deviations from the training inputs"
     sure = False
     if found is not None:
         scale, offset = found
         evidence |= {"scale": scale, "offset": offset}
-        told = f"they are the training inputs times {number(scale)} plus {number(offset)}"
+        text = f"they are the training inputs times {number(scale)} plus {number(offset)}"
         sure = any(abs(math.log(scale / usual)) < 0.05 for usual in USUAL_SCALES)
         if abs(math.log(scale)) > 5 * math.log(2):
             sure = True
     yield Claim(
         code=CauseCode.PREPROCESS,
-        message=f"validation inputs are prepared in another way: {told}; inference gives "
+        message=f"validation inputs are prepared in another way: {text}; inference gives "
         f"{_both(case, 'inference')} on training samples and "
         f"{_both(case, 'validation inference')} on validation samples",
         standing=0.9,
@@ -422,7 +422,7 @@ def _beats_chance(case: Case) -> bool:
 def _at_chance(case: Case, now: float) -> Iterator[Claim]:
     known = case.measurement
     chance, guessing = known.chance or 0.0, math.log(known.classes or 2)
-    found = [case.loss(each) for each in ("inference", "batch", "training")]
+    found = [case.loss(name) for name in ("inference", "batch", "training")]
     lowest = min((value for value in found if value is not None), default=0.0)
     confident = lowest >= CONFIDENT * guessing
     reported = _last(case, *_ACCURACIES)
@@ -431,17 +431,17 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
     fine = elsewhere is not None and elsewhere > chance + 2 * AT_CHANCE
     if not (confident or trained_well or fine or (case.steps or 0) >= SOME_STEPS):
         return
-    told = f"accuracy is {now:.1%} in every phase, as by guessing ({chance:.1%})"
+    text = f"accuracy is {now:.1%} in every phase, as by guessing ({chance:.1%})"
     if confident:
-        told += f", with {number(lowest / guessing)} times the loss of guessing"
+        text += f", with {number(lowest / guessing)} times the loss of guessing"
     if trained_well:
-        told += f", while training reported {reported:.1%}"
+        text += f", while training reported {reported:.1%}"
     if fine:
-        told += f", while validation samples reach {elsewhere:.1%}"
+        text += f", while validation samples reach {elsewhere:.1%}"
     settled = trained_well and confident
     yield Claim(
         code=CauseCode.LABEL_ORDER,
-        message=f"{told}: labels and samples may not belong together",
+        message=f"{text}: labels and samples may not belong together",
         standing=1.2 if confident or trained_well or fine else 0.35,
         certainty="is" if settled else "may",
         evidence={"accuracy": now, "chance": chance, "loss": lowest},
@@ -492,7 +492,7 @@ def _is_worse(case: Case, name: str) -> bool:
         return False
     if found.accuracy is not None and now.accuracy is not None:
         pairs = ((found.accuracy, len(found.losses)), (now.accuracy, len(now.losses)))
-        noise = math.sqrt(sum(each * (1 - each) / samples for each, samples in pairs))
+        noise = math.sqrt(sum(accuracy * (1 - accuracy) / samples for accuracy, samples in pairs))
         return now.accuracy - found.accuracy >= max(LOWER, 2 * noise)
     return found.loss >= max(TIMES * now.loss, now.loss + 5 * case.floor)
 

@@ -35,11 +35,11 @@ def loading(case: Case, _: Assigned) -> Iterator[Claim]:
     outputs = known.outputs or 0.0
     if outputs <= REORDERED and not known.settings:
         return
-    settings = "; ".join(f"{path}: {told}" for path, told in list(known.settings.items())[:3])
-    told = f"outputs differ by up to {number(outputs)} of the largest one"
+    settings = "; ".join(f"{path}: {text}" for path, text in list(known.settings.items())[:3])
+    text = f"outputs differ by up to {number(outputs)} of the largest one"
     yield Claim(
         code=CauseCode.LOADING,
-        message=f"weights and statistics equal the reference's, but {told}"
+        message=f"weights and statistics equal the reference's, but {text}"
         + (f" (settings: {settings})" if settings else ""),
         standing=1.8 if outputs > REORDERED else 0.3,
         certainty="is" if outputs > REORDERED else "may",
@@ -63,10 +63,10 @@ def stale_params(case: Case, _: Assigned) -> Iterator[Claim]:
     poor = accuracy is not None and chance is not None and accuracy < chance + AT_CHANCE
     if not better and not poor:
         return
-    told = f", while training reported a loss of {number(losses[-1])}" if better else ""
+    text = f", while training reported a loss of {number(losses[-1])}" if better else ""
     yield Claim(
         code=CauseCode.STALE_PARAMS,
-        message=f"after {case.steps} steps every weight equals the reference's{told}: these are "
+        message=f"after {case.steps} steps every weight equals the reference's{text}: these are "
         "not the weights that were trained",
         standing=1.6,
         certainty="is" if better else "may",

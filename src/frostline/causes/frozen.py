@@ -10,10 +10,10 @@ from frostline.causes.registry import cause
 from frostline.types import Certainty
 from frostline.types.codes import CauseCode, Fix
 
-#: Rank of a fact about frozen sites that shows in no gap: told, behind all that do.
+#: Rank of a fact about frozen sites that shows in no gap: reported after those that do.
 _QUIET = 0.15
 
-#: Rank of what a reference model shows: the user gave it to be compared.
+#: Rank of what a reference model shows: the user asked for the comparison.
 _SHOWN = 0.95
 
 
@@ -31,13 +31,13 @@ def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not paths:
         return
     amount = case.blame(paths) or None
-    told = "which shows in no gap on these samples"
+    text = "which shows in no gap on these samples"
     if amount is not None:
-        told = f"which is {number(amount)} of the {number(abs(case.bn_gap))} BN gap in loss"
+        text = f"which is {number(amount)} of the {number(abs(case.bn_gap))} BN gap in loss"
     yield Claim(
         code=CauseCode.FROZEN_BATCH_STATS,
         message=f"{count(len(paths), 'frozen site')} used the statistics of each batch in a "
-        f"training-mode pass and stored ones at inference, {told}",
+        f"training-mode pass and stored ones at inference, {text}",
         sites=paths,
         amount=amount,
         standing=_QUIET,
@@ -64,8 +64,8 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
     drifted = tuple(
         path
-        for path, each in case.sites.items()
-        if case.meant_frozen(each) and path in case.moved_from_reference
+        for path, facts in case.sites.items()
+        if case.meant_frozen(facts) and path in case.moved_from_reference
     )
     paths = tuple(path for path in case.sites if path in {*moving, *drifted})
     if paths:
@@ -82,7 +82,7 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Sites whose freeze holds in a flag around them, while each training step undoes it."""
+    """Sites frozen by a flag or by eval(), which each training step undoes."""
     paths = tuple(
         path
         for path in case.with_role("frozen drift")
@@ -116,7 +116,7 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
 )
 def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     """``trainable`` was flipped since the training step was compiled."""
-    findings = [each for each in case.findings if each.code == "FL107"]
+    findings = [finding for finding in case.findings if finding.code == "FL107"]
     paths = switched(case)
     if not paths:
         return
@@ -136,8 +136,8 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
 
 def switched(case: Case) -> tuple[str, ...]:
     """Sites whose flag was flipped with no effect on the compiled training step."""
-    findings = [each for each in case.findings if each.code == "FL107"]
-    return tuple(path for path in case.sites if any(path in each.sites for each in findings))
+    findings = [finding for finding in case.findings if finding.code == "FL107"]
+    return tuple(path for path in case.sites if any(path in finding.sites for finding in findings))
 
 
 def _is_reset(case: Case, path: str) -> bool:
@@ -152,18 +152,18 @@ def _drift(
     if drifted:
         farthest = max(case.moved_from_reference[path] for path in drifted)
         evidence["drift_from_reference"] = farthest
-        told = f"the stored statistics are up to {number(farthest)} standard deviations from the "
-        told += "reference"
+        text = f"the stored statistics are up to {number(farthest)} standard deviations from the "
+        text += "reference"
     else:
         replaced = max(1 - case.sites[path].site.decay for path in moving)
         evidence["replaced_per_step"] = replaced
-        told = f"a training-mode pass replaces {replaced:.2g} of the statistics"
+        text = f"a training-mode pass replaces {replaced:.2g} of the statistics"
         if case.steps is not None and (old := case.old_share(moving[0])) is not None:
             evidence |= {"steps": float(case.steps), "old_share": old}
-            told += f", {case.steps} steps leave {old:.0%} of the old ones"
+            text += f", {case.steps} steps leave {old:.0%} of the old ones"
     return Claim(
         code=CauseCode.FROZEN_DRIFT,
-        message=f"the statistics of {count(len(paths), 'frozen site')} move: {told}",
+        message=f"the statistics of {count(len(paths), 'frozen site')} move: {text}",
         sites=paths,
         amount=amount,
         standing=_SHOWN if drifted else _QUIET,
@@ -188,16 +188,16 @@ def _drift_in_prefix(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
     certainty: Certainty = "may"
-    told = "gamma, beta and statistics move while the filters around them stay"
+    text = "gamma, beta and statistics move while the filters around them stay"
     if changed:
         evidence["params_from_reference"] = max(changed.values())
         certainty = "is"
-        told = f"gamma and beta are up to {max(changed.values()):.2%} from the reference"
+        text = f"gamma and beta are up to {max(changed.values()):.2%} from the reference"
     if case.steps is not None and (old := case.old_share(paths[0])) is not None:
         evidence |= {"steps": float(case.steps), "old_share": old}
     yield Claim(
         code=CauseCode.FROZEN_DRIFT,
-        message=f"{count(len(paths), 'site')} among frozen layers are not frozen: {told}",
+        message=f"{count(len(paths), 'site')} among frozen layers are not frozen: {text}",
         sites=paths,
         amount=amount,
         standing=_SHOWN if changed else 0.0,

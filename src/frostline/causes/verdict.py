@@ -1,4 +1,4 @@
-"""One sentence with the number that decides it. Nothing is judged here that causes did not say."""
+"""The verdict: one sentence with the number that decides it, made of what the causes say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from frostline.types import Finding, Site
 from frostline.types.codes import CauseCode
 from frostline.types.measured import Cause, Interval, Measurement, Remedy
 
-#: Fewer samples than this, and the verdict says what they tell.
+#: With fewer samples than this the verdict adds how uncertain the gap is.
 FEW = 64
 
 
@@ -20,17 +20,19 @@ def of_rules(sites: Sequence[Site], findings: Sequence[Finding], applied: Sequen
     if not findings:
         return f"{layers}, {checked}: nothing found"
     severities = [finding.severity for finding in findings]
-    errors, warnings, notes = (severities.count(each) for each in ("error", "warning", "info"))
+    errors, warnings, notes = (
+        severities.count(severity) for severity in ("error", "warning", "info")
+    )
     if not errors and not warnings:
         return f"{layers}, {checked}: nothing wrong; {_count(notes, 'note')}"
-    told = [
+    text = [
         _count(number, word)
         for number, word in ((errors, "error"), (warnings, "warning"), (notes, "note"))
         if number
     ]
     hit = len({path for finding in findings for path in finding.sites})
     first = f"{findings[0].code} {findings[0].name}"
-    return f"{', '.join(told)} at {hit} of {layers}; first: {first}"
+    return f"{', '.join(text)} at {hit} of {layers}; first: {first}"
 
 
 def of_measurement(
@@ -66,42 +68,42 @@ def of_measurement(
         parts += _left_out(measured)
     gap = measured.gaps.get("total")
     few = measured.samples < FEW
-    if few and gap is not None and _told(gap.loss) and not _is_nothing(gap.loss):
+    if few and gap is not None and _is_known(gap.loss) and not _is_nothing(gap.loss):
         interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
-        told = f"{measured.samples} samples tell little: the gap in loss is {interval}"
-        parts.append(told if measured.samples > 1 else "1 sample tells nothing of a gap")
+        text = f"{measured.samples} samples tell little: the gap in loss is {interval}"
+        parts.append(text if measured.samples > 1 else "1 sample tells nothing of a gap")
     return "; ".join(parts)
 
 
 def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
     """Verdict without a cause: how far training mode and inference are apart."""
     gap = measured.gaps.get("total")
-    if gap is None or not _told(gap.loss):
-        left_out = "".join(f": {told}" for told in _left_out(measured))
+    if gap is None or not _is_known(gap.loss):
+        left_out = "".join(f": {text}" for text in _left_out(measured))
         return f"no verdict: training mode and inference could not be compared{left_out}"
     loss, count = gap.loss, f"{measured.samples} samples"
     if none is not None and none.certainty == "may":
-        told = none.message
+        text = none.message
     elif _is_nothing(loss):
-        told = f"training mode and inference give the same losses on {count}"
+        text = f"training mode and inference give the same losses on {count}"
     else:
         interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
-        told = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
-        told += ": too little to matter" if loss.excludes_zero else ": it may be chance"
-    told = "; ".join([told, *_left_out(measured)])
+        text = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
+        text += ": too little to matter" if loss.excludes_zero else ": it may be chance"
+    text = "; ".join([text, *_left_out(measured)])
     if not sites:
-        return f"not BN: the model has no BatchNormalization layer; {told}"
-    return f"no cause found: {told}"
+        return f"not BN: the model has no BatchNormalization layer; {text}"
+    return f"no cause found: {text}"
 
 
 def _left_out(measured: Measurement) -> list[str]:
-    """Samples that no number of the report is of."""
+    """Samples that the numbers of the report leave out."""
     held = [note for note in measured.notes if "NaN or infinite inputs" in note]
     inference = measured.probes.get("inference")
     if inference is None or not inference.broken:
         return held
-    told = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
-    return [f"{told} ({held[0]})" if held else told]
+    text = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
+    return [f"{text} ({held[0]})" if held else text]
 
 
 def _is_nothing(interval: Interval) -> bool:
@@ -109,8 +111,8 @@ def _is_nothing(interval: Interval) -> bool:
     return interval.low == interval.high == 0
 
 
-def _told(interval: Interval) -> bool:
-    """Whether the interval says anything: one that is not a number does not."""
+def _is_known(interval: Interval) -> bool:
+    """Whether the interval is a number."""
     return interval.low == interval.low
 
 

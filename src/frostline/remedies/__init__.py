@@ -55,9 +55,11 @@ def remedies(
     now = measurement.probes.get("inference")
     if now is None:
         return ()
-    candidates = [each for repair in all_repairs() for each in _tried(repair.attempt, place)]
+    candidates = [
+        candidate for repair in all_repairs() for candidate in _tried(repair.attempt, place)
+    ]
     best = _best(measurement, candidates)
-    made = [(each, _remedy(each, now, best)) for each in candidates]
+    made = [(candidate, _remedy(candidate, now, best)) for candidate in candidates]
     first = place.codes[0] if place.codes else ""
 
     def rank(pair: tuple[Candidate, Remedy]) -> tuple[bool, bool, float]:
@@ -80,8 +82,8 @@ def _tried(attempt: Attempt, place: Workplace) -> list[Candidate]:
 def _best(measurement: Measurement, candidates: Sequence[Candidate]) -> float | None:
     """Lowest loss that batch statistics or any repair reach."""
     probes = [measurement.probes.get(name) for name in ("training blend", "batch")]
-    probes += [each.after for each in candidates]
-    losses = [each.loss for each in probes if each is not None and math.isfinite(each.loss)]
+    probes += [candidate.after for candidate in candidates]
+    losses = [probe.loss for probe in probes if probe is not None and math.isfinite(probe.loss)]
     return min(losses, default=None)
 
 

@@ -58,7 +58,7 @@ class Workplace:
     @cached_property
     def sites(self) -> dict[str, SiteFacts]:
         """Path -> facts, in execution order."""
-        return {each.site.path: each for each in self.facts}
+        return {site.site.path: site for site in self.facts}
 
     @property
     def words(self) -> Vocabulary:
@@ -73,7 +73,7 @@ class Workplace:
     @cached_property
     def shifted_by_dropout(self) -> tuple[str, ...]:
         """Causes that are not BN, but which left statistics that do not suit inference."""
-        return tuple(each.code for each in self.causes if each.evidence.get("variance_shift"))
+        return tuple(cause.code for cause in self.causes if cause.evidence.get("variance_shift"))
 
     def blamed(self, *codes: str) -> tuple[str, ...]:
         """Sites that these causes blame, in execution order."""

@@ -16,7 +16,7 @@ _FEW_CLASSES = 20
 def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
     """The encoding of the inputs that inference does best with, where it is taken for the cause."""
     named = {
-        each.evidence.get("trial") for each in place.causes if each.code == CauseCode.PREPROCESS
+        cause.evidence.get("trial") for cause in place.causes if cause.code == CauseCode.PREPROCESS
     }
     for name, probe in place.measurement.probes.items():
         if name.startswith(INPUT_TRIAL) and name.removeprefix(INPUT_TRIAL) in named:

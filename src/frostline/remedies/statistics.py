@@ -25,7 +25,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
     unsteady = place.treated(Fix.FREEZE)
     stale = [code for code in place.treated(Fix.RECALIBRATE) if code not in unsteady]
     stale += place.shifted_by_dropout
-    frozen = [each.site.stats_frozen for each in place.facts]
+    frozen = [site.site.stats_frozen for site in place.facts]
     if not frozen or not (stale or unsteady):
         return
     groups = {"unfrozen": not all(frozen), "all": True, "frozen": any(frozen)}
@@ -35,14 +35,14 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
         groups["frozen"] = False  # the same as all
     blamed = {*place.blamed(*stale, *unsteady)}
     for group, there in groups.items():
-        sites = {p for p, each in place.sites.items() if _is_in(group, each.site.stats_frozen)}
+        sites = {p for p, site in place.sites.items() if _is_in(group, site.site.stats_frozen)}
         treats = tuple(
             code for code in (*stale, *unsteady) if not blamed or sites & {*place.blamed(code)}
         )
         after = place.population(group) if there and treats else None
         if after is None:
             continue
-        told = f"{len(sites)} sites" if len(sites) != 1 else "1 site"
+        text = f"{len(sites)} sites" if len(sites) != 1 else "1 site"
         note = None
         if unsteady and group != "unfrozen":
             note = "frozen sites drift away again in training unless they are locked as well"
@@ -52,7 +52,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             name=f"{_RECALIBRATE}{group}",
             fix=Fix.RECALIBRATE,
             treats=treats,
-            text=f"store the exact statistics of the data at {told}",
+            text=f"store the exact statistics of the data at {text}",
             after=after,
             python=f'fl.recalibrate(model, x, sites="{group}")',
             shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.words.file}",
@@ -81,7 +81,7 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
         return
     found = {path: place.measurement.sites[path] for path in paths}
     statistics: dict[str, tuple[Array, Array]] = {
-        path: (each.batch_mean, each.batch_variance) for path, each in found.items()
+        path: (numbers.batch_mean, numbers.batch_variance) for path, numbers in found.items()
     }
     yield Candidate(
         name=f"momentum {decay:g} and train on",

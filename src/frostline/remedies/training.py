@@ -83,13 +83,13 @@ def larger_batches(place: Workplace) -> Iterator[Candidate]:
         return
     values = place.measurement.batch_size
     larger = [point for point in place.measurement.sweep if point.batch_size > values]
-    told = "; ".join(f"loss {p.batch_loss:.3g} in batches of {p.batch_size}" for p in larger)
+    text = "; ".join(f"loss {p.batch_loss:.3g} in batches of {p.batch_size}" for p in larger)
     yield Candidate(
         name="larger batches, or no batch statistics",
         fix=Fix.LARGER_BATCH,
         treats=(CauseCode.SMALL_BATCH,),
         text="train in larger batches, with all BN frozen, or with group normalisation",
-        note=f"not measurable without training anew{'; now: ' + told if told else ''}",
+        note=f"not measurable without training anew{'; now: ' + text if text else ''}",
     )
 
 

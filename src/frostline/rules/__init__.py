@@ -158,9 +158,9 @@ def get(reference: str) -> Rule:
     Raises:
         FrostlineError: There is none; the text has the closest ones.
     """
-    for each in all_rules():
-        if reference.upper() == each.code or reference.lower() == each.name:
-            return each
+    for entry in all_rules():
+        if reference.upper() == entry.code or reference.lower() == entry.name:
+            return entry
     raise FrostlineError(_unknown(reference))
 
 
@@ -190,11 +190,11 @@ def ignored(
     select: str | Iterable[str] | None = None, ignore: str | Iterable[str] | None = None
 ) -> tuple[Skipped, ...]:
     """The rules that ``ignore`` takes out of ``select``, each with the reason when one is given."""
-    kept = {each.code for each in _choose(select, ignore)}
+    kept = {entry.code for entry in _choose(select, ignore)}
     return tuple(
-        Skipped(code=each.code, name=each.name, reason=_reason(each, ignore))
-        for each in _choose(select, None)
-        if each.code not in kept
+        Skipped(code=entry.code, name=entry.name, reason=_reason(entry, ignore))
+        for entry in _choose(select, None)
+        if entry.code not in kept
     )
 
 
@@ -227,19 +227,19 @@ def check(
     present, given = _present(facts), Fixtures(facts, measurement)
     if measurement is not None:
         present.add("data")
-    for each in rules:
-        if each.needs not in present:
-            skipped.append(Skipped(code=each.code, name=each.name, reason=_LACKS[each.needs]))
+    for entry in rules:
+        if entry.needs not in present:
+            skipped.append(Skipped(code=entry.code, name=entry.name, reason=_LACKS[entry.needs]))
             continue
-        thresholds = dict((options or {}).get(each.code, {}))
-        strange = sorted(thresholds.keys() - each.options.keys())
+        thresholds = dict((options or {}).get(entry.code, {}))
+        strange = sorted(thresholds.keys() - entry.options.keys())
         if strange:
             raise FrostlineError(
-                f"{each.code} has no option {strange[0]!r}; its options are "
-                f"{', '.join(each.options) or 'none'}. Received: {thresholds!r}"
+                f"{entry.code} has no option {strange[0]!r}; its options are "
+                f"{', '.join(entry.options) or 'none'}. Received: {thresholds!r}"
             )
-        arguments = given.arguments(each.check)
-        found.extend(_finding(each, hit) for hit in each.check(*arguments, **thresholds))
+        arguments = given.arguments(entry.check)
+        found.extend(_finding(entry, hit) for hit in entry.check(*arguments, **thresholds))
     ranks: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
     found.sort(key=lambda finding: (ranks[finding.severity], finding.code))  # stable: keeps order
     return tuple(found), tuple(skipped)
@@ -251,7 +251,7 @@ def _choose(
     rules = all_rules()
     for_it = None if wanted is None else _words(wanted, rules)
     against = () if unwanted is None else _words(unwanted, rules)
-    return tuple(each for each in rules if _rank(each, for_it) > _rank(each, against))
+    return tuple(entry for entry in rules if _rank(entry, for_it) > _rank(entry, against))
 
 
 def _finding(origin: Rule, hit: Hit) -> Finding:
@@ -269,7 +269,7 @@ def _finding(origin: Rule, hit: Hit) -> Finding:
 
 def _present(facts: ModelFacts) -> set[Needs]:
     present: set[Needs] = {"sites"}
-    if any(each.variance is not None for each in facts):
+    if any(site.variance is not None for site in facts):
         present.add("statistics")
     if facts.steps:
         present.add("optimizer")
@@ -291,34 +291,34 @@ def _words(given: str | Iterable[str], rules: tuple[Rule, ...]) -> tuple[str, ..
     parts = given.split(",") if isinstance(given, str) else [w for g in given for w in g.split(",")]
     words = tuple(part.strip() for part in parts if part.strip())
     for word in words:
-        if not any(_fits(word, each) for each in rules):
+        if not any(_fits(word, entry) for entry in rules):
             raise FrostlineError(_unknown(word))
     return words
 
 
-def _fits(word: str, each: Rule) -> int:
+def _fits(word: str, entry: Rule) -> int:
     """How precisely a word names a rule: 0 when it does not."""
-    if word.lower() == each.name:
-        return len(each.code)
-    return len(word) if each.code.startswith(word.upper()) else 0
+    if word.lower() == entry.name:
+        return len(entry.code)
+    return len(word) if entry.code.startswith(word.upper()) else 0
 
 
-def _rank(each: Rule, words: tuple[str, ...] | None) -> float:
+def _rank(entry: Rule, words: tuple[str, ...] | None) -> float:
     if words is None:
-        return 0 if re.fullmatch(r"[A-Z]+9\d\d", each.code) else 0.5
-    return max((_fits(word, each) for word in words), default=0)
+        return 0 if re.fullmatch(r"[A-Z]+9\d\d", entry.code) else 0.5
+    return max((_fits(word, entry) for word in words), default=0)
 
 
-def _reason(each: Rule, ignore: str | Iterable[str] | None) -> str:
+def _reason(entry: Rule, ignore: str | Iterable[str] | None) -> str:
     if isinstance(ignore, Mapping):
         for words, reason in ignore.items():
-            if any(_fits(word.strip(), each) for word in words.split(",")):
+            if any(_fits(word.strip(), entry) for word in words.split(",")):
                 return f"ignored: {reason}"
     return "ignored"
 
 
 def _unknown(word: str) -> str:
-    known = [text for each in all_rules() for text in (each.code, each.name)]
+    known = [text for entry in all_rules() for text in (entry.code, entry.name)]
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     hint = f"Closest: {', '.join(close)}. " if close else "frostline rule --all lists them. "
     return f"no rule {word!r}. {hint}Received: {word!r}"

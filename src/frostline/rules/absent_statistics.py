@@ -46,13 +46,13 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     jax issue 139; LearningToCompare issue 48.
     """
-    for each in model:
-        if _keeps_none(each) and not _has_lost(model, each):
+    for facts in model:
+        if _keeps_none(facts) and not _has_lost(model, facts):
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="keeps no statistics: every prediction depends on the other samples of its "
                 "batch; track them",
-                evidence={"channels": float(each.site.channels or 0)},
+                evidence={"channels": float(facts.site.channels or 0)},
             )
 
 
@@ -105,7 +105,7 @@ def lost_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `torch.func.replace_all_batch_norm_modules_`; the PyTorch guide to patching batch norm.
     """
-    lost = tuple(each.site.path for each in model if _has_lost(model, each))
+    lost = tuple(facts.site.path for facts in model if _has_lost(model, facts))
     if lost:
         yield Hit(
             sites=lost,

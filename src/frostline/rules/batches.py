@@ -67,15 +67,17 @@ def few_effective_samples(
     ## References
     Wu and He 2018; DMS issue 30.
     """
-    for each, site in noisy_sites:
-        worth = 1 / site.noise**2
+    for facts, numbers in noisy_sites:
+        worth = 1 / numbers.noise**2
         if worth < min_values:
-            size = "" if site.values is None else f" of {measurement.batch_size * site.values}"
+            size = (
+                "" if numbers.values is None else f" of {measurement.batch_size * numbers.values}"
+            )
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"a batch is worth {worth:.2g}{size} values: its mean is off by "
-                f"{site.noise:.0%} of a standard deviation; freeze, or larger batches",
-                evidence={"effective_values": worth, "noise": site.noise},
+                f"{numbers.noise:.0%} of a standard deviation; freeze, or larger batches",
+                evidence={"effective_values": worth, "noise": numbers.noise},
             )
 
 
@@ -129,16 +131,18 @@ def stacked_bessel_bias(
     pytorch issue 100048; Ioffe and Szegedy 2015, section 3.1.
     """
     logs, predicted, paths = 0.0, 0.0, []
-    for each, site in measured_sites:
-        count = measurement.batch_size * (site.values or 0)
-        alive = (site.batch_variance > 0) & (site.stored_variance > 0)
+    for facts, numbers in measured_sites:
+        count = measurement.batch_size * (numbers.values or 0)
+        alive = (numbers.batch_variance > 0) & (numbers.stored_variance > 0)
         if count < 2 or not np.any(alive):
             continue
-        found = float(np.median(np.log(site.stored_variance[alive] / site.batch_variance[alive])))
+        found = float(
+            np.median(np.log(numbers.stored_variance[alive] / numbers.batch_variance[alive]))
+        )
         factor = math.log(count / (count - 1))
         if 0.5 * factor < found < 1.5 * factor:
             logs, predicted = logs + found, predicted + factor
-            paths.append(each.site.path)
+            paths.append(facts.site.path)
     ratio, expected = math.exp(-logs / 2), math.exp(-predicted / 2)
     if 1 - expected >= min_effect and abs(logs - predicted) <= 0.25 * predicted:
         yield Hit(
@@ -189,17 +193,17 @@ def noisy_moving_average(noisy_sites: Measured, *, max_error: float = 0.2) -> It
     ## References
     Variance of an exponentially weighted mean of independent values; PyTorch-YOLOv3 issue 230.
     """
-    for each, site in noisy_sites:
-        decay = each.site.decay
-        if each.cumulative or not 0 <= decay < 1 or each.site.stats_frozen:
+    for facts, numbers in noisy_sites:
+        decay = facts.site.decay
+        if facts.cumulative or not 0 <= decay < 1 or facts.site.stats_frozen:
             continue
-        error = site.noise * math.sqrt((1 - decay) / (1 + decay))
+        error = numbers.noise * math.sqrt((1 - decay) / (1 + decay))
         if error > max_error:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"an average over {1 / (1 - decay):.1f} batches is off by {error:.2g} "
                 "standard deviations, as the last batches are; raise the momentum",
-                evidence={"error": error, "noise": site.noise, "decay": decay},
+                evidence={"error": error, "noise": numbers.noise, "decay": decay},
             )
 
 

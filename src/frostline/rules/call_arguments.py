@@ -51,13 +51,13 @@ def written_inference_mode_ignored(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `keras/src/models/functional.py`, `operation_fn`; the Keras guide to transfer learning.
     """
-    for each in model:
-        if each.training is False and not each.site.stats_frozen:
+    for facts in model:
+        if facts.training is False and not facts.site.stats_frozen:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="called with training=False, which fit() overrides: its statistics move; "
                 "freeze it instead",
-                evidence={"training": "False", "replaced_per_step": 1 - each.site.decay},
+                evidence={"training": "False", "replaced_per_step": 1 - facts.site.decay},
             )
 
 
@@ -97,10 +97,10 @@ def written_training_mode(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `keras/src/models/functional.py`, `operation_fn`.
     """
-    for each in model:
-        if each.training is True and not is_locked(each):
+    for facts in model:
+        if facts.training is True and not is_locked(facts):
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="called with training=True: model(x) uses batch statistics, predict() "
                 "stored ones; remove it",
                 evidence={"training": "True"},
@@ -146,11 +146,11 @@ def two_regimes(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `examples/gan.py`; Keras issue 4674.
     """
-    for each in model:
-        if each.two_regimes and each.site.trained_by is not None:
-            name = each.site.trained_by
+    for facts in model:
+        if facts.two_regimes and facts.site.trained_by is not None:
+            name = facts.site.trained_by
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"trains in '{name[:30]}', frozen here, under one flag: run each step of "
                 "this model in fl.frozen(...)",
                 evidence={"trained_by": name},

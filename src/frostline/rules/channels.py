@@ -54,17 +54,17 @@ def collapsed_channels(
     ## References
     Ioffe and Szegedy 2015, algorithm 1.
     """
-    for each, _, variance in stored:
+    for facts, _, variance in stored:
         if np.all(variance == 0):  # FL205
             continue
-        epsilon = each.site.epsilon
-        gamma = np.ones_like(variance) if each.gamma is None else np.abs(each.gamma)
+        epsilon = facts.site.epsilon
+        gamma = np.ones_like(variance) if facts.gamma is None else np.abs(facts.gamma)
         dead = (variance >= 0) & (variance < max_ratio * epsilon)
         gain = np.where(dead, gamma / np.sqrt(np.maximum(variance, 0) + epsilon), 0.0)
         count = int(np.sum(gain > min_gain))
         if count:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"{count} of {variance.size} channels were constant; if new data change "
                 f"them, the change is multiplied by {np.nanmax(gain):.3g}",
                 evidence={"channels": float(count), "gain": float(np.nanmax(gain))},
@@ -108,16 +108,16 @@ def silent_channels(
     ## References
     Liu et al. 2017 (network slimming); Goyal et al. 2017, section 5.1.
     """
-    for each in model:
-        if each.gamma is None or not np.isfinite(each.gamma).all():
+    for facts in model:
+        if facts.gamma is None or not np.isfinite(facts.gamma).all():
             continue
-        size = np.abs(each.gamma)
+        size = np.abs(facts.gamma)
         if not size.any() and not model.steps:
             continue
         count = int(np.sum(size <= max_ratio * size.max()))
         if count >= min_share * size.size and count:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"gamma is near 0 in {count} of {size.size} channels: they give beta "
                 "whatever comes in; they can be pruned",
                 evidence={"channels": float(count), "share": count / size.size},
@@ -158,16 +158,16 @@ def half_precision_statistics(stored: Stored) -> Iterator[Hit]:
     ## References
     Micikevicius et al. 2018, section 3.1.
     """
-    for each, _, _ in stored:
-        site = each.site
-        if each.dtype not in ("float16", "bfloat16") or site.stats_frozen or site.decay >= 1:
+    for facts, _, _ in stored:
+        site = facts.site
+        if facts.dtype not in ("float16", "bfloat16") or site.stats_frozen or site.decay >= 1:
             continue
-        lost = _ROUNDOFF[each.dtype] / (2 * (1 - site.decay))
+        lost = _ROUNDOFF[facts.dtype] / (2 * (1 - site.decay))
         yield Hit(
             sites=(site.path,),
-            message=f"stored in {each.dtype}: at decay {site.decay:g} changes below {lost:.1%} are "
-            "rounded away; store them in float32",
-            evidence={"lost_below": lost, "dtype": each.dtype},
+            message=f"stored in {facts.dtype}: at decay {site.decay:g} changes below {lost:.1%} "
+            "are rounded away; store them in float32",
+            evidence={"lost_below": lost, "dtype": facts.dtype},
         )
 
 
@@ -209,14 +209,14 @@ def renorm_shadow_statistics(stored: Stored, *, tolerance: float = 0.01) -> Iter
     ## References
     Ioffe 2017; `keras.layers.BatchNormalization._update_renorm_statistics`.
     """
-    for each, _, variance in stored:
-        if each.shadow_variance is None:
+    for facts, _, variance in stored:
+        if facts.shadow_variance is None:
             continue
-        scale = np.maximum(each.shadow_variance, each.site.epsilon)
-        worst = float(np.max(np.abs(variance - each.shadow_variance) / scale))
+        scale = np.maximum(facts.shadow_variance, facts.site.epsilon)
+        worst = float(np.max(np.abs(variance - facts.shadow_variance) / scale))
         if worst > tolerance:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"moving_variance is {worst:.0%} off moving_stddev, from which the next "
                 "step restores it; write both",
                 evidence={"difference": worst},
@@ -260,21 +260,21 @@ def cancelling_mean(stored: Stored, *, max_error: float = 0.05) -> Iterator[Hit]
     ## References
     Chan, Golub and LeVeque 1983; `keras/src/backend/torch/nn.py`, `moments`.
     """
-    for each, mean, variance in stored:
-        epsilon = each.site.epsilon
+    for facts, mean, variance in stored:
+        epsilon = facts.site.epsilon
         alive = np.isfinite(mean) & np.isfinite(variance) & (variance > 1e-3 * epsilon)
         if not alive.any():
             continue
         ratio = float(np.max(np.abs(mean[alive]) / np.sqrt(variance[alive] + epsilon)))
-        error = ratio * _ROUNDOFF.get(each.site.dtype, 2.0**-24)
-        if each.cancels:
+        error = ratio * _ROUNDOFF.get(facts.site.dtype, 2.0**-24)
+        if facts.cancels:
             error = max(error, ratio**2 * 2.0**-24)
         if error > max_error:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"mean {ratio:.3g} standard deviations from 0: rounding costs {error:.2g} "
                 "of one; centre the input",
-                evidence={"ratio": ratio, "error": error, "dtype": each.site.dtype},
+                evidence={"ratio": ratio, "error": error, "dtype": facts.site.dtype},
                 certainty="may",
             )
 
@@ -310,12 +310,12 @@ def non_finite_parameters(model: ModelFacts) -> Iterator[Hit]:
     ## References
     None.
     """
-    for each in model:
-        own = [values for values in (each.gamma, each.beta) if values is not None]
+    for facts in model:
+        own = [values for values in (facts.gamma, facts.beta) if values is not None]
         bad = int(np.sum(np.any([~np.isfinite(values) for values in own], axis=0))) if own else 0
         if bad:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"gamma or beta is not finite in {bad} of {own[0].size} channels; go back "
                 "to an earlier checkpoint",
                 evidence={"channels": float(bad)},

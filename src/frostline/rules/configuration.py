@@ -52,13 +52,13 @@ def swapped_momentum_convention(
     ## References
     PyTorch-YOLOv3 issue 230; pretrained-models.pytorch issue 44.
     """
-    for each in model:
-        decay = each.site.decay
-        if is_short(each, lowest) and decay > 0 and not each.site.stats_frozen:
-            meant = each.words.momentum(1 - decay)
+    for facts in model:
+        decay = facts.site.decay
+        if is_short(facts, lowest) and decay > 0 and not facts.site.stats_frozen:
+            meant = facts.words.momentum(1 - decay)
             yield Hit(
-                sites=(each.site.path,),
-                message=f"{each.words.step(decay)} keeps {decay:.2g} of the statistics: they are "
+                sites=(facts.site.path,),
+                message=f"{facts.words.step(decay)} keeps {decay:.2g} of the statistics: they are "
                 f"those of {1 / (1 - decay):.1f} batches; {meant:.2g} may be meant",
                 evidence={"decay": decay, "batches": 1 / (1 - decay)},
                 certainty="may",
@@ -97,15 +97,15 @@ def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
     ## References
     pretrained-models.pytorch issue 5.
     """
-    for each in model:
-        decay = each.site.decay
-        if 0 < decay < 1 or each.site.stats_frozen or each.cumulative:
+    for facts in model:
+        decay = facts.site.decay
+        if 0 < decay < 1 or facts.site.stats_frozen or facts.cumulative:
             continue
         effect = {0.0: "its statistics are those of the last batch", 1.0: "they never move"}
         yield Hit(
-            sites=(each.site.path,),
-            message=f"{each.words.step(decay)} keeps {decay:g} of the statistics: "
-            f"{effect.get(decay, 'they diverge')}; set {each.words.usual_momentum}",
+            sites=(facts.site.path,),
+            message=f"{facts.words.step(decay)} keeps {decay:g} of the statistics: "
+            f"{effect.get(decay, 'they diverge')}; set {facts.words.usual_momentum}",
             evidence={"decay": decay},
         )
 
@@ -150,15 +150,15 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
     """
     odd = model.odd_epsilons
     others = len(model.sites) - len(odd)
-    for each in model:
-        epsilon, frequent = each.site.epsilon, odd.get(each.site.path)
-        if frequent is None or each.variance is None or not np.isfinite(each.variance).all():
+    for facts in model:
+        epsilon, frequent = facts.site.epsilon, odd.get(facts.site.path)
+        if frequent is None or facts.variance is None or not np.isfinite(facts.variance).all():
             continue
-        variance = np.maximum(each.variance, 0.0)
+        variance = np.maximum(facts.variance, 0.0)
         effect = float(np.max(np.abs(np.sqrt((variance + epsilon) / (variance + frequent)) - 1)))
         if effect >= min_effect:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"epsilon {epsilon:g}, but {frequent:g} in {others} of {len(model.sites)} "
                 f"sites: one is up to {effect:.0%} off; check where the weights come from",
                 evidence={"epsilon": epsilon, "frequent": frequent, "effect": effect},
@@ -201,13 +201,13 @@ def shared_site(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Keras issue 12353.
     """
-    for each in model:
-        if each.site.calls > 1 and not is_locked(each):
+    for facts in model:
+        if facts.site.calls > 1 and not is_locked(facts):
             yield Hit(
-                sites=(each.site.path,),
-                message=f"used {each.site.calls} times: one average serves all its inputs, alike "
+                sites=(facts.site.path,),
+                message=f"used {facts.site.calls} times: one average serves all its inputs, alike "
                 "or not; use one layer for each",
-                evidence={"calls": float(each.site.calls)},
+                evidence={"calls": float(facts.site.calls)},
                 certainty="may",
             )
 
@@ -247,9 +247,9 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
     `keras.Model.load_weights` with `by_name`.
     """
     named: dict[str, list[str]] = {}
-    for each in model:
-        if not each.words.positional_names:
-            named.setdefault(each.site.name, []).append(each.site.path)
+    for facts in model:
+        if not facts.words.positional_names:
+            named.setdefault(facts.site.name, []).append(facts.site.path)
     for paths in named.values():
         if len(paths) > 1:
             yield Hit(
@@ -293,16 +293,16 @@ def few_values_per_channel(model: ModelFacts, *, min_values: int = 16) -> Iterat
     ## References
     Wu and He 2018; DMS issue 30.
     """
-    for each in model:
-        if model.batch is None or each.values is None or each.site.stats_frozen:
+    for facts in model:
+        if model.batch is None or facts.values is None or facts.site.stats_frozen:
             continue
-        count = model.batch * each.values
+        count = model.batch * facts.values
         if count >= min_values:
             continue
         error = math.sqrt(2 / (count - 1)) if count > 1 else 1.0
         effect = f"is off by {error:.0%}" if count > 1 else "is 0 and the output beta"
         yield Hit(
-            sites=(each.site.path,),
+            sites=(facts.site.path,),
             message=f"{count} values per channel and batch: the variance {effect}; freeze it, or "
             "use larger batches",
             evidence={"values": float(count), "relative_error": error},

@@ -110,15 +110,15 @@ def statistics_far_from_data(
     ## References
     Wu and Johnson 2021; Izmailov et al. 2018 (weight averaging needs new statistics).
     """
-    for each, site in measured_sites:
-        path = each.site.path
+    for facts, numbers in measured_sites:
+        path = facts.site.path
         told_elsewhere = path in frozen_behind or old_shares.get(path, 0.0) > OLD_SHARE
-        if each.site.stats_frozen or told_elsewhere:
+        if facts.site.stats_frozen or told_elsewhere:
             continue
-        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"on these data {found.text}; recalibrate",
                 evidence=found.evidence,
             )
@@ -173,13 +173,13 @@ def frozen_statistics_far_from_data(
     ## References
     Li et al. 2016 (AdaBN); Wu and Johnson 2021.
     """
-    for each, site in measured_sites:
-        if not each.site.stats_frozen:
+    for facts, numbers in measured_sites:
+        if not facts.site.stats_frozen:
             continue
-        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"frozen at other data's: {found.text}; try what recalibrating it gives",
                 evidence=found.evidence,
                 certainty="may",
@@ -241,16 +241,16 @@ def old_statistics_remain(
     ## References
     tensorflow issue 46414; keras issues 7265 and 605.
     """
-    for each, site in measured_sites:
-        share = old_shares.get(each.site.path, 0.0)
-        if each.site.path in frozen_behind or share <= max_share:
+    for facts, numbers in measured_sites:
+        share = old_shares.get(facts.site.path, 0.0)
+        if facts.site.path in frozen_behind or share <= max_share:
             continue
-        updates = update_count(each, model.steps) or 0
-        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        updates = update_count(facts, model.steps) or 0
+        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
-                sites=(each.site.path,),
-                message=f"{share:.0%} is from before training ({each.site.decay:g}**"
+                sites=(facts.site.path,),
+                message=f"{share:.0%} is from before training ({facts.site.decay:g}**"
                 f"{updates}); {found.text}; recalibrate",
                 evidence={"old_share": share, "steps": float(updates), **found.evidence},
             )
@@ -310,13 +310,13 @@ def thawed_before_frozen_differs(
     ## References
     segmentation_models issue 354; Lightning issue 21531.
     """
-    for each, site in measured_sites:
-        if each.site.path not in frozen_behind:
+    for facts, numbers in measured_sites:
+        if facts.site.path not in frozen_behind:
             continue
-        found = disagreement(site, measurement, max_shift=max_shift, max_scale=max_scale)
+        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
         if found.large:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"trains before a frozen layer, and {found.text}; freeze it too",
                 evidence=found.evidence,
                 certainty="may",
@@ -378,11 +378,11 @@ def input_scale_differs(
     """
     if not measured_sites:
         return
-    each, site = measured_sites[0]
-    alive = (site.variance > 0) & (site.stored_variance > 0)
+    facts, numbers = measured_sites[0]
+    alive = (numbers.variance > 0) & (numbers.stored_variance > 0)
     if np.sum(alive) < 2:  # one channel always agrees with itself
         return
-    logs = np.log(site.variance[alive] / site.stored_variance[alive])
+    logs = np.log(numbers.variance[alive] / numbers.stored_variance[alive])
     low, middle, high = np.quantile(logs, [0.25, 0.5, 0.75])
     factor = math.exp(middle / 2)
     if abs(middle) / 2 < math.log(min_factor) or high - low > max_spread * abs(middle):
@@ -394,7 +394,7 @@ def input_scale_differs(
         else {"low": float(np.min(inputs.low)), "high": float(np.max(inputs.high))}
     )
     yield Hit(
-        sites=(each.site.path,),
+        sites=(facts.site.path,),
         message=f"all channels vary {factor:.3g} times as much as when the statistics were taken; "
         "check the scale of the inputs",
         evidence={"factor": factor, "spread": float(high - low), **span},
@@ -403,7 +403,7 @@ def input_scale_differs(
 
 
 def disagreement(
-    site: SiteMeasurement, measurement: Measurement, *, max_shift: float, max_scale: float
+    numbers: SiteMeasurement, measurement: Measurement, *, max_shift: float, max_scale: float
 ) -> Disagreement:
     """Compare stored statistics with those of the data; chance is allowed for.
 
@@ -411,10 +411,10 @@ def disagreement(
     deviations, at most by ``1 / √n``, and the logarithm of a standard deviation by about as much.
     """
     batches = max(1.0, measurement.samples / measurement.batch_size)
-    noise = site.noise / math.sqrt(batches) if site.noise > 0 else math.inf  # NaN: one batch
+    noise = numbers.noise / math.sqrt(batches) if numbers.noise > 0 else math.inf  # NaN: one batch
     error = _STANDARD_ERRORS * min(noise, 1 / math.sqrt(measurement.samples))
-    ratio = np.maximum(site.ratio, np.finfo(float).tiny)
-    shift = float(np.quantile(site.shift, 1 - _TAIL))
+    ratio = np.maximum(numbers.ratio, np.finfo(float).tiny)
+    shift = float(np.quantile(numbers.shift, 1 - _TAIL))
     scale = math.exp(float(np.quantile(np.abs(np.log(ratio)), 1 - _TAIL)) / 2)
     wide = shift > max_shift + error * math.sqrt(float(np.median(ratio)))
     return Disagreement(

@@ -56,12 +56,12 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Keras pull request 9965; Ioffe and Szegedy 2015, section 3.1.
     """
-    for each in model:
-        if frozen_on_batch(each, expected_behaviour(each)):
+    for facts in model:
+        if frozen_on_batch(facts, expected_behaviour(facts)):
             yield Hit(
-                sites=(each.site.path,),
-                message=each.words.frozen_on_batch,
-                evidence={"policy": each.site.policy, "version": each.site.version or "none"},
+                sites=(facts.site.path,),
+                message=facts.words.frozen_on_batch,
+                evidence={"policy": facts.site.policy, "version": facts.site.version or "none"},
                 fix=model.words.lock,
             )
 
@@ -100,9 +100,9 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Keras issue 7085.
     """
-    for each in model:
-        site, moves = each.site, frozen_moves(each, expected_behaviour(each))
-        if moves and site.policy == "update" and each.words.has_policy:
+    for facts in model:
+        site, moves = facts.site, frozen_moves(facts, expected_behaviour(facts))
+        if moves and site.policy == "update" and facts.words.has_policy:
             yield Hit(
                 sites=(site.path,),
                 message=f"frozen, but each training step replaces {1 - site.decay:.2g} of its "
@@ -150,13 +150,13 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     """
     if _only_serves(model):
         return
-    for each in model:
-        site = each.site
-        if not frozen_moves(each, expected_behaviour(each)):
+    for facts in model:
+        site = facts.site
+        if not frozen_moves(facts, expected_behaviour(facts)):
             continue
-        affine = each.gamma is not None or each.beta is not None
-        by_itself = affine and not each.wrapper_frozen
-        if site.policy != "update" if each.words.has_policy else by_itself:
+        affine = facts.gamma is not None or facts.beta is not None
+        by_itself = affine and not facts.wrapper_frozen
+        if site.policy != "update" if facts.words.has_policy else by_itself:
             yield Hit(
                 sites=(site.path,),
                 message=f"{model.words.frozen_parameters}, but each step replaces "
@@ -200,15 +200,15 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Frankle, Schwab and Morcos 2021.
     """
-    for each in model:
-        if not each.site.stats_frozen or each.site.params_frozen or each.undone:
+    for facts in model:
+        if not facts.site.stats_frozen or facts.site.params_frozen or facts.undone:
             continue
-        if each.wrapper_frozen is None:
+        if facts.wrapper_frozen is None:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="the layer is frozen, but gamma or beta trains; freeze the variables too "
                 "if that is not wanted",
-                evidence={"decay": each.site.decay},
+                evidence={"decay": facts.site.decay},
             )
 
 
@@ -249,13 +249,13 @@ def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `keras.layers.TorchModuleWrapper.call`.
     """
-    for each in model:
-        if each.wrapper_frozen and not each.site.stats_frozen:
+    for facts in model:
+        if facts.wrapper_frozen and not facts.site.stats_frozen:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="the wrapper is frozen, but each step replaces "
-                f"{1 - each.site.decay:.2g} of the statistics; use a Keras BN layer",
-                evidence={"replaced_per_step": 1 - each.site.decay},
+                f"{1 - facts.site.decay:.2g} of the statistics; use a Keras BN layer",
+                evidence={"replaced_per_step": 1 - facts.site.decay},
             )
 
 
@@ -303,11 +303,11 @@ def thawed_before_frozen_layer(
     ## References
     segmentation_models issue 354; keras issue 12353.
     """
-    for each in model:
-        behind = frozen_behind.get(each.site.path)
+    for facts in model:
+        behind = frozen_behind.get(facts.site.path)
         if behind is not None:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="trains, but the next layer is frozen and was fitted to its old output; "
                 "freeze it too",
                 evidence={"next_layer": behind.path},
@@ -359,15 +359,15 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Keras pull request 22787; keras issue 4674.
     """
-    for each in model:
-        frozen = each.site.params_frozen
-        if each.live or each.optimized is None or each.optimized is not frozen:
+    for facts in model:
+        frozen = facts.site.params_frozen
+        if facts.live or facts.optimized is None or facts.optimized is not frozen:
             continue
         effect = model.flip_effect(frozen=frozen)
         if effect is not None:
             flip = "frozen" if frozen else "thawed"
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"{flip} after training step {model.steps}: {effect}; compile again",
                 evidence={"steps": float(model.steps or 0), "backend": model.backend},
             )
@@ -410,11 +410,11 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
     ## References
     Wu and Johnson 2021.
     """
-    for each in model:
-        before = layer_before(model, each) if is_locked(each) else None
+    for facts in model:
+        before = layer_before(model, facts) if is_locked(facts) else None
         if before is not None and before.trains:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="statistics are frozen, but the layer before it trains; recalibrate when "
                 "training is done",
                 evidence={"layer_before": before.path},
@@ -424,5 +424,5 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
 
 def _only_serves(model: ModelFacts) -> bool:
     """True for an eval-mode model with no trainable parameters; its training flags mean nothing."""
-    trains = any(not each.site.params_frozen for each in model)
+    trains = any(not facts.site.params_frozen for facts in model)
     return model.mode is False and not trains and not any(layer.trains for layer in model.layers)

@@ -82,21 +82,23 @@ def between_source_variance_missing(
     ## References
     Keras issue 12353; Zajac et al. 2019 (split batch normalization).
     """
-    for each, site in measured_sites:
-        within = site.within_variance
-        lags = old_shares.get(each.site.path, 0.0) > OLD_SHARE
-        if each.site.stats_frozen or within is None or lags:
+    for facts, numbers in measured_sites:
+        within = numbers.within_variance
+        lags = old_shares.get(facts.site.path, 0.0) > OLD_SHARE
+        if facts.site.stats_frozen or within is None or lags:
             continue
-        alive = (within > 0) & (site.stored_variance > 0)
-        chosen = alive & (site.variance >= min_ratio * np.where(alive, within, 1.0))
+        alive = (within > 0) & (numbers.stored_variance > 0)
+        chosen = alive & (numbers.variance >= min_ratio * np.where(alive, within, 1.0))
         if np.sum(chosen) < max(1.0, min_share * within.size):
             continue
-        total = np.log(site.variance[chosen] / within[chosen])
-        position = float(np.median(np.log(site.stored_variance[chosen] / within[chosen]) / total))
+        total = np.log(numbers.variance[chosen] / within[chosen])
+        position = float(
+            np.median(np.log(numbers.stored_variance[chosen] / within[chosen]) / total)
+        )
         between = float(1 - np.exp(-np.median(total)))
         if abs(position) < 0.5:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"the stored variance lacks what lies between classes, {between:.0%} of "
                 "the total; mix the sources in each batch, or recalibrate",
                 evidence={"between": between, "position": position},
@@ -155,19 +157,20 @@ def shared_site_different_sources(
     ## References
     Keras issue 12353.
     """
-    for each, site in measured_sites:
-        if is_locked(each) or len(site.uses) < 2:
+    for facts, numbers in measured_sites:
+        if is_locked(facts) or len(numbers.uses) < 2:
             continue
         pairs = [
-            _difference(a, b, each.site.epsilon) for a, b in itertools.combinations(site.uses, 2)
+            _difference(a, b, facts.site.epsilon)
+            for a, b in itertools.combinations(numbers.uses, 2)
         ]
         shift, scale = max(pairs, key=lambda pair: max(pair[0] / max_shift, pair[1] / max_scale))
         if shift > max_shift or scale > max_scale:
             yield Hit(
-                sites=(each.site.path,),
-                message=f"its {len(site.uses)} uses differ by {shift:.2g} standard deviations and "
-                f"a factor of {scale:.2g}; use one layer for each",
-                evidence={"shift": shift, "scale": scale, "uses": float(len(site.uses))},
+                sites=(facts.site.path,),
+                message=f"its {len(numbers.uses)} uses differ by {shift:.2g} standard deviations "
+                f"and a factor of {scale:.2g}; use one layer for each",
+                evidence={"shift": shift, "scale": scale, "uses": float(len(numbers.uses))},
             )
 
 
@@ -217,13 +220,13 @@ def channels_dead_on_data(
     ## References
     Lu et al. 2019 (dying ReLU).
     """
-    for each, site in measured_sites:
-        epsilon = each.site.epsilon
-        dead = (site.variance <= max_ratio * epsilon) & (site.stored_variance > epsilon)
-        count, offset = int(np.sum(dead)), float(np.max(np.where(dead, site.shift, 0.0)))
+    for facts, numbers in measured_sites:
+        epsilon = facts.site.epsilon
+        dead = (numbers.variance <= max_ratio * epsilon) & (numbers.stored_variance > epsilon)
+        count, offset = int(np.sum(dead)), float(np.max(np.where(dead, numbers.shift, 0.0)))
         if count and count >= min_share * dead.size:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"{count} of {dead.size} channels are constant on these data and were not "
                 "when the statistics were taken; look at the inputs",
                 evidence={"channels": float(count), "offset": offset},
@@ -282,16 +285,16 @@ def epsilon_differs_from_reference(
     """
     if measurement.difference is None:
         return
-    for each, site in measured_sites:
-        pair = measurement.difference.epsilons.get(each.site.path)
+    for facts, numbers in measured_sites:
+        pair = measurement.difference.epsilons.get(facts.site.path)
         if pair is None:
             continue
         ours, theirs = pair
-        variance = np.maximum(site.stored_variance, 0.0)
+        variance = np.maximum(numbers.stored_variance, 0.0)
         effect = float(np.max(np.abs(np.sqrt((variance + theirs) / (variance + ours)) - 1)))
         if effect >= min_effect:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message=f"epsilon {ours:g}, but {theirs:g} in the reference: scale is up to "
                 f"{effect:.0%} off; set the reference's",
                 evidence={"epsilon": ours, "reference": theirs, "effect": effect},

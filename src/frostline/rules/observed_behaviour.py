@@ -59,13 +59,13 @@ def frozen_seen_using_batch(model: ModelFacts, behaved: Behaved) -> Iterator[Hit
     ## References
     Keras pull request 9965; keras issue 9522.
     """
-    for each, seen in behaved:
-        if frozen_on_batch(each, seen):
+    for facts, seen in behaved:
+        if frozen_on_batch(facts, seen):
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="frozen, but training mode normalises with the batch, as seen in its "
                 "output; lock it to its stored statistics",
-                evidence={"blend": float(seen.training or 0.0), "policy": each.site.policy},
+                evidence={"blend": float(seen.training or 0.0), "policy": facts.site.policy},
                 fix=model.words.lock,
             )
 
@@ -112,13 +112,13 @@ def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
     ## References
     Keras issue 7085; torchvision issue 2079.
     """
-    for each, seen in behaved:
-        if frozen_moves(each, seen):
+    for facts, seen in behaved:
+        if frozen_moves(facts, seen):
             yield Hit(
-                sites=(each.site.path,),
-                message=f"frozen, but a pass in training mode moved {1 - each.site.decay:.2g} of "
+                sites=(facts.site.path,),
+                message=f"frozen, but a pass in training mode moved {1 - facts.site.decay:.2g} of "
                 "its statistics; freeze the layer, and restore them",
-                evidence={"replaced_per_step": 1 - each.site.decay},
+                evidence={"replaced_per_step": 1 - facts.site.decay},
             )
 
 
@@ -167,11 +167,11 @@ def batch_dependent_inference(measurement: Measurement, behaved: Behaved) -> Ite
     jax issue 139; LearningToCompare issue 48.
     """
     change = measurement.neighbours
-    told = "" if change is None else f" (its neighbours change an output by up to {change:.1%})"
-    for each, seen in behaved:
+    text = "" if change is None else f" (its neighbours change an output by up to {change:.1%})"
+    for facts, seen in behaved:
         if uses_batch(seen.inference):
             yield Hit(
-                sites=(each.site.path,),
-                message=f"inference normalises with the batch{told}; use the stored statistics",
+                sites=(facts.site.path,),
+                message=f"inference normalises with the batch{text}; use the stored statistics",
                 evidence={"blend": float(seen.inference or 0.0), "neighbours": change or 0.0},
             )

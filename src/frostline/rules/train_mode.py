@@ -52,14 +52,16 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     ## References
     gt-pyg issue 112; `torch.nn.Module.train`.
     """
-    for each in model:
-        if each.undone:
-            replaced = "" if each.cumulative else f", each step replacing {1 - each.site.decay:.2g}"
+    for facts in model:
+        if facts.undone:
+            replaced = (
+                "" if facts.cumulative else f", each step replacing {1 - facts.site.decay:.2g}"
+            )
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="in eval() by hand, which the next train() undoes: its statistics move"
                 f"{replaced}; lock it",
-                evidence={"replaced_per_step": 1 - each.site.decay},
+                evidence={"replaced_per_step": 1 - facts.site.decay},
             )
 
 
@@ -100,14 +102,14 @@ def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `torch.nn.Module.eval`; LearningToCompare issue 48.
     """
-    for each in model:
-        stores = each.mean is not None and each.site.policy != "batch"
-        if model.mode is False and each.mode and stores and not each.live:
+    for facts in model:
+        stores = facts.mean is not None and facts.site.policy != "batch"
+        if model.mode is False and facts.mode and stores and not facts.live:
             yield Hit(
-                sites=(each.site.path,),
+                sites=(facts.site.path,),
                 message="in training mode inside of a model in eval(): predictions depend on their "
                 "batch and move the statistics; call eval()",
-                evidence={"replaced_per_step": 1 - each.site.decay},
+                evidence={"replaced_per_step": 1 - facts.site.decay},
             )
 
 
@@ -146,22 +148,22 @@ def cumulative_average(model: ModelFacts) -> Iterator[Hit]:
     ## References
     `torch.nn.BatchNorm2d`, `momentum`; `torch.optim.swa_utils.update_bn`.
     """
-    for each in model:
-        if not each.cumulative or each.site.stats_frozen:
+    for facts in model:
+        if not facts.cumulative or facts.site.stats_frozen:
             continue
-        seen = each.updates or 0
-        told = f"momentum=None averages over all {seen + 1} batches, those of old weights too"
-        if not seen and _stored(each):
-            told = "momentum=None at 0 batches: the next one replaces all of the stored statistics"
+        seen = facts.updates or 0
+        text = f"momentum=None averages over all {seen + 1} batches, those of old weights too"
+        if not seen and _stored(facts):
+            text = "momentum=None at 0 batches: the next one replaces all of the stored statistics"
         yield Hit(
-            sites=(each.site.path,),
-            message=f"{told}; set 0.1",
-            evidence={"updates": float(seen), "replaced_per_step": 1 - each.site.decay},
+            sites=(facts.site.path,),
+            message=f"{text}; set 0.1",
+            evidence={"updates": float(seen), "replaced_per_step": 1 - facts.site.decay},
             certainty="may",
         )
 
 
-def _stored(each: SiteFacts) -> bool:
+def _stored(facts: SiteFacts) -> bool:
     """Whether it holds statistics of anything."""
-    pairs = ((each.mean, 0.0), (each.variance, 1.0))
+    pairs = ((facts.mean, 0.0), (facts.variance, 1.0))
     return any(values is not None and bool(np.any(values != first)) for values, first in pairs)
