@@ -354,6 +354,10 @@ class ModelView(Protocol):
         """
         ...
 
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all that an edit may touch; returns what puts it back and can be repeated."""
+        ...
+
     def set_frozen(
         self,
         boundary: Boundary,

@@ -1,7 +1,7 @@
 """Changes of a model that a person can name, read and take back.
 
 Every verb changes the model in place, restores it if anything fails half-way, and says in numbers
-what it did. What a framework must do for it is in ``models``; this room knows views only.
+what it did. What a framework must do for it is in ``adapters``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from frostline.adapters import FlagCounts, freezing, view
+from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
 from frostline.measure.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
+from frostline.verbs.atomic import atomically, to_its_end
 from frostline.verbs.momentum import set_view_momentum
 
 
@@ -42,7 +43,7 @@ class Change:
         """
         if self._undone:
             raise ModelError(f"this change was undone already. Received: undo() of '{self.text}'")
-        self._undo()
+        to_its_end(self._undo)
         self._undone.append(True)
 
     def __str__(self) -> str:
@@ -143,17 +144,20 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
         ModelError: Neither a Keras layer nor a torch module.
     """
     with freezing(model_or_layers) as (counts, back):
-        stock = (
-            f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that TensorFlow "
-            "compiled outside of this block goes on training them; frostline.convert makes them "
-            "live"
-        )
-        yield Change(
-            verb="freeze",
-            text=f"froze {_counted(counts)} for a block",
-            notes=(stock,) if counts.stock_sites else (),
-            _undo=back,
-        )
+        try:
+            stock = (
+                f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that "
+                "TensorFlow compiled outside of this block goes on training them; "
+                "frostline.convert makes them live"
+            )
+            yield Change(
+                verb="freeze",
+                text=f"froze {_counted(counts)} for a block",
+                notes=(stock,) if counts.stock_sites else (),
+                _undo=back,
+            )
+        finally:
+            to_its_end(back)
 
 
 def convert(
@@ -183,8 +187,7 @@ def convert(
         ModelError: No BN layer; a BN layer of a user's own class or one without weights yet, with
             its path; settings that contradict each other. The model is unchanged.
     """
-    seen = view(model)
-    if seen.convert(version=version, policy=policy, debias=debias) == 0:
+    if adapter_of(model).convert(version=version, policy=policy, debias=debias) == 0:
         raise ModelError(
             "no BatchNormalization layer: there is nothing to convert. "
             f"Received: model {getattr(model, 'name', model)!r}"
@@ -201,7 +204,7 @@ def restore(model: Any) -> Any:
     Returns:
         ``model`` itself.
     """
-    view(model).restore()
+    adapter_of(model).restore()
     return model
 
 
@@ -239,7 +242,7 @@ def fold(model: Any) -> Any:
             one inside a subclassed model or a composite layer, of a class of your own, or with
             broken statistics. Or the outcome does not compute what the model computes.
     """
-    folded = view(model).fold()
+    folded = adapter_of(model).fold()
     for note in folded.notes:
         warnings.warn(f"fold: {note}", stacklevel=2)
     return folded.model
@@ -291,10 +294,15 @@ def recalibrate(
         DataError: The data do not fit, or no batch is finite.
         OutputError: The temporary folder is full.
     """
-    done, undo = recalibrate_view(
-        view(model), data, sites=sites, method=method, batch_size=batch_size
-    )
-    return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
+    adapter = adapter_of(model)
+
+    def edit() -> Change:
+        done, undo = recalibrate_view(
+            adapter, data, sites=sites, method=method, batch_size=batch_size
+        )
+        return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
+
+    return atomically(adapter.snapshot(), edit)
 
 
 def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
@@ -315,8 +323,13 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
     Raises:
         ModelError: Not a number between 0 and 1, or no such site.
     """
-    done = set_view_momentum(view(model), momentum, sites=sites)
-    return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
+    adapter = adapter_of(model)
+
+    def edit() -> Change:
+        done = set_view_momentum(adapter, momentum, sites=sites)
+        return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
+
+    return atomically(adapter.snapshot(), edit)
 
 
 def _switch(
@@ -327,11 +340,33 @@ def _switch(
             "params, statistics and dropout are all False, so there is nothing to do. "
             "Received: params=False, statistics=False, dropout=False"
         )
-    seen = view(model)
-    boundary = seen.boundary(reference)
+    adapter = adapter_of(model)
+    return atomically(
+        adapter.snapshot(),
+        lambda: _switched(
+            adapter,
+            reference,
+            frozen=frozen,
+            params=params,
+            statistics=statistics,
+            dropout=dropout,
+        ),
+    )
+
+
+def _switched(
+    adapter: Adapter,
+    reference: Any,
+    *,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool,
+) -> Change:
+    boundary = adapter.boundary(reference)
     # No boundary means the end, and all of the model is before it, for thawing as well.
     before = frozen or reference is None
-    counts, undo = seen.set_frozen(
+    counts, undo = adapter.set_frozen(
         boundary,
         before=before,
         frozen=frozen,
@@ -348,7 +383,7 @@ def _switch(
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
-        notes=_notes(seen, counts, half=params != statistics, off=frozen and dropout),
+        notes=_notes(adapter, counts, half=params != statistics, off=frozen and dropout),
         _undo=undo,
     )
 
@@ -363,9 +398,9 @@ def _where(path: str | None, reference: Any, frozen: bool) -> str:
     return f"before '{path}'" if frozen else f"from '{path}' on"
 
 
-def _notes(seen: Any, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
+def _notes(adapter: Adapter, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
     notes = []
-    if (counts.layers or counts.dropouts) and seen.compiled():
+    if (counts.layers or counts.dropouts) and adapter.compiled():
         changed = "flags and rates" if counts.dropouts else "flags"
         note = (
             f"the model is compiled: call compile() again, or the change of {changed} may not take "

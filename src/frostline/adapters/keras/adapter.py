@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import keras
+import numpy as np
 
 from frostline.adapters.keras import (
     behaviour as keras_behaviour,
@@ -214,6 +215,25 @@ class KerasView:
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
         return bool(getattr(self.model, "compiled", False))
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all that an edit may touch; returns what puts it back and can be repeated."""
+        flags, momenta = keras_edit.flags(self.model), keras_momentum.momenta(self.model)
+        statistics = [
+            (variable, np.array(keras.ops.convert_to_numpy(variable)))
+            for place in keras_graph.walk(self.model)
+            if keras_graph.is_site(place.layer)
+            for variable in place.layer.non_trainable_variables
+        ]
+
+        def undo() -> None:
+            keras_edit.set_flags(flags)
+            for owner, value in momenta:
+                owner.momentum = value
+            for variable, value in statistics:
+                variable.assign(value)
+
+        return undo
 
     def set_frozen(
         self,

@@ -47,6 +47,11 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
     return 0 if keras.backend.backend() == "torch" else stock, undo
 
 
+def momenta(model: Any) -> list[tuple[Any, Any]]:
+    """What holds a momentum, and its value now."""
+    return [(owner, owner.momentum) for owner, _ in _owners(model).values()]
+
+
 def _owners(model: Any) -> dict[str, tuple[Any, bool]]:
     """Path -> (what has the momentum, whether in torch's convention); paths as in `sites`."""
     owners: dict[str, tuple[Any, bool]] = {}

@@ -162,6 +162,10 @@ class TorchView:
 
     # --- edits --------------------------------------------------------------------------------
 
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all that an edit may touch; returns what puts it back and can be repeated."""
+        return torch_edit.all_that_edits_touch(self.model)
+
     def set_frozen(
         self,
         boundary: Boundary,

@@ -205,6 +205,45 @@ def snapshot(model: Any) -> Callable[[], None]:
     return undo
 
 
+def all_that_edits_touch(model: Any) -> Callable[[], None]:
+    """As :func:`snapshot`, with statistics and momenta of the sites, hooks and replaced methods."""
+    root = unwrapped(model)
+    flags, gradients = snapshot(model), torch.is_grad_enabled()
+    buffers, momenta, replaced = [], [], []
+    for module in root.modules():
+        if is_site(module):
+            buffers += [
+                (buffer, buffer.detach().clone())
+                for buffer in module._buffers.values()
+                if buffer is not None and not _lazy(buffer)
+            ]
+            momenta.append((module, getattr(module, "momentum", None)))
+        hooks = [dict(getattr(module, name)) for name in _HOOKS]
+        replaced.append((module, vars(module).get("forward"), hooks))
+
+    def undo() -> None:
+        torch.set_grad_enabled(gradients)
+        for module, forward, hooks in replaced:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+            for name, before in zip(_HOOKS, hooks, strict=True):
+                held = getattr(module, name)
+                held.clear()
+                held.update(before)
+        flags()
+        for buffer, value in buffers:
+            buffer.detach().copy_(value)
+        for module, momentum in momenta:
+            if hasattr(module, "momentum"):
+                module.momentum = momentum
+
+    return undo
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
 @contextmanager
 def preserved(model: Any) -> Iterator[None]:
     """Put back parameters, buffers, gradients, flags, modes and momenta, bit for bit."""

@@ -75,9 +75,10 @@ class _Pass:
     def start(self, run: Callable[[], Any]) -> None:
         """Run in a new thread up to the first site to wait at."""
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._ending, self.running, self.site, self.uses = False, True, None, {}
+        self._ending, self.site, self.uses = False, None, {}
         self._thread = threading.Thread(target=self._body, args=(run,), daemon=True)
         self._thread.start()
+        self.running = True  # from here on there is something to end
         self.go_on()
 
     def _body(self, run: Callable[[], Any]) -> None:

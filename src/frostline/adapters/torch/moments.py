@@ -96,9 +96,8 @@ class TorchMoments:
         ]
 
         def restore() -> None:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+            for buffer, value in before:
+                buffer.detach().copy_(value)  # no mode to be left on where this is interrupted
 
         return restore
 

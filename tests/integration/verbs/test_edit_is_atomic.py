@@ -1,0 +1,159 @@
+"""An exception at any line of a verb leaves a torch module as it was, and so does Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+
+import frostline as fl
+
+SOURCES = str(Path(fl.__file__).parent)
+
+
+class Injected(BaseException):
+    """Raised in the middle of a line, by no code of ours."""
+
+
+def module() -> Any:
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(12, 2)
+    )
+    made[1].running_mean.normal_()
+    made[0].weight.grad = torch.ones_like(made[0].weight)
+    made[4].eval()
+    return made
+
+
+def state(model: Any) -> Any:
+    return (
+        [
+            (
+                *(name, type(each), each.training, each.__dict__.get("forward")),
+                *(getattr(each, flag, None) for flag in ("p", "momentum", "track_running_stats")),
+                *(each.__dict__.get("_frostline_rates"), list(each._forward_hooks.values())),
+                list(each._forward_pre_hooks.values()),
+            )
+            for name, each in model.named_modules()
+        ],
+        [(name, id(p), p.requires_grad, id(p.grad)) for name, p in model.named_parameters()],
+        {name: value.tolist() for name, value in model.state_dict().items()},
+        (torch.is_grad_enabled(), torch.get_rng_state().tolist(), signal.getsignal(signal.SIGINT)),
+    )
+
+
+DATA = torch.randn(8, 2, 2, 2, generator=torch.Generator().manual_seed(1)).numpy()
+
+
+def within_frozen(model: Any) -> None:
+    with fl.frozen(model[1]):
+        pass
+
+
+VERBS: dict[str, Callable[[Any], Any]] = {
+    "freeze": lambda model: fl.freeze(model, 4, dropout=True),
+    "freeze statistics": lambda model: fl.freeze(model, params=False),
+    "unfreeze": lambda model: fl.unfreeze(model, 1),
+    "set_momentum": lambda model: fl.set_momentum(model, 0.5),
+    "recalibrate": lambda model: fl.recalibrate(model, DATA, sites="all", batch_size=4),
+    "recalibrate batch": lambda model: fl.recalibrate(model, DATA, sites="all", method="batch"),
+    "frozen": within_frozen,
+}
+
+
+def traced(run: Callable[[], Any], at: int | None) -> list[tuple[str, int]]:
+    """Run with an exception at the ``at``-th line of ours; returns the lines that were met."""
+    lines: list[tuple[str, int]] = []
+
+    def local(frame: Any, event: str, _: Any) -> Any:
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(lines) - 1 == at:
+                raise Injected
+        return local
+
+    def called(frame: Any, _event: str, _: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(SOURCES) else None
+
+    before = sys.gettrace()
+    sys.settrace(called)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.once
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_exception_at_any_line_leaves_the_module_as_it_was(verb: str) -> None:
+    def prepared() -> Any:
+        model = module()
+        if verb == "unfreeze":
+            fl.freeze(model, dropout=True)
+        return model
+
+    VERBS[verb](prepared())  # imports happen now
+    model = prepared()
+    lines = traced(lambda: VERBS[verb](model), None)
+    assert len(lines) > 50
+    first = {line: at for at, line in reversed(list(enumerate(lines)))}
+    last = {line: at for at, line in enumerate(lines)}
+    changed = []
+    for at in sorted({*first.values(), *last.values()}):
+        model = prepared()
+        before = state(model)
+        with pytest.raises(Injected):
+            traced(lambda: VERBS[verb](model), at)  # noqa: B023 - it runs at once
+        if state(model) != before:
+            changed.append(lines[at])
+    assert changed == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("verb", ["freeze", "set_momentum", "recalibrate"])
+def test_an_undo_that_is_interrupted_completes_and_can_be_repeated(verb: str) -> None:
+    model = module()
+    before = state(model)
+    count = len(traced(VERBS[verb](model).undo, None))
+    assert state(model) == before
+    for at in range(count):
+        change = VERBS[verb](model)
+        with pytest.raises(Injected):
+            traced(change.undo, at)
+        if state(model) != before:  # interrupted before it began
+            change.undo()
+        assert state(model) == before
+
+
+@pytest.mark.once
+def test_ctrl_c_in_the_clean_up_waits_for_its_end() -> None:
+    from frostline.verbs.atomic import to_its_end
+
+    seen = []
+
+    def back() -> None:
+        signal.raise_signal(signal.SIGINT)
+        seen.append("done")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            to_its_end(back)
+        assert seen == ["done"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
