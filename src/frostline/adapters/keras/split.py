@@ -1,13 +1,13 @@
 """Cut a Keras model in two where the least has to cross: a pure prefix and the rest.
 
-What is pure is decided in ``keras_pure``. Here the pure calls are divided from the rest, the
-tensors that cross are chosen, and both parts become functional models of the model's own layers.
+Here the model's calls are written out as nodes, and both parts become functional models of the
+model's own layers; the choice between is in ``graph.purity`` and ``graph.mincut``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,27 @@ import keras
 
 from frostline.adapters.keras.calls import (
     Call,
-    Graph,
+    Graph as Calls,
     Slot,
     flatten,
     restored_on_failure,
     run,
+    takes_training,
     told_apart,
 )
 from frostline.adapters.keras.graph import resolve, walk
-from frostline.adapters.keras.pure import Impurity, impurity, observe
+from frostline.adapters.keras.pure import impurity, observe
 from frostline.adapters.keras.tape import graph_of
-from frostline.graph.addresses import ancestors
-from frostline.graph.mincut import later_cut
+from frostline.graph.mincut import frontier, smallest
+from frostline.graph.purity import (
+    Graph,
+    Node,
+    Observed,
+    before,
+    notes,
+    pure_nodes,
+    require_frozen,
+)
 from frostline.types import Crossing, ModelError
 
 L = keras.layers
@@ -70,41 +79,38 @@ class Parts:
 
 def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
     """Cut ``model``; see :func:`frostline.split`."""
-    graph = _require_graph(model)
-    names = {id(place.layer): place.path for place in walk(model)}
-    pure, ends = _pure_calls(graph, model)
+    calls = _require_graph(model)
+    graph = _nodes(calls, model)
+    pure, ends = pure_nodes(graph)
     if at is None:
-        _require_frozen(pure, ends, names, model)
+        require_frozen(graph, pure, ends)
     else:
-        pure = _before(graph, pure, model, at, names)
-    seen = observe(graph, pure, names, sample)
+        pure, ends = _before(graph, pure, model, at), []
+    seen = observe(calls, graph, pure, sample)
     shapes = seen.shapes or {}
-    known = (*graph.inputs, *(slot for call in pure for slot in call.writes))
-    sizes = {slot: _bytes(graph, slot, shapes.get(slot)) for slot in known}
-    forced = at is not None
-    uncuttable = _uncuttable(graph, pure, seen.shapes)
-    inside = _smallest(graph, pure, sizes, uncuttable, forced=forced)
-    if not any(_weights(call) for call in inside) and not forced:
-        raise ModelError(
-            "nothing is worth storing: the frozen part is light to compute and its inputs are "
-            "smaller than its outputs, or its outputs carry masks. Freeze more of the model. "
-            f"Received: model {model.name!r}"
-        )
-    slots = _crossing(graph, inside)
-    prefix, suffix = _build(graph, model, inside, slots)
-    flat = dict(zip(slots, keras.tree.flatten(prefix.outputs), strict=True))
+    known = (*graph.inputs, *(slot for node in pure for slot in node.writes))
+    sizes = {slot: _bytes(calls, slot, shapes.get(slot)) for slot in known}
+    inside = smallest(graph, pure, sizes, _uncuttable(calls, pure, seen), forced=at is not None)
+    slots = frontier(graph, inside)
+    prefix, suffix = _build(calls, model, [node.call for node in inside], slots)
+    paths = {slot: node.path for node in graph.nodes for slot in node.writes}
+    crossing = zip(slots, keras.tree.flatten(prefix.outputs), strict=True)
+    flags_only = f"purity was judged by flags alone: {seen.reason}"
     return Parts(
         prefix=prefix,
         suffix=suffix,
-        frontier=tuple(_described(graph, flat[s], s, shapes.get(s), names) for s in slots),
-        notes=_notes(ends if not forced else (), names, seen.reason),
+        frontier=tuple(
+            _described(calls, tensor, slot, shapes.get(slot), paths.get(slot))
+            for slot, tensor in crossing
+        ),
+        notes=(*notes(ends), *([flags_only] if seen.reason else [])),
     )
 
 
 # --- which calls ----------------------------------------------------------------------------------
 
 
-def _require_graph(model: Any) -> Graph:
+def _require_graph(model: Any) -> Calls:
     graph = flatten(model)
     if graph is not None:
         return graph
@@ -122,145 +128,49 @@ def _require_graph(model: Any) -> Graph:
     raise ModelError(f"model '{model.name}' cannot be split: {reason}. Received: {model.name!r}")
 
 
-def _pure_calls(graph: Graph, model: Any) -> tuple[list[Call], list[tuple[Call, Impurity]]]:
-    """Calls that are pure with pure inputs only, and those that end them."""
-    known: dict[int, Impurity | None] = {}
-    good = set(graph.inputs)
-    pure: list[Call] = []
-    ends: list[tuple[Call, Impurity]] = []
-    for call in graph.calls:
-        if not good.issuperset(call.reads):
-            continue
-        key = id(call.operation)
-        if key not in known:
-            known[key] = impurity(call.operation, model)
-        blame = known[key]
-        if blame is None:
-            pure.append(call)
-            good.update(call.writes)
-        else:
-            ends.append((call, blame))
-    return pure, ends
-
-
-def _require_frozen(
-    pure: Sequence[Call],
-    ends: Sequence[tuple[Call, Impurity]],
-    names: Mapping[int, str],
-    model: Any,
-) -> None:
-    """Refuse a model of which nothing or everything is frozen, or a layer that only seems to be."""
-    if not any(v.trainable for v in model.weights) or not model.trainable:
-        raise ModelError(
-            "everything is frozen: nothing is left to train behind the prefix. Thaw the head, for "
-            "example fl.unfreeze(model, -1), or say where to cut (at=...). "
-            f"Received: {model.name!r}"
-        )
-    for _, blame in ends:
-        layer = blame.layer
-        own = [v for v in (getattr(layer, "gamma", 0), getattr(layer, "beta", 0)) if v is not None]
-        seems = not layer.trainable or (own and not any(getattr(v, "trainable", 0) for v in own))
-        if blame.why == "statistics" and seems:
-            raise ModelError(
-                f"'{names[id(layer)]}' is frozen, but {blame.text}: what it computes for one "
-                "sample depends on the others, so it cannot be stored. Freeze its statistics "
-                "(fl.freeze), or convert it to policy='inference'. "
-                f"Received: {type(layer).__name__}"
+def _nodes(calls: Calls, model: Any) -> Graph:
+    """The calls of a model with what their flags say."""
+    places = {id(place.layer): place for place in walk(model)}
+    names = {key: place.path for key, place in places.items()}
+    operations = {id(call.operation): call.operation for call in calls.calls}
+    blames = {key: impurity(each, model, names) for key, each in operations.items()}
+    return Graph(
+        nodes=tuple(
+            Node(
+                call=call,
+                path=names.get(id(call.operation), getattr(call.operation, "name", "cast")),
+                kind=type(call.operation).__name__,
+                reads=call.reads,
+                writes=call.writes,
+                blame=blames[id(call.operation)],
+                layer=isinstance(call.operation, keras.Layer),
+                weights=isinstance(call.operation, keras.Layer) and bool(call.operation.weights),
+                light=_light(call),
+                phased=takes_training(call.operation),
+                place=places.get(id(call.operation)),
             )
-    if not any(_weights(call) for call in pure):
-        raise ModelError(_nothing(ends, names, model))
-
-
-def _nothing(ends: Sequence[tuple[Call, Impurity]], names: Mapping[int, str], model: Any) -> str:
-    first = next(iter(ends), None)
-    why = (
-        "" if first is None else f": '{names[id(first[1].layer)]}' comes first, and {first[1].text}"
-    )
-    return (
-        f"nothing is frozen at the beginning of the model{why}. Freeze the part that shall be "
-        f"computed once: fl.freeze(model, until=...). Received: model {model.name!r}"
+            for call in calls.calls
+        ),
+        inputs=calls.inputs,
+        outputs=calls.outputs,
+        word="layer",
+        received=f"model {model.name!r}",
+        trains=model.trainable and any(v.trainable for v in model.weights),
     )
 
 
-def _weights(call: Call) -> bool:
-    return isinstance(call.operation, keras.Layer) and bool(call.operation.weights)
-
-
-def _before(
-    graph: Graph, pure: Sequence[Call], model: Any, at: Any, names: Mapping[int, str]
-) -> list[Call]:
-    """The calls before a boundary; all of them must be pure."""
+def _before(graph: Graph, pure: Sequence[Node], model: Any, at: Any) -> list[Node]:
+    """The nodes before a boundary; all of them must be pure."""
     boundary = resolve(model, at)
-    places = walk(model)
     if boundary.path is None:
         raise ModelError(
             f"the boundary is the end of the model: nothing is left behind it. Received: at={at!r}"
         )
-    edge = next(place for place in places if place.path == boundary.path)
-    around = set(ancestors(boundary.path))
-    order = {id(p.layer): p.order for p in places if p.path not in around}
-    good, before = set(graph.inputs), []
-    allowed = {id(call) for call in pure}
-    for call in graph.calls:
-        if not good.issuperset(call.reads) or order.get(id(call.operation), 0) >= edge.order:
-            continue
-        if id(call) not in allowed:
-            blame = impurity(call.operation, model)
-            path = names[id(call.operation)] if blame is None else names[id(blame.layer)]
-            text = "" if blame is None else f": {blame.text}"
-            raise ModelError(
-                f"'{path}' is before the boundary '{boundary.path}' but not pure{text}. "
-                f"fl.freeze(model, {boundary.path!r}) freezes all that is before it. "
-                f"Received: at={at!r}"
-            )
-        before.append(call)
-        good.update(call.writes)
-    if not before:
-        raise ModelError(f"no layer is before the boundary '{boundary.path}'. Received: at={at!r}")
-    return before
+    edge = next(place for place in walk(model) if place.path == boundary.path)
+    return before(graph, pure, edge, at)
 
 
 # --- where to cut ---------------------------------------------------------------------------------
-
-
-def _smallest(
-    graph: Graph,
-    pure: Sequence[Call],
-    sizes: Mapping[Slot, int],
-    uncuttable: set[Slot],
-    *,
-    forced: bool,
-) -> list[Call]:
-    """The pure calls that stay in the prefix so that the fewest bytes cross.
-
-    A call with real work stays; one that is light moves behind the frontier where that makes it
-    smaller, for example a ReLU whose input crosses as well. Tensors that must not be cut (with a
-    mask, or whose rows are not the samples) cost more than all work, so that whatever stands
-    between them and the inputs moves too.
-    """
-    work = sum(sizes.values()) + 1
-    never = work * (len(graph.calls) + 1)
-    unlimited = never * (len(sizes) + 2)
-    home: dict[Slot, Hashable] = dict.fromkeys(graph.inputs, "source")
-    home.update({slot: id(call) for call in pure for slot in call.writes})
-    edges: dict[tuple[Hashable, Hashable], int] = {}
-    for slot, producer in home.items():
-        edges[producer, ("tensor", slot)] = never if slot in uncuttable else sizes[slot]
-    inside = {id(call) for call in pure}
-    for call in graph.calls:
-        node: Hashable = id(call) if id(call) in inside else "sink"
-        for slot in call.reads:
-            if slot in home:
-                edges[("tensor", slot), node] = unlimited  # a reader behind the cut pays for it
-        if node != "sink":
-            # What a call in front of the cut reads is computed in front of it as well.
-            edges.update({(node, home[slot]): unlimited for slot in call.reads})
-            edges["source", node] = work if forced or not _light(call) else 0
-    for slot in graph.outputs:
-        if slot in home:
-            edges[("tensor", slot), "sink"] = unlimited
-    kept = later_cut(edges, "source", "sink")
-    return [call for call in pure if id(call) in kept]
 
 
 def _light(call: Call) -> bool:
@@ -273,25 +183,19 @@ def _light(call: Call) -> bool:
     return operation is keras.ops.cast or type(operation).__name__ in _LIGHT_OPERATIONS
 
 
-def _uncuttable(graph: Graph, pure: Sequence[Call], shapes: Mapping[Slot, Any] | None) -> set[Slot]:
-    """Slots that cannot be stored row by row: with a mask, or with rows that are not samples.
-
-    Args:
-        graph: The graph.
-        pure: The pure calls.
-        shapes: What the trial run saw of them; ``None``: there was none.
-    """
-    found = {slot for call in pure for slot in call.masked}
+def _uncuttable(graph: Calls, pure: Sequence[Node], seen: Observed) -> set[Slot]:
+    """Slots that cannot be stored row by row: with a mask, or with rows that are not samples."""
+    found = {slot for node in pure for slot in node.call.masked}
     batches = {graph.tensors[s].shape[0] for s in graph.inputs if len(graph.tensors[s].shape)}
-    for slot in (slot for call in pure for slot in call.writes):
+    for slot in (slot for node in pure for slot in node.call.writes):
         shape = graph.tensors[slot].shape
         rows = len(shape) > 0 and shape[0] in batches
-        if not rows or (shapes is not None and slot not in shapes):
+        if not rows or (seen.shapes is not None and slot not in seen.shapes):
             found.add(slot)
     return found
 
 
-def _bytes(graph: Graph, slot: Slot, shape: tuple[int, ...] | None) -> int:
+def _bytes(graph: Calls, slot: Slot, shape: tuple[int, ...] | None) -> int:
     """Bytes of one sample; sizes that are not known count as in the trial run, or as one."""
     if shape is None:
         shape = tuple(size or 1 for size in graph.tensors[slot].shape[1:])
@@ -303,20 +207,11 @@ def _item_bytes(dtype: str) -> int:
     return max(1, int(bits) // 8) if bits else 1  # bool and string
 
 
-def _crossing(graph: Graph, inside: Sequence[Call]) -> list[Slot]:
-    """Slots that the suffix reads, in the order in which they are computed."""
-    ours = {id(call) for call in inside}
-    read = {slot for call in graph.calls if id(call) not in ours for slot in call.reads}
-    read.update(graph.outputs)
-    known = [*graph.inputs, *(slot for call in inside for slot in call.writes)]
-    return [slot for slot in known if slot in read]
-
-
 # --- the two models -------------------------------------------------------------------------------
 
 
 def _build(
-    graph: Graph, model: Any, inside: Sequence[Call], slots: Sequence[Slot]
+    graph: Calls, model: Any, inside: Sequence[Call], slots: Sequence[Slot]
 ) -> tuple[Any, Any]:
     ours = {id(call) for call in inside}
     behind = [call for call in graph.calls if id(call) not in ours]
@@ -373,33 +268,15 @@ def _fresh(name: str, taken: Iterable[str]) -> str:
 
 
 def _described(
-    graph: Graph, tensor: Any, slot: Slot, shape: tuple[int, ...] | None, names: Mapping[int, str]
+    graph: Calls, tensor: Any, slot: Slot, shape: tuple[int, ...] | None, path: str | None
 ) -> Crossing:
-    producer = next((call for call in graph.calls if slot in call.writes), None)
-    if producer is None:
-        path = graph.tensors[slot]._keras_history.operation.name
-    else:
-        path = names.get(id(producer.operation), getattr(producer.operation, "name", "cast"))
+    """What crosses; ``path`` of the layer that computes it, ``None`` for a model input."""
     known = tuple(tensor.shape[1:])
     exact = shape if None in known and shape is not None else known
     return Crossing(
-        path=path,
+        path=graph.tensors[slot]._keras_history.operation.name if path is None else path,
         shape=known,
         dtype=keras.backend.standardize_dtype(tensor.dtype),
         bytes_per_sample=_bytes(graph, slot, exact if None not in exact else None),
-        computed=producer is not None,
+        computed=path is not None,
     )
-
-
-def _notes(
-    ends: Sequence[tuple[Call, Impurity]], names: Mapping[int, str], reason: str
-) -> tuple[str, ...]:
-    told = {
-        names[id(blame.layer)]: blame.text
-        for _, blame in ends
-        if blame.why in ("random", "state", "loss")
-    }
-    notes = [f"the prefix ends at '{path}': {text}" for path, text in told.items()]
-    if reason:
-        notes.append(f"purity was judged by flags alone: {reason}")
-    return tuple(notes)
