@@ -164,9 +164,9 @@ def before(graph: Graph, pure: Sequence[Node], edge: Place, at: Any) -> list[Nod
         if not good.issuperset(node.reads) or _behind(node, edge):
             continue
         if id(node) not in allowed:
-            if node.constant:
-                continue  # a trainable tensor: what reads it is not before the boundary either
             blame = node.blame
+            if node.constant or (blame is not None and blame.why == "phase"):
+                continue  # what reads a trainable tensor is not before the boundary either
             path, text = (node.path, "") if blame is None else (blame.path, f": {blame.text}")
             raise ModelError(
                 f"'{path}' is before the boundary '{edge.path}' but not pure{text}. "
@@ -260,7 +260,7 @@ def observe(
 
     def note(values: Sequence[Value]) -> None:
         for value in values:
-            shape = getattr(tables[0][value], "shape", ())
+            shape: Any = getattr(tables[0][value], "shape", ())
             if len(shape) and int(shape[0]) == count:
                 shapes[value] = tuple(int(n) for n in shape[1:])
                 dtypes[value] = dtype_of(tables[0][value])
@@ -269,8 +269,8 @@ def observe(
     last_use = {value: number for number, node in enumerate(nodes) for value in node.reads}
     for number, node in enumerate(nodes):
         try:
-            effect = run(node, tables[0], True)
-            run(node, tables[1], True)
+            text = run(node, tables[0], True)
+            text = run(node, tables[1], True) or text
             shared = all(tables[2][value] is tables[0][value] for value in node.reads)
             if node.phased or not shared or graph.in_place:
                 run(node, tables[2], False)
@@ -278,8 +278,7 @@ def observe(
                 tables[2].update({value: tables[0][value] for value in node.writes})
         except Exception as problem:
             raise NotRunError(node.path, problem) from problem
-        text = effect
-        for value in () if effect else node.writes:
+        for value in () if text else node.writes:
             one, other, locked = _read([table[value] for table in tables], numbers)
             if one is None or other is None or locked is None:
                 continue
@@ -312,7 +311,8 @@ def _difference(one: Array, other: Array, locked: Array, count: int, dtype: str)
     """How a value differs between two batches with one sample in common, and at inference."""
     if one.shape != locked.shape or not _same(one, locked, dtype):
         return "it computes something else in training than at inference"
-    rows = one.shape[:1] == (count,) and one.shape == other.shape
+    shape: tuple[int, ...] = one.shape
+    rows = shape[:1] == (count,) and shape == other.shape
     if rows and not _same(one[0], other[-1], dtype):
         return "its output for one sample depends on the other samples of the batch"
     return None

@@ -121,6 +121,8 @@ class _Fold:
         made: Any = self.twin
         if graph is not None:
             graph._tracer_cls = None  # it would be pickled by name
+            for node in graph.nodes:
+                node.type = None  # an annotation may be text, which does not pickle
             made = fx.GraphModule(self.twin, graph)
             for node in self._nodes(graph, self.twin):
                 site = self.twin.get_submodule(node.target)

@@ -1,8 +1,9 @@
 """The graph of a torch module in both phases, as far as ``torch.fx`` can follow it.
 
 A module reads ``self.training`` while it is traced, so that one trace holds for one phase. Here it
-is traced in both; where only arguments differ (``dropout(x, training=self.training)``), both sets
-are kept. What cannot be followed, or is another graph in training, is kept whole as one call.
+is traced in both, and the nodes that do the same in both are matched. A module that cannot be
+followed, or calls other things in training than at inference, is kept whole as one call; where the
+model itself does so (an auxiliary head that only training uses), both graphs are kept.
 
 This room reads only: modes and flags are put back.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,8 @@ class Network:
     Attributes:
         root: The module, without wrappers.
         graph: Its graph at inference.
-        training: Node -> ``(args, kwargs)`` in training, where they are others than at inference.
+        other: Its graph in training.
+        twins: Node of ``graph`` -> the node of ``other`` that does the same, up to constants.
         modes: Module -> its mode in a training step.
         whole: Name of each module that is kept whole -> why.
         varying: Names of those that are another graph in training than at inference.
@@ -45,10 +48,33 @@ class Network:
 
     root: Any
     graph: Any
-    training: Mapping[Any, tuple[Any, Any]]
+    other: Any
+    twins: Mapping[Any, Any]
     modes: Modes
     whole: Mapping[str, str]
     varying: frozenset[str]
+
+    @functools.cached_property
+    def told(self) -> Mapping[Any, tuple[Any, Any]]:
+        """Node -> its arguments in training, where these are others than at inference."""
+        mine = {twin: node for node, twin in self.twins.items()}
+        return {
+            node: fx.node.map_arg((twin.args, dict(twin.kwargs)), lambda each: mine[each])
+            for node, twin in self.twins.items()
+            if not _alike((node.args, node.kwargs), (twin.args, twin.kwargs), self.twins)
+        }
+
+    @property
+    def in_training_only(self) -> tuple[Any, ...]:
+        """Nodes of the graph in training that have no counterpart at inference."""
+        known = set(self.twins.values())
+        return tuple(n for n in self.other.nodes if n not in known and n.op != "output")
+
+    @property
+    def phases_differ(self) -> bool:
+        """Whether training is another graph than inference, or has other arguments."""
+        same = len(self.twins) == len(self.graph.nodes) == len(self.other.nodes)
+        return not same or bool(self.told)
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -60,11 +86,6 @@ class Network:
         """All other nodes but the output, in execution order."""
         nodes = self.graph.nodes
         return tuple(node for node in nodes if node.op not in ("placeholder", "output"))
-
-    @property
-    def output(self) -> Any:
-        """The node that returns."""
-        return next(node for node in self.graph.nodes if node.op == "output")
 
     def module(self, node: Any) -> Any | None:
         """The module that a node calls, if it calls one."""
@@ -78,7 +99,7 @@ class Network:
     def arguments(self, node: Any, *, training: bool) -> tuple[Any, Any]:
         """``(args, kwargs)`` of a node in a phase."""
         own = (node.args, node.kwargs)
-        return self.training.get(node, own) if training else own
+        return self.told.get(node, own) if training else own
 
     def run(self, node: Any, values: Mapping[Any, Any], *, training: bool) -> Any:
         """Compute one node; modules run in the modes that they are in."""
@@ -135,45 +156,56 @@ def phase(modules: Any, modes: Modes | None) -> Iterator[None]:
             module.training = mode
 
 
-def network(model: Any) -> Network:
+def network(model: Any, given: Collection[str] | None = None) -> Network:
     """Trace a module in both phases.
 
+    Args:
+        model: A torch module.
+        given: Names of the arguments of ``forward`` that are given; others keep their defaults.
+
     Raises:
-        ModelError: ``torch.fx`` cannot follow the ``forward`` of the model itself, or that is
-            another graph in training than at inference.
+        ModelError: ``torch.fx`` cannot follow the ``forward`` of the model itself.
     """
     root = unwrapped(model)
     modes = training_modes(model)
     whole: dict[str, str] = {}
     varying: set[str] = set()
     while True:
-        graph = followed(root, None, whole)
-        other = followed(root, modes, whole)
-        place = _first_difference(graph, other)
-        if place is None:
+        graph = followed(root, None, whole, given)
+        known = set(whole)
+        other = followed(root, modes, whole, given)
+        if found := whole.keys() - known:  # in training only
+            varying |= found
+            continue
+        owners = _differing(graph, other) - whole.keys() - {""}
+        if not owners:
             break
-        if place == "":
-            raise ModelError(
-                f"{type(root).__name__}.forward is another graph in training than at inference "
-                "(it asks self.training which modules to call), so it has no one graph to cut. "
-                "Move what only training does into a module of its own. "
-                f"Received: {type(root).__name__}"
-            )
-        whole.setdefault(place, "it calls other things in training than at inference")
-        varying.add(place)
-    training = {
-        node: _translated(twin, graph, other)
-        for node, twin in zip(graph.nodes, other.nodes, strict=True)
-        if not _alike((node.args, node.kwargs), (twin.args, twin.kwargs))
-    }
+        whole.update(dict.fromkeys(owners, "it calls other things in training than at inference"))
+        varying |= owners
     return Network(
         root=root,
         graph=graph,
-        training=training,
+        other=other,
+        twins=_twins(graph, other),
         modes=modes,
         whole=whole,
         varying=frozenset(varying),
     )
+
+
+def input_names(model: Any, sample: Any = None) -> frozenset[str]:
+    """Arguments of ``forward`` that a sample gives, and those that have no default."""
+    kinds = inspect.Parameter
+    parameters = [
+        p for p in inspect.signature(unwrapped(model).forward).parameters.values()
+        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    ]  # fmt: skip
+    names = [p.name for p in parameters]
+    required = {p.name for p in parameters if p.default is kinds.empty}
+    if isinstance(sample, Mapping):
+        return frozenset(required.union(name for name in names if sample.get(name) is not None))
+    count = len(sample) if isinstance(sample, (tuple, list)) else 0 if required else 1
+    return frozenset(required.union(names[:count]))
 
 
 class _Tracer(Tracer):
@@ -199,8 +231,11 @@ class _Tracer(Tracer):
             raise
 
 
-def followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
+def followed(
+    root: Any, modes: Modes | None, whole: dict[str, str], given: Collection[str] | None = None
+) -> Any:
     """The graph in one phase; modules that cannot be followed are added to ``whole``."""
+    given = input_names(root) if given is None else given
     kind = type(root).__name__
     while True:
         tracer = _Tracer(whole)
@@ -209,12 +244,12 @@ def followed(root: Any, modes: Modes | None, whole: dict[str, str]) -> Any:
             warnings.simplefilter("ignore")
             try:
                 with phase(list(root.modules()), modes):
-                    graph = tracer.trace(root, _defaults(root))
+                    graph = tracer.trace(root, _defaults(root, given))
             except Exception as problem:  # whatever the model's own code raises on a stand-in
                 reason = first_line(problem)
             moved = changed()
         if not reason and moved is None:
-            return _without_defaults(graph, root)
+            return _without_defaults(graph, _defaults(root, given))
         owner = tracer.failed if reason else (moved or "").rpartition(".")[0]
         reason = reason or f"it changes its buffer {moved!r} in training"
         if not owner:
@@ -247,15 +282,18 @@ def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
                     buffer.copy_(value)
 
 
-def _defaults(root: Any) -> dict[str, Any]:
-    """Arguments of ``forward`` that need not be given; the graph is that of calls without them."""
+def _defaults(root: Any, given: Collection[str]) -> dict[str, Any]:
+    """Arguments of ``forward`` that are not given; the graph is that of calls without them."""
     parameters = inspect.signature(root.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not inspect.Parameter.empty and p.name not in given
+    }
 
 
-def _without_defaults(graph: Any, root: Any) -> Any:
+def _without_defaults(graph: Any, names: Collection[str]) -> Any:
     """Take out the inputs that are constants now, and the assertions that they are."""
-    names = list(_defaults(root))
     gone: list[Any] = []
     for node in graph.nodes:
         default = node.op == "placeholder" and node.target.rpartition("_")[0] in names
@@ -266,31 +304,53 @@ def _without_defaults(graph: Any, root: Any) -> Any:
     return graph
 
 
-def _first_difference(graph: Any, other: Any) -> str | None:
-    """Name of the module whose calls differ first; ``None``: they are the same."""
-    pairs = list(zip(graph.nodes, other.nodes, strict=False))
-    for one, two in pairs:
-        nodes = [each.name for each in one.all_input_nodes], [n.name for n in two.all_input_nodes]
-        if (one.op, str(one.target)) != (two.op, str(two.target)) or nodes[0] != nodes[1]:
-            return owner_of(two) if two.op != "output" else owner_of(one)
-    return None if len(graph.nodes) == len(other.nodes) else ""
+def _twins(graph: Any, other: Any) -> dict[Any, Any]:
+    """Node -> the node of the other graph that calls the same on the same inputs."""
+    waiting: dict[Any, list[Any]] = {}
+    for node in other.nodes:
+        key = (node.op, str(node.target), tuple(node.all_input_nodes))
+        waiting.setdefault(key, []).append(node)
+    found: dict[Any, Any] = {}
+    for node in graph.nodes:
+        reads = tuple(found.get(each) for each in node.all_input_nodes)
+        same = waiting.get((node.op, str(node.target), reads), [])
+        if same and _alike_in_kind(node, same[0]):
+            found[node] = same.pop(0)
+    return found
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two argument structures are the same, nodes by their names."""
+def _alike_in_kind(node: Any, twin: Any) -> bool:
+    """Whether both have as many arguments, by the same names."""
+    return len(node.args) == len(twin.args) and node.kwargs.keys() == twin.kwargs.keys()
+
+
+def _differing(graph: Any, other: Any) -> set[str]:
+    """Names of the modules whose ``forward`` makes other calls in one graph than in the other."""
+
+    def calls(each: Any) -> Counter[tuple[str, str, str]]:
+        return Counter((_caller(n), n.op, str(n.target)) for n in each.nodes if n.op != "output")
+
+    one, two = calls(graph), calls(other)
+    return {caller for caller, _, _ in ((one - two) + (two - one))}
+
+
+def _caller(node: Any) -> str:
+    """Name of the module in whose ``forward`` a node was made; "" for the root."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    stack = stack[:-1] if node.op == "call_module" else stack  # it ends with the called module
+    return str(stack[-1][0]) if stack else ""
+
+
+def _alike(one: Any, other: Any, twins: Mapping[Any, Any]) -> bool:
+    """Whether two argument structures are the same, nodes by their twins."""
     if isinstance(one, fx.Node) or isinstance(other, fx.Node):
-        return isinstance(one, fx.Node) and isinstance(other, fx.Node) and one.name == other.name
+        return isinstance(one, fx.Node) and twins.get(one) is other
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_alike, one, other))
+        return len(one) == len(other) and all(
+            _alike(a, b, twins) for a, b in zip(one, other, strict=True)
+        )
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(_alike(one[k], other[k], twins) for k in one)
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return one is other
     return type(one) is type(other) and bool(one == other)
-
-
-def _translated(twin: Any, graph: Any, other: Any) -> tuple[Any, Any]:
-    """Arguments of a node of the other graph, in nodes of this one."""
-    mine = dict(zip(other.nodes, graph.nodes, strict=True))
-    found: tuple[Any, Any] = fx.node.map_arg((twin.args, dict(twin.kwargs)), lambda n: mine[n])
-    return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
+import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -258,3 +261,132 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(monkeypatch: Any)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training uses, before or behind the main one."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.early = early
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.body = nn.Conv2d(4, 4, 3)
+        self.aux = nn.Sequential(nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, 2)
+        self.unused = nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.stem(x)
+        aux = self.aux(x) if self.training and self.early else None
+        x = self.body(x)
+        if self.training and not self.early:
+            aux = self.aux(x)
+        x = self.head(x.mean((2, 3)))
+        return (x, aux) if self.training else x
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_auxiliary_head_of_training_is_kept_in_training(early: bool) -> None:
+    model = Auxiliary(early)
+    fl.freeze(model, "body")
+    x = images()
+    parts = fl.split(model, sample=x)
+    assert [c.path for c in parts.frontier] == ["stem/2"]
+    assert parts.suffix.aux[0] is model.aux[0]
+    twin = copy.deepcopy(model).train()
+    for one, other in zip(together(parts, x), twin(x), strict=True):
+        torch.testing.assert_close(one, other)
+    assert int(model.aux[0].num_batches_tracked) == 1
+    assert not hasattr(parts.suffix, "unused")
+    model.eval()
+    torch.testing.assert_close(together(parts, x), model(x))
+    alone = copy.deepcopy(parts.suffix)
+    assert torch.is_tensor(alone(parts.prefix(x)))
+    assert len(alone.train()(parts.prefix(x))) == 2
+    assert not model.training
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.save(parts.suffix, io.BytesIO())
+    assert "another graph than inference" in str(found[0].message)
+
+
+class Mapped(nn.Module):
+    """Arguments by name with defaults, a mapping as output, as Hugging Face models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet()
+
+    def forward(self, pixel_values: Any = None, labels: Any = None) -> Any:
+        found = OrderedDict(logits=self.net(pixel_values))
+        if labels is not None:
+            found["loss"] = functional.cross_entropy(found["logits"], labels)
+        return found
+
+
+@pytest.mark.parametrize("named", [True, False, None])
+def test_arguments_with_defaults(named: bool | None) -> None:
+    model = Mapped()
+    fl.freeze(model, "net/layer2")
+    x = images()
+    parts = fl.split(model, sample={"pixel_values": x} if named else None if named is None else x)
+    assert [c.path for c in parts.frontier] == ["net/layer1/relu_1"]
+    found = parts.suffix.eval()(parts.prefix(pixel_values=x))
+    torch.testing.assert_close(found["logits"], model(pixel_values=x)["logits"])
+
+
+def test_modes_stay() -> None:
+    model = resnet().train()
+    model.requires_grad_(False)
+    model.stem[1].eval()
+    for layer in (model.layer1, model.layer2):
+        layer.bn1.eval()
+        layer.bn2.eval()
+    model.fc.requires_grad_(True)
+    before = [module.training for module in model.modules()]
+    fl.split(model, sample=images())
+    assert [module.training for module in model.modules()] == before
+
+
+def stochastic_depth(x: Any, p: float, training: bool) -> Any:
+    keep = torch.rand(len(x), 1, 1, 1) > p
+    return x * keep if training else x
+
+
+torch.fx.wrap("stochastic_depth")
+
+
+class Told(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return stochastic_depth(x, 0.2, self.training)
+
+
+def test_a_function_that_is_told_the_phase_ends_the_prefix() -> None:
+    last = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Told(), last)
+    model[0].requires_grad_(False)
+    parts = fl.split(model, sample=images())
+    assert [c.path for c in parts.frontier] == ["0"]
+    assert "acts otherwise in training" in parts.notes[0]
+
+
+def test_saved_parts_are_plain_torch() -> None:
+    model = resnet(drop=0.5)
+    fl.freeze(model, "layer2/bn1")
+    x = images()
+    parts = fl.split(model, at="layer2/bn1", sample=x)
+    loaded = []
+    for part in (parts.prefix, parts.suffix):
+        stream = io.BytesIO()
+        torch.save(part, stream)
+        assert b"frostline" not in stream.getvalue()
+        stream.seek(0)
+        loaded.append(torch.load(stream, weights_only=False))
+        assert set(loaded[-1].state_dict()) <= set(model.state_dict())
+    features = loaded[0].train()(x)  # the prefix is the same function in every mode
+    for one, other in zip(features, parts.prefix(x), strict=True):
+        torch.testing.assert_close(one, other)
+    model.eval()
+    torch.testing.assert_close(loaded[1].eval()(*features), model(x))
+    one, other = (loaded[1].train()(*features) for _ in range(2))
+    assert not torch.equal(one, other)  # dropout has kept its mode
