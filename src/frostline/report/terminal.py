@@ -144,7 +144,7 @@ def _where_lines(report: Report, found: Attribution) -> list[RenderableType]:
     for rank, (path, share, alone) in enumerate(excerpts.top_sites(found), start=1):
         effect = "" if alone is None else f"; alone: loss {wording.number(alone, signed=True)}"
         lines.append(_inset(f"{rank}. {path}: {wording.percent(share)}{effect}"))
-    lines.append(line(f"  {wording.completeness(found)}", style="dim"))
+    lines.append(_Paragraph(wording.completeness(found), style="dim", indent="  "))
     return lines
 
 

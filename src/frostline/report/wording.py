@@ -296,10 +296,10 @@ def differentiated(found: Attribution) -> str:
 
 def completeness(found: Attribution) -> str:
     """Return how far the shares add up to the gap, and what that allows."""
-    where, missing = f"computed on {differentiated(found)}", percent(found.residual)
+    where, missing = f"shares computed on {differentiated(found)}", percent(found.residual)
     if found.complete:
-        return f"shares {where}; their sum is within {missing} of the gap there"
-    return f"shares {where} miss {missing} of the gap there: trust their order, not their size"
+        return f"{where}; their sum is within {missing} of the gap"
+    return f"{where}; they miss {missing} of the gap: trust their order, not their size"
 
 
 def _share_reading(found: Attribution) -> str:
