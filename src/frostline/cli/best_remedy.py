@@ -10,7 +10,7 @@ from typing import Any
 from frostline.cli import model_files
 from frostline.cli.options import OutputOptions
 from frostline.cli.terminal import echo
-from frostline.remedies import group_of
+from frostline.remedies import group_of, verb_of
 from frostline.report import excerpts
 from frostline.types import Array, OutputError
 from frostline.types.measured import Probe, Remedy
@@ -68,13 +68,14 @@ def apply(
         tried = ", ".join(each.name for each in report.remedies if each.after)
         told = f"none of those measured helps for sure ({tried})" if tried else "there is no remedy"
         return _not_fixed(f"{told} for {_causes(report)}", output)
-    group = group_of(best)
-    if group is None:
+    verb = verb_of(best.fix)
+    if verb is None:
         return _not_fixed(_what_to_do(best, report), output)
-    from frostline.verbs import edit as repair
+    from frostline.verbs import edit
 
     before = inference(model, samples)
-    change = repair.recalibrate(model, samples.x, sites=group, batch_size=samples.batch_size)
+    repair = getattr(edit, verb)
+    change = repair(model, samples.x, sites=group_of(best), batch_size=samples.batch_size)
     after = inference(model, samples)
     if not (after.loss < before.loss and after.broken <= before.broken) and not (
         after.broken < before.broken
@@ -127,7 +128,7 @@ def _what_to_do(best: Remedy, report: Report) -> str:
     line = best.shell or best.python
     told = f"the best remedy is not one for the model as it is: {best.text}"
     told += f" ({line})" if line else ""
-    now = next((r for r in report.remedies if r.recommended and group_of(r) and r.shell), None)
+    now = next((r for r in report.remedies if r.recommended and verb_of(r.fix) and r.shell), None)
     if now is not None:
         told += f". Less, but now: {now.shell} ({_numbers(now.before)} -> {_numbers(now.after)})"
     return told

@@ -35,9 +35,9 @@ def few_effective_samples(
     lower it too. Needs four batches at least.
 
     ## Why is this bad?
-    The batch's mean is off by s standard deviations and its variance by about sqrt(2) s, another
-    way in each step: training sees noise that inference does not, and the average variance within
-    a batch, which is what is stored, misses what lies between batches.
+    In every step the batch's mean is off by s standard deviations and its variance by about sqrt(2)
+    s. Training sees noise that inference does not, and the stored variance, which is the average
+    within a batch, lacks the variance between batches.
 
     ## Example
     ```python
@@ -90,14 +90,14 @@ def stacked_bessel_bias(
     ## What it does
     Compares each stored variance with the mean biased variance of a batch. Where the average was
     made of unbiased variances, as in PyTorch and old Keras, the ratio is `n / (n - 1)` for n values
-    per channel and batch. Reports the sites together when their ratios multiply to what the n
-    predict and the model's scale changes by more than `min_effect`: by the product of
-    `sqrt((n - 1) / n)`.
+    per channel and batch. Reports the sites together when the product of their ratios is the
+    predicted one and the model's scale, which changes by the product of `sqrt((n - 1) / n)`,
+    differs by more than `min_effect`.
 
     ## Why is this bad?
-    It is not a mistake of anybody, and for n in the thousands it is nothing. With small batches, no
-    pixels and many BN layers in a row inference gives a fraction of what training does: 20 layers
-    at n = 64 give 1/1.17 of it.
+    Nobody made a mistake, and for n in the thousands the effect vanishes. With small batches, no
+    pixels and many BN layers in a row the outputs of inference shrink: 20 layers at n = 64 give
+    1/1.17 of what training gives.
 
     ## Example
     ```python
@@ -158,9 +158,9 @@ def noisy_moving_average(noisy_sites: Measured, *, max_error: float = 0.2) -> It
     """The moving average forgets so fast that it follows the last batches.
 
     ## What it does
-    Measures how much batch means scatter (FL307) and computes what a moving average of them
-    scatters by: `noise * sqrt((1 - decay) / (1 + decay))` standard deviations. Reports thawed sites
-    where that is above `max_error`. Needs four batches at least.
+    Measures how much batch means scatter (FL307) and computes the scatter of their moving average:
+    `noise * sqrt((1 - decay) / (1 + decay))` standard deviations. Reports thawed sites where that
+    is above `max_error`. Needs four batches at least.
 
     ## Why is this bad?
     The stored statistics are those of the last few batches, so inference depends on which batches

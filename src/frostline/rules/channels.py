@@ -30,8 +30,8 @@ def collapsed_channels(
     `|gamma| / sqrt(var + epsilon)` is above `min_gain`.
 
     ## Why is this bad?
-    The channel was dead on the old data (a filter that never fires). If new data wakes it, what
-    comes out is its input times that gain, far outside of what the next layer knows.
+    The channel was dead on the old data (a filter that never fires). If new data wakes it, its
+    output is amplified by that gain, far beyond the range that the next layer was trained on.
 
     ## Example
     ```python
@@ -84,8 +84,8 @@ def silent_channels(
     it is the usual start of a residual branch.
 
     ## Why is this bad?
-    It need not be: weight decay and sparsity penalties do it. Such channels cost time and carry
-    nothing, and next to no gradient reaches the filters before them.
+    Often it is not: weight decay and sparsity penalties do this. Such channels cost time, carry no
+    information, and pass almost no gradient to the filters before them.
 
     ## Example
     ```python
@@ -132,10 +132,10 @@ def half_precision_statistics(stored: Stored) -> Iterator[Hit]:
     Reports thawed sites that store their statistics in float16 or bfloat16.
 
     ## Why is this bad?
-    An update adds `(1 - decay) * (batch - stored)`. With unit roundoff u it is rounded away for
-    certain when batch and stored differ by less than `u / (2 * (1 - decay))` of the stored value:
-    2.4% in float16 and 20% in bfloat16 at decay 0.99. The average then stands still short of its
-    aim. In float16 a variance above 65504 is infinite as well.
+    An update adds `(1 - decay) * (batch - stored)`. With unit roundoff u it is always rounded away
+    when batch and stored differ by less than `u / (2 * (1 - decay))` of the stored value: 2.4% in
+    float16 and 20% in bfloat16 at decay 0.99. The average then stops before it arrives. In float16
+    a variance above 65504 is infinite.
 
     ## Example
     ```python
@@ -182,8 +182,8 @@ def renorm_shadow_statistics(stored: Stored, *, tolerance: float = 0.01) -> Iter
     every update.
 
     ## Why is this bad?
-    Somebody wrote one and not the other, by a recalibration or by copying weights. Inference uses
-    the one; the first training step overwrites it from the other.
+    A recalibration or a copy of weights wrote one and not the other. Inference uses the first; the
+    next training step overwrites it from the second.
 
     ## Example
     ```python
@@ -287,7 +287,7 @@ def non_finite_parameters(model: ModelFacts) -> Iterator[Hit]:
     Counts the channels whose gamma or beta is not finite.
 
     ## Why is this bad?
-    Training has diverged, and no recalibration brings them back: a checkpoint from before does.
+    Training has diverged. No recalibration repairs this; load an earlier checkpoint.
 
     ## Example
     ```python

@@ -28,8 +28,8 @@ def swapped_momentum_convention(
     `momentum` is the kept share (0.99), torch's is the new share (0.1).
 
     ## Why is this bad?
-    With decay d the statistics are those of about 1/(1 - d) batches: at 0.1 of the last one. What
-    inference gives depends on which batch happened to be last.
+    With decay d the statistics cover about 1/(1 - d) batches: at 0.1 only the last one. Inference
+    then depends on which batch happened to come last.
 
     ## Example
     ```python
@@ -120,8 +120,8 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
     `sqrt((var + epsilon) / (var + frequent)) - 1`, when that is at least `min_effect`.
 
     ## Why is this bad?
-    Keras' default is 1e-3, torch's 1e-5. A converted layer with the wrong one scales its channels
-    of small variance wrongly, and no error says so.
+    Keras' default is 1e-3, torch's 1e-5. In a converted layer the wrong one changes the scale of
+    channels with a small variance, and nothing raises an error.
 
     ## Example
     ```python
@@ -174,9 +174,8 @@ def shared_site(model: ModelFacts) -> Iterator[Hit]:
     Reports sites, not locked to stored statistics, that the model uses more than once.
 
     ## Why is this bad?
-    In training every use is normalised by its own batch; at inference all share one average over
-    the sources, which describes none of them unless they are alike. Each step also updates it
-    several times.
+    Training normalises every use by its own batch. At inference all uses share one average, which
+    describes none of them unless they are alike. Each step also updates it several times.
 
     ## Example
     ```python
@@ -220,8 +219,8 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
     Reports names that more than one site has. Frostline tells them apart by their path.
 
     ## Why is this bad?
-    Loading weights by name, `layer.path`, and lists of layers to freeze reach the wrong one or
-    both.
+    Loading weights by name, `layer.path` and lists of layers to freeze can reach the wrong layer,
+    or both.
 
     ## Example
     ```python

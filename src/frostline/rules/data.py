@@ -68,16 +68,15 @@ def statistics_far_from_data(
     """The stored statistics of a thawed site do not describe the data.
 
     ## What it does
-    Compares the stored mean and variance with those of the site's inputs on the data, measured
-    with the statistics of all sites before already right: `|mean - stored| / sqrt(stored variance
-    + epsilon)` and the ratio of the standard deviations, 90th percentile over channels each.
-    Sites of which the number of training steps (FL306) or a frozen layer behind (FL311) tells
-    more are left to those rules.
+    Compares the stored mean and variance with those of the site's inputs on the data, measured with
+    correct statistics at all sites before it: `|mean - stored| / sqrt(stored variance + epsilon)`
+    and the ratio of the standard deviations, each as the 90th percentile over channels. FL306
+    reports sites that trained for too few steps, FL311 those before a frozen layer.
 
     ## Why is this bad?
-    Training normalises with the batch and does not notice; inference uses what is stored. A moving
-    average that had time to settle and is still off was not taken on such data, or not with these
-    weights: they were edited, averaged, pruned or loaded since.
+    Training normalises with the batch and does not notice; inference uses what is stored. When an
+    average had time to settle and is still off, it was taken on other data, or with other weights
+    that were edited, averaged, pruned or loaded since.
 
     ## Example
     ```python
@@ -138,9 +137,9 @@ def frozen_statistics_far_from_data(
     The comparison of FL304 for sites whose statistics do not move.
 
     ## Why is this bad?
-    It need not be: frozen filters were trained for these statistics, and a layer that keeps them
-    in training and at inference has no gap. It is bad where training uses the batch (FL301), and
-    a sign of other inputs than those of pretraining: another scale, another domain.
+    Often it is not: frozen filters were trained for these statistics, and a layer that uses them in
+    training and at inference has no gap. It is bad where training uses the batch (FL301), and it
+    can mean that the inputs have another scale or domain than in pretraining.
 
     ## Example
     ```python
@@ -206,8 +205,8 @@ def old_statistics_remain(
     from those of the data.
 
     ## Why is this bad?
-    Inference normalises with a mixture of the old and the new statistics, training with the new
-    ones alone: the gap shrinks only as fast as the average forgets.
+    Inference normalises with a mixture of old and new statistics, training only with new ones. The
+    gap shrinks as slowly as the average forgets.
 
     ## Example
     ```python
@@ -274,8 +273,7 @@ def thawed_before_frozen_differs(
 
     ## Why is this bad?
     The frozen weights behind were fitted to the site's old output. In training they see features
-    normalised by the batch, at inference features normalised by statistics on their way from the
-    old data to the new ones.
+    normalised by the batch; at inference the statistics are a mixture of old and new data.
 
     ## Example
     ```python
@@ -334,15 +332,14 @@ def input_scale_differs(
     """The first site's inputs vary by another scale than before, by one factor in all channels.
 
     ## What it does
-    Looks at the first site in execution order: when the logarithm of its ratio of data variance to
-    stored variance is the same in all channels, up to `max_spread` of its size, what is different
-    is the scale of the model's inputs; the factor is the square root of that ratio.
+    Looks at the first site in execution order. When the logarithm of the ratio of data variance to
+    stored variance is the same in all channels, up to `max_spread` of its size, the model's inputs
+    have another scale. The factor is the square root of that ratio.
 
     ## Why is this bad?
-    The inputs are not preprocessed as in training: a division by 255 is missing or made twice.
-    Stored statistics "mismatch" too, but recalibrating them hides the mistake in the first layer
-    only. Where stored statistics were kept by a moving average that lags, the factor is that of
-    the mixture.
+    The inputs are not preprocessed as in training: a division by 255 is missing or done twice. The
+    stored statistics do not fit either, but recalibrating them repairs the first layer only. If the
+    moving average lags, the factor is that of a mixture.
 
     ## Example
     ```python

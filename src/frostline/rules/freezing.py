@@ -24,14 +24,14 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     """A frozen site normalises with the statistics of each batch while training.
 
     ## What it does
-    Reports sites whose statistics do not move but which, in training, do not use them either:
-    our layer with `policy="batch"` (or a `version` that means it), and a wrapped torch layer with
+    Reports sites whose statistics neither move nor are used in training: our layer with
+    `policy="batch"` (or a `version` that means it), and a wrapped torch layer with
     `track_running_stats` switched off while its buffers are still there.
 
     ## Why is this bad?
-    The layers behind are trained on features normalised by the batch and are served with features
-    normalised by the stored statistics. On a new data set the two differ, so training looks
-    perfect and inference does not: the bug of Keras 2.1.3 to 2.2.4 that Frostline is named for.
+    The layers behind train on features normalised by the batch, and are served features normalised
+    by the stored statistics. On a new data set the two differ: training looks perfect, inference
+    does not: the bug of Keras 2.1.3 to 2.2.4 that Frostline is named for.
 
     ## Example
     ```python
@@ -75,7 +75,7 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
 
     ## Why is this bad?
     Every step replaces a share `1 - decay` of the pretrained statistics: after n steps `decay**n`
-    of them is left. The frozen filters behind were trained for the old ones.
+    of them is left. The frozen filters behind were trained for the old statistics.
 
     ## Example
     ```python
@@ -116,9 +116,9 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     """Gamma and beta are frozen, the statistics are not.
 
     ## What it does
-    Reports sites that are half frozen: the variables gamma and beta do not train (Keras
-    `variable.trainable`, torch `requires_grad`, or the root model's `trainable`), while the layer
-    itself still updates its statistics.
+    Reports half-frozen sites: gamma and beta do not train (Keras `variable.trainable`, torch
+    `requires_grad`, or the root model's `trainable`), while the layer itself still updates its
+    statistics.
 
     ## Why is this bad?
     Freezing variables does not freeze a layer: a training step still normalises with the batch and
@@ -170,7 +170,7 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     """The statistics are frozen, gamma and beta train.
 
     ## What it does
-    Reports sites of the other half: the layer is frozen, one of its variables was thawed again.
+    Reports the opposite of FL103: the layer is frozen, but one of its variables was thawed again.
 
     ## Why is this bad?
     It need not be: training the affine part over fixed statistics is a known way to fine-tune. It
@@ -220,9 +220,9 @@ def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
     Reports torch BN inside a wrapper with `trainable=False`.
 
     ## Why is this bad?
-    The wrapper puts the module into training mode in every training step, whatever `trainable`
-    says: the batch normalises, and `running_mean` and `running_var` move although no parameter
-    does.
+    Whatever `trainable` says, the wrapper puts the module into training mode in every training
+    step. It normalises with the batch, and moves `running_mean` and `running_var` although no
+    parameter moves.
 
     ## Example
     ```python
@@ -270,9 +270,10 @@ def thawed_before_frozen_layer(
     In a branched graph the next layer need not be a consumer, hence "may".
 
     ## Why is this bad?
-    The frozen weights behind were fitted to what this site used to give them. In training it gives
-    features normalised by the batch, and its statistics drift, so the frozen part of the network
-    is neither constant nor free of the train/inference gap, and its features cannot be cached.
+    The frozen weights behind were fitted to the old output of this site. In training its output is
+    normalised by the batch, and its statistics drift. The frozen part of the network is then
+    neither constant nor free of the gap between training and inference, and its features cannot be
+    cached.
 
     ## Example
     ```python
@@ -326,9 +327,9 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     layer is never reported: its `trainable` is live, unless `live=False`.
 
     ## Why is this bad?
-    On TensorFlow the compiled training step goes on as before: a site that was frozen since still
-    trains and moves its statistics, one that was thawed stays as it is. JAX refuses to train, and
-    so does torch after thawing. Freezing on torch works, and is not reported.
+    On TensorFlow the compiled training step ignores the flip: a site frozen since then still trains
+    and moves its statistics, and a thawed one stays frozen. JAX refuses to train, and so does torch
+    after thawing. Freezing on torch works and is not reported.
 
     ## Example
     ```python
@@ -382,8 +383,8 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
     whose weights train. Off unless selected: keeping all BN frozen is often the better choice.
 
     ## Why is this bad?
-    The statistics describe what the layer used to give. As its weights move they no longer do,
-    and nothing brings them up to date but a recalibration.
+    The statistics describe the old output of that layer. They become wrong as its weights move, and
+    only a recalibration brings them up to date.
 
     ## Example
     ```python

@@ -38,14 +38,14 @@ def between_source_variance_missing(
 
     ## What it does
     Splits the variance on the data into the part within a class and the part between classes. In
-    channels where the total is at least `min_ratio` times the part within, it asks which of the
-    two the stored variance is nearer to, on a logarithmic scale; reports thawed sites where it is
-    the part within.
+    channels where the total is at least `min_ratio` times the part within, it compares the stored
+    variance with both on a logarithmic scale, and reports thawed sites where it is nearer to the
+    part within.
 
     ## Why is this bad?
-    That is what a moving average gives when every batch has one source only: real images or fakes,
-    one domain, one class. In training each source is centred by itself; at inference their
-    difference stays in, scaled up by a variance that does not know of it.
+    A moving average gives this when every batch has a single source: real images or fakes, one
+    domain, one class. Training centres each source by itself. Inference keeps the difference
+    between the sources, scaled up by a variance that does not contain it.
 
     ## Example
     ```python
@@ -121,9 +121,9 @@ def shared_site_different_sources(
     standard deviations; the median channel of the two uses that differ most.
 
     ## Why is this bad?
-    In training each use is normalised by its own batch; at inference all share one average, which
-    describes none of them: every source keeps an offset and a scale that training never showed to
-    the layers behind.
+    Training normalises each use by its own batch. At inference all uses share one average that
+    describes none of them, so every source has an offset and a scale that the layers behind never
+    saw in training.
 
     ## Example
     ```python
@@ -188,9 +188,9 @@ def channels_dead_on_data(
     stored one is above epsilon; reports the site when they are `min_share` of all.
 
     ## Why is this bad?
-    What the channels used to tell is not there any more: a filter died in training (a learning
-    rate too high), or the new data lack what it looks for (a colour channel, a range). Training
-    mode gives beta there, inference a constant that may be far from it.
+    The information of these channels is gone: a filter died in training (a learning rate too high),
+    or the new data lack what it detects (a colour channel, a range). Training mode outputs beta
+    there; inference outputs a constant that may be far from it.
 
     ## Example
     ```python
@@ -240,13 +240,13 @@ def epsilon_differs_from_reference(
     """A site has another epsilon than in the reference model, and it matters for its variances.
 
     ## What it does
-    With a reference model: reports the largest change of scale over the channels that the other
-    epsilon makes, `sqrt((var + theirs) / (var + ours)) - 1`, when it is at least `min_effect`.
-    FL113 finds single sites without a reference; this one finds models that are wrong throughout.
+    Needs a reference model. Reports the largest change of scale over the channels, `sqrt((var +
+    theirs) / (var + ours)) - 1`, when it is at least `min_effect`. FL113 finds single sites without
+    a reference; this rule finds models that are wrong throughout.
 
     ## Why is this bad?
-    Keras' default is 1e-3, torch's 1e-5. A converted model with the wrong one scales its channels
-    of small variance wrongly, and no error says so.
+    Keras' default is 1e-3, torch's 1e-5. In a converted model the wrong one changes the scale of
+    channels with a small variance, and nothing raises an error.
 
     ## Example
     ```python

@@ -71,9 +71,9 @@ def negative_variance(stored: Stored) -> Iterator[Hit]:
     Reports channels whose stored variance is negative, by whatever amount.
 
     ## Why is this bad?
-    It is no variance: weights were loaded in the wrong order (a mean where the variance belongs),
-    or cancellation ate it. Below `-epsilon` the square root is NaN; above it the channel is
-    amplified without measure.
+    No variance is negative: weights were loaded in the wrong order (a mean in place of the
+    variance), or cancellation destroyed it. Below `-epsilon` the square root is NaN; just above it
+    the channel is amplified without limit.
 
     ## Example
     ```python
@@ -118,13 +118,14 @@ def stale_running_statistics(
     """Too few training steps for the moving average: much of it is from before.
 
     ## What it does
-    After n updates a moving average keeps `decay**n` of its old value. n is the number of training
-    steps of the present optimizer; thawed sites that keep more than `max_share` are reported.
+    After n updates a moving average keeps `decay**n` of its old value. n is the layer's own count
+    where it has one, else the number of training steps of the present optimizer. Reports thawed
+    sites that keep more than `max_share`.
 
     ## Why is this bad?
     Weights move faster than the average: 48 steps at 0.99 leave 62% of the statistics of the old
-    data, or of the 0 and 1 that a new layer starts with. Training, which uses the batch, looks
-    fine; inference does not.
+    data, or of the 0 and 1 of a new layer. Training uses the batch and looks fine; inference does
+    not.
 
     ## Example
     ```python
@@ -177,8 +178,8 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     where one of the two has moved and the other has not.
 
     ## Why is this bad?
-    At inference such a site normalises nothing. It happens in training loops that call the model
-    without `training=True`, in layers that forget one of the updates, and to a new layer that is
+    At inference such a site does not normalise. Causes: a training loop that calls the model
+    without `training=True`, a custom layer that forgets one of the updates, a new layer that is
     frozen before it has seen data.
 
     ## Example
@@ -195,7 +196,7 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     ```
 
     ## When not to use it
-    For inputs that are standardised already and a layer that is there for gamma and beta.
+    When the inputs are standardised already and only gamma and beta of the layer are wanted.
 
     ## Options
     None.

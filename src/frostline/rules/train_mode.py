@@ -19,8 +19,8 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     """A torch site was put into `eval()` by hand, and the next `train()` of the model undoes it.
 
     ## What it does
-    Asks the model's own `train()` what it leaves (and puts every mode back): reports sites that are
-    in evaluation mode now, in a model that trains, and would not be any more.
+    Calls the model's own `train()`, looks at the modes, and restores them. Reports sites of a model
+    in training mode that are in evaluation mode now and would not be afterwards.
 
     ## Why is this bad?
     Training loops call `model.train()` at the start of every epoch, and Lightning and others after
