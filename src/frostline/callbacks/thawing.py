@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras import edit as keras_edit, graph as keras_graph
+from frostline.adapters.keras.optimizer import retarget, strategy_scope
 from frostline.adapters.keras.weight_hold import WeightHold
 from frostline.graph.addresses import Place
 from frostline.types import ModelError
@@ -93,7 +94,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
                 if not each.site:
                     keras_edit.set_place(each.place, False, True, True)
             keras_edit.open_containers(model, places, [each.place for each in planned])
-            keras_edit.retarget(model)
+            retarget(model)
             self._waiting = planned
             held = [v for each in planned if not each.site for v in _own(each.place.layer)]
             if planned:
@@ -141,7 +142,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         for each in self._waiting:
             keras_edit.set_place(each.place, True, True, True)
         self._release(model)
-        keras_edit.retarget(model, always=True)
+        retarget(model, always=True)
         model.train_function = None
 
     def will_thaw(self, model: Any) -> list[Place]:
@@ -164,7 +165,7 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         for each in self._waiting:
             layer = each.place.layer
             if each.site and layer.policy == "inference" and not layer.renorm:
-                with keras_edit.strategy_scope(model):
+                with strategy_scope(model):
                     layer.reserve_ramp()
                 self._ramped.append(layer)
 

@@ -8,6 +8,7 @@ import keras
 
 from frostline.layers.normalization import BatchNormalization, behaviour
 from frostline.layers.state import WhileTrainable
+from frostline.layers.undo import undone_on_failure
 from frostline.types import Policy
 
 #: Attributes that a stock layer does not have; `dismiss` takes them away.
@@ -33,6 +34,20 @@ def adopt(
     Raises:
         ValueError: Settings that contradict each other or the layer; the layer is unchanged.
     """
+    with undone_on_failure([layer], layer.variables):
+        _adopt(layer, policy, debias, version)
+
+
+def dismiss(layer: BatchNormalization) -> None:
+    """Turn one of our layers back into a stock layer, in place, with the weights it has now.
+
+    If anything fails, the layer is unchanged.
+    """
+    with undone_on_failure([layer], layer.variables):
+        _dismiss(layer)
+
+
+def _adopt(layer: Any, policy: Policy, debias: bool, version: str | None) -> None:
     if isinstance(layer, BatchNormalization):
         before = layer.debias
         layer._behave(policy, debias, version)
@@ -54,8 +69,7 @@ def adopt(
         layer._add_state()
 
 
-def dismiss(layer: BatchNormalization) -> None:
-    """Turn one of our layers back into a stock layer, in place, with the weights it has now."""
+def _dismiss(layer: Any) -> None:
     if layer._live and not layer.trainable:
         layer._exchange(thaw=True)
     for trained, _ in layer._twins():

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,10 @@ import keras
 from frostline.adapters.dropout_rate import Rates
 from frostline.adapters.keras import dropout as keras_dropout, state as keras_state
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.adapters.keras.optimizer import retarget
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
+from frostline.layers.undo import undone_on_failure
 from frostline.types import Boundary, ModelError, Policy
 
 Stock = keras.layers.BatchNormalization
@@ -286,21 +287,14 @@ def convert(model: Any, *, version: str | None, policy: Policy | None, debias: b
                 f"'{place.path}' has no weights yet: build the model first, for example by calling "
                 f"it once on a batch. Received: an unbuilt model {model.name!r}"
             )
-    undo: list[Any] = []
-    with _recompiled(model):
-        try:
-            for place in found:
-                layer = place.layer
-                settings = _settings(layer, version, policy, debias)
-                undo.append((layer, _current(layer)))
-                layers.adopt(layer, **settings)
-        except BaseException as problem:
-            for layer, before in reversed(undo):
-                _revert(layer, before)
-            if isinstance(problem, ValueError):
+    with _changed(model, [place.layer for place in found]):
+        for place in found:
+            settings = _settings(place.layer, version, policy, debias)
+            try:
+                layers.adopt(place.layer, **settings)
+            except ValueError as problem:
                 raise ModelError(str(problem)) from problem
-            raise
-    return len(found)
+        return len(found)
 
 
 def _settings(
@@ -326,105 +320,29 @@ def _current(layer: Any) -> dict[str, Any] | None:
     return {"policy": layer.policy, "debias": layer.debias, "version": layer.version}
 
 
-def _revert(layer: Any, before: dict[str, Any] | None) -> None:
-    from frostline import layers
-
-    if before is not None:
-        layers.adopt(layer, **before)
-    elif _ours(layer):
-        layers.dismiss(layer)
-
-
 def to_stock(model: Any) -> int:
     """Turn every one of our layers back into a stock layer, in place; returns how many."""
     from frostline import layers
 
     found = [place.layer for place in walk(model) if type(place.layer) is layers.BatchNormalization]
-    with _recompiled(model):
+    with _changed(model, found):
         for layer in found:
             layers.dismiss(layer)
-    return len(found)
+        return len(found)
 
 
 @contextmanager
-def _recompiled(model: Any) -> Iterator[None]:
-    """Drop compiled steps afterwards and let optimizers know every variable that may train."""
-    yield
-    for each in keras_state.models_in(model):
-        for name in ("train_function", "test_function", "predict_function"):
-            if getattr(each, name, None) is not None:
-                setattr(each, name, None)
-        retarget(each)
+def _changed(model: Any, layers: Sequence[Any]) -> Iterator[None]:
+    """Change layers, then drop compiled steps and renew optimizers: all of it or nothing.
 
-
-def retarget(model: Any, *, always: bool = False) -> None:
-    """Let the model's optimizer know exactly the variables that may train now; slots are kept.
-
-    An optimizer that knows others is replaced by one of the same settings, or ``always``.
+    Optimizers know every variable that may train afterwards.
     """
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return
-    known = {id(variable) for variable in _known(optimizer)}
-    if always or {id(variable) for variable in model.trainable_variables} != known:
-        with strategy_scope(model):
-            model.optimizer = _rebuilt(optimizer, model.trainable_variables)
-
-
-def strategy_scope(model: Any) -> AbstractContextManager[Any]:
-    """Where new variables of the model belong: its ``tf.distribute`` strategy, if it has one."""
-    strategy = getattr(model, "distribute_strategy", None)
-    scope: AbstractContextManager[Any] = nullcontext() if strategy is None else strategy.scope()
-    return scope
-
-
-def _known(optimizer: Any) -> list[Any]:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return list(inner._trainable_variables)
-
-
-def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
-    """An optimizer of the same settings for other variables; common ones keep their slots."""
-    fresh, probe = (type(optimizer).from_config(optimizer.get_config()) for _ in range(2))
-    # Building an optimizer of the same kind over the old list tells what each old slot is.
-    old = dict(zip(_slot_keys(probe, _known(optimizer)), optimizer.variables, strict=True))
-    new = dict(zip(_slot_keys(fresh, variables), fresh.variables, strict=True))
-    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(optimizer, name):
-            setattr(fresh, name, getattr(optimizer, name))
-    for key, variable in new.items():
-        if key in old and old[key].shape == variable.shape:
-            variable.assign(keras.ops.convert_to_numpy(old[key]))
-    return fresh
-
-
-def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
-    """Build ``optimizer``; returns one key per optimizer variable: what it is and for which weight.
-
-    Slots are told apart by the weight object they belong to: names may repeat in nested models.
-    """
-    owners: dict[int, int] = {}
-    root = keras.optimizers.Optimizer
-    original = root.add_variable_from_reference
-
-    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = original(self, *args, **kwargs)
-        owners[id(slot)] = id(kwargs["reference_variable"] if not args else args[0])
-        return slot
-
-    root.add_variable_from_reference = recorded
-    try:
-        optimizer.build(variables)
-    finally:
-        root.add_variable_from_reference = original
-    keys: list[Any] = []
-    seen: Counter[Any] = Counter()
-    owner = 0
-    for variable in reversed(optimizer.variables):
-        # Counters and scales belong to no weight. Factored slots (Adafactor) are made without a
-        # reference, just before the slot of the same weight that has one.
-        owner = owners.get(id(variable), owner)
-        belongs = owner if len(variable.shape) or id(variable) in owners else variable.name
-        seen[belongs] += 1
-        keys.append((belongs, seen[belongs]))
-    return keys[::-1]
+    models = keras_state.models_in(model)
+    variables = {id(variable): variable for layer in layers for variable in layer.variables}
+    with undone_on_failure([*layers, *models], variables.values()):
+        yield
+        for each in models:
+            for name in ("train_function", "test_function", "predict_function"):
+                if getattr(each, name, None) is not None:
+                    setattr(each, name, None)
+            retarget(each)

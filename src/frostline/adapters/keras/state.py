@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.layers.undo import Attributes
 from frostline.types import Array
 
 #: What `compile` and the first `fit`, `evaluate` or `predict` attach to a model.
@@ -44,29 +45,6 @@ _GROWING = ("optimizer", "_compile_loss", "_compile_metrics")
 
 
 @dataclass(frozen=True)
-class _Shell:
-    """An object's attributes, and what the containers among them held."""
-
-    owner: Any
-    attributes: dict[str, Any]
-    contents: list[tuple[Any, Any]]
-
-    @classmethod
-    def of(cls, owner: Any) -> _Shell:
-        attributes = dict(vars(owner))
-        tracker = attributes.get("_tracker")  # has a set of ids per kind of object
-        containers = [*attributes.values(), *getattr(tracker, "stored_ids", {}).values()]
-        kept = [c for c in containers if isinstance(c, (list, dict, set))]
-        return cls(owner, attributes, [(c, _plain(c)) for c in kept])
-
-    def restore(self) -> None:
-        vars(self.owner).clear()
-        vars(self.owner).update(self.attributes)
-        for container, content in self.contents:
-            _refill(container, content)
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """What :func:`restore` needs; values are copies, everything else are the objects themselves."""
 
@@ -76,7 +54,7 @@ class Snapshot:
     momenta: list[tuple[Any, float]]
     policies: list[tuple[Any, Any]]
     compiled: list[tuple[Any, dict[str, Any]]]
-    shells: list[_Shell]
+    shells: list[Attributes]
     buffers: list[tuple[Any, Any]]
     modes: list[tuple[Any, bool]]
     generators: Any
@@ -136,7 +114,7 @@ def snapshot(model: Any) -> Snapshot:
         compiled=[
             (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
         ],
-        shells=[_Shell.of(each) for each in _growing(model)],
+        shells=[Attributes.of(each) for each in _growing(model)],
         buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
         modes=[(module, module.training) for module in modules],
         generators=None if torch is None else _generators(torch),
@@ -202,38 +180,6 @@ def _lost(variable: Any) -> bool:
         return False
     value = variable._value
     return value is None or (hasattr(value, "is_deleted") and bool(value.is_deleted()))
-
-
-def _plain(container: Any) -> Any:
-    return _kind(container)(container)
-
-
-def _kind(container: Any) -> Any:
-    return next(each for each in (list, dict, set) if isinstance(container, each))
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Give a container its content back; untouched if it has it."""
-    if _identities(_plain(container)) == _identities(content):
-        return
-    kind = _kind(container)
-    add = "extend" if kind is list else "update"
-    if type(container).__module__.startswith("keras."):
-        # Keras' tracked containers would track all of it again: the plain methods do not.
-        kind.clear(container)
-        getattr(kind, add)(container, content)
-    else:
-        container.clear()
-        getattr(container, add)(content)
-
-
-def _identities(content: Any) -> Any:
-    # Variables compare by value, element by element; what matters here is which they are.
-    if isinstance(content, set):
-        return content
-    if isinstance(content, dict):
-        return [(key, id(value)) for key, value in content.items()]
-    return [id(value) for value in content]
 
 
 def _generators(torch: Any) -> tuple[Any, list[Any]]:

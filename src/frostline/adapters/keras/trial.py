@@ -10,6 +10,7 @@ import keras
 
 from frostline.adapters.keras import state as keras_state
 from frostline.adapters.keras.forward_pass import Collected, readable_labels
+from frostline.adapters.keras.optimizer import retarget
 from frostline.adapters.keras.site_handle import replaced, site_handles, stored_call
 from frostline.types import ModelError
 
@@ -56,7 +57,7 @@ def trial(
 def _train(model: Any, collected: Collected, epochs: int) -> None:
     locked = [(site, stored_call) for site in site_handles(model).values() if not site.trainable]
     with _fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
-        _renew_optimizer(model)
+        retarget(model)
         if keras.backend.backend() == "tensorflow":
             model.jit_compile = False  # XLA compiles for longer than a few steps take without it
         model.fit(collected, epochs=epochs, shuffle=False, verbose=0)
@@ -82,15 +83,3 @@ def _fresh_step(model: Any) -> Iterator[None]:
         vars(model).pop("train_step", None)
         if own is not None:
             vars(model)["train_step"] = own
-
-
-def _renew_optimizer(model: Any) -> None:
-    """Give the model a fresh optimizer if its own was made for other variables than now train."""
-    optimizer = model.optimizer
-    if optimizer is None or not optimizer.built:
-        return
-    inner = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling wraps another one
-    if {id(v) for v in inner._trainable_variables} == {id(v) for v in model.trainable_variables}:
-        return
-    config = keras.saving.serialize_keras_object(optimizer)
-    model.optimizer = keras.saving.deserialize_keras_object(config)

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from frostline.adapters.keras.edit import strategy_scope
+from frostline.adapters.keras.optimizer import strategy_scope
 from frostline.types import ModelError
 
 log = logging.getLogger("frostline")

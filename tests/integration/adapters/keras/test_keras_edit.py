@@ -1,0 +1,127 @@
+"""Converting and restoring a Keras model: all of it or nothing, wherever it is interrupted."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import frostline as fl
+from frostline import layers
+from frostline.adapters.keras.state import models_in, variables_of
+
+L = keras.layers
+
+#: Places of an interruption that are tried, evenly spread over all lines that run.
+PLACES = 60
+
+VERBS: dict[str, Callable[[Any], Any]] = {
+    "convert": lambda model: fl.convert(model, version="2.2.4"),
+    "restore": fl.restore,
+}
+
+
+class StoppedError(BaseException):
+    """As a key press or a signal: no line of the verb expects it."""
+
+
+def build(verb: str) -> Any:
+    inputs = keras.Input((6,))
+    inner_input = keras.Input((4,))
+    inner = keras.Model(inner_input, L.BatchNormalization(name="inner_bn")(inner_input))
+    x = L.Dense(4, use_bias=False)(inputs)
+    x = L.BatchNormalization(name="frozen", gamma_regularizer="l2", trainable=False)(x)
+    model = keras.Model(inputs, L.Dense(1)(inner(x)))
+    if verb == "restore":
+        fl.convert(model)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    rng = np.random.default_rng(0)
+    model.fit(rng.normal(size=(16, 6)), rng.normal(size=(16, 1)), batch_size=8, verbose=0)
+    return model
+
+
+def state(model: Any) -> dict[str, Any]:
+    """What a change would show in: classes, attributes, objects, values, compiled steps."""
+    places = [model, *model.layers, *models_in(model)[1].layers]
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(places):
+        attributes = {name: id(value) for name, value in vars(layer).items()}
+        found[f"{number} attributes"] = attributes | {"class": type(layer)}
+        found[f"{number} config"] = layer.get_config()
+        found[f"{number} variables"] = [
+            (id(v), v.trainable, id(v.regularizer)) for v in layer.variables
+        ]
+        found[f"{number} trains"] = [id(v) for v in layer.trainable_variables]
+        if keras.backend.backend() == "torch":
+            found[f"{number} torch"] = [
+                (name, id(p), p.requires_grad) for name, p in layer.named_parameters()
+            ]
+    found["optimizer"] = [id(v) for v in model.optimizer.variables]
+    found["values"] = [keras.ops.convert_to_numpy(v).tobytes() for v in variables_of(model)]
+    return found
+
+
+def interrupted(call: Callable[[], Any], at: int | None) -> int:
+    """Run ``call``, raise before the line of this number; returns how many lines ran."""
+    ours = ("adapters/keras/edit.py", "adapters/keras/optimizer.py", "layers/")
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if not any(f"frostline/{part}" in frame.f_code.co_filename for part in ours):
+            return None
+        if event == "line":
+            count += 1
+            if count == at:
+                sys.settrace(None)
+                raise StoppedError
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_exception_at_any_line_leaves_the_model_as_it_was(verb: str) -> None:
+    for whole in (build(verb), build(verb)):  # the first call also imports
+        total = interrupted(functools.partial(VERBS[verb], whole), None)
+    assert total > PLACES
+    model = build(verb)
+    before = state(model)
+    for at in sorted({round(place) for place in np.linspace(1, total, PLACES)}):
+        with pytest.raises(StoppedError):
+            interrupted(functools.partial(VERBS[verb], model), at)
+        after = state(model)
+        for name, value in before.items():
+            assert after[name] == value, (name, at)
+    VERBS[verb](model)
+    assert state(model) != before
+    model.fit(np.ones((8, 6)), np.ones((8, 1)), verbose=0)
+
+
+class Stubborn(keras.optimizers.SGD):  # type: ignore[misc]
+    """Does not take what its own ``get_config`` gives."""
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "unknown": 1}
+
+
+def test_an_optimizer_that_cannot_be_made_anew_stops_convert() -> None:
+    model = build("convert")
+    model.compile(Stubborn(0.01), "mse")
+    model.optimizer.build(model.trainable_variables)
+    before = state(model)
+    with pytest.raises(fl.ModelError, match=r"cannot be made anew.*Received: Stubborn"):
+        fl.convert(model)
+    assert state(model) == before
+    assert not any(isinstance(layer, layers.BatchNormalization) for layer in model.layers)
