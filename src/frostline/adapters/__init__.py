@@ -97,6 +97,11 @@ def read_facts(model: Any) -> ModelFacts:
     return adapter_of(model).facts()
 
 
+def store(framework: str) -> Any:
+    """The module that reads and writes a framework's files; the framework is loaded."""
+    return importlib.import_module(f"{FRAMEWORKS[framework]}.files")
+
+
 def freezing(target: Any) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
     """Freeze a model, a layer, a torch module or several of one framework for a block.
 
@@ -137,5 +142,6 @@ __all__ = [
     "Population",
     "SplitModel",
     "adapter_of",
+    "store",
     "view",
 ]

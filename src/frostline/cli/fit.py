@@ -60,7 +60,7 @@ def fit(
     from frostline.cli.terminal import echo
 
     model_files.start(backend)
-    from frostline.adapters.keras.cached_fit import seed_everything
+    from frostline.adapters import adapter_of
     from frostline.verbs import fit as training
 
     loaded = model_files.load(model)
@@ -72,7 +72,9 @@ def fit(
     if learning_rate is not None:
         loaded.optimizer.learning_rate = learning_rate
     x, y = read_samples(data, loaded)
-    seed_everything(data.seed)
+    trainer = adapter_of(loaded).train
+    if trainer is not None:  # otherwise fit says why not
+        trainer.seed_everything(data.seed)
     history = training.fit(
         loaded,
         x,

@@ -49,36 +49,32 @@ def open_to_edit(options: ModelOptions, target: OutputOptions) -> Any:
 
 def load(source: str, state: str | None = None) -> Any:
     """Load MODEL; Keras' file code may start TensorFlow on any backend, which is noisy."""
+    from frostline.adapters import store
+
     with environment.native_noise_held_back():
         if _is_module(source, state):
-            from frostline.adapters.torch import files as torch_files
-
-            return torch_files.load_model(source, state)
-        from frostline.adapters.keras.files import load_model
-
-        return load_model(source)
+            return store("torch").load_model(source, state)
+        return store("keras").load_model(source)
 
 
 def load_reference(source: str, model: Any) -> Any:
     """Load a model to compare with; for a torch module, a file with a state will do."""
     if is_state(model) and Path(source).suffix in _STATE_FILES:
-        from frostline.adapters.torch import files as torch_files
+        from frostline.adapters import store
 
-        return torch_files.read_state_file(Path(source))
+        return store("torch").read_state_file(Path(source))
     return load(source)
 
 
 def save(model: Any, target: OutputOptions) -> None:
     """Write a model, whole or not at all."""
+    from frostline.adapters import store
+
     with environment.native_noise_held_back():
         if is_state(model):
-            from frostline.adapters.torch.files import save_state
-
-            save_state(model, target.output, overwrite=target.force)
-            return
-        from frostline.adapters.keras.files import save_model
-
-        save_model(model, target.output, overwrite=target.force)
+            store("torch").save_state(model, target.output, overwrite=target.force)
+        else:
+            store("keras").save_model(model, target.output, overwrite=target.force)
 
 
 def sites_of(model: Any) -> Sites:
@@ -92,9 +88,9 @@ def sites_of(model: Any) -> Sites:
 
 def is_state(model: Any) -> bool:
     """Whether a file of the model holds its parameters and statistics only, not the model."""
-    from frostline.adapters import view
+    from frostline.adapters import adapter_of
 
-    return view(model).saved_as == "state"
+    return adapter_of(model).saved_as == "state"
 
 
 def loss_of(text: str | None, model: Any) -> Any:
