@@ -48,28 +48,22 @@ class FlagCounts(Protocol):
         ...
 
 
-class FoldedModel(Protocol):
-    """A new model without BN layers, and where they went."""
+@dataclass(frozen=True, kw_only=True)
+class FoldedModel:
+    """A new model without BN layers, and where they went: paths of sites.
 
-    @property
-    def model(self) -> Any:
-        """The new model."""
-        ...
+    Attributes:
+        model: The new model.
+        absorbed: BN layers that are now part of the layer before them.
+        replaced: BN layers in whose place is something that scales and shifts. A BN layer that is
+            used in several places can be in both.
+        notes: BN layers that are left as they were, and why.
+    """
 
-    @property
-    def absorbed(self) -> tuple[str, ...]:
-        """Paths of BN layers that are now part of the layer before them."""
-        ...
-
-    @property
-    def replaced(self) -> tuple[str, ...]:
-        """Paths of BN layers in whose place is a layer that scales and shifts."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """BN layers that are left as they were, and why."""
-        ...
+    model: Any
+    absorbed: tuple[str, ...]
+    replaced: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,28 +112,21 @@ class OutputDistance:
         return total / len(self.spread)
 
 
-class SplitModel(Protocol):
-    """A model cut in two; see :class:`frostline.Split`."""
+@dataclass(frozen=True, kw_only=True)
+class SplitModel:
+    """A model cut in two; see :class:`frostline.Split`.
 
-    @property
-    def prefix(self) -> Any:
-        """The frozen part: model inputs -> frontier."""
-        ...
+    Attributes:
+        prefix: The frozen part: model inputs -> frontier, one tensor or several.
+        suffix: The rest: frontier -> model outputs.
+        frontier: The tensors that cross, in the order of the prefix's outputs.
+        notes: What ended the prefix, and what was not checked.
+    """
 
-    @property
-    def suffix(self) -> Any:
-        """The rest: frontier -> model outputs."""
-        ...
-
-    @property
-    def frontier(self) -> tuple[Crossing, ...]:
-        """The tensors that cross."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What ended the prefix, and what was not checked."""
-        ...
+    prefix: Any
+    suffix: Any
+    frontier: tuple[Crossing, ...]
+    notes: tuple[str, ...]
 
 
 class Forward(Protocol):

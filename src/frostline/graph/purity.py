@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.graph.addresses import Place, is_within
+from frostline.graph.addresses import Layers, Place, is_within
 from frostline.types import Array, ModelError
 
 #: Largest difference, as a share of the largest value, that rounding may make.
@@ -146,18 +146,25 @@ def require_frozen(graph: Graph, pure: Sequence[Node], ends: Sequence[Node]) -> 
         )
 
 
-def before(graph: Graph, pure: Sequence[Node], edge: Place, at: Any) -> list[Node]:
-    """The nodes before a place; all of them must be pure.
+def before(graph: Graph, pure: Sequence[Node], layers: Layers, at: Any) -> list[Node]:
+    """The nodes before a boundary; all of them must be pure.
 
     Args:
         graph: The graph.
         pure: Its pure nodes.
-        edge: First place behind the boundary.
-        at: What the user wrote, for the messages.
+        layers: The model's layers.
+        at: The boundary as the user wrote it.
 
     Raises:
-        ModelError: A node before the place is not pure, or there is none.
+        ModelError: No such boundary, or one with nothing on either side; or a node before it is not
+            pure.
     """
+    boundary = layers.resolve(at)
+    if boundary.path is None:
+        raise ModelError(
+            f"the boundary is the end of the model: nothing is left behind it. Received: at={at!r}"
+        )
+    edge = next(place for place in layers.places if place.path == boundary.path)
     allowed, good = {id(node) for node in pure}, set(graph.inputs)
     found: list[Node] = []
     for node in graph.nodes:

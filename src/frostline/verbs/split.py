@@ -58,9 +58,12 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
     different batches, in training mode and in inference. Nothing of the model changes; its layers
     only gain records of being called in the two new models.
 
-    A torch module is followed by ``torch.fx``; a module inside that cannot be followed is kept
-    whole. Both parts are modules that hold the model's own parameters, under the model's names, so
-    an optimizer that was built earlier stays valid; ``suffix.train()`` is the model's ``train()``.
+    A torch module is followed by ``torch.fx``, in training and at inference; a module inside that
+    cannot be followed is kept whole, and a head that only training uses is part of the suffix in
+    training. Both parts are modules that hold the model's own parameters, under the model's names,
+    so an optimizer that was built earlier stays valid; ``suffix.train()`` is the model's
+    ``train()``. ``torch.save`` of a part writes a plain ``torch.fx.GraphModule``, which loads
+    without Frostline; of a model that is another graph in training, the one of its present mode.
 
     Args:
         model: A built functional or sequential Keras model; nested models are followed. Or a torch
@@ -68,9 +71,11 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
         at: Cut before this layer instead: a name or path, an index into ``model.layers``
             (``at=140``: ``model.layers[:140]`` is the prefix), a fraction of the layers, or a
             layer. Everything before it must be pure.
-        sample: Batch of model inputs (at least two samples) for the check; ``None``: random
-            numbers. A torch module does not say what it takes: where its first layer does not tell
-            either, a sample is needed, and the sizes of the frontier are those of the sample.
+        sample: Batch of model inputs (at least two samples) for the check, a mapping where they
+            have names; ``None``: random numbers. Arguments of a torch module that have a default
+            and are not in the sample keep it. A torch module does not say what it takes: where its
+            first layer does not tell either, a sample is needed, and the sizes of the frontier are
+            those of the sample.
 
     Returns:
         Prefix, suffix and frontier.

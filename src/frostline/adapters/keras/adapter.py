@@ -41,6 +41,7 @@ from frostline.adapters.keras.forward_pass import (
 )
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
+from frostline.adapters.protocol import FoldedModel, SplitModel
 from frostline.types import Boundary, Policy, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Difference
@@ -270,11 +271,11 @@ class KerasView:
         """Turn our BN layers back into stock ones, in place; returns how many."""
         return keras_edit.to_stock(self.model)
 
-    def fold(self) -> keras_fold.Folded:
+    def fold(self) -> FoldedModel:
         """Fold every BN layer at its stored statistics; the outcome is a new model."""
         return keras_fold.fold(self.model)
 
-    def split(self, at: Any = None, *, sample: Any = None) -> keras_split.Parts:
+    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
         """Cut the model into its frozen prefix and the rest, which share its layers."""
         return keras_split.split(self.model, at, sample=sample)
 

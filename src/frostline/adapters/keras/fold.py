@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -22,30 +21,13 @@ import numpy as np
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.rebuild import LINEAR, Rebuild, fed_with, float64, nodes
 from frostline.adapters.keras.tape import graph_of
+from frostline.adapters.protocol import FoldedModel
 from frostline.types import Array, ModelError
 
 L = keras.layers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Folded:
-    """A model without BN layers, and where they went.
-
-    Attributes:
-        model: The new model.
-        absorbed: Paths of the BN layers that are now part of the layer before them.
-        replaced: Paths of the BN layers in whose place is a layer that scales and shifts. A BN
-            layer that is used in several places can be in both.
-        notes: BN layers that are left as they were, and why; none.
-    """
-
-    model: Any
-    absorbed: tuple[str, ...]
-    replaced: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def fold(model: Any) -> Folded:
+def fold(model: Any) -> FoldedModel:
     """Fold every BN layer of ``model`` at its stored statistics.
 
     Args:
@@ -80,7 +62,7 @@ def fold(model: Any) -> Folded:
     with _python_random_kept():  # initializers of the copies draw seeds from it
         outcome = rebuild.container(model)
         rebuild.write_weights()
-    return Folded(
+    return FoldedModel(
         model=outcome,
         absorbed=tuple(dict.fromkeys(rebuild.absorbed)),
         replaced=tuple(dict.fromkeys(rebuild.replaced)),

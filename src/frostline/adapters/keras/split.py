@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -23,9 +22,10 @@ from frostline.adapters.keras.calls import (
     takes_training,
     told_apart,
 )
-from frostline.adapters.keras.graph import resolve, walk
+from frostline.adapters.keras.graph import layers, walk
 from frostline.adapters.keras.pure import impurity, observe
 from frostline.adapters.keras.tape import graph_of
+from frostline.adapters.protocol import SplitModel
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import (
     Graph,
@@ -60,24 +60,7 @@ _LIGHT_OPERATIONS = frozenset([
 ])  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """A model cut in two.
-
-    Attributes:
-        prefix: Model of the pure part: model inputs -> frontier tensors (one tensor, or a list).
-        suffix: Model of the rest: frontier tensors -> model outputs.
-        frontier: What crosses, in the order of the prefix's outputs.
-        notes: What ended the prefix, and what was not checked.
-    """
-
-    prefix: Any
-    suffix: Any
-    frontier: tuple[Crossing, ...]
-    notes: tuple[str, ...]
-
-
-def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
+def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     """Cut ``model``; see :func:`frostline.split`."""
     calls = _require_graph(model)
     graph = _nodes(calls, model)
@@ -85,7 +68,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
     if at is None:
         require_frozen(graph, pure, ends)
     else:
-        pure, ends = _before(graph, pure, model, at), []
+        pure, ends = before(graph, pure, layers(model), at), []
     seen = observe(calls, graph, pure, sample)
     shapes = seen.shapes or {}
     known = (*graph.inputs, *(slot for node in pure for slot in node.writes))
@@ -96,7 +79,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
     paths = {slot: node.path for node in graph.nodes for slot in node.writes}
     crossing = zip(slots, keras.tree.flatten(prefix.outputs), strict=True)
     flags_only = f"purity was judged by flags alone: {seen.reason}"
-    return Parts(
+    return SplitModel(
         prefix=prefix,
         suffix=suffix,
         frontier=tuple(
@@ -157,17 +140,6 @@ def _nodes(calls: Calls, model: Any) -> Graph:
         received=f"model {model.name!r}",
         trains=model.trainable and any(v.trainable for v in model.weights),
     )
-
-
-def _before(graph: Graph, pure: Sequence[Node], model: Any, at: Any) -> list[Node]:
-    """The nodes before a boundary; all of them must be pure."""
-    boundary = resolve(model, at)
-    if boundary.path is None:
-        raise ModelError(
-            f"the boundary is the end of the model: nothing is left behind it. Received: at={at!r}"
-        )
-    edge = next(place for place in walk(model) if place.path == boundary.path)
-    return before(graph, pure, edge, at)
 
 
 # --- where to cut ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from frostline.adapters.protocol import FoldedModel, SplitModel
 from frostline.adapters.torch import (
     edit as torch_edit,
     facts as torch_facts,
@@ -211,10 +212,10 @@ class TorchView:
             count += 1
         return count
 
-    def fold(self) -> torch_fold.Folded:
+    def fold(self) -> FoldedModel:
         """Fold every BN layer at its stored statistics; the outcome is a new module."""
         return torch_fold.fold(self.model)
 
-    def split(self, at: Any = None, *, sample: Any = None) -> torch_split.Parts:
+    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
         """Cut the module into its frozen prefix and the rest, which share its modules."""
         return torch_split.split(self.model, at, sample=sample)

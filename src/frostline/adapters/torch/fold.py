@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.locked import unlocked_class
 from frostline.adapters.torch.network import followed
@@ -35,24 +35,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WRONG = 1e-2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Folded:
-    """A new module, and where its BN layers went: paths of sites.
-
-    Attributes:
-        model: The new module.
-        absorbed: BN layers that are now part of the layer before them.
-        replaced: BN layers in whose place are a product and a sum.
-        notes: BN layers that are left as they were, and why.
-    """
-
-    model: Any
-    absorbed: tuple[str, ...]
-    replaced: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def fold(model: Any) -> Folded:
+def fold(model: Any) -> FoldedModel:
     """Fold every BN layer at its stored statistics.
 
     Args:
@@ -78,11 +61,12 @@ def fold(model: Any) -> Folded:
     if not done:
         path, reason = next(iter(work.left.items()))
         raise ModelError(
-            f"no BN layer can be folded: '{path}' {reason}. Received: {type(root).__name__}"
+            f"no BN layer can be folded: '{path}' {reason}. Serve the module as it is in eval(): "
+            f"its stored statistics cost little there. Received: {type(root).__name__}"
         )
     if wanted is not None:
         _require_same(made, *wanted)
-    return Folded(
+    return FoldedModel(
         model=made,
         absorbed=tuple(dict.fromkeys(work.absorbed)),
         replaced=tuple(dict.fromkeys(work.replaced)),
@@ -105,11 +89,16 @@ class _Fold:
         self.replaced: list[str] = []
 
     def outputs(self, batch: Any) -> tuple[Any, list[Any]] | None:
-        """What the module makes of a batch, before anything is folded; ``None``: it refuses it."""
-        try:
-            return batch, _run(copy.deepcopy(self.twin).double(), batch)
-        except Exception:  # whatever the model's own code raises on inputs that it does not take
-            return None
+        """A batch and what the module makes of it before the fold; ``None``: it refuses it.
+
+        In float64 where the module's own code allows that.
+        """
+        for given in (batch.double(), batch) if batch.is_floating_point() else (batch,):
+            try:
+                return given, _run(self.twin, given)
+            except Exception:  # whatever the model's own code raises on what it does not take
+                continue
+        return None
 
     def whole(self, *, inside: bool) -> Any:
         """The folded model; ``inside``: also in modules that torch.fx cannot follow."""
@@ -234,15 +223,17 @@ def _more_than_affine(site: Any) -> str:
 
 
 def _run(module: Any, batch: Any) -> list[Any]:
+    """Outputs of a copy of a module in the precision of the batch."""
+    twin = copy.deepcopy(module)
+    twin = twin.to(batch.dtype) if batch.is_floating_point() else twin
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        x = batch.double() if batch.is_floating_point() else batch
-        return [each for each in flat(module(x.clone())) if each.is_floating_point()]
+        return [each for each in flat(twin(batch.clone())) if each.is_floating_point()]
 
 
 def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
     try:
-        found = _run(copy.deepcopy(made).double(), batch)
+        found = _run(made, batch)
     except AssertionError:  # a Linear layer was folded for other inputs than these
         return
     for one, other in zip(found, wanted, strict=True):

@@ -8,16 +8,16 @@ valid, and the keys of ``state_dict`` are the model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from frostline.adapters.protocol import SplitModel
 from frostline.adapters.torch.forward_pass import untouched
-from frostline.adapters.torch.graph import is_site, resolve, unwrapped, walk
+from frostline.adapters.torch.graph import is_site, layers, unwrapped, walk
 from frostline.adapters.torch.network import Network, input_names, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Trial, observe
@@ -47,17 +47,7 @@ _LIGHT_NAMES = frozenset([
 ])  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """A module cut in two; see :class:`frostline.Split`."""
-
-    prefix: Any
-    suffix: Any
-    frontier: tuple[Crossing, ...]
-    notes: tuple[str, ...]
-
-
-def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
+def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     """Cut ``model``; see :func:`frostline.split`."""
     net = network(model, input_names(model, sample))
     constant = _constants(net.calls) | _constants(net.other.nodes)
@@ -66,7 +56,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
     if at is None:
         require_frozen(graph, pure, ends)
     else:
-        pure, ends = _before(graph, pure, model, at), []
+        pure, ends = before(graph, pure, layers(model), at), []
     trial = observe(net, graph, pure, sample)
     seen = trial.seen.shapes or {}
     known = (*net.inputs, *(node.call for node in pure))
@@ -75,7 +65,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Parts:
     crossing = frontier(graph, inside)
     prefix, suffix = build(net, [node.call for node in inside], crossing, constant)
     _require_same(net, prefix, suffix, trial)
-    return Parts(
+    return SplitModel(
         prefix=prefix,
         suffix=suffix,
         frontier=tuple(_described(net, node, trial) for node in crossing),
@@ -129,17 +119,6 @@ def _nodes(net: Network, model: Any, constant: frozenset[Any]) -> Graph:
 
 def _one_phase(net: Network, node: Any, when: str) -> Impurity:
     return Impurity(why="phase", path=net.name(node), text=f"it is called {when} only")
-
-
-def _before(graph: Graph, pure: Sequence[Node], model: Any, at: Any) -> list[Node]:
-    """The nodes before a boundary; all of them must be pure."""
-    boundary = resolve(model, at)
-    if boundary.path is None:
-        raise ModelError(
-            f"the boundary is the end of the model: nothing is left behind it. Received: at={at!r}"
-        )
-    edge = next(place for place in walk(model) if place.path == boundary.path)
-    return before(graph, pure, edge, at)
 
 
 # --- where to cut ---------------------------------------------------------------------------------
