@@ -16,7 +16,7 @@ from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
 from frostline.measure.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
 from frostline.verbs.atomic import atomically, to_its_end
-from frostline.verbs.momentum import set_view_momentum
+from frostline.verbs.momentum import set_site_momentum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +326,7 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
     adapter = adapter_of(model)
 
     def edit() -> Change:
-        done = set_view_momentum(adapter, momentum, sites=sites)
+        done = set_site_momentum(adapter, momentum, sites=sites)
         return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
 
     return atomically(adapter.snapshot(), edit)

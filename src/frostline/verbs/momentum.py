@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView
+from frostline.adapters import Adapter
 from frostline.graph.selection import select
 from frostline.types import ModelError, Site
 
@@ -18,14 +18,14 @@ LIKELY_TORCH = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumChange:
-    """What :func:`set_view_momentum` did, in words, and how to take it back."""
+    """What :func:`set_site_momentum` did, in words, and how to take it back."""
 
     text: str
     notes: tuple[str, ...]
     undo: Callable[[], None]
 
 
-def set_view_momentum(view: ModelView, momentum: Any, *, sites: Any) -> MomentumChange:
+def set_site_momentum(adapter: Adapter, momentum: Any, *, sites: Any) -> MomentumChange:
     """Set the decay of chosen sites; see :func:`frostline.set_momentum`."""
     number = isinstance(momentum, (int, float, np.integer, np.floating))
     if isinstance(momentum, bool) or not number or not 0 <= momentum <= 1:
@@ -34,8 +34,8 @@ def set_view_momentum(view: ModelView, momentum: Any, *, sites: Any) -> Momentum
             f"keeps (Keras' convention). Received: momentum={momentum!r}"
         )
     decay = float(momentum)
-    chosen = select(view.sites(), sites)
-    baked, undo = view.set_decay(tuple(site.path for site in chosen), decay)
+    chosen = select(adapter.sites(), sites)
+    baked, undo = adapter.set_decay(tuple(site.path for site in chosen), decay)
     return MomentumChange(text=_text(chosen, decay), notes=_notes(baked, chosen, decay), undo=undo)
 
 

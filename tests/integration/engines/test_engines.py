@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from frostline import engines
+from frostline.adapters import prefix as prefixes
+from frostline.engines import choice, onnxruntime as onnxruntime_engine, registry
 from frostline.numerics.compare import relative_difference
 from frostline.types import BackendError, ModelError
 
@@ -56,7 +58,7 @@ def test_every_engine_computes_what_predict_computes(prefix: Any, name: str) -> 
 
 
 def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "")
     x = {"a": normal(4, 4), "z": normal(4, 8, 8, 3)}
     want = prefix.predict(x, verbose=0)
     rates = {"right": 5.0, "wrong": 9.0, "broken": 9.0}
@@ -71,16 +73,16 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
         return (lambda batch: 1 // 0), "there"
 
     made = {"right": right, "wrong": wrong, "broken": broken}
-    monkeypatch.setattr(engines, "_candidates", lambda *_: list(made.items()))
+    monkeypatch.setattr(choice, "_candidates", lambda *_: list(made.items()))
     runs = {}
-    real = engines._attempt
+    real = choice._attempt
 
     def attempt(run: Any, batch: Any) -> Any:
         runs[run] = len(runs)
         return real(run, batch)
 
-    monkeypatch.setattr(engines, "_attempt", attempt)
-    monkeypatch.setattr(engines, "_rate", lambda run, batch: rates["right"] if run in runs else 1.0)
+    monkeypatch.setattr(choice, "_attempt", attempt)
+    monkeypatch.setattr(choice, "_rate", lambda run, batch: rates["right"] if run in runs else 1.0)
     engine = engines.choose(prefix, x)
     assert engine.name == "right"
     assert engine.device == "there"
@@ -94,7 +96,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
     assert engines.choose(prefix, x, samples=31).name == "native"  # 62 s of work
     spared = engines.choose(prefix, x, samples=29)
     assert (spared.name, set(spared.rates)) == ("right", {"right"})
-    monkeypatch.setattr(engines, "_candidates", lambda *_: [("openvino", wrong)])
+    monkeypatch.setattr(choice, "_candidates", lambda *_: [("openvino", wrong)])
     with pytest.raises(ModelError, match="engine openvino cannot run this prefix: it differs"):
         engines.choose(prefix, x, engine="openvino")
 
@@ -156,7 +158,7 @@ def test_onnxruntime_takes_the_fastest_provider_of_package_and_machine(
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     has_tensorrt = "TensorrtExecutionProvider" in machine
     found = {"nvinfer": "libnvinfer.so.10"} if has_tensorrt else {}
-    monkeypatch.setattr(engines.ctypes.util, "find_library", found.get)
+    monkeypatch.setattr(onnxruntime_engine.ctypes.util, "find_library", found.get)
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     assert engines.choose(prefix, x, engine="onnxruntime").device == device
@@ -169,11 +171,11 @@ def test_onnxruntime_takes_the_fastest_provider_of_package_and_machine(
 
 @pytest.mark.once
 def test_tensorrt_is_found_where_the_loader_looks(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(engines.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(onnxruntime_engine.ctypes.util, "find_library", lambda name: None)
     monkeypatch.setenv("LD_LIBRARY_PATH", f":{tmp_path}")
-    assert not engines._has_tensorrt()
+    assert not onnxruntime_engine._has_tensorrt()
     (tmp_path / "libnvinfer.so.10").touch()
-    assert engines._has_tensorrt()
+    assert onnxruntime_engine._has_tensorrt()
 
 
 def test_native_is_compared_in_full_precision(
@@ -182,7 +184,7 @@ def test_native_is_compared_in_full_precision(
     """On a card native may round products; what it is compared with must not, nor stay set."""
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     want = prefix.predict(x, verbose=0)
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
     monkeypatch.setattr("frostline.adapters.keras.native.device", lambda _: "gpu")
     before = precision()
     seen: list[Any] = []
@@ -193,13 +195,13 @@ def test_native_is_compared_in_full_precision(
         return real(self, *args, **ways)
 
     monkeypatch.setattr(type(prefix), "__call__", called)
-    expected = engines.prefixes.reference(prefix)(x)
+    expected = prefixes.reference(prefix)(x)
     assert relative_difference(want, expected) < 1e-5
     assert len(seen) == 1
     assert seen[0] != before
     assert precision() == before
     assert engines.rounding(prefix, x, [2 * y for y in want]) == pytest.approx(0.5, rel=1e-4)
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "")
     assert engines.rounding(prefix, x, [2 * y for y in want]) == 0.0
 
 
@@ -208,27 +210,24 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     prefix: Any, monkeypatch: Any
 ) -> None:
     tried: list[int] = []
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "")
 
     def run(batch: Any) -> Any:
         tried.append(len(batch["a"] if isinstance(batch, dict) else batch))
         raise RuntimeError
 
-    monkeypatch.setattr(
-        engines, "_candidates", lambda *_: [("onnxruntime", lambda: (run, "there"))]
-    )
+    monkeypatch.setattr(choice, "_candidates", lambda *_: [("onnxruntime", lambda: (run, "there"))])
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)})
     engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
     assert tried == [engines.COMPARED_SAMPLES, 16]
-    monkeypatch.setattr(engines, "relative_difference", lambda *_: 0.0)
-    monkeypatch.setattr(engines, "_attempt", lambda *_: [])
-    monkeypatch.setattr(
-        engines, "_rate", lambda _, batch: float(tried.append(len(batch["a"])) or 1)
-    )
+    monkeypatch.setattr(choice, "relative_difference", lambda *_: 0.0)
+    monkeypatch.setattr(choice, "_attempt", lambda *_: [])
+    monkeypatch.setattr(choice, "_rate", lambda _, batch: float(tried.append(len(batch["a"])) or 1))
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
     assert tried[2:] == [engines.TRIAL_SAMPLES]
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
-    monkeypatch.setattr(engines, "_on_nvidia", lambda: True)
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
+    start = choice.ENGINES["onnxruntime"][0]
+    monkeypatch.setitem(choice.ENGINES, "onnxruntime", (start, lambda: True))
     tried.clear()
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
     assert tried == [32, 32]  # whole batches, and native is timed as well
@@ -244,9 +243,9 @@ def test_beside_an_accelerator_no_engine_of_the_processor_is_tried(
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: package)
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "gpu")
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
     asked: list[str] = []
-    monkeypatch.setattr(engines, "_candidates", lambda _, wanted, __: asked.extend(wanted) or [])
+    monkeypatch.setattr(choice, "_candidates", lambda _, wanted, __: asked.extend(wanted) or [])
     engine = engines.choose(prefix, {"a": normal(2, 4), "z": normal(2, 8, 8, 3)})
     assert engine.name == "native"
     assert asked == engine_names
@@ -257,8 +256,8 @@ def test_beside_an_accelerator_no_engine_of_the_processor_is_tried(
 def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
     prefix: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(engines.prefixes, "accelerator", lambda _: "")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prefixes, "accelerator", lambda _: "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     engine = engines.choose(prefix, x)
     assert engine.name == "native"
@@ -286,9 +285,9 @@ def test_an_engine_gets_the_threads_that_the_process_has(
     monkeypatch: pytest.MonkeyPatch, allowed: str, given: set[int], threads: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", allowed)
-    monkeypatch.setattr(engines.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: given, raising=False)
-    assert engines._threads() == threads
+    monkeypatch.setattr(registry.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(registry.os, "sched_getaffinity", lambda _: given, raising=False)
+    assert registry.threads() == threads
 
 
 @pytest.mark.once
@@ -296,7 +295,7 @@ def test_openvino_sends_no_usage_reports() -> None:
     pytest.importorskip("openvino_telemetry")
     code = (
         "import sys\n"
-        "from frostline.engines import _quiet_openvino\n"
+        "from frostline.engines.openvino import _quiet_openvino\n"
         "core = _quiet_openvino().Core()\n"
         "assert 'openvino_telemetry' not in sys.modules\n"
         "import openvino_telemetry\n"
