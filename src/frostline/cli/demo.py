@@ -12,7 +12,7 @@ import typer
 from frostline.cli.options import BackendOption, command
 from frostline.cli.progress import Display
 from frostline.experiments.overfit_settings import OverfitSettings
-from frostline.report import text
+from frostline.report import phases, text
 
 if TYPE_CHECKING:
     from frostline.experiments.overfit import Row, RowResult
@@ -59,7 +59,7 @@ def demo(
     if result.interrupted:
         raise KeyboardInterrupt
     out.print()
-    out.print(text.comparison_table(result.tables))
+    out.print(phases.comparison_table(result.tables))
     _step(5, "Where to go next")
     pictures = [str(path) for path in result.files if path.suffix == ".png"]
     for what, how in (
@@ -127,7 +127,7 @@ def _tell_the_gap(result: RowResult) -> None:
         "and the images are the same: only the learning phase differs."
     )
     _step(3, "How to see it: fl.phases(model, (x, y))")
-    text.console().print(text.phases_table(result.phases))
+    text.console().print(phases.phases_table(result.phases))
     _say(
         f"The model has {result.sites} BN layers; {result.sites_frozen} of them are frozen, and "
         "the frozen ones compute something else at inference than in training."

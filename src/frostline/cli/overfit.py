@@ -115,10 +115,10 @@ def overfit(
 def show(result: OverfitResult) -> None:
     """Print the essay's table, one sentence per row, and where the files are."""
     from frostline.experiments import overfit as experiment
-    from frostline.report import text
+    from frostline.report import phases, text
 
     out = text.console()
-    out.print(text.comparison_table(result.tables))
+    out.print(phases.comparison_table(result.tables))
     for row in result.rows:
         out.print(f"\n{row.row.name}: {row.row.meaning}", style="bold", markup=False)
         out.print(experiment.describe(row), markup=False)

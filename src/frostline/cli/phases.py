@@ -27,7 +27,7 @@ def phases(
     from frostline.cli import model_files
     from frostline.cli.samples import read_samples
     from frostline.cli.terminal import echo
-    from frostline.report import text
+    from frostline.report import phases as tables, text
     from frostline.verbs.diagnose import phases as measure
 
     loaded = model_files.open_model(model)
@@ -35,14 +35,14 @@ def phases(
     x, y = read_samples(data, loaded)
     table = measure(loaded, (x, y), loss=model_files.loss_of(loss, loaded), batch_size=batch_size)
     if format is Format.text:
-        text.console().print(text.phases_table(table))
+        text.console().print(tables.phases_table(table))
         return int(bool(table.patterns))
     plain = {
         "task": table.task,
         "samples": table.samples,
         "sites": table.sites,
         "phases": {row.phase: {"loss": row.loss, **row.metrics} for row in table.rows},
-        "gap": text.phase_gaps(table["0"], table["1"]),
+        "gap": tables.phase_gaps(table["0"], table["1"]),
         "patterns": list(table.patterns),
         "verdict": "gap" if table.patterns else "clean",
     }

@@ -12,7 +12,7 @@ import sample_reports as samples
 from hypothesis import given, settings, strategies as st
 
 import frostline.report
-from frostline.report import escaping, github, html, terminal, text
+from frostline.report import escaping, github, html, phases, terminal, text
 from frostline.report.sites import Sites
 from frostline.types import PhaseRow, PhaseTable, Skipped
 from frostline.types.report import Report
@@ -96,7 +96,7 @@ def test_a_terminal_gets_no_command(name: str) -> None:
     sites = Sites(report.sites, before=1, boundary=name)
     shown = (
         str(report), text.render(terminal.as_text(report), width=60), github.as_github(report),
-        str(sites), text.render(text.phases_table(table(name))), str(table(name)),
+        str(sites), text.render(phases.phases_table(table(name))), str(table(name)),
         text.render(text.facts({name: name})),
     )  # fmt: skip
     assert all(c.isprintable() for each in shown for c in each.replace("\n", ""))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from frostline.report import text
+from frostline.report import phases, sites, text
 from frostline.types import PhaseRow, PhaseTable, Site
 
 pytestmark = pytest.mark.once
@@ -55,7 +55,7 @@ TABLE = PhaseTable(
 
 
 def test_sites_at_80_columns() -> None:
-    shown = text.render(text.sites_table(SITES, boundary="backbone/block2/conv", before=2))
+    shown = text.render(sites.sites_table(SITES, boundary="backbone/block2/conv", before=2))
     assert shown == (
         "#  site                        chan.  gamma/beta  statistics  decay  in training\n"
         "0  backbone/block0/bn             32  frozen      frozen       0.99  stored\n"
@@ -69,7 +69,7 @@ def test_sites_at_80_columns() -> None:
 
 
 def test_sites_use_a_wider_terminal() -> None:
-    shown = text.render(text.sites_table(SITES, before=4, width=120), width=120)
+    shown = text.render(sites.sites_table(SITES, before=4, width=120), width=120)
     lines = shown.splitlines()
     assert lines[4].startswith("3  backbone/block3/bn (used 2×)")
     assert lines[5].startswith("boundary: none, every layer is frozen ───")
@@ -80,7 +80,7 @@ def test_sites_use_a_wider_terminal() -> None:
 @pytest.mark.parametrize("width", [70, 80, 120])
 def test_a_path_is_never_cut(width: int, before: int | None) -> None:
     long = site(7, path="backbone/" + "stage_with_a_long_name/" * 5 + "bn")
-    table = text.sites_table((*SITES, long), boundary="conv", before=before, width=width)
+    table = sites.sites_table((*SITES, long), boundary="conv", before=before, width=width)
     lines = text.render(table, width=width).splitlines()
     # The path may be folded over several lines, but all of it has to be there to be copied.
     start = lines[0].index("site")
@@ -92,11 +92,11 @@ def test_a_path_is_never_cut(width: int, before: int | None) -> None:
 
 
 def test_no_line_where_nothing_is_frozen() -> None:
-    assert "boundary" not in text.render(text.sites_table((site(0), site(1))))
+    assert "boundary" not in text.render(sites.sites_table((site(0), site(1))))
 
 
 def test_phases_at_80_columns() -> None:
-    assert text.render(text.phases_table(TABLE)) == (
+    assert text.render(phases.phases_table(TABLE)) == (
         "binary, 200 samples, 49 BN layers\n"
         "phase                                  loss   accuracy      AUC\n"
         "───────────────────────────────────────────────────────────────\n"
@@ -112,7 +112,7 @@ def test_phases_at_80_columns() -> None:
 def test_regression_shows_its_own_metrics_and_no_loss_where_there_is_none() -> None:
     rows = tuple(phase(name, None, mse=2500.0, spearman=0.99) for name in ("dynamic", "0", "1"))
     table = PhaseTable(rows=rows, task="regression", samples=10, sites=1)
-    shown = text.render(text.phases_table(table))
+    shown = text.render(phases.phases_table(table))
     assert re.search(r"loss +MSE +Spearman", shown)
     assert re.search(r"phase 0 \(inference\) +– +2\.500e\+03 +0\.990", shown)
     assert re.search(r"gap .* – +\+0\.000 +\+0\.000", shown)
@@ -121,7 +121,7 @@ def test_regression_shows_its_own_metrics_and_no_loss_where_there_is_none() -> N
 
 def test_comparison_fits_80_columns_and_cuts_no_number() -> None:
     names = ("update", "inference+debias", "all-bn-frozen")
-    table = text.comparison_table(dict.fromkeys(names, TABLE))
+    table = phases.comparison_table(dict.fromkeys(names, TABLE))
     assert text.render(table) == (
         "row                       dynamic          phase 0          phase 1     gap\n"
         "                   loss  acc  AUC   loss  acc  AUC   loss  acc  AUC     acc\n"
@@ -135,15 +135,15 @@ def test_comparison_fits_80_columns_and_cuts_no_number() -> None:
 def test_comparison_leaves_out_a_metric_that_nobody_has() -> None:
     rows = tuple(phase(name, 12.345, accuracy=0.9996) for name in ("0", "1"))
     table = PhaseTable(rows=rows, task="binary", samples=10, sites=1)
-    shown = text.render(text.comparison_table({"batch": table}))
+    shown = text.render(phases.comparison_table({"batch": table}))
     assert "AUC" not in shown
     assert "12.3 1.00" in shown
     assert " – " in shown  # the dynamic phase was not measured
 
 
 @pytest.mark.parametrize("renderable", [
-    text.sites_table(SITES, boundary="conv", before=2),
-    text.phases_table(TABLE),
+    sites.sites_table(SITES, boundary="conv", before=2),
+    phases.phases_table(TABLE),
 ])  # fmt: skip
 def test_colour_adds_nothing_but_colour(renderable: Any) -> None:
     plain, colored = text.render(renderable), text.render(renderable, color=True)
@@ -158,25 +158,25 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = text.console(width=80)
     with out.capture() as colored:
-        out.print(text.sites_table(SITES, before=2))
+        out.print(sites.sites_table(SITES, before=2))
     assert "\x1b[36m" in colored.get()
     monkeypatch.setenv("NO_COLOR", "1")
     out = text.console(width=80)
     with out.capture() as plain:
-        out.print(text.sites_table(SITES, before=2))
+        out.print(sites.sites_table(SITES, before=2))
     assert "\x1b[36m" not in plain.get()
 
 
 def test_names_from_a_model_are_not_markup() -> None:
     name = "[red]x[/red]/bn[0]"
-    assert name in text.render(text.sites_table((site(0, path=name),), before=1, boundary="x"))
-    assert f"boundary: {name}" in text.render(text.sites_table(SITES, before=1, boundary=name))
+    assert name in text.render(sites.sites_table((site(0, path=name),), before=1, boundary="x"))
+    assert f"boundary: {name}" in text.render(sites.sites_table(SITES, before=1, boundary=name))
     assert name in text.render(text.facts({"name": name}))
 
 
 def test_gap_is_training_minus_inference_of_common_numbers() -> None:
     low, high = phase("0", 0.5, accuracy=0.75, mse=1.0), phase("1", 0.25, accuracy=1.0)
-    assert text.phase_gaps(low, high) == {"loss": -0.25, "accuracy": 0.25}
+    assert phases.phase_gaps(low, high) == {"loss": -0.25, "accuracy": 0.25}
 
 
 @pytest.mark.parametrize(
