@@ -69,11 +69,11 @@ def diagnose(
             "--fix writes a Keras model; of a torch module: frostline recalibrate, or the line of "
             f"the remedy in your code. Received: {model.model}"
         )
-    x, y = read_samples(data, loaded)
+    x, y = read_samples(data, loaded, loss=loss)
     found = verbs.diagnose(
         loaded,
         (x, y),
-        validation=None if validation is None else _held_out(validation, data, loaded, x),
+        validation=None if validation is None else _held_out(validation, data, loaded, x, loss),
         reference=None if reference is None else model_files.load_reference(reference, loaded),
         history=log,
         loss=model_files.loss_of(loss, loaded),
@@ -135,7 +135,9 @@ def _data_as_typed(data: DataOptions) -> str:
     return shlex.join(words)
 
 
-def _held_out(source: str, data: DataOptions, model: Any, x: Array) -> tuple[Array, Array]:
+def _held_out(
+    source: str, data: DataOptions, model: Any, x: Array, loss: str | None
+) -> tuple[Array, Array]:
     """Read the validation data as the data were read; of the same source, the test part."""
     import numpy as np
 
@@ -144,7 +146,7 @@ def _held_out(source: str, data: DataOptions, model: Any, x: Array) -> tuple[Arr
     split = data.split
     if source == data.data and split is Split.train:
         split = Split.test
-    held_out = read_samples(replace(data, data=source, split=split), model)
+    held_out = read_samples(replace(data, data=source, split=split), model, loss=loss)
     if held_out[0].shape == x.shape and np.array_equal(held_out[0], x):
         raise DataError(
             f"the validation data are the same samples as the data. Received: --validation {source}"

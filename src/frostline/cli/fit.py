@@ -60,6 +60,8 @@ def fit(
     from frostline.cli.terminal import echo
 
     model_files.start(backend)
+    import numpy as np
+
     from frostline.adapters import adapter_of
     from frostline.verbs import fit as training
 
@@ -89,6 +91,11 @@ def fit(
         max_gb=max_gb,
         thaw_later=None if thaw_later is None else boundary(thaw_later),
     )
+    if not all(np.isfinite(weight).all() for weight in loaded.get_weights()):
+        raise ModelError(
+            f"the training ended in weights that are NaN or infinite; {target.output} is not "
+            "written. A smaller --learning-rate may help; look for NaN in the data first"
+        )
     model_files.save(loaded, target)
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in history.history.items())
     echo(f"{target.output}: {len(x)} samples, {len(history.epoch)} epoch(s): {last}")

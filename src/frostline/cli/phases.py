@@ -32,7 +32,7 @@ def phases(
 
     loaded = model_files.open_model(model)
     model_files.sites_of(loaded)
-    x, y = read_samples(data, loaded)
+    x, y = read_samples(data, loaded, loss=loss)
     table = measure(loaded, (x, y), loss=model_files.loss_of(loss, loaded), batch_size=batch_size)
     if format is Format.text:
         text.console().print(tables.phases_table(table))

@@ -40,7 +40,7 @@ def recalibrate(
     from frostline.verbs import edit
 
     loaded = model_files.open_to_edit(model, target)
-    x, _ = read_samples(data, loaded)
+    x, _ = read_samples(data, loaded, labelled=False)
     change = edit.recalibrate(loaded, x, sites=sites, method=method.value, batch_size=batch_size)
     model_files.save(loaded, target)
     echo(f"{target.output}: {change}")

@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import ModelView, view
+from frostline.cli import targets
 from frostline.cli.options import DataOptions, names
 from frostline.cli.terminal import echo
 from frostline.data import archive, image_sets
-from frostline.types import Array, DataError
+from frostline.types import Array
 
 
-def read_samples(options: DataOptions, model: Any) -> tuple[Array, Array]:
+def read_samples(
+    options: DataOptions, model: Any, *, loss: str | None = None, labelled: bool = True
+) -> tuple[Array, Array]:
     """Return inputs and targets of DATA as the model wants them.
+
+    Args:
+        options: DATA, as typed.
+        model: It says, as far as it knows, what shapes it takes and gives.
+        loss: Name of the loss; ``None`` for the compiled one.
+        labelled: Whether the labels are used, and therefore checked.
 
     An ``.npz`` with ``x`` and ``y``, and no option that only images know, is handed to the model
     as it is, unless the model takes its ``x`` with the channels on axis 1 only, which is then said;
@@ -25,7 +34,11 @@ def read_samples(options: DataOptions, model: Any) -> tuple[Array, Array]:
     if plain and Path(options.data).suffix == ".npz":
         arrays = archive.read_arrays(Path(options.data))
         if arrays is not None:
-            return _channels_moved(arrays[0], model, options.data), arrays[1]
+            x = targets.plain_numbers(arrays[0], f"{options.data}: x")
+            y = targets.plain_numbers(arrays[1], f"{options.data}: y")
+            x = _channels_moved(x, model, options.data)
+            targets.check_inputs(x, model, options.data)
+            return x, targets.checked(y, model, loss, options.data) if labelled else y
     found = image_sets.load(
         options.data,
         split=options.split.value,
@@ -37,7 +50,8 @@ def read_samples(options: DataOptions, model: Any) -> tuple[Array, Array]:
     x = _preprocessed(found.images, options.preprocess)
     if view(model).channel_axis == 1:
         x = _channels_first(x)
-    return x, _targets(found.labels, model)
+    targets.check_inputs(x, model, options.data)
+    return x, targets.of_labels(found.labels, model, loss) if labelled else found.labels
 
 
 def _channels_first(x: Array) -> Array:
@@ -90,18 +104,3 @@ def _preprocessed(images: Array, how: str | None) -> Array:
 
     prepared: Array = np.asarray(backbones.preprocess(str(how), images), dtype=np.float32)
     return prepared
-
-
-def _targets(labels: Array, model: Any) -> Array:
-    """Return labels as the model's loss wants them: indices, one-hot rows, or one column."""
-    loss = getattr(model, "loss", None)
-    name = loss if isinstance(loss, str) else getattr(loss, "name", type(loss).__name__)
-    width = (getattr(model, "output_shape", None) or (None,))[-1]
-    if width == 1:
-        return labels.reshape(-1, 1).astype(np.float32)
-    if str(name) == "categorical_crossentropy" and isinstance(width, int):
-        if labels.max(initial=0) >= width:
-            raise DataError(f"the data has {labels.max() + 1} classes, the model {width}; "
-                            "choose some with --classes")  # fmt: skip
-        return np.eye(width, dtype=np.float32)[labels]
-    return labels.astype(np.int32)

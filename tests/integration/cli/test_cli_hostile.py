@@ -398,6 +398,63 @@ def test_devices_pipes_and_loops(sound: Path, here: Path, capsys: Any) -> None:
     assert "8192" in refused(capsys, "phases", net, "digits", "--image-size", "200000")
 
 
+# --- numbers and labels at the door ---------------------------------------------------------------
+
+X = np.random.default_rng(0).normal(size=(12, 8, 8, 3)).astype("float32")
+Y = np.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "told"),
+    [
+        (X, Y + 50, "a label in y is 0 to 2. Received: 50 to 52"),
+        (X, Y - 2, "a label in y is 0 to 2. Received: -2 to 0"),
+        (X, np.where(Y == 1, np.nan, Y), "4 of 12 labels in y are NaN"),
+        (X, Y + 0.5, "whole numbers. Received: 0.5"),
+        (X, Y.astype("u8") + np.uint64(2**63), "beyond 2^63"),
+        (X, np.int64(3), "one entry per sample"),
+        (X, np.zeros((12, 2, 3)), "the number of a class. Received: y of shape (12, 2, 3)"),
+        (X, np.eye(3)[Y], "as y.argmax(-1) gives it"),
+        (X[..., :1], Y, "shape (8, 8, 1), and the model takes (8, 8, 3)"),
+        (X[:, 0], Y, "shape (8, 3)"),
+        (X[:5], Y, "equally many"),
+    ],
+)
+def test_arrays_that_do_not_fit(
+    x: Any, y: Any, told: str, sound: Path, here: Path, capsys: Any
+) -> None:
+    np.savez("bad.npz", x=x, y=y)
+    assert told in refused(capsys, "phases", sound / "net.keras", "bad.npz")
+    assert told in refused(capsys, "diagnose", sound / "net.keras", "bad.npz")
+    fit = ("fit", sound / "net.keras", "bad.npz", "-o", "out.keras", "--cache", "cache")
+    assert told in refused(capsys, *fit)
+
+
+@pytest.mark.parametrize("kind", [">f4", "f2", "f8", "i4", "?"])
+@pytest.mark.parametrize("label", [">i8", "u1", "u2", "u8", "f4"])
+def test_any_number_is_a_number(
+    kind: str, label: str, sound: Path, here: Path, capsys: Any
+) -> None:
+    results = []
+    for x, y in ((X.astype(kind), Y.astype(label)), (X.astype(kind).astype("f4"), Y)):
+        np.savez("data.npz", x=x, y=y)
+        code = cli.main(["phases", str(sound / "net.keras"), "data.npz", "--format", "json"])
+        out, err = capsys.readouterr()
+        assert code in (0, 1), err
+        results.append(json.loads(out)["phases"])
+    for phase in ("0", "1"):
+        assert results[0][phase]["loss"] == pytest.approx(results[1][phase]["loss"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:fl.fit runs plain model.fit")
+def test_a_training_that_ends_in_nan_is_an_error(sound: Path, here: Path, capsys: Any) -> None:
+    np.savez("nan.npz", x=np.where(X > 2, np.nan, X), y=Y)
+    words = ["fit", str(sound / "net.keras"), "nan.npz", "-o", "out.keras", "--cache", "cache"]
+    assert cli.main(words) == 2
+    assert "NaN or infinite; out.keras is not written" in capsys.readouterr().err
+    assert not (here / "out.keras").exists()
+
+
 # --- the terminal ---------------------------------------------------------------------------------
 
 NASTY = "a\x1b[31mred\x1b]0;title\x07\u202eback\r[bold]b[/]"

@@ -1,0 +1,305 @@
+"""Run many command lines on broken, hostile and ordinary input, and count what must not happen.
+
+    python scripts/fuzz_cli.py --runs 1000 --seed 0
+
+Counted are tracebacks, errors that nobody foresaw ("unexpected"), runs over 30 seconds, files left
+behind by a run that failed, characters that a terminal would obey, and payloads that ran. Each
+failure is printed as a command line; with the same seed the inputs are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+LONGEST = 30
+NASTY = "a\x1b[31mred\x1b]0;t\x07\u202eb\r[bold]"
+TRAP = "trap"
+
+
+@dataclass
+class Outcome:
+    """What the runs showed: exit codes, and each kind of failure with its command lines."""
+
+    runs: int = 0
+    codes: Counter[int] = field(default_factory=Counter)
+    failures: dict[str, list[str]] = field(default_factory=dict)
+
+
+def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
+    """Write models and data, whole and broken; return their names."""
+    import keras
+
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    net = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(2, 3, name="conv"),
+            layers.BatchNormalization(name="bn"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, activation="softmax", name="head"),
+        ]
+    )
+    net.save(folder / "bare.keras")
+    net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(), metrics=["accuracy"])
+    net.save(folder / "net.keras")
+    net.save(folder / "net.h5")
+    net.compile("sgd", "categorical_crossentropy")
+    net.save(folder / "onehot.keras")
+    small = keras.Sequential(
+        [keras.Input((4,)), layers.BatchNormalization(name="bn"), layers.Dense(1, name="out")]
+    )
+    small.compile("adam", "mse")
+    small.save(folder / "regression.keras")
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    plain.save(folder / "plain.keras")
+    whole = (folder / "net.keras").read_bytes()
+    (folder / "half.keras").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.keras").write_bytes(b"")
+    (folder / "half.h5").write_bytes((folder / "net.h5").read_bytes()[:3000])
+    _renamed(folder / "net.keras", folder / "nasty.keras")
+    (folder / f"{NASTY}.keras").write_bytes(whole)
+    (folder / "leaves.py").write_text("import sys\ndef build():\n    sys.exit(0)\n")
+    models = [path.name for path in folder.iterdir() if path.suffix in (".keras", ".h5")]
+    models += ["leaves:build", "nowhere:build", "missing.keras", ".", "/dev/null", ""]
+    return models, _write_data(folder)
+
+
+def _renamed(source: Path, target: Path) -> None:
+    """Write a model whose layer has a name that a terminal would obey."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                for layer in config["config"]["layers"]:
+                    if layer["config"].get("name") == "bn":
+                        layer["config"]["name"] = NASTY
+                content = json.dumps(config).encode()
+            new.writestr(name, content)
+
+
+def _write_data(folder: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 8, 8, 3)).astype("float32")
+    flat = rng.normal(size=(12, 4)).astype("float32")
+    y = np.arange(12) % 3
+    nan = np.where(y == 1, np.nan, y)
+    arrays: dict[str, tuple[Any, Any]] = {
+        "good": (x, y),
+        "flat": (flat, flat[:, :1]),
+        "big_endian": (x.astype(">f4"), y.astype(">i8")),
+        "half": (x.astype("f2"), y.astype("u1")),
+        "double": (x.astype("f8"), y.astype("f8")),
+        "integers": ((x * 9).astype("i4"), y),
+        "booleans": (x > 0, y > 0),
+        "scalar": (x, np.int64(3)),
+        "cube": (x, np.zeros((12, 2, 3), int)),
+        "beyond": (x, y + 50),
+        "negative": (x, y - 2),
+        "nan_labels": (x, nan),
+        "huge_labels": (x, y.astype("u8") + np.uint64(2**63)),
+        "one_hot": (x, np.eye(3)[y]),
+        "wide_one_hot": (x, np.eye(7)[y]),
+        "grey": (x[..., :1], y),
+        "five_channels": (np.concatenate([x, x[..., :2]], -1), y),
+        "vectors": (x[:, 0, 0], y),
+        "nan_inputs": (np.where(x > 2, np.nan, x), y),
+        "infinite": (np.where(x > 2, np.inf, x), y),
+        "none": (x[:0], y[:0]),
+        "one": (x[:1], y[:1]),
+        "unequal": (x, y[:5]),
+        "texts": (x, np.array(list("abcabcabcabc"))),
+        "complex": (x.astype("c8"), y),
+        "dates": (x, y.astype("M8[s]")),
+    }
+    for name, (inputs, labels) in arrays.items():
+        np.savez(folder / f"{name}.npz", x=inputs, y=labels)
+    np.savez(folder / "other_names.npz", a=x)
+    (folder / "broken.npz").write_bytes((folder / "good.npz").read_bytes()[:500])
+    (folder / "bare.npy").write_bytes(b"\x93NUMPY")
+    (folder / "images").mkdir()
+    return [*(path.name for path in folder.glob("*.np?")), "images", "digits", "missing.npz", NASTY]
+
+
+def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
+    """Return the words of one command line."""
+    model = rng.choice(models) if rng.random() < 0.5 else rng.choice(models[:6])
+    command = rng.choice(
+        ["sites", "lint", "phases", "diagnose", "recalibrate", "set-momentum", "freeze", "convert",
+         "fold", "fit", "rule", "cache", "env"]
+    )  # fmt: skip
+    words = [command]
+    if command == "rule":
+        return [*words, *rng.sample(["FL203", "FL999", NASTY, "--all", "--format", "json"], 2)]
+    if command == "cache":
+        return [*words, rng.choice(["ls", "verify", "rm"]), "--cache", rng.choice(["c", NASTY])]
+    if command == "env":
+        return words
+    words.append(model)
+    if command in ("phases", "diagnose", "recalibrate", "fit"):
+        words.append(rng.choice(data))
+    if command == "set-momentum":
+        words.append(rng.choice(["0.9", "1", "0", "-1", "nan", "inf", "x", "1e-400"]))
+    if command in ("recalibrate", "set-momentum", "freeze", "convert", "fold", "fit"):
+        targets = ["out.keras", "out.h5", "out.txt", "no/out.keras", "images", NASTY + ".keras"]
+        words += ["-o", rng.choice(targets)]
+    if command == "freeze":
+        words += ["--until", rng.choice(["head", "bn", "0.5", "99", "-1", "nan", "inf", NASTY])]
+    options = {
+        "--batch-size": ["1", "2", "5", "100000000000", "0", "x"],
+        "--seed": ["0", "7", "99999999999999999999", "-1"],
+        "--sites": ["all", "frozen", "unfrozen", "bn", "*", NASTY, ""],
+        "--method": ["batch", "sequential", "other"],
+        "--loss": ["mse", "hinge", "no_such", NASTY, "sparse_categorical_crossentropy", "a:b", ""],
+        "--format": ["text", "json", "html", "github", "x"],
+        "--select": ["FL1", "FL204", "x", NASTY],
+        "--ignore": ["FL2", "x"],
+        "--max-samples": ["2", "5", "1", "99999999999"],
+        "--per-class": ["1", "2", "999999999999"],
+        "--image-size": ["8", "1", "200000"],
+        "--classes": ["0", "1,2", "x", NASTY],
+        "--preprocess": ["unit", "none", "resnet50", "x", NASTY],
+        "--split": ["train", "test", "all", "x"],
+        "--validation": ["good.npz", "one_hot.npz", "missing.npz"],
+        "--reference": ["net.keras", "regression.keras", "half.keras"],
+        "--history": ["leaves.py", "missing.csv", "."],
+        "--version": ["2.2.4", "9.9", NASTY],
+        "--policy": ["batch", "inference", "update", "x"],
+        "--validation-split": ["0.1", "0.99", "nan", "-1"],
+        "--learning-rate": ["0.1", "0", "nan", "inf", "-1"],
+        "--epochs": ["1", "0"],
+        "--dtype": ["float16", "bfloat16", "x"],
+        "--engine": ["keras", "x", NASTY],
+        "--max-gb": ["1", "0", "nan", "-1"],
+        "--thaw-later": ["bn", "0", "9", NASTY],
+    }
+    known = {
+        "lint": ["--format", "--select", "--ignore"],
+        "sites": ["--format"],
+        "phases": ["--batch-size", "--seed", "--loss", "--format", "--per-class", "--image-size",
+                   "--classes", "--preprocess", "--split"],
+        "convert": ["--version", "--policy"],
+        "set-momentum": ["--sites"],
+        "freeze": ["--seed"],
+        "fold": ["--format"],
+    }  # fmt: skip
+    known["recalibrate"] = [*known["phases"], "--sites", "--method"]
+    known["diagnose"] = [*known["phases"], *known["lint"], "--max-samples", "--validation",
+                         "--reference", "--history"]  # fmt: skip
+    known["fit"] = ["--batch-size", "--seed", "--validation-split", "--learning-rate", "--epochs",
+                    "--dtype", "--engine", "--max-gb", "--thaw-later"]  # fmt: skip
+    allowed = known[command]
+    for option in rng.sample(allowed, min(len(allowed), rng.choice([0, 0, 1, 1, 2]))):
+        words += [option, rng.choice(options[option])]
+    if command == "fit":
+        words += ["--cache", "c"]
+    return words
+
+
+def run(words: list[str], outcome: Outcome) -> None:
+    """Run one command line in this process, in the current folder, and judge it."""
+    from frostline import cli
+
+    before = {path.name for path in Path.cwd().iterdir()}
+    out, err = io.StringIO(), io.StringIO()
+    started = time.perf_counter()
+    code: int | None = None
+    said: list[str] = []
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited():
+            code = cli.main(words)
+    except TimeoutError:
+        said.append("hang")
+    except BaseException as error:
+        said.append(f"escaped: {type(error).__name__}")
+    text = out.getvalue() + err.getvalue()
+    left = {path.name for path in Path.cwd().iterdir()} - before
+    if "Traceback" in text:
+        said.append("traceback")
+    if "(unexpected" in text:
+        said.append("unexpected")
+    if time.perf_counter() - started > LONGEST:
+        said.append("hang")
+    if any(not c.isprintable() and c not in "\n\r\xa0\b" for c in text):
+        said.append("raw escape")
+    if code not in (0, 1) and left - {"c"}:
+        said.append("files left")
+    if TRAP in left:
+        said.append("payload ran")
+    outcome.runs += 1
+    outcome.codes[-1 if code is None else code] += 1
+    last = (err.getvalue().strip().splitlines() or [""])[-1]
+    for kind in said:
+        outcome.failures.setdefault(kind, []).append(f"{shlex.join(words)}\n      {last[:300]!r}")
+    for name in left - {"c"}:
+        Path(name).unlink()
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    def late(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(runs: int, seed: int) -> Outcome:
+    """Run ``runs`` command lines in a temporary folder; the same ones for the same seed."""
+    outcome = Outcome()
+    came_from, path = Path.cwd(), list(sys.path)
+    with tempfile.TemporaryDirectory() as name:
+        models, data = write_inputs(Path(name))
+        os.chdir(name)
+        try:
+            rng = random.Random(seed)
+            for _ in range(runs):
+                run(draw(rng, sorted(models), sorted(data)), outcome)
+        finally:
+            os.chdir(came_from)
+            sys.path[:] = path
+    return outcome
+
+
+def main() -> int:
+    """Fuzz, print, and return 1 when anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    outcome = fuzz(options.runs, options.seed)
+    print(f"{outcome.runs} runs, exit codes {dict(sorted(outcome.codes.items()))}")
+    for kind, lines in outcome.failures.items():
+        print(f"{kind}: {len(lines)}")
+        for line in lines:
+            print(f"    {line}")
+    return int(bool(outcome.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""A short run of the fuzzer; a long one by hand: ``python scripts/fuzz_cli.py --runs 10000``."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz_cli import fuzz
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.filterwarnings("ignore")  # what Keras warns of is not what is tested
+def test_no_command_line_ends_in_what_must_not_be() -> None:
+    outcome = fuzz(200, seed=2026)
+    assert outcome.failures == {}
+    assert outcome.runs == 200
+    assert outcome.codes[0] > 20
+    assert outcome.codes[2] > 50
