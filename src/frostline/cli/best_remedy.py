@@ -98,10 +98,10 @@ def apply(
 
 def inference(model: Any, samples: Samples) -> Probe:
     """The model's own inference on the samples of the diagnosis."""
-    from frostline.adapters import view
+    from frostline.adapters import adapter_of
     from frostline.measure.setting import make_bench
 
-    seen = view(model)
+    seen = adapter_of(model)
     with seen.preserved():
         bench, _, _ = make_bench(
             seen,

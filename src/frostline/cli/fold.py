@@ -8,12 +8,12 @@ from frostline.cli.options import ModelOptions, OutputOptions, command
 @command
 def fold(model: ModelOptions, target: OutputOptions) -> int:
     """Fold BN layers into the layers before them: plain Keras, for inference."""
-    from frostline.adapters import view
+    from frostline.adapters import adapter_of
     from frostline.cli import model_files
     from frostline.cli.terminal import echo
 
     loaded = model_files.open_to_edit(model, target)
-    folded = view(loaded).fold()
+    folded = adapter_of(loaded).fold()
     model_files.require_model_file(loaded, "the folded network's layers", "folded = fl.fold(model)")
     model_files.save(folded.model, target)
     alone = len(folded.replaced)

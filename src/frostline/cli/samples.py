@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView, view
+from frostline.adapters import ModelView, adapter_of
 from frostline.cli import targets
 from frostline.cli.options import DataOptions, names
 from frostline.cli.terminal import echo
@@ -48,7 +48,7 @@ def read_samples(
         seed=options.seed,
     )
     x = _preprocessed(found.images, options.preprocess)
-    if view(model).channel_axis == 1:
+    if adapter_of(model).channel_axis == 1:
         x = _channels_first(x)
     targets.check_inputs(x, model, options.data)
     return x, targets.of_labels(found.labels, model, loss) if labelled else found.labels
@@ -66,7 +66,7 @@ def _channels_moved(x: Array, model: Any, source: str) -> Array:
     channels = (1, 3, 4)
     if x.ndim != 4 or x.shape[-1] not in channels or x.shape[1] in channels:
         return x
-    seen, moved = view(model), _channels_first(x[:1])
+    seen, moved = adapter_of(model), _channels_first(x[:1])
     if seen.channel_axis != 1 or _takes(seen, x[:1]) or not _takes(seen, moved):
         return x
     height, width, count = x.shape[1:]
