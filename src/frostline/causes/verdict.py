@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from frostline.types import Finding, Site
 from frostline.types.codes import CauseCode
@@ -10,6 +10,25 @@ from frostline.types.measured import Cause, Interval, Measurement, Remedy
 
 #: With fewer samples than this the verdict adds how uncertain the gap is.
 FEW = 64
+
+
+def with_unknown(told: str, unknown: Mapping[str, str]) -> str:
+    """A verdict that does not acquit BN where something keeps statistics in a way of its own.
+
+    Args:
+        told: The verdict without it.
+        unknown: See :class:`frostline.types.facts.ModelFacts`.
+    """
+    if not unknown:
+        return told
+    path, kind = next(iter(unknown.items()))
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    told = told.replace(": BN cannot be the cause", " of a kind that is known")
+    told = told.removeprefix("not BN: ").removeprefix("probably not BN: ")
+    return (
+        f"{told}; '{path}' ({kind}){more} keeps running statistics and computes with them by hand, "
+        "which cannot be looked into: BN is not ruled out"
+    )
 
 
 def of_rules(sites: Sequence[Site], findings: Sequence[Finding], applied: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Rules are tested with facts written by hand. Nothing is computed here that a rul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -169,6 +169,8 @@ class ModelFacts:
         steps: Training steps since the optimizer was made; ``None`` without an optimizer. Of a
             native torch module: the most updates that any site has counted.
         traced: A compiled training step exists, made under the flags of that moment.
+        unknown: Path of what keeps running statistics in a way of its own -> its class. It is no
+            site: whether it uses the batch cannot be told, so BN is not ruled out.
     """
 
     name: str = "model"
@@ -182,6 +184,7 @@ class ModelFacts:
     any_size: bool = False
     steps: int | None = None
     traced: bool = False
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)

@@ -81,7 +81,10 @@ def lint(
     known = seen.facts()
     checked = _checked(known, None, select, ignore, options)
     return Report(
-        verdict=verdicts.of_rules(checked["sites"], checked["findings"], checked["rules"]),
+        verdict=verdicts.with_unknown(
+            verdicts.of_rules(checked["sites"], checked["findings"], checked["rules"]),
+            known.unknown,
+        ),
         origin=_origin(seen, known),
         **checked,
     )
@@ -177,7 +180,10 @@ def diagnose(
         with seen.preserved():
             remedies = repairs_for(bench, known, measured, causes)
     return Report(
-        verdict=verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
+        verdict=verdicts.with_unknown(
+            verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
+            known.unknown,
+        ),
         origin=_origin(seen, known, samples=measured.samples, seed=seed),
         causes=causes,
         remedies=remedies,

@@ -7,7 +7,7 @@ what it did. What a framework must do for it is in ``adapters``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -366,6 +366,7 @@ def _switched(
     boundary = adapter.boundary(reference)
     # No boundary means the end, and all of the model is before it, for thawing as well.
     before = frozen or reference is None
+    unknown = adapter.facts().unknown
     counts, undo = adapter.set_frozen(
         boundary,
         before=before,
@@ -383,9 +384,22 @@ def _switched(
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
-        notes=_notes(adapter, counts, half=params != statistics, off=frozen and dropout),
+        notes=(
+            *_notes(adapter, counts, half=params != statistics, off=frozen and dropout),
+            *(_by_hand(unknown) if frozen and statistics else ()),
+        ),
         _undo=undo,
     )
+
+
+def _by_hand(unknown: Mapping[str, str]) -> Iterator[str]:
+    if unknown:
+        path, kind = next(iter(unknown.items()))
+        yield (
+            f"'{path}' ({kind}) keeps running statistics and computes with them by hand; what lies "
+            "before the boundary is held in evaluation mode, and assert_frozen(model, data=...) "
+            "shows whether that holds them"
+        )
 
 
 def _counted(counts: FlagCounts) -> str:

@@ -6,7 +6,7 @@ plain one, Lightning, fastai, ``fit``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from frostline.data.batches import Batch, batches, joined, paired
 from frostline.measure.phases import require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, DataError, FrostlineError, ModelError
-from frostline.types.facts import ModelFacts, SiteFacts
+from frostline.types.facts import SiteFacts
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
 #: a checkpoint in half precision keeps three digits.
@@ -222,9 +222,10 @@ def assert_frozen(
     """
     seen = view(model)
     facts = read(model)
-    chosen = _before_boundary(seen, facts, until)
-    if not chosen:
-        raise ModelError(f"no BN layer before the boundary. Received: until={until!r}")
+    inside = _inside(seen, until)
+    chosen = [each for each in facts if inside(each.site.path)]
+    unknown = {path: kind for path, kind in facts.unknown.items() if inside(path)}
+    checked = {each.site.path for each in chosen} | unknown.keys()
     wrong: dict[str, str] = {}
     for each in chosen:
         site = each.site
@@ -237,29 +238,35 @@ def assert_frozen(
                 "training uses batch statistics" if site.stats_frozen else "its statistics move"
             )
     if data is not None and statistics:
-        behaviour = seen.behaviour([(batch.x,) for batch in batches(data, max_samples=64)])
-        for each in chosen:
-            did = behaviour.get(each.site.path)
-            if did is not None and (did.moves or (did.training or 0.0) > 0):
-                wrong[each.site.path] = (
-                    "its statistics move in training" if did.moves else "training uses the batch's"
-                )
+        some = [(batch.x, batch.y) for batch in batches(data, max_samples=64)]
+        for path, did in seen.behaviour(some).items():
+            if inside(path):
+                checked.add(path)
+                if did.moves or (did.training or 0.0) > 0:
+                    moves = "its statistics move in training"
+                    wrong[path] = moves if did.moves else "training uses the batch's"
+    elif statistics:
+        for path, kind in unknown.items():
+            wrong[path] = f"a {kind} that keeps statistics by hand; data= shows whether they move"
+    if not checked:
+        raise ModelError(f"no BN layer before the boundary. Received: until={until!r}")
     if wrong:
         shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise NotFrozenError(
-            f"{len(wrong)} of {len(chosen)} BN layers are not frozen ({shown}{more}). "
+            f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). "
             "frostline.freeze(model, until) locks them"
         )
 
 
-def _before_boundary(seen: ModelView, facts: ModelFacts, until: Any) -> list[SiteFacts]:
+def _inside(seen: ModelView, until: Any) -> Callable[[str], bool]:
+    """Whether a path lies before a boundary."""
     inside = seen.before(seen.boundary(until))
 
     def holds(path: str) -> bool:  # a site inside a wrapped module has the wrapper's path above it
         return path in inside or ("/" in path and holds(path.rpartition("/")[0]))
 
-    return [each for each in facts if holds(each.site.path)]
+    return holds
 
 
 def _drift(before: SiteFacts, now: SiteFacts) -> float:

@@ -11,7 +11,7 @@ import torch
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
-from frostline.adapters.torch.graph import site_modules
+from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.data.batches import Batch
 from frostline.types.measured import Behaviour
 
@@ -20,13 +20,15 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
     """Watch every site in a training-mode and in an inference pass over some batches.
 
     The model runs as its own ``train()`` and ``eval()`` leave it. λ is 1 for a call that asks for
-    the statistics of its input and 0 for one that takes stored ones; flags are not asked.
+    the statistics of its input and 0 for one that takes stored ones; flags are not asked. Of what
+    keeps running statistics but computes by hand only ``moves`` is told.
 
     Args:
         model: A torch module.
         batches: ``(x, y, ...)`` tuples, or :class:`frostline.data.batches.Batch`.
     """
     sites, move = site_modules(model), mover(model)
+    watched = {**sites, **unknown_keepers(model)}
     weights: dict[bool, dict[str, list[float]]] = {
         training: {path: [] for path in sites} for training in (True, False)
     }
@@ -40,23 +42,23 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
                     seen[call.path].append(float(call.training))
                 return call.run()
 
-            before = {path: _stored(module) for path, module in sites.items()}
+            before = {path: _stored(module) for path, module in watched.items()}
             with untouched(model, number=number) as root, torch.no_grad():
                 set_phase(root, training=training)
                 with answered(root, sites, answer):
                     call(root, given, move, targets=training)
                 if training:
-                    for path, module in sites.items():
+                    for path, module in watched.items():
                         changed = not _alike(before[path], _stored(module))
                         moved[path] = moved.get(path, False) or changed
     return {
         path: Behaviour(
             path=path,
-            training=_middle(weights[True][path]),
-            inference=_middle(weights[False][path]),
+            training=_middle(weights[True].get(path, [])),
+            inference=_middle(weights[False].get(path, [])),
             moves=moved.get(path),
         )
-        for path in sites
+        for path in watched
     }
 
 
@@ -65,8 +67,10 @@ def _middle(found: list[float]) -> float | None:
 
 
 def _stored(module: Any) -> tuple[Any, ...]:
-    pair = (module.running_mean, module.running_var)
-    return tuple(each.detach().clone() for each in pair if each is not None)
+    """Copies of all statistics that it keeps, but not of counters of batches."""
+    buffers = module._buffers.items()
+    held = [value for name, value in buffers if value is not None and "num_batches" not in name]
+    return tuple(value.detach().clone() for value in held)
 
 
 def _alike(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch import dropout as torch_dropout
-from frostline.adapters.torch.graph import is_frozen_kind, is_site, unwrapped, walk
+from frostline.adapters.torch.graph import (
+    is_frozen_kind,
+    is_site,
+    keeps_unknown_statistics,
+    unwrapped,
+    walk,
+)
 from frostline.adapters.torch.locked import is_locked, lock, unlock
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
@@ -56,9 +62,8 @@ def set_frozen(
     try:
         for place in chosen:
             count = _set_params(place.module, frozen) if params else 0
-            moved = (
-                _set_statistics(place, frozen) if statistics and is_site(place.module) else False
-            )
+            keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
+            moved = _set_statistics(place, frozen) if statistics and keeps else False
             touched += count
             if count or moved:
                 changed.append(place)
@@ -128,7 +133,9 @@ def _set_statistics(place: Place, frozen: bool) -> bool:
         )
     if frozen == is_locked(module):
         return False
-    if frozen and module.running_mean is None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if frozen and getattr(module, "running_mean", module) is None:
         raise ModelError(
             f"'{place.path}' keeps no statistics (track_running_stats=False), so it always uses "
             f"those of the batch and cannot be frozen. Received: {place.path!r}"

@@ -14,6 +14,7 @@ from frostline.adapters.torch.graph import (
     modes_in_training,
     site_places,
     sites,
+    unknown_keepers,
     unwrapped,
     walk,
 )
@@ -68,6 +69,11 @@ def facts(model: Any) -> ModelFacts:
         ),
         order={path: place.order for path, place in places.items()},
         steps=_steps(places),
+        unknown={
+            path: type(module).__name__
+            for path, module in unknown_keepers(model).items()
+            if not is_locked(module)
+        },
     )
 
 

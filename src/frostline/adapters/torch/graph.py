@@ -9,6 +9,7 @@ more without being run.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,6 +22,10 @@ from frostline.adapters.torch.locked import is_locked, unlocked_class
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
 from frostline.types import Boundary, Site
+
+#: Names of buffers of a normalisation by hand.
+_RUNNING = re.compile("running|moving|ema")
+_SPREAD = re.compile("var|std|sigma|scale")
 
 #: Buffers of the FrozenBatchNorm classes of torchvision, detectron2, timm and transformers.
 _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
@@ -75,13 +80,20 @@ def _calls_norm(kind: Any) -> bool:
     return kind is nn.Module or not called.isdisjoint({"batch_norm", "instance_norm"})
 
 
-def unknown_keepers(model: Any) -> dict[str, str]:
-    """Path -> class of what keeps running statistics and is no site that is understood."""
+def keeps_unknown_statistics(module: Any) -> bool:
+    """Whether it keeps running statistics but is no site: it computes with them by hand."""
+    names = [name for name in getattr(module, "_buffers", ()) if _RUNNING.search(name)]
+    mean = any("mean" in name for name in names)
+    return mean and any(_SPREAD.search(name) for name in names) and not is_site(module)
+
+
+def unknown_keepers(model: Any) -> dict[str, Any]:
+    """Path -> module of what keeps running statistics and is no site."""
+    root = unwrapped(model)
     return {
-        name.replace(".", "/") or type(module).__name__: type(module).__name__
-        for name, module in unwrapped(model).named_modules()
-        if not is_site(module)
-        and any("running" in key or "moving" in key for key in getattr(module, "_buffers", ()))
+        name.replace(".", "/") or type(root).__name__: module
+        for name, module in root.named_modules()
+        if keeps_unknown_statistics(module)
     }
 
 

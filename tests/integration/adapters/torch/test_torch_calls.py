@@ -186,3 +186,61 @@ def test_instance_norm_moments_are_means_over_samples() -> None:
         for part in (X[:5], X[5:])
     ]
     np.testing.assert_allclose(halves[0].merge(halves[1]).variance, variance, rtol=1e-9)
+
+
+class FlowNorm(nn.Module):
+    """Normalises by hand, as flows do; nothing of torch's is called."""
+
+    def __init__(self, channels: int, *, stubborn: bool = False) -> None:
+        super().__init__()
+        self.stubborn = stubborn
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Any) -> Any:
+        mean, variance = self.running_mean, self.running_var
+        if self.training or self.stubborn:
+            mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, 0.1)
+                self.running_var.lerp_(variance, 0.1)
+        shape = (1, -1, 1, 1)
+        return (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_what_keeps_statistics_by_hand_is_named_and_acquits_nobody(stubborn: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), FlowNorm(5, stubborn=stubborn), nn.Conv2d(5, 2, 3))
+    assert len(fl.sites(model)) == 0
+    told = str(fl.lint(model).verdict)
+    assert "'1' (FlowNorm)" in told
+    assert "BN is not ruled out" in told
+    report = fl.diagnose(model, (X, X[:, :2, :4, :4]), loss=nn.MSELoss(), verbose=0)
+    assert "BN is not ruled out" in report.verdict
+    assert "not BN" not in report.verdict
+    for data in (None, X):
+        with pytest.raises(fl.NotFrozenError, match="'1'"):
+            fl.assert_frozen(model, data=data)
+    change = fl.freeze(model)
+    assert any("'1' (FlowNorm) keeps running statistics" in note for note in change.notes)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.train()(torch.as_tensor(X))
+    moved = any(not torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert moved == stubborn
+    model.load_state_dict(before)
+    if stubborn:
+        with pytest.raises(fl.NotFrozenError, match="'1': its statistics move"):
+            fl.assert_frozen(model, data=X)
+    else:
+        fl.assert_frozen(model, data=X)
+    change.undo()
+    assert type(model[1]) is FlowNorm
+
+
+def test_a_frozen_batch_norm_in_evaluation_mode_is_frozen() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 3), FrozenBatchNormAct(5)), nn.Flatten())
+    model.train()
+    model[0].eval()
+    fl.assert_frozen(model)
+    assert not any(each.undone for each in TorchView(model).facts())
