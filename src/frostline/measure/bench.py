@@ -408,6 +408,8 @@ def joined_arrays(parts: Sequence[Any]) -> tuple[Array, ...] | None:
         return None
     joined = []
     for arrays in zip(*columns, strict=True):
+        if not all(isinstance(array, np.ndarray) and array.ndim for array in arrays):
+            return None
         if len({array.shape[1:] for array in arrays}) != 1:
             return None
         joined.append(np.concatenate(arrays))
