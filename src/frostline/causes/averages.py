@@ -137,35 +137,35 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         shared = case.blame(paths[:1]) * case.stale_part / 2
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
     shares = {path: s for path in paths if (s := case.old_share(path)) is not None}
-    text = "the stored statistics trail the weights"
-    settle = f"{_REFERENCE}, or the training history"
+    lag = f"the moving averages of {count(len(paths), 'site')} lag: "
+    text, settle = lag + "they trail the weights", f"{_REFERENCE}, or the training history"
+    ways = [n for path in paths if (n := assigned[path].number.get("way_from_initial")) is not None]
     if shares:
         slowest = max(shares, key=lambda path: shares[path])
         updates, oldest = case.updates(slowest) or 0, shares[slowest]
         decay = case.sites[slowest].site.decay
         evidence |= {"steps": float(updates), "decay": decay, "old_share": oldest}
-        text = f"{count(updates, 'update')} at {case.decay_text(slowest)} "
+        run = f"{count(updates, 'update')} at {case.decay_text(slowest)}"
         if oldest > OLD_SHARE:
-            text += f"leave {oldest:.0%} of the old statistics"
-        else:
-            text += f"are {number(case.windows(slowest) or 0.0)} times as many as the average "
-            text += "looks back, so they trail weights that still moved, or else the weights were "
-            text += "averaged or edited since, or the inputs were augmented, of another domain or "
-            text += "of one client, which looks alike"
+            text = f"{lag}{run} leave {oldest:.0%} of the old statistics"
+        elif not ways:
+            text = f"the moving averages of {count(len(paths), 'site')} do not fit the weights and "
+            text += f"the data, although {run} are {number(case.windows(slowest) or 0.0)} times as "
+            text += "many as they look back: the weights still moved fast, or were averaged or "
+            text += "edited since, or training saw other inputs (augmented, another domain, one "
+            text += "client's)"
             settle = _UNDECIDED
     elif case.sites[paths[0]].cumulative:
         updates = case.updates(paths[0]) or 0
         evidence["steps"] = float(updates)
-        text = "with momentum=None they are the plain mean over all updates "
+        text = f"{lag}with momentum=None they are the plain mean over all updates "
         text += f"({updates}), those of earlier weights too"
-    ways = [n for path in paths if (n := assigned[path].number.get("way_from_initial")) is not None]
-    if ways and not shares:
+    if ways and not max(shares.values(), default=0.0) > OLD_SHARE:
         evidence["way_from_initial"] = min(ways)
-        text = f"they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
+        text = f"{lag}they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
     yield Claim(
         code=CauseCode.EMA_LAG,
-        message=f"the moving averages of {count(len(paths), 'site')} lag: {text}"
-        + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
+        message=text + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
         sites=paths,
         amount=None if amount is None else amount - shared,
         certainty=_certainty(assigned, paths),

@@ -62,10 +62,12 @@ def remedies(
     made = [(candidate, _remedy(candidate, now, best)) for candidate in candidates]
     first = place.codes[0] if place.codes else ""
 
+    most = max((remedy.closed or 0.0 for _, remedy in made), default=0.0)
+
     def rank(pair: tuple[Candidate, Remedy]) -> tuple[bool, bool, float]:
         candidate, remedy = pair
-        closed = math.floor((remedy.closed or 0.0) / _EQUAL_SHARE + 0.5)
-        return not remedy.recommended, first not in candidate.treats, -closed
+        missing = math.floor((most - (remedy.closed or 0.0)) / _EQUAL_SHARE)
+        return not remedy.recommended, first not in candidate.treats, missing
 
     return tuple(remedy for _, remedy in sorted(made, key=rank))  # stable: ties keep order
 

@@ -20,9 +20,10 @@ from written_cases import (
     site_measurement,
 )
 
+from frostline import rules
 from frostline.causes import causes
 from frostline.causes.case import Case
-from frostline.types.facts import LayerFacts, ModelFacts
+from frostline.types.facts import LayerFacts, ModelFacts, Vocabulary
 from frostline.types.measured import BN_CAUSES, Cause, Difference, InputMoments, SweepPoint
 
 pytestmark = pytest.mark.once
@@ -335,7 +336,8 @@ def test_a_settled_average_is_never_said_to_be_old():
     fast = facts({path: {"decay": 0.9} for path in PATHS}, steps=90)
     found = causes(fast, measurement(GAP, shares=[0.25] * 4, sites=early), [])
     assert (codes(found), found[0].certainty) == (["EMA_LAG"], "may")
-    assert "or else the weights were averaged" in found[0].message
+    assert "lag" not in found[0].message
+    assert "averaged or edited since" in found[0].message
     assert "one client" in found[0].message
     assert "reference=" in found[0].settle
     assert "as data" in found[0].settle
@@ -345,6 +347,18 @@ def test_a_settled_average_is_never_said_to_be_old():
         for cause in causes(lagging, measurement(GAP, shares=[0.25] * 4, sites=trailing), []):
             assert "0.0%" not in cause.message
             assert not cause.message.startswith("weights were changed")
+
+
+def test_rules_speak_the_words_of_a_framework_that_nobody_knows_here():
+    """A framework's adapter supplies its words; rules and causes need no edit for it."""
+    words = Vocabulary(name="flax", convention="new", usual_momentum="0.05", positional_names=True)
+    short = facts({path: {"decay": 0.1, "words": words} for path in PATHS}, steps=500, words=words)
+    (finding, *_) = rules.check(short, rules.select("FL111"))[0]
+    assert finding.message.startswith("flax momentum 0.9: a step keeps 0.1")
+    assert rules.check(short, rules.select("FL115"))[0] == ()
+    found = causes(short, measurement(GAP, shares=[0.25] * 4, sites=FAR), [])
+    assert codes(found)[0] == "MOMENTUM_CONVENTION"
+    assert "with momentum 0.9" in found[0].message
 
 
 def test_a_history_tells_augmentation_from_an_edit():
