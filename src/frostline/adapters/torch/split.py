@@ -18,7 +18,7 @@ from torch.nn import functional
 from frostline.adapters.protocol import SplitModel
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import is_site, layers, unwrapped, walk
-from frostline.adapters.torch.network import Network, input_names, network, phase
+from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Trial, observe
 from frostline.adapters.torch.samples import flat
@@ -112,9 +112,17 @@ def _nodes(net: Network, model: Any, constant: frozenset[Any]) -> Graph:
         outputs=tuple(mine.get(n, n) for each in returned for n in each.all_input_nodes),
         word="module",
         received=type(net.root).__name__,
-        trains=any(parameter.requires_grad for parameter in net.root.parameters()),
+        trains=any(_trains(net, node.call) for node in (*both, *rest)),
         in_place=True,
     )
+
+
+def _trains(net: Network, node: Any) -> bool:
+    """Whether a call reads anything that trains; what no call reads does not count."""
+    if node.op == "get_attr":
+        return bool(getattr(attribute(net.root, node.target), "requires_grad", False))
+    module = net.module(node)
+    return module is not None and any(p.requires_grad for p in module.parameters())
 
 
 def _one_phase(net: Network, node: Any, when: str) -> Impurity:

@@ -310,6 +310,14 @@ def test_an_auxiliary_head_of_training_is_kept_in_training(early: bool) -> None:
     assert "another graph than inference" in str(found[0].message)
 
 
+def test_what_no_pass_uses_does_not_count_as_what_trains() -> None:
+    model = Auxiliary(early=True)
+    fl.freeze(model)
+    model.unused.requires_grad_(True)
+    with pytest.raises(ModelError, match="everything is frozen"):
+        fl.split(model, sample=images())
+
+
 class Mapped(nn.Module):
     """Arguments by name with defaults, a mapping as output, as Hugging Face models have them."""
 
