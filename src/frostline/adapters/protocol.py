@@ -285,14 +285,12 @@ class StagedMeter(Protocol):
         ...
 
 
-class ModelView(Protocol):
-    """What the rest of Frostline may ask of a model, whatever its framework."""
+class Inspect(Protocol):
+    """What a model is: its sites, its addresses, what is frozen and how it is trained."""
 
     model: Any
     framework: str  # "keras" | "torch"
     backend: str  # "tensorflow" | "jax" | "torch"
-    #: What a file holds: the whole model, or its parameters and statistics beside the user's code.
-    saved_as: Literal["model", "state"]
 
     @property
     def channel_axis(self) -> int:
@@ -303,6 +301,10 @@ class ModelView(Protocol):
         """Every BN layer, in execution order where the graph is known."""
         ...
 
+    def facts(self) -> ModelFacts:
+        """What rules without data may look at."""
+        ...
+
     def boundary(self, reference: Any) -> Boundary:
         """Translate a layer name, path, index, fraction or layer into a boundary."""
         ...
@@ -311,9 +313,32 @@ class ModelView(Protocol):
         """Paths of the layers before a boundary: those that freezing up to it freezes."""
         ...
 
-    def preserved(self) -> AbstractContextManager[None]:
-        """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
+    def frozen_prefix(self) -> tuple[int | None, str | None]:
+        """How many sites lie before the first layer that trains, and the path of that layer.
+
+        ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
+        ``(sites, None)``: no layer trains.
+        """
         ...
+
+    def objective(self) -> tuple[str | None, bool | None]:
+        """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
+        ...
+
+    def compiled(self) -> bool:
+        """Whether the model is compiled for training."""
+        ...
+
+    def noise_layers(self) -> Mapping[str, str]:
+        """Path of each layer that is no BN and acts in training only -> its kind.
+
+        Kinds are ``"dropout"``, ``"noise"`` and ``"augmentation"``.
+        """
+        ...
+
+
+class Run(Protocol):
+    """Passes of a model; nothing of it changes."""
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Forward pass of one batch, float32; no variable of the model changes."""
@@ -325,21 +350,48 @@ class ModelView(Protocol):
         """Outputs and loss of one batch; no variable of the model changes."""
         ...
 
-    def objective(self) -> tuple[str | None, bool | None]:
-        """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
-        ...
+    def blend_forward(
+        self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
+    ) -> Forward:
+        """Forward passes with λ and the stored statistics as arguments; compiled once per shape.
 
-    def compiled(self) -> bool:
-        """Whether the model is compiled for training."""
-        ...
-
-    def frozen_prefix(self) -> tuple[int | None, str | None]:
-        """How many sites lie before the first layer that trains, and the path of that layer.
-
-        ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
-        ``(sites, None)``: no layer trains.
+        ``loss`` is whatever the framework takes as a loss; ``None``: the compiled one. ``step`` is
+        the user's own ``step(model, batch)``, which calls the model and returns its loss or
+        losses. ``paths``: the sites to blend; ``None``: all.
         """
         ...
+
+    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, Behaviour]:
+        """What every site does in a training-mode pass and in an inference pass of the model.
+
+        Both run on ``(x, ...)`` tuples, of which ``x`` alone is read; nothing is updated. The sites
+        are watched: their inputs, their outputs and what they would assign. Flags are not asked.
+        """
+        ...
+
+    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
+        """The model's own ``evaluate``; metric states come back untouched."""
+        ...
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """For a block, let no accelerator round products of float32 numbers (TF32)."""
+        ...
+
+    def preserved(self) -> AbstractContextManager[None]:
+        """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
+        ...
+
+
+class Record(Protocol):
+    """Measuring and storing the statistics of sites."""
+
+    def meter(self, paths: Sequence[str]) -> Meter:
+        """What measures and stores the statistics of these sites."""
+        ...
+
+
+class Edit(Protocol):
+    """Changes in place, and what takes them back."""
 
     def snapshot(self) -> Callable[[], None]:
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
@@ -373,43 +425,24 @@ class ModelView(Protocol):
         """Turn our BN layers back into stock ones, in place; returns how many."""
         ...
 
+
+class Cut(Protocol):
+    """New models made of parts of a model."""
+
+    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
+        """Cut the model into its frozen prefix and the rest, which share its layers."""
+        ...
+
     def fold(self) -> FoldedModel:
         """Fold every BN layer at its stored statistics into a new model."""
         ...
 
-    def facts(self) -> ModelFacts:
-        """What rules without data may look at."""
-        ...
 
-    def meter(self, paths: Sequence[str]) -> Meter:
-        """What measures and stores the statistics of these sites."""
-        ...
+class Store(Protocol):
+    """Files, and models to compare with."""
 
-    def blend_forward(
-        self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
-    ) -> Forward:
-        """Forward passes with λ and the stored statistics as arguments; compiled once per shape.
-
-        ``loss`` is whatever the framework takes as a loss; ``None``: the compiled one. ``step`` is
-        the user's own ``step(model, batch)``, which calls the model and returns its loss or
-        losses. ``paths``: the sites to blend; ``None``: all.
-        """
-        ...
-
-    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, Behaviour]:
-        """What every site does in a training-mode pass and in an inference pass of the model.
-
-        Both run on ``(x, ...)`` tuples, of which ``x`` alone is read; nothing is updated. The sites
-        are watched: their inputs, their outputs and what they would assign. Flags are not asked.
-        """
-        ...
-
-    def noise_layers(self) -> Mapping[str, str]:
-        """Path of each layer that is no BN and acts in training only -> its kind.
-
-        Kinds are ``"dropout"``, ``"noise"`` and ``"augmentation"``.
-        """
-        ...
+    #: What a file holds: the whole model, or its parameters and statistics beside the user's code.
+    saved_as: Literal["model", "state"]
 
     def round_trip(self, x: Any) -> float:
         """Save, load, run inference on ``x``: largest change relative to the largest output.
@@ -426,6 +459,15 @@ class ModelView(Protocol):
         """
         ...
 
+
+class Train(Protocol):
+    """Training by the framework itself."""
+
+    @property
+    def train(self) -> Any | None:
+        """What cached training needs of a framework's own ``fit``; ``None``: it has none."""
+        ...
+
     def trial(
         self, batches: Iterable[tuple[Any, ...]], *, policy: Policy, epochs: int
     ) -> AbstractContextManager[None]:
@@ -436,23 +478,10 @@ class ModelView(Protocol):
         """
         ...
 
-    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
-        """Cut the model into its frozen prefix and the rest, which share its layers."""
-        ...
 
-    def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
-        """The model's own ``evaluate``; metric states come back untouched."""
-        ...
-
-    @property
-    def train(self) -> Any | None:
-        """What cached training needs of a framework's own ``fit``; ``None``: it has none."""
-        ...
-
-    def full_precision(self) -> AbstractContextManager[None]:
-        """For a block, let no accelerator round products of float32 numbers (TF32)."""
-        ...
+class Adapter(Inspect, Run, Record, Edit, Cut, Store, Train, Protocol):
+    """All that the rest of Frostline may ask of a model, whatever its framework."""
 
 
-#: What :func:`frostline.adapters.adapter_of` returns.
-Adapter = ModelView
+#: The former name.
+ModelView = Adapter

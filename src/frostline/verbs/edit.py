@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
+from frostline.adapters.protocol import Inspect
 from frostline.measure.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
 from frostline.verbs.atomic import atomically, to_its_end
@@ -412,7 +413,7 @@ def _where(path: str | None, reference: Any, frozen: bool) -> str:
     return f"before '{path}'" if frozen else f"from '{path}' on"
 
 
-def _notes(adapter: Adapter, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
+def _notes(adapter: Inspect, counts: FlagCounts, *, half: bool, off: bool) -> tuple[str, ...]:
     notes = []
     if (counts.layers or counts.dropouts) and adapter.compiled():
         changed = "flags and rates" if counts.dropouts else "flags"
