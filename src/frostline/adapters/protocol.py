@@ -325,6 +325,10 @@ class Inspect(Protocol):
         """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
         ...
 
+    def own_loss(self) -> Any:
+        """The loss or losses that the model brings along; ``None``: none."""
+        ...
+
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
         ...

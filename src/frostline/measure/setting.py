@@ -100,7 +100,7 @@ def make_bench(
         outcome = _first_pass(view, forward, first, labels, objective, step)
     if outcome is not None:
         outputs = only(joined_arrays([outcome.outputs]))
-    if getattr(loss or getattr(view.model, "loss", None), "ignore_class", None) is None:
+    if getattr(loss or view.own_loss(), "ignore_class", None) is None:
         _require_known_classes(labels, outputs, objective[0])
     unit = "sample" if outcome is None else outcome.unit
     losses = outcome.losses if outcome is not None and unit == "sample" else None
@@ -276,7 +276,7 @@ def _forward(view: ModelView, loss: Any = None, step: Any = None) -> tuple[Forwa
 
 def _has_loss(view: ModelView) -> bool:
     """Whether ``compile`` was given losses, of which there may be several without one name."""
-    return view.compiled() and getattr(view.model, "loss", None) is not None
+    return view.compiled() and view.own_loss() is not None
 
 
 def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> None:

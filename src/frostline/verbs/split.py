@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.types import Crossing
 
 
@@ -84,7 +84,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
         ModelError: No graph (a subclassed or unbuilt model); nothing or everything is frozen; a
             frozen layer that is not pure, with its path and how it showed.
     """
-    parts = view(model).split(at, sample=sample)
+    parts = adapter_of(model).split(at, sample=sample)
     return Split(
         prefix=parts.prefix, suffix=parts.suffix, frontier=parts.frontier, notes=parts.notes
     )

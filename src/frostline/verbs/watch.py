@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView, read_facts as read, view
+from frostline.adapters import Adapter, adapter_of
 from frostline.data.batches import Batch, batches, joined, paired
 from frostline.measure.phases import require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
@@ -65,7 +65,7 @@ class Watch:
         checks: What was seen, one entry per :meth:`check`.
     """
 
-    _view: ModelView = field(repr=False)
+    _adapter: Adapter = field(repr=False)
     _before: Mapping[str, SiteFacts] = field(repr=False)
     _frozen: Mapping[str, tuple[bool, bool]] = field(repr=False)
     _batches: Sequence[Batch] = field(repr=False, default=())
@@ -75,7 +75,7 @@ class Watch:
 
     def check(self) -> Check:
         """Compare the model with what it was when the watch began; nothing of it changes."""
-        now = {each.site.path: each for each in read(self._view.model)}
+        now = {each.site.path: each for each in self._adapter.facts()}
         drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
         moved = tuple(
             path
@@ -88,8 +88,10 @@ class Watch:
         return self.checks[-1]
 
     def _gap(self) -> float:
-        forward = self._view.blend_forward(loss=self._loss, step=self._step)
-        locked = {s.path for s in self._view.sites() if s.stats_frozen and s.policy == "inference"}
+        forward = self._adapter.blend_forward(loss=self._loss, step=self._step)
+        locked = {
+            s.path for s in self._adapter.sites() if s.stats_frozen and s.policy == "inference"
+        }
         training = np.array([0.0 if path in locked else 1.0 for path in forward.paths])
         gaps, counts = [], []
         for number, batch in enumerate(self._batches):
@@ -157,16 +159,16 @@ def watch(
         >>> with fl.watch(model, (x, y), loss=criterion) as seen:    # doctest: +SKIP
         ...     for epoch in range(3):
         ...         train_one_epoch(model)
-        ...         print(seen.check().scalars())
+        ...         print(adapter.check().scalars())
     """
-    seen = view(model)
-    found = {each.site.path: each for each in read(model) if each.mean is not None}
+    adapter = adapter_of(model)
+    found = {each.site.path: each for each in adapter.facts() if each.mean is not None}
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
     require_one(loss, step)
     held = [] if data is None else _held(data, max_samples, batch_size)
     watching = Watch(
-        _view=seen,
+        _adapter=adapter,
         _before=found,
         _frozen={
             path: (each.site.params_frozen, each.site.stats_frozen) for path, each in found.items()
@@ -176,8 +178,8 @@ def watch(
         _step=step,
     )
     if held:
-        with seen.preserved():  # what cannot be compared is told now, not after the training
-            tried(seen.blend_forward(loss=loss, step=step), held[0])
+        with adapter.preserved():  # what cannot be compared is told now, not after the training
+            tried(adapter.blend_forward(loss=loss, step=step), held[0])
     yield watching
     watching.check()
 
@@ -220,9 +222,9 @@ def assert_frozen(
         NotFrozenError: An ``AssertionError`` that names the layers and what is not frozen.
         ModelError: Not a model that Frostline can read; no BN layer before the boundary.
     """
-    seen = view(model)
-    facts = read(model)
-    inside = _inside(seen, until)
+    adapter = adapter_of(model)
+    facts = adapter.facts()
+    inside = _inside(adapter, until)
     chosen = [each for each in facts if inside(each.site.path)]
     unknown = {path: kind for path, kind in facts.unknown.items() if inside(path)}
     checked = {each.site.path for each in chosen} | unknown.keys()
@@ -239,7 +241,7 @@ def assert_frozen(
             )
     if data is not None and statistics:
         some = [(batch.x, batch.y) for batch in batches(data, max_samples=64)]
-        for path, did in seen.behaviour(some).items():
+        for path, did in adapter.behaviour(some).items():
             if inside(path):
                 checked.add(path)
                 if did.moves or (did.training or 0.0) > 0:
@@ -259,9 +261,9 @@ def assert_frozen(
         )
 
 
-def _inside(seen: ModelView, until: Any) -> Callable[[str], bool]:
+def _inside(adapter: Adapter, until: Any) -> Callable[[str], bool]:
     """Whether a path lies before a boundary."""
-    inside = seen.before(seen.boundary(until))
+    inside = adapter.before(adapter.boundary(until))
 
     def holds(path: str) -> bool:  # a site inside a wrapped module has the wrapper's path above it
         return path in inside or ("/" in path and holds(path.rpartition("/")[0]))

@@ -62,6 +62,9 @@ class FakeView:
     def facts(self) -> ModelFacts:
         return ModelFacts(name="fake", sites=tuple(SiteFacts(site=each) for each in self.sites()))
 
+    def own_loss(self) -> Any:
+        return None
+
     def compiled(self) -> bool:
         return self.compiled_loss is not None
 

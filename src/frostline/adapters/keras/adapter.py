@@ -213,6 +213,10 @@ class KerasView:
         """For a block, let no accelerator round products of float32 numbers (TF32)."""
         return keras_native.full_precision(self.model)
 
+    def own_loss(self) -> Any:
+        """The loss or losses that the model was compiled with, else ``None``."""
+        return getattr(self.model, "loss", None)
+
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
         return bool(getattr(self.model, "compiled", False))

@@ -105,6 +105,10 @@ class TorchView:
         """For a block, let no accelerator round products of float32 numbers (TF32)."""
         return torch_prefix.full_precision(self.model)
 
+    def own_loss(self) -> Any:
+        """``None``: a torch module has no loss of its own."""
+        return None
+
     def compiled(self) -> bool:
         """Never: training is the user's own loop."""
         return False
