@@ -43,7 +43,9 @@ def fit(
     engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
     dtype: Annotated[Storage, typer.Option(help="How features are stored.")] = Storage.float32,
     cache: CacheOption = None,
-    max_gb: Annotated[float | None, typer.Option(help="Largest size of the cache.")] = None,
+    max_gb: Annotated[
+        float | None, typer.Option(min=0.0, help="Largest size of the cache.")
+    ] = None,
     thaw_later: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +60,10 @@ def fit(
     from frostline.cli import model_files
     from frostline.cli.samples import read_samples
     from frostline.cli.terminal import echo
+    from frostline.engines import NAMES
 
+    if engine not in ("auto", *NAMES):
+        raise ModelError(f"--engine is one of auto, {', '.join(NAMES)}. Received: {engine}")
     model_files.start(backend)
     import numpy as np
 

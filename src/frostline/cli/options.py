@@ -81,7 +81,7 @@ ClassesOption = Annotated[
         "--classes cat dog. All classes when not given.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds every random choice.")]
 CacheOption = Annotated[
     Path | None,
     typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),

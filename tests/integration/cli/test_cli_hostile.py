@@ -430,6 +430,26 @@ def test_arrays_that_do_not_fit(
     assert told in refused(capsys, *fit)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--engine", "x"),
+        ("--max-gb", "-1"),
+        ("--max-gb", "nan"),
+        ("--learning-rate", "nan"),
+        ("--validation-split", "nan"),
+        ("--seed", str(2**32)),
+        ("--dtype", "int8"),
+        ("--epochs", "0"),
+    ],
+)
+def test_options_that_cannot_be(
+    option: str, value: str, sound: Path, here: Path, capsys: Any
+) -> None:
+    fit = ("fit", sound / "net.keras", sound / "data.npz", "-o", "out.keras", "--cache", "cache")
+    assert option in refused(capsys, *fit, option, value)
+
+
 @pytest.mark.parametrize("kind", [">f4", "f2", "f8", "i4", "?"])
 @pytest.mark.parametrize("label", [">i8", "u1", "u2", "u8", "f4"])
 def test_any_number_is_a_number(
