@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.patches
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +61,7 @@ def main() -> None:
         for place, room in enumerate(row):
             left, low = place * width, len(found) - index
             corner = (left + 0.08, low + 0.1)
-            box = plt.Rectangle(corner, width - 0.16, 0.8, fc="#e8f1fa", ec="#356")
+            box = mpl.patches.Rectangle(corner, width - 0.16, 0.8, fc="#e8f1fa", ec="#356")
             axes.add_patch(box)
             axes.text(left + width / 2, low + 0.62, room, ha="center", va="center", weight="bold")
             axes.text(left + width / 2, low + 0.3, WORDS[room], ha="center", va="center", size=8)
