@@ -228,6 +228,10 @@ def _scorer(view: ModelView, first: Batch, loss: Any, step: Any) -> tuple[_Score
     try:
         tried(forward, first)  # a model that computes its own loss
     except FrostlineError:
+        try:
+            view.forward(first.x, training=False)
+        except Exception as error:
+            raise _failed(error, first) from error
         return bare, told
     return by_forward, told
 
@@ -254,17 +258,21 @@ def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int
     except FrostlineError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
-            "Where the model takes a batch in its own way, pass step=, a function (model, batch) "
-            f"that returns the loss. Received: a batch of {described(batch)}"
-        ) from error
+        raise _failed(error, batch) from error
     if outcome.losses.ndim != 1 or not len(outcome.losses):
         raise ModelError(
             "a loss must be one number per batch or one per sample. "
             f"Received: shape {outcome.losses.shape}"
         )
     return outcome
+
+
+def _failed(error: Exception, batch: Batch) -> ModelError:
+    return ModelError(
+        f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
+        "Where the model takes a batch in its own way, pass step=, a function (model, batch) "
+        f"that returns the loss. Received: a batch of {described(batch)}"
+    )
 
 
 def described(batch: Batch) -> str:

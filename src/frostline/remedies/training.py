@@ -23,7 +23,7 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     trial = getattr(place.bench.view, "trial", None)
     if not named or not paths or not trains or trial is None:
         return
-    if place.words.own_loop:
+    if place.words.own_loop or place.bench.step:
         yield _lock_in_own_loop(place, paths, named)
         return
     tuples = [(batch.x, batch.y) for batch in place.bench.batches]

@@ -9,8 +9,9 @@ what a layer assigns is thrown away.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, overload
 
 import keras
@@ -23,7 +24,7 @@ from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import compiled, without_gradients
 from frostline.adapters.keras.forward_pass import inference, tensors
-from frostline.adapters.keras.loss import PerSampleLoss
+from frostline.adapters.keras.loss import Judge, judge_of, read_losses
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
@@ -61,8 +62,11 @@ class BlendForward:
         model: A built Keras model: functional, sequential or subclassed, on any backend.
         paths: Sites to blend, as in ``frostline.sites``, in the order of the blend vector; ``None``
             for all of them.
-        loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` with one number
-            per sample; ``None`` for the compiled loss.
+        loss: Whatever ``compile`` takes as a loss, or any callable ``(y, outputs)`` that gives one
+            number per sample or per batch, or a mapping of such; ``None`` for the model's own:
+            its ``compute_loss`` where the class has one, else the compiled loss.
+        step: The user's ``step(model, batch)`` in the place of a loss. It runs eagerly; layers are
+            told the phase that is asked for, whatever ``training`` it passes.
 
     Attributes:
         paths: The sites, one per entry of the blend vector.
@@ -81,8 +85,6 @@ class BlendForward:
         loss: Any = None,
         step: Any = None,
     ) -> None:
-        if step is not None:
-            raise ModelError("step= is not supported here yet: pass loss=. Received: a step")
         self.model = model
         self.traces = 0
         known = site_handles(model)
@@ -92,7 +94,8 @@ class BlendForward:
         self._looped = [path for path in self.paths if in_a_loop(places, path)]
         self._others = [handle for path, handle in known.items() if path not in self._handles]
         self._given_loss = loss
-        self._loss: PerSampleLoss | None = None
+        self._step = step
+        self._judge: Judge | None = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def only(self, paths: Sequence[str]) -> BlendForward:
@@ -100,7 +103,7 @@ class BlendForward:
 
         Derivatives end at the first of them, so those of a few late sites cost little.
         """
-        return BlendForward(self.model, paths, loss=self._given_loss)
+        return BlendForward(self.model, paths, loss=self._given_loss, step=self._step)
 
     # --- questions ----------------------------------------------------------------------------
 
@@ -193,10 +196,10 @@ class BlendForward:
 
         Raises:
             DataError: Labels or weights that do not fit the outputs; as for :meth:`outputs`.
-            ModelError: The model has no loss, or one that gives one number per batch.
+            ModelError: The model has no loss.
         """
         losses, slope = self._run("gradient", batch, blend, statistics, dropout, number)
-        return as_float64(to_numpy(losses)), as_float64(to_numpy(slope))
+        return np.atleast_1d(as_float64(to_numpy(losses))), as_float64(to_numpy(slope))
 
     def outcome(
         self,
@@ -223,11 +226,7 @@ class BlendForward:
         found, losses, seen = self._run(
             kind, batch, blend, statistics, dropout, number, record=record or together
         )
-        return Outcome(
-            outputs=keras.tree.map_structure(_outgoing, found),
-            losses=as_float64(to_numpy(losses)),
-            moments=_moments(seen) if record else {},
-        )
+        return _outcome(found, losses, _moments(seen) if record else {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the model's own pass: every layer as its flags have it.
@@ -239,9 +238,7 @@ class BlendForward:
         """
         kind = "own training" if training else "own inference"
         found, losses, _ = self._run(kind, batch, 0.0, None, training, number)
-        return Outcome(
-            outputs=keras.tree.map_structure(_outgoing, found), losses=as_float64(to_numpy(losses))
-        )
+        return _outcome(found, losses, {})
 
     # --- the pass -----------------------------------------------------------------------------
 
@@ -257,11 +254,14 @@ class BlendForward:
     ) -> Any:
         weights = self._blend(blend)
         stored = self._statistics(statistics)
-        x, y, sample_weight = map(tensors, (batch.x, batch.y, batch.sample_weight))
+        parts: tuple[Any, Any, Any] = (batch.x, batch.y, batch.sample_weight)
+        if self._step is not None and kind != "outputs":
+            parts = (batch.given, None, None)
+        x, y, sample_weight = map(tensors, parts)
         moved = seeds(self.model, number)
         with fixed_randomness(self.model, number):
-            if kind != "outputs" and self._loss is None:
-                self._loss = self._prepared_loss(x, y)
+            if kind != "outputs" and self._judge is None and self._step is None:
+                self._judge = self._prepared_judge(x, y)
             run = self._function(kind, bool(dropout), bool(record))
             return run(moved, weights, stored, x, y, sample_weight)
 
@@ -314,17 +314,15 @@ class BlendForward:
             )
         return pairs
 
-    def _prepared_loss(self, x: Any, y: Any) -> PerSampleLoss:
+    def _prepared_judge(self, x: Any, y: Any) -> Judge:
         """Resolve the loss outside any trace: it may create variables.
 
         What the outputs look like is enough. An eager pass to see them would keep all activations
         of a functional model at once, and JAX would compile each of its operations.
         """
-        loss = PerSampleLoss(self.model, self._given_loss)
         outputs = shaped_like_outputs(self.model, x)
         with keras.StatelessScope(), without_gradients():
-            loss.call(y, outputs)
-        return loss
+            return judge_of(self.model, self._given_loss, y, outputs)
 
     def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
         variables = list(self.model.variables)
@@ -335,7 +333,7 @@ class BlendForward:
                 (bool(place.layer.trainable), getattr(place.layer, "policy", None))
                 for place in keras_graph.walk(self.model)
             )
-        eager = bool(getattr(self.model, "run_eagerly", False))
+        eager = self._step is not None or bool(getattr(self.model, "run_eagerly", False))
         key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
         if key not in self._compiled:
             forward = functools.partial(self._forward, kind, dropout, record)
@@ -366,16 +364,25 @@ class BlendForward:
             patched = self._given(statistics)
         else:
             patched = self._blended(blend, statistics, seen if record else None)
-        with keras.StatelessScope(state_mapping=mapping), nullcontext() if own else patched:
-            outputs = self.model(x, training=dropout)
-            if kind == "outputs":
-                return outputs, seen
-            assert self._loss is not None
-            losses = self._loss.call(y, outputs, sample_weight)
+        # Regularizers and `add_loss` take weights from the scope alone.
+        mapped = {id(variable) for variable, _ in mapping}
+        weights = [(v, v.value) for v in self.model.trainable_weights if id(v) not in mapped]
+        scope = keras.StatelessScope(state_mapping=[*mapping, *weights], collect_losses=True)
+        stepping = self._step is not None and kind != "outputs"
+        phase = forced_phase(self.model, dropout) if stepping else nullcontext()
+        with scope, phase, nullcontext() if own else patched:
+            if stepping:
+                outputs, judged = None, read_losses(self._step(self.model, x))
+            else:
+                outputs = self.model(x, training=dropout)
+                if kind == "outputs":
+                    return outputs, seen
+                assert self._judge is not None
+                judged = self._judge(x, y, sample_weight, outputs, dropout)
             if own or kind.startswith("outcome"):
-                return outputs, losses, seen
+                return outputs, (judged.losses, judged.parts, judged.metrics), seen
             # Inside: a rematerialised layer runs again while torch differentiates.
-            return losses if then is None else then(losses)
+            return judged.losses if then is None else then(judged.losses)
 
     def _blended(
         self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
@@ -393,6 +400,45 @@ class BlendForward:
         handles = zip(self._handles.values(), statistics, strict=True)
         calls = [(handle, functools.partial(given_call, pair)) for handle, pair in handles]
         return replaced([*calls, *((handle, stored_call) for handle in self._others)])
+
+
+def _outcome(outputs: Any, judged: tuple[Any, Any, Any], moments: Mapping[str, Moments]) -> Outcome:
+    losses, parts, metrics = judged
+    found = as_float64(to_numpy(losses))
+    return Outcome(
+        outputs=None if outputs is None else keras.tree.map_structure(_outgoing, outputs),
+        losses=np.atleast_1d(found),
+        moments=moments,
+        unit="sample" if found.ndim else "batch",
+        parts={name: np.atleast_1d(as_float64(to_numpy(part))) for name, part in parts.items()},
+        metrics={name: to_numpy(value) for name, value in metrics.items()},
+    )
+
+
+@contextmanager
+def forced_phase(model: Any, training: bool) -> Iterator[None]:
+    """Every layer that takes ``training`` gets this one, whatever it is called with."""
+    layers = {id(layer): layer for layer in (model, *(p.layer for p in keras_graph.walk(model)))}
+    changed = []
+    try:
+        for layer in layers.values():
+            call = getattr(layer, "call", None)
+            if call is None or "training" not in inspect.signature(call).parameters:
+                continue
+            changed.append((layer, vars(layer).get("call")))
+            vars(layer)["call"] = functools.partial(_in_phase, call, training)
+        yield
+    finally:
+        for layer, before in changed:
+            vars(layer).pop("call", None)
+            if before is not None:
+                vars(layer)["call"] = before
+
+
+def _in_phase(call: Callable[..., Any], training: bool, /, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.arguments["training"] = training
+    return call(*bound.args, **bound.kwargs)
 
 
 def _chosen(

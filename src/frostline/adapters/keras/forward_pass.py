@@ -124,12 +124,14 @@ def readable_labels(model: Any, y: Any) -> Iterator[None]:
 
 
 def tensors(structure: Any) -> Any:
-    """Every leaf as a tensor; ``None`` stays."""
-    if structure is None:
-        return None
-    return keras.tree.map_structure(
-        lambda leaf: None if leaf is None else keras.ops.convert_to_tensor(leaf), structure
-    )
+    """Every array as a tensor; ``None``, text and objects stay."""
+
+    def tensor(leaf: Any) -> Any:
+        text = isinstance(leaf, (str, bytes)) or str(getattr(leaf, "dtype", "")) == "object"
+        known = hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
+        return keras.ops.convert_to_tensor(leaf) if known and not text else leaf
+
+    return keras.tree.map_structure(tensor, structure)
 
 
 def float32(tensor: Any) -> Any:

@@ -555,9 +555,6 @@ def test_words_for_bad_input() -> None:
         BlendForward(model, ["head"])
     with pytest.raises(ModelError, match="once"):
         BlendForward(model, ["b1", "b1"])
-    scalar = BlendForward(model, loss=lambda y, outputs: ops.mean(outputs))
-    with pytest.raises(ModelError, match="one number per batch"):
-        scalar.outcome(Batch(x, y), blend=0)
     bare = keras.Sequential([keras.Input((4,)), L.BatchNormalization()])
     with pytest.raises(ModelError, match="pass loss="):
         BlendForward(bare).outcome(Batch(x, y), blend=0)

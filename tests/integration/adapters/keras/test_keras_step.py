@@ -1,0 +1,224 @@
+"""How a Keras model is asked: a user's step, its own ``compute_loss``, losses of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L, ops
+
+import frostline as fl
+from frostline.adapters import OutputDistance
+from frostline.adapters.keras.blend import BlendForward
+from frostline.data.batches import Batch
+from frostline.types import DataError, FrostlineError, ModelError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(1.0, 2.0, (24, 6)).astype("float32")
+Y = RNG.integers(0, 3, 24)
+WHOLE = Batch(X, Y, whole=(X, Y))
+
+
+def classifier(*, dropout: float = 0.0, **compiled: Any) -> Any:
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            L.Dense(8, name="first"),
+            L.BatchNormalization(name="bn"),
+            L.Dropout(dropout),
+            L.Dense(3, activation="softmax"),
+        ]
+    )
+    if compiled:
+        model.compile(**compiled)
+    return model
+
+
+def entropy(model: Any, batch: Any, **how: Any) -> Any:
+    x, y = batch
+    return keras.losses.sparse_categorical_crossentropy(y, model(x, **how))
+
+
+@pytest.mark.parametrize("form", ["per-sample", "scalar", "mapping", "with-metrics"])
+def test_a_step_gives_what_the_loss_gives(form: str) -> None:
+    model = classifier(loss="sparse_categorical_crossentropy")
+    blend = 0.7
+
+    def step(model: Any, batch: Any) -> Any:
+        losses = entropy(model, batch, training=True)
+        if form == "scalar":
+            return ops.mean(losses)
+        if form == "mapping":
+            return {"a": losses * 0.25, "b": losses * 0.75}
+        return (losses, {"size": ops.mean(batch[0])}) if form == "with-metrics" else losses
+
+    wanted, slope = BlendForward(model).gradient(Batch(X, Y), blend=blend)
+    forward = BlendForward(model, step=step)
+    found = forward.outcome(WHOLE, blend=blend)
+    assert found.unit == ("batch" if form == "scalar" else "sample")
+    expected = wanted.mean(keepdims=True) if form == "scalar" else wanted
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
+    losses, slopes = forward.gradient(WHOLE, blend=blend)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(slopes, slope, rtol=1e-4, atol=1e-6)
+    if form == "mapping":
+        np.testing.assert_allclose(found.parts["a"], wanted / 4, rtol=1e-5)
+    if form == "with-metrics":
+        np.testing.assert_allclose(found.metrics["size"], X.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("said", [None, False, True])
+def test_the_phase_is_the_one_that_is_asked_for(asked: bool, said: bool | None) -> None:
+    model = classifier()
+
+    def step(model: Any, batch: Any) -> Any:
+        return entropy(model, batch, training=said)
+
+    found = BlendForward(model, step=step).own(WHOLE, training=asked)
+    x = ops.convert_to_tensor(X)
+    before = [np.array(w) for w in model.get_weights()]
+    outputs = keras.ops.convert_to_numpy(model(x, training=asked))
+    model.set_weights(before)
+    np.testing.assert_allclose(
+        found.losses, -np.log(outputs[np.arange(24), Y]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_dropout_is_off_unless_asked_for_and_nothing_of_the_model_changes() -> None:
+    model = classifier(dropout=0.5)
+    before = model.get_weights()
+
+    def step(model: Any, batch: Any) -> Any:
+        return entropy(model, batch, training=True)
+
+    forward = BlendForward(model, step=step)
+    quiet = [forward.outcome(WHOLE, blend=1.0, number=number).losses for number in (0, 1)]
+    noisy = [
+        forward.outcome(WHOLE, blend=1.0, number=number, dropout=True).losses
+        for number in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(quiet[0], quiet[1])
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert np.abs(noisy[0] - noisy[2]).max() > 1e-3
+    assert np.abs(noisy[0] - quiet[0]).max() > 1e-3
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert all("call" not in vars(layer) for layer in (model, *model.layers))
+
+
+def test_a_loss_of_a_whole_batch_is_taken_of_the_batch() -> None:
+    def contrast(_: Any, outputs: Any) -> Any:
+        return ops.mean(ops.square(outputs @ ops.transpose(outputs)))
+
+    model = classifier()
+    found = BlendForward(model, loss=contrast).outcome(Batch(X, Y), blend=0.0)
+    outputs = keras.ops.convert_to_numpy(model(ops.convert_to_tensor(X), training=False))
+    assert found.unit == "batch"
+    np.testing.assert_allclose(found.losses, [np.square(outputs @ outputs.T).mean()], rtol=1e-5)
+
+
+def test_a_callable_takes_a_mapping_of_outputs_together() -> None:
+    inputs = keras.Input((6,))
+    hidden = L.BatchNormalization()(L.Dense(6)(inputs))
+    model = keras.Model(inputs, {"copy": L.Dense(6)(hidden), "code": hidden})
+
+    def reconstruction(y: Any, outputs: Any) -> Any:
+        return ops.mean(ops.square(outputs["copy"] - y), axis=-1)
+
+    found = BlendForward(model, loss=reconstruction).outcome(Batch(X, X), blend=0.0)
+    copy = keras.ops.convert_to_numpy(model(ops.convert_to_tensor(X), training=False)["copy"])
+    assert found.unit == "sample"
+    np.testing.assert_allclose(found.losses, np.square(copy - X).mean(1), rtol=1e-4)
+
+
+class Ranked(keras.Model):  # type: ignore[misc]
+    """A model whose loss is in ``compute_loss``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = L.BatchNormalization(), L.Dense(1)
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return self.head(self.norm(x, training=training))
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **_: Any) -> Any:
+        return ops.mean(ops.abs(y_pred[:, 0] - ops.mean(x, axis=1)))
+
+
+class Added(keras.Model):  # type: ignore[misc]
+    """A model that adds its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = L.BatchNormalization(), L.Dense(6)
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        outputs = self.head(self.norm(x, training=training))
+        self.add_loss(ops.mean(ops.square(outputs - x)))
+        return outputs
+
+
+def test_compute_loss_and_added_losses_need_no_labels() -> None:
+    for kind in (Ranked, Added):
+        keras.utils.set_random_seed(0)
+        model = kind()
+        x = ops.convert_to_tensor(X)
+        outputs = keras.ops.convert_to_numpy(model(x, training=False))
+        if kind is Ranked:
+            model.compile(optimizer="sgd")
+            wanted = np.abs(outputs[:, 0] - X.mean(1)).mean()
+        else:
+            wanted = np.square(outputs - X).mean()
+        found = BlendForward(model).own(Batch(X), training=False)
+        assert found.unit == "batch"
+        np.testing.assert_allclose(found.losses, [wanted], rtol=1e-5)
+
+
+def test_distance_of_outputs() -> None:
+    model = classifier()
+    goal = BlendForward(model).outputs(Batch(X), blend=1.0)
+    forward = BlendForward(model, loss=OutputDistance(spread=(0.5,)))
+    batch = Batch(X, (goal,))
+    np.testing.assert_allclose(forward.outcome(batch, blend=1.0).losses, 0, atol=1e-9)
+    here = BlendForward(model).outputs(Batch(X), blend=0.0)
+    np.testing.assert_allclose(
+        forward.outcome(batch, blend=0.0).losses,
+        np.square((here - goal) / 0.5).mean(1),
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("returned", [None, "loss", {}, {"a": "b"}])
+def test_what_is_no_loss_is_refused_by_name(returned: Any) -> None:
+    with pytest.raises(ModelError, match=r"loss.*Received"):
+        BlendForward(classifier(), step=lambda *_: returned).outcome(WHOLE, blend=0.0)
+
+
+def test_verbs_take_a_step() -> None:
+    def step(model: Any, batch: Any) -> Any:
+        return entropy(model, (batch["image"], batch["label"]), training=True)
+
+    model = classifier()
+    data = [{"image": X[i : i + 8], "label": Y[i : i + 8], "name": "a"} for i in (0, 8, 16)]
+    table = fl.phases(model, data, step=step)
+    outputs = keras.ops.convert_to_numpy(model(ops.convert_to_tensor(X), training=False))
+    wanted = -np.log(outputs[np.arange(24), Y]).mean()
+    np.testing.assert_allclose(table["0"].loss, wanted, rtol=1e-5)
+    assert table["1"].loss != table["0"].loss
+    with fl.watch(model, data, step=step) as watching:
+        pass
+    assert watching.checks[-1].gap is not None
+    with pytest.raises(ModelError, match="not both"):
+        fl.phases(model, data, step=step, loss="mse")
+    with pytest.raises(FrostlineError, match="step="):
+        fl.phases(model, data)
+
+
+def test_the_compiled_loss_needs_its_labels() -> None:
+    model = classifier(loss="sparse_categorical_crossentropy")
+    with pytest.raises(DataError, match="needs labels"):
+        BlendForward(model).own(Batch(X), training=False)
