@@ -365,11 +365,11 @@ class Run(Protocol):
         """
         ...
 
-    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, Behaviour]:
+    def behaviour(self, batches: Iterable[Batch], step: Any = None) -> Mapping[str, Behaviour]:
         """What every site does in a training-mode pass and in an inference pass of the model.
 
-        Both run on ``(x, ...)`` tuples, of which ``x`` alone is read; nothing is updated. The sites
-        are watched: their inputs, their outputs and what they would assign. Flags are not asked.
+        Nothing is updated. The sites are watched: their inputs, their outputs and what they would
+        assign. Flags are not asked. With ``step`` the user's ``step(model, batch)`` runs the model.
         """
         ...
 

@@ -655,20 +655,16 @@ def _as_arrays(value: Any) -> Any:
 
 def _count(value: Any) -> int | None:
     """Samples in a part of a batch."""
-    if isinstance(value, (list, tuple)) and not _is_numbers(value):
-        sides = {_shape(item)[:1] for item in value if hasattr(item, "shape")}
-        if _is_images(value) or (len(sides) != 1 and value):
-            return len(value)
-        if value and not hasattr(value[0], "shape"):
-            return len(value) if isinstance(value[0], Mapping) else _count(value[0])
     graphs = getattr(value, "num_graphs", None)
     if isinstance(graphs, int):
         return graphs
-    for _, leaf in leaves(value):
-        shape = getattr(leaf, "shape", None)
-        if shape is not None and len(shape):
-            return int(shape[0])
-    return None
+    shapes = [_shape(leaf) if hasattr(leaf, "shape") else () for _, leaf in leaves(value)]
+    sides = {shape[0] if shape else None for shape in shapes}
+    if isinstance(value, (list, tuple)) and not _is_numbers(value):
+        samples = all(hasattr(item, "shape") or isinstance(item, Mapping) for item in value)
+        if _is_images(value) or (samples and len(sides) > 1):
+            return len(value)
+    return next((shape[0] for shape in shapes if shape), None)
 
 
 def _is_images(value: Any) -> bool:

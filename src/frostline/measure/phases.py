@@ -231,7 +231,7 @@ def _scorer(view: ModelView, first: Batch, loss: Any, step: Any) -> tuple[_Score
         try:
             view.forward(first.x, training=False)
         except Exception as error:
-            raise _failed(error, first) from error
+            raise failed(error, first) from error
         return bare, told
     return by_forward, told
 
@@ -258,7 +258,7 @@ def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int
     except FrostlineError:
         raise
     except Exception as error:
-        raise _failed(error, batch) from error
+        raise failed(error, batch) from error
     if outcome.losses.ndim != 1 or not len(outcome.losses):
         raise ModelError(
             "a loss must be one number per batch or one per sample. "
@@ -267,7 +267,8 @@ def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int
     return outcome
 
 
-def _failed(error: Exception, batch: Batch) -> ModelError:
+def failed(error: Exception, batch: Batch) -> ModelError:
+    """What a user's model, loss or step raised on a batch, as one of our errors."""
     return ModelError(
         f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
         "Where the model takes a batch in its own way, pass step=, a function (model, batch) "

@@ -87,7 +87,7 @@ def make_bench(
             notes.append(told)
     if loss is not None or step is not None:
         objective = (None, None) if step is not None else loss_name_of(loss)
-    behaviour = behaviour_of(view, samples, whole=fixed is not None, by_flags=step is not None)
+    behaviour = behaviour_of(view, samples, whole=fixed is not None, step=step)
     if outcome is None and first.y is None and step is None and loss is None and not compiled:
         samples, loss, told = _by_outputs(view, samples, behaviour)
         first = samples.batches[0]
@@ -224,7 +224,7 @@ def training_blend(
 
 
 def behaviour_of(
-    view: ModelView, samples: Samples, *, whole: bool, by_flags: bool = False
+    view: ModelView, samples: Samples, *, whole: bool, step: Any = None
 ) -> dict[str, Behaviour]:
     """What each site does, watched in passes of the model.
 
@@ -232,7 +232,7 @@ def behaviour_of(
         view: The model.
         samples: Some batches of which are passed through it.
         whole: The model takes no other batch size.
-        by_flags: Go by the layers' flags where the model does not take a batch itself.
+        step: The user's own step, which runs the model instead.
 
     Raises:
         ModelError: The model fails in training mode.
@@ -243,22 +243,14 @@ def behaviour_of(
         for batch in samples.batches[:WATCHED]
     ]
     try:
-        return dict(view.behaviour([(part.x, part.y) for part in few]))
+        return dict(view.behaviour(few, step=step))
+    except FrostlineError:
+        raise
     except Exception as error:
-        if by_flags:
-            return {site.path: _from_flags(site) for site in view.sites()}
-        if isinstance(error, FrostlineError):
-            raise
         raise ModelError(
             "the model fails in training mode on these batches, so that it cannot be "
             f"compared with inference. Received: {first_line(error)}"
         ) from error
-
-
-def _from_flags(site: Site) -> Behaviour:
-    stored = site.stats_frozen and site.policy == "inference"
-    moves = not site.stats_frozen or site.policy == "update"
-    return Behaviour(path=site.path, training=float(not stored), inference=0.0, moves=moves)
 
 
 def _forward(view: ModelView, loss: Any = None, step: Any = None) -> tuple[Forward, list[str]]:

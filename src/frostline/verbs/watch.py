@@ -15,10 +15,11 @@ import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
 from frostline.data.batches import Batch, batches, joined, paired
-from frostline.measure.phases import require_one, tried
+from frostline.measure.phases import failed, require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.facts import SiteFacts
+from frostline.types.measured import Behaviour
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
 #: a checkpoint in half precision keeps three digits.
@@ -201,6 +202,7 @@ def assert_frozen(
     until: Any = None,
     *,
     data: Any = None,
+    step: Any = None,
     params: bool = True,
     statistics: bool = True,
 ) -> None:
@@ -214,7 +216,8 @@ def assert_frozen(
         model: A Keras model or a torch module; it is left as it was found.
         until: First layer that need not be frozen, as in :func:`frostline.freeze`; ``None``: all
             must be.
-        data: A few samples.
+        data: A few samples, as in :func:`frostline.diagnose`; labels are not looked at.
+        step: The user's own ``step(model, batch)``, for a model that takes a batch in its own way.
         params: gamma and beta must be frozen.
         statistics: The stored statistics must not move and must be what training uses.
 
@@ -240,8 +243,7 @@ def assert_frozen(
                 "training uses batch statistics" if site.stats_frozen else "its statistics move"
             )
     if data is not None and statistics:
-        some = [(batch.x, batch.y) for batch in batches(data, max_samples=64)]
-        for path, did in adapter.behaviour(some).items():
+        for path, did in _watched(adapter, data, step).items():
             if inside(path):
                 checked.add(path)
                 if did.moves or (did.training or 0.0) > 0:
@@ -259,6 +261,18 @@ def assert_frozen(
             f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). "
             "frostline.freeze(model, until) locks them"
         )
+
+
+def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
+    """What the sites do in training, on a few batches."""
+    require_one(None, step)
+    held = list(paired(batches(data, max_samples=64)))
+    try:
+        return adapter.behaviour(held, step=step)
+    except FrostlineError:
+        raise
+    except Exception as error:
+        raise failed(error, held[0]) from error
 
 
 def _inside(adapter: Adapter, until: Any) -> Callable[[str], bool]:

@@ -106,7 +106,7 @@ class FakeView:
     def noise_layers(self) -> dict[str, str]:
         return {"drop": "dropout"} if self.dropout else {}
 
-    def behaviour(self, batches: Any) -> dict[str, Behaviour]:
+    def behaviour(self, batches: Any, step: Any = None) -> dict[str, Behaviour]:
         return {
             path: Behaviour(
                 path=path,

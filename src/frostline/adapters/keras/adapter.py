@@ -42,6 +42,7 @@ from frostline.adapters.keras.forward_pass import (
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.adapters.protocol import FoldedModel, SplitModel
+from frostline.data.batches import Batch
 from frostline.types import Boundary, Policy, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Difference
@@ -153,12 +154,12 @@ class KerasView:
         """
         return BlendForward(self.model, paths, loss=loss, step=step)
 
-    def behaviour(self, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
+    def behaviour(self, batches: Iterable[Any], step: Any = None) -> dict[str, Behaviour]:
         """What every site does in a training-mode and in an inference pass of the model."""
-        collected = list(batches)
-        if collected:
-            self._build(tensors(collected[0][0]))
-        return keras_behaviour.behaviour(self.model, collected)
+        collected = [Batch(*part) if isinstance(part, tuple) else part for part in batches]
+        if collected and step is None:
+            self._build(tensors(collected[0].x))
+        return keras_behaviour.behaviour(self.model, collected, step)
 
     def noise_layers(self) -> dict[str, str]:
         """Path of each layer that is no BN and acts in training only -> its kind."""

@@ -20,7 +20,7 @@ from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import float64, to_numpy
 from frostline.adapters.keras.blend import in_a_loop
 from frostline.adapters.keras.compile import compiled
-from frostline.adapters.keras.forward_pass import tensors
+from frostline.adapters.keras.forward_pass import forced_phase, tensors
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
@@ -29,6 +29,7 @@ from frostline.adapters.keras.site_handle import (
     replaced,
     site_handles,
 )
+from frostline.data.batches import Batch
 from frostline.numerics.behaviour import CallSums, observed_blend, sums_of_formula
 from frostline.types import Array
 from frostline.types.measured import Behaviour
@@ -57,12 +58,13 @@ class _Call(NamedTuple):
 _Entry = tuple[CallSums, bool]
 
 
-def behaviour(model: Any, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behaviour]:
+def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str, Behaviour]:
     """Watch every site in a training-mode and an inference pass over each batch.
 
     Args:
         model: A built Keras model; nothing of it is changed.
-        batches: Tuples that begin with ``x``; a few are enough.
+        batches: A few; or tuples that begin with ``x``.
+        step: The user's ``step(model, batch)``, which runs the model instead.
 
     Returns:
         Path -> behaviour, for all sites. What cannot be told is ``None``: sites that were not
@@ -75,11 +77,12 @@ def behaviour(model: Any, batches: Iterable[tuple[Any, ...]]) -> dict[str, Behav
         for path, handle in known.items()
         if handle.stored() is not None and not in_a_loop(places, path)
     }
-    collected = [tensors(_few(batch[0])) for batch in batches]
+    given = [Batch(*batch) if isinstance(batch, tuple) else batch for batch in batches]
+    collected = [tensors(_few(batch.x) if step is None else batch.given) for batch in given]
     middles = dict.fromkeys(watched, 0.5)
     found: dict[str, Behaviour] = {}
     for _ in range(1 + _REFINEMENTS):
-        seen = _seen(model, watched, collected, middles)
+        seen = _seen(model, watched, collected, middles, step)
         found = {path: _observed(path, handle, seen) for path, handle in known.items()}
         between = {path: _between(found[path]) for path in watched}
         if all(value is None or value == middles[path] for path, value in between.items()):
@@ -100,6 +103,7 @@ def _seen(
     watched: Mapping[str, SiteHandle],
     batches: Sequence[Any],
     middles: Mapping[str, float],
+    own_step: Any,
 ) -> dict[tuple[bool, str], list[_Entry]]:
     """Run both passes over all batches: (training, path) -> sums of each call of the layer."""
     variables = list(model.variables)
@@ -107,13 +111,15 @@ def _seen(
     seen: dict[tuple[bool, str], list[_Entry]] = {}
     passes = {
         training: compiled(
-            functools.partial(_pass, model, watched, middles, training),
+            functools.partial(_pass, model, watched, middles, training, own_step),
             variables,
             states,
             slope=False,
             # Tracing takes longer than running a few batches, except on JAX, which would compile
             # each operation by itself.
-            eager=keras.backend.backend() != "jax" or bool(getattr(model, "run_eagerly", False)),
+            eager=keras.backend.backend() != "jax"
+            or own_step is not None
+            or bool(getattr(model, "run_eagerly", False)),
         )
         for training in (True, False)
     }
@@ -138,6 +144,7 @@ def _pass(
     watched: Mapping[str, SiteHandle],
     middles: Mapping[str, float],
     training: bool,
+    own_step: Any,
     mapping: list[tuple[Any, Any]],
     traced: bool,  # noqa: ARG001 - traces are not counted here
     blend: Any,  # noqa: ARG001 - the model does what it does
@@ -149,7 +156,11 @@ def _pass(
         for path, handle in watched.items()
     ]
     with keras.StatelessScope(state_mapping=mapping), replaced(calls):
-        model(x, training=training)
+        if own_step is None:
+            model(x, training=training)
+        else:
+            with forced_phase(model, training):
+                own_step(model, x)
     return seen
 
 

@@ -9,9 +9,8 @@ what a layer assigns is thrown away.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import keras
@@ -23,7 +22,7 @@ from frostline.adapters import Outcome
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import compiled, without_gradients
-from frostline.adapters.keras.forward_pass import inference, tensors
+from frostline.adapters.keras.forward_pass import forced_phase, inference, tensors
 from frostline.adapters.keras.loss import Judge, judge_of, read_losses
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
@@ -413,32 +412,6 @@ def _outcome(outputs: Any, judged: tuple[Any, Any, Any], moments: Mapping[str, M
         parts={name: np.atleast_1d(as_float64(to_numpy(part))) for name, part in parts.items()},
         metrics={name: to_numpy(value) for name, value in metrics.items()},
     )
-
-
-@contextmanager
-def forced_phase(model: Any, training: bool) -> Iterator[None]:
-    """Every layer that takes ``training`` gets this one, whatever it is called with."""
-    layers = {id(layer): layer for layer in (model, *(p.layer for p in keras_graph.walk(model)))}
-    changed = []
-    try:
-        for layer in layers.values():
-            call = getattr(layer, "call", None)
-            if call is None or "training" not in inspect.signature(call).parameters:
-                continue
-            changed.append((layer, vars(layer).get("call")))
-            vars(layer)["call"] = functools.partial(_in_phase, call, training)
-        yield
-    finally:
-        for layer, before in changed:
-            vars(layer).pop("call", None)
-            if before is not None:
-                vars(layer)["call"] = before
-
-
-def _in_phase(call: Callable[..., Any], training: bool, /, *args: Any, **kwargs: Any) -> Any:
-    bound = inspect.signature(call).bind(*args, **kwargs)
-    bound.arguments["training"] = training
-    return call(*bound.args, **bound.kwargs)
 
 
 def _chosen(

@@ -5,6 +5,8 @@ It runs inside ``keras.StatelessScope``, which catches every assignment: nothing
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.adapters.keras import state as keras_state
+from frostline.adapters.keras import graph as keras_graph, state as keras_state
 from frostline.adapters.keras.compile import inlined_functions, without_gradients
 from frostline.adapters.keras.random import seed_states
 from frostline.types import DataError
@@ -137,3 +139,29 @@ def tensors(structure: Any) -> Any:
 def float32(tensor: Any) -> Any:
     """An array of single precision."""
     return keras.ops.convert_to_numpy(tensor).astype(np.float32)
+
+
+@contextmanager
+def forced_phase(model: Any, training: bool) -> Iterator[None]:
+    """Every layer that takes ``training`` gets this one, whatever it is called with."""
+    layers = {id(layer): layer for layer in (model, *(p.layer for p in keras_graph.walk(model)))}
+    changed = []
+    try:
+        for layer in layers.values():
+            call = getattr(layer, "call", None)
+            if call is None or "training" not in inspect.signature(call).parameters:
+                continue
+            changed.append((layer, vars(layer).get("call")))
+            vars(layer)["call"] = functools.partial(_in_phase, call, training)
+        yield
+    finally:
+        for layer, before in changed:
+            vars(layer).pop("call", None)
+            if before is not None:
+                vars(layer)["call"] = before
+
+
+def _in_phase(call: Callable[..., Any], training: bool, /, *args: Any, **kwargs: Any) -> Any:
+    bound = inspect.signature(call).bind(*args, **kwargs)
+    bound.arguments["training"] = training
+    return call(*bound.args, **bound.kwargs)

@@ -127,9 +127,9 @@ class TorchView:
         """What recalibration measures and stores with."""
         return TorchMoments(self.model, paths)
 
-    def behaviour(self, batches: Iterable[Any]) -> Mapping[str, Behaviour]:
-        """What each site does in passes of the module itself."""
-        return behaviour(self.model, batches)
+    def behaviour(self, batches: Iterable[Any], step: Any = None) -> Mapping[str, Behaviour]:
+        """What each site does in passes of the module itself, or of the user's step."""
+        return behaviour(self.model, batches, step)
 
     def noise_layers(self) -> Mapping[str, str]:
         """Path -> kind of every module that acts in training only and is no BN."""

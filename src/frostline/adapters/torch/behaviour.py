@@ -16,7 +16,7 @@ from frostline.data.batches import Batch
 from frostline.types.measured import Behaviour
 
 
-def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
+def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str, Behaviour]:
     """Watch every site in a training-mode and in an inference pass over some batches.
 
     The model runs as its own ``train()`` and ``eval()`` leave it. λ is 1 for a call that asks for
@@ -26,6 +26,7 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
     Args:
         model: A torch module.
         batches: ``(x, y, ...)`` tuples, or :class:`frostline.data.batches.Batch`.
+        step: The user's ``step(model, batch)``, which runs the module instead.
     """
     sites, move = site_modules(model), mover(model)
     watched = {**sites, **unknown_keepers(model)}
@@ -46,7 +47,10 @@ def behaviour(model: Any, batches: Iterable[Any]) -> dict[str, Behaviour]:
             with untouched(model, number=number) as root, torch.no_grad():
                 set_phase(root, training=training)
                 with answered(root, sites, answer):
-                    call(root, given, move, targets=training)
+                    if step is None:
+                        call(root, given, move, targets=training)
+                    else:
+                        step(root, move(given.given))
                 if training:
                     for path, module in watched.items():
                         changed = not _alike(before[path], _stored(module))

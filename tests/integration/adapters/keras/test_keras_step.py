@@ -222,3 +222,36 @@ def test_the_compiled_loss_needs_its_labels() -> None:
     model = classifier(loss="sparse_categorical_crossentropy")
     with pytest.raises(DataError, match="needs labels"):
         BlendForward(model).own(Batch(X), training=False)
+
+
+def test_frozen_is_asserted_through_a_step() -> None:
+    def step(model: Any, batch: Any) -> Any:
+        return entropy(model, (batch["image"], batch["label"]))
+
+    model = classifier()
+    data = [{"image": X, "label": Y, "name": "a"}]
+    with pytest.raises(AssertionError, match="'bn'"):
+        fl.assert_frozen(model, data=data, step=step)
+    fl.freeze(model)
+    fl.assert_frozen(model, data=data, step=step)
+    # Flags say frozen here; only the pass shows that the step makes the layer use the batch.
+    layer = model.get_layer("bn")
+    vars(layer)["call"] = lambda x, training=None, mask=None: (x - ops.mean(x, 0)) / ops.std(x, 0)
+    with pytest.raises(AssertionError, match="training uses the batch's"):
+        fl.assert_frozen(model, data=data, step=step)
+
+
+def test_a_diagnosis_through_a_step_agrees_with_one_through_the_loss() -> None:
+    model = classifier(loss="sparse_categorical_crossentropy")
+    how = {"batch_size": 8, "verbose": 0}
+    by_loss = fl.diagnose(model, (X, Y), **how)
+    by_step = fl.diagnose(model, (X, Y), step=entropy, **how)
+    assert by_step.gap is not None
+    for name in ("inference", "batch", "population"):
+        np.testing.assert_allclose(
+            by_step.measurement.probes[name].losses,
+            by_loss.measurement.probes[name].losses,
+            rtol=2e-3,
+            atol=1e-5,
+        )
+    assert [cause.code for cause in by_step.causes] == [cause.code for cause in by_loss.causes]
