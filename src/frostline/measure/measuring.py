@@ -466,11 +466,13 @@ class _Run:
         known, odd = self.found.get("difference"), self.facts.odd_epsilons
         if known is not None and known.epsilons:
             odd = {path: theirs for path, (_, theirs) in known.epsilons.items()}
-        own = {site.site.path: site.site.epsilon for site in self.facts}
         statistics = {
-            path: (site.stored_mean, site.stored_variance + (odd[path] - own[path]))
-            for path, site in self.found.get("sites", {}).items()
-            if path in odd
+            facts.site.path: (
+                facts.mean,
+                facts.variance + (odd[facts.site.path] - facts.site.epsilon),
+            )
+            for facts in self.facts
+            if facts.site.path in odd and facts.mean is not None and facts.variance is not None
         }
         if statistics:
             self.probes["epsilon"] = self.bench.probe("epsilon", statistics=statistics)
