@@ -1,35 +1,32 @@
 """A Keras graph as a flat list of calls that can be made again, on tensors or symbolically.
 
 Nested functional and sequential models are written out in place, so that a boundary may lie inside
-of them; a nested model that is called with a mask, or on inputs that it would reshape, stays one
-call. Other than ``keras_tape``, which measures, this keeps the phase open: every call runs in the
-phase it is replayed in.
+of them, and activations can be carried from one site to the next. A nested model that is called
+with a mask, or on inputs that it would reshape, stays one call; so does what has no graph: a
+subclassed model, or a composite layer that holds BN.
 
-This room reads only. Replaying symbolically adds nodes to the layers' own records, as Keras does
-for every model that shares layers with another one.
+Nothing here changes a layer. Replaying symbolically adds nodes to the layers' own records, as Keras
+does for every model that shares layers with another one.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-from frostline.adapters.keras.tape import graph_of
+from frostline.adapters.keras.graph import walk
+from frostline.graph.schedule import Slot as _Place, Step
 
 Slot = int
 
-
-@dataclass(frozen=True)
-class _Place:
-    """Stands for a tensor in the arguments of a call."""
-
-    slot: Slot
+#: Where Keras defines the `call` that runs a graph; a model with another `call` is not its graph.
+_GRAPH_CALLS = ("keras.src.models.functional", "keras.src.models.sequential")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,12 +68,30 @@ class Graph:
     tensors: Mapping[Slot, Any]
 
 
-def flatten(model: Any) -> Graph | None:
-    """Write the graph of ``model`` out; ``None`` when it has none."""
+def graph_of(model: Any) -> Any | None:
+    """The functional graph that ``model`` runs when it is called, else ``None``."""
+    if not isinstance(model, keras.Model) or "call" in vars(model):
+        return None
+    if getattr(type(model).call, "__module__", "") not in _GRAPH_CALLS:
+        return None
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    return graph if isinstance(graph, keras.Function) else None
+
+
+def flatten(model: Any, enter: Callable[[Any], bool] = lambda _: True) -> Graph | None:
+    """Write the graph of ``model`` out.
+
+    Args:
+        model: A Keras model.
+        enter: Whether a nested model with a graph is written out in place.
+
+    Returns:
+        The calls; ``None`` when the model has no graph.
+    """
     graph = graph_of(model)
     if graph is None:
         return None
-    writer = _Writer()
+    writer = _Writer(enter)
     inputs = [writer.slot(tensor) for tensor in graph.inputs]
     outputs = writer.write_out(graph, inputs, None)
     return Graph(
@@ -87,8 +102,52 @@ def flatten(model: Any) -> Graph | None:
     )
 
 
+def record(model: Any, chosen: Mapping[int, str]) -> list[Step] | None:
+    """Write the model's graph out as steps in inference mode, for a measurement.
+
+    Args:
+        model: A Keras model.
+        chosen: ``id(layer)`` -> path of every site that will be measured. Nested models without any
+            stay one step, a *closed* one where its sites cannot be told apart.
+
+    Returns:
+        The steps in execution order (the model's inputs are the first slots); ``None`` when the
+        model has no graph, or passes masks along its tensors: Keras attaches those while it runs
+        a whole model, and a tensor that was stored and read back has lost its mask.
+    """
+    inside: dict[int, tuple[str, ...]] = {}
+
+    def sites(operation: Any) -> tuple[str, ...]:
+        key = id(operation)
+        if key not in inside:
+            below = walk(operation) if isinstance(operation, keras.Layer) else ()
+            found = [key, *(id(place.layer) for place in below)]
+            inside[key] = tuple(chosen[each] for each in found if each in chosen)
+        return inside[key]
+
+    graph = flatten(model, lambda operation: bool(sites(operation)))
+    if graph is None or any(call.masked for call in graph.calls):
+        return None
+    return [
+        Step(
+            operation=call.operation,
+            args=call.args,
+            # As Keras does in inference: the phase of the whole model overrules that of a call.
+            kwargs={**call.kwargs, "training": False}
+            if takes_training(call.operation)
+            else call.kwargs,
+            reads=call.reads,
+            writes=call.writes,
+            sites=sites(call.operation),
+            open=id(call.operation) in chosen,
+        )
+        for call in graph.calls
+    ]
+
+
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[Any], bool]) -> None:
+        self.enter = enter
         self.calls: list[Call] = []
         self.tensors: dict[Slot, Any] = {}
 
@@ -120,6 +179,8 @@ class _Writer:
         if training is not None and takes_training(operation):
             kwargs = {**kwargs, "training": training}  # written at the call of the nested model
         graph = graph_of(operation)
+        if graph is not None and not self.enter(operation):
+            graph = None
         entered = None if graph is None else self._entered(graph, args, kwargs)
         if graph is not None and entered is not None:
             written = kwargs.get("training")
@@ -144,10 +205,10 @@ class _Writer:
         for place, wanted in zip(places, graph.inputs, strict=True):
             if not isinstance(place, _Place):
                 return None
-            tensor = self.tensors[place.slot]
+            tensor = self.tensors[place.index]
             if len(tensor.shape) != len(wanted.shape) or tensor.sparse != wanted.sparse:
                 return None
-            slot = place.slot
+            slot = place.index
             if tensor.dtype != wanted.dtype:
                 [slot] = self._append(keras.ops.cast, (place, wanted.dtype), {}, [wanted])
             slots.append(slot)
@@ -158,7 +219,7 @@ class _Writer:
     ) -> list[Slot]:
         slots = [self.slot(tensor) for tensor in outputs]
         leaves = keras.tree.flatten((args, dict(kwargs)))
-        reads = [leaf.slot for leaf in leaves if isinstance(leaf, _Place)]
+        reads = [leaf.index for leaf in leaves if isinstance(leaf, _Place)]
         self.calls.append(
             Call(
                 operation=operation,
@@ -195,7 +256,7 @@ def run(call: Call, values: dict[Slot, Any], training: bool | None = None) -> li
     """
 
     def fill(value: Any) -> Any:
-        return values[value.slot] if isinstance(value, _Place) else value
+        return values[value.index] if isinstance(value, _Place) else value
 
     args = keras.tree.map_structure(fill, call.args)
     kwargs = keras.tree.map_structure(fill, dict(call.kwargs))
@@ -249,4 +310,4 @@ def told_apart(calls: Sequence[Call], taken: Sequence[str] = ()) -> Iterator[Non
 
 def position(leaf: Any) -> Slot | None:
     """The slot that an argument stands for; ``None`` for any other argument."""
-    return leaf.slot if isinstance(leaf, _Place) else None
+    return leaf.index if isinstance(leaf, _Place) else None

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph, state as keras_state
+from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.files import read_model
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
@@ -133,19 +134,15 @@ def _states(model: Any) -> dict[str, _LayerState]:
         if not place.leaf:
             continue
         statistics, epsilon = None, None
-        own = [_array(variable) for variable in layer.weights]
+        own = [float64(variable) for variable in layer.weights]
         if keras_graph.is_site(layer):
             epsilon = float(layer.epsilon)
             if layer.moving_mean is not None:
                 pair = (layer.moving_mean, layer.moving_variance)
-                statistics = (_array(pair[0]), _array(pair[1]))
-                own = [_array(v) for v in (layer.gamma, layer.beta) if v is not None]
+                statistics = (float64(pair[0]), float64(pair[1]))
+                own = [float64(v) for v in (layer.gamma, layer.beta) if v is not None]
         found[place.path] = _LayerState(layer.name, tuple(own), statistics, epsilon, _config(layer))
     return found
-
-
-def _array(variable: Any) -> Array:
-    return as_float64(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")))
 
 
 def _config(layer: Any) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import float64
+from frostline.adapters.keras.calls import graph_of
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
-from frostline.adapters.keras.rebuild import LINEAR, Rebuild, fed_with, float64, nodes
-from frostline.adapters.keras.tape import graph_of
+from frostline.adapters.keras.rebuild import LINEAR, Rebuild, fed_with, nodes
 from frostline.adapters.protocol import FoldedModel
 from frostline.types import Array, ModelError
 

@@ -21,9 +21,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from frostline.adapters.keras.calls import graph_of, record
 from frostline.adapters.keras.compile import inlined_functions
 from frostline.adapters.keras.graph import is_site, walk
-from frostline.adapters.keras.tape import graph_of, record
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.data.batches import Batch

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import without_gradients
 from frostline.types import Array
 
@@ -42,7 +43,7 @@ def native(model: Any) -> Callable[[Any], list[Array]]:
         if missing:
             leaves = [np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in leaves]
         outputs = keras.tree.flatten(step(keras.tree.pack_sequence_as(batch, leaves)))
-        return [np.asarray(keras.ops.convert_to_numpy(y))[:count] for y in outputs]
+        return [to_numpy(y)[:count] for y in outputs]
 
     return run
 
@@ -57,7 +58,7 @@ def uncompiled(model: Any) -> Callable[[Any], list[Array]]:
     def run(batch: Any) -> list[Array]:
         with without_gradients():
             outputs = model(keras.tree.map_structure(_contiguous, batch), training=False)
-            return [np.asarray(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
+            return [to_numpy(y) for y in keras.tree.flatten(outputs)]
 
     return run
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.arrays import copied
 
 
 def seed_states(model: Any) -> list[tuple[Any, Any]]:
@@ -23,7 +24,7 @@ def seeds(model: Any, step: int) -> list[Any]:
     """Seed states for one batch: those of the model, moved on by the batch's number."""
     moved = []
     for state, _ in seed_states(model):
-        value = np.array(keras.ops.convert_to_numpy(state))
+        value = copied(state)
         value[..., -1] += np.asarray(step, dtype=value.dtype) * np.asarray(9973, value.dtype)
         moved.append(keras.ops.convert_to_tensor(value, dtype=state.dtype))
     return moved

@@ -11,8 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import copied, float64
+from frostline.adapters.keras.calls import graph_of
 from frostline.adapters.keras.graph import is_site, walk
-from frostline.adapters.keras.tape import graph_of
 from frostline.types import Array, ModelError
 from frostline.types.reasons import first_line
 
@@ -212,7 +213,7 @@ class Rebuild:
         name, times = LINEAR[type(original)]
         bias = 0.0 if original.bias is None else float64(original.bias)
         if name != "kernel":
-            copy.depthwise_kernel.assign(_value(original.depthwise_kernel))
+            copy.depthwise_kernel.assign(copied(original.depthwise_kernel))
         getattr(copy, name).assign(times(float64(getattr(original, name)), scale))
         copy.bias.assign(bias * scale + shift)
 
@@ -225,7 +226,7 @@ class Rebuild:
                 f"and a copy with {len(new)}"
             )
         for source, target in zip(old, new, strict=True):
-            target.assign(_value(source))
+            target.assign(copied(source))
         for layer in (copy, *(place.layer for place in walk(copy))):
             if hasattr(layer, "finalize_state"):  # Normalization: constants made of its weights
                 layer.finalize_state()
@@ -248,16 +249,6 @@ def _like_input(tensor: Any) -> Any:
 def fed_with(node: Any) -> Any:
     """The tensor that a BN layer normalises in one of its calls."""
     return node.arguments.args[0] if node.arguments.args else node.arguments.kwargs["inputs"]
-
-
-def _value(variable: Any) -> Array:
-    """A copy that no other variable will share: backends may keep an array without copying it."""
-    return np.array(keras.ops.convert_to_numpy(variable))
-
-
-def float64(variable: Any) -> Array:
-    """Values of a variable in float64."""
-    return _value(variable).astype(np.float64)
 
 
 def nodes(graph: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from frostline.adapters.keras.calls import (
     Graph as Calls,
     Slot,
     flatten,
+    graph_of,
     restored_on_failure,
     run,
     takes_training,
@@ -24,7 +25,6 @@ from frostline.adapters.keras.calls import (
 )
 from frostline.adapters.keras.graph import layers, walk
 from frostline.adapters.keras.pure import impurity, observe
-from frostline.adapters.keras.tape import graph_of
 from frostline.adapters.protocol import SplitModel
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import (

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 
+from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.layers.undo import Attributes
 from frostline.types import Array
@@ -106,7 +106,7 @@ def snapshot(model: Any) -> Snapshot:
         [] if torch is None else [*model.modules(), *(m for w in wrapped for m in w.modules())]
     )
     return Snapshot(
-        values=[(v, np.array(keras.ops.convert_to_numpy(v))) for v in variables],
+        values=[(v, copied(v)) for v in variables],
         variable_flags=[(v, v.trainable) for v in variables],
         layer_flags=[(layer, bool(layer.trainable)) for layer in layers],
         momenta=[(layer, layer.momentum) for layer in layers if is_site(layer)],

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.types import Array
 
@@ -65,7 +66,7 @@ def frozen_values(model: Any, *, parameters: bool, statistics: bool) -> list[Kep
 def _of_variable(path: str, name: str, layer: Any) -> Kept:
     # Asked for by name each time: our layer's gamma is another variable after thawing.
     def read() -> Array:
-        return np.array(keras.ops.convert_to_numpy(getattr(layer, name)))
+        return copied(getattr(layer, name))
 
     def write(value: Array) -> None:
         getattr(layer, name).assign(value)

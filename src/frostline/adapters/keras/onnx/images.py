@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import Call
 from frostline.adapters.keras.onnx.activations import activated
 from frostline.adapters.keras.onnx.writer import (
@@ -23,7 +24,6 @@ from frostline.adapters.keras.onnx.writer import (
     require,
     require_float32,
 )
-from frostline.adapters.keras.rebuild import float64
 from frostline.types import Array
 
 L = keras.layers

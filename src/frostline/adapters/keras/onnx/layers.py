@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import Call, position
 from frostline.adapters.keras.graph import is_site
 from frostline.adapters.keras.onnx import (
@@ -29,7 +30,6 @@ from frostline.adapters.keras.onnx.writer import (
     require,
     require_float32,
 )
-from frostline.adapters.keras.rebuild import float64
 from frostline.types import ModelError
 
 L = keras.layers

@@ -9,9 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import Call, Graph, Slot
 from frostline.adapters.keras.graph import is_site
-from frostline.adapters.keras.rebuild import LINEAR, float64
+from frostline.adapters.keras.rebuild import LINEAR
 from frostline.types import Array, ModelError
 
 OPSET, IR_VERSION = 17, 9
