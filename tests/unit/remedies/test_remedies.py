@@ -29,6 +29,7 @@ class ListedBench:
     answers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     refuses: bool = False
+    step: Any = None
     _probes: dict[Any, Any] = field(default_factory=dict)
     _populations: dict[Any, Any] = field(default_factory=dict)
 
