@@ -223,6 +223,8 @@ def _set_log_level() -> None:
 @contextmanager
 def _own_warnings_in_one_line() -> Iterator[None]:
     """Show what Frostline warns of as it shows errors; what others warn of is left to Python."""
+    from frostline.cli.terminal import echo
+
     others = warnings.showwarning
 
     def show(
@@ -234,7 +236,7 @@ def _own_warnings_in_one_line() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if Path(filename).is_relative_to(Path(__file__).parent):
-            typer.echo(f"warning: {message}", err=True)
+            echo(f"warning: {message}", err=True)
         else:
             others(message, category, filename, lineno, file, line)
 

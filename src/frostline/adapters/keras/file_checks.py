@@ -145,8 +145,8 @@ def _is_part(name: str, module: Any) -> bool:
         keras.quantizers.Quantizer,
     )  # fmt: skip
     others = getattr(keras.dtype_policies, "DTypePolicyMap", keras.DTypePolicy)
-    refused = any(parent.__name__ in _REFUSED for parent in found.__mro__)
-    return issubclass(found, (*parts, others)) and not refused
+    refused = tuple(getattr(keras.layers, each, ()) for each in _REFUSED)
+    return issubclass(found, (*parts, others)) and not issubclass(found, refused)
 
 
 def _is_function(name: str, module: Any) -> bool:
