@@ -205,7 +205,8 @@ def snapshot(model: Any) -> Callable[[], None]:
             if tracks is not None:
                 module.track_running_stats = tracks
         for parameter, flag, gradient in parameters:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:  # a lazy one would refuse
+                parameter.requires_grad_(flag)
             parameter.grad = gradient
         rates.restore()
 

@@ -16,7 +16,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
 from frostline.data.batches import Batch
-from frostline.types import Array, DataError
+from frostline.types import Array, DataError, ModelError
 
 
 def device_of(model: Any) -> Any:
@@ -164,9 +164,19 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     Args:
         model: Any torch module; wrappers are taken off.
         number: Seed of all that is random inside.
+
+    Raises:
+        ModelError: A lazy module that has seen no data: the first pass would build it.
     """
     root = unwrapped(model)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers() if _built(buffer)]
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if not _built(tensor):
+            path = name.rpartition(".")[0].replace(".", "/")
+            raise ModelError(
+                f"'{path}' is lazy and has seen no data yet; call the model on one batch first. "
+                "Received: an uninitialised module"
+            )
+    buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
     with modes_kept(root), torch.random.fork_rng():
         torch.manual_seed(number)
         try:

@@ -270,3 +270,17 @@ def test_instance_norm_gets_what_its_average_would_settle_at() -> None:
     np.testing.assert_allclose(model[1].running_mean, inner.mean((2, 3)).mean(0), rtol=1e-5)
     wanted = inner.var((2, 3), correction=0).mean(0)
     np.testing.assert_allclose(model[1].running_var, wanted, rtol=1e-5)
+
+
+def test_a_lazy_model_stays_lazy_and_is_told_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    loss = nn.CrossEntropyLoss()
+    for ask in (
+        lambda: fl.recalibrate(model, X),
+        lambda: fl.diagnose(model, (X, np.zeros(24, int)), loss=loss, verbose=0),
+        lambda: fl.phases(model, (X, np.zeros(24, int)), loss=loss),
+        lambda: fl.assert_frozen(model, data=X, params=False),
+    ):
+        with pytest.raises(ModelError, match="'3' is lazy"):
+            ask()
+        assert model[3].has_uninitialized_params()
