@@ -88,14 +88,14 @@ class Call:
 
     def moments(self) -> Moments:
         """Moments of the input, float64."""
-        wide = self.x.detach().double()
+        wide = self.x.detach().to(torch.float64, copy=True)
         channels = wide.shape[1]
         count = wide.numel() // channels if channels else 0
         kind = SampleMoments if self.single else Moments
         if not count:
             zeros = torch.zeros(channels, dtype=torch.float64).numpy()
             return kind(0, zeros, zeros)
-        mean, variance = statistics(wide, single=self.single)
+        mean, variance = statistics(wide, single=self.single, overwrite=True)
         if self.single:
             mean, variance = mean.mean(0), variance.mean(0)
         return kind(count, mean.cpu().numpy(), variance.cpu().numpy() * count)
@@ -355,11 +355,17 @@ def stored(module: Any, path: str) -> tuple[Any, Any] | None:
     return module.running_mean.detach(), module.running_var.detach()
 
 
-def statistics(x: Any, *, single: bool = False) -> tuple[Any, Any]:
-    """Mean and biased variance per channel (axis 1) in two passes; of each sample if ``single``."""
+def statistics(x: Any, *, single: bool = False, overwrite: bool = False) -> tuple[Any, Any]:
+    """Mean and biased variance per channel (axis 1) in two passes.
+
+    Args:
+        x: Channels on axis 1.
+        single: Of each sample by itself, shape ``(n, channels)``.
+        overwrite: ``x`` is not needed any more.
+    """
     axes = list(range(2, x.ndim)) if single else [axis for axis in range(x.ndim) if axis != 1]
     mean = x.mean(axes)
-    deviations = x - along(mean, x)
+    deviations = x.sub_(along(mean, x)) if overwrite else x - along(mean, x)
     # In place where nothing is differentiated: a second tensor costs more than the sum.
     squares = deviations.square() if deviations.requires_grad else deviations.square_()
     return mean, squares.mean(axes)
