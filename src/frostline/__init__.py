@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
         unfreeze as unfreeze,
     )
     from frostline.verbs.fit import fit as fit
+    from frostline.verbs.merge_statistics import merge_statistics as merge_statistics
     from frostline.verbs.split import Split as Split, split as split
     from frostline.verbs.watch import (
         NotFrozenError as NotFrozenError,
@@ -82,6 +83,7 @@ _EXPORTS = {
     "layers": "layers",
     "lint": "verbs.diagnose",
     "phases": "verbs.diagnose",
+    "merge_statistics": "verbs.merge_statistics",
     "recalibrate": "verbs.edit",
     "restore": "verbs.edit",
     "set_momentum": "verbs.edit",

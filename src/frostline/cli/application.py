@@ -32,6 +32,7 @@ from frostline.cli.fit import fit
 from frostline.cli.fold import fold
 from frostline.cli.freeze import freeze
 from frostline.cli.lint import lint
+from frostline.cli.merge_statistics import merge_statistics
 from frostline.cli.overfit import overfit
 from frostline.cli.phases import phases
 from frostline.cli.recalibrate import recalibrate
@@ -57,8 +58,8 @@ app = typer.Typer(
     "between training and inference. Exit codes: 0 clean, 1 a gap or findings, 2 could not run.",
 )
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
-for _command in (sites, phases, lint, diagnose, rule, freeze, convert, recalibrate, set_momentum,
-                 fold, fit, demo, env):  # fmt: skip
+for _command in (sites, phases, lint, diagnose, rule, freeze, convert, recalibrate,
+                 merge_statistics, set_momentum, fold, fit, demo, env):  # fmt: skip
     app.command()(_command)
 for _command in (overfit, transfer):
     experiments.command()(_command)

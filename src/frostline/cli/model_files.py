@@ -14,8 +14,8 @@ from frostline.types import ModelError
 
 #: Files that only torch reads.
 _TORCH_FILES = (".pt2", ".pt", ".pth", ".ts", ".torchscript")
-_STATE_FILES = (".pt", ".pth")
-_KERAS_FILES = (".keras", ".h5")
+STATE_FILES = (".pt", ".pth")
+KERAS_FILES = (".keras", ".h5")
 
 
 def start(backend: Backend | None, *, keras: bool = True) -> None:
@@ -59,7 +59,7 @@ def load(source: str, state: str | None = None) -> Any:
 
 def load_reference(source: str, model: Any) -> Any:
     """Load a model to compare with; for a torch module, a file with a state will do."""
-    if is_state(model) and Path(source).suffix in _STATE_FILES:
+    if is_state(model) and Path(source).suffix in STATE_FILES:
         from frostline.adapters import store
 
         return store("torch").read_state_file(Path(source))
@@ -114,7 +114,7 @@ def check_output(target: OutputOptions, source: str, *, state: bool = False) -> 
         OutputError: Another ending, a file that is there already, or no such folder.
     """
     suffixes, noun = (
-        (_STATE_FILES, "the state of a torch module") if state else (_KERAS_FILES, "a model")
+        (STATE_FILES, "the state of a torch module") if state else (KERAS_FILES, "a model")
     )
     files.check_output(target.output, suffixes, noun, force=target.force, source=source)
 

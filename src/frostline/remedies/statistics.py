@@ -48,6 +48,8 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             note = "frozen sites drift away again in training unless they are locked as well"
         elif group != "unfrozen" and any(frozen):
             note = "layers behind frozen sites were fitted to the old statistics: check other data"
+        elif CauseCode.RANK_DIVERGENCE in treats:
+            note = "fl.merge_statistics(replicas) merges what the replicas hold, without data"
         yield Candidate(
             name=f"{_RECALIBRATE}{group}",
             fix=Fix.RECALIBRATE,

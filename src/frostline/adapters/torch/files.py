@@ -6,6 +6,7 @@ A file is never unpickled: a state is read with ``weights_only=True``, a program
 
 from __future__ import annotations
 
+import importlib
 import os
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.program_file import read_exported, read_script
 from frostline.data import files
 from frostline.data.import_string import built
@@ -64,10 +66,7 @@ def read_state_file(path: Path) -> Mapping[str, Any]:
     """
     require_file(path, kind=ModelError)
     if path.suffix == ".safetensors":
-        raise ModelError(
-            f"{path}: .safetensors is not read; in Python: torch.save(safetensors.torch.load_file("
-            f"{path.name!r}), {path.stem + '.pt'!r})"
-        )
+        return _read_safetensors(path)
     if _is_script(path):
         raise ModelError(f"{path}: a TorchScript program, not a state_dict; it is a MODEL itself")
     from frostline.adapters.torch.reference import read_state
@@ -95,14 +94,52 @@ def save_state(model: Any, path: Path, *, overwrite: bool = False) -> None:
     """
     if path.suffix not in STATES:
         raise OutputError(f"a state_dict is written as .pt or .pth. Received: {path}")
+    write_state(model.state_dict(), path, overwrite=overwrite)
+
+
+def state_of(model: Any) -> Mapping[str, Any]:
+    """The ``state_dict`` of a module, wrappers taken off."""
+    state: Mapping[str, Any] = unwrapped(model).state_dict()
+    return state
+
+
+def write_state(state: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
+    """Write tensors by name as ``.safetensors`` or, with any other ending, as ``torch.save`` does.
+
+    Raises:
+        OutputError: The file exists, or cannot be written; nothing is left behind.
+        ModelError: ``.safetensors`` without the package.
+    """
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu() for name, value in state.items()}
+    save = torch.save
+    if path.suffix == ".safetensors":
+        save = _safetensors(path).save_file
+        tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     with files.replacing(path) as temporary:
         try:
-            torch.save(state, temporary)
+            save(tensors, temporary)
         except RuntimeError as error:  # its writer's word for a full disk
             raise OutputError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError:
+        raise ModelError(
+            f"{path}: .safetensors files need the package safetensors: pip install safetensors"
+        ) from None
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    library = _safetensors(path)
+    try:
+        state: Mapping[str, Any] = library.load_file(path)
+    except Exception as error:
+        raise ModelError(f"cannot read a state_dict from {path} ({first_line(error)})") from None
+    return state
 
 
 def _fill(model: Any, path: Path) -> None:
