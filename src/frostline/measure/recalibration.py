@@ -17,6 +17,7 @@ from frostline.adapters import Meter, ModelView, Population
 from frostline.data.batches import Batch, batches, leaves, require_reiterable
 from frostline.graph.selection import GROUPS, select
 from frostline.types import Array, DataError, ModelError
+from frostline.types.reasons import first_line
 
 Method = Literal["sequential", "batch"]
 
@@ -162,6 +163,13 @@ def recalibrated(
         )
         for path, moments in found.moments.items():
             meter.store(path, moments.mean, moments.variance)
+    except (TypeError, KeyError, AttributeError) as error:
+        restore()
+        raise ModelError(
+            "the model does not take the inputs of a batch as the data give them: the first item "
+            "of a tuple, or the mapping itself. For a model with several inputs give batches "
+            f"((a, b), y). Received: {first_line(error)}"
+        ) from error
     except BaseException:  # KeyboardInterrupt too: the model is the user's
         restore()
         raise

@@ -249,7 +249,8 @@ def behaviour_of(
     except Exception as error:
         raise ModelError(
             "the model fails in training mode on these batches, so that it cannot be "
-            f"compared with inference. Received: {first_line(error)}"
+            "compared with inference; where it takes a batch in its own way, pass step=. "
+            f"Received: {first_line(error)}"
         ) from error
 
 

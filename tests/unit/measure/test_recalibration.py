@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_view import FakeView
 from hypothesis import given, strategies as st
 
 from frostline.adapters.spool import Workspace
@@ -382,3 +383,16 @@ def test_sites_are_chosen_by_group_path_name_and_pattern(wanted: Any, paths: lis
 def test_sites_that_cannot_be_chosen(sites: Any, wanted: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         select(sites, wanted)
+
+
+@pytest.mark.parametrize("error", [TypeError("no act"), KeyError("x"), AttributeError("x")])
+def test_what_a_model_says_of_inputs_it_does_not_take_is_one_of_our_errors(error: Any) -> None:
+    class Fussy(FakeView):
+        def run(self, *_: Any) -> Any:
+            raise error
+
+    view = Fussy()
+    before = dict(view.stored)
+    with pytest.raises(ModelError, match=r"\(\(a, b\), y\).*Received: " + type(error).__name__):
+        recalibrated(view.meter(view._paths), view._paths, data())
+    assert view.stored == before
