@@ -19,33 +19,44 @@ if TYPE_CHECKING:
 Seen = Mapping[str, Sequence[Moments]]
 
 
-class FlagCounts(Protocol):
-    """What an edit of `trainable` flags touched."""
+@dataclass(frozen=True, kw_only=True)
+class FreezeRequest:
+    """Which layers to freeze or thaw, and what of them.
 
-    @property
-    def layers(self) -> int:
-        """Layers whose flag changed."""
-        ...
+    Attributes:
+        boundary: First layer behind the prefix.
+        before: Whether the layers before the boundary are meant, or those from it on.
+        frozen: The state they shall have.
+        params: Whether parameters (kernels, gamma, beta, ...) are meant.
+        statistics: Whether stored BN statistics are meant.
+        dropout: Whether dropout rates are meant: 0 while frozen, what they were when thawed.
+    """
 
-    @property
-    def sites(self) -> int:
-        """BN layers among them."""
-        ...
+    boundary: Boundary
+    before: bool
+    frozen: bool
+    params: bool = True
+    statistics: bool = True
+    dropout: bool = False
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in their trainable weights."""
-        ...
 
-    @property
-    def stock_sites(self) -> int:
-        """BN layers among them whose flag is read when a step is compiled."""
-        ...
+@dataclass(frozen=True, kw_only=True)
+class FlagCounts:
+    """What an edit of `trainable` flags touched.
 
-    @property
-    def dropouts(self) -> int:
-        """Layers whose dropout was turned off, or given its rate back; not among ``layers``."""
-        ...
+    Attributes:
+        layers: Layers whose flag changed.
+        sites: BN layers among them.
+        parameters: Numbers in their trainable weights.
+        stock_sites: BN layers among them whose flag is read when a step is compiled.
+        dropouts: Layers whose dropout was turned off, or given its rate back; not among ``layers``.
+    """
+
+    layers: int
+    sites: int
+    parameters: int
+    stock_sites: int = 0
+    dropouts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,16 +412,7 @@ class Edit(Protocol):
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
         ...
 
-    def set_frozen(
-        self,
-        boundary: Boundary,
-        *,
-        before: bool,
-        frozen: bool,
-        params: bool,
-        statistics: bool,
-        dropout: bool = False,
-    ) -> tuple[FlagCounts, Callable[[], None]]:
+    def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
         ...
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
-from frostline.adapters.protocol import Inspect
+from frostline.adapters.protocol import FreezeRequest, Inspect
 from frostline.measure.recalibration import recalibrate_view
 from frostline.types import ModelError, Policy
 from frostline.verbs.atomic import atomically, to_its_end
@@ -342,51 +342,33 @@ def _switch(
             "Received: params=False, statistics=False, dropout=False"
         )
     adapter = adapter_of(model)
-    return atomically(
-        adapter.snapshot(),
-        lambda: _switched(
-            adapter,
-            reference,
-            frozen=frozen,
-            params=params,
-            statistics=statistics,
-            dropout=dropout,
-        ),
-    )
-
-
-def _switched(
-    adapter: Adapter,
-    reference: Any,
-    *,
-    frozen: bool,
-    params: bool,
-    statistics: bool,
-    dropout: bool,
-) -> Change:
-    boundary = adapter.boundary(reference)
-    # No boundary means the end, and all of the model is before it, for thawing as well.
-    before = frozen or reference is None
-    unknown = adapter.facts().unknown
-    counts, undo = adapter.set_frozen(
-        boundary,
-        before=before,
+    request = FreezeRequest(
+        boundary=adapter.boundary(reference),
+        # No boundary means the end, and all of the model is before it, for thawing as well.
+        before=frozen or reference is None,
         frozen=frozen,
         params=params,
         statistics=statistics,
         dropout=dropout,
     )
+    return atomically(adapter.snapshot(), lambda: _switched(adapter, request, reference))
+
+
+def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Change:
+    frozen, params, statistics = request.frozen, request.params, request.statistics
+    unknown = adapter.facts().unknown
+    counts, undo = adapter.set_frozen(request)
     what = [_counted(counts)] if params or statistics else []
     if params != statistics:
         what[0] += " (parameters only)" if params else " (statistics only)"
-    if dropout and (frozen or counts.dropouts or not what):
+    if request.dropout and (frozen or counts.dropouts or not what):
         what.append(f"the dropout of {counts.dropouts:,} layers")
-    where = _where(boundary.path, reference, frozen)
+    where = _where(request.boundary.path, reference, frozen)
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
         notes=(
-            *_notes(adapter, counts, half=params != statistics, off=frozen and dropout),
+            *_notes(adapter, counts, half=params != statistics, off=frozen and request.dropout),
             *(_by_hand(unknown) if frozen and statistics else ()),
         ),
         _undo=undo,

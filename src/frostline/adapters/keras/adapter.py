@@ -41,7 +41,7 @@ from frostline.adapters.keras.forward_pass import (
 )
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
-from frostline.adapters.protocol import FoldedModel, SplitModel
+from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
 from frostline.data.batches import Batch
 from frostline.types import Boundary, Policy, Site
 from frostline.types.facts import ModelFacts
@@ -241,28 +241,9 @@ class KerasView:
 
         return undo
 
-    def set_frozen(
-        self,
-        boundary: Boundary,
-        *,
-        before: bool,
-        frozen: bool,
-        params: bool,
-        statistics: bool,
-        dropout: bool = False,
-    ) -> tuple[keras_edit.Counts, Callable[[], None]]:
+    def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
-        flags = keras_edit.flags(self.model)
-        counts = keras_edit.set_frozen(
-            self.model,
-            boundary,
-            before=before,
-            frozen=frozen,
-            params=params,
-            statistics=statistics,
-            dropout=dropout,
-        )
-        return counts, lambda: keras_edit.set_flags(flags)
+        return keras_edit.set_frozen(self.model, request)
 
     def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
         """Set the kept share of the statistics of sites; see :mod:`keras_momentum`."""

@@ -6,6 +6,7 @@ not know all variables which may train from now on is built again, slot by slot.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from frostline.adapters.dropout_rate import Rates
 from frostline.adapters.keras import dropout as keras_dropout, state as keras_state
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.optimizer import retarget
+from frostline.adapters.protocol import FlagCounts, FreezeRequest
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
 from frostline.layers.undo import undone_on_failure
@@ -37,24 +39,13 @@ class Flags:
     rates: Rates
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What one edit of the flags touched."""
-
-    layers: int
-    sites: int
-    parameters: int
-    stock_sites: int
-    dropouts: int = 0
-
-
 def flags(model: Any) -> Flags:
     """Read the flags of ``model``."""
     layers = [model, *(place.layer for place in walk(model))]
     return Flags(
         layers=tuple((layer, bool(layer.trainable)) for layer in layers),
         variables=tuple((v, bool(v.trainable)) for v in model.variables),
-        policies=tuple((each, each.policy) for each in layers if _ours(each)),
+        policies=tuple((layer, layer.policy) for layer in layers if _ours(layer)),
         rates=keras_dropout.rates(model),
     )
 
@@ -73,53 +64,40 @@ def set_flags(wanted: Flags) -> None:
     wanted.rates.restore()
 
 
-def set_frozen(
-    model: Any,
-    boundary: Boundary,
-    *,
-    before: bool,
-    frozen: bool,
-    params: bool,
-    statistics: bool,
-    dropout: bool = False,
-) -> Counts:
-    """Freeze or thaw every layer on one side of a boundary.
+def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
+    """Freeze or thaw every layer on one side of a boundary, in place.
 
-    Args:
-        model: The model; changed in place.
-        boundary: First layer behind the prefix.
-        before: Whether the layers before the boundary are meant, or those from it on.
-        frozen: The state they shall have.
-        params: Whether parameters (kernels, gamma, beta, ...) are meant.
-        statistics: Whether stored BN statistics are meant.
-        dropout: Whether dropout rates are meant: 0 while frozen, what they were when thawed.
+    Returns:
+        What changed, and what takes it back.
 
     Raises:
         ModelError: This layer cannot freeze one without the other, or its dropout rate is not
             known; names the layer and a way out.
     """
-    places = walk(model)
-    chosen = side(places, boundary, before=before)
-    wanted = flags(model)
+    places, undo = walk(model), functools.partial(set_flags, flags(model))
+    there = addresses.side(places, request.boundary, before=request.before)
+    frozen, params, statistics = request.frozen, request.params, request.statistics
+    chosen = side(places, request.boundary, before=request.before) if params or statistics else []
     dropouts = 0
     try:
-        if dropout:
-            there = addresses.side(places, boundary, before=before)
+        if request.dropout:
             turn_off = keras_dropout.turn_off
             dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
-        if not (params or statistics):
-            chosen = []
         changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
         if not frozen:
             open_containers(model, places, chosen)
     except BaseException:
-        set_flags(wanted)
+        undo()
         raise
-    return Counts(
+    return _counts([place.layer for place in changed], params, dropouts), undo
+
+
+def _counts(changed: Sequence[Any], params: bool = True, dropouts: int = 0) -> FlagCounts:
+    return FlagCounts(
         layers=len(changed),
-        sites=sum(is_site(place.layer) for place in changed),
-        parameters=sum(_parameters(place.layer) for place in changed) if params else 0,
-        stock_sites=sum(is_site(place.layer) and not _ours(place.layer) for place in changed),
+        sites=sum(map(is_site, changed)),
+        parameters=sum(map(_parameters, changed)) if params else 0,
+        stock_sites=sum(is_site(layer) and not _ours(layer) for layer in changed),
         dropouts=dropouts,
     )
 
@@ -219,17 +197,17 @@ def open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) 
 
 
 @contextmanager
-def frozen(targets: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+def frozen(targets: Sequence[Any]) -> Iterator[tuple[FlagCounts, Callable[[], None]]]:
     """Freeze layers, and all that they contain, for a block; flags come back as they were.
 
     Yields:
         What was frozen, and what takes it back early.
     """
-    wanted = [flags(target) for target in targets]
+    before = [flags(target) for target in targets]
 
     def back() -> None:
-        for each in wanted:
-            set_flags(each)
+        for held in before:
+            set_flags(held)
 
     try:
         # A layer may be in two of the targets, and is counted once.
@@ -240,13 +218,7 @@ def frozen(targets: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]
         changed = [layer for layer in leaves if layer.trainable]
         for target in targets:
             target.trainable = False
-        counts = Counts(
-            layers=len(changed),
-            sites=sum(is_site(layer) for layer in changed),
-            parameters=sum(_parameters(layer) for layer in changed),
-            stock_sites=sum(is_site(layer) and not _ours(layer) for layer in changed),
-        )
-        yield counts, back
+        yield _counts(changed), back
     finally:
         back()
 
@@ -341,8 +313,8 @@ def _changed(model: Any, layers: Sequence[Any]) -> Iterator[None]:
     variables = {id(variable): variable for layer in layers for variable in layer.variables}
     with undone_on_failure([*layers, *models], variables.values()):
         yield
-        for each in models:
+        for owner in models:
             for name in ("train_function", "test_function", "predict_function"):
-                if getattr(each, name, None) is not None:
-                    setattr(each, name, None)
-            retarget(each)
+                if getattr(owner, name, None) is not None:
+                    setattr(owner, name, None)
+            retarget(owner)

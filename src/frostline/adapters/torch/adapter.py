@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from frostline.adapters.protocol import FoldedModel, SplitModel
+from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
 from frostline.adapters.torch import (
     edit as torch_edit,
     facts as torch_facts,
@@ -171,26 +171,9 @@ class TorchView:
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
         return torch_edit.all_that_edits_touch(self.model)
 
-    def set_frozen(
-        self,
-        boundary: Boundary,
-        *,
-        before: bool,
-        frozen: bool,
-        params: bool,
-        statistics: bool,
-        dropout: bool = False,
-    ) -> tuple[torch_edit.Counts, Callable[[], None]]:
+    def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
-        return torch_edit.set_frozen(
-            self.model,
-            boundary,
-            before=before,
-            frozen=frozen,
-            params=params,
-            statistics=statistics,
-            dropout=dropout,
-        )
+        return torch_edit.set_frozen(self.model, request)
 
     def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
         """Set the kept share of the statistics of sites."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from frostline.adapters.protocol import FlagCounts, FreezeRequest
 from frostline.adapters.torch import dropout as torch_dropout
 from frostline.adapters.torch.graph import (
     is_frozen_kind,
@@ -24,27 +24,7 @@ from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What one edit touched."""
-
-    layers: int
-    sites: int
-    parameters: int
-    stock_sites: int = 0
-    dropouts: int = 0
-
-
-def set_frozen(
-    model: Any,
-    boundary: Boundary,
-    *,
-    before: bool,
-    frozen: bool,
-    params: bool,
-    statistics: bool,
-    dropout: bool = False,
-) -> tuple[Counts, Callable[[], None]]:
+def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
     """Freeze or thaw every module on one side of a boundary.
 
     Parameters stay the objects that they are, with ``requires_grad`` off and no gradient left over,
@@ -54,54 +34,51 @@ def set_frozen(
     Raises:
         ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
     """
-    undo = snapshot(model)
-    there = addresses.side(walk(model), boundary, before=before)
+    undo, frozen = snapshot(model), request.frozen
+    there = addresses.side(walk(model), request.boundary, before=request.before)
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
     touched = dropouts = 0
     try:
         for place in chosen:
-            count = _set_params(place.module, frozen) if params else 0
+            count = _set_params(place.module, frozen) if request.params else 0
             keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
-            moved = _set_statistics(place, frozen) if statistics and keeps else False
+            moved = _set_statistics(place, frozen) if request.statistics and keeps else False
             touched += count
             if count or moved:
                 changed.append(place)
-        if dropout:
+        if request.dropout:
             turn_off = torch_dropout.turn_off
             dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
     except BaseException:
         undo()
         raise
     sites = sum(is_site(place.module) for place in changed)
-    counts = Counts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
+    counts = FlagCounts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
     return counts, undo
 
 
 @contextmanager
-def frozen(modules: Sequence[Any]) -> Iterator[tuple[Counts, Callable[[], None]]]:
+def frozen(modules: Sequence[Any]) -> Iterator[tuple[FlagCounts, Callable[[], None]]]:
     """Freeze modules, and all that they contain, for a block; everything comes back after.
 
     Yields:
         What was frozen, and what takes it back early.
     """
-    back = [snapshot(module) for module in modules]
+    restores = [snapshot(module) for module in modules]
 
     def undo() -> None:
-        for each in reversed(back):
-            each()
+        for restore in reversed(restores):
+            restore()
 
+    whole = FreezeRequest(boundary=Boundary(path=None, index=0), before=True, frozen=True)
     try:
-        end, total = Boundary(path=None, index=0), Counts(layers=0, sites=0, parameters=0)
-        for module in modules:
-            counts, _ = set_frozen(
-                module, end, before=True, frozen=True, params=True, statistics=True
-            )
-            total = Counts(
-                layers=total.layers + counts.layers,
-                sites=total.sites + counts.sites,
-                parameters=total.parameters + counts.parameters,
-            )
+        counts = [set_frozen(module, whole)[0] for module in modules]
+        total = FlagCounts(
+            layers=sum(count.layers for count in counts),
+            sites=sum(count.sites for count in counts),
+            parameters=sum(count.parameters for count in counts),
+        )
         yield total, undo
     finally:
         undo()

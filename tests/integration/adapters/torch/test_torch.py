@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
+from frostline.adapters.protocol import FreezeRequest
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.loss import as_callable, judged
@@ -243,9 +244,7 @@ def test_subclass_with_an_activation_keeps_it() -> None:
 def test_behaviour_is_seen_not_read() -> None:
     model = net()
     model.stem[1].track_running_stats = False  # batch statistics, no update
-    TorchView(model).set_frozen(
-        TorchView(model).boundary("drop"), before=True, frozen=True, params=True, statistics=False
-    )
+    freeze(model, "drop", statistics=False)
 
     class Forced(nn.Module):
         def __init__(self, inner: Any) -> None:
@@ -328,8 +327,8 @@ def test_moments_equal_brute_force(method: str, graph: bool) -> None:
 
 def freeze(model: Any, until: Any = None, **kwargs: Any) -> Any:
     view = TorchView(model)
-    settings = {"before": True, "frozen": True, "params": True, "statistics": True, **kwargs}
-    return view.set_frozen(view.boundary(until), **settings)
+    settings = {"before": True, "frozen": True, **kwargs}
+    return view.set_frozen(FreezeRequest(boundary=view.boundary(until), **settings))
 
 
 def test_frozen_survives_what_undoes_it_elsewhere() -> None:
