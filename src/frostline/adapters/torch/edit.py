@@ -18,7 +18,7 @@ from frostline.adapters.torch.graph import (
     unwrapped,
     walk,
 )
-from frostline.adapters.torch.locked import is_locked, lock, unlock
+from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
@@ -165,19 +165,18 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
 
 
 def snapshot(model: Any) -> Callable[[], None]:
-    """Remember flags, modes, classes, rates and gradients; returns what puts them back."""
+    """Remember flags, modes, locks, rates and gradients; returns what puts them back."""
     root = unwrapped(model)
     modules = [
-        (module, type(module), module.training, getattr(module, "track_running_stats", None))
+        (module, remembered(module), module.training, getattr(module, "track_running_stats", None))
         for module in root.modules()
     ]
     parameters = [(p, p.requires_grad, p.grad) for p in root.parameters()]
     rates = torch_dropout.rates(root)
 
     def undo() -> None:
-        for module, kind, training, tracks in modules:
-            if type(module) is not kind:
-                module.__class__ = kind
+        for module, locked, training, tracks in modules:
+            locked()
             module.training = training
             if tracks is not None:
                 module.track_running_stats = tracks

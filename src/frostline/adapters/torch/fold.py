@@ -24,7 +24,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.graph import site_modules, unwrapped
-from frostline.adapters.torch.locked import unlocked_class
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.samples import flat, guesses
 from frostline.types import ModelError
@@ -196,7 +195,7 @@ def _more_than_affine(site: Any) -> str:
     """Why a site is not ``x * scale + shift`` along axis 1 at inference; "" where it is."""
     if getattr(site, "running_mean", None) is None:
         return "keeps no statistics"
-    kind = unlocked_class(type(site))
+    kind = type(site)
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
         return ""
     scale, shift = _coefficients(site)

@@ -124,6 +124,8 @@ def arrays_in(structure: Any) -> Any:
     """As :func:`arrays`; ``None`` for a structure without arrays."""
     if isinstance(structure, torch.Tensor):
         found = structure.detach()
+        if hasattr(found, "full_tensor"):  # sharded by FSDP2: every rank asks for all of it
+            found = found.full_tensor()
         if found.is_floating_point() and found.dtype != torch.float64:
             found = found.float()
         return found.cpu().numpy()

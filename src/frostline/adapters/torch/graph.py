@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from frostline.adapters.torch.locked import is_locked, unlocked_class
+from frostline.adapters.torch.locked import is_locked
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
 from frostline.types import Boundary, Site
@@ -178,7 +178,7 @@ def _site(place: Place, index: int, training: bool) -> Site:
     return Site(
         path=place.path,
         name=place.path.rpartition("/")[2],
-        kind=unlocked_class(type(module)).__name__,
+        kind=type(module).__name__,
         index=index,
         channels=_channels(module),
         axis=1,

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from frostline.adapters.torch.graph import is_site
-from frostline.adapters.torch.locked import is_locked, unlocked_class
+from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.network import Network, attribute, phase
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -267,7 +267,7 @@ def _plain(
 
 
 def _stored(module: Any, always: bool) -> bool:
-    return unlocked_class(type(module)) in _PLAIN and (
+    return type(module) in _PLAIN and (
         is_locked(module) or (always and is_site(module) and module.running_mean is not None)
     )
 

@@ -20,7 +20,7 @@ from frostline.adapters.torch.cached_data import FeatureDataset, in_order as rea
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
-from frostline.adapters.torch.locked import unlocked_class
+from frostline.adapters.torch.locked import OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
@@ -60,8 +60,6 @@ def leaf(value: Any, reader: Reader) -> list[Any] | None:
         raise UnreadableError("a TorchScript program")
     if isinstance(value, nn.Module):
         return _module(value, reader)
-    if isinstance(value, type) and unlocked_class(value) is not value:
-        return [reader.read(unlocked_class(value))]
     if isinstance(value, torch.Generator):
         return ["generator", value.get_state().numpy().tobytes()]
     if isinstance(value, _NAMED):
@@ -94,9 +92,10 @@ def _tensor(tensor: Any) -> list[Any]:
 
 def _module(module: Any, reader: Reader) -> list[Any]:
     """All that decides what one module computes at inference, its children included."""
-    kind: Any = unlocked_class(type(module))
+    kind: Any = type(module)
     own = kind.__module__.startswith("torch.nn.modules.") and issubclass(kind, _NormBase)
     skipped = _BESIDE_IN_BN if own else frozenset()
+    skipped = skipped | OF_THE_LOCK if is_locked(module) else skipped
     parts: list[Any] = ["module"]
     if isinstance(module, fx.GraphModule):
         parts += _graph(module, reader)

@@ -136,3 +136,137 @@ def test_a_layer_that_keeps_no_statistics_is_refused() -> None:
         fl.freeze(model)
     assert [(type(m), m.training) for m in model.modules()] == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Scriptable(nn.Module):
+    """What can be scripted and fused: three modules in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def frozen_block() -> tuple[Any, Any, Any]:
+    """A frozen block, a batch, and what the block made of it before it was frozen."""
+    torch.manual_seed(0)
+    model, x = Scriptable(), torch.randn(4, 3, 8, 8)
+    model(x), model(x * 2)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+    torch.jit.script(model)  # TorchScript must not take the program of the block as it was
+    fl.freeze(model)
+    return model.train(), x, wanted
+
+
+def _scripted(model: Any, x: Any) -> Any:
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), stream)
+    stream.seek(0)
+    return torch.jit.load(stream)
+
+
+def _compiled(model: Any, x: Any) -> Any:
+    model.compile(backend="eager", fullgraph=True)
+    return model
+
+
+def _fused(model: Any, x: Any) -> Any:
+    fused = torch.ao.quantization.fuse_modules(model.eval(), [["conv", "bn", "relu"]])
+    assert isinstance(fused.bn, nn.Identity)
+    return fused
+
+
+def _fused_by_fx(model: Any, x: Any) -> Any:
+    from torch.fx.experimental.optimization import fuse
+
+    fused = fuse(model.eval())
+    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
+    return fused
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        _scripted,
+        lambda model, x: torch.jit.trace(model, x),
+        _compiled,
+        _fused,
+        _fused_by_fx,
+        lambda model, x: torch.export.export(model, (x,)).module(),
+        lambda model, x: nn.SyncBatchNorm.convert_sync_batchnorm(model),
+    ],
+    ids=["script", "trace", "compile", "fuse", "fx", "export", "sync"],
+)
+def test_other_tools_take_a_frozen_model(tool: Any, frozen_block: Any) -> None:
+    """Each sees torch's own class, and what it makes normalises with the stored statistics."""
+    model, x, wanted = frozen_block
+    made = tool(model, x)
+    if not isinstance(made, torch.fx.GraphModule):  # an exported program has no modes
+        made.train()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), wanted, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+
+
+def test_quantisation_sees_the_pair(frozen_block: Any) -> None:
+    """Post-training quantisation by FX fuses the locked BN layer; training-aware fusion refuses."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model, x, wanted = frozen_block
+    prepared = prepare_fx(model.eval(), get_default_qconfig_mapping(), (x,))
+    prepared(x)
+    quantised = convert_fx(prepared)
+    assert not any(isinstance(module, _BatchNorm) for module in quantised.modules())
+    torch.testing.assert_close(quantised(x), wanted, rtol=0, atol=0.1)
+    with pytest.raises(AssertionError, match="same mode"):
+        torch.ao.quantization.fuse_modules_qat(model.train(), [["conv", "bn", "relu"]])
+
+
+def test_a_saved_frozen_model_names_no_frostline() -> None:
+    """It loads where Frostline is not installed, and its statistics do not move there."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+    model(torch.randn(4, 3, 5, 5))
+    fl.freeze(model)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    assert b"frostline." not in stream.getvalue()
+    stream.seek(0)
+    # Without Frostline the methods that it adds are not there: these are torch's alone.
+    loaded = torch.load(stream, weights_only=False)
+    before = loaded[0].running_mean.clone()
+    loaded.train()
+    loaded[0].training = True  # by force
+    loaded(torch.randn(4, 3, 5, 5) + 3)
+    loaded.double()(torch.randn(4, 3, 5, 5).double())
+    assert torch.equal(loaded[0].running_mean, before.double())
+    assert fl.sites(loaded)[0].stats_frozen
+    fl.unfreeze(loaded)
+    loaded.train()(torch.randn(4, 3, 5, 5).double() + 3)
+    assert not torch.equal(loaded[0].running_mean, before.double())
+
+
+def test_a_forward_of_the_instance_survives_the_lock() -> None:
+    """What another library hung on the module runs while it is locked, and after."""
+    norm = nn.BatchNorm1d(3)
+    calls: list[bool] = []
+
+    def forward(x: Any) -> Any:
+        calls.append(norm.training)
+        return nn.BatchNorm1d.forward(norm, x)
+
+    norm.forward = forward
+    with fl.frozen(norm):
+        norm.training = True
+        norm(torch.randn(4, 3))
+    assert norm.forward is forward
+    assert calls == [False]
+    assert int(norm.num_batches_tracked) == 0
