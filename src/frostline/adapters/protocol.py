@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch, leaves
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
@@ -400,8 +401,15 @@ class Run(Protocol):
 class Record(Protocol):
     """Measuring and storing the statistics of sites."""
 
-    def meter(self, paths: Sequence[str]) -> Meter:
-        """What measures and stores the statistics of these sites."""
+    def meter(self, paths: Sequence[str], ranks: Together = ALONE) -> Meter:
+        """What measures and stores the statistics of these sites; ``ranks`` measure together."""
+        ...
+
+    def together(self, process_group: Any = None) -> Together:
+        """The processes that measure together; ``None``: those of the default group, if any.
+
+        Raises :class:`ModelError` for a group that does not exist or cannot be used.
+        """
         ...
 
 

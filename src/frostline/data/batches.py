@@ -32,6 +32,10 @@ _ACCEPTED = (
 _MOST_COLOURS = 4
 
 
+class NoSamplesError(DataError):
+    """The data hold nothing, which one shard of several may."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Samples that go through the model together.
@@ -454,7 +458,7 @@ def _stacked(items: list[Any]) -> Any:
 
 def _from_list(data: list[Any], batch_size: int) -> Iterator[Any]:
     if not data:
-        raise DataError("The data hold no samples. Received: an empty list")
+        raise NoSamplesError("The data hold no samples. Received: an empty list")
     if _is_numbers(data):
         return _cut(Batch(to_numpy(data)), batch_size)
     if not any(hasattr(item, "shape") or isinstance(item, (str, bytes)) for item in data):
@@ -605,7 +609,7 @@ def _checked(
         if max_samples is not None and seen >= max_samples:
             return
     if seen == 0:
-        raise DataError(f"The data hold no samples. Received: {_describe(data)}")
+        raise NoSamplesError(f"The data hold no samples. Received: {_describe(data)}")
 
 
 def _converted(batch: Batch, where: str, seen: int) -> Batch:

@@ -14,7 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from frostline.adapters import Meter, ModelView, Population
-from frostline.data.batches import Batch, batches, leaves, require_reiterable
+from frostline.adapters.together import ALONE, Together
+from frostline.data.batches import (
+    Batch,
+    NoSamplesError,
+    batches,
+    leaves,
+    require_reiterable,
+)
 from frostline.graph.selection import GROUPS, select
 from frostline.types import Array, DataError, ModelError
 from frostline.types.reasons import first_line
@@ -100,9 +107,17 @@ class Recalibration:
 
 
 def recalibrate_view(
-    view: ModelView, data: Any, *, sites: Any, method: Any, batch_size: int
+    view: ModelView,
+    data: Any,
+    *,
+    sites: Any,
+    method: Any,
+    batch_size: int,
+    ranks: Together = ALONE,
 ) -> tuple[Recalibration, Callable[[], None]]:
     """Recalibrate the model behind a view; see :func:`frostline.recalibrate`.
+
+    With several ``ranks`` the caller has entered ``ranks.collective``.
 
     Returns:
         What was done, and a function that puts the old statistics back, bit for bit.
@@ -118,9 +133,9 @@ def recalibrate_view(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
-    meter = view.meter(own)
+    meter = view.meter(own, ranks)
     undo = meter.snapshot()
-    done = recalibrated(meter, own, data, method=method, batch_size=batch_size)
+    done = recalibrated(meter, own, data, method=method, batch_size=batch_size, ranks=ranks)
     if foreign:
         note = f"left alone: {len(foreign)} torch module(s) inside TorchModuleWrapper"
         done = replace(done, notes=(*done.notes, note))
@@ -135,6 +150,7 @@ def recalibrated(
     method: Method = "sequential",
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
+    ranks: Together = ALONE,
 ) -> Recalibration:
     """Measure the population statistics of chosen sites of the meter and store them.
 
@@ -147,6 +163,7 @@ def recalibrated(
         method: ``"sequential"`` or ``"batch"``.
         batch_size: Samples per batch for data given as arrays.
         memory_limit: Bytes of activations to hold in memory at a time.
+        ranks: Processes that the meter measures together with.
 
     Raises:
         ModelError: Unknown method.
@@ -159,7 +176,13 @@ def recalibrated(
     restore = meter.snapshot()
     try:
         found, source = measured(
-            meter, paths, data, method=method, batch_size=batch_size, memory_limit=memory_limit
+            meter,
+            paths,
+            data,
+            method=method,
+            batch_size=batch_size,
+            memory_limit=memory_limit,
+            ranks=ranks,
         )
         for path, moments in found.moments.items():
             meter.store(path, moments.mean, moments.variance)
@@ -178,7 +201,9 @@ def recalibrated(
     if unused:
         shown = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
         notes.append(f"left alone: {len(unused)} BN layer(s) that inference does not use ({shown})")
-    skipped = {**source.skipped, **found.skipped}
+    samples, count, skipped = _read_by_all(ranks, source, {**source.skipped, **found.skipped})
+    if ranks.size > 1:
+        notes.append(f"merged over {ranks.size} processes; all end with the same statistics")
     return Recalibration(
         method=method,
         shifts=tuple(
@@ -186,9 +211,9 @@ def recalibrated(
             for path in paths
             if path in found.moments
         ),
-        samples=sum(size for number, size in source.sizes.items() if number not in skipped),
-        batches=len(source.sizes),
-        skipped=dict(sorted(skipped.items())),
+        samples=samples,
+        batches=count,
+        skipped=skipped,
         passes=found.passes,
         notes=tuple(notes),
     )
@@ -202,6 +227,7 @@ def measured(
     method: Method = "sequential",
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
+    ranks: Together = ALONE,
 ) -> tuple[Population, FiniteBatches]:
     """Population moments of chosen sites; statistics may be stored on the way.
 
@@ -212,7 +238,7 @@ def measured(
         DataError: No finite batch, or a site that saw no value.
         ModelError: No chosen site is used.
     """
-    source = FiniteBatches(data, batch_size)
+    source = FiniteBatches(data, batch_size, may_be_empty=ranks.size > 1)
     found = meter.population(source, paths, method=method, memory_limit=memory_limit)
     if not found.batches:
         raise DataError(source.nothing_finite(found.skipped))
@@ -231,15 +257,16 @@ def measured(
 class FiniteBatches:
     """Batches without NaN or infinite values, and what was read so far."""
 
-    def __init__(self, data: Any, batch_size: int) -> None:
+    def __init__(self, data: Any, batch_size: int, *, may_be_empty: bool = False) -> None:
         self.data = data
+        self._may_be_empty = may_be_empty
         self.batch_size = batch_size
         self.sizes: dict[int, int] = {}
         self.skipped: dict[int, str] = {}
 
     def read(self) -> Iterator[tuple[int, Batch]]:
         """Finite batches with their numbers."""
-        for number, batch in enumerate(batches(self.data, batch_size=self.batch_size)):
+        for number, batch in enumerate(self._batches()):
             self.sizes[number] = batch.count or 1
             name = _not_finite(batch)
             if name is None:
@@ -247,18 +274,42 @@ class FiniteBatches:
             else:
                 self.skipped[number] = f"x{name} has NaN or infinite values"
 
+    def _batches(self) -> Iterator[Batch]:
+        try:
+            yield from batches(self.data, batch_size=self.batch_size)
+        except NoSamplesError:
+            if not self._may_be_empty:
+                raise
+
     def require_again(self, verb: str) -> None:
         """Raise :class:`DataError` where the data can be read only once."""
         require_reiterable(self.data, verb)
 
     def nothing_finite(self, late: Mapping[int, str]) -> str:
         """Why there is nothing to store."""
+        if not self.sizes:
+            return "The data hold no samples, here or on any other rank. The model is unchanged."
         reasons = {**self.skipped, **late}
         shown = "; ".join(f"batch {number}: {why}" for number, why in list(reasons.items())[:3])
         return (
             f"none of the {len(self.sizes)} batches is finite, so there is nothing to store "
             f"({shown}). The model is unchanged."
         )
+
+
+def _read_by_all(
+    ranks: Together, source: FiniteBatches, skipped: Mapping[int, str]
+) -> tuple[int, int, dict[int, str]]:
+    """Samples and batches of all ranks, and what was skipped, numbered through in their order."""
+    samples = sum(size for number, size in source.sizes.items() if number not in skipped)
+    mine = [samples, len(source.sizes), list(skipped.items())]
+    total = count = 0
+    left_out: dict[int, str] = {}
+    for rank, (their_samples, their_count, theirs) in enumerate(ranks.values(mine)):
+        where = f" (batch {{}} of rank {rank})" if ranks.size > 1 else ""
+        left_out |= {count + number: why + where.format(number) for number, why in sorted(theirs)}
+        total, count = total + their_samples, count + their_count
+    return total, count, left_out
 
 
 def _shift(meter: Meter, path: str, before: tuple[Array, Array], count: int) -> Shift:

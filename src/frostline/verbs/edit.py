@@ -256,6 +256,7 @@ def recalibrate(
     sites: Any = "unfrozen",
     method: Literal["sequential", "batch"] = "sequential",
     batch_size: int = 32,
+    process_group: Any = None,
 ) -> Change:
     """Replace stored statistics, in place, by the population statistics of ``data``.
 
@@ -277,8 +278,13 @@ def recalibrate(
     ``method="batch"`` is one pass with batch statistics at all chosen sites at once (precise BN; Wu
     and Johnson, arXiv 2105.07576, section 3). It reads the data once, in constant memory.
 
+    In a process group of ``torch.distributed`` the call is collective: every rank calls it with its
+    own share of the data, which may differ in length and may be empty, and all end with the same
+    statistics, bit for bit: those of all the data. Where one rank raises, all raise, and every
+    model is as it was; a rank that is gone or late is noticed within the timeout of the group.
+
     Args:
-        model: A built Keras model.
+        model: A built Keras model or a torch module.
         data: ``(x, y)``, a bare ``x``, a dataset or an iterable of batches; labels are ignored.
             Batches with a NaN or infinite value are left out and named in the notes. One-shot
             iterators are fine, except for models without a graph and ``"sequential"``.
@@ -286,21 +292,27 @@ def recalibrate(
             (``"backbone/*"``), or a list of these.
         method: ``"sequential"`` or ``"batch"``.
         batch_size: Samples per batch for data given as arrays.
+        process_group: As in ``torch.nn.SyncBatchNorm``: the processes that measure together;
+            ``None`` is the default group where one is initialised. ``False``: this process alone.
 
     Returns:
-        A change; ``undo()`` puts the old statistics back.
+        A change; ``undo()`` puts the old statistics back, of this process.
 
     Raises:
-        ModelError: No such site, an unbuilt model, BN inside a ``TorchModuleWrapper``.
+        ModelError: No such site, an unbuilt model, BN inside a ``TorchModuleWrapper``; no such
+            process group, or ranks with different models, options or verbs.
         DataError: The data do not fit, or no batch is finite.
         OutputError: The temporary folder is full.
+        FrostlineError: Another rank raised, or is gone.
     """
     adapter = adapter_of(model)
+    ranks = adapter.together(process_group)
 
     def edit() -> Change:
-        done, undo = recalibrate_view(
-            adapter, data, sites=sites, method=method, batch_size=batch_size
-        )
+        with ranks.collective("recalibrate", method=str(method)):
+            done, undo = recalibrate_view(
+                adapter, data, sites=sites, method=method, batch_size=batch_size, ranks=ranks
+            )
         return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
 
     return atomically(adapter.snapshot(), edit)

@@ -123,7 +123,7 @@ class FakeView:
     def round_trip(self, x: Any) -> float:
         raise ModelError("models of this framework cannot be saved and loaded yet")
 
-    def meter(self, paths: Sequence[str]) -> FakeMeter:
+    def meter(self, paths: Sequence[str], ranks: Any = None) -> FakeMeter:
         return FakeMeter(self, paths)
 
 

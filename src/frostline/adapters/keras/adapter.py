@@ -42,8 +42,9 @@ from frostline.adapters.keras.forward_pass import (
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch
-from frostline.types import Boundary, Policy, Site
+from frostline.types import Boundary, ModelError, Policy, Site
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Difference
 
@@ -130,13 +131,30 @@ class KerasView:
         """What rules without data may look at."""
         return keras_facts.facts(self.model)
 
-    def meter(self, paths: Sequence[str]) -> MomentRecorder:
+    def meter(
+        self,
+        paths: Sequence[str],
+        ranks: Together = ALONE,  # noqa: ARG002 - this process alone
+    ) -> MomentRecorder:
         """What measures and stores the statistics of these sites.
 
         Raises:
             ModelError: A path is not a built Keras BN layer.
         """
         return MomentRecorder(self.model, paths)
+
+    def together(self, process_group: Any = None) -> Together:
+        """This process alone.
+
+        Raises:
+            ModelError: A process group of torch was given.
+        """
+        if process_group is None or process_group is False:
+            return ALONE
+        raise ModelError(
+            "process_group is for torch modules under torch.distributed. Received: a Keras model "
+            f"and process_group={process_group!r}"
+        )
 
     def blend_forward(
         self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None

@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 
 from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
+from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch import (
+    distributed as torch_distributed,
     edit as torch_edit,
     facts as torch_facts,
     fold as torch_fold,
@@ -123,9 +125,13 @@ class TorchView:
         """Forward passes with λ and the statistics as arguments."""
         return TorchForward(self.model, paths, loss=loss, step=step)
 
-    def meter(self, paths: Sequence[str]) -> TorchMoments:
+    def meter(self, paths: Sequence[str], ranks: Together = ALONE) -> TorchMoments:
         """What recalibration measures and stores with."""
-        return TorchMoments(self.model, paths)
+        return TorchMoments(self.model, paths, ranks)
+
+    def together(self, process_group: Any = None) -> Together:
+        """The processes of a process group, by default of the default one where there is one."""
+        return torch_distributed.together(process_group)
 
     def behaviour(self, batches: Iterable[Any], step: Any = None) -> Mapping[str, Behaviour]:
         """What each site does in passes of the module itself, or of the user's step."""

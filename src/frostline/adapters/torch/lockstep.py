@@ -29,8 +29,9 @@ from torch import nn
 
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
+from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
-from frostline.adapters.torch.calls import Call, Calls, answerable
+from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, untouched
 from frostline.adapters.torch.graph import set_mode
 from frostline.data.batches import Batch, leaves
@@ -39,6 +40,9 @@ from frostline.types import DataError
 
 #: Most threads of all passes together, those that torch starts for each included.
 MOST_THREADS = 512
+
+#: What the moments of a call may be.
+KINDS = (Moments, SampleMoments)
 
 
 class _Ended(BaseException):
@@ -150,6 +154,7 @@ def population(
     source: Source,
     *,
     memory_limit: int,
+    ranks: Together = ALONE,
 ) -> Population:
     """Population moments of sites, each with all earlier ones at their new values.
 
@@ -162,6 +167,7 @@ def population(
         chosen: Paths of those to measure; all others normalise with what they store.
         source: The batches.
         memory_limit: Bytes that may wait.
+        ranks: Processes with batches of their own; all end with the same moments.
     """
     order, learned = list(chosen), False
     fixed: dict[str, Moments] = {}
@@ -171,7 +177,7 @@ def population(
     while True:
         with untouched(model) as root:
             set_mode(root, training=False)
-            run = _Round(root, sites, order, fixed, looped, source, memory_limit)
+            run = _Round(root, sites, order, fixed, looped, source, memory_limit, ranks)
             run.all()
         reads, turn = reads + run.reads, turn + 1
         if run.late and not learned:
@@ -189,7 +195,7 @@ def population(
         fixed = found
     return Population(
         moments={path: run.moments[path] for path in chosen if path in run.moments},
-        batches=sum(not each.dropped for each in run.passes),
+        batches=ranks.total(sum(not each.dropped for each in run.passes)),
         skipped=run.skipped,
         passes=reads,
         stages=tuple((path,) for path in run.closed),
@@ -225,12 +231,15 @@ class _Round:
         looped: set[str],
         source: Source,
         memory_limit: int,
+        ranks: Together,
     ) -> None:
+        self.ranks = ranks
         self.root, self.sites, self.looped, self.source = root, sites, looped, source
         self.rank = {path: index for index, path in enumerate(order)}
         self.limit = memory_limit
         self.most = max(8, MOST_THREADS // torch.get_num_threads())
         self.moments: dict[str, Moments] = {}
+        self._new: dict[str, Moments] = {}  # of this process, in no merge yet
         self.closed = {path: self._tensors(path, moments) for path, moments in fixed.items()}
         self.reused: set[str] = set()
         self.late: set[str] = set()
@@ -257,11 +266,26 @@ class _Round:
                     own = _Pass(number, batch if once else None)
                     self.passes.append(own)
                     self._start(own, batch)
-                while waiting := {each.site for each in self.passes if each.site is not None}:
-                    self._close(min(waiting, key=self.rank.__getitem__))
+                while (site := self._next()) is not None:
+                    self._close(site)
+                self._settle()
             finally:
                 for each in self.passes:
                     each.end()
+
+    def _next(self) -> str | None:
+        """The first site that a pass of any process waits at; ``None``: all are at their end."""
+        mine = [self.rank[each.site] for each in self.passes if each.site is not None]
+        first = self.ranks.union([min(mine)] if mine else [])
+        return list(self.rank)[min(first)] if first else None
+
+    def _settle(self) -> None:
+        """Merge what passes saw at sites that were closed, and tell the other processes."""
+        new, self.reused, self.late = (
+            set(self.ranks.union(sorted(paths))) for paths in (self._new, self.reused, self.late)
+        )
+        for path in sorted(new, key=self.rank.__getitem__):
+            self._merge(path)
 
     def _require_again(self) -> None:
         self.source.require_again("measuring more than fits in memory")
@@ -308,6 +332,7 @@ class _Round:
             own.recorded[site] = 1
             if own.moments is not None:
                 self._add(site, own.moments)
+        self._merge(site)
         self.closed[site] = self._tensors(site, self.moments[site])
         lost: dict[int, _Pass] = {}
         for own in there:
@@ -332,8 +357,14 @@ class _Round:
                 yield number, batch
 
     def _add(self, path: str, moments: Moments) -> None:
-        known = self.moments.get(path)
-        self.moments[path] = moments if known is None else known.merge(moments)
+        known = self._new.get(path)
+        self._new[path] = moments if known is None else known.merge(moments)
+
+    def _merge(self, path: str) -> None:
+        """Add what all processes have seen anew at a site; all of them call this together."""
+        new, known = self.ranks.merged(self._new.pop(path, None), KINDS), self.moments.get(path)
+        if new is not None:
+            self.moments[path] = new if known is None else known.merge(new)
 
     def _fits(self, path: str, moments: Moments) -> bool:
         """Whether it is finite, also in the dtype that the site stores."""
@@ -373,10 +404,10 @@ class _Round:
 
     def learned_order(self) -> list[str]:
         """An order in which every pass used the sites; empty: there is none."""
-        before: dict[str, set[str]] = {path: set() for path in self.rank}
-        for own in self.passes:
-            for earlier, later in itertools.pairwise(own.uses):
-                before[later].add(earlier)
+        before: dict[str, list[str]] = {path: [] for path in self.rank}
+        pairs = dict.fromkeys(p for own in self.passes for p in itertools.pairwise(own.uses))
+        for earlier, later in self.ranks.union(list(pairs)):
+            before[later].append(earlier)
         try:
             return list(graphlib.TopologicalSorter(before).static_order())
         except graphlib.CycleError:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import with_batch_statistics
+from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered, stored
+from frostline.adapters.torch.distributed import require_same_model
 from frostline.adapters.torch.forward_pass import arrays, mover, untouched
 from frostline.adapters.torch.graph import set_mode, site_modules
-from frostline.adapters.torch.lockstep import population
+from frostline.adapters.torch.lockstep import KINDS, population
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, as_float64
@@ -28,13 +31,17 @@ class TorchMoments:
     Args:
         model: A torch module.
         paths: Paths of BN sites, as in ``frostline.sites``.
+        ranks: Processes that measure together.
 
     Raises:
-        ModelError: A path is no BN site, or a site that keeps no statistics.
+        ModelError: A path is no BN site, or a site that keeps no statistics; the ranks hold
+            different models.
     """
 
-    def __init__(self, model: Any, paths: Sequence[str]) -> None:
+    def __init__(self, model: Any, paths: Sequence[str], ranks: Together = ALONE) -> None:
         self.model = model
+        self._ranks = ranks
+        require_same_model(ranks, model, [path.replace("/", ".") for path in paths])
         self._sites = site_modules(model)
         self.modules = {path: _require(path, self._sites.get(path)) for path in paths}
 
@@ -48,8 +55,19 @@ class TorchMoments:
     ) -> Population:
         """Population moments of some sites; the model is not changed."""
         if method == "batch":
-            return with_batch_statistics(self.batch(), source, paths)
-        return population(self.model, self._sites, paths, source, memory_limit=memory_limit)
+            own = with_batch_statistics(self.batch(), source, paths)
+            return self._merged(own, paths)
+        return population(
+            self.model, self._sites, paths, source, memory_limit=memory_limit, ranks=self._ranks
+        )
+
+    def _merged(self, own: Population, paths: Sequence[str]) -> Population:
+        found = {path: self._ranks.merged(own.moments.get(path), KINDS) for path in paths}
+        return replace(
+            own,
+            moments={path: moments for path, moments in found.items() if moments is not None},
+            batches=self._ranks.total(own.batches),
+        )
 
     def batch(self) -> Callable[[Batch], Mapping[str, Sequence[Moments]]]:
         """One pass with batch statistics at all chosen sites: a batch -> moments of each use."""

@@ -1,0 +1,53 @@
+"""`fl.recalibrate` in 2 and 4 gloo processes: shards of any length, a rank that raises or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+
+def ranks(processes: int, folder: Path, *words: str) -> list[Any]:
+    """What each rank wrote down; a rank that was killed writes nothing."""
+    script = Path(__file__).parent / "distributed_recalibrate.py"
+    command = [sys.executable, str(script), str(processes), str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    files = [folder / f"{rank}.json" for rank in range(processes - ("kill" in words))]
+    assert all(file.exists() for file in files), done.stderr[-3000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_ranks_store_the_statistics_of_all_the_data(processes: int, tmp_path: Path) -> None:
+    found = ranks(processes, tmp_path)  # that the ranks are equal bit for bit is asserted in there
+    for rank, notes in enumerate(found):
+        for name in ("chain sequential", "chain batch", "Branches batch"):
+            assert notes[name] < 1e-11, (rank, name)
+        assert notes["Branches sequential"] < 1e-6, rank  # settles to 1e-6
+        for at in ("raise 0", "raise 3"):
+            own = "OSError: the disk of this rank is gone"
+            other = f"FrostlineError: rank 1 of {processes} raised {own}"
+            assert notes[at].startswith(own if rank == 1 else other), rank
+        assert notes["as before 0"] is notes["as before 3"] is notes["as before"] is True
+        assert "'3.weight' has other values on rank" in notes["other weights"]
+        assert "'0.weight' is [" in notes["other shapes"]
+        assert "method='batch' on rank 1" in notes["other options"]
+        assert "hold no samples, here or on any other rank" in notes["nothing"]
+        assert "init_process_group first" in notes["no group"]
+        assert "must be a group of" in notes["not a group"]
+        assert ("not in the group" in notes.get("outside", "")) == (rank > 1)
+
+
+def test_a_rank_that_is_killed_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    for rank, notes in enumerate(ranks(3, tmp_path, "kill")):
+        assert notes["kill"].startswith(f"FrostlineError: rank {rank} of 3 lost the others")
+        assert notes["as before"] is True
+        assert notes["seconds"] < 60  # the timeout of the group is 20 s
