@@ -1,6 +1,6 @@
 # Two commands for a fresh machine with Python 3.11+, pip and make: `make demo` and `make test`.
 PYTHON ?= python3
-# The Keras backend of the demo: jax, tensorflow or torch. README says why this one.
+# The Keras backend of the demo: jax, tensorflow or torch. docs/essay.md says why this one.
 DEMO_BACKEND ?= tensorflow
 
 .PHONY: help demo test quick lint

@@ -1,4 +1,4 @@
-"""The examples of README and docs run as they stand, on smaller networks."""
+"""The examples of README and docs run as they stand; those of the guide on smaller networks."""
 
 from __future__ import annotations
 
@@ -10,23 +10,83 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fill_examples
 from frostline.data import image_sets
 from frostline.experiments import backbones
 
-README = Path(__file__).parents[2] / "README.md"
-DOCS = README.parent / "docs"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 native = pytest.mark.skipif(
     os.environ["KERAS_BACKEND"] != "torch", reason="torch has a process of its own"
 )
 
 
-def examples(*, torch: bool) -> str:
-    """The Python examples as one program: those of native PyTorch, or the others."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def shown(file: str) -> fill_examples.Example:
+    """The README's example on the network of ``file``."""
+    found = {example.file: example for example in fill_examples.examples(README.read_text())}
+    return found[file]
+
+
+def guide(*, torch: bool) -> str:
+    """The Python blocks of the guide as one program: those of native PyTorch, or the others."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
     return "\n".join(block for block in blocks if ("import torch" in block) is torch)
 
 
-def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_fits_on_a_few_screens() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 120
+    # Each block of Python shows its output, so none is left that no test runs.
+    assert text.count("```python") == len(list(fill_examples.examples(text))) == 2
+
+
+@native
+def test_the_readme_shows_what_pytorch_users_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import frostline as fl
+
+    seen: list[float] = []
+    recalibrate = fl.recalibrate
+
+    def accuracy(net: Any, x: Any) -> float:  # torch's own, not ours; labels alternate
+        with torch.no_grad():
+            return float((net(x).argmax(1) == torch.arange(len(x)) % 2).float().mean())
+
+    def noted(net: Any, x: Any) -> Any:
+        seen.extend([accuracy(net.train(), x), accuracy(net.eval(), x)])
+        change = recalibrate(net, x)
+        seen.append(accuracy(net, x))
+        return change
+
+    example = shown("examples/symptom_torch.py")
+    assert example.code.count("\n") == 6
+    monkeypatch.setattr(fl, "recalibrate", noted)
+    assert fill_examples.words(example.run()) == fill_examples.words(example.shown)
+    assert seen == [1.0, 0.5, 1.0]
+
+
+def test_the_readme_shows_what_keras_users_see() -> None:
+    example = shown("examples/symptom_keras.py")
+    assert example.code.count("\n") <= 6
+    assert fill_examples.words(example.run()) == fill_examples.words(example.shown)
+
+
+def test_an_output_typed_by_hand_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "names.py").write_text("value = 3\n")
+    text = (
+        "```python\nprint('two', value, 'a  b')\n```\n\n<!-- output names.py -->\n"
+        "```text\n```\n<!-- end output -->\n"
+    )
+    made = fill_examples.filled(text, tmp_path)
+    assert "```text\ntwo 3 a  b\n```\n" in made
+    assert fill_examples.filled(made.replace("two", "typed"), tmp_path) == made
+    machine = made.replace("two 3", "two 4")  # numbers may be another machine's
+    assert fill_examples.filled(machine, tmp_path) == machine
+
+
+def test_the_keras_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FROSTLINE_CACHE_DIR", str(tmp_path / "cache"))
     data = image_sets.load("digits", classes=["3", "8"], per_class=16, image_size=16)
@@ -38,7 +98,7 @@ def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     before = model.get_weights()
-    code = examples(torch=False)
+    code = guide(torch=False)
     code = code.replace("block12_expand_conv", "block2a_conv").replace("epochs=10", "epochs=1")
     exec(code, names)
     assert "froze" in str(names["change"])
@@ -53,7 +113,7 @@ def test_the_keras_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @native
-def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_torch_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +144,7 @@ def test_the_torch_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
             optimizer.step()
 
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    exec(examples(torch=True), {"net": net, "x": x, "y": y, "train": train})
+    exec(guide(torch=True), {"net": net, "x": x, "y": y, "train": train})
     moved = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
     assert not any(name.startswith("layer1") for name in moved)
     assert {"layer2.1.running_mean", "head.weight"} <= moved

@@ -42,7 +42,7 @@ def _on_nvidia() -> bool:
 def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
     """Start a session on the fastest device of package and machine."""
     if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError("onnxruntime is not installed: pip install frostline[onnx]")
+        raise BackendError('onnxruntime is not installed: pip install "frostline[onnx]"')
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

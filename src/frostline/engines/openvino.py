@@ -19,7 +19,7 @@ from frostline.types.reasons import first_line
 def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
     """Compile the graph for the processor, in float32."""
     if importlib.util.find_spec("openvino") is None:
-        raise BackendError("openvino is not installed: pip install frostline[openvino]")
+        raise BackendError('openvino is not installed: pip install "frostline[openvino]"')
     openvino = _quiet_openvino()
     content = graph()
     # Some processors would compute in bfloat16 by default.

@@ -262,7 +262,7 @@ def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
     engine = engines.choose(prefix, x)
     assert engine.name == "native"
     assert [note.split()[0] for note in engine.notes] == ["onnxruntime", "openvino"]
-    with pytest.raises(BackendError, match="pip install frostline"):
+    with pytest.raises(BackendError, match=r'pip install "frostline\[openvino\]"'):
         engines.choose(prefix, x, engine="openvino")
 
 

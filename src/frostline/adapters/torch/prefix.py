@@ -228,7 +228,7 @@ def to_onnx(module: Any, batch: Any) -> bytes:
                 dynamic_axes={name: {0: "n"} for name in [*names, *results]},
             )
     except ImportError as problem:
-        raise BackendError("writing an ONNX graph needs onnx: pip install frostline[onnx]") from (
+        raise BackendError('writing an ONNX graph needs onnx: pip install "frostline[onnx]"') from (
             problem
         )
     except Exception as problem:  # torch's own have no public root

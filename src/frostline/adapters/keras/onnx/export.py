@@ -35,7 +35,7 @@ def to_onnx(model: Any) -> bytes:
     try:
         import onnx
     except ImportError as problem:
-        raise BackendError("writing an ONNX graph needs onnx: pip install frostline[onnx]") from (
+        raise BackendError('writing an ONNX graph needs onnx: pip install "frostline[onnx]"') from (
             problem
         )
     graph = flatten(model)
