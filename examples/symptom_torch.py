@@ -9,7 +9,7 @@ steps: the moving averages keep most of what they started from, mean 0 and varia
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import frostline as fl
