@@ -17,6 +17,7 @@ if os.environ["KERAS_BACKEND"] != "torch":
 import torch
 
 from frostline.adapters import view
+from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data import image_sets
 from frostline.data.batches import Batch
@@ -67,14 +68,15 @@ def test_gap_and_attribution(twins: Any) -> None:
     gaps = []
     for forward, inputs in ((ours, x), (theirs, channels_first)):
         high, low = (
-            forward.outcome(Batch(inputs, y), blend=blend).losses.mean() for blend in (1.0, 0.0)
+            forward.outcome(Batch(inputs, y), Condition(blend)).losses.mean()
+            for blend in (1.0, 0.0)
         )
         gaps.append(high - low)
     assert gaps[0] == pytest.approx(gaps[1], rel=1e-4)
     assert gaps[0] > 0.1
     shares = [
         path_integral(
-            lambda t, f=forward, i=inputs: f.gradient(Batch(i, y), blend=t)[1],  # type: ignore[misc]
+            lambda t, f=forward, i=inputs: f.gradient(Batch(i, y), Condition(t))[1],  # type: ignore[misc]
             gaps[0],
             nodes=5,
             max_nodes=5,

@@ -99,6 +99,26 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What a forward pass runs under.
+
+    Attributes:
+        blend: λ: one number in [0, 1] for all sites, or one for each of ``Forward.paths``.
+        statistics: Path -> (mean, biased variance) to use in the place of what is stored.
+        dropout: Run everything but BN as in training: dropout, noise, random augmentation.
+        number: Of the batch: dropout masks are the same in every pass for the same number and
+            differ between numbers.
+        record: Also return the moments of each site's input, merged over the layer's uses.
+    """
+
+    blend: Any
+    statistics: Mapping[str, tuple[Any, Any]] | None = None
+    dropout: bool = False
+    number: int = 0
+    record: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputDistance:
     """A loss without labels: squared distance of a sample's outputs from given ones.
@@ -144,9 +164,7 @@ class SplitModel:
 class Forward(Protocol):
     """Forward passes with λ and the stored statistics as arguments; the model never changes.
 
-    ``batch`` is a :class:`frostline.data.batches.Batch`. ``blend`` is one number or has one per
-    entry of ``paths``; ``statistics`` maps paths to (mean, biased variance) that replace what is
-    stored; ``number`` is the batch's number, which fixes the dropout masks.
+    ``batch`` is a :class:`frostline.data.batches.Batch`.
     """
 
     @property
@@ -154,41 +172,15 @@ class Forward(Protocol):
         """The sites, in the order of the blend vector."""
         ...
 
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Any:
+    def outputs(self, batch: Batch, condition: Condition) -> Any:
         """Outputs of one batch; with ``record`` a pair of them and path -> moments."""
         ...
 
-    def outcome(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Outcome:
+    def outcome(self, batch: Batch, condition: Condition) -> Outcome:
         """Outputs, losses and, with ``record``, the sites' moments of one pass together."""
         ...
 
-    def gradient(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Mapping[str, tuple[Any, Any]] | None = None,
-        dropout: bool = False,
-        number: int = 0,
-    ) -> tuple[Array, Array]:
+    def gradient(self, batch: Batch, condition: Condition) -> tuple[Array, Array]:
         """Losses as in :class:`Outcome`, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
         ...
 

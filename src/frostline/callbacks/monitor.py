@@ -11,6 +11,7 @@ import numpy as np
 
 from frostline.adapters import Forward, view
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.protocol import Condition
 from frostline.callbacks.sites import keras_sites
 from frostline.data.batches import Batch, batches, paired
 from frostline.measure.phases import require_one
@@ -127,12 +128,12 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         losses: list[list[float]] = []
         for batch in self._batches:
             if self._with_gap:
-                one = self._forward.outcome(batch, blend=blend, record=True)
-                zero = self._forward.outcome(batch, blend=0.0)
+                one = self._forward.outcome(batch, Condition(blend, record=True))
+                zero = self._forward.outcome(batch, Condition(0.0))
                 moments = one.moments
                 losses.append([float(one.losses.mean()), float(zero.losses.mean())])
             else:
-                _, moments = self._forward.outputs(batch, blend=blend, record=True)
+                _, moments = self._forward.outputs(batch, Condition(blend, record=True))
             for path, found in moments.items():
                 seen[path] = seen[path].merge(found) if path in seen else found
         if not losses:

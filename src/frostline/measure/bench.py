@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from frostline.adapters import Forward, ModelView, Outcome
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, leaves
 from frostline.graph.selection import GROUPS
 from frostline.measure.phases import infer_task, judge
@@ -188,11 +189,9 @@ class Bench:
         def run(batch: Batch, number: int) -> Outcome:
             return self.forward.outcome(
                 _transformed(batch, transform),
-                blend=weights,
-                statistics=statistics,
-                dropout=dropout,
-                number=number,
-                record=record,
+                Condition(
+                    weights, statistics=statistics, dropout=dropout, number=number, record=record
+                ),
             )
 
         return run

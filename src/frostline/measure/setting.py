@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import Forward, ModelView, Outcome, OutputDistance
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, leaves, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import (
@@ -167,8 +168,8 @@ def _by_outputs(
     wanted, stored = [], []
     for number, batch in enumerate(samples.batches):
         try:
-            wanted.append(_floating(forward.outputs(batch, blend=blend, number=number)))
-            stored.append(_floating(forward.outputs(batch, blend=0.0, number=number)))
+            wanted.append(_floating(forward.outputs(batch, Condition(blend, number=number))))
+            stored.append(_floating(forward.outputs(batch, Condition(0.0, number=number))))
         except FrostlineError:
             raise
         except Exception as error:

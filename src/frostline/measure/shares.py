@@ -6,11 +6,12 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
@@ -146,11 +147,11 @@ class _Embedded:
     sites: int
     chosen: Array
 
-    def gradient(self, batch: Batch, *, blend: Array, number: int) -> tuple[Array, Array]:
+    def gradient(self, batch: Batch, condition: Condition) -> tuple[Array, Array]:
         """Losses and slope, shapes ``(units,)`` and ``(chosen,)``."""
         whole = np.zeros(self.sites)
-        whole[self.chosen] = blend
-        losses, slope = self.forward.gradient(batch, blend=whole, number=number)
+        whole[self.chosen] = condition.blend
+        losses, slope = self.forward.gradient(batch, replace(condition, blend=whole))
         return losses, slope[self.chosen]
 
 
@@ -175,7 +176,7 @@ def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tup
     """Mean loss and its derivative; a batch counts as one, whatever its size."""
     batches = bench.batches
     losses, slopes = zip(
-        *(forward.gradient(batches[number], blend=blend, number=number) for number in part),
+        *(forward.gradient(batches[number], Condition(blend, number=number)) for number in part),
         strict=True,
     )
     return float(np.mean(losses)), np.mean(slopes, axis=0)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, batches, joined, paired
 from frostline.measure.phases import failed, require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
@@ -97,7 +98,7 @@ class Watch:
         gaps, counts = [], []
         for number, batch in enumerate(self._batches):
             one, zero = (
-                float(np.mean(forward.outcome(batch, blend=blend, number=number).losses))
+                float(np.mean(forward.outcome(batch, Condition(blend, number=number)).losses))
                 for blend in (training, np.zeros_like(training))
             )
             gaps.append(one - zero)

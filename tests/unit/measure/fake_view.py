@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from frostline.adapters import Outcome
+from frostline.adapters.protocol import Condition
 from frostline.adapters.staged import in_stages
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
@@ -133,48 +135,40 @@ class FakeForward:
     def __init__(self, view: FakeView) -> None:
         self.view, self.paths = view, view._paths
 
-    def outcome(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Any = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-        kind: str = "outcome",
-    ) -> Outcome:
+    def outcome(self, batch: Batch, condition: Condition, kind: str = "outcome") -> Outcome:
         if batch.y is None:
             raise DataError("a loss needs labels. Received: y=None")
         self.view.calls.append((kind, len(batch)))
         if self.view.stop_at is not None and len(self.view.calls) == self.view.stop_at:
             raise KeyboardInterrupt
-        blend = np.broadcast_to(blend, len(self.paths))
-        outputs, seen = self.view.run(batch.x, blend, statistics, dropout)
+        blend = np.broadcast_to(condition.blend, len(self.paths))
+        outputs, seen = self.view.run(batch.x, blend, condition.statistics, condition.dropout)
         classes = np.asarray(batch.y).reshape(-1)
         losses = -np.log(outputs[np.arange(len(batch)), classes] + 1e-12)
-        return Outcome(outputs=outputs, losses=losses, moments=seen if record else {})
+        return Outcome(outputs=outputs, losses=losses, moments=seen if condition.record else {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Any:
         table = self.view.training if training else self.view.inference
         blend = [table[path] for path in self.paths]
-        return self.outcome(batch, blend=blend, dropout=training, number=number, kind="own")
+        return self.outcome(batch, Condition(blend, dropout=training, number=number), "own")
 
-    def outputs(self, batch: Batch, *, record: bool = False, **how: Any) -> Any:
+    def outputs(self, batch: Batch, condition: Condition) -> Any:
         unlabelled = Batch(batch.x, np.zeros(len(batch), int))
-        found = self.outcome(unlabelled, record=record, **how)
-        return (found.outputs, found.moments) if record else found.outputs
+        found = self.outcome(unlabelled, condition)
+        return (found.outputs, found.moments) if condition.record else found.outputs
 
-    def gradient(self, batch: Batch, *, blend: Any, **how: Any) -> Any:
-        middle = np.broadcast_to(blend, len(self.paths)).astype(float)
+    def gradient(self, batch: Batch, condition: Condition) -> Any:
+        middle = np.broadcast_to(condition.blend, len(self.paths)).astype(float)
         slopes, distance = [], 1e-6
         for unit in np.eye(len(self.paths)):
             up, down = (
-                self.outcome(batch, blend=middle + sign * distance * unit, kind="gradient", **how)
+                self.outcome(
+                    batch, replace(condition, blend=middle + sign * distance * unit), "gradient"
+                )
                 for sign in (1, -1)
             )
             slopes.append((up.losses - down.losses).mean() / (2 * distance))
-        return self.outcome(batch, blend=middle, **how).losses, np.array(slopes)
+        return self.outcome(batch, condition).losses, np.array(slopes)
 
 
 class FakeMeter:

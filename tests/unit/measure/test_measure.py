@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 from fake_view import EPSILON, FakeView, data
 
+from frostline.adapters.protocol import Condition
 from frostline.measure import measure
 from frostline.measure.samples import draw
 from frostline.measure.shares import part_for
@@ -261,7 +262,9 @@ class TestAttribution:
             part = part_for(bench.samples, found.nodes, gaps.mean(axis=1))
             assert len(part) * 25 == found.samples
             chosen = [bench.batches[index] for index in part]
-            losses = [view.blend_forward().outcome(b, blend=blend).losses.mean() for b in chosen]
+            losses = [
+                view.blend_forward().outcome(b, Condition(blend)).losses.mean() for b in chosen
+            ]
             assert effect == pytest.approx(high - np.mean(losses))
 
     def test_batches_that_speak_for_all_are_differentiated(self) -> None:

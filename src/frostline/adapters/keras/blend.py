@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, overload
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,6 +33,7 @@ from frostline.adapters.keras.site_handle import (
     site_handles,
     stored_call,
 )
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch
 from frostline.graph.addresses import Place, ancestors
 from frostline.numerics.stats import Moments
@@ -106,62 +107,12 @@ class BlendForward:
 
     # --- questions ----------------------------------------------------------------------------
 
-    @overload
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = ...,
-        dropout: bool = ...,
-        number: int = ...,
-        record: Literal[False] = ...,
-    ) -> Any: ...
-
-    @overload
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = ...,
-        dropout: bool = ...,
-        number: int = ...,
-        record: Literal[True],
-    ) -> tuple[Any, dict[str, Moments]]: ...
-
-    @overload
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = ...,
-        dropout: bool = ...,
-        number: int = ...,
-        record: bool = ...,
-    ) -> Any: ...
-
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Any:
+    def outputs(self, batch: Batch, condition: Condition) -> Any:
         """Return the outputs of one batch and, if asked, what the sites saw.
 
         Args:
             batch: Its ``x`` has the structure that the model takes.
-            blend: λ of each site, shape ``(sites,)``, or one number for all; in [0, 1].
-            statistics: Path -> (mean, biased variance) to use in the place of what is stored.
-            dropout: Run everything but BN as in training: dropout, noise, random augmentation.
-            number: Of the batch: dropout masks are the same in every call for the same number and
-                differ between numbers.
-            record: Also return the moments of each site's input, merged over the layer's uses.
+            condition: What the pass runs under.
 
         Returns:
             Arrays in the structure of the model's outputs, float32 at least; with ``record`` a pair
@@ -171,21 +122,14 @@ class BlendForward:
             DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
             ModelError: ``statistics`` for an unknown site; ``record`` with a site inside an RNN.
         """
-        if record:
+        if condition.record:
             self._require_recordable()
-        inputs = Batch(batch.x)
-        found, seen = self._run("outputs", inputs, blend, statistics, dropout, number, record)
+        found, seen = self._run("outputs", Batch(batch.x), condition)
         arrays = keras.tree.map_structure(_outgoing, found)
-        return (arrays, _moments(seen)) if record else arrays
+        return (arrays, _moments(seen)) if condition.record else arrays
 
     def gradient(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
+        self, batch: Batch, condition: Condition
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the losses, shape ``(n,)``, and d mean(losses) / dλ, shape ``(sites,)``.
 
@@ -197,35 +141,25 @@ class BlendForward:
             DataError: Labels or weights that do not fit the outputs; as for :meth:`outputs`.
             ModelError: The model has no loss.
         """
-        losses, slope = self._run("gradient", batch, blend, statistics, dropout, number)
+        losses, slope = self._run("gradient", batch, condition, record=False)
         return np.atleast_1d(as_float64(to_numpy(losses))), as_float64(to_numpy(slope))
 
-    def outcome(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Outcome:
+    def outcome(self, batch: Batch, condition: Condition) -> Outcome:
         """Return outputs, losses and, if asked, the sites' moments of one pass together.
 
         Arguments and errors are those of :meth:`outputs` and :meth:`gradient`.
         """
-        if record:
+        if condition.record:
             self._require_recordable()
         backend = keras.backend.backend()
         # JAX compiles for longer than the batch's moments, which λ = 0 does without, take.
-        zero = not record and backend != "jax" and not np.any(as_float64(blend))
+        zero = not condition.record and backend != "jax" and not np.any(as_float64(condition.blend))
         # Elsewhere they are formed anyway: one compiled pass that gives them serves both.
         together = not zero and backend != "torch" and self._recordable
         kind = "outcome at zero" if zero else "outcome"
-        found, losses, seen = self._run(
-            kind, batch, blend, statistics, dropout, number, record=record or together
-        )
-        return _outcome(found, losses, _moments(seen) if record else {})
+        record = condition.record or together
+        found, losses, seen = self._run(kind, batch, condition, record=record)
+        return _outcome(found, losses, _moments(seen) if condition.record else {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the model's own pass: every layer as its flags have it.
@@ -236,33 +170,27 @@ class BlendForward:
             number: Of the batch; fixes the dropout masks.
         """
         kind = "own training" if training else "own inference"
-        found, losses, _ = self._run(kind, batch, 0.0, None, training, number)
+        found, losses, _ = self._run(kind, batch, Condition(0.0, dropout=training, number=number))
         return _outcome(found, losses, {})
 
     # --- the pass -----------------------------------------------------------------------------
 
     def _run(
-        self,
-        kind: str,
-        batch: Batch,
-        blend: Any,
-        statistics: Statistics | None,
-        dropout: bool,
-        number: int,
-        record: bool = False,
+        self, kind: str, batch: Batch, condition: Condition, *, record: bool | None = None
     ) -> Any:
-        weights = self._blend(blend)
-        stored = self._statistics(statistics)
+        blend = self._blend(condition.blend)
+        stored = self._statistics(condition.statistics)
         parts: tuple[Any, Any, Any] = (batch.x, batch.y, batch.sample_weight)
         if self._step is not None and kind != "outputs":
             parts = (batch.given, None, None)
         x, y, sample_weight = map(tensors, parts)
-        moved = seeds(self.model, number)
-        with fixed_randomness(self.model, number):
+        moved = seeds(self.model, condition.number)
+        record = condition.record if record is None else record
+        with fixed_randomness(self.model, condition.number):
             if kind != "outputs" and self._judge is None and self._step is None:
                 self._judge = self._prepared_judge(x, y)
-            run = self._function(kind, bool(dropout), bool(record))
-            return run(moved, weights, stored, x, y, sample_weight)
+            run = self._function(kind, bool(condition.dropout), bool(record))
+            return run(moved, blend, stored, x, y, sample_weight)
 
     @property
     def _recordable(self) -> bool:

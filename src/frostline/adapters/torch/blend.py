@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from frostline.adapters import Outcome
+from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.asking import Question, call, takes_targets
 from frostline.adapters.torch.calls import (
     Call,
@@ -81,63 +82,39 @@ class TorchForward:
         self._trains: bool | None = None  # the model has its losses in training mode only
         self._several: bool | None = None  # it returns more in training than at inference
 
-    def outputs(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Any:
+    def outputs(self, batch: Batch, condition: Condition) -> Any:
         """Return the outputs of one batch and, with ``record``, what each site saw."""
-        seen: dict[str, Moments] | None = {} if record else None
+        seen: dict[str, Moments] | None = {} if condition.record else None
         with torch.no_grad():
-            how = self._how(self._blend(blend), statistics, seen)
-            with self._answered(how, number) as root:
-                set_mode(root, training=dropout)
+            how = self._how(self._blend(condition.blend), condition.statistics, seen)
+            with self._answered(how, condition.number) as root:
+                set_mode(root, training=condition.dropout)
                 self._hold_sites()
                 found = arrays(call(root, batch, self._move))
-        return (found, seen) if record else found
+        return (found, seen) if condition.record else found
 
     def gradient(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
+        self, batch: Batch, condition: Condition
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the losses, shape ``(units,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
-        weights = self._blend(blend).requires_grad_(True)
+        blend = self._blend(condition.blend).requires_grad_(True)
         with torch.enable_grad():
-            how = self._how(weights, statistics, None)
-            _, found = self._judged(batch, how, dropout, number)
+            how = self._how(blend, condition.statistics, None)
+            _, found = self._judged(batch, how, condition)
             slope = None
             if found.losses.requires_grad:
                 mean = found.losses.mean()
-                (slope,) = torch.autograd.grad(mean, weights, allow_unused=True)
-        zero = torch.zeros_like(weights)
+                (slope,) = torch.autograd.grad(mean, blend, allow_unused=True)
+        zero = torch.zeros_like(blend)
         losses = as_float64(arrays(found.losses))
         return losses, as_float64(arrays(zero if slope is None else slope))
 
-    def outcome(
-        self,
-        batch: Batch,
-        *,
-        blend: Any,
-        statistics: Statistics | None = None,
-        dropout: bool = False,
-        number: int = 0,
-        record: bool = False,
-    ) -> Outcome:
+    def outcome(self, batch: Batch, condition: Condition) -> Outcome:
         """Return outputs, losses and, with ``record``, the sites' moments of one pass together."""
-        seen: dict[str, Moments] | None = {} if record else None
+        seen: dict[str, Moments] | None = {} if condition.record else None
         with torch.no_grad():
-            how = self._how(self._blend(blend), statistics, seen)
-            outputs, found = self._judged(batch, how, dropout, number)
+            how = self._how(self._blend(condition.blend), condition.statistics, seen)
+            outputs, found = self._judged(batch, how, condition)
         return _outcome(outputs, found, seen or {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
@@ -149,9 +126,9 @@ class TorchForward:
         """
         if not training:
             if self._trains is None:  # find out how the model is asked
-                self.outcome(batch, blend=0.0, number=number)
+                self.outcome(batch, Condition(0.0, number=number))
             if self._trains:
-                return self.outcome(batch, blend=0.0, number=number)
+                return self.outcome(batch, Condition(0.0, number=number))
         with torch.no_grad(), untouched(self.model, number=number) as root:
             set_phase(root, training=training)
             with answered(root, self._sites, as_meant):
@@ -177,10 +154,11 @@ class TorchForward:
         return self._several
 
     def _judged(
-        self, batch: Batch, how: Callable[[Call], Any], dropout: bool, number: int
+        self, batch: Batch, how: Callable[[Call], Any], condition: Condition
     ) -> tuple[Any, Judged]:
         """Outputs and losses at some λ; in training mode where there are no losses without."""
         problem: Exception | None = None
+        dropout, number = condition.dropout, condition.number
         for trains in (False, True) if self._trains is None else (self._trains,):
             with self._answered(how, number, quiet=not dropout) as root:
                 if trains and not takes_targets(root):
@@ -215,11 +193,11 @@ class TorchForward:
                 yield root
 
     def _how(
-        self, weights: Any, statistics: Statistics | None, seen: dict[str, Moments] | None
+        self, blend: Any, statistics: Statistics | None, seen: dict[str, Moments] | None
     ) -> Callable[[Call], Any]:
         """How calls are answered; ``seen`` takes their moments."""
         given = self._statistics(statistics)
-        shares = dict(zip(self.paths, weights.detach().tolist(), strict=True))
+        shares = dict(zip(self.paths, blend.detach().tolist(), strict=True))
         places = {path: index for index, path in enumerate(self.paths)}
 
         def answer(call: Call) -> Any:
@@ -232,15 +210,15 @@ class TorchForward:
             if call.mean is None or not call.x.numel():
                 return call.run()
             pair = given.get(str(path), (call.mean, call.variance))
-            if path not in places or (shares[path] == 0 and not weights.requires_grad):
+            if path not in places or (shares[path] == 0 and not blend.requires_grad):
                 as_it_is = path not in given and not call.training
                 return call.run() if as_it_is else call.with_statistics(*pair)
-            weight = weights[places[path]]
-            if shares[path] == 1 and not weights.requires_grad:
+            share = blend[places[path]]
+            if shares[path] == 1 and not blend.requires_grad:
                 return call.with_batch()
             fresh = batch_statistics(call.wide, single=call.single)
             mean, variance = (
-                mixed(weight.to(new.dtype), old.to(new.dtype), new, torch)
+                mixed(share.to(new.dtype), old.to(new.dtype), new, torch)
                 for old, new in zip(pair, fresh, strict=True)
             )
             return call.differentiable(mean, variance)
@@ -273,10 +251,10 @@ class TorchForward:
             if kept is None:  # keeps no statistics: always those of the batch
                 continue
             shape = tuple(kept[0].shape)
-            if any(tuple(np.shape(each)) != shape for each in pair):
+            if any(tuple(np.shape(value)) != shape for value in pair):
                 raise DataError(
                     f"statistics of '{path}' must have shape {shape}. "
-                    f"Received: {[np.shape(each) for each in pair]}"
+                    f"Received: {[np.shape(value) for value in pair]}"
                 )
             device = device_of(self.model)
             mean, variance = (torch.as_tensor(v, device=device).float() for v in pair)

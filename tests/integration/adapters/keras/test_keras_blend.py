@@ -16,6 +16,7 @@ import frostline as fl
 from frostline.adapters import view
 from frostline.adapters.keras.blend import BlendForward
 from frostline.adapters.keras.site_handle import site_handles
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch
 from frostline.numerics.attribution import path_integral
 from frostline.types import DataError, ModelError
@@ -271,7 +272,7 @@ def test_ends_are_the_plain_passes_and_moments_are_those_of_the_inputs(name: str
     forward = BlendForward(model)
     for phase in (0, 1):
         before = state(model)
-        outputs, moments = forward.outputs(Batch(x), blend=phase, record=True)
+        outputs, moments = forward.outputs(Batch(x), Condition(phase, record=True))
         assert state(model) == before
         flags = [layer.trainable for layer in norms(model)]
         with spied(model) as seen, exact_moments(model), keras.StatelessScope():
@@ -288,7 +289,10 @@ def test_ends_are_the_plain_passes_and_moments_are_those_of_the_inputs(name: str
 def test_outputs_are_not_those_of_the_other_end() -> None:
     model, x = build("residual")
     forward = BlendForward(model)
-    zero, one = forward.outputs(Batch(x), blend=0), forward.outputs(Batch(x), blend=[1, 1, 1])
+    zero, one = (
+        forward.outputs(Batch(x), Condition(0)),
+        forward.outputs(Batch(x), Condition(blend=[1, 1, 1])),
+    )
     assert np.abs(zero - one).max() > 0.1 * np.abs(zero).max()
     assert zero.dtype == np.float32
 
@@ -298,7 +302,9 @@ def test_renorm_is_left_out() -> None:
     model = keras.Model(inputs, L.BatchNormalization(renorm=True, center=False)(inputs))
     x = np.random.default_rng(0).normal(3, 2, (SAMPLES, 3)).astype("float32")
     plain = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
-    np.testing.assert_allclose(BlendForward(model).outputs(Batch(x), blend=1), plain, atol=1e-5)
+    np.testing.assert_allclose(
+        BlendForward(model).outputs(Batch(x), Condition(1)), plain, atol=1e-5
+    )
 
 
 def test_a_call_that_insists_on_training_mode_obeys() -> None:
@@ -306,7 +312,7 @@ def test_a_call_that_insists_on_training_mode_obeys() -> None:
     model = keras.Model(inputs, Insisting(name="bn")(inputs))
     model.layers[-1].moving_mean.assign([1.0, 2.0, 3.0])
     x = np.random.default_rng(0).normal(3, 2, (SAMPLES, 3)).astype("float32")
-    found = BlendForward(model).outputs(Batch(x), blend=0)
+    found = BlendForward(model).outputs(Batch(x), Condition(0))
     np.testing.assert_allclose(found, (x - [1, 2, 3]) / np.sqrt(1 + 1e-3), rtol=1e-5, atol=1e-6)
 
 
@@ -347,7 +353,7 @@ def test_losses_and_gradient_equal_numpy_in_float64() -> None:
     model, x, y = dense_model()
     forward = BlendForward(model)
     for blend in ([0.3, 0.8, 0.5], [0, 0, 0], [1, 1, 1]):
-        losses, slope = forward.gradient(Batch(x, y), blend=blend)
+        losses, slope = forward.gradient(Batch(x, y), Condition(blend))
         np.testing.assert_allclose(losses, numpy_losses(model, x, y, blend), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(losses.shape, (SAMPLES,))
         wanted = []
@@ -357,9 +363,11 @@ def test_losses_and_gradient_equal_numpy_in_float64() -> None:
             )
             wanted.append((above - below).mean() / 2e-5)
         np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(forward.outcome(Batch(x, y), blend=blend).losses, losses, rtol=1e-6)
+    np.testing.assert_allclose(
+        forward.outcome(Batch(x, y), Condition(blend)).losses, losses, rtol=1e-6
+    )
     gap = np.mean(numpy_losses(model, x, y, np.ones(3)) - numpy_losses(model, x, y, np.zeros(3)))
-    found = path_integral(lambda t: forward.gradient(Batch(x, y), blend=t)[1], gap)
+    found = path_integral(lambda t: forward.gradient(Batch(x, y), Condition(t))[1], gap)
     np.testing.assert_allclose(found.shares.sum(), gap, rtol=0.05)
     assert forward.traces == (2 if COMPILED else 0)
 
@@ -372,14 +380,14 @@ def test_gradient_equals_central_differences(name: str) -> None:
         loss = {"out": "mse", "mid": None}
         forward = BlendForward(model, loss=loss)
     count = len(forward.paths)
-    y = keras.tree.map_structure(np.zeros_like, forward.outputs(Batch(x), blend=0))
+    y = keras.tree.map_structure(np.zeros_like, forward.outputs(Batch(x), Condition(0)))
     blend = np.linspace(0.3, 0.6, count)
-    _, slope = forward.gradient(Batch(x, y), blend=blend)
+    _, slope = forward.gradient(Batch(x, y), Condition(blend))
     step = 5e-3
     wanted = [
         np.mean(
-            forward.outcome(Batch(x, y), blend=blend + step * unit).losses
-            - forward.outcome(Batch(x, y), blend=blend - step * unit).losses
+            forward.outcome(Batch(x, y), Condition(blend=blend + step * unit)).losses
+            - forward.outcome(Batch(x, y), Condition(blend=blend - step * unit)).losses
         )
         / (2 * step)
         for unit in np.eye(count)
@@ -394,18 +402,20 @@ def test_a_site_that_the_loss_does_not_see_has_no_gradient() -> None:
     model = keras.Model(inputs, [L.BatchNormalization(name="on")(inputs), aside])
     x = np.random.default_rng(0).normal(1, 1, (SAMPLES, 3)).astype("float32")
     forward = BlendForward(model, loss=["mae", None])
-    _, slope = forward.gradient(Batch(x, [x, x]), blend=0.5)
+    _, slope = forward.gradient(Batch(x, [x, x]), Condition(0.5))
     assert dict(zip(forward.paths, slope != 0, strict=True)) == {"on": True, "aside": False}
     only = BlendForward(model, ["aside"], loss=["mae", None])
-    np.testing.assert_array_equal(only.gradient(Batch(x, [x, x]), blend=0.5)[1], [0.0])
+    np.testing.assert_array_equal(only.gradient(Batch(x, [x, x]), Condition(0.5))[1], [0.0])
 
 
 def test_a_model_without_sites() -> None:
     model = keras.Sequential([keras.Input((3,)), L.Dense(2)])
     x = np.ones((SAMPLES, 3), "float32")
     forward = BlendForward(model, loss="mse")
-    np.testing.assert_allclose(forward.outputs(Batch(x), blend=1), arrays(model(x))[0], rtol=1e-6)
-    assert forward.gradient(Batch(x, x[:, :2]), blend=0.5)[1].shape == (0,)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(x), Condition(1)), arrays(model(x))[0], rtol=1e-6
+    )
+    assert forward.gradient(Batch(x, x[:, :2]), Condition(0.5))[1].shape == (0,)
 
 
 # --- arguments --------------------------------------------------------------------------------
@@ -415,17 +425,17 @@ def test_statistics_are_used_as_if_they_were_stored() -> None:
     model, x = build("residual")
     forward = BlendForward(model)
     blend = [0.2, 0.0, 0.7]
-    first = forward.outputs(Batch(x), blend=blend)
+    first = forward.outputs(Batch(x), Condition(blend))
     layer = by_path(model)["side_bn"]
     given = (np.linspace(-1, 1, 4), np.linspace(1, 2, 4))
-    other = forward.outputs(Batch(x), blend=blend, statistics={"side_bn": given})
+    other = forward.outputs(Batch(x), Condition(blend, statistics={"side_bn": given}))
     assert np.abs(first - other).max() > 1e-2
     layer.moving_mean.assign(given[0])
     layer.moving_variance.assign(given[1])
-    np.testing.assert_array_equal(forward.outputs(Batch(x), blend=blend), other)
+    np.testing.assert_array_equal(forward.outputs(Batch(x), Condition(blend)), other)
     for variable in model.get_layer("stem").weights:  # weights are read, too, when a pass runs
         variable.assign(0 * variable)
-    assert np.abs(forward.outputs(Batch(x), blend=blend) - other).max() > 1e-2
+    assert np.abs(forward.outputs(Batch(x), Condition(blend)) - other).max() > 1e-2
     assert forward.traces == (1 if COMPILED else 0)
 
 
@@ -434,8 +444,8 @@ def test_one_trace_per_answer_and_on_jax_per_batch_size() -> None:
     forward = BlendForward(model)
     rng = np.random.default_rng(0)
     for rows in (SAMPLES, 5, SAMPLES, 5):
-        forward.outcome(Batch(x[:rows], y[:rows]), blend=rng.uniform(size=3))
-        forward.outputs(Batch(x[:rows]), blend=rng.uniform(size=3))
+        forward.outcome(Batch(x[:rows], y[:rows]), Condition(blend=rng.uniform(size=3)))
+        forward.outputs(Batch(x[:rows]), Condition(blend=rng.uniform(size=3)))
     wanted = {"tensorflow": 2, "jax": 4, "torch": 0}
     assert forward.traces == wanted[keras.backend.backend()]
 
@@ -445,9 +455,11 @@ def test_sites_that_are_not_chosen_use_what_they_have_stored() -> None:
     layers = by_path(model)
     forward = BlendForward(model, ["flat_bn"])
     whole = BlendForward(model)
-    wanted = whole.outputs(Batch(x), blend=[float(path == "flat_bn") for path in whole.paths])
+    wanted = whole.outputs(
+        Batch(x), Condition(blend=[float(path == "flat_bn") for path in whole.paths])
+    )
     for dropout in (False, True):  # there is none: only the phase differs
-        found = forward.outputs(Batch(x), blend=1, dropout=dropout)
+        found = forward.outputs(Batch(x), Condition(1, dropout=dropout))
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     assert layers.keys() == {"stem_bn", "side_bn", "flat_bn"}
 
@@ -455,14 +467,16 @@ def test_sites_that_are_not_chosen_use_what_they_have_stored() -> None:
 def test_flag_of_our_layer_is_followed() -> None:
     model, x = build("ours-inference")
     forward = BlendForward(model)
-    frozen = forward.outputs(Batch(x), blend=0)
+    frozen = forward.outputs(Batch(x), Condition(0))
     for layer in norms(model):
         layer.trainable = True
-    np.testing.assert_allclose(forward.outputs(Batch(x), blend=0), frozen, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(x), Condition(0)), frozen, rtol=1e-6, atol=1e-7
+    )
     for layer in norms(model):
         if layer.beta is not None:
             layer.beta.assign(layer.beta + 1)
-    moved = forward.outputs(Batch(x), blend=0)
+    moved = forward.outputs(Batch(x), Condition(0))
     assert np.abs(moved - frozen).max() > 1e-2
     np.testing.assert_allclose(moved, arrays(model(x, training=False))[0], rtol=1e-5, atol=1e-6)
 
@@ -475,10 +489,10 @@ def test_dropout_is_that_of_a_training_step() -> None:
     forward = BlendForward(model)
     for step in (0, 3):
         wanted = view(model).forward(data, training=True, step=step)
-        found = forward.outputs(Batch(data), blend=0, dropout=True, number=step)
+        found = forward.outputs(Batch(data), Condition(0, dropout=True, number=step))
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
         assert 0.2 < np.mean(found == 0) < 0.8
-    other = forward.outputs(Batch(data), blend=0, dropout=True, number=1)
+    other = forward.outputs(Batch(data), Condition(0, dropout=True, number=1))
     assert (other != found).any()
 
 
@@ -489,7 +503,7 @@ def test_channels_far_from_zero() -> None:
     inputs = keras.Input((8, 8, 2))
     model = keras.Model(inputs, L.BatchNormalization(name="bn")(inputs))
     x = np.random.default_rng(0).normal([1e4, -1e4], 1, (SAMPLES, 8, 8, 2)).astype("float32")
-    _, moments = BlendForward(model).outputs(Batch(x), blend=0.5, record=True)
+    _, moments = BlendForward(model).outputs(Batch(x), Condition(0.5, record=True))
     exact = x.astype(np.float64).reshape(-1, 2)
     np.testing.assert_allclose(moments["bn"].mean, exact.mean(0), rtol=3e-7)
     np.testing.assert_allclose(moments["bn"].variance, exact.var(0), rtol=1e-5)
@@ -500,12 +514,15 @@ def test_what_has_no_share_counts_nothing() -> None:
     forward = BlendForward(model)
     poisoned = x.copy()
     poisoned[3] = np.inf
-    clean, found = forward.outputs(Batch(x), blend=0), forward.outputs(Batch(poisoned), blend=0)
+    clean, found = (
+        forward.outputs(Batch(x), Condition(0)),
+        forward.outputs(Batch(poisoned), Condition(0)),
+    )
     rest = np.arange(SAMPLES) != 3
     np.testing.assert_array_equal(found[rest], clean[rest])
-    wanted = forward.outputs(Batch(x), blend=1)
+    wanted = forward.outputs(Batch(x), Condition(1))
     nan = {path: (np.full(k, np.nan),) * 2 for path, k in zip(forward.paths, (4, 3), strict=True)}
-    np.testing.assert_array_equal(forward.outputs(Batch(x), blend=1, statistics=nan), wanted)
+    np.testing.assert_array_equal(forward.outputs(Batch(x), Condition(1, statistics=nan)), wanted)
 
 
 # --- losses -----------------------------------------------------------------------------------
@@ -518,7 +535,7 @@ def test_mean_of_the_losses_is_the_compiled_loss() -> None:
     weight = rng.uniform(size=SAMPLES)
     model.compile("sgd", {"out": "mse", "mid": "mae"}, loss_weights={"out": 0.3, "mid": 2.0})
     forward = BlendForward(model)
-    found = forward.outcome(Batch(x, y, {"out": weight, "mid": 1 - weight}), blend=0).losses
+    found = forward.outcome(Batch(x, y, {"out": weight, "mid": 1 - weight}), Condition(0)).losses
     assert not model._compile_loss.built
     wanted = model.test_on_batch(x, y, {"out": weight, "mid": 1 - weight}, return_dict=True)
     assert found.shape == (SAMPLES,)
@@ -532,7 +549,7 @@ def test_masked_steps_do_not_count_in_the_loss() -> None:
     model.compile("sgd", "mse")
     _, tokens = masked()
     y = np.ones((SAMPLES, 6, 4), "float32")
-    found = BlendForward(model).outcome(Batch(tokens, y), blend=0).losses
+    found = BlendForward(model).outcome(Batch(tokens, y), Condition(0)).losses
     np.testing.assert_allclose(found.mean(), model.test_on_batch(tokens, y), rtol=1e-5)
 
 
@@ -540,24 +557,24 @@ def test_words_for_bad_input() -> None:
     model, x, y = dense_model()
     forward = BlendForward(model)
     with pytest.raises(DataError, match=r"between 0 and 1.*Received: 1.5"):
-        forward.outputs(Batch(x), blend=1.5)
+        forward.outputs(Batch(x), Condition(1.5))
     with pytest.raises(DataError, match="between 0 and 1"):
-        forward.outputs(Batch(x), blend=float("nan"))
+        forward.outputs(Batch(x), Condition(blend=float("nan")))
     with pytest.raises(DataError, match=r"shape \(3,\).*Received: shape \(2,\)"):
-        forward.outputs(Batch(x), blend=[0, 1])
+        forward.outputs(Batch(x), Condition(blend=[0, 1]))
     with pytest.raises(ModelError, match="Received: 'head'"):
-        forward.outputs(Batch(x), blend=0, statistics={"head": (0, 1)})
+        forward.outputs(Batch(x), Condition(0, statistics={"head": (0, 1)}))
     with pytest.raises(DataError, match=r"'b1' must have shape \(5,\).*\(2,\)"):
-        forward.outputs(Batch(x), blend=0, statistics={"b1": (np.zeros(2), np.ones(2))})
+        forward.outputs(Batch(x), Condition(0, statistics={"b1": (np.zeros(2), np.ones(2))}))
     with pytest.raises(DataError, match=r"does not take these labels.*\(12, 7\)"):
-        forward.outcome(Batch(x, np.zeros((SAMPLES, 7))), blend=0)
+        forward.outcome(Batch(x, np.zeros((SAMPLES, 7))), Condition(0))
     with pytest.raises(ModelError, match=r"no BN layer has this path.*'head'"):
         BlendForward(model, ["head"])
     with pytest.raises(ModelError, match="once"):
         BlendForward(model, ["b1", "b1"])
     bare = keras.Sequential([keras.Input((4,)), L.BatchNormalization()])
     with pytest.raises(ModelError, match="pass loss="):
-        BlendForward(bare).outcome(Batch(x, y), blend=0)
+        BlendForward(bare).outcome(Batch(x, y), Condition(0))
     with pytest.raises(ModelError, match="not built yet"):
         BlendForward(keras.Sequential([L.BatchNormalization()]))
 
@@ -586,9 +603,11 @@ def test_a_site_inside_a_recurrent_layer_is_blended_but_not_recorded() -> None:
 
     forward = BlendForward(model)
     wanted = step(x[:, 1].astype(np.float64) + step(x[:, 0].astype(np.float64)))
-    np.testing.assert_allclose(forward.outputs(Batch(x), blend=1), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(x), Condition(1)), wanted, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(ModelError, match="Received: 'rnn/cell/bn'"):
-        forward.outputs(Batch(x), blend=1, record=True)
+        forward.outputs(Batch(x), Condition(1, record=True))
 
 
 @pytest.mark.skipif(COMPILED, reason="torch modules run on the torch backend only")
@@ -612,16 +631,18 @@ def test_bn_inside_a_torch_module_is_blended_and_recorded() -> None:
     wanted = arrays(model(x, training=False))[0]
     before = [(p.clone(), m.training) for m in inner.module.modules() for p in m.buffers()]
 
-    assert_outputs(forward.outputs(Batch(x), blend=0), wanted, 1e-6)
+    assert_outputs(forward.outputs(Batch(x), Condition(0)), wanted, 1e-6)
     own = view(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
-    found, moments = forward.outputs(Batch(x), blend=1, dropout=True, number=3, record=True)
+    found, moments = forward.outputs(Batch(x), Condition(1, dropout=True, number=3, record=True))
     assert_outputs(found, own, 1e-6)
     np.testing.assert_allclose(moments["wrapped/0"].mean, x.mean((0, 2)), rtol=1e-5)
     np.testing.assert_allclose(moments["wrapped/0"].variance, x.var((0, 2)), rtol=1e-5)
 
     y = np.random.default_rng(1).normal(size=x.shape).astype("float32")
-    slope = forward.gradient(Batch(x, y), blend=[0.5, 0.0])[1]
-    low, high = (forward.outcome(Batch(x, y), blend=[b, 0.0]).losses.mean() for b in (0.49, 0.51))
+    slope = forward.gradient(Batch(x, y), Condition(blend=[0.5, 0.0]))[1]
+    low, high = (
+        forward.outcome(Batch(x, y), Condition(blend=[b, 0.0])).losses.mean() for b in (0.49, 0.51)
+    )
     assert slope[0] == pytest.approx((high - low) / 0.02, rel=0.02)
     with pytest.raises(ModelError, match="'wrapped/3' keeps no statistics"):
         BlendForward(model, ["wrapped/3"])
@@ -668,12 +689,12 @@ def test_an_exception_leaves_the_model_as_it_was(fuse: BaseException) -> None:
         bomb.fuse = fuse
         before_fused = state(model)
         with pytest.raises(type(fuse)):
-            getattr(forward, kind)(Batch(x, y), blend=0.5)
+            getattr(forward, kind)(Batch(x, y), Condition(0.5))
         assert state(model) == before_fused
         del bomb.fuse
         assert state(model) == before
     np.testing.assert_allclose(
-        forward.outputs(Batch(x), blend=0),
+        forward.outputs(Batch(x), Condition(0)),
         arrays(model(x, training=False))[0],
         rtol=1e-5,
         atol=1e-6,
@@ -685,8 +706,8 @@ def test_training_afterwards_is_as_before() -> None:
     twin, _, _, _ = bombed()
     forward = BlendForward(model)
     before = state(model)
-    forward.outputs(Batch(x), blend=1, record=True, dropout=True)
-    forward.gradient(Batch(x, y), blend=0.5)
+    forward.outputs(Batch(x), Condition(1, record=True, dropout=True))
+    forward.gradient(Batch(x, y), Condition(0.5))
     assert state(model) == before
     for one in (model, twin):
         one.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
@@ -725,9 +746,9 @@ def test_a_tf_function_inside_the_model(traced_before: bool, eager: bool) -> Non
     batch = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
     for blend, wanted in ((1, batch), (0, stored), (1, batch)):
         np.testing.assert_allclose(
-            forward.outputs(Batch(x), blend=blend), wanted, rtol=1e-5, atol=1e-6
+            forward.outputs(Batch(x), Condition(blend)), wanted, rtol=1e-5, atol=1e-6
         )
-    assert forward.gradient(Batch(x, x), blend=0.5)[1].item() != 0
+    assert forward.gradient(Batch(x, x), Condition(0.5))[1].item() != 0
     assert not tf.config.functions_run_eagerly()
     np.testing.assert_allclose(model(x, training=False), stored, rtol=1e-5)
 
@@ -747,7 +768,7 @@ def test_gradient_of_a_rematerialised_model() -> None:
     x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 6)).astype("float32")
     y = np.random.default_rng(1).normal(0, 1, (SAMPLES, 1)).astype("float32")
     found, wanted = (
-        BlendForward(model, loss="mse").gradient(Batch(x, y), blend=0.5)[1]
+        BlendForward(model, loss="mse").gradient(Batch(x, y), Condition(0.5))[1]
         for model in (remat, plain)
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -759,10 +780,10 @@ def test_a_model_that_runs_eagerly_is_not_compiled() -> None:
     model.compile("sgd", "mse", run_eagerly=True)
     x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 3)).astype("float32")
     forward = BlendForward(model)
-    found, slope = forward.gradient(Batch(x, np.zeros_like(x)), blend=0.5)
+    found, slope = forward.gradient(Batch(x, np.zeros_like(x)), Condition(0.5))
     assert forward.traces == 0
     model.compile("sgd", "mse")
-    wanted, other = forward.gradient(Batch(x, np.zeros_like(x)), blend=0.5)
+    wanted, other = forward.gradient(Batch(x, np.zeros_like(x)), Condition(0.5))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     np.testing.assert_allclose(slope, other, rtol=1e-5)
     assert forward.traces == (1 if COMPILED else 0)
@@ -775,13 +796,13 @@ def test_an_outcome_is_outputs_losses_and_moments_of_one_pass() -> None:
     model, x, y = dense_model()
     forward = BlendForward(model)
     blend = [0.3, 0.8, 0.5]
-    outcome = forward.outcome(Batch(x, y), blend=blend, record=True)
+    outcome = forward.outcome(Batch(x, y), Condition(blend, record=True))
     np.testing.assert_allclose(outcome.losses, numpy_losses(model, x, y, blend), rtol=1e-5)
-    outputs, moments = forward.outputs(Batch(x), blend=blend, record=True)
+    outputs, moments = forward.outputs(Batch(x), Condition(blend, record=True))
     np.testing.assert_allclose(outcome.outputs, outputs, rtol=1e-6)
     for path, each in moments.items():
         np.testing.assert_allclose(outcome.moments[path].mean, each.mean, rtol=1e-6)
-    assert forward.outcome(Batch(x, y), blend=blend).moments == {}
+    assert forward.outcome(Batch(x, y), Condition(blend)).moments == {}
 
 
 @pytest.mark.parametrize("name", ["residual", "nested", "ours-batch", "ours-inference", "own-call"])

@@ -12,6 +12,7 @@ from keras import layers as L, ops
 import frostline as fl
 from frostline.adapters import OutputDistance
 from frostline.adapters.keras.blend import BlendForward
+from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch
 from frostline.types import DataError, FrostlineError, ModelError
 
@@ -55,13 +56,13 @@ def test_a_step_gives_what_the_loss_gives(form: str) -> None:
             return {"a": losses * 0.25, "b": losses * 0.75}
         return (losses, {"size": ops.mean(batch[0])}) if form == "with-metrics" else losses
 
-    wanted, slope = BlendForward(model).gradient(Batch(X, Y), blend=blend)
+    wanted, slope = BlendForward(model).gradient(Batch(X, Y), Condition(blend))
     forward = BlendForward(model, step=step)
-    found = forward.outcome(WHOLE, blend=blend)
+    found = forward.outcome(WHOLE, Condition(blend))
     assert found.unit == ("batch" if form == "scalar" else "sample")
     expected = wanted.mean(keepdims=True) if form == "scalar" else wanted
     np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
-    losses, slopes = forward.gradient(WHOLE, blend=blend)
+    losses, slopes = forward.gradient(WHOLE, Condition(blend))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(slopes, slope, rtol=1e-4, atol=1e-6)
     if form == "mapping":
@@ -96,9 +97,9 @@ def test_dropout_is_off_unless_asked_for_and_nothing_of_the_model_changes() -> N
         return entropy(model, batch, training=True)
 
     forward = BlendForward(model, step=step)
-    quiet = [forward.outcome(WHOLE, blend=1.0, number=number).losses for number in (0, 1)]
+    quiet = [forward.outcome(WHOLE, Condition(1.0, number=number)).losses for number in (0, 1)]
     noisy = [
-        forward.outcome(WHOLE, blend=1.0, number=number, dropout=True).losses
+        forward.outcome(WHOLE, Condition(1.0, number=number, dropout=True)).losses
         for number in (0, 0, 1)
     ]
     np.testing.assert_array_equal(quiet[0], quiet[1])
@@ -115,7 +116,7 @@ def test_a_loss_of_a_whole_batch_is_taken_of_the_batch() -> None:
         return ops.mean(ops.square(outputs @ ops.transpose(outputs)))
 
     model = classifier()
-    found = BlendForward(model, loss=contrast).outcome(Batch(X, Y), blend=0.0)
+    found = BlendForward(model, loss=contrast).outcome(Batch(X, Y), Condition(0.0))
     outputs = keras.ops.convert_to_numpy(model(ops.convert_to_tensor(X), training=False))
     assert found.unit == "batch"
     np.testing.assert_allclose(found.losses, [np.square(outputs @ outputs.T).mean()], rtol=1e-5)
@@ -129,7 +130,7 @@ def test_a_callable_takes_a_mapping_of_outputs_together() -> None:
     def reconstruction(y: Any, outputs: Any) -> Any:
         return ops.mean(ops.square(outputs["copy"] - y), axis=-1)
 
-    found = BlendForward(model, loss=reconstruction).outcome(Batch(X, X), blend=0.0)
+    found = BlendForward(model, loss=reconstruction).outcome(Batch(X, X), Condition(0.0))
     copy = keras.ops.convert_to_numpy(model(ops.convert_to_tensor(X), training=False)["copy"])
     assert found.unit == "sample"
     np.testing.assert_allclose(found.losses, np.square(copy - X).mean(1), rtol=1e-4)
@@ -180,13 +181,13 @@ def test_compute_loss_and_added_losses_need_no_labels() -> None:
 
 def test_distance_of_outputs() -> None:
     model = classifier()
-    goal = BlendForward(model).outputs(Batch(X), blend=1.0)
+    goal = BlendForward(model).outputs(Batch(X), Condition(1.0))
     forward = BlendForward(model, loss=OutputDistance(spread=(0.5,)))
     batch = Batch(X, (goal,))
-    np.testing.assert_allclose(forward.outcome(batch, blend=1.0).losses, 0, atol=1e-9)
-    here = BlendForward(model).outputs(Batch(X), blend=0.0)
+    np.testing.assert_allclose(forward.outcome(batch, Condition(1.0)).losses, 0, atol=1e-9)
+    here = BlendForward(model).outputs(Batch(X), Condition(0.0))
     np.testing.assert_allclose(
-        forward.outcome(batch, blend=0.0).losses,
+        forward.outcome(batch, Condition(0.0)).losses,
         np.square((here - goal) / 0.5).mean(1),
         rtol=1e-4,
     )
@@ -195,7 +196,7 @@ def test_distance_of_outputs() -> None:
 @pytest.mark.parametrize("returned", [None, "loss", {}, {"a": "b"}])
 def test_what_is_no_loss_is_refused_by_name(returned: Any) -> None:
     with pytest.raises(ModelError, match=r"loss.*Received"):
-        BlendForward(classifier(), step=lambda *_: returned).outcome(WHOLE, blend=0.0)
+        BlendForward(classifier(), step=lambda *_: returned).outcome(WHOLE, Condition(0.0))
 
 
 def test_verbs_take_a_step() -> None:

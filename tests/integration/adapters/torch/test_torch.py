@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
-from frostline.adapters.protocol import FreezeRequest
+from frostline.adapters.protocol import Condition, FreezeRequest
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.loss import as_callable, judged
@@ -148,8 +148,12 @@ def test_blend_is_the_model_itself_at_both_ends(seed: int) -> None:
         twin.train()
         twin.drop.eval()
         batch = twin(torch.as_tensor(X)).numpy()
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=0.0), stored, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=1.0), batch, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(0.0)), stored, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(1.0)), batch, rtol=1e-5, atol=1e-6
+    )
     assert_untouched(model, before)
 
 
@@ -157,21 +161,21 @@ def test_statistics_are_arguments() -> None:
     model = net()
     forward = TorchView(model).blend_forward()
     mean, variance = np.full(6, 0.3), np.full(6, 1.7)
-    found = forward.outputs(Batch(X), blend=0.0, statistics={"block/bn": (mean, variance)})
+    found = forward.outputs(Batch(X), Condition(0.0, statistics={"block/bn": (mean, variance)}))
     twin = copy.deepcopy(model).eval()
     twin.block.bn.running_mean.fill_(0.3)
     twin.block.bn.running_var.fill_(1.7)
     with torch.no_grad():
         np.testing.assert_allclose(found, twin(torch.as_tensor(X)), rtol=1e-5, atol=1e-6)
     with pytest.raises(DataError, match=r"must have shape \(6,\)"):
-        forward.outputs(Batch(X), blend=0.0, statistics={"block/bn": (mean[:2], variance[:2])})
+        forward.outputs(Batch(X), Condition(0.0, statistics={"block/bn": (mean[:2], variance[:2])}))
     with pytest.raises(ModelError, match="not blended"):
-        forward.outputs(Batch(X), blend=0.0, statistics={"nothing": (mean, variance)})
+        forward.outputs(Batch(X), Condition(0.0, statistics={"nothing": (mean, variance)}))
 
 
 def test_recorded_moments_are_those_of_the_inputs() -> None:
     model = net()
-    _, seen = TorchView(model).blend_forward().outputs(Batch(X), blend=0.0, record=True)
+    _, seen = TorchView(model).blend_forward().outputs(Batch(X), Condition(0.0, record=True))
     with torch.no_grad():
         inner = model.stem[0](torch.as_tensor(X)).double().numpy()
     np.testing.assert_allclose(seen["stem/1"].mean, inner.mean((0, 2, 3)), rtol=1e-9)
@@ -183,8 +187,8 @@ def test_gradient_against_differences_and_cross_entropy_by_hand() -> None:
     model = net().double()
     before = everything(model)
     forward = TorchView(model).blend_forward(loss=nn.CrossEntropyLoss())
-    losses, slope = forward.gradient(Batch(X, Y), blend=0.4)
-    outputs = forward.outputs(Batch(X), blend=0.4).astype("float64")
+    losses, slope = forward.gradient(Batch(X, Y), Condition(0.4))
+    outputs = forward.outputs(Batch(X), Condition(0.4)).astype("float64")
     by_hand = np.log(np.exp(outputs).sum(1)) - outputs[np.arange(24), Y]
     np.testing.assert_allclose(losses, by_hand, rtol=1e-4)
     step = 2.0**-12
@@ -192,7 +196,9 @@ def test_gradient_against_differences_and_cross_entropy_by_hand() -> None:
         up, down = np.full(3, 0.4), np.full(3, 0.4)
         up[index] += step
         down[index] -= step
-        high, low = (forward.outcome(Batch(X, Y), blend=each).losses.mean() for each in (up, down))
+        high, low = (
+            forward.outcome(Batch(X, Y), Condition(each)).losses.mean() for each in (up, down)
+        )
         assert slope[index] == pytest.approx((high - low) / (2 * step), rel=1e-2, abs=1e-6)
     assert_untouched(model, before)
 
@@ -236,7 +242,9 @@ def test_subclass_with_an_activation_keeps_it() -> None:
     forward = TorchView(model).blend_forward()
     with torch.no_grad():
         wanted = copy.deepcopy(model).train()(torch.as_tensor(X)).numpy()
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=1.0), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(1.0)), wanted, rtol=1e-4, atol=1e-5
+    )
     seen = TorchView(model).behaviour([Batch(X)])["1"]
     assert (seen.training, seen.inference, seen.moves) == (None, None, True) or seen.training == 1
 
@@ -441,7 +449,9 @@ def test_frozen_batch_norm_of_other_libraries() -> None:
     forward = TorchView(model).blend_forward()
     with torch.no_grad():
         wanted = model(torch.as_tensor(X)).numpy()
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=0.0), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(0.0)), wanted, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
@@ -452,7 +462,9 @@ def test_what_cannot_be_read() -> None:
     with pytest.raises(ModelError, match="not a module of this model"):
         TorchView(net()).boundary("stem/7")
     with pytest.raises(ModelError, match="lazy"):
-        TorchView(nn.Sequential(nn.LazyBatchNorm2d())).blend_forward().outputs(Batch(X), blend=0.0)
+        TorchView(nn.Sequential(nn.LazyBatchNorm2d())).blend_forward().outputs(
+            Batch(X), Condition(0.0)
+        )
     assert TorchView(net()).boundary("stem.1").path == "stem/1"
     assert TorchView(net()).boundary(-1).path == "out"
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data.batches import Batch
 from frostline.types import DataError, ModelError
@@ -63,19 +64,21 @@ def weighted(outputs: Any, targets: Any) -> Any:
 def test_a_loss_of_the_whole_batch_is_computed_on_it_alone(loss: Any) -> None:
     model = body()
     forward = TorchView(model).blend_forward(loss=loss)
-    found = forward.outcome(Batch(X, Y), blend=0.0)
+    found = forward.outcome(Batch(X, Y), Condition(0.0))
     with torch.no_grad():
         wanted = float(loss(copy.deepcopy(model).eval()(IMAGES), LABELS))
         training = float(loss(copy.deepcopy(model).train()(IMAGES), LABELS))
     assert (found.unit, found.losses.shape) == ("batch", (1,))
     assert found.losses[0] == pytest.approx(wanted, rel=1e-5)
     assert forward.own(Batch(X, Y), training=True).losses[0] == pytest.approx(training, rel=1e-4)
-    losses, slope = forward.gradient(Batch(X, Y), blend=0.5)
+    losses, slope = forward.gradient(Batch(X, Y), Condition(0.5))
     assert losses.shape == (1,)
-    high, low = (forward.outcome(Batch(X, Y), blend=0.5 + d).losses[0] for d in (1e-3, -1e-3))
+    high, low = (
+        forward.outcome(Batch(X, Y), Condition(blend=0.5 + d)).losses[0] for d in (1e-3, -1e-3)
+    )
     assert slope[0] == pytest.approx((high - low) / 2e-3, rel=0.05)
     with pytest.raises(DataError, match="sample weights need a loss per sample"):
-        forward.outcome(Batch(X, Y, np.ones(12, "float32")), blend=0.0)
+        forward.outcome(Batch(X, Y, np.ones(12, "float32")), Condition(0.0))
 
 
 def test_a_loss_that_stops_being_one_of_samples_is_an_error() -> None:
@@ -83,9 +86,9 @@ def test_a_loss_that_stops_being_one_of_samples_is_an_error() -> None:
         return functional.cross_entropy(outputs, targets) if len(outputs) != 5 else outputs.std()
 
     forward = TorchView(body()).blend_forward(loss=moody)
-    assert forward.outcome(Batch(X, Y), blend=0.0).unit == "sample"
+    assert forward.outcome(Batch(X, Y), Condition(0.0)).unit == "sample"
     with pytest.raises(DataError, match="do not average to the loss of this batch"):
-        forward.outcome(Batch(X[:5], Y[:5]), blend=0.0)
+        forward.outcome(Batch(X[:5], Y[:5]), Condition(0.0))
 
 
 @dataclass
@@ -113,7 +116,7 @@ def test_a_mapping_goes_in_by_name_and_the_models_loss_is_taken() -> None:
     given = {"pixel_values": IMAGES, "labels": LABELS, "index": torch.arange(12)}
     batch = Batch(given, whole=given)
     forward = TorchView(model).blend_forward()
-    found = forward.outcome(batch, blend=0.0)
+    found = forward.outcome(batch, Condition(0.0))
     with torch.no_grad():
         wanted = copy.deepcopy(model).eval()(IMAGES, labels=LABELS)
     assert (found.unit, found.losses[0]) == ("batch", pytest.approx(float(wanted.loss), rel=1e-6))
@@ -122,7 +125,7 @@ def test_a_mapping_goes_in_by_name_and_the_models_loss_is_taken() -> None:
     inside = TorchView(model).blend_forward(
         loss=lambda outputs, labels: functional.cross_entropy(outputs.logits, labels)
     )
-    assert inside.outcome(batch, blend=0.0).losses.mean() == pytest.approx(float(wanted.loss))
+    assert inside.outcome(batch, Condition(0.0)).losses.mean() == pytest.approx(float(wanted.loss))
 
 
 class Whole(nn.Module):
@@ -137,7 +140,7 @@ class Whole(nn.Module):
 def test_a_mapping_whose_keys_are_not_named_goes_in_as_one_argument() -> None:
     given = {"image": IMAGES, "scale": 2.0, "label": LABELS}
     forward = TorchView(Whole()).blend_forward(loss=nn.CrossEntropyLoss())
-    found = forward.outcome(Batch(given, whole=given), blend=0.0)
+    found = forward.outcome(Batch(given, whole=given), Condition(0.0))
     with torch.no_grad():
         wanted = functional.cross_entropy(Whole().eval()(given), LABELS)
     assert found.losses.mean() == pytest.approx(float(wanted), rel=1e-6)
@@ -176,7 +179,7 @@ def test_losses_that_exist_in_training_mode_only() -> None:
     for loss in (None, lambda outputs, _: sum(outputs.values())):
         forward = TorchView(model).blend_forward(loss=loss)
         for blend in (0.0, 1.0):
-            found, wanted = forward.outcome(batch, blend=blend), by_hand(blend == 1)
+            found, wanted = forward.outcome(batch, Condition(blend)), by_hand(blend == 1)
             assert found.unit == "batch"
             assert found.losses[0] == pytest.approx(sum(wanted.values()), rel=1e-5)
             if loss is None:
@@ -205,7 +208,9 @@ def test_main_and_auxiliary_in_training_but_main_alone_at_inference() -> None:
     with torch.no_grad():
         wanted = functional.cross_entropy(copy.deepcopy(model).train()(IMAGES)[0], LABELS)
     assert forward.own(Batch(X, Y), training=True).losses.mean() == pytest.approx(float(wanted))
-    assert forward.outcome(Batch(X, Y), blend=1.0).losses.mean() == pytest.approx(float(wanted))
+    assert forward.outcome(Batch(X, Y), Condition(1.0)).losses.mean() == pytest.approx(
+        float(wanted)
+    )
 
 
 def test_the_users_step() -> None:
@@ -218,7 +223,7 @@ def test_the_users_step() -> None:
         return losses, {"accuracy": (logits.argmax(1) == y).float()}
 
     batch = Batch(X, Y, whole=(IMAGES, LABELS, torch.arange(12)))
-    found = TorchView(model).blend_forward(step=step).outcome(batch, blend=0.0, record=True)
+    found = TorchView(model).blend_forward(step=step).outcome(batch, Condition(0.0, record=True))
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(IMAGES)
         ce = float(functional.cross_entropy(logits, LABELS))
@@ -231,7 +236,7 @@ def test_the_users_step() -> None:
     each = TorchView(model).blend_forward(
         step=lambda net, b: functional.cross_entropy(net(b[0]), b[1], reduction="none")
     )
-    assert each.outcome(batch, blend=0.0).losses.shape == (12,)
+    assert each.outcome(batch, Condition(0.0)).losses.shape == (12,)
 
 
 Pair = collections.namedtuple("Pair", "logits scale")
@@ -249,7 +254,7 @@ class Outputs(nn.Module):
 def test_named_tuples_scalars_and_arguments_with_defaults() -> None:
     loss = nn.CrossEntropyLoss()
     forward = TorchView(Outputs()).blend_forward(loss=lambda out, y: loss(out.logits, y))
-    found = forward.outcome(Batch(X, Y), blend=0.0)
+    found = forward.outcome(Batch(X, Y), Condition(0.0))
     with torch.no_grad():
         wanted = loss(Outputs().eval()(IMAGES).logits, LABELS)
     assert found.losses.mean() == pytest.approx(float(wanted), rel=1e-5)
@@ -258,7 +263,7 @@ def test_named_tuples_scalars_and_arguments_with_defaults() -> None:
 
 def test_no_loss_is_said() -> None:
     with pytest.raises(ModelError, match=r"pass loss=.*or step="):
-        TorchView(body()).blend_forward().outcome(Batch(X, Y), blend=0.0)
+        TorchView(body()).blend_forward().outcome(Batch(X, Y), Condition(0.0))
     forward = TorchView(body()).blend_forward(loss=lambda outputs, _: outputs["no"])
     with pytest.raises(DataError, match="does not take these outputs"):
-        forward.outcome(Batch(X, Y), blend=0.0)
+        forward.outcome(Batch(X, Y), Condition(0.0))

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
+from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data.batches import Batch
 
@@ -89,8 +90,10 @@ def test_blend_is_the_module_itself_at_both_ends(kind: Callable[[int], Any]) -> 
             twin[index] = own
     with torch.no_grad():
         stored, trained = twin.eval()(inputs).numpy(), twin.train()(inputs).numpy()
-    np.testing.assert_array_equal(forward.outputs(Batch(X), blend=0.0), stored)
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=1.0), trained, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(forward.outputs(Batch(X), Condition(0.0)), stored)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(1.0)), trained, rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(view.forward(X, training=True), trained, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -102,12 +105,13 @@ def test_gradient_against_differences(kind: Callable[[int], Any]) -> None:
         loss=lambda outputs, _: outputs.square().sum((1, 2, 3))
     )
     batch = Batch(X, np.zeros(12))
-    losses, slope = forward.gradient(batch, blend=0.3)
+    losses, slope = forward.gradient(batch, Condition(0.3))
     assert losses.shape == (12,)
     for index in range(2):
         step = np.eye(2)[index] * 2.0**-10
         high, low = (
-            forward.outcome(batch, blend=0.3 + sign * step).losses.mean() for sign in (1, -1)
+            forward.outcome(batch, Condition(blend=0.3 + sign * step)).losses.mean()
+            for sign in (1, -1)
         )
         assert slope[index] == pytest.approx((high - low) / 2.0**-9, rel=1e-2)
 
@@ -151,8 +155,8 @@ def test_frozen_batch_norm_with_an_activation() -> None:
         by_hand = functional.relu(
             functional.batch_norm(inner, None, None, model[1].weight, model[1].bias, True)
         ).numpy()
-    np.testing.assert_array_equal(forward.outputs(Batch(X), blend=0.0), wanted)
-    found, seen = forward.outputs(Batch(X), blend=1.0, record=True)
+    np.testing.assert_array_equal(forward.outputs(Batch(X), Condition(0.0)), wanted)
+    found, seen = forward.outputs(Batch(X), Condition(1.0, record=True))
     np.testing.assert_allclose(found, by_hand, rtol=1e-4, atol=1e-5)
     assert seen["1"].count == inner.numel() // 5
     behaviour = TorchView(model).behaviour([Batch(X)])["1"]
@@ -169,20 +173,24 @@ def test_an_exported_graph() -> None:
     with torch.no_grad():
         stored, trained = model(inputs).numpy(), copy.deepcopy(model).train()(inputs).numpy()
     forward = view.blend_forward()
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=0.0), stored, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(forward.outputs(Batch(X), blend=1.0), trained, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(0.0)), stored, rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        forward.outputs(Batch(X), Condition(1.0)), trained, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_instance_norm_moments_are_means_over_samples() -> None:
     model = net(instance_norm)
     with torch.no_grad():
         inner = model[0](torch.as_tensor(X)).double()
-    _, seen = TorchView(model).blend_forward().outputs(Batch(X), blend=0.0, record=True)
+    _, seen = TorchView(model).blend_forward().outputs(Batch(X), Condition(0.0, record=True))
     mean, variance = inner.mean((2, 3)).mean(0), inner.var((2, 3), correction=0).mean(0)
     np.testing.assert_allclose(seen["1"].mean, mean, rtol=1e-9)
     np.testing.assert_allclose(seen["1"].variance, variance, rtol=1e-9)
     halves = [
-        TorchView(model).blend_forward().outputs(Batch(part), blend=0.0, record=True)[1]["1"]
+        TorchView(model).blend_forward().outputs(Batch(part), Condition(0.0, record=True))[1]["1"]
         for part in (X[:5], X[5:])
     ]
     np.testing.assert_allclose(halves[0].merge(halves[1]).variance, variance, rtol=1e-9)
