@@ -32,18 +32,18 @@ from frostline.types.facts import ModelFacts
 FRAMEWORKS = {"keras": "frostline.adapters.keras", "torch": "frostline.adapters.torch"}
 
 
+#: What :func:`freezing` gives: what was frozen, and what takes it back early.
+Freezing = AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]
+
+
 class Room(Protocol):
     """What the ``__init__`` of a framework's folder has; importing it loads no framework."""
 
-    #: Functions of :mod:`frostline.adapters.prefix`, for models of this framework; imported late.
-    def prefix_role(self) -> Any: ...
+    __name__: str
 
     def is_layer(self, value: Any) -> bool: ...
     def is_model(self, value: Any) -> bool: ...
     def adapter_of(self, model: Any) -> Adapter: ...
-    def frozen(
-        self, layers: tuple[Any, ...]
-    ) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]: ...
     def why_not(self, value: Any) -> str | None: ...
 
 
@@ -97,12 +97,17 @@ def read_facts(model: Any) -> ModelFacts:
     return adapter_of(model).facts()
 
 
+def part(room: Room, name: str) -> Any:
+    """A module of a room, imported on use: ``edit``, ``files`` or ``prefix``."""
+    return importlib.import_module(f"{room.__name__}.{name}")
+
+
 def store(framework: str) -> Any:
     """The module that reads and writes a framework's files; the framework is loaded."""
     return importlib.import_module(f"{FRAMEWORKS[framework]}.files")
 
 
-def freezing(target: Any) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
+def freezing(target: Any) -> Freezing:
     """Freeze a model, a layer, a torch module or several of one framework for a block.
 
     See :func:`frostline.frozen`.
@@ -116,7 +121,7 @@ def freezing(target: Any) -> AbstractContextManager[tuple[FlagCounts, Callable[[
         raise ModelError("expected a model, a layer or a list of layers. Received: an empty list")
     for room in rooms():
         if all(map(room.is_layer, layers)):
-            return room.frozen(layers)
+            return cast(Freezing, part(room, "edit").frozen(layers))
     first = room_of(layers[0])
     other = next(layer for layer in layers if first is None or not first.is_layer(layer))
     raise ModelError(_why_not(other))

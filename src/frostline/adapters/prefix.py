@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from frostline.adapters import room_of, rooms
+from frostline.adapters import part, room_of, rooms
 from frostline.adapters.computation import Identity, identity_of
 from frostline.types import Array, ModelError
 
@@ -18,7 +18,7 @@ def _role(prefix: Any) -> Any:
     """The module of its framework that answers for a prefix."""
     for room in rooms():
         if room.is_model(prefix):
-            return room.prefix_role()
+            return part(room, "prefix")
     raise ModelError(
         "a prefix is a Keras model or a torch module, for example fl.split(model).prefix, or a "
         "callable with an `identity` that changes whenever what it computes does. Received: "
@@ -46,7 +46,7 @@ def function_identity(function: Any) -> Identity:
     room = room_of(function)
     if room is None:
         return identity_of(function)
-    found: Identity = room.prefix_role().layer_identity(function)
+    found: Identity = part(room, "prefix").layer_identity(function)
     return found
 
 
@@ -122,6 +122,6 @@ def is_callable_prefix(prefix: Any) -> bool:
 def augmenter(augment: Any) -> Callable[[Any, int], Any]:
     """Return ``(x, seed) -> x`` on numpy batches, for a function or for a Keras layer."""
     room = room_of(augment)
-    seeded = None if room is None else getattr(room.prefix_role(), "seeded", None)
+    seeded = None if room is None else getattr(part(room, "prefix"), "seeded", None)
     chosen: Callable[[Any, int], Any] = augment if seeded is None else seeded(augment)
     return chosen

@@ -222,27 +222,8 @@ class Source(Protocol):
         ...
 
 
-class Meter(Protocol):
-    """Measures and stores the statistics of the sites that it was made for."""
-
-    def population(
-        self,
-        source: Source,
-        paths: Sequence[str],
-        *,
-        method: Literal["sequential", "batch"],
-        memory_limit: int,
-    ) -> Population:
-        """Population moments of some sites; on the way, statistics may be stored.
-
-        ``sequential``: each with all earlier ones at their new values. ``batch``: one pass with
-        batch statistics at all of them.
-        """
-        ...
-
-    def batch(self) -> Callable[[Any], Seen]:
-        """Compile one pass with batch statistics at all sites: a batch -> moments of each use."""
-        ...
+class StoredStatistics(Protocol):
+    """Reads and stores the statistics of sites."""
 
     def stored(self, path: str) -> tuple[Array, Array]:
         """Stored mean and variance, float64."""
@@ -256,12 +237,31 @@ class Meter(Protocol):
         """Store population statistics."""
         ...
 
+
+class Meter(StoredStatistics, Protocol):
+    """Measures and stores the statistics of the sites that it was made for."""
+
+    def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
+        """Population moments of some sites, each with all earlier ones at their new values.
+
+        Statistics may be stored on the way. ``memory_limit`` is in bytes of activations.
+        """
+        ...
+
+    def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
+        """Population moments of some sites from one pass with batch statistics at all of them."""
+        ...
+
+    def batch(self) -> Callable[[Any], Seen]:
+        """Compile one pass with batch statistics at all sites: a batch -> moments of each use."""
+        ...
+
     def snapshot(self) -> Callable[[], None]:
         """Remember all statistics; returns what puts them back, bit for bit."""
         ...
 
 
-class StagedMeter(Protocol):
+class StagedMeter(StoredStatistics, Protocol):
     """What :mod:`frostline.adapters.staged` asks of a meter that knows the graph of its model."""
 
     def start(self, x: Any) -> tuple[Array, ...]:
@@ -274,18 +274,6 @@ class StagedMeter(Protocol):
 
     def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
         """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
-        ...
-
-    def stored(self, path: str) -> tuple[Array, Array]:
-        """Stored mean and variance, float64."""
-        ...
-
-    def epsilon(self, path: str) -> float:
-        """What the site adds to the variance."""
-        ...
-
-    def store(self, path: str, mean: Array, variance: Array) -> None:
-        """Store population statistics."""
         ...
 
 

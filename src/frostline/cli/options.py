@@ -87,6 +87,14 @@ CacheOption = Annotated[
     typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
+#: Those of the experiments.
+BackboneWeights = Annotated[Weights, typer.Option(help="Weights of the backbone.")]
+ImageSize = Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")]
+StepSize = Annotated[int, typer.Option(min=2, help="Images per step.")]
+Momentum = Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")]
+ResultsFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder for the results.")
+]
 LossOption = Annotated[
     str | None,
     typer.Option(

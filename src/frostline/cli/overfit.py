@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frostline.cli.options import (
-    DATA_HELP,
-    BackendOption,
-    ClassesOption,
-    ForceOption,
-    SeedOption,
-    Weights,
-    boundary,
-    command,
-    names,
-)
+from frostline.cli import options
 
 if TYPE_CHECKING:
     from frostline.experiments.overfit import OverfitResult
@@ -32,15 +21,15 @@ class Solver(StrEnum):
     adam = "adam"
 
 
-@command
+@options.command
 def overfit(
     backbone: Annotated[
         str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
     ] = "efficientnet-lite0",
-    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
-    classes: ClassesOption = None,
+    data: Annotated[str, typer.Option(help=options.DATA_HELP)] = "digits",
+    classes: options.ClassesOption = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
-    image_size: Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")] = 128,
+    image_size: options.ImageSize = 128,
     since: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +39,7 @@ def overfit(
             "else the backbone's usual one.",
         ),
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained,
+    weights: options.BackboneWeights = options.Weights.pretrained,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,22 +49,20 @@ def overfit(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32,
+    batch_size: options.StepSize = 32,
     optimizer: Annotated[Solver, typer.Option(help="Optimizer.")] = Solver.sgd,
     learning_rate: Annotated[
         float | None, typer.Option(help="Step size; sgd 0.01, rmsprop and adam 0.0001.")
     ] = None,
-    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9,
-    seed: SeedOption = 0,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
-    ] = None,
-    force: ForceOption = False,
+    momentum: options.Momentum = 0.9,
+    seed: options.SeedOption = 0,
+    output: options.ResultsFolder = None,
+    force: options.ForceOption = False,
     diagnosed: Annotated[
         bool,
         typer.Option("--diagnose", help="Also diagnose each trained network; reports go along."),
     ] = False,
-    backend: BackendOption = None,
+    backend: options.BackendOption = None,
 ) -> int:
     """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
     from frostline.cli import model_files
@@ -87,17 +74,17 @@ def overfit(
     settings = experiment.OverfitSettings(
         backbone=backbone,
         data=data,
-        classes=names(classes),
+        classes=options.names(classes),
         per_class=per_class,
         image_size=image_size,
-        boundary=None if since is None else boundary(since),
-        rows=names(rows) or tuple(experiment.ROWS),
+        boundary=None if since is None else options.boundary(since),
+        rows=options.names(rows) or tuple(experiment.ROWS),
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer.value,
         learning_rate=learning_rate,
         momentum=momentum,
-        weights=None if weights is Weights.none else weights.value,
+        weights=None if weights is options.Weights.none else weights.value,
         seed=seed,
     )
     folder = output if output is not None else records.default_folder(settings)

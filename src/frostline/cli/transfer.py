@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frostline.cli.options import (
-    DATA_HELP,
-    BackendOption,
-    ClassesOption,
-    ForceOption,
-    SeedOption,
-    Weights,
-    boundary,
-    command,
-    names,
-)
+from frostline.cli import options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,16 +15,16 @@ if TYPE_CHECKING:
     from frostline.experiments.transfer import Epoch, Row, RowResult, TransferResult
 
 
-@command
+@options.command
 def transfer(
     backbone: Annotated[
         str, typer.Option(help="efficientnet-lite0|1|2, tiny, or a keras.applications name.")
     ] = "efficientnet-lite0",
-    data: Annotated[str, typer.Option(help=DATA_HELP)] = "cifar10",
-    classes: ClassesOption = None,
+    data: Annotated[str, typer.Option(help=options.DATA_HELP)] = "cifar10",
+    classes: options.ClassesOption = None,
     train_per_class: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 100,
     test_per_class: Annotated[int, typer.Option(min=1, help="Test images per class.")] = 100,
-    image_size: Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")] = 96,
+    image_size: options.ImageSize = 96,
     since: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +34,7 @@ def transfer(
             "else the backbone's usual one.",
         ),
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained,
+    weights: options.BackboneWeights = options.Weights.pretrained,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,22 +45,20 @@ def transfer(
     ] = None,
     head_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the head alone.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32,
+    batch_size: options.StepSize = 32,
     head_learning_rate: Annotated[float, typer.Option(help="Step size of RMSprop.")] = 1e-3,
     learning_rate: Annotated[float, typer.Option(help="Step size of SGD.")] = 1e-4,
-    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9,
-    seed: SeedOption = 0,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
-    ] = None,
-    force: ForceOption = False,
+    momentum: options.Momentum = 0.9,
+    seed: options.SeedOption = 0,
+    output: options.ResultsFolder = None,
+    force: options.ForceOption = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Keep the rows in the folder and run those that are missing."
         ),
     ] = False,
-    backend: BackendOption = None,
+    backend: options.BackendOption = None,
 ) -> int:
     """Train a new head, then fine-tune, under every treatment of BN (§2.5).
 
@@ -87,19 +74,19 @@ def transfer(
     settings = experiment.TransferSettings(
         backbone=backbone,
         data=data,
-        classes=names(classes),
+        classes=options.names(classes),
         train_per_class=train_per_class,
         test_per_class=test_per_class,
         image_size=image_size,
-        boundary=None if since is None else boundary(since),
-        rows=names(rows) or tuple(experiment.ROWS),
+        boundary=None if since is None else options.boundary(since),
+        rows=options.names(rows) or tuple(experiment.ROWS),
         head_epochs=head_epochs,
         epochs=epochs,
         batch_size=batch_size,
         head_learning_rate=head_learning_rate,
         learning_rate=learning_rate,
         momentum=momentum,
-        weights=None if weights is Weights.none else weights.value,
+        weights=None if weights is options.Weights.none else weights.value,
         seed=seed,
     )
     folder = records.default_folder(settings, "transfer") if output is None else output

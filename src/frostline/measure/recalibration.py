@@ -239,7 +239,10 @@ def measured(
         ModelError: No chosen site is used.
     """
     source = FiniteBatches(data, batch_size, may_be_empty=ranks.size > 1)
-    found = meter.population(source, paths, method=method, memory_limit=memory_limit)
+    if method == "batch":
+        found = meter.batchwise(source, paths)
+    else:
+        found = meter.sequential(source, paths, memory_limit)
     if not found.batches:
         raise DataError(source.nothing_finite(found.skipped))
     for path, moments in found.moments.items():

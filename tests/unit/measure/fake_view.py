@@ -194,7 +194,7 @@ class FakeMeter:
 
         return run
 
-    def population(self, source: Any, paths: Any, *, method: str, memory_limit: int) -> Any:
+    def sequential(self, source: Any, paths: Any, memory_limit: int) -> Any:
         return in_stages(self, source, paths, memory_limit)
 
     def stored(self, path: str) -> tuple[Any, Any]:

@@ -6,11 +6,9 @@ Importing this package loads no framework.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-from frostline.adapters.protocol import Adapter, FlagCounts
+from frostline.adapters.protocol import Adapter
 
 
 def is_layer(value: Any) -> bool:
@@ -30,22 +28,6 @@ def adapter_of(model: Any) -> Adapter:
     from frostline.adapters.keras.adapter import KerasView
 
     return KerasView(model)
-
-
-def prefix_role() -> Any:
-    """What the feature cache and the engines ask of a frozen part."""
-    from frostline.adapters.keras import prefix
-
-    return prefix
-
-
-def frozen(
-    layers: tuple[Any, ...],
-) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze layers for a block."""
-    from frostline.adapters.keras import edit
-
-    return edit.frozen(layers)
 
 
 def why_not(value: Any) -> str | None:

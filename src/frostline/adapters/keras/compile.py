@@ -15,15 +15,12 @@ from typing import Any
 import keras
 from keras import ops
 
+Pass = Callable[..., Any]
+
 
 def compiled(
-    forward: Callable[..., Any],
-    variables: list[Any],
-    states: list[Any],
-    *,
-    slope: bool,
-    eager: bool,
-) -> Callable[..., Any]:
+    forward: Pass, variables: list[Any], states: list[Any], *, slope: bool, eager: bool
+) -> Pass:
     """Return ``f(seeds, blend, *rest)``, compiled on TensorFlow and JAX.
 
     Args:
@@ -38,12 +35,8 @@ def compiled(
 
 
 def _on_jax(
-    forward: Callable[..., Any],
-    variables: list[Any],
-    states: list[Any],
-    slope: bool,
-    eager: bool,
-) -> Callable[..., Any]:
+    forward: Pass, variables: list[Any], states: list[Any], slope: bool, eager: bool
+) -> Pass:
     import jax
 
     def run(values: Any, seeds: Any, blend: Any, *rest: Any) -> Any:

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -152,18 +152,13 @@ class MomentRecorder:
 
         return run_batch
 
-    def population(
-        self,
-        source: Source,
-        paths: Sequence[str],
-        *,
-        method: Literal["sequential", "batch"],
-        memory_limit: int,
-    ) -> Population:
-        """Population moments of some sites; ``sequential`` stores them on the way."""
-        if method == "batch":
-            return with_batch_statistics(self.batch(), source, paths)
+    def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
+        """Population moments of some sites, stored on the way."""
         return in_stages(self, source, paths, memory_limit)
+
+    def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
+        """Population moments of some sites from one pass with batch statistics."""
+        return with_batch_statistics(self.batch(), source, paths)
 
     def _variables(self, program: Program) -> list[Any]:
         if not self.has_graph:

@@ -6,11 +6,9 @@ Importing this package loads no framework.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
-from frostline.adapters.protocol import Adapter, FlagCounts
+from frostline.adapters.protocol import Adapter
 
 #: First parts of the module names of classes that are Keras layers, whatever else they are.
 _FOREIGN = ("keras.src.", "tensorflow.python.keras.")
@@ -46,22 +44,6 @@ def adapter_of(model: Any) -> Adapter:
     from frostline.adapters.torch.adapter import TorchView
 
     return TorchView(model)
-
-
-def prefix_role() -> Any:
-    """What the feature cache and the engines ask of a frozen part."""
-    from frostline.adapters.torch import prefix
-
-    return prefix
-
-
-def frozen(
-    layers: tuple[Any, ...],
-) -> AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze modules for a block."""
-    from frostline.adapters.torch import edit
-
-    return edit.frozen(layers)
 
 
 def why_not(value: Any) -> str | None:  # noqa: ARG001 - a room is asked about any value

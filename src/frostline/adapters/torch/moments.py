@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -45,23 +45,15 @@ class TorchMoments:
         self._sites = site_modules(model)
         self.modules = {path: _require(path, self._sites.get(path)) for path in paths}
 
-    def population(
-        self,
-        source: Source,
-        paths: Sequence[str],
-        *,
-        method: Literal["sequential", "batch"],
-        memory_limit: int,
-    ) -> Population:
+    def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
         """Population moments of some sites; the model is not changed."""
-        if method == "batch":
-            own = with_batch_statistics(self.batch(), source, paths)
-            return self._merged(own, paths)
         return population(
             self.model, self._sites, paths, source, memory_limit=memory_limit, ranks=self._ranks
         )
 
-    def _merged(self, own: Population, paths: Sequence[str]) -> Population:
+    def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
+        """Population moments of some sites from one pass with batch statistics."""
+        own = with_batch_statistics(self.batch(), source, paths)
         found = {path: self._ranks.merged(own.moments.get(path), KINDS) for path in paths}
         return replace(
             own,

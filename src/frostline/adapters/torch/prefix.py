@@ -16,7 +16,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from frostline.adapters.computation import Identity, Reader, UnreadableError, identity_of
 from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.torch import forward_pass as torch_pass
-from frostline.adapters.torch.cached_data import FeatureDataset, in_order as readable, joined
+from frostline.adapters.torch.cached_data import (
+    FeatureDataset,
+    in_order as readable,  # noqa: F401 - a part of this role
+    joined,
+)
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
@@ -247,18 +251,3 @@ def _folded(root: Any) -> Any:
     except ModelError:
         return copy.deepcopy(root).eval()
     return copy.deepcopy(root).eval() if done.replaced or done.notes else done.model.eval()
-
-
-__all__ = [
-    "HANDS_OUT_LABELS",
-    "device",
-    "full_precision",
-    "handed_out",
-    "identity",
-    "layer_identity",
-    "native",
-    "readable",
-    "takes_any_number",
-    "to_onnx",
-    "uncompiled",
-]
