@@ -147,7 +147,7 @@ def compare(name: str) -> dict[str, Any]:
     import keras
 
     import frostline as fl
-    from frostline.adapters import view
+    from frostline.adapters import adapter_of
     from frostline.adapters.keras.graph import is_site, walk
     from frostline.types import FrostlineError
 
@@ -166,7 +166,7 @@ def compare(name: str) -> dict[str, Any]:
     }
     fl.freeze(model)
     try:
-        folded = view(model).fold()
+        folded = adapter_of(model).fold()
     except FrostlineError as problem:
         return {**row, "refused": str(problem)}
     x = noise(model, 4)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 
 WIDTH = 4
 #: Name -> kind of layer, or what a container holds.
@@ -164,7 +164,7 @@ def framework(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def adapter(framework: Any) -> Any:
     """A function: layout -> the framework's adapter of a model with these layers."""
-    return lambda layout: view(framework.build(layout))
+    return lambda layout: adapter_of(framework.build(layout))
 
 
 @pytest.fixture

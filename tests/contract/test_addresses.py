@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.types import Boundary, ModelError
 
 LAYOUT = {
@@ -94,7 +94,7 @@ def test_what_is_before_a_boundary(adapter: Any) -> None:
 def test_where_the_frozen_prefix_ends(framework: Any, until: Any, expected: Any) -> None:
     model = framework.build(LAYOUT)
     fl.freeze(model, until)
-    assert view(model).frozen_prefix() == expected
+    assert adapter_of(model).frozen_prefix() == expected
 
 
 @pytest.mark.parametrize("half", ["params", "statistics"])
@@ -102,7 +102,7 @@ def test_a_site_that_is_frozen_by_half_ends_the_prefix(framework: Any, half: str
     model = framework.build(LAYOUT)
     fl.freeze(model)
     fl.unfreeze(model, "second/bn1", **{half: False})
-    assert view(model).frozen_prefix() == (1, "second/bn1")
+    assert adapter_of(model).frozen_prefix() == (1, "second/bn1")
 
 
 def test_a_layer_that_is_first_met_deeper_down_is_still_counted_by_its_index(
@@ -117,5 +117,5 @@ def test_a_layer_that_is_first_met_deeper_down_is_still_counted_by_its_index(
         return shared["norm"]
 
     model = framework.build({"inner": {"norm": norm}, "norm": norm, "head": "dense"})
-    found = [view(model).boundary(index).path for index in range(4)]
+    found = [adapter_of(model).boundary(index).path for index in range(4)]
     assert found == ["inner", "inner/norm", "head", None]

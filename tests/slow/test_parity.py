@@ -16,7 +16,7 @@ if os.environ["KERAS_BACKEND"] != "torch":
 
 import torch
 
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data import image_sets
@@ -44,7 +44,7 @@ def twins() -> tuple[Any, Any, Any, Any]:
     images = image_sets.load(source, split="test", per_class=1, image_size=SIZE).images[:COUNT]
     x = backbones.preprocess("efficientnet-lite0", images)
     model = backbones.build("efficientnet-lite0", image_size=SIZE, include_top=True)
-    return view(model), TorchView(native), x, x.transpose(0, 3, 1, 2).copy()
+    return adapter_of(model), TorchView(native), x, x.transpose(0, 3, 1, 2).copy()
 
 
 def test_sites(twins: Any) -> None:

@@ -18,7 +18,6 @@ from frostline.adapters.protocol import (
     FlagCounts,
     Forward,
     Meter,
-    ModelView,
     Outcome,
     OutputDistance,
     Population,
@@ -76,10 +75,6 @@ def adapter_of(model: Any) -> Adapter:
         if room.is_model(model):
             return room.adapter_of(model)
     raise ModelError(_why_not(model))
-
-
-#: The former name.
-view = adapter_of
 
 
 def read_facts(model: Any) -> ModelFacts:
@@ -141,12 +136,10 @@ __all__ = [
     "FlagCounts",
     "Forward",
     "Meter",
-    "ModelView",
     "Outcome",
     "OutputDistance",
     "Population",
     "SplitModel",
     "adapter_of",
     "store",
-    "view",
 ]

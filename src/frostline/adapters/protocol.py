@@ -475,7 +475,3 @@ class Train(Protocol):
 
 class Adapter(Inspect, Run, Record, Edit, Cut, Store, Train, Protocol):
     """All that the rest of Frostline may ask of a model, whatever its framework."""
-
-
-#: The former name.
-ModelView = Adapter

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from frostline.adapters import Forward, view
+from frostline.adapters import Forward, adapter_of
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.protocol import Condition
 from frostline.callbacks.sites import keras_sites
@@ -83,7 +83,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
             )
         model = self.model
         paths = [site.path for site in keras_sites(model)]
-        self._forward = view(model).blend_forward(loss=self.loss, step=self.step, paths=paths)
+        self._forward = adapter_of(model).blend_forward(loss=self.loss, step=self.step, paths=paths)
         asked = self.loss is not None or self.step is not None
         compiled = bool(model.loss) and all(part.y is not None for part in self._batches)
         self._with_gap = asked or compiled
@@ -107,7 +107,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         model = self.model  # on JAX this brings the weights back from the running fit
         if self._forward is None:
             raise ModelError("measure() needs a model: it works from the start of fit on.")
-        sites = {site.path: site for site in view(model).sites()}
+        sites = {site.path: site for site in adapter_of(model).sites()}
         blend = [float(not _locked(sites[path])) for path in self._forward.paths]
         gap, seen = self._passes(blend)
         shifts, ratios = self._distances(seen, sites)

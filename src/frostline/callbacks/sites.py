@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.types import ModelError, Site
 
 
@@ -14,7 +14,7 @@ def keras_sites(model: Any) -> list[Site]:
     Raises:
         ModelError: There is none.
     """
-    every = [site for site in view(model).sites() if not site.kind.startswith("torch.")]
+    every = [site for site in adapter_of(model).sites() if not site.kind.startswith("torch.")]
     if not every:
         raise ModelError(f"the model has no BN layer. Received: model {model.name!r}")
     return every

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView, adapter_of
+from frostline.adapters import Adapter, adapter_of
 from frostline.cli import targets
 from frostline.cli.options import DataOptions, names
 from frostline.cli.terminal import echo
@@ -66,8 +66,8 @@ def _channels_moved(x: Array, model: Any, source: str) -> Array:
     channels = (1, 3, 4)
     if x.ndim != 4 or x.shape[-1] not in channels or x.shape[1] in channels:
         return x
-    seen, moved = adapter_of(model), _channels_first(x[:1])
-    if seen.channel_axis != 1 or _takes(seen, x[:1]) or not _takes(seen, moved):
+    adapter, moved = adapter_of(model), _channels_first(x[:1])
+    if adapter.channel_axis != 1 or _takes(adapter, x[:1]) or not _takes(adapter, moved):
         return x
     height, width, count = x.shape[1:]
     echo(
@@ -78,9 +78,9 @@ def _channels_moved(x: Array, model: Any, source: str) -> Array:
     return _channels_first(x)
 
 
-def _takes(seen: ModelView, x: Array) -> bool:
+def _takes(adapter: Adapter, x: Array) -> bool:
     try:
-        seen.forward(x, training=False)
+        adapter.forward(x, training=False)
     except Exception:  # whatever a forward function of a user raises
         return False
     return True

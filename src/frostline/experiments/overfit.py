@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from frostline import environment
-from frostline.adapters import ModelView, view
+from frostline.adapters import Adapter, adapter_of
 from frostline.experiments import networks, records
 from frostline.experiments.overfit_settings import (
     ROWS as ROWS,
@@ -146,7 +146,7 @@ def _freeze(model: Any, row: Row, settings: OverfitSettings) -> str | None:
     if row.frozen == "nothing":
         model.trainable = True
         return None
-    boundary = view(model).boundary(settings.boundary)
+    boundary = adapter_of(model).boundary(settings.boundary)
     freeze(model, until=settings.boundary)
     if row.frozen == "prefix and every BN":
         for layer in networks.bn_layers(model):
@@ -173,7 +173,7 @@ def _train(
     The order of batches is drawn here, so that it is the same in every row and on every backend,
     and a new one in each epoch. `fit` on TensorFlow repeats its first order in every call.
     """
-    adapter = view(model)
+    adapter = adapter_of(model)
     rng = np.random.default_rng(settings.seed)
     epochs: list[Epoch] = []
     for number in range(1, settings.epochs + 1):
@@ -209,9 +209,7 @@ def _train(
     return tuple(epochs)
 
 
-def _in_training_mode(
-    adapter: ModelView, x: Array, y: Array, batch_size: int
-) -> tuple[float, float]:
+def _in_training_mode(adapter: Adapter, x: Array, y: Array, batch_size: int) -> tuple[float, float]:
     """Return loss and accuracy of a training-mode forward pass; nothing is updated."""
     total, right = 0.0, 0
     for step, at in enumerate(range(0, len(x), batch_size)):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from frostline import environment
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.experiments import networks, records
 from frostline.experiments.results import (
     Stage,
@@ -142,7 +142,7 @@ def _run_row(row: Row, settings: TransferSettings, data: _Data, progress: Follow
         row=row,
         epochs=tuple(run.epochs),
         **networks.measured(model, data.test, settings),
-        boundary=view(model).boundary(settings.boundary).path,
+        boundary=adapter_of(model).boundary(settings.boundary).path,
         seconds=run.seconds,
     )
 

@@ -1,4 +1,4 @@
-"""Measurements of a model on data: ``(view, data) -> dataclass``. Nothing here changes a model.
+"""Measurements of a model on data: ``(adapter, data) -> dataclass``. Nothing here changes a model.
 
 ``phases`` is the essay's detection, three passes. ``samples`` and ``bench`` hold the fixed samples
 on which every probe of a diagnosis runs; ``measure`` runs all of them.

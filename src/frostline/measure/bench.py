@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.adapters import Forward, ModelView, Outcome
+from frostline.adapters import Adapter, Forward, Outcome
 from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, leaves
 from frostline.graph.selection import GROUPS
@@ -44,7 +44,7 @@ class Bench:
     on the bench's own batches are run once.
 
     Attributes:
-        view: The model.
+        adapter: The model.
         forward: Passes with λ and statistics as arguments; one λ per entry of its ``paths``.
         samples: The samples, mixed at random, in batches of one size.
         task: Kind of task.
@@ -60,7 +60,7 @@ class Bench:
             model, in units of one pass over all of them.
     """
 
-    view: ModelView
+    adapter: Adapter
     forward: Forward
     samples: Samples
     task: Task = "unknown"
@@ -87,8 +87,8 @@ class Bench:
 
     @property
     def channels(self) -> int:
-        """Axis of the channels in an input; see :class:`frostline.adapters.ModelView`."""
-        return self.view.channel_axis
+        """Axis of the channels in an input; see :class:`frostline.adapters.Adapter`."""
+        return self.adapter.channel_axis
 
     @property
     def batch_size(self) -> int:
@@ -361,7 +361,7 @@ class Bench:
     def _meter(self) -> Any:
         """One for all groups of sites and all trials: what it has compiled serves each of them."""
         if "all" not in self._meters:
-            self._meters["all"] = self.view.meter(self.paths)
+            self._meters["all"] = self.adapter.meter(self.paths)
         return self._meters["all"]
 
     def _chosen(self, sites: str | Sequence[str]) -> tuple[str, ...]:
@@ -371,7 +371,7 @@ class Bench:
             if unknown:
                 raise ModelError(f"no BN layer to measure has this path. Received: {unknown[0]!r}")
             return tuple(path for path in self.paths if path in wanted)
-        frozen = {site.path: site.stats_frozen for site in self.view.sites()}
+        frozen = {site.path: site.stats_frozen for site in self.adapter.sites()}
         return tuple(
             path for path in self.paths if sites == "all" or frozen[path] == (sites == "frozen")
         )

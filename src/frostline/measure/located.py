@@ -43,8 +43,8 @@ def site_measurements(
         population: Exact population statistics of all sites.
         noisy: Moments per batch of a training-mode pass with dropout; empty without.
     """
-    sites = {site.path: site for site in bench.view.sites()}
-    meter = bench.view.meter(bench.paths)
+    sites = {site.path: site for site in bench.adapter.sites()}
+    meter = bench.adapter.meter(bench.paths)
     within = within_classes(bench, recorded)
     uses = shared_uses(bench, meter)
     apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
@@ -191,7 +191,7 @@ def _class_batches(bench: Bench, most_classes: int) -> dict[int, list[Batch]]:
 
 def shared_uses(bench: Bench, meter: Any) -> dict[str, tuple[tuple[Array, Array], ...]]:
     """Path of a shared layer -> mean and variance of what each of its uses saw, at λ = 1."""
-    shared = {site.path for site in bench.view.sites() if site.calls > 1} & set(bench.paths)
+    shared = {site.path for site in bench.adapter.sites() if site.calls > 1} & set(bench.paths)
     if not shared:
         return {}
     measure = meter.batch()

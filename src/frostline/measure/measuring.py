@@ -1,4 +1,4 @@
-"""All measurements of a diagnosis, one after the other: ``(view, data) -> Measurement``."""
+"""All measurements of a diagnosis, one after the other: ``(adapter, data) -> Measurement``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import ModelView
+from frostline.adapters import Adapter
 from frostline.data.batches import leaves
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
@@ -52,7 +52,7 @@ VALIDATION_PART = 2
 
 
 def measure(
-    view: ModelView,
+    adapter: Adapter,
     data: Any,
     *,
     validation: Any = None,
@@ -72,7 +72,7 @@ def measure(
     The model is left bit for bit as it was found, on any exit.
 
     Args:
-        view: The model.
+        adapter: The model.
         data: Labelled data; see :mod:`frostline.data.batches`. Read once.
         validation: Labelled data that the model was not trained on; ``None`` to leave them out.
         loss: Whatever the framework takes as a loss; ``None`` for the compiled one, or else the
@@ -98,12 +98,12 @@ def measure(
     if max_samples < 1:
         raise DataError(f"max_samples must be at least 1. Received: max_samples={max_samples}")
     past = parse(history)  # before the long part, in case it cannot be read
-    with view.preserved():
+    with adapter.preserved():
         if progress is not None:
             progress("samples", 0.0)
-        facts = view.facts() if facts is None else facts
+        facts = adapter.facts() if facts is None else facts
         bench, behaviour, notes = make_bench(
-            view,
+            adapter,
             data,
             facts=facts,
             loss=loss,
@@ -481,13 +481,13 @@ class _Run:
         """The reference, weight by weight."""
         if reference is None:
             raise _Skip("no reference given: reference=")
-        self.found["difference"] = self.bench.view.difference(reference, self.bench.batches[0].x)
+        self.found["difference"] = self.bench.adapter.difference(reference, self.bench.batches[0].x)
 
     def round_trip(self, asked: bool) -> None:
         """Save and load."""
         if not asked:
             raise _Skip("not asked for: round_trip=True")
-        self.found["round_trip"] = float(self.bench.view.round_trip(self.bench.batches[0].x))
+        self.found["round_trip"] = float(self.bench.adapter.round_trip(self.bench.batches[0].x))
 
     # --- the outcome ----------------------------------------------------------------------------
 
@@ -530,7 +530,7 @@ class _Run:
             probes=dict(self.probes),
             gaps=self.gaps(),
             behaviour=self.behaviour,
-            noise_layers=dict(bench.view.noise_layers()),
+            noise_layers=dict(bench.adapter.noise_layers()),
             cost=dict(bench.cost),
             skipped=dict(self.skipped),
             **self.found,

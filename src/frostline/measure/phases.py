@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from frostline.adapters import Forward, ModelView, Outcome
+from frostline.adapters import Adapter, Forward, Outcome
 from frostline.data.batches import Batch, batches, is_reiterable, leaves, left_out, paired
 from frostline.numerics import stats
 from frostline.types import (
@@ -99,7 +99,7 @@ class _Pass:
 
 
 def phase_table(
-    view: ModelView,
+    adapter: Adapter,
     data: Any,
     *,
     metrics: Metrics | None = None,
@@ -115,11 +115,11 @@ def phase_table(
     labels: list[Any] = []
     told: list[str] = []
     score: _Scorer | None = None
-    with view.preserved():
+    with adapter.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
         for number, batch in enumerate(paired(batches(data, batch_size=batch_size))):
             if score is None:
-                score, told = _scorer(view, batch, loss, step)
+                score, told = _scorer(adapter, batch, loss, step)
             labels.append(batch.y)
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
@@ -128,11 +128,11 @@ def phase_table(
         dynamic = {}
         if plain:
             try:
-                dynamic = dict(view.evaluate(_tuples(data, batch_size)))
+                dynamic = dict(adapter.evaluate(_tuples(data, batch_size)))
             except FrostlineError:  # a model whose own evaluate has no loss has no dynamic phase
                 if passes["0"].known:
                     raise
-    loss_name, from_logits = view.objective() if loss is None else loss_name_of(loss)
+    loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)
     known = _known_outputs(labels, passes)
     task: Task = "unknown"
     judged: dict[str, Judged] = {}
@@ -163,7 +163,7 @@ def phase_table(
                 outputs=None if known is None else known[1][phase],
             )
         )
-    sites = len(view.sites())
+    sites = len(adapter.sites())
     said = list(told)
     if known is not None:
         said += patterns(task, judged, sites)
@@ -204,29 +204,29 @@ def require_one(loss: Any, step: Any) -> None:
         )
 
 
-def _scorer(view: ModelView, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
+def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
     """What scores a batch, and what a person should know of it."""
     plain = step is None and first.regular and bool(leaves(first.y))
     if plain and loss is None:
 
         def score(batch: Batch, *, training: bool, number: int) -> Outcome:
-            outputs, value = view.score(
+            outputs, value = adapter.score(
                 batch.x, batch.y, batch.sample_weight, training=training, step=number
             )
             losses = np.empty(0) if value is None else np.array([value], np.float64)
             return Outcome(outputs=outputs, losses=losses)
 
         return score, []
-    if first.y is None and loss is None and step is None and view.objective()[0] is not None:
-        _require_no_labels(view, first)
-    forward = view.blend_forward(loss=loss, step=step)
+    if first.y is None and loss is None and step is None and adapter.objective()[0] is not None:
+        _require_no_labels(adapter, first)
+    forward = adapter.blend_forward(loss=loss, step=step)
     told = [] if step is not None else [text for text in [left_out(first)] if text]
 
     def by_forward(batch: Batch, *, training: bool, number: int) -> Outcome:
         return tried(forward, batch, training=training, number=number)
 
     def bare(batch: Batch, *, training: bool, number: int) -> Outcome:
-        outputs = view.forward(batch.x, training=training, step=number)
+        outputs = adapter.forward(batch.x, training=training, step=number)
         return Outcome(outputs=outputs, losses=np.empty(0))
 
     if step is not None or loss is not None or first.y is not None:
@@ -235,17 +235,17 @@ def _scorer(view: ModelView, first: Batch, loss: Any, step: Any) -> tuple[_Score
         tried(forward, first)  # a model that computes its own loss
     except FrostlineError:
         try:
-            view.forward(first.x, training=False)
+            adapter.forward(first.x, training=False)
         except Exception as error:
             raise failed(error, first) from error
         return bare, told
     return by_forward, told
 
 
-def _require_no_labels(view: ModelView, first: Batch) -> None:
+def _require_no_labels(adapter: Adapter, first: Batch) -> None:
     """Raise where the compiled loss needs labels that are not there."""
     try:
-        tried(view.blend_forward(), first)
+        tried(adapter.blend_forward(), first)
     except FrostlineError as error:
         raise DataError(
             "the phases are compared by loss and metrics, which need labels: pass (x, y), or step= "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.adapters import Meter, ModelView, Population
+from frostline.adapters import Meter, Adapter, Population
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import (
     Batch,
@@ -106,8 +106,8 @@ class Recalibration:
         return (*remarks, *self.notes)
 
 
-def recalibrate_view(
-    view: ModelView,
+def recalibrate_adapter(
+    adapter: Adapter,
     data: Any,
     *,
     sites: Any,
@@ -115,7 +115,7 @@ def recalibrate_view(
     batch_size: int,
     ranks: Together = ALONE,
 ) -> tuple[Recalibration, Callable[[], None]]:
-    """Recalibrate the model behind a view; see :func:`frostline.recalibrate`.
+    """Recalibrate the model behind an adapter; see :func:`frostline.recalibrate`.
 
     With several ``ranks`` the caller has entered ``ranks.collective``.
 
@@ -124,7 +124,7 @@ def recalibrate_view(
     """
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
-    chosen = select(view.sites(), sites)
+    chosen = select(adapter.sites(), sites)
     foreign = [site.path for site in chosen if site.kind.startswith("torch.")]
     own = [site.path for site in chosen if site.path not in foreign]
     named = not isinstance(sites, str) or sites not in GROUPS
@@ -133,7 +133,7 @@ def recalibrate_view(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
-    meter = view.meter(own, ranks)
+    meter = adapter.meter(own, ranks)
     undo = meter.snapshot()
     done = recalibrated(meter, own, data, method=method, batch_size=batch_size, ranks=ranks)
     if foreign:

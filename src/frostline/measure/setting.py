@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import Forward, ModelView, Outcome, OutputDistance
+from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, leaves, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
@@ -35,7 +35,7 @@ FEW_BATCHES = 5
 
 
 def make_bench(
-    view: ModelView,
+    adapter: Adapter,
     data: Any,
     *,
     facts: ModelFacts | None = None,
@@ -55,7 +55,7 @@ def make_bench(
         ModelError: No loss is compiled, none is given, and none can be inferred.
     """
     require_one(loss, step)
-    fixed = (view.facts() if facts is None else facts).batch
+    fixed = (adapter.facts() if facts is None else facts).batch
     samples = draw(
         data,
         max_samples=max_samples,
@@ -72,36 +72,36 @@ def make_bench(
         raise DataError(f"labels must be numbers. Received: dtype {labels.dtype}")
     outputs: Any = None
     outcome: Outcome | None = None
-    objective = view.objective()
-    compiled = objective[0] is not None or _has_loss(view)
+    objective = adapter.objective()
+    compiled = objective[0] is not None or _has_loss(adapter)
     forward: Any = None
     if step is None and loss is None and not compiled:
         if not first.regular or first.y is None:  # a model that computes its own loss, perhaps
             try:
-                forward, foreign = _forward(view)
+                forward, foreign = _forward(adapter)
                 outcome = tried(forward, first)
             except FrostlineError:
                 outcome = None
         if outcome is None and first.y is not None:
-            outputs = only(joined_arrays([view.forward(first.x, training=False)]))
+            outputs = only(joined_arrays([adapter.forward(first.x, training=False)]))
             loss, told = _inferred_loss(outputs, first)
             notes.append(told)
     if loss is not None or step is not None:
         objective = (None, None) if step is not None else loss_name_of(loss)
-    behaviour = behaviour_of(view, samples, whole=fixed is not None, step=step)
+    behaviour = behaviour_of(adapter, samples, whole=fixed is not None, step=step)
     if outcome is None and first.y is None and step is None and loss is None and not compiled:
-        samples, loss, told = _by_outputs(view, samples, behaviour)
+        samples, loss, told = _by_outputs(adapter, samples, behaviour)
         first = samples.batches[0]
         notes.append(told)
     if outcome is None:
-        forward, foreign = _forward(view, loss, step)
+        forward, foreign = _forward(adapter, loss, step)
     notes += foreign
     if outputs is None and outcome is None:
         # A pass that the inference probe needs anyway: it is compiled only once.
-        outcome = _first_pass(view, forward, first, labels, objective, step)
+        outcome = _first_pass(adapter, forward, first, labels, objective, step)
     if outcome is not None:
         outputs = only(joined_arrays([outcome.outputs]))
-    if getattr(loss or view.own_loss(), "ignore_class", None) is None:
+    if getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
         _require_known_classes(labels, outputs, objective[0])
     unit = "sample" if outcome is None else outcome.unit
     losses = outcome.losses if outcome is not None and unit == "sample" else None
@@ -119,22 +119,22 @@ def make_bench(
             told += ", too few for an interval to rely on: pass more data"
         notes.append(told)
     bench = Bench(
-        view=view,
+        adapter=adapter,
         forward=forward,
         samples=samples,
         task=task,
         logits=logits,
         labels=None if task == "unknown" else judged,
-        blend_in_training=training_blend(forward.paths, view.sites(), behaviour),
+        blend_in_training=training_blend(forward.paths, adapter.sites(), behaviour),
         unit=unit,
         step=step is not None,
-        noisy=bool(view.noise_layers()),
+        noisy=bool(adapter.noise_layers()),
     )
     return bench, behaviour, notes
 
 
 def _first_pass(
-    view: ModelView,
+    adapter: Adapter,
     forward: Any,
     first: Batch,
     labels: Any,
@@ -150,21 +150,21 @@ def _first_pass(
                 f"loss of another kind. Received: batches without labels ({first_line(error)})"
             ) from error
         if error.__cause__ is not None and not isinstance(error.__cause__, FrostlineError):
-            own = only(joined_arrays([view.forward(first.x, training=False)]))
+            own = only(joined_arrays([adapter.forward(first.x, training=False)]))
             _require_known_classes(labels, own, objective[0])
         raise
 
 
 def _by_outputs(
-    view: ModelView, samples: Samples, behaviour: Mapping[str, Behaviour]
+    adapter: Adapter, samples: Samples, behaviour: Mapping[str, Behaviour]
 ) -> tuple[Samples, OutputDistance, str]:
     """Samples whose labels are the outputs with λ as training has it, and the distance from them.
 
     Raises:
         ModelError: Outputs that are no floating numbers, or of one size in one phase only.
     """
-    forward, _ = _forward(view)
-    blend = training_blend(forward.paths, view.sites(), behaviour)
+    forward, _ = _forward(adapter)
+    blend = training_blend(forward.paths, adapter.sites(), behaviour)
     wanted, stored = [], []
     for number, batch in enumerate(samples.batches):
         try:
@@ -225,12 +225,12 @@ def training_blend(
 
 
 def behaviour_of(
-    view: ModelView, samples: Samples, *, whole: bool, step: Any = None
+    adapter: Adapter, samples: Samples, *, whole: bool, step: Any = None
 ) -> dict[str, Behaviour]:
     """What each site does, watched in passes of the model.
 
     Args:
-        view: The model.
+        adapter: The model.
         samples: Some batches of which are passed through it.
         whole: The model takes no other batch size.
         step: The user's own step, which runs the model instead.
@@ -244,7 +244,7 @@ def behaviour_of(
         for batch in samples.batches[:WATCHED]
     ]
     try:
-        return dict(view.behaviour(few, step=step))
+        return dict(adapter.behaviour(few, step=step))
     except FrostlineError:
         raise
     except Exception as error:
@@ -255,22 +255,22 @@ def behaviour_of(
         ) from error
 
 
-def _forward(view: ModelView, loss: Any = None, step: Any = None) -> tuple[Forward, list[str]]:
+def _forward(adapter: Adapter, loss: Any = None, step: Any = None) -> tuple[Forward, list[str]]:
     """λ-passes over all sites that can be blended, and which cannot."""
     try:
-        return view.blend_forward(loss=loss, step=step), []
+        return adapter.blend_forward(loss=loss, step=step), []
     except ModelError:
-        own = [site.path for site in view.sites() if not site.kind.startswith("torch.")]
-        foreign = len(view.sites()) - len(own)
+        own = [site.path for site in adapter.sites() if not site.kind.startswith("torch.")]
+        foreign = len(adapter.sites()) - len(own)
         if not foreign:
             raise
         note = f"{foreign} BN layer(s) inside torch modules are left as they are in all probes"
-        return view.blend_forward(loss=loss, step=step, paths=own), [note]
+        return adapter.blend_forward(loss=loss, step=step, paths=own), [note]
 
 
-def _has_loss(view: ModelView) -> bool:
+def _has_loss(adapter: Adapter) -> bool:
     """Whether ``compile`` was given losses, of which there may be several without one name."""
-    return view.compiled() and view.own_loss() is not None
+    return adapter.compiled() and adapter.own_loss() is not None
 
 
 def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> None:

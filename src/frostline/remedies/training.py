@@ -20,7 +20,7 @@ def lock_frozen(place: Workplace) -> Iterator[Candidate]:
     named = place.treated(Fix.FREEZE)
     paths = place.blamed(*named)
     trains = any(layer.trains for layer in place.facts.layers)
-    trial = getattr(place.bench.view, "trial", None)
+    trial = getattr(place.bench.adapter, "trial", None)
     if not named or not paths or not trains or trial is None:
         return
     if place.words.own_loop or place.bench.step:

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from frostline import measure, rules
-from frostline.adapters import ModelView, view
+from frostline.adapters import Adapter, adapter_of
 from frostline.causes import causes as explain, verdict as verdicts
 from frostline.remedies import remedies as repairs_for
 from frostline.report.sites import Sites
@@ -33,9 +33,9 @@ def sites(model: Any) -> Sites:
     Raises:
         ModelError: Not a model that Frostline can read.
     """
-    seen = view(model)
-    before, boundary = seen.frozen_prefix()
-    return Sites(seen.sites(), before=before, boundary=boundary)
+    adapter = adapter_of(model)
+    before, boundary = adapter.frozen_prefix()
+    return Sites(adapter.sites(), before=before, boundary=boundary)
 
 
 def require_sites(found: Sequence[Site]) -> None:
@@ -77,15 +77,15 @@ def lint(
         >>> report = fl.lint(model, ignore={"FL115": "reached by path"})   # doctest: +SKIP
         >>> [finding.code for finding in report.findings]                  # doctest: +SKIP
     """
-    seen = view(model)
-    known = seen.facts()
+    adapter = adapter_of(model)
+    known = adapter.facts()
     checked = _checked(known, None, select, ignore, options)
     return Report(
         verdict=verdicts.with_unknown(
             verdicts.of_rules(checked["sites"], checked["findings"], checked["rules"]),
             known.unknown,
         ),
-        origin=_origin(seen, known),
+        origin=_origin(adapter, known),
         **checked,
     )
 
@@ -156,11 +156,11 @@ def diagnose(
         >>> print(report)                                                # doctest: +SKIP
     """
     rules.select(select, ignore)  # a misspelt code is told before the long part
-    seen = view(model)
-    known = seen.facts()
-    with seen.full_precision(), _progress(verbose) as progress:
+    adapter = adapter_of(model)
+    known = adapter.facts()
+    with adapter.full_precision(), _progress(verbose) as progress:
         measured, bench = measure.measure(
-            seen,
+            adapter,
             data,
             validation=validation,
             loss=loss,
@@ -177,14 +177,14 @@ def diagnose(
         progress("remedies", 1.0)
         checked = _checked(known, measured, select, ignore, None)
         causes = explain(known, measured, checked["findings"])
-        with seen.preserved():
+        with adapter.preserved():
             remedies = repairs_for(bench, known, measured, causes)
     return Report(
         verdict=verdicts.with_unknown(
             verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
             known.unknown,
         ),
-        origin=_origin(seen, known, samples=measured.samples, seed=seed),
+        origin=_origin(adapter, known, samples=measured.samples, seed=seed),
         causes=causes,
         remedies=remedies,
         measurement=measured,
@@ -212,12 +212,12 @@ def _checked(
     }
 
 
-def _origin(seen: ModelView, known: ModelFacts, **more: Any) -> dict[str, str]:
+def _origin(adapter: Adapter, known: ModelFacts, **more: Any) -> dict[str, str]:
     return {
         "model": known.name,
         "backend": known.backend,
         **{name: str(value) for name, value in more.items()},
-        seen.framework: metadata.version(seen.framework),
+        adapter.framework: metadata.version(adapter.framework),
         "frostline": metadata.version("frostline"),
     }
 
@@ -290,5 +290,5 @@ def phases(
         >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
     """
     return measure.phase_table(
-        view(model), data, metrics=metrics, loss=loss, step=step, batch_size=batch_size
+        adapter_of(model), data, metrics=metrics, loss=loss, step=step, batch_size=batch_size
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
 from frostline.adapters.protocol import FreezeRequest, Inspect
-from frostline.measure.recalibration import recalibrate_view
+from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
 from frostline.verbs.atomic import atomically, to_its_end
 from frostline.verbs.momentum import set_site_momentum
@@ -310,7 +310,7 @@ def recalibrate(
 
     def edit() -> Change:
         with ranks.collective("recalibrate", method=str(method)):
-            done, undo = recalibrate_view(
+            done, undo = recalibrate_adapter(
                 adapter, data, sites=sites, method=method, batch_size=batch_size, ranks=ranks
             )
         return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)

@@ -16,7 +16,7 @@ import pytest
 
 import frostline as fl
 from frostline import cli
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.types import ModelError
 
 L = keras.layers
@@ -164,10 +164,10 @@ def test_kinds_of_layers(make: Callable[[], Any]) -> None:
     config = model.layers[1].get_config()
     fl.freeze(model, "head", dropout=True)
     np.testing.assert_allclose(*phases(model, x), rtol=1e-5, atol=1e-6)
-    assert view(model).noise_layers() == {}
+    assert adapter_of(model).noise_layers() == {}
     fl.unfreeze(model)
     assert model.layers[1].get_config() == config
-    assert len(view(model).noise_layers()) > 0
+    assert len(adapter_of(model).noise_layers()) > 0
 
 
 @pytest.mark.once
@@ -264,7 +264,7 @@ def test_torch_survives_train_and_copies(torch: Any) -> None:
         inference = each.eval().part(x)
         torch.testing.assert_close(each.train().part(x), inference)
     assert "the dropout of 7 layers before 'head'" in change.text
-    assert view(model).noise_layers() == {}
+    assert adapter_of(model).noise_layers() == {}
     fl.unfreeze(model)
     assert repr(model) == shown
     fl.freeze(model, dropout=True).undo()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.once
 def bench(view: FakeView, n: int = 200, batch_size: int = 25, **how: Any) -> Bench:
     samples = draw(data(n, **how), max_samples=n, batch_size=batch_size)
     return Bench(
-        view=view,  # type: ignore[arg-type]
+        adapter=view,  # type: ignore[arg-type]
         forward=view.blend_forward(),
         samples=samples,
         task="multiclass",

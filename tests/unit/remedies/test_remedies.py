@@ -45,7 +45,7 @@ class ListedBench:
         return [SimpleNamespace(x=np.zeros((2, 1)), y=np.zeros(2))]
 
     @property
-    def view(self) -> Any:
+    def adapter(self) -> Any:
         @contextlib.contextmanager
         def trial(batches: Any, *, policy: str, epochs: int) -> Iterator[None]:
             if self.refuses:

@@ -50,7 +50,7 @@ from frostline.types.measured import Behaviour, Difference
 
 
 class KerasView:
-    """A Keras model seen in numpy and dataclasses; see :class:`frostline.adapters.ModelView`."""
+    """A Keras model seen in numpy and dataclasses; see :class:`frostline.adapters.Adapter`."""
 
     framework = "keras"
     saved_as: Literal["model", "state"] = "model"

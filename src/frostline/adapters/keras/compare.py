@@ -62,7 +62,7 @@ def round_trip(model: Any, outputs: Callable[[Any], Any]) -> float:
 
 
 def difference(model: Any, reference: Any, outputs: Callable[[Any], Any] | None) -> Difference:
-    """See :meth:`frostline.adapters.ModelView.difference`.
+    """See :meth:`frostline.adapters.Adapter.difference`.
 
     Args:
         model: A built Keras model.

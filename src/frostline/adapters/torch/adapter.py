@@ -40,7 +40,7 @@ from frostline.types.measured import Behaviour, Difference
 
 
 class TorchView:
-    """A torch module seen in numpy and dataclasses; see :class:`frostline.adapters.ModelView`."""
+    """A torch module seen in numpy and dataclasses; see :class:`frostline.adapters.Adapter`."""
 
     framework = "torch"
     backend = "torch"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras import state as keras_state
 from frostline.types import DataError
 
@@ -61,7 +61,7 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 def test_phase_0_is_predict() -> None:
     model = compiled()
-    seen = view(model).forward(X.astype("float64"), training=False)
+    seen = adapter_of(model).forward(X.astype("float64"), training=False)
     assert seen.dtype == np.float32
     np.testing.assert_allclose(seen, model.predict(X, verbose=0), rtol=1e-5, atol=1e-6)
 
@@ -69,14 +69,14 @@ def test_phase_0_is_predict() -> None:
 def test_phase_1_uses_the_statistics_of_the_batch() -> None:
     model = keras.Sequential([keras.Input((4,)), L.BatchNormalization(epsilon=1e-3)])
     wanted = (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-3)
-    np.testing.assert_allclose(view(model).forward(X, training=True), wanted, atol=1e-5)
+    np.testing.assert_allclose(adapter_of(model).forward(X, training=True), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_pass_changes_nothing(training: bool) -> None:
     model = compiled()
     model.fit(X, Y, verbose=0)
-    before, seen = state(model), view(model)
+    before, seen = state(model), adapter_of(model)
     seen.forward(X, training=training)
     seen.score(X, Y, training=training)
     assert same(before, state(model))
@@ -92,7 +92,7 @@ def test_loss_is_that_of_evaluate(convert: bool, frozen: bool, eager: bool) -> N
         fl.convert(model)
     model.get_layer("bn").trainable = not frozen
     weight = np.linspace(0.5, 2, 10).astype("float32")
-    _, loss = view(model).score(X, Y, weight, training=False)
+    _, loss = adapter_of(model).score(X, Y, weight, training=False)
     logs = model.evaluate(X, Y, sample_weight=weight, batch_size=10, verbose=0, return_dict=True)
     assert loss == pytest.approx(logs["loss"], rel=1e-5)
     plain = float(np.mean(weight * np.mean((model.predict(X, verbose=0) - Y) ** 2, axis=1)))
@@ -100,13 +100,13 @@ def test_loss_is_that_of_evaluate(convert: bool, frozen: bool, eager: bool) -> N
 
 
 def test_no_loss_without_compile() -> None:
-    assert view(network()).score(X, Y, training=False)[1] is None
+    assert adapter_of(network()).score(X, Y, training=False)[1] is None
 
 
 def test_a_view_follows_the_model() -> None:
     """Weights, flags, policy and a new loss count, though steps were compiled before."""
     model = fl.convert(compiled())
-    seen, site = view(model), model.get_layer("bn")
+    seen, site = adapter_of(model), model.get_layer("bn")
     first = seen.forward(X, training=True)
     site.trainable = False
     assert not np.allclose(first, seen.forward(X, training=True))
@@ -123,7 +123,7 @@ def test_a_view_follows_the_model() -> None:
 
 def test_dropout_repeats_per_step_and_differs_between_steps() -> None:
     inputs = keras.Input((4,))
-    seen = view(keras.Model(inputs, L.Dropout(0.5)(inputs)))
+    seen = adapter_of(keras.Model(inputs, L.Dropout(0.5)(inputs)))
     first, again, other = (seen.forward(X, training=True, step=step) for step in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -135,7 +135,7 @@ def test_structures_and_kinds_of_inputs() -> None:
     outputs = {"one": L.Dense(1, name="one")(x), "two": L.Dense(2, name="two")(x)}
     model = keras.Model({"a": a, "b": b}, outputs)
     data = {"a": X.astype("float64"), "b": np.arange(10) % 7}
-    seen = view(model).forward(data, training=False)
+    seen = adapter_of(model).forward(data, training=False)
     for name, wanted in model.predict({"a": X, "b": data["b"]}, verbose=0).items():
         np.testing.assert_allclose(seen[name], wanted, rtol=1e-5, atol=1e-6)
 
@@ -143,20 +143,20 @@ def test_structures_and_kinds_of_inputs() -> None:
 def test_half_precision_comes_back_as_float32() -> None:
     inputs = keras.Input((4,))
     outputs = L.BatchNormalization(dtype="mixed_bfloat16")(inputs)
-    assert view(keras.Model(inputs, outputs)).forward(X, training=True).dtype == np.float32
+    assert adapter_of(keras.Model(inputs, outputs)).forward(X, training=True).dtype == np.float32
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_the_axis_of_the_channels_is_that_of_the_first_layer_that_has_one(layout: str) -> None:
     inner = keras.Sequential([L.Conv2D(2, 1, data_format=layout)])
     model = keras.Sequential([keras.Input((3, 3, 3)), L.ReLU(), inner, L.Flatten(), L.Dense(1)])
-    assert view(model).channel_axis == {"channels_first": 1, "channels_last": -1}[layout]
-    assert view(network()).channel_axis == -1
+    assert adapter_of(model).channel_axis == {"channels_first": 1, "channels_last": -1}[layout]
+    assert adapter_of(network()).channel_axis == -1
 
 
 def test_labels_that_do_not_fit() -> None:
     with pytest.raises(DataError, match=r"label shapes \(7, 3\)") as caught:
-        view(compiled()).score(X, np.ones((7, 3), "float32"), training=False)
+        adapter_of(compiled()).score(X, np.ones((7, 3), "float32"), training=False)
     assert "\n" not in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def test_torch_modules_keep_their_buffers(backend: str) -> None:
     model = keras.Model(inputs, L.TorchModuleWrapper(norm, output_shape=(None, 4))(inputs))
     norm.eval()
     before, generator = norm.running_mean.clone(), torch.get_rng_state()
-    view(model).forward(X, training=True)
+    adapter_of(model).forward(X, training=True)
     assert torch.equal(before, norm.running_mean)
     assert not norm.training
     assert torch.equal(generator, torch.get_rng_state())
@@ -183,7 +183,7 @@ def test_evaluate_is_the_models_own_and_leaves_metrics_alone() -> None:
     model = compiled()
     model.fit(X, Y, verbose=0)
     before, step = state(model), model.test_function
-    seen = view(model).evaluate([(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])])
+    seen = adapter_of(model).evaluate([(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])])
     assert same(before, state(model))
     assert model.test_function is step
     wanted = model.evaluate(X, Y, batch_size=4, verbose=0, return_dict=True)
@@ -195,7 +195,7 @@ def test_evaluate_of_a_model_that_met_no_data_builds_nothing_for_good() -> None:
     model = compiled(metrics=[metric, "mse"])
     parts = (model.optimizer, model._compile_metrics, model._compile_loss)
     before = [state(model), flags(model)]
-    view(model).evaluate([(X, Y)])
+    adapter_of(model).evaluate([(X, Y)])
     assert same(before[0], state(model))
     assert flags(model) == before[1]
     assert (model.optimizer, model._compile_metrics, model._compile_loss) == parts
@@ -206,7 +206,7 @@ def test_evaluate_of_a_model_that_met_no_data_builds_nothing_for_good() -> None:
 
 
 def test_evaluate_without_compile() -> None:
-    assert view(network()).evaluate([(X, Y)]) == {}
+    assert adapter_of(network()).evaluate([(X, Y)]) == {}
 
 
 # --- preserved ------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_everything_comes_back_after_an_interrupt(
     before, marks = state(model), flags(model)
     objects = [id(variable) for variable in keras_state.variables_of(model)]
     # Keras on JAX refuses to train after the flags changed: another way to be interrupted.
-    with pytest.raises((KeyboardInterrupt, ValueError)), view(model).preserved():
+    with pytest.raises((KeyboardInterrupt, ValueError)), adapter_of(model).preserved():
         work(model)
     assert same(before, state(model))
     assert flags(model) == marks
@@ -267,7 +267,7 @@ def test_everything_comes_back_after_an_interrupt(
     assert model.get_layer("bn").momentum == 0.99
     outputs = model.predict(X, verbose=0)
     np.testing.assert_allclose(
-        outputs, view(model).forward(X, training=False), rtol=1e-4, atol=1e-5
+        outputs, adapter_of(model).forward(X, training=False), rtol=1e-4, atol=1e-5
     )
 
 
@@ -275,7 +275,7 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
     def trained(between: Callable[[Any], None]) -> list[Any]:
         model = compiled()
         model.fit(X, Y, batch_size=5, shuffle=False, verbose=0)
-        with view(model).preserved():
+        with adapter_of(model).preserved():
             between(model)
         model.fit(X, Y, batch_size=5, shuffle=False, verbose=0)
         return model.get_weights()
@@ -291,7 +291,7 @@ def test_policy_and_live_switch_come_back() -> None:
     site = model.get_layer("bn")
     site.trainable = False
     before = state(model)
-    with view(model).preserved():
+    with adapter_of(model).preserved():
         site.trainable, site.policy, site.momentum = True, "update", 0.3
         model.fit(X, Y, verbose=0)
     assert (site.trainable, site.policy, site.momentum) == (False, "inference", 0.99)

@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras import state as keras_state
 
 L = keras.layers
@@ -97,7 +97,7 @@ def test_every_kind_of_layer() -> None:
     branches = [L.Activation("linear", dtype="float32")(site(kind)(inputs)) for kind in EXPECTED]
     model = keras.Model(inputs, branches)
     before = [np.array(ops.convert_to_numpy(v)) for v in keras_state.variables_of(model)]
-    found = view(model).behaviour([(X,), (X[:8], None)])
+    found = adapter_of(model).behaviour([(X,), (X[:8], None)])
     told = [(each.training, each.inference, each.moves) for each in found.values()]
     for (kind, wanted), seen in zip(EXPECTED.items(), told, strict=True):
         assert seen[0] == pytest.approx(wanted[0], abs=0.01), kind
@@ -125,7 +125,7 @@ def test_what_cannot_be_told_is_none() -> None:
     few = X[:4]  # no more than JAX takes
     model.used.moving_mean.assign(few.mean(0))
     model.used.moving_variance.assign(few.var(0))
-    found = view(model).behaviour([(few,)])
+    found = adapter_of(model).behaviour([(few,)])
     assert (found["used"].training, found["used"].inference) == (None, None)
     assert (found["unused"].training, found["unused"].moves) == (None, None)
 
@@ -136,7 +136,7 @@ def test_a_switch_that_was_flipped_counts_at_once_and_a_shared_layer_once() -> N
     model = keras.Model(inputs, layer(L.Dense(5)(layer(inputs))))
     model.compile("sgd", "mse")
     model.fit(X, X, verbose=0)
-    seen = view(model)
+    seen = adapter_of(model)
     assert [b.training for b in seen.behaviour([(X,)]).values()] == [1]
     layer.trainable = False
     (found,) = seen.behaviour([(X,)]).values()
@@ -150,7 +150,7 @@ def test_statistics_that_are_not_finite() -> None:
     model.get_layer("frozen").trainable = False
     for layer in model.layers[1:]:
         layer.moving_variance.assign(np.full(5, np.nan))
-    found = view(model).behaviour([(X,)])
+    found = adapter_of(model).behaviour([(X,)])
     assert (found["thawed"].training, found["thawed"].inference) == (1, 0)
     assert (found["frozen"].training, found["frozen"].moves) == (0, False)
 
@@ -164,7 +164,7 @@ def test_bn_inside_a_torch_module(backend: str) -> None:
     inputs = keras.Input((5,))
     outer = L.TorchModuleWrapper(module, name="outer", output_shape=(None, 5))
     model = keras.Model(inputs, outer(inputs))
-    (found,) = view(model).behaviour([(X,)]).values()
+    (found,) = adapter_of(model).behaviour([(X,)]).values()
     assert (found.path, found.training, found.inference) == ("outer/0", 1, 0)
     assert found.moves
     assert torch.equal(module[0].running_mean, torch.zeros_like(module[0].running_mean))

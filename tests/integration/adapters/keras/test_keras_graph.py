@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from frostline.adapters import view
+from frostline.adapters import adapter_of
 from frostline.adapters.keras import graph as keras_graph
 from frostline.types import Boundary, ModelError
 
@@ -245,13 +245,13 @@ class _OtherBackend:
 )
 def test_not_a_keras_model(thing: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        view(thing)
+        adapter_of(thing)
 
 
 def test_native_torch_has_a_view_of_its_own(backend: str) -> None:
     torch = pytest.importorskip("torch")
-    assert view(torch.nn.Linear(2, 2)).framework == "torch"
-    assert view(torch.nn.Linear(2, 2)).sites() == ()
+    assert adapter_of(torch.nn.Linear(2, 2)).framework == "torch"
+    assert adapter_of(torch.nn.Linear(2, 2)).sites() == ()
 
 
 @pytest.mark.parametrize(
