@@ -82,9 +82,10 @@ class Chain:
 
         return run
 
-    def population(self, source: Any, paths: Any, *, method: str, memory_limit: int) -> Any:
-        if method == "batch":
-            return with_batch_statistics(self.batch(), source, paths)
+    def batchwise(self, source: Any, paths: Any) -> Any:
+        return with_batch_statistics(self.batch(), source, paths)
+
+    def sequential(self, source: Any, paths: Any, memory_limit: int) -> Any:
         return in_stages(self, source, paths, memory_limit)
 
     def stored(self, path: str) -> Any:

@@ -7,10 +7,9 @@ batch shape on TensorFlow and JAX, and run eagerly on torch.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import keras
@@ -41,11 +40,9 @@ from frostline.adapters.keras.forward_pass import (
 )
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.random import fixed_randomness, seeds
-from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch
-from frostline.types import Boundary, ModelError, Policy, Site
-from frostline.types.facts import ModelFacts
+from frostline.types import Boundary, ModelError
 from frostline.types.measured import Behaviour, Difference
 
 
@@ -59,6 +56,21 @@ class KerasView:
         self.model = model
         self.backend: str = keras.backend.backend()
         self._steps: dict[Any, Callable[..., Any]] = {}
+        # Questions that another file of this folder answers.
+        self.sites = partial(keras_graph.sites, model)
+        self.facts = partial(keras_facts.facts, model)
+        self.boundary = partial(keras_graph.resolve, model)
+        self.frozen_prefix = partial(keras_graph.frozen_prefix, model)
+        self.noise_layers = partial(keras_noise.noise_layers, model)
+        self.preserved = partial(keras_state.preserved, model)
+        self.full_precision = partial(keras_native.full_precision, model)
+        self.set_frozen = partial(keras_edit.set_frozen, model)
+        self.set_decay = partial(keras_momentum.set_decay, model)
+        self.convert = partial(keras_edit.convert, model)
+        self.restore = partial(keras_edit.to_stock, model)
+        self.fold = partial(keras_fold.fold, model)
+        self.split = partial(keras_split.split, model)
+        self.trial = partial(keras_trial.trial, model)
 
     @property
     def channel_axis(self) -> int:
@@ -66,26 +78,10 @@ class KerasView:
         formats = (getattr(p.layer, "data_format", None) for p in keras_graph.walk(self.model))
         return 1 if next(filter(None, formats), None) == "channels_first" else -1
 
-    def sites(self) -> tuple[Site, ...]:
-        """Every BN layer, in execution order where the graph is known."""
-        return keras_graph.sites(self.model)
-
-    def boundary(self, reference: Any) -> Boundary:
-        """Translate a layer name, path, index, fraction or layer into a boundary."""
-        return keras_graph.resolve(self.model, reference)
-
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the layers before a boundary: those that freezing up to it freezes."""
         places = keras_edit.side(keras_graph.walk(self.model), boundary, before=True)
         return frozenset(place.path for place in places)
-
-    def frozen_prefix(self) -> tuple[int | None, str | None]:
-        """How many sites lie before the first layer that trains, and the path of that layer."""
-        return keras_graph.frozen_prefix(self.model)
-
-    def preserved(self) -> AbstractContextManager[None]:
-        """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
-        return keras_state.preserved(self.model)
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch; no variable of the model changes.
@@ -126,10 +122,6 @@ class KerasView:
         name = getattr(loss, "__name__", None) or type(loss).__name__
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
-
-    def facts(self) -> ModelFacts:
-        """What rules without data may look at."""
-        return keras_facts.facts(self.model)
 
     def meter(
         self,
@@ -179,10 +171,6 @@ class KerasView:
             self._build(tensors(collected[0].x))
         return keras_behaviour.behaviour(self.model, collected, step)
 
-    def noise_layers(self) -> dict[str, str]:
-        """Path of each layer that is no BN and acts in training only -> its kind."""
-        return keras_noise.noise_layers(self.model)
-
     def round_trip(self, x: Any) -> float:
         """Save, load, run inference on ``x``: largest change relative to the largest output.
 
@@ -190,20 +178,14 @@ class KerasView:
             ModelError: The model cannot be saved or loaded; the text says why.
         """
         self._build(tensors(x))
-        return keras_compare.round_trip(self.model, functools.partial(_outputs, x))
+        return keras_compare.round_trip(self.model, partial(_outputs, x))
 
     def difference(self, reference: Any, x: Any = None) -> Difference:
         """Compare with a model, a file or arrays; see :func:`.keras_compare.difference`."""
         if x is not None:
             self._build(tensors(x))
-        outputs = None if x is None else functools.partial(_outputs, x)
+        outputs = None if x is None else partial(_outputs, x)
         return keras_compare.difference(self.model, reference, outputs)
-
-    def trial(
-        self, batches: Iterable[tuple[Any, ...]], *, policy: Policy = "inference", epochs: int = 1
-    ) -> AbstractContextManager[None]:
-        """Train on the batches, frozen sites locked; on exit all is as it was, bit for bit."""
-        return keras_trial.trial(self.model, batches, policy=policy, epochs=epochs)
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         """Run the model's own ``evaluate``; metric states come back untouched.
@@ -227,10 +209,6 @@ class KerasView:
         from frostline.adapters.keras import cached_fit
 
         return cached_fit
-
-    def full_precision(self) -> AbstractContextManager[None]:
-        """For a block, let no accelerator round products of float32 numbers (TF32)."""
-        return keras_native.full_precision(self.model)
 
     def own_loss(self) -> Any:
         """The loss or losses that the model was compiled with, else ``None``."""
@@ -258,30 +236,6 @@ class KerasView:
                 variable.assign(value)
 
         return undo
-
-    def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
-        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
-        return keras_edit.set_frozen(self.model, request)
-
-    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
-        """Set the kept share of the statistics of sites; see :mod:`keras_momentum`."""
-        return keras_momentum.set_decay(self.model, paths, decay)
-
-    def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
-        """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
-        return keras_edit.convert(self.model, version=version, policy=policy, debias=debias)
-
-    def restore(self) -> int:
-        """Turn our BN layers back into stock ones, in place; returns how many."""
-        return keras_edit.to_stock(self.model)
-
-    def fold(self) -> FoldedModel:
-        """Fold every BN layer at its stored statistics; the outcome is a new model."""
-        return keras_fold.fold(self.model)
-
-    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
-        """Cut the model into its frozen prefix and the rest, which share its layers."""
-        return keras_split.split(self.model, at, sample=sample)
 
     # --- the step -----------------------------------------------------------------------------
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from frostline.adapters.protocol import FlagCounts, FoldedModel, FreezeRequest, SplitModel
-from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch import (
     distributed as torch_distributed,
     edit as torch_edit,
@@ -34,9 +33,7 @@ from frostline.adapters.torch.moments import TorchMoments
 from frostline.data.batches import leaves
 from frostline.graph import addresses
 from frostline.numerics.compare import relative_difference
-from frostline.types import Boundary, ModelError, Policy, Site
-from frostline.types.facts import ModelFacts
-from frostline.types.measured import Behaviour, Difference
+from frostline.types import Boundary, ModelError, Policy
 
 
 class TorchView:
@@ -57,31 +54,28 @@ class TorchView:
                 f"from. Received: {type(model).__name__}"
             )
         self.model = model
-
-    def sites(self) -> tuple[Site, ...]:
-        """Every BN layer, in order of registration."""
-        return torch_graph.sites(self.model)
-
-    def facts(self) -> ModelFacts:
-        """What rules without data may look at."""
-        return torch_facts.facts(self.model)
-
-    def boundary(self, reference: Any) -> Boundary:
-        """Translate a module name, path, index, fraction or module into a boundary."""
-        return torch_graph.resolve(self.model, reference)
+        # Questions that another file of this folder answers.
+        self.sites = partial(torch_graph.sites, model)
+        self.facts = partial(torch_facts.facts, model)
+        self.boundary = partial(torch_graph.resolve, model)
+        self.frozen_prefix = partial(torch_graph.frozen_prefix, model)
+        self.noise_layers = partial(torch_pass.noise_layers, model)
+        self.behaviour = partial(behaviour, model)
+        self.meter = partial(TorchMoments, model)
+        self.together = torch_distributed.together
+        self.difference = partial(torch_reference.difference, model)
+        self.preserved = partial(torch_edit.preserved, model)
+        self.full_precision = partial(torch_prefix.full_precision, model)
+        self.snapshot = partial(torch_edit.all_that_edits_touch, model)
+        self.set_frozen = partial(torch_edit.set_frozen, model)
+        self.set_decay = partial(torch_edit.set_decay, model)
+        self.fold = partial(torch_fold.fold, model)
+        self.split = partial(torch_split.split, model)
 
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the modules before a boundary: those that freezing up to it freezes."""
         places = addresses.side(torch_graph.walk(self.model), boundary, before=True)
         return frozenset(place.path for place in places)
-
-    def frozen_prefix(self) -> tuple[int | None, str | None]:
-        """How many sites lie before the first module that trains, and the path of that module."""
-        return torch_graph.frozen_prefix(self.model)
-
-    def preserved(self) -> AbstractContextManager[None]:
-        """Restore everything on any exit, bit for bit."""
-        return torch_edit.preserved(self.model)
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch, float32; nothing of the model changes."""
@@ -103,10 +97,6 @@ class TorchView:
         """Nothing is known: a torch module has no loss of its own."""
         return None, None
 
-    def full_precision(self) -> AbstractContextManager[None]:
-        """For a block, let no accelerator round products of float32 numbers (TF32)."""
-        return torch_prefix.full_precision(self.model)
-
     def own_loss(self) -> Any:
         """``None``: a torch module has no loss of its own."""
         return None
@@ -125,22 +115,6 @@ class TorchView:
         """Forward passes with λ and the statistics as arguments."""
         return TorchForward(self.model, paths, loss=loss, step=step)
 
-    def meter(self, paths: Sequence[str], ranks: Together = ALONE) -> TorchMoments:
-        """What recalibration measures and stores with."""
-        return TorchMoments(self.model, paths, ranks)
-
-    def together(self, process_group: Any = None) -> Together:
-        """The processes of a process group, by default of the default one where there is one."""
-        return torch_distributed.together(process_group)
-
-    def behaviour(self, batches: Iterable[Any], step: Any = None) -> Mapping[str, Behaviour]:
-        """What each site does in passes of the module itself, or of the user's step."""
-        return behaviour(self.model, batches, step)
-
-    def noise_layers(self) -> Mapping[str, str]:
-        """Path -> kind of every module that acts in training only and is no BN."""
-        return torch_pass.noise_layers(self.model)
-
     def round_trip(self, x: Any) -> float:
         """Largest relative change of an inference output after saving and loading the state."""
         with torch_edit.preserved(self.model):
@@ -152,10 +126,6 @@ class TorchView:
             twin.load_state_dict(torch.load(stream, weights_only=True))
         after = TorchView(twin).forward(x, training=False)
         return relative_difference(*([a for _, a in leaves(each)] for each in (after, before)))
-
-    def difference(self, reference: Any, x: Any) -> Difference:
-        """How a reference module, state or file differs from the model."""
-        return torch_reference.difference(self.model, reference, x)
 
     def trial(
         self, batches: Iterable[Any], *, policy: str = "inference", epochs: int = 1
@@ -172,18 +142,6 @@ class TorchView:
         )
 
     # --- edits --------------------------------------------------------------------------------
-
-    def snapshot(self) -> Callable[[], None]:
-        """Remember all that an edit may touch; returns what puts it back and can be repeated."""
-        return torch_edit.all_that_edits_touch(self.model)
-
-    def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
-        """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
-        return torch_edit.set_frozen(self.model, request)
-
-    def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
-        """Set the kept share of the statistics of sites."""
-        return torch_edit.set_decay(self.model, paths, decay)
 
     def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
         """Refuse: our layer is a Keras layer.
@@ -204,11 +162,3 @@ class TorchView:
             unlock(place.module, training=place.module.training)
             count += 1
         return count
-
-    def fold(self) -> FoldedModel:
-        """Fold every BN layer at its stored statistics; the outcome is a new module."""
-        return torch_fold.fold(self.model)
-
-    def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
-        """Cut the module into its frozen prefix and the rest, which share its modules."""
-        return torch_split.split(self.model, at, sample=sample)
