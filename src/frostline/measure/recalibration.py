@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from frostline.adapters import Meter, Adapter, Population
+from frostline.adapters import Adapter, Meter, Population
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import (
     Batch,
