@@ -547,7 +547,9 @@ def _leading_shape(y: Any, axes: int) -> tuple[int, ...]:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(int(side) for side in getattr(value, "shape", np.shape(value)))
+    """Its shape; −1 for a side that is open, as in TensorFlow's ragged tensors."""
+    shape = value.shape if hasattr(value, "shape") else np.shape(value)
+    return tuple(-1 if side is None else int(side) for side in shape)
 
 
 def _cut(whole: Batch, batch_size: int) -> Iterator[Batch]:

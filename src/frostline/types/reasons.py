@@ -39,6 +39,6 @@ def first_line(error: BaseException) -> str:
         text = (named or lines[-1:])[0]
     elif text.startswith(_OF_A_LAYER) and len(lines) > 1:
         text = f"{text.removeprefix(_OF_A_LAYER).rstrip('.')}: {lines[1]}"
-    if not isinstance(error, FrostlineError):
+    if not isinstance(error, FrostlineError) and not text.startswith(f"{name}: "):
         text = f"{name}: {text}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
