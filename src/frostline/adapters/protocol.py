@@ -325,6 +325,10 @@ class Inspect(Protocol):
         """Whether the model is compiled for training."""
         ...
 
+    def inputs(self) -> int:
+        """How many arguments a call of the model needs: first items of a batch that are inputs."""
+        ...
+
     def noise_layers(self) -> Mapping[str, str]:
         """Path of each layer that is no BN and acts in training only -> its kind.
 
@@ -381,8 +385,14 @@ class Run(Protocol):
 class Record(Protocol):
     """Measuring and storing the statistics of sites."""
 
-    def meter(self, paths: Sequence[str], ranks: Together = ALONE) -> Meter:
-        """What measures and stores the statistics of these sites; ``ranks`` measure together."""
+    def meter(self, paths: Sequence[str], ranks: Together = ALONE, step: Any = None) -> Meter:
+        """What measures and stores the statistics of these sites; ``ranks`` measure together.
+
+        With ``step`` the user's ``step(model, batch)`` runs the model.
+
+        Raises:
+            ModelError: A step, where only the model itself can be run.
+        """
         ...
 
     def together(self, process_group: Any = None) -> Together:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.types import Array, DataError
+from frostline.types import Array, DataError, ModelError
 from frostline.types.reasons import first_line
 
 _ACCEPTED = (
@@ -46,12 +46,14 @@ class Batch:
         y: Targets, as ``x``; ``None`` when there are none beside the inputs.
         sample_weight: Shape ``(n,)``, nested like ``y`` may be; ``None`` when there are none.
         whole: Exactly what the loader yielded; ``None`` for batches that are cut from arrays.
+        inputs: So many first items of ``whole`` are what ``x`` holds.
     """
 
     x: Any
     y: Any = None
     sample_weight: Any = None
     whole: Any = None
+    inputs: int = 1
 
     @property
     def count(self) -> int | None:
@@ -85,12 +87,17 @@ class Batch:
         return self.regular and not self.rest
 
     @property
+    def named(self) -> bool:
+        """The loader yields mappings; an entry may be an index into its own batch."""
+        return isinstance(self.whole, Mapping)
+
+    @property
     def rest(self) -> tuple[Any, ...]:
         """Items of ``whole`` that are neither inputs, nor targets, nor weights."""
         if not isinstance(self.whole, (tuple, list)) or _is_numbers(self.whole):
             return ()
         known = (self.x, self.y, self.sample_weight)
-        used = max(1, sum(part is not None for part in known))
+        used = max(1, sum(part is not None for part in known)) + self.inputs - 1
         if self.y is None and _is_images(self.whole):
             return ()
         return tuple(item for item in self.whole[used:] if item is not None)
@@ -132,12 +139,32 @@ def left_out(batch: Batch) -> str | None:
     )
 
 
+def described(batch: Batch) -> str:
+    """What a batch is made of, in a few words."""
+    value = batch.given
+    if isinstance(value, Mapping):
+        return f"a mapping with {', '.join(map(repr, list(value)[:6]))}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(type(item).__name__ for item in value[:4])}"
+    return type(value).__name__
+
+
+def failure(error: Exception, batch: Batch) -> ModelError:
+    """What a user's model, loss or step raised on a batch, as one of our errors."""
+    return ModelError(
+        f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
+        "Where the model takes a batch in its own way, pass step=, a function (model, batch) "
+        f"that returns the loss. Received: a batch of {described(batch)}"
+    )
+
+
 def batches(
     data: Any,
     *,
     batch_size: int = 32,
     max_samples: int | None = None,
     check_finite: bool = False,
+    inputs: int = 1,
 ) -> Iterator[Batch]:
     """Iterate over ``data`` once, in its own order.
 
@@ -152,6 +179,8 @@ def batches(
             whole. ``None`` reads to the end, and refuses data that say that they have none
             (``dataset.repeat()``).
         check_finite: Raise when ``x`` is arrays with a NaN or an infinite value.
+        inputs: So many first items of a longer tuple are inputs: the arguments that the model
+            needs.
 
     Yields:
         One :class:`Batch` at a time; never an empty one.
@@ -173,7 +202,7 @@ def batches(
             f"The data never end; bound them, for example with dataset.take(n). "
             f"Received: {_describe(data)}"
         )
-    return _checked(_raw(data, batch_size), data, max_samples, check_finite)
+    return _checked(_raw(data, batch_size, inputs), data, max_samples, check_finite, inputs)
 
 
 def is_reiterable(data: Any) -> bool:
@@ -265,7 +294,7 @@ def paired(stream: Iterable[Batch]) -> Iterator[Batch]:
     before: Batch | None = None
     for batch in stream:
         if before is not None and batch.count == 1:
-            if (before.count or 0) > 1 and batch.regular and before.regular:
+            if (before.count or 0) > 1 and batch.regular and before.regular and not batch.named:
                 try:
                     before = joined([before, batch])
                     continue
@@ -359,6 +388,7 @@ class Collation:
     indices: Any
     collate: Callable[[list[Any]], Any]
     batch_size: int | None = None
+    inputs: int = 1
 
     def items(self, indices: Iterable[Any]) -> list[Any]:
         """The samples of these indices."""
@@ -366,16 +396,17 @@ class Collation:
 
     def batch(self, items: list[Any]) -> Batch:
         """Samples in one batch."""
-        return _converted(_unpack(self.collate(items)), "a batch of collated samples", 0)
+        batch = _unpack(self.collate(items), inputs=self.inputs)
+        return _converted(batch, "a batch of collated samples", 0)
 
 
-def collation_of(data: Any) -> Collation | None:
+def collation_of(data: Any, inputs: int = 1) -> Collation | None:
     """Samples and collate function of a torch loader or dataset; ``None`` where there are none.
 
     A loader whose own sampler makes the batches has none: which samples meet is its business.
     """
     if _is_indexed(data):
-        return Collation(data, range(len(data)), _collated)
+        return Collation(data, range(len(data)), _collated, inputs=inputs)
     if not _is_a(data, ("DataLoader",), "torch") or data.batch_size is None:
         return None
     dataset, sampler = data.dataset, data.sampler
@@ -385,10 +416,10 @@ def collation_of(data: Any) -> Collation | None:
         indices: Any = range(len(dataset))
     else:
         indices = list(sampler)
-    return Collation(dataset, indices, data.collate_fn, data.batch_size)
+    return Collation(dataset, indices, data.collate_fn, data.batch_size, inputs)
 
 
-def _raw(data: Any, batch_size: int) -> Iterator[Any]:
+def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     """Pick the reader for the type of ``data``; yields what a loader yields, or ``Batch``."""
     if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__") or data is None:
         raise DataError(f"{_ACCEPTED} Received: {_describe(data)}")
@@ -410,7 +441,7 @@ def _raw(data: Any, batch_size: int) -> Iterator[Any]:
     if isinstance(data, Batch):
         return iter([data]) if data.whole is not None else _cut(data, batch_size)
     if isinstance(data, tuple):
-        return _cut(_unpack(data, strict=True, cut=True), batch_size)
+        return _cut(_unpack(data, strict=True, cut=True, inputs=inputs), batch_size)
     if isinstance(data, list):
         return _from_list(data, batch_size)
     if isinstance(data, Mapping) or hasattr(data, "shape"):
@@ -470,11 +501,11 @@ def _from_list(data: list[Any], batch_size: int) -> Iterator[Any]:
     )
 
 
-def _unpack(item: Any, *, strict: bool = False, cut: bool = False) -> Batch:
+def _unpack(item: Any, *, strict: bool = False, cut: bool = False, inputs: int = 1) -> Batch:
     """What a loader yields -> inputs, targets and weights, as far as they can be told apart.
 
     ``strict``: the third item can only be sample weights, as Keras has it. ``cut``: the tuple holds
-    the arrays of all samples.
+    the arrays of all samples. ``inputs``: so many first items of a longer one are inputs.
     """
     if isinstance(item, Batch):
         return item
@@ -482,6 +513,10 @@ def _unpack(item: Any, *, strict: bool = False, cut: bool = False) -> Batch:
     positional = isinstance(item, tuple) or (isinstance(item, list) and not _is_numbers(item))
     if not positional or _is_images(item):
         return Batch(item, whole=whole)
+    if len(item) > inputs > 1 and not isinstance(item[0], (tuple, list, Mapping)):
+        item = (tuple(item[:inputs]), *item[inputs:])
+    else:
+        inputs = 1
     if strict and not 1 <= len(item) <= 3:
         raise DataError(
             "A tuple of data must be (x,), (x, y) or (x, y, sample_weight). "
@@ -495,12 +530,12 @@ def _unpack(item: Any, *, strict: bool = False, cut: bool = False) -> Batch:
             f"Received: ({_describe(item[0])}, ...)"
         )
     if len(item) > 3:  # several inputs, several labels: only the user's step knows
-        return Batch(item[0], whole=whole)
+        return Batch(item[0], whole=whole, inputs=inputs)
     x, y, third = (*item, None, None)[:3]
     if third is None:
-        return Batch(x, y, whole=whole)
+        return Batch(x, y, whole=whole, inputs=inputs)
     if _is_weights(third, y, temporal=strict):
-        return Batch(x, y, third, whole=whole)
+        return Batch(x, y, third, whole=whole, inputs=inputs)
     if strict:
         described = ", ".join(
             f"{getattr(leaf, 'dtype', type(leaf).__name__)} of shape {_shape(leaf)}"
@@ -511,7 +546,7 @@ def _unpack(item: Any, *, strict: bool = False, cut: bool = False) -> Batch:
             "sample. Pass (x, y), or weights.astype('float32') if they are weights. "
             f"Received: {described or _describe(third)}"
         )
-    return Batch(x, y, whole=whole)
+    return Batch(x, y, whole=whole, inputs=inputs)
 
 
 def _is_weights(value: Any, y: Any, *, temporal: bool) -> bool:
@@ -584,12 +619,12 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 
 
 def _checked(
-    raw: Iterator[Any], data: Any, max_samples: int | None, check_finite: bool
+    raw: Iterator[Any], data: Any, max_samples: int | None, check_finite: bool, inputs: int
 ) -> Iterator[Batch]:
     seen, weighted = 0, None
     for index, item in enumerate(raw):
         where = f"batch {index}"
-        batch = _converted(_unpack(item), where, seen)
+        batch = _converted(_unpack(item, inputs=inputs), where, seen)
         count = batch.count
         if count == 0:
             continue

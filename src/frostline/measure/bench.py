@@ -53,7 +53,7 @@ class Bench:
         blend_in_training: λ of each site in training; see
             :attr:`frostline.types.measured.Measurement.behaviour`.
         unit: What a loss is of: ``"sample"`` or ``"batch"``; set by :func:`make_bench`.
-        step: The user's own step calls the model.
+        step: The user's own ``step(model, batch)``, where it calls the model; ``None``: not.
         noisy: The model has layers but BN that act in training only; without them dropout is not
             tried a second time.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
@@ -69,7 +69,7 @@ class Bench:
     blend_in_training: Array | None = None
     unit: Literal["sample", "batch"] = "sample"
     noisy: bool = True
-    step: bool = False
+    step: Any = None
     cost: dict[str, float] = field(default_factory=dict)
     _probes: dict[Any, Probe] = field(default_factory=dict)
     _populations: dict[tuple[str, ...], tuple[Statistics, Stages]] = field(default_factory=dict)
@@ -317,12 +317,12 @@ class Bench:
         if chosen not in self._populations:
             begin = time.perf_counter()
             known, passes = self._populations.get(self.paths), 0.0
-            if self.step:  # only the user's step knows how the model takes a batch
-                found, passes = self._repeated(chosen)
-                self._populations[chosen] = found, ()
-            elif known is not None and _depend_on_none_but(chosen, known[1]):
+            if known is not None and _depend_on_none_but(chosen, known[1]):
                 found = {path: known[0][path] for path in chosen if path in known[0]}
                 self._populations[chosen] = found, known[1]
+            elif self._meter() is None:
+                found, passes = self._repeated(chosen)
+                self._populations[chosen] = found, ()
             else:
                 self._populations[chosen], passes = self._measured(chosen), 1.0
             name = f"statistics of {sites if isinstance(sites, str) else 'chosen'} sites"
@@ -359,9 +359,18 @@ class Bench:
         return found, passes
 
     def _meter(self) -> Any:
-        """One for all groups of sites and all trials: what it has compiled serves each of them."""
+        """One for all groups of sites and all trials: what it has compiled serves each of them.
+
+        ``None``: only the user's step can run the model, and not a meter.
+        """
         if "all" not in self._meters:
-            self._meters["all"] = self.adapter.meter(self.paths)
+            given = {} if self.step is None else {"step": self.step}
+            try:
+                self._meters["all"] = self.adapter.meter(self.paths, **given)
+            except ModelError:
+                if self.step is None:
+                    raise
+                self._meters["all"] = None
         return self._meters["all"]
 
     def _chosen(self, sites: str | Sequence[str]) -> tuple[str, ...]:

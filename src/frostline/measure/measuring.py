@@ -443,7 +443,8 @@ class _Run:
             seed=self.seed,
             fixed=self.facts.batch is not None,
             labels=leaves(bench.batches[0].y) != [],
-            whole=bench.step,
+            whole=bench.step is not None,
+            inputs=bench.adapter.inputs(),
         )
         if isinstance(bench.samples.batches[0].y, tuple) and not samples.batches[0].y:
             raise _Skip("outputs are compared, and validation data without labels add nothing")

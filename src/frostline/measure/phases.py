@@ -9,7 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
-from frostline.data.batches import Batch, batches, is_reiterable, leaves, left_out, paired
+from frostline.data.batches import (
+    Batch,
+    batches,
+    failure,
+    is_reiterable,
+    leaves,
+    left_out,
+    paired,
+)
 from frostline.numerics import stats
 from frostline.types import (
     Array,
@@ -21,7 +29,6 @@ from frostline.types import (
     as_float64,
 )
 from frostline.types.measured import Interval, Task
-from frostline.types.reasons import first_line
 
 Metrics = Mapping[str, Callable[[Array, Array], float]]
 
@@ -110,14 +117,14 @@ def phase_table(
     """Evaluate a model in the dynamic phase, phase 0 and phase 1; see :func:`frostline.phases`."""
     require_one(loss, step)
     if not is_reiterable(data):
-        data = list(batches(data, batch_size=batch_size))  # two passes over a one-shot iterator
+        data = list(_read(adapter, data, batch_size))  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Any] = []
     told: list[str] = []
     score: _Scorer | None = None
     with adapter.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
-        for number, batch in enumerate(paired(batches(data, batch_size=batch_size))):
+        for number, batch in enumerate(paired(_read(adapter, data, batch_size))):
             if score is None:
                 score, told = _scorer(adapter, batch, loss, step)
             labels.append(batch.y)
@@ -187,6 +194,10 @@ def phase_table(
     )
 
 
+def _read(adapter: Adapter, data: Any, batch_size: int) -> Iterator[Batch]:
+    return batches(data, batch_size=batch_size, inputs=adapter.inputs())
+
+
 def require_one(loss: Any, step: Any) -> None:
     """Raise where both a loss and a step are given, or the step is no function.
 
@@ -237,7 +248,7 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
         try:
             adapter.forward(first.x, training=False)
         except Exception as error:
-            raise failed(error, first) from error
+            raise failure(error, first) from error
         return bare, told
     return by_forward, told
 
@@ -264,32 +275,13 @@ def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int
     except FrostlineError:
         raise
     except Exception as error:
-        raise failed(error, batch) from error
+        raise failure(error, batch) from error
     if outcome.losses.ndim != 1 or not len(outcome.losses):
         raise ModelError(
             "a loss must be one number per batch or one per sample. "
             f"Received: shape {outcome.losses.shape}"
         )
     return outcome
-
-
-def failed(error: Exception, batch: Batch) -> ModelError:
-    """What a user's model, loss or step raised on a batch, as one of our errors."""
-    return ModelError(
-        f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
-        "Where the model takes a batch in its own way, pass step=, a function (model, batch) "
-        f"that returns the loss. Received: a batch of {described(batch)}"
-    )
-
-
-def described(batch: Batch) -> str:
-    """What a batch is made of, in a few words."""
-    value = batch.given
-    if isinstance(value, Mapping):
-        return f"a mapping with {', '.join(map(repr, list(value)[:6]))}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {', '.join(type(item).__name__ for item in value[:4])}"
-    return type(value).__name__
 
 
 def _distances(passes: Mapping[str, _Pass]) -> Array:

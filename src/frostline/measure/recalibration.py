@@ -114,6 +114,7 @@ def recalibrate_adapter(
     method: Any,
     batch_size: int,
     ranks: Together = ALONE,
+    step: Any = None,
 ) -> tuple[Recalibration, Callable[[], None]]:
     """Recalibrate the model behind an adapter; see :func:`frostline.recalibrate`.
 
@@ -133,9 +134,17 @@ def recalibrate_adapter(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
-    meter = adapter.meter(own, ranks)
+    meter = adapter.meter(own, ranks) if step is None else adapter.meter(own, ranks, step)
     undo = meter.snapshot()
-    done = recalibrated(meter, own, data, method=method, batch_size=batch_size, ranks=ranks)
+    done = recalibrated(
+        meter,
+        own,
+        data,
+        method=method,
+        batch_size=batch_size,
+        ranks=ranks,
+        inputs=adapter.inputs(),
+    )
     if foreign:
         note = f"left alone: {len(foreign)} torch module(s) inside TorchModuleWrapper"
         done = replace(done, notes=(*done.notes, note))
@@ -151,6 +160,7 @@ def recalibrated(
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
     ranks: Together = ALONE,
+    inputs: int = 1,
 ) -> Recalibration:
     """Measure the population statistics of chosen sites of the meter and store them.
 
@@ -164,6 +174,7 @@ def recalibrated(
         batch_size: Samples per batch for data given as arrays.
         memory_limit: Bytes of activations to hold in memory at a time.
         ranks: Processes that the meter measures together with.
+        inputs: So many first items of a longer batch are inputs.
 
     Raises:
         ModelError: Unknown method.
@@ -183,6 +194,7 @@ def recalibrated(
             batch_size=batch_size,
             memory_limit=memory_limit,
             ranks=ranks,
+            inputs=inputs,
         )
         for path, moments in found.moments.items():
             meter.store(path, moments.mean, moments.variance)
@@ -228,6 +240,7 @@ def measured(
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
     ranks: Together = ALONE,
+    inputs: int = 1,
 ) -> tuple[Population, FiniteBatches]:
     """Population moments of chosen sites; statistics may be stored on the way.
 
@@ -238,7 +251,7 @@ def measured(
         DataError: No finite batch, or a site that saw no value.
         ModelError: No chosen site is used.
     """
-    source = FiniteBatches(data, batch_size, may_be_empty=ranks.size > 1)
+    source = FiniteBatches(data, batch_size, may_be_empty=ranks.size > 1, inputs=inputs)
     if method == "batch":
         found = meter.batchwise(source, paths)
     else:
@@ -260,10 +273,11 @@ def measured(
 class FiniteBatches:
     """Batches without NaN or infinite values, and what was read so far."""
 
-    def __init__(self, data: Any, batch_size: int, *, may_be_empty: bool = False) -> None:
-        self.data = data
-        self._may_be_empty = may_be_empty
-        self.batch_size = batch_size
+    def __init__(
+        self, data: Any, batch_size: int, *, may_be_empty: bool = False, inputs: int = 1
+    ) -> None:
+        self.data, self.batch_size = data, batch_size
+        self._may_be_empty, self._inputs = may_be_empty, inputs
         self.sizes: dict[int, int] = {}
         self.skipped: dict[int, str] = {}
 
@@ -279,7 +293,7 @@ class FiniteBatches:
 
     def _batches(self) -> Iterator[Batch]:
         try:
-            yield from batches(self.data, batch_size=self.batch_size)
+            yield from batches(self.data, batch_size=self.batch_size, inputs=self._inputs)
         except NoSamplesError:
             if not self._may_be_empty:
                 raise

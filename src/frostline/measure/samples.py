@@ -104,6 +104,7 @@ def draw(
     fixed: bool = False,
     labels: bool = True,
     whole: bool = False,
+    inputs: int = 1,
 ) -> Samples:
     """Draw samples at random, mix them and cut them into batches of one size.
 
@@ -111,9 +112,10 @@ def draw(
     only ``2 * max_samples`` samples and a batch are held in memory. Arrays are read whole; streams
     up to :data:`READ_FACTOR` times ``max_samples`` samples.
 
-    Batches that are not arrays of one length, or do not fit together (padded to different lengths),
-    are not cut: a loader's own dataset and collate function make new ones of random samples, and
-    where there are none the first batches are taken as they come.
+    Batches that are not arrays of one length, do not fit together (padded to different lengths), or
+    are mappings for the user's step (an entry may number the samples of its batch) are not cut: a
+    loader's own dataset and collate function make new ones of random samples, and where there are
+    none the first batches are taken as they come.
 
     Args:
         data: See :mod:`frostline.data.batches`; one-shot iterators too.
@@ -124,6 +126,7 @@ def draw(
         fixed: The model takes no other batch size.
         labels: Raise where there are none.
         whole: Keep what a batch holds beside inputs, labels and weights.
+        inputs: So many first items of a longer batch are inputs.
 
     Returns:
         The samples.
@@ -138,7 +141,9 @@ def draw(
     kept = _Kept(max_samples, rng)
     natural, read, held, form = batch_size, 0, [], None
     notes: list[str] = []
-    stream = batches(data, batch_size=batch_size or 32, max_samples=_bound(data, limit))
+    stream = batches(
+        data, batch_size=batch_size or 32, max_samples=_bound(data, limit), inputs=inputs
+    )
     for batch in stream:
         if labels and not leaves(batch.y):
             raise DataError(
@@ -152,10 +157,11 @@ def draw(
         if read < max_samples:
             held.append(batch)
         read += count
-        here = _form(batch) if batch.divisible or (batch.regular and not whole) else None
+        may_be_cut = batch.divisible and not batch.named if whole else batch.regular
+        here = _form(batch) if may_be_cut else None
         form = here if form is None else form
         if here is None or here != form:
-            source = collation_of(data)
+            source = collation_of(data, inputs)
             if source is not None:
                 try:
                     return _collated(source, max_samples, natural, rng, notes, fixed=fixed)

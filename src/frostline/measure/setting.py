@@ -10,11 +10,10 @@ import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, leaves, take
+from frostline.data.batches import Batch, failure, leaves, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import (
     class_labels,
-    described,
     infer_task,
     loss_name_of,
     require_one,
@@ -64,6 +63,7 @@ def make_bench(
         fixed=fixed is not None,
         labels=False,
         whole=step is not None,
+        inputs=adapter.inputs(),
     )
     notes = list(samples.notes)
     first = samples.batches[0]
@@ -127,7 +127,7 @@ def make_bench(
         labels=None if task == "unknown" else judged,
         blend_in_training=training_blend(forward.paths, adapter.sites(), behaviour),
         unit=unit,
-        step=step is not None,
+        step=step,
         noisy=bool(adapter.noise_layers()),
     )
     return bench, behaviour, notes
@@ -173,11 +173,7 @@ def _by_outputs(
         except FrostlineError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"the model fails on a batch as the data give it: {first_line(error)}. Where it "
-                "takes a batch in its own way, pass step=, a function (model, batch) that returns "
-                f"the loss. Received: a batch of {described(batch)}"
-            ) from error
+            raise failure(error, batch) from error
     same = [[leaf.shape for leaf in part] for part in wanted] == [
         [leaf.shape for leaf in part] for part in stored
     ]

@@ -257,6 +257,7 @@ def recalibrate(
     method: Literal["sequential", "batch"] = "sequential",
     batch_size: int = 32,
     process_group: Any = None,
+    step: Any = None,
 ) -> Change:
     """Replace stored statistics, in place, by the population statistics of ``data``.
 
@@ -272,8 +273,8 @@ def recalibrate(
     rest in a temporary folder). A layer that is used more than once has one set of statistics,
     pooled over its uses; where one use lies behind another one there is no order to measure in, and
     passes are repeated until the statistics reproduce themselves to 1e-6 standard deviations.
-    Subclassed models, composite layers with BN inside and models that pass masks along have no
-    graph to follow: they take one pass per site.
+    Subclassed Keras models, composite layers with BN inside and models that pass masks along have
+    no graph to follow: they take one pass per site. A torch module needs no graph.
 
     ``method="batch"`` is one pass with batch statistics at all chosen sites at once (precise BN; Wu
     and Johnson, arXiv 2105.07576, section 3). It reads the data once, in constant memory.
@@ -294,6 +295,8 @@ def recalibrate(
         batch_size: Samples per batch for data given as arrays.
         process_group: As in ``torch.nn.SyncBatchNorm``: the processes that measure together;
             ``None`` is the default group where one is initialised. ``False``: this process alone.
+        step: The user's own ``step(model, batch)``, as in :func:`frostline.diagnose`, for a torch
+            module that takes a batch in its own way; what it returns is not looked at.
 
     Returns:
         A change; ``undo()`` puts the old statistics back, of this process.
@@ -311,7 +314,13 @@ def recalibrate(
     def edit() -> Change:
         with ranks.collective("recalibrate", method=str(method)):
             done, undo = recalibrate_adapter(
-                adapter, data, sites=sites, method=method, batch_size=batch_size, ranks=ranks
+                adapter,
+                data,
+                sites=sites,
+                method=method,
+                batch_size=batch_size,
+                ranks=ranks,
+                step=step,
             )
         return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
 

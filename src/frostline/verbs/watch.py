@@ -15,8 +15,8 @@ import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, batches, joined, paired
-from frostline.measure.phases import failed, require_one, tried
+from frostline.data.batches import Batch, batches, failure, joined, leaves, paired
+from frostline.measure.phases import require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.facts import SiteFacts
@@ -42,7 +42,8 @@ class Check:
         moved: Paths of sites that were frozen when the watch began and moved nevertheless: their
             statistics, gamma or beta.
         gap: Mean loss with batch statistics where training uses them minus that of inference, on
-            the held samples; ``None`` without data.
+            the held samples; without labels and a loss the mean squared distance of the outputs, in
+            their variances; ``None`` without data.
     """
 
     step: int
@@ -73,6 +74,7 @@ class Watch:
     _batches: Sequence[Batch] = field(repr=False, default=())
     _loss: Any = field(repr=False, default=None)
     _step: Any = field(repr=False, default=None)
+    _by_outputs: bool = field(repr=False, default=False)
     checks: list[Check] = field(default_factory=list)
 
     def check(self) -> Check:
@@ -89,6 +91,23 @@ class Watch:
         self.checks.append(Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=gap))
         return self.checks[-1]
 
+    def try_out(self) -> None:
+        """Find out on the first batch whether losses can be compared, or else outputs.
+
+        Raises:
+            FrostlineError: Neither can.
+        """
+        forward = self._adapter.blend_forward(loss=self._loss, step=self._step)
+        first = self._batches[0]
+        try:
+            tried(forward, first)
+        except FrostlineError:
+            if self._loss is not None or self._step is not None or first.y is not None:
+                raise
+            if not _floating(forward.outputs(first, Condition(0.0))):
+                raise
+            self._by_outputs = True
+
     def _gap(self) -> float:
         forward = self._adapter.blend_forward(loss=self._loss, step=self._step)
         locked = {
@@ -97,11 +116,17 @@ class Watch:
         training = np.array([0.0 if path in locked else 1.0 for path in forward.paths])
         gaps, counts = [], []
         for number, batch in enumerate(self._batches):
-            one, zero = (
-                float(np.mean(forward.outcome(batch, Condition(blend, number=number)).losses))
-                for blend in (training, np.zeros_like(training))
-            )
-            gaps.append(one - zero)
+            conditions = [
+                Condition(blend, number=number) for blend in (training, np.zeros_like(training))
+            ]
+            if self._by_outputs:
+                found = [_floating(forward.outputs(batch, each)) for each in conditions]
+                gaps.append(float(np.mean([_distance(*pair) for pair in zip(*found, strict=True)])))
+            else:
+                one, zero = (
+                    float(np.mean(forward.outcome(batch, each).losses)) for each in conditions
+                )
+                gaps.append(one - zero)
             counts.append(batch.count or 1)
         return float(np.average(gaps, weights=counts))
 
@@ -121,7 +146,12 @@ class Watch:
             more = f" and {len(last.moved) - 3} more" if len(last.moved) > 3 else ""
             lines.append(f"frozen, but moved: {shown}{more}")
         if last.gap is not None:
-            lines.append(f"loss in training mode minus inference, dropout off: {last.gap:+.4g}")
+            lines.append(
+                f"outputs in training mode from those of inference, dropout off: {last.gap:.4g} "
+                "of their variance"
+                if self._by_outputs
+                else f"loss in training mode minus inference, dropout off: {last.gap:+.4g}"
+            )
         return "\n".join(lines)
 
 
@@ -168,7 +198,11 @@ def watch(
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
     require_one(loss, step)
-    held = [] if data is None else _held(data, max_samples, batch_size)
+    held = (
+        []
+        if data is None
+        else _held(data, max_samples, batch_size, inputs=adapter.inputs(), step=step)
+    )
     watching = Watch(
         _adapter=adapter,
         _before=found,
@@ -181,15 +215,15 @@ def watch(
     )
     if held:
         with adapter.preserved():  # what cannot be compared is told now, not after the training
-            tried(adapter.blend_forward(loss=loss, step=step), held[0])
+            watching.try_out()
     yield watching
     watching.check()
 
 
-def _held(data: Any, max_samples: int, batch_size: int) -> list[Batch]:
+def _held(data: Any, max_samples: int, batch_size: int, *, inputs: int, step: Any) -> list[Batch]:
     """Batches to keep: arrays cut anew to the size wanted, all else as it comes."""
-    read = list(batches(data, batch_size=batch_size, max_samples=max_samples))
-    if all(part.divisible for part in read):
+    read = list(batches(data, batch_size=batch_size, max_samples=max_samples, inputs=inputs))
+    if all(part.divisible and not (part.named and step is not None) for part in read):
         try:
             whole = joined(read)
         except DataError:
@@ -267,13 +301,25 @@ def assert_frozen(
 def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
     """What the sites do in training, on a few batches."""
     require_one(None, step)
-    held = list(paired(batches(data, max_samples=64)))
+    held = list(paired(batches(data, max_samples=64, inputs=adapter.inputs())))
     try:
         return adapter.behaviour(held, step=step)
     except FrostlineError:
         raise
     except Exception as error:
-        raise failed(error, held[0]) from error
+        raise failure(error, held[0]) from error
+
+
+def _floating(outputs: Any) -> list[Array]:
+    found = [leaf for _, leaf in leaves(outputs)]
+    return (
+        found if all(getattr(leaf, "dtype", np.dtype(bool)).kind == "f" for leaf in found) else []
+    )
+
+
+def _distance(one: Array, zero: Array) -> float:
+    """Mean squared distance in variances of the second."""
+    return float(np.mean(np.square(one - zero)) / max(float(np.var(zero)), 1e-12))
 
 
 def _inside(adapter: Adapter, until: Any) -> Callable[[str], bool]:

@@ -52,6 +52,7 @@ def answers(entry: Entry) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, verb in VERBS.items():
         begin = time.perf_counter()
+        print(name, file=sys.stderr, flush=True)  # told where the process does not end
         try:
             again = entry.build() if entry.framework == "keras" else program
             model = again.model if entry.framework == "keras" else copy.deepcopy(program.model)
@@ -78,8 +79,9 @@ def apart(name: str) -> dict[str, Any]:
         run = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
-    except subprocess.TimeoutExpired:
-        return {"verbs": {"all": [f"crash: not ended in {LIMIT_S} s", LIMIT_S]}}
+    except subprocess.TimeoutExpired as cut:
+        last = (cut.stderr or b"").decode().strip().rpartition("\n")[2]
+        return {"verbs": {last or "build": [f"crash: not ended in {LIMIT_S} s", LIMIT_S]}}
     lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode or not lines:
         last = (run.stderr.strip().splitlines() or ["no word"])[-1]

@@ -243,6 +243,7 @@ _hugging_face(
 
 @entry("transformers SegFormer", "transformers", "segmentation")
 def _segformer() -> Program:
+    torchvision()
     import transformers as t
 
     config = t.SegformerConfig(
@@ -261,6 +262,7 @@ def _segformer() -> Program:
 
 @entry("transformers Wav2Vec2-Conformer (audio)", "transformers", "audio")
 def _conformer() -> Program:
+    torchvision()
     import transformers as t
 
     config = t.Wav2Vec2ConformerConfig(
@@ -279,6 +281,7 @@ def _conformer() -> Program:
 
 @entry("transformers PatchTST (time series)", "transformers", "time series")
 def _patch() -> Program:
+    torchvision()
     import transformers as t
 
     config = t.PatchTSTConfig(
@@ -295,6 +298,7 @@ def _patch() -> Program:
 
 @entry("transformers RT-DETR (detection)", "transformers", "detection")
 def _rt_detr() -> Program:
+    torchvision()
     import transformers as t
 
     backbone = t.RTDetrResNetConfig(

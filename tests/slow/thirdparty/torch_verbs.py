@@ -87,6 +87,8 @@ def norms(model: Any) -> list[tuple[str, Any]]:
 def noisy(model: Any) -> bool:
     """Whether the model is random in training."""
     words = ("Dropout", "DropPath", "StochasticDepth")
+    if getattr(model, "drop_rate", 0):  # timm's own, a function
+        return True
     return any(
         word in type(m).__name__ and any(getattr(m, r, 0) for r in ("p", "drop_prob"))
         for m in model.modules()
@@ -278,7 +280,8 @@ def split(program: Program, model: Any) -> str:
         parts.suffix.eval()
         mapping = isinstance(sample, Mapping)
         features = parts.prefix(**sample) if mapping else parts.prefix(sample)
-        found = tensors(parts.suffix(features))
+        several = isinstance(features, tuple) and len(parts.frontier) > 1
+        found = tensors(parts.suffix(*features) if several else parts.suffix(features))
     worst = close(whole[: len(found)], found)
     require(worst < 1e-4, f"suffix(prefix(x)) is {worst:.2g} off")
     return f"{len(parts.frontier)} tensors cross"

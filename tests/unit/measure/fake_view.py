@@ -105,6 +105,9 @@ class FakeView:
     def blend_forward(self, loss: Any = None, step: Any = None, paths: Any = None) -> FakeForward:
         return FakeForward(self)
 
+    def inputs(self) -> int:
+        return 1
+
     def noise_layers(self) -> dict[str, str]:
         return {"drop": "dropout"} if self.dropout else {}
 

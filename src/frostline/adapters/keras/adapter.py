@@ -123,16 +123,26 @@ class KerasView:
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
 
+    def inputs(self) -> int:
+        """One: the first item of a batch holds all inputs."""
+        return 1
+
     def meter(
         self,
         paths: Sequence[str],
         ranks: Together = ALONE,  # noqa: ARG002 - this process alone
+        step: Any = None,
     ) -> MomentRecorder:
         """What measures and stores the statistics of these sites.
 
         Raises:
-            ModelError: A path is not a built Keras BN layer.
+            ModelError: A path is not a built Keras BN layer; or a step.
         """
+        if step is not None:
+            raise ModelError(
+                "the statistics of a Keras model are measured on its inputs: leave step= out and "
+                "give (x, y) or (x,). Received: a step"
+            )
         return MomentRecorder(self.model, paths)
 
     def together(self, process_group: Any = None) -> Together:

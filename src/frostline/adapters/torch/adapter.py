@@ -26,6 +26,7 @@ from frostline.adapters.torch import (
     reference as torch_reference,
     split as torch_split,
 )
+from frostline.adapters.torch.asking import inputs_of
 from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
@@ -114,6 +115,10 @@ class TorchView:
     ) -> TorchForward:
         """Forward passes with λ and the statistics as arguments."""
         return TorchForward(self.model, paths, loss=loss, step=step)
+
+    def inputs(self) -> int:
+        """How many arguments ``forward`` needs beside labels."""
+        return inputs_of(torch_graph.unwrapped(self.model))
 
     def round_trip(self, x: Any) -> float:
         """Largest relative change of an inference output after saving and loading the state."""

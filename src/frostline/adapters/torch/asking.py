@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
-from frostline.data.batches import Batch
-from frostline.types import DataError, ModelError
+from frostline.data.batches import Batch, failure
+from frostline.types import DataError, FrostlineError, ModelError
 
 #: Names of labels, as keys of a mapping and as arguments of a ``forward``.
 _LABELS = ("labels", "label", "targets", "target", "y", "gt", "annotations")
@@ -24,8 +25,44 @@ _LABELS = ("labels", "label", "targets", "target", "y", "gt", "annotations")
 _PLACES = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def call(root: Any, batch: Batch, move: Callable[[Any], Any], *, targets: bool = False) -> Any:
-    """Call a module on a batch; with ``targets`` its labels go in where there is a place."""
+def call(
+    root: Any,
+    batch: Batch,
+    move: Callable[[Any], Any],
+    *,
+    step: Any = None,
+    targets: bool = False,
+) -> Any:
+    """Call a module on a batch, or have the user's step do so.
+
+    Args:
+        root: The module, in the mode in which it is asked.
+        batch: The batch.
+        move: Arrays and tensors -> tensors where the model is.
+        step: ``step(model, batch)``; ``None``: the module is called.
+        targets: Labels go in where ``forward`` has a place for them.
+
+    Raises:
+        ModelError: The module or the step fails.
+    """
+    with _told(batch):
+        if step is not None:
+            return step(root, move(batch.given))
+        return _called(root, batch, move, targets)
+
+
+@contextmanager
+def _told(batch: Batch) -> Iterator[None]:
+    """Make what a user's code raises on a batch one of our errors."""
+    try:
+        yield
+    except FrostlineError:
+        raise
+    except Exception as error:
+        raise failure(error, batch) from error
+
+
+def _called(root: Any, batch: Batch, move: Callable[[Any], Any], targets: bool) -> Any:
     x = move(batch.x)
     parameters = inspect.signature(root.forward).parameters
     places = [each for each in parameters.values() if each.kind in _PLACES]
@@ -37,14 +74,35 @@ def call(root: Any, batch: Batch, move: Callable[[Any], Any], *, targets: bool =
         plain = [value for key, value in x.items() if key not in _LABELS]
         if every and not places:
             return root(**x)
-        return root(plain[0]) if len(plain) == 1 and isinstance(root, nn.Sequential) else root(x)
+        if len(plain) != 1:
+            return root(x)
+        if isinstance(root, nn.Sequential):
+            return root(plain[0])
+        try:
+            return root(x)
+        except Exception as problem:  # a mapping is nothing for its first operation
+            try:
+                return root(plain[0])
+            except Exception:
+                raise problem from None
     several = isinstance(x, (list, tuple)) and not _one(x, batch, places)
     arguments = list(x) if several else [x]
-    if targets and batch.y is not None and len(arguments) < len(places):
+    if batch.y is not None and len(arguments) < len(places):
         place = places[len(arguments)]
-        if place.default is inspect.Parameter.empty or place.name in _LABELS:
+        if place.default is inspect.Parameter.empty or (targets and place.name in _LABELS):
             arguments.append(move(batch.y))
     return root(*arguments)
+
+
+def inputs_of(root: Any) -> int:
+    """How many arguments ``forward`` needs: so many first items of a longer batch are inputs."""
+    places = inspect.signature(root.forward).parameters.values()
+    needed = [
+        each.name
+        for each in places
+        if each.kind in _PLACES and each.default is inspect.Parameter.empty
+    ]
+    return max(1, sum(name not in _LABELS for name in needed))
 
 
 def _one(x: Any, batch: Batch, places: list[Any]) -> bool:
@@ -93,7 +151,7 @@ class Question:
             DataError: The loss does not take these outputs and labels.
         """
         if self._step is not None:
-            return None, read_losses(self._step(root, move(_given(batch))))
+            return None, read_losses(call(root, batch, move, step=self._step))
         outputs = call(root, batch, move, targets=self._loss is None or root.training)
         if first and isinstance(outputs, (tuple, list)):
             outputs = outputs[0]
@@ -131,12 +189,3 @@ class Question:
             "a torch module has no compiled loss: pass loss=, for example "
             "torch.nn.CrossEntropyLoss(), or step=. Received: loss=None"
         )
-
-
-def _given(batch: Batch) -> Any:
-    """What the user's step gets: what the loader yielded, or the tuple of the arrays."""
-    if batch.whole is not None:
-        return batch.whole
-    parts = (batch.x, batch.y, batch.sample_weight)
-    given = tuple(part for part in parts if part is not None)
-    return given if len(given) > 1 else batch.x

@@ -13,6 +13,7 @@ from frostline.adapters.torch.calls import Call, answered
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.data.batches import Batch
+from frostline.types import ModelError
 from frostline.types.measured import Behaviour
 
 
@@ -30,9 +31,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     """
     sites, move = site_modules(model), mover(model)
     watched = {**sites, **unknown_keepers(model)}
-    weights: dict[bool, dict[str, list[float]]] = {
-        training: {path: [] for path in sites} for training in (True, False)
-    }
+    weights: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     moved: dict[str, bool] = {}
     for number, batch in enumerate(batches):
         given = Batch(*batch) if isinstance(batch, tuple) else batch
@@ -40,17 +39,19 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
             def answer(call: Call, seen: dict[str, list[float]] = seen) -> Any:
                 if call.path in sites:
-                    seen[call.path].append(float(call.training))
+                    seen.setdefault(call.path, []).append(float(call.training))
                 return call.run()
 
             before = {path: _stored(module) for path, module in watched.items()}
             with untouched(model, number=number) as root, torch.no_grad():
                 set_phase(root, training=training)
                 with answered(root, sites, answer):
-                    if step is None:
-                        call(root, given, move, targets=training)
-                    else:
-                        step(root, move(given.given))
+                    try:
+                        call(root, given, move, step=step, targets=training)
+                    except ModelError:
+                        if training or step is None:
+                            raise
+                        seen.clear()  # a step of losses that exist in training mode only
                 if training:
                     for path, module in watched.items():
                         changed = not _alike(before[path], _stored(module))

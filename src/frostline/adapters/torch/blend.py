@@ -29,7 +29,7 @@ from frostline.adapters.torch.forward_pass import (
     arrays_in,
     device_of,
     mover,
-    noise_layers,
+    set_inference,
     set_phase,
     untouched,
 )
@@ -88,8 +88,7 @@ class TorchForward:
         with torch.no_grad():
             how = self._how(self._blend(condition.blend), condition.statistics, seen)
             with self._answered(how, condition.number) as root:
-                set_mode(root, training=condition.dropout)
-                self._hold_sites()
+                set_inference(root, self._sites, dropout=condition.dropout)
                 found = arrays(call(root, batch, self._move))
         return (found, seen) if condition.record else found
 
@@ -161,13 +160,9 @@ class TorchForward:
         dropout, number = condition.dropout, condition.number
         for trains in (False, True) if self._trains is None else (self._trains,):
             with self._answered(how, number, quiet=not dropout) as root:
-                if trains and not takes_targets(root):
+                if trains and not self._question.steps and not takes_targets(root):
                     break
-                set_mode(root, training=trains or dropout)
-                self._hold_sites()
-                if trains and not dropout:
-                    for path in noise_layers(root):
-                        root.get_submodule(path.replace("/", ".")).eval()
+                set_inference(root, self._sites, trains=trains, dropout=dropout)
                 try:
                     found = self._question.answer(root, batch, self._move)
                 except Exception as error:
@@ -177,10 +172,6 @@ class TorchForward:
             return found
         assert problem is not None
         raise problem
-
-    def _hold_sites(self) -> None:
-        for module in self._sites.values():
-            module.training = False
 
     @contextmanager
     def _answered(

@@ -159,6 +159,25 @@ def set_phase(root: Any, *, training: bool) -> None:
         module.training = True
 
 
+def set_inference(
+    root: Any, sites: Mapping[str, Any], *, trains: bool = False, dropout: bool = False
+) -> None:
+    """Put a module into a mode in which no site uses its batch by itself.
+
+    Args:
+        root: The module.
+        sites: Its sites.
+        trains: Training mode, for a model whose losses exist there only.
+        dropout: All but the sites acts as in training.
+    """
+    set_mode(root, training=trains or dropout)
+    for module in sites.values():
+        module.training = False
+    if trains and not dropout:
+        for path in noise_layers(root):
+            root.get_submodule(path.replace("/", ".")).eval()
+
+
 @contextmanager
 def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     """Yield the root module; modes, flags, buffers and random state are put back on any exit.

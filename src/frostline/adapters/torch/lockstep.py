@@ -32,8 +32,7 @@ from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
-from frostline.adapters.torch.forward_pass import mover, untouched
-from frostline.adapters.torch.graph import set_mode
+from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
 from frostline.data.batches import Batch, leaves
 from frostline.numerics.stats import Moments
 from frostline.types import DataError
@@ -155,6 +154,8 @@ def population(
     *,
     memory_limit: int,
     ranks: Together = ALONE,
+    step: Any = None,
+    trains: bool = False,
 ) -> Population:
     """Population moments of sites, each with all earlier ones at their new values.
 
@@ -168,6 +169,8 @@ def population(
         source: The batches.
         memory_limit: Bytes that may wait.
         ranks: Processes with batches of their own; all end with the same moments.
+        step: The user's ``step(model, batch)``, which runs the module instead of a call.
+        trains: It does so in training mode only.
     """
     order, learned = list(chosen), False
     fixed: dict[str, Moments] = {}
@@ -176,8 +179,8 @@ def population(
     reads = turn = 0
     while True:
         with untouched(model) as root:
-            set_mode(root, training=False)
-            run = _Round(root, sites, order, fixed, looped, source, memory_limit, ranks)
+            set_inference(root, sites, trains=trains)
+            run = _Round(root, sites, order, fixed, looped, source, memory_limit, ranks, step)
             run.all()
         reads, turn = reads + run.reads, turn + 1
         if run.late and not learned:
@@ -232,8 +235,9 @@ class _Round:
         source: Source,
         memory_limit: int,
         ranks: Together,
+        step: Any,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.step = ranks, step
         self.root, self.sites, self.looped, self.source = root, sites, looped, source
         self.rank = {path: index for index, path in enumerate(order)}
         self.limit = memory_limit
@@ -305,11 +309,12 @@ class _Round:
             stack.enter_context(torch.no_grad())
             if self._default.type != "cpu":
                 stack.enter_context(self._default)
-            batch = replace(batch, x=self._move(batch.x))
-            for _, leaf in leaves(batch.x):
-                own.note(leaf)
-            stack.enter_context(Calls(self.sites, self._answer, made=own.note))
-            call(replica(self.root), batch, self._move)
+            if self.step is None:
+                batch = replace(batch, x=self._move(batch.x))
+                for _, leaf in leaves(batch.x):
+                    own.note(leaf)
+            stack.enter_context(Calls(self.sites, self._answer, made=own.note, quiet=True))
+            call(replica(self.root), batch, self._move, step=self.step)
 
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""

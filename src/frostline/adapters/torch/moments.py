@@ -14,8 +14,8 @@ from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered, stored
 from frostline.adapters.torch.distributed import require_same_model
-from frostline.adapters.torch.forward_pass import arrays, mover, untouched
-from frostline.adapters.torch.graph import set_mode, site_modules
+from frostline.adapters.torch.forward_pass import arrays, mover, set_inference, untouched
+from frostline.adapters.torch.graph import site_modules
 from frostline.adapters.torch.lockstep import KINDS, population
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
@@ -32,14 +32,18 @@ class TorchMoments:
         model: A torch module.
         paths: Paths of BN sites, as in ``frostline.sites``.
         ranks: Processes that measure together.
+        step: The user's ``step(model, batch)``, which runs the module instead of a call.
 
     Raises:
         ModelError: A path is no BN site, or a site that keeps no statistics; the ranks hold
             different models.
     """
 
-    def __init__(self, model: Any, paths: Sequence[str], ranks: Together = ALONE) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, paths: Sequence[str], ranks: Together = ALONE, step: Any = None
+    ) -> None:
+        self.model, self._step = model, step
+        self._trains = False  # the step runs in training mode only
         self._ranks = ranks
         require_same_model(ranks, model, [path.replace("/", ".") for path in paths])
         self._sites = site_modules(model)
@@ -47,19 +51,44 @@ class TorchMoments:
 
     def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
         """Population moments of some sites; the model is not changed."""
-        return population(
-            self.model, self._sites, paths, source, memory_limit=memory_limit, ranks=self._ranks
+        return self._in_a_mode(
+            source,
+            lambda: population(
+                self.model,
+                self._sites,
+                paths,
+                source,
+                memory_limit=memory_limit,
+                ranks=self._ranks,
+                step=self._step,
+                trains=self._trains,
+            ),
         )
 
     def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
         """Population moments of some sites from one pass with batch statistics."""
-        own = with_batch_statistics(self.batch(), source, paths)
+        own = self._in_a_mode(source, lambda: with_batch_statistics(self.batch(), source, paths))
         found = {path: self._ranks.merged(own.moments.get(path), KINDS) for path in paths}
         return replace(
             own,
             moments={path: moments for path, moments in found.items() if moments is not None},
             batches=self._ranks.total(own.batches),
         )
+
+    def _in_a_mode(self, source: Source, found: Callable[[], Population]) -> Population:
+        """In evaluation mode; a step that fails there is asked in training mode."""
+        try:
+            return found()
+        except ModelError:
+            if self._step is None or self._trains or self._ranks.size > 1:
+                raise
+            source.require_again("a step that fails in evaluation mode")
+            self._trains = True
+            try:
+                return found()
+            except ModelError:
+                self._trains = False
+            raise
 
     def batch(self) -> Callable[[Batch], Mapping[str, Sequence[Moments]]]:
         """One pass with batch statistics at all chosen sites: a batch -> moments of each use."""
@@ -74,9 +103,9 @@ class TorchMoments:
                 return call.with_batch()
 
             with untouched(self.model) as root, torch.no_grad():
-                set_mode(root, training=False)
-                with answered(root, self._sites, answer):
-                    call(root, batch, mover(self.model))
+                set_inference(root, self._sites, trains=self._trains)
+                with answered(root, self._sites, answer, quiet=True):
+                    call(root, batch, mover(self.model), step=self._step)
             return seen
 
         return run

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import frostline as fl
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data.batches import Batch
@@ -267,3 +268,85 @@ def test_no_loss_is_said() -> None:
     forward = TorchView(body()).blend_forward(loss=lambda outputs, _: outputs["no"])
     with pytest.raises(DataError, match="does not take these outputs"):
         forward.outcome(Batch(X, Y), Condition(0.0))
+
+
+class Two(nn.Module):
+    """Needs two arguments, as a critic does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, observation: Any, action: Any) -> Any:
+        return self.net(torch.cat([observation, action], 1))
+
+
+def test_the_arguments_that_forward_needs_are_the_first_items_of_a_batch() -> None:
+    model, generator = Two(), torch.Generator().manual_seed(0)
+    items = [3 * torch.randn(24, size, generator=generator) for size in (3, 2, 1)]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*items), batch_size=8)
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).eval()(*items[:2])
+    wanted = float(functional.mse_loss(outputs, items[2]))
+    for data in (loader, tuple(items), list(loader)):
+        table = fl.phases(model, data, loss=functional.mse_loss)
+        assert table["0"].loss == pytest.approx(wanted, rel=1e-5)
+    fl.recalibrate(model, loader)
+    seen = model.net[0](torch.cat(items[:2], 1)).detach()
+    assert torch.allclose(model.net[1].running_mean, seen.mean(0), atol=1e-5)
+    assert torch.allclose(model.net[1].running_var, seen.var(0, unbiased=False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sequential", "batch"])
+def test_recalibration_by_a_step_that_runs_in_training_mode_only(method: Any) -> None:
+    model, twin = Detector(), Detector()
+    twin.load_state_dict(model.state_dict())
+    named = [{"label": label} for label in LABELS]
+    batches = [(list(IMAGES[i : i + 4]), named[i : i + 4]) for i in (0, 4, 8)]
+
+    def step(module: Any, batch: Any) -> Any:
+        return sum(module(*batch).values())
+
+    fl.recalibrate(model, batches, step=step, method=method)
+    fl.recalibrate(twin, [(images,) for images, _ in batches], method=method)
+    for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_users_code_raises_is_one_of_our_errors() -> None:
+    def fails(*_: Any) -> Any:
+        raise KeyError("image")
+
+    with pytest.raises(ModelError, match=r"KeyError: 'image'.*pass step="):
+        fl.phases(body(), (X, Y), step=fails)
+    with pytest.raises(ModelError, match="pass step="):
+        fl.recalibrate(Two(), [(IMAGES,), (IMAGES,)])
+
+
+def test_a_mapping_with_one_input_for_a_module_that_takes_a_tensor() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x: Any) -> Any:
+            return self.body(x)
+
+    model = Named()
+    table = fl.phases(model, [{"image": IMAGES, "label": LABELS}], loss=functional.cross_entropy)
+    with torch.no_grad():
+        wanted = functional.cross_entropy(copy.deepcopy(model).eval()(IMAGES), LABELS)
+    assert table["0"].loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_step_never_gets_a_mapping_that_is_put_together_anew() -> None:
+    model, seen = body(), []
+    batches = [{"image": IMAGES[i : i + 4], "index": torch.arange(4)} for i in (0, 4, 8)]
+
+    def step(module: Any, batch: Any) -> Any:
+        seen.append(batch["index"].tolist())
+        return module(batch["image"]).square().mean()
+
+    fl.diagnose(model, batches, step=step, verbose=0)
+    assert seen
+    assert all(index == [0, 1, 2, 3] for index in seen)
