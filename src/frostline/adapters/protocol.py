@@ -170,23 +170,18 @@ class Forward(Protocol):
     @property
     def paths(self) -> tuple[str, ...]:
         """The sites, in the order of the blend vector."""
-        ...
 
     def outputs(self, batch: Batch, condition: Condition) -> Any:
         """Outputs of one batch; with ``record`` a pair of them and path -> moments."""
-        ...
 
     def outcome(self, batch: Batch, condition: Condition) -> Outcome:
         """Outputs, losses and, with ``record``, the sites' moments of one pass together."""
-        ...
 
     def gradient(self, batch: Batch, condition: Condition) -> tuple[Array, Array]:
         """Losses as in :class:`Outcome`, and d mean(losses) / dλ, shape ``(sites,)``, float64."""
-        ...
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Outputs and losses of the model's own pass, every layer as its flags have it."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,11 +210,9 @@ class Source(Protocol):
 
     def read(self) -> Iterator[tuple[int, Batch]]:
         """Batches with their numbers, from the beginning."""
-        ...
 
     def require_again(self, verb: str) -> None:
         """Raise :class:`DataError` where the data can be read only once."""
-        ...
 
 
 class StoredStatistics(Protocol):
@@ -227,15 +220,12 @@ class StoredStatistics(Protocol):
 
     def stored(self, path: str) -> tuple[Array, Array]:
         """Stored mean and variance, float64."""
-        ...
 
     def epsilon(self, path: str) -> float:
         """What the site adds to the variance."""
-        ...
 
     def store(self, path: str, mean: Array, variance: Array) -> None:
         """Store population statistics."""
-        ...
 
 
 class Meter(StoredStatistics, Protocol):
@@ -246,19 +236,15 @@ class Meter(StoredStatistics, Protocol):
 
         Statistics may be stored on the way. ``memory_limit`` is in bytes of activations.
         """
-        ...
 
     def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
         """Population moments of some sites from one pass with batch statistics at all of them."""
-        ...
 
     def batch(self) -> Callable[[Any], Seen]:
         """Compile one pass with batch statistics at all sites: a batch -> moments of each use."""
-        ...
 
     def snapshot(self) -> Callable[[], None]:
         """Remember all statistics; returns what puts them back, bit for bit."""
-        ...
 
 
 class StagedMeter(StoredStatistics, Protocol):
@@ -266,15 +252,12 @@ class StagedMeter(StoredStatistics, Protocol):
 
     def start(self, x: Any) -> tuple[Array, ...]:
         """What the first stage takes, from one batch of model inputs."""
-        ...
 
     def programs(self, inputs: int) -> Sequence[Program]:
         """The stages in order; ``inputs`` arrays are what the first one takes."""
-        ...
 
     def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
         """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""
-        ...
 
 
 class Inspect(Protocol):
@@ -287,23 +270,18 @@ class Inspect(Protocol):
     @property
     def channel_axis(self) -> int:
         """Axis of the channels in the model's inputs: -1, or 1 where they come first."""
-        ...
 
     def sites(self) -> tuple[Site, ...]:
         """Every BN layer, in execution order where the graph is known."""
-        ...
 
     def facts(self) -> ModelFacts:
         """What rules without data may look at."""
-        ...
 
     def boundary(self, reference: Any) -> Boundary:
         """Translate a layer name, path, index, fraction or layer into a boundary."""
-        ...
 
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the layers before a boundary: those that freezing up to it freezes."""
-        ...
 
     def frozen_prefix(self) -> tuple[int | None, str | None]:
         """How many sites lie before the first layer that trains, and the path of that layer.
@@ -311,30 +289,24 @@ class Inspect(Protocol):
         ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
         ``(sites, None)``: no layer trains.
         """
-        ...
 
     def objective(self) -> tuple[str | None, bool | None]:
         """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
-        ...
 
     def own_loss(self) -> Any:
         """The loss or losses that the model brings along; ``None``: none."""
-        ...
 
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
-        ...
 
     def inputs(self) -> int:
         """How many arguments a call of the model needs: first items of a batch that are inputs."""
-        ...
 
     def noise_layers(self) -> Mapping[str, str]:
         """Path of each layer that is no BN and acts in training only -> its kind.
 
         Kinds are ``"dropout"``, ``"noise"`` and ``"augmentation"``.
         """
-        ...
 
 
 class Run(Protocol):
@@ -342,13 +314,11 @@ class Run(Protocol):
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Forward pass of one batch, float32; no variable of the model changes."""
-        ...
 
     def score(
         self, x: Any, y: Any, sample_weight: Any = None, *, training: bool, step: int = 0
     ) -> tuple[Any, float | None]:
         """Outputs and loss of one batch; no variable of the model changes."""
-        ...
 
     def blend_forward(
         self, loss: Any = None, step: Any = None, paths: Sequence[str] | None = None
@@ -359,7 +329,6 @@ class Run(Protocol):
         the user's own ``step(model, batch)``, which calls the model and returns its loss or
         losses. ``paths``: the sites to blend; ``None``: all.
         """
-        ...
 
     def behaviour(self, batches: Iterable[Batch], step: Any = None) -> Mapping[str, Behaviour]:
         """What every site does in a training-mode pass and in an inference pass of the model.
@@ -367,19 +336,15 @@ class Run(Protocol):
         Nothing is updated. The sites are watched: their inputs, their outputs and what they would
         assign. Flags are not asked. With ``step`` the user's ``step(model, batch)`` runs the model.
         """
-        ...
 
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         """The model's own ``evaluate``; metric states come back untouched."""
-        ...
 
     def full_precision(self) -> AbstractContextManager[None]:
         """For a block, let no accelerator round products of float32 numbers (TF32)."""
-        ...
 
     def preserved(self) -> AbstractContextManager[None]:
         """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
-        ...
 
 
 class Record(Protocol):
@@ -393,14 +358,12 @@ class Record(Protocol):
         Raises:
             ModelError: A step, where only the model itself can be run.
         """
-        ...
 
     def together(self, process_group: Any = None) -> Together:
         """The processes that measure together; ``None``: those of the default group, if any.
 
         Raises :class:`ModelError` for a group that does not exist or cannot be used.
         """
-        ...
 
 
 class Edit(Protocol):
@@ -408,26 +371,21 @@ class Edit(Protocol):
 
     def snapshot(self) -> Callable[[], None]:
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
-        ...
 
     def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
-        ...
 
     def set_decay(self, paths: Sequence[str], decay: float) -> tuple[int, Callable[[], None]]:
         """Set the kept share of the statistics of sites.
 
         Returns how many of them hold it as a constant of a compiled step, and what takes it back.
         """
-        ...
 
     def convert(self, *, version: str | None, policy: Policy | None, debias: bool | None) -> int:
         """Turn stock BN layers into ours, in place; returns how many BN layers there are."""
-        ...
 
     def restore(self) -> int:
         """Turn our BN layers back into stock ones, in place; returns how many."""
-        ...
 
 
 class Cut(Protocol):
@@ -435,11 +393,9 @@ class Cut(Protocol):
 
     def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
         """Cut the model into its frozen prefix and the rest, which share its layers."""
-        ...
 
     def fold(self) -> FoldedModel:
         """Fold every BN layer at its stored statistics into a new model."""
-        ...
 
 
 class Store(Protocol):
@@ -453,7 +409,6 @@ class Store(Protocol):
 
         Raises :class:`ModelError` with the reason when the model cannot be saved or loaded.
         """
-        ...
 
     def difference(self, reference: Any, x: Any) -> Difference:
         """Compare with a reference, layer by layer, and the inference outputs on ``x``.
@@ -461,7 +416,6 @@ class Store(Protocol):
         ``reference`` is a model of the same architecture, the path of a file with a model or with
         weights, or the arrays of all layers: one list per layer, or one flat list.
         """
-        ...
 
 
 class Train(Protocol):
@@ -470,7 +424,6 @@ class Train(Protocol):
     @property
     def train(self) -> Any | None:
         """What cached training needs of a framework's own ``fit``; ``None``: it has none."""
-        ...
 
     def trial(
         self, batches: Iterable[tuple[Any, ...]], *, policy: Policy, epochs: int
@@ -480,7 +433,6 @@ class Train(Protocol):
         The part that trains is trained on the ``(x, y[, sample_weight])`` tuples with the model's
         own optimizer and loss. On any exit the model is what it was, bit for bit.
         """
-        ...
 
 
 class Adapter(Inspect, Run, Record, Edit, Cut, Store, Train, Protocol):

@@ -35,6 +35,9 @@ log = logging.getLogger("frostline")
 Needs = Literal["sites", "statistics", "optimizer", "data"]
 Check = Callable[..., Iterator["Hit"]]
 
+#: The last heading of a rule's documentation; one without options says so before it.
+_REFERENCES = "\n## References\n"
+
 #: Why a rule was not applied, by what it needs.
 _LACKS: Mapping[Needs, str] = {
     "statistics": "no site has stored numbers: the model is not built, call it once",
@@ -93,7 +96,12 @@ class Rule:
     @property
     def documentation(self) -> str:
         """The function's docstring: Markdown under the headings that every rule has."""
-        return inspect.getdoc(self.check) or ""
+        text = inspect.getdoc(self.check) or ""
+        return (
+            text
+            if self.options
+            else text.replace(_REFERENCES, f"\n## Options\nNone.\n{_REFERENCES}")
+        )
 
     @property
     def options(self) -> dict[str, Any]:

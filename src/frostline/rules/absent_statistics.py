@@ -40,9 +40,6 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When batch statistics at inference are wanted and every batch is a fair sample.
 
-    ## Options
-    None.
-
     ## References
     jax issue 139; LearningToCompare issue 48.
     """
@@ -98,9 +95,6 @@ def lost_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     When the network was trained to use batch statistics at inference, too.
-
-    ## Options
-    None.
 
     ## References
     `torch.func.replace_all_batch_norm_modules_`; the PyTorch guide to patching batch norm.

@@ -45,9 +45,6 @@ def written_inference_mode_ignored(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When all training goes through `model(x)` in a loop of your own.
 
-    ## Options
-    None.
-
     ## References
     `keras/src/models/functional.py`, `operation_fn`; the Keras guide to transfer learning.
     """
@@ -90,9 +87,6 @@ def written_training_mode(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     When batch statistics at inference are wanted, as in some image translation networks.
-
-    ## Options
-    None.
 
     ## References
     `keras/src/models/functional.py`, `operation_fn`.
@@ -139,9 +133,6 @@ def two_regimes(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     When every step of this model runs inside `with fl.frozen(inner)`, as in `examples/gan.py`.
-
-    ## Options
-    None.
 
     ## References
     `examples/gan.py`; Keras issue 4674.

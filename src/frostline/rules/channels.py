@@ -152,9 +152,6 @@ def half_precision_statistics(stored: Stored) -> Iterator[Hit]:
     ## When not to use it
     When the model is only served.
 
-    ## Options
-    None.
-
     ## References
     Micikevicius et al. 2018, section 3.1.
     """
@@ -303,9 +300,6 @@ def non_finite_parameters(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     Never.
-
-    ## Options
-    None.
 
     ## References
     None.

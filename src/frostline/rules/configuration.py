@@ -91,9 +91,6 @@ def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When the statistics are set by a recalibration anyway.
 
-    ## Options
-    None.
-
     ## References
     pretrained-models.pytorch issue 5.
     """
@@ -194,9 +191,6 @@ def shared_site(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When the sources are alike, as the two images of a siamese network.
 
-    ## Options
-    None.
-
     ## References
     Keras issue 12353.
     """
@@ -238,9 +232,6 @@ def duplicate_site_name(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     When layers are only ever reached through their container.
-
-    ## Options
-    None.
 
     ## References
     `keras.Model.load_weights` with `by_name`.

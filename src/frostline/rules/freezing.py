@@ -50,9 +50,6 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     To reproduce a result of an old release exactly.
 
-    ## Options
-    None.
-
     ## References
     Keras pull request 9965; Ioffe and Szegedy 2015, section 3.1.
     """
@@ -93,9 +90,6 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     To reproduce Keras before 2.1.3, or to adapt the statistics to a new domain on purpose.
-
-    ## Options
-    None.
 
     ## References
     Keras issue 7085.
@@ -141,9 +135,6 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     To adapt only the statistics to a new domain (AdaBN).
-
-    ## Options
-    None.
 
     ## References
     torchvision issue 2079; Li et al. 2016 (AdaBN).
@@ -194,9 +185,6 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When the affine part is trained on purpose.
 
-    ## Options
-    None.
-
     ## References
     Frankle, Schwab and Morcos 2021.
     """
@@ -242,9 +230,6 @@ def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     Never.
-
-    ## Options
-    None.
 
     ## References
     `keras.layers.TorchModuleWrapper.call`.
@@ -297,9 +282,6 @@ def thawed_before_frozen_layer(
 
     ## When not to use it
     When only the BN layers of a backbone are trained on purpose.
-
-    ## Options
-    None.
 
     ## References
     segmentation_models issue 354; keras issue 12353.
@@ -354,9 +336,6 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When `compile` comes next anyway.
 
-    ## Options
-    None.
-
     ## References
     Keras pull request 22787; keras issue 4674.
     """
@@ -404,9 +383,6 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     When all BN is kept frozen on purpose, as with small batches.
-
-    ## Options
-    None.
 
     ## References
     Wu and Johnson 2021.

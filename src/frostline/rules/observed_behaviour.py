@@ -53,9 +53,6 @@ def frozen_seen_using_batch(model: ModelFacts, behaved: Behaved) -> Iterator[Hit
     ## When not to use it
     To reproduce a result of an old release exactly.
 
-    ## Options
-    None.
-
     ## References
     Keras pull request 9965; keras issue 9522.
     """
@@ -105,9 +102,6 @@ def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
 
     ## When not to use it
     To adapt only the statistics to a new domain on purpose (AdaBN).
-
-    ## Options
-    None.
 
     ## References
     Keras issue 7085; torchvision issue 2079.
@@ -159,9 +153,6 @@ def batch_dependent_inference(measurement: Measurement, behaved: Behaved) -> Ite
 
     ## When not to use it
     When batch statistics at inference are wanted and every batch is a fair sample.
-
-    ## Options
-    None.
 
     ## References
     jax issue 139; LearningToCompare issue 48.

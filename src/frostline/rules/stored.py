@@ -44,9 +44,6 @@ def non_finite_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     Never.
 
-    ## Options
-    None.
-
     ## References
     Ioffe and Szegedy 2015, algorithm 2.
     """
@@ -89,9 +86,6 @@ def negative_variance(stored: Stored) -> Iterator[Hit]:
 
     ## When not to use it
     Never.
-
-    ## Options
-    None.
 
     ## References
     Chan, Golub and LeVeque 1983.
@@ -198,9 +192,6 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     ## When not to use it
     When the inputs are standardised already and only gamma and beta of the layer are wanted.
 
-    ## Options
-    None.
-
     ## References
     keras-core issue 338; tf-frrn issue 2.
     """
@@ -245,9 +236,6 @@ def zero_variance(stored: Stored) -> Iterator[Hit]:
 
     ## When not to use it
     Never.
-
-    ## Options
-    None.
 
     ## References
     equinox issue 955.

@@ -46,9 +46,6 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When the loop itself calls `eval()` again behind every `train()`.
 
-    ## Options
-    None.
-
     ## References
     gt-pyg issue 112; `torch.nn.Module.train`.
     """
@@ -96,9 +93,6 @@ def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
     ## When not to use it
     When the statistics are adapted to the test data on purpose.
 
-    ## Options
-    None.
-
     ## References
     `torch.nn.Module.eval`; LearningToCompare issue 48.
     """
@@ -141,9 +135,6 @@ def cumulative_average(model: ModelFacts) -> Iterator[Hit]:
 
     ## When not to use it
     While the statistics are estimated anew with fixed weights.
-
-    ## Options
-    None.
 
     ## References
     `torch.nn.BatchNorm2d`, `momentum`; `torch.optim.swa_utils.update_bn`.
