@@ -6,12 +6,15 @@ Keras backend is torch too. To hold another framework to the same tests, add a c
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_view import FakeView
 
 from frostline.adapters import adapter_of
 
@@ -72,6 +75,25 @@ class KerasFramework:
         import keras
 
         return keras.ops.convert_to_numpy(model(x, training=False))
+
+    def train(self, model: Any, x: Any) -> Any:
+        """Outputs of a copy in training mode, numpy."""
+        import keras
+
+        twin = keras.models.clone_model(model)
+        twin.set_weights(model.get_weights())
+        return keras.ops.convert_to_numpy(twin(x, training=True))
+
+    def state(self, model: Any) -> dict[str, Any]:
+        """Name -> copy of every array that the model holds."""
+        import keras
+
+        return {v.path: np.array(keras.ops.convert_to_numpy(v)) for v in model.variables}
+
+    def spoil(self, model: Any, path: str, value: float) -> None:
+        """Set the stored mean of a site."""
+        mean = self.child(model, path).moving_mean
+        mean.assign(np.full(mean.shape, value, "float32"))
 
     def centred(self, name: str) -> Any:
         """A layer without weights that subtracts the mean of the batch."""
@@ -139,6 +161,21 @@ class TorchFramework:
             module.training = mode
         return found
 
+    def train(self, model: Any, x: Any) -> Any:
+        """See :meth:`KerasFramework.train`."""
+        import torch
+
+        with torch.no_grad():
+            return copy.deepcopy(model).train()(torch.as_tensor(x)).numpy()
+
+    def state(self, model: Any) -> dict[str, Any]:
+        """See :meth:`KerasFramework.state`."""
+        return {name: value.numpy().copy() for name, value in model.state_dict().items()}
+
+    def spoil(self, model: Any, path: str, value: float) -> None:
+        """See :meth:`KerasFramework.spoil`."""
+        self.child(model, path).running_mean.fill_(value)
+
     def centred(self, name: str) -> Any:
         """See :meth:`KerasFramework.centred`."""
         from torch import nn
@@ -150,7 +187,72 @@ class TorchFramework:
         return Centred()
 
 
+class FakeFramework:
+    """The network in numpy on which rooms above the adapters are tested: it keeps the contract too.
+
+    It is always the same network, whatever the layout.
+    """
+
+    name = "fake"
+
+    def build(self, layout: Layout) -> Any:
+        """A network of two sites; its adapter is itself."""
+        del layout
+        return FakeView(WIDTH)
+
+    def run(self, model: Any, x: Any) -> Any:
+        """See :meth:`KerasFramework.run`."""
+        return model.forward(x, training=False)
+
+    def train(self, model: Any, x: Any) -> Any:
+        """See :meth:`KerasFramework.train`."""
+        return model.forward(x, training=True)
+
+    def state(self, model: Any) -> dict[str, Any]:
+        """See :meth:`KerasFramework.state`."""
+        pairs = model.stored.items()
+        return {f"{path}/{i}": np.array(pair[i]) for path, pair in pairs for i in (0, 1)}
+
+    def spoil(self, model: Any, path: str, value: float) -> None:
+        """See :meth:`KerasFramework.spoil`."""
+        mean, variance = model.stored[path]
+        model.stored[path] = (np.full_like(mean, value), variance)
+
+
 FRAMEWORKS: dict[str, Any] = {"keras": KerasFramework, "torch": TorchFramework}
+
+
+#: Two sites with something that is not linear between them.
+TWO_SITES = {"d1": "dense", "bn1": "norm", "act": "relu", "d2": "dense", "bn2": "norm"}
+
+
+@dataclass
+class Network:
+    """A model, the framework that it is written in, and its adapter."""
+
+    framework: Any
+    model: Any
+
+    def __post_init__(self) -> None:
+        fake = self.framework.name == "fake"
+        self.adapter: Any = self.model if fake else adapter_of(self.model)
+        self.paths = tuple(site.path for site in self.adapter.sites())
+
+    def inference(self, x: Any) -> Any:
+        """Outputs of the model itself at inference."""
+        return self.framework.run(self.model, x)
+
+    def training(self, x: Any) -> Any:
+        """Outputs of a copy of the model in training mode."""
+        return self.framework.train(self.model, x)
+
+    def state(self) -> dict[str, Any]:
+        """Name -> copy of every array that the model holds."""
+        return dict(self.framework.state(self.model))
+
+    def spoil(self, path: str, value: float) -> None:
+        """Set the stored mean of a site."""
+        self.framework.spoil(self.model, path, value)
 
 
 @pytest.fixture(params=FRAMEWORKS)
@@ -159,6 +261,15 @@ def framework(request: pytest.FixtureRequest) -> Any:
     if request.param == "torch" and os.environ["KERAS_BACKEND"] != "torch":
         pytest.skip("torch has a process of its own")
     return FRAMEWORKS[request.param]()
+
+
+@pytest.fixture(params=["fake", *FRAMEWORKS])
+def network(request: pytest.FixtureRequest) -> Any:
+    """A network with two sites in each framework and in numpy, and what it computes by itself."""
+    if request.param == "torch" and os.environ["KERAS_BACKEND"] != "torch":
+        pytest.skip("torch has a process of its own")
+    framework = {"fake": FakeFramework, **FRAMEWORKS}[request.param]()
+    return Network(framework, framework.build(TWO_SITES))
 
 
 @pytest.fixture

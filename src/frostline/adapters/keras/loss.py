@@ -277,4 +277,6 @@ def _readable(y: Any, outputs: Any) -> Iterator[None]:
 
 
 def _shapes(structure: Any) -> Any:
-    return keras.tree.map_structure(lambda leaf: tuple(leaf.shape), structure)
+    return keras.tree.map_structure(
+        lambda leaf: "none" if leaf is None else tuple(leaf.shape), structure
+    )
