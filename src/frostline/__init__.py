@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     )
     from frostline.verbs.fit import fit as fit
     from frostline.verbs.merge_statistics import merge_statistics as merge_statistics
+    from frostline.verbs.recalibrated import recalibrated as recalibrated
     from frostline.verbs.split import Split as Split, split as split
     from frostline.verbs.watch import (
         NotFrozenError as NotFrozenError,
@@ -85,6 +86,7 @@ _EXPORTS = {
     "phases": "verbs.diagnose",
     "merge_statistics": "verbs.merge_statistics",
     "recalibrate": "verbs.edit",
+    "recalibrated": "verbs.recalibrated",
     "restore": "verbs.edit",
     "set_momentum": "verbs.edit",
     "sites": "verbs.diagnose",

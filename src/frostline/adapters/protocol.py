@@ -343,6 +343,13 @@ class Run(Protocol):
     def full_precision(self) -> AbstractContextManager[None]:
         """For a block, let no accelerator round products of float32 numbers (TF32)."""
 
+    def generators(self, data: Any = None) -> Callable[[], None]:
+        """Remember the framework's random generators, and those of a loader that reads ``data``.
+
+        Returns what puts them back.
+        """
+        ...
+
     def preserved(self) -> AbstractContextManager[None]:
         """Restore every variable, flag, momentum and compile state on any exit, bit for bit."""
 

@@ -113,6 +113,7 @@ def recalibrate_adapter(
     sites: Any,
     method: Any,
     batch_size: int,
+    max_samples: int | None = None,
     ranks: Together = ALONE,
     step: Any = None,
 ) -> tuple[Recalibration, Callable[[], None]]:
@@ -142,6 +143,7 @@ def recalibrate_adapter(
         data,
         method=method,
         batch_size=batch_size,
+        max_samples=max_samples,
         ranks=ranks,
         inputs=adapter.inputs(),
     )
@@ -159,6 +161,7 @@ def recalibrated(
     method: Method = "sequential",
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
+    max_samples: int | None = None,
     ranks: Together = ALONE,
     inputs: int = 1,
 ) -> Recalibration:
@@ -173,6 +176,7 @@ def recalibrated(
         method: ``"sequential"`` or ``"batch"``.
         batch_size: Samples per batch for data given as arrays.
         memory_limit: Bytes of activations to hold in memory at a time.
+        max_samples: Read no more than so many samples; ``None``: all.
         ranks: Processes that the meter measures together with.
         inputs: So many first items of a longer batch are inputs.
 
@@ -193,6 +197,7 @@ def recalibrated(
             method=method,
             batch_size=batch_size,
             memory_limit=memory_limit,
+            max_samples=max_samples,
             ranks=ranks,
             inputs=inputs,
         )
@@ -239,6 +244,7 @@ def measured(
     method: Method = "sequential",
     batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
+    max_samples: int | None = None,
     ranks: Together = ALONE,
     inputs: int = 1,
 ) -> tuple[Population, FiniteBatches]:
@@ -251,7 +257,13 @@ def measured(
         DataError: No finite batch, or a site that saw no value.
         ModelError: No chosen site is used.
     """
-    source = FiniteBatches(data, batch_size, may_be_empty=ranks.size > 1, inputs=inputs)
+    source = FiniteBatches(
+        data,
+        batch_size,
+        max_samples=max_samples,
+        may_be_empty=ranks.size > 1,
+        inputs=inputs,
+    )
     if method == "batch":
         found = meter.batchwise(source, paths)
     else:
@@ -274,9 +286,15 @@ class FiniteBatches:
     """Batches without NaN or infinite values, and what was read so far."""
 
     def __init__(
-        self, data: Any, batch_size: int, *, may_be_empty: bool = False, inputs: int = 1
+        self,
+        data: Any,
+        batch_size: int,
+        *,
+        max_samples: int | None = None,
+        may_be_empty: bool = False,
+        inputs: int = 1,
     ) -> None:
-        self.data, self.batch_size = data, batch_size
+        self.data, self.batch_size, self._max_samples = data, batch_size, max_samples
         self._may_be_empty, self._inputs = may_be_empty, inputs
         self.sizes: dict[int, int] = {}
         self.skipped: dict[int, str] = {}
@@ -293,7 +311,12 @@ class FiniteBatches:
 
     def _batches(self) -> Iterator[Batch]:
         try:
-            yield from batches(self.data, batch_size=self.batch_size, inputs=self._inputs)
+            yield from batches(
+                self.data,
+                batch_size=self.batch_size,
+                max_samples=self._max_samples,
+                inputs=self._inputs,
+            )
         except NoSamplesError:
             if not self._may_be_empty:
                 raise

@@ -25,6 +25,7 @@ from frostline.adapters.keras import (
     momentum as keras_momentum,
     native as keras_native,
     noise as keras_noise,
+    random as keras_random,
     split as keras_split,
     state as keras_state,
     trial as keras_trial,
@@ -82,6 +83,10 @@ class KerasView:
         """Paths of the layers before a boundary: those that freezing up to it freezes."""
         places = keras_edit.side(keras_graph.walk(self.model), boundary, before=True)
         return frozenset(place.path for place in places)
+
+    def generators(self, data: Any = None) -> Callable[[], None]:
+        """Remember Keras' generators and torch's; returns what puts them back."""
+        return keras_random.generators(self.model, data)
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch; no variable of the model changes.

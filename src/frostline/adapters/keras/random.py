@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,29 @@ def seeds(model: Any, step: int) -> list[Any]:
         value[..., -1] += np.asarray(step, dtype=value.dtype) * np.asarray(9973, value.dtype)
         moved.append(keras.ops.convert_to_tensor(value, dtype=state.dtype))
     return moved
+
+
+def generators(model: Any, data: Any = None) -> Callable[[], None]:
+    """Remember the seed states of a model, of Keras and of torch where a loader or Keras uses it.
+
+    Returns what puts them back.
+    """
+    held = [state for state, _ in seed_states(model)]
+    held.append(keras.src.random.seed_generator.global_seed_generator().state)
+    values = [(state, copied(state)) for state in held]
+    back = None
+    if "torch" in sys.modules:
+        from frostline.adapters.torch.forward_pass import generators as of_torch
+
+        back = of_torch(data)
+
+    def restore() -> None:
+        for state, value in values:
+            state.assign(value)
+        if back is not None:
+            back()
+
+    return restore
 
 
 @contextmanager

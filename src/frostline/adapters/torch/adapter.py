@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -77,6 +77,10 @@ class TorchView:
         """Paths of the modules before a boundary: those that freezing up to it freezes."""
         places = addresses.side(torch_graph.walk(self.model), boundary, before=True)
         return frozenset(place.path for place in places)
+
+    def generators(self, data: Any = None) -> Callable[[], None]:
+        """Remember torch's generators and those of a loader; returns what puts them back."""
+        return torch_pass.generators(data)
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch, float32; nothing of the model changes."""

@@ -210,6 +210,28 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                         buffer.copy_(value)
 
 
+def generators(data: Any = None) -> Callable[[], None]:
+    """Remember the default generators and those of a ``DataLoader``; returns what restores them."""
+    holders = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
+    own = {
+        id(generator): generator
+        for holder in (data, *holders)
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
+    }
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        for generator, state in states:
+            generator.set_state(state)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
 def _same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()))
 
