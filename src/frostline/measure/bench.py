@@ -96,6 +96,14 @@ class Bench:
         return self.samples.batch_size
 
     @property
+    def calls(self) -> dict[str, int]:
+        """Path -> how often one pass calls the site, in a graph or in a loop that a probe saw."""
+        seen = getattr(self.forward, "calls", {})
+        return {
+            site.path: max(1, site.calls, seen.get(site.path, 1)) for site in self.adapter.sites()
+        }
+
+    @property
     def has_classes(self) -> bool:
         """Samples can be put into batches by class."""
         classes = self.task in ("binary", "multiclass") and self.labels is not None

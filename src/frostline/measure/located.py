@@ -46,6 +46,7 @@ def site_measurements(
     sites = {site.path: site for site in bench.adapter.sites()}
     meter = bench.adapter.meter(bench.paths)
     within = within_classes(bench, recorded)
+    calls = bench.calls
     uses = shared_uses(bench, meter)
     apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
     found = {}
@@ -59,7 +60,7 @@ def site_measurements(
         whole = functools.reduce(Moments.merge, seen)
         under_noise = [moments[path] for moments in noisy if path in moments]
         noisy_mean, noisy_variance = _settled(under_noise) if under_noise else (None, None)
-        per_sample = seen[0].count / bench.batch_size / max(1, sites[path].calls)
+        per_sample = seen[0].count / bench.batch_size / calls[path]
         found[path] = SiteMeasurement(
             path=path,
             stored_mean=stored_mean,
@@ -191,7 +192,7 @@ def _class_batches(bench: Bench, most_classes: int) -> dict[int, list[Batch]]:
 
 def shared_uses(bench: Bench, meter: Any) -> dict[str, tuple[tuple[Array, Array], ...]]:
     """Path of a shared layer -> mean and variance of what each of its uses saw, at λ = 1."""
-    shared = {site.path for site in bench.adapter.sites() if site.calls > 1} & set(bench.paths)
+    shared = {path for path, calls in bench.calls.items() if calls > 1} & set(bench.paths)
     if not shared:
         return {}
     measure = meter.batch()

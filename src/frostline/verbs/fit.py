@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class _Plan:
         engine: What runs the prefix.
         views: Augmented views of the training data.
         augment: Their augmentation.
+        inference: What stands in its place for validation data; ``None``: nothing.
         options: Further arguments of :func:`frostline.cache_features`.
         earlier: Prefix up to an earlier frontier, whose features are kept on the way.
         rest: Model from there to the frontier.
@@ -58,6 +59,7 @@ class _Plan:
     views: int
     augment: Any
     options: dict[str, Any]
+    inference: Any = None
     earlier: Any = None
     rest: Any = None
 
@@ -85,16 +87,22 @@ def fit(
     history, optimizer, metrics and callbacks are the model's own, and with the same random seed the
     outcome is that of ``model.fit`` up to rounding: batches are shuffled by Keras itself.
 
+    A model may begin with random layers (``RandomFlip``, ``RandomRotation``, ...): they are taken
+    for the augmentation of the data. With ``views=8`` eight views of every sample, drawn by these
+    layers with seeds of their own, are computed once; validation data pass through the layers as at
+    inference. The model is left as it is.
+
     Args:
         model: A compiled Keras model, functional or sequential, part of it frozen.
         x: As in ``model.fit``: arrays, a ``tf.data.Dataset``, a ``PyDataset``, a torch
-            ``DataLoader``.
+            ``DataLoader``; or a torch ``Dataset``, or a list of ``(x, y)`` batches.
         y: As in ``model.fit``.
         cache: Folder of the feature cache, or a cache made by :func:`frostline.cache_features`,
             whose folder is used; ``None``: ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
         engine: What runs the frozen part: ``"native"`` is Keras itself; ``"auto"`` the fastest of
             native, ONNX Runtime and OpenVINO that is installed and agrees with native to 1e-4.
-        views: Augmented views per sample; epoch e trains on view ``e % views``.
+        views: Augmented views per sample; epoch e trains on view ``e % views``. At least 2 for a
+            model that begins with random layers.
         augment: ``(x, seed) -> x`` on numpy batches, or a Keras layer; training data only.
         augment_name: Name of the augmentation, where it cannot be read off.
         dtype: How features are stored; ``"float16"`` and ``"bfloat16"`` halve the disk and round.
@@ -110,8 +118,9 @@ def fit(
         The ``History`` of ``model.fit``.
 
     Raises:
-        ModelError: Not compiled; everything frozen; a frozen part that is not pure; a callback that
-            thaws or changes the frozen part while it is cached.
+        ModelError: Not compiled; everything frozen; a frozen part that is not pure; a model that
+            begins with random layers, without ``views``; a callback that thaws or changes the
+            frozen part while it is cached.
         DataError: Data that can be read only once with ``views`` > 1; data whose samples change
             from epoch to epoch (augmentation in the data set: use ``views`` and ``augment``).
         OutputError: No room for the features.
@@ -134,12 +143,22 @@ def fit(
             f"views={views} reads the data more than once, and a generator can be read only once: "
             f"pass arrays or a data set. Received: {type(x).__name__}"
         )
-    parts, reason = _parts(role, model, x, arguments)
+    x = _as_loader(role, x, y, arguments)
+    parts, peeled, reason = _parts(role, model, x, arguments, views)
     if parts is None:
         if views > 1 or augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
         warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=2)
         return model.fit(x, y, **arguments)
+    inference = None
+    if peeled is not None:
+        if augment is not None:
+            raise ModelError(
+                "the model begins with augmentation of its own, which is cached with views=; a "
+                "second one cannot be put before it: leave augment= out, or take the layers out of "
+                f"the model. Received: augment={augment!r}"
+            )
+        augment, inference = peeled, role.AtInference(peeled)
     if thaw_later is not None and (augment is not None or dtype != "float32"):
         raise DataError(
             "thaw_later computes features from features, which must be exact and not augmented: "
@@ -157,6 +176,7 @@ def fit(
             engine=engine,
             views=views,
             augment=augment,
+            inference=inference,
             options=options,
         )
         guard = role.Guard(plan.parts.prefix)
@@ -164,10 +184,17 @@ def fit(
     return _train(model, role, plan, train, validation, arguments, guard)
 
 
+def _as_loader(role: Any, x: Any, y: Any, arguments: dict[str, Any]) -> Any:
+    """Data that the other verbs take and Keras does not, as what Keras takes."""
+    if y is not None:
+        return x
+    return role.as_loader(x, arguments["batch_size"], arguments["shuffle"])
+
+
 def _parts(
-    role: Any, model: Any, x: Any, arguments: dict[str, Any]
-) -> tuple[Split | None, str | None]:
-    """Prefix and suffix; or no parts, and why plain ``fit`` has to run.
+    role: Any, model: Any, x: Any, arguments: dict[str, Any], views: int
+) -> tuple[Split | None, Any, str | None]:
+    """Prefix and suffix, and the augmentation before them; or why plain ``fit`` has to run.
 
     What a callback will thaw counts as thawed from the start: it is in the suffix, frozen as ever
     until it is due.
@@ -176,13 +203,24 @@ def _parts(
     with role.randomness_kept(), role.as_thawed(model, places):
         reason = role.why_plain(model, x, arguments["validation_data"])
         if reason is not None:
-            return None, reason
+            return None, None, reason
+        peeled = role.peel(model)
+        if peeled is not None and views < 2:
+            raise ModelError(
+                f"the model begins with random layers ({role.random_layers(peeled[0])}), so what "
+                "its frozen part computes differs from epoch to epoch, and one pass over the data "
+                "does not hold it. Write fl.fit(..., views=8): eight augmented views of every "
+                "sample are computed once, and epoch e trains on view e % 8; or model.fit for a "
+                f"new view in every epoch. Received: views={views}"
+            )
+        augmentation, rest = (None, model) if peeled is None else peeled
         try:
-            return split(model), None
+            return split(rest), augmentation, None
         except ModelError as problem:
             if not places:
                 raise
-            return None, f"a callback will thaw too much of the model to cache the rest: {problem}"
+            reason = f"a callback will thaw too much of the model to cache the rest: {problem}"
+            return None, None, reason
 
 
 def _on_the_way(
@@ -247,7 +285,7 @@ def _adapters(
         whole = _cached(role, plan, x, "training data")
         rows = np.arange(len(whole))
         if arguments["validation_split"] and validation is None:
-            if plan.augment is None:
+            if plan.augment is None and plan.views == 1:
                 plain = whole
             else:
                 plain = _cached(role, _without_views(plan), x, "validation data")
@@ -282,10 +320,9 @@ def _adapters(
 
 
 def _without_views(plan: _Plan) -> _Plan:
-    return _Plan(
-        parts=plan.parts, path=plan.path, engine=plan.engine, views=1, augment=None,
-        options=plan.options, earlier=plan.earlier, rest=plan.rest,
-    )  # fmt: skip
+    name = None if plan.inference is None else plan.inference.name
+    options = {**plan.options, "augment_name": name}
+    return replace(plan, views=1, augment=plan.inference, options=options)
 
 
 def _validation(role: Any, plan: _Plan, data: Any, ways: dict[str, Any]) -> Any:
@@ -414,7 +451,7 @@ def _train(
             role.features_accepted(model, plan.parts.suffix, train.keys),
             role.frozen_gradients_missing(plan.parts.prefix),
         ):
-            history = model.fit(train, **left)
+            history = role.plain_fit(model, train, **left)
     except Exception as error:
         problem = train.problem or (validation.problem if validation is not None else None)
         if problem is not None and problem is not error:

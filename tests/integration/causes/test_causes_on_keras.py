@@ -131,3 +131,34 @@ def test_a_settled_network_has_no_cause():
     report = fl.diagnose(model, (x, y), verbose=0)
     assert [cause.code for cause in report.causes] == ["NONE"]
     assert report.remedies == ()
+
+
+@pytest.mark.parametrize("wrapper", ["TimeDistributed", "loop"])
+def test_one_average_for_frames_that_differ_is_no_leak(wrapper: str) -> None:
+    frames, (x, y) = 2, stripes()
+    video = np.stack([0.3 * x, x + 2], 1)
+    frame = network()
+    frame = keras.Sequential([*frame.layers[:-1], keras.layers.Dense(6)])
+
+    class Loop(keras.layers.Layer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.frame = frame
+
+        def call(self, inputs: Any, training: Any = None) -> Any:
+            each = [self.frame(inputs[:, t], training=training) for t in range(frames)]
+            return keras.ops.stack(each, axis=1)
+
+    inputs = keras.Input((frames, 8, 8, 1))
+    around = Loop() if wrapper == "loop" else keras.layers.TimeDistributed(frame)
+    h = keras.layers.Flatten()(around(inputs))
+    model = compiled(keras.Model(inputs, keras.layers.Dense(CLASSES, activation="softmax")(h)))
+    model.fit(video, y, batch_size=32, epochs=8, verbose=0)
+    report = fl.diagnose(model, (video, y), verbose=0, max_samples=64)
+    assert report.causes[0].code == "MIXED_SOURCES"
+    assert "BATCH_LEAK" not in {cause.code for cause in report.causes}
+    fl.recalibrate(model, video)
+    once = values(model)
+    fl.recalibrate(model, video)
+    for one, again in zip(once, values(model), strict=True):
+        np.testing.assert_allclose(again, one, rtol=1e-5, atol=1e-6)

@@ -599,3 +599,141 @@ def test_bad_input() -> None:
     broken[13] = np.nan
     with pytest.raises(DataError, match=r"sample\(s\) 13"):
         fl.fit(compiled(adam()), broken, Y, verbose=0)
+
+
+# --- augmentation in the model --------------------------------------------------------------------
+
+
+class Brighter(L.Layer):  # type: ignore[misc]
+    """An augmentation that does the same to every image, so that each view is the same."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.generator = keras.random.SeedGenerator(0)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        return 1.5 * inputs + 0.25 if training else inputs
+
+
+def recipe(*augmentation: Any, nested: bool = False) -> Any:
+    """The transfer-learning guide of Keras: augmentation, scaling, ``base(x, training=False)``."""
+    keras.utils.set_random_seed(1)
+    inner = h = keras.Input((8, 8, 3))
+    for _ in range(2):
+        h = L.ReLU()(L.BatchNormalization()(L.Conv2D(4, 3, padding="same")(h)))
+    base = keras.Model(inner, h, name="base")
+    base.trainable = False
+    inputs = h = keras.Input((8, 8, 3))
+    if nested:
+        h = keras.Sequential([keras.Input((8, 8, 3)), *augmentation], name="data_augmentation")(h)
+    else:
+        for layer in augmentation:
+            h = layer(h)
+    h = base(L.Rescaling(0.5, offset=-0.1)(h), training=False)
+    h = L.BatchNormalization(name="last")(L.GlobalAveragePooling2D()(h))
+    h = L.Dropout(0.3, seed=5)(h)
+    model = keras.Model(inputs, L.Dense(3, activation="softmax")(h))
+    model.compile(adam(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cached_views_train_as_the_layers_do_where_they_are_the_same_images(nested: bool) -> None:
+    stock, ours = recipe(Brighter(), nested=nested), recipe(Brighter(), nested=nested)
+    arguments: dict[str, Any] = {
+        "epochs": 3, "batch_size": 16, "verbose": 0, "validation_data": (XV, YV)
+    }  # fmt: skip
+    layers = [layer.name for layer in ours.layers]
+    keras.utils.set_random_seed(7)
+    expected = stock.fit(X, Y, **arguments)
+    keras.utils.set_random_seed(7)
+    history = fl.fit(ours, X, Y, views=2, engine="native", **arguments)
+    for one, other in zip(stock.get_weights(), ours.get_weights(), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-4, atol=1e-5)
+    # Nothing stays behind: the model answers as one that was never cut.
+    assert [layer.name for layer in ours.layers] == layers
+    x = X[:4]
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(ours(x, training=False)),
+        keras.ops.convert_to_numpy(stock(x, training=False)),
+        atol=1e-4,
+    )
+
+
+def test_layers_in_the_model_and_as_augment_draw_the_same_views() -> None:
+    inside = recipe(L.RandomFlip(seed=3))
+    beside = recipe()
+    arguments: dict[str, Any] = {"epochs": 4, "views": 3, "batch_size": 16, "verbose": 0}
+    keras.utils.set_random_seed(7)
+    one = fl.fit(inside, X, Y, validation_split=0.25, **arguments)
+    keras.utils.set_random_seed(7)
+    flips = L.RandomFlip(seed=3)
+    other = fl.fit(beside, X, Y, validation_split=0.25, augment=flips, **arguments)
+    for name, values in one.history.items():
+        np.testing.assert_allclose(values, other.history[name], rtol=1e-4, err_msg=name)
+
+
+def test_without_views_it_says_what_to_write() -> None:
+    model = recipe(L.RandomFlip(), L.RandomRotation(0.1), nested=True)
+    before = model.get_weights()
+    with pytest.raises(ModelError, match=r"'random_flip\S*', 'random_rotation\S*'.*views=8"):
+        fl.fit(model, X, Y, verbose=0)
+    with pytest.raises(ModelError, match=r"begins with augmentation.*fl\.fit\(model, x, y, views"):
+        fl.split(model)
+    with pytest.raises(ModelError, match="a second one cannot be put before it"):
+        fl.fit(model, X, Y, views=2, augment=L.RandomFlip(), verbose=0)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["batches", "dataset"])
+def test_data_that_other_verbs_take(kind: str) -> None:
+    data: Any = [(X[s : s + 16], Y[s : s + 16]) for s in range(0, 52, 16)]
+    if kind == "dataset":
+        torch = pytest.importorskip("torch")
+        data = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
+    stock, ours = recipe(), recipe()
+    arguments: dict[str, Any] = {"shuffle": False, "epochs": 2, "verbose": 0}
+    size = 16 if kind == "batches" else 32
+    expected = stock.fit(X, Y, batch_size=size, **arguments).history["loss"]
+    history = fl.fit(ours, data, engine="native", **arguments)
+    np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-5)
+
+
+def test_a_model_with_a_fit_of_its_own() -> None:
+    class Prepares(keras.Model):  # type: ignore[misc]
+        """As a keras-hub task: what it is given is prepared in its own loops only."""
+
+        preprocessor: Any = None
+
+        def preprocess_samples(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+            x = x if self.preprocessor is None else self.preprocessor(x)
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+        def fit(self, x: Any, y: Any = None, **options: Any) -> Any:
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(self.preprocess_samples(np.array(x), y))
+            return super().fit(x, y, **options)
+
+        def evaluate(self, x: Any, y: Any = None, **options: Any) -> Any:
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(self.preprocess_samples(np.array(x), y))
+            return super().evaluate(x, y, **options)
+
+    plain = network()
+    model = Prepares(plain.inputs, plain.outputs)
+    model.compile(sgd(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    fl.fit(model, X, Y, verbose=0)  # nothing to prepare: through the cache, past its own fit
+    object.__setattr__(model, "preprocessor", lambda x: 3 * x - 1)
+    own = model.evaluate(X, Y, verbose=0, return_dict=True)
+    table = fl.phases(model, (X, Y))
+    np.testing.assert_allclose(table["0"].loss, own["loss"], rtol=1e-4)
+    np.testing.assert_allclose(table["dynamic"].loss, own["loss"], rtol=1e-4)
+    fl.recalibrate(model, X, sites="all", method="batch")
+    plain_model = keras.Model(plain.inputs, plain.outputs)
+    stored = [np.array(w) for w in model.get_weights()]
+    fl.recalibrate(plain_model, 3 * X - 1, sites="all", method="batch")
+    for one, other in zip(stored, plain_model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    with pytest.warns(UserWarning, match="prepares its data in fit"):
+        fl.fit(model, X, Y, verbose=0)

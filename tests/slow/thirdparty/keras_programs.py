@@ -71,7 +71,7 @@ def _hub() -> Program:
 
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.ResNetBackbone(
-        input_conv_filters=[16], input_conv_kernel_sizes=[7], stackwise_num_filters=[16, 32],
+        input_conv_filters=[64], input_conv_kernel_sizes=[7], stackwise_num_filters=[64, 64],
         stackwise_num_blocks=[1, 1], stackwise_num_strides=[1, 2], block_type="basic_block",
         image_shape=(64, 64, 3),
     )  # fmt: skip

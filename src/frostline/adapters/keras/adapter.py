@@ -40,6 +40,7 @@ from frostline.adapters.keras.forward_pass import (
     tensors,
 )
 from frostline.adapters.keras.moments import MomentRecorder
+from frostline.adapters.keras.pipeline import all_prepared, prepared
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch
@@ -213,9 +214,10 @@ class KerasView:
         """
         if not getattr(self.model, "compiled", False):
             return {}
-        collected = Collected(batches)
+        collected = Collected(all_prepared(self.model, batches))
         with keras_state.preserved(self.model), readable_labels(self.model, collected.labels):
-            logs = self.model.evaluate(collected, verbose=0, return_dict=True)
+            # An `evaluate` of the user's own ends in this one, and may take other data.
+            logs = keras.Model.evaluate(self.model, collected, verbose=0, return_dict=True)
         return {name: float(value) for name, value in logs.items()}
 
     @property
@@ -256,7 +258,7 @@ class KerasView:
 
     def _run(self, x: Any, y: Any, weight: Any, training: bool, step: int) -> tuple[Any, Any]:
         model = self.model
-        x, y, weight = (tensors(part) for part in (x, y, weight))
+        x, y, weight = (tensors(part) for part in prepared(model, x, y, weight))
         self._build(x)
         with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
         # What a compiled step holds as a constant; a step for other constants is another step.

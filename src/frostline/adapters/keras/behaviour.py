@@ -21,6 +21,7 @@ from frostline.adapters.keras.arrays import float64, to_numpy
 from frostline.adapters.keras.blend import in_a_loop
 from frostline.adapters.keras.compile import compiled
 from frostline.adapters.keras.forward_pass import forced_phase, tensors
+from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
@@ -78,7 +79,10 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
         if handle.stored() is not None and not in_a_loop(places, path)
     }
     given = [Batch(*batch) if isinstance(batch, tuple) else batch for batch in batches]
-    collected = [tensors(_few(batch.x) if step is None else batch.given) for batch in given]
+    collected = [
+        tensors(prepared(model, _few(batch.x))[0] if step is None else batch.given)
+        for batch in given
+    ]
     middles = dict.fromkeys(watched, 0.5)
     found: dict[str, Behaviour] = {}
     for _ in range(1 + _REFINEMENTS):

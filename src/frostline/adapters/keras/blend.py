@@ -24,6 +24,7 @@ from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import compiled, without_gradients
 from frostline.adapters.keras.forward_pass import forced_phase, inference, tensors
 from frostline.adapters.keras.loss import Judge, judge_of, read_losses
+from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
@@ -71,6 +72,7 @@ class BlendForward:
     Attributes:
         paths: The sites, one per entry of the blend vector.
         traces: How often a pass was traced; stays 0 where nothing is compiled.
+        calls: Path -> how often one pass that recorded moments called the site.
 
     Raises:
         ModelError: An unknown path, or a site that is asked for and has no statistics: not built,
@@ -87,6 +89,7 @@ class BlendForward:
     ) -> None:
         self.model = model
         self.traces = 0
+        self.calls: dict[str, int] = {}
         known = site_handles(model)
         self._handles = _chosen(model, known, paths)
         self.paths = tuple(self._handles)
@@ -126,7 +129,7 @@ class BlendForward:
             self._require_recordable()
         found, seen = self._run("outputs", Batch(batch.x), condition)
         arrays = keras.tree.map_structure(_outgoing, found)
-        return (arrays, _moments(seen)) if condition.record else arrays
+        return (arrays, self._merged(seen)) if condition.record else arrays
 
     def gradient(
         self, batch: Batch, condition: Condition
@@ -159,7 +162,7 @@ class BlendForward:
         kind = "outcome at zero" if zero else "outcome"
         record = condition.record or together
         found, losses, seen = self._run(kind, batch, condition, record=record)
-        return _outcome(found, losses, _moments(seen) if condition.record else {})
+        return _outcome(found, losses, self._merged(seen) if condition.record else {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the model's own pass: every layer as its flags have it.
@@ -180,7 +183,7 @@ class BlendForward:
     ) -> Any:
         blend = self._blend(condition.blend)
         stored = self._statistics(condition.statistics)
-        parts: tuple[Any, Any, Any] = (batch.x, batch.y, batch.sample_weight)
+        parts = prepared(self.model, batch.x, batch.y, batch.sample_weight)
         if self._step is not None and kind != "outputs":
             parts = (batch.given, None, None)
         x, y, sample_weight = map(tensors, parts)
@@ -191,6 +194,10 @@ class BlendForward:
                 self._judge = self._prepared_judge(x, y)
             run = self._function(kind, bool(condition.dropout), bool(record))
             return run(moved, blend, stored, x, y, sample_weight)
+
+    def _merged(self, seen: Mapping[str, Sequence[Any]]) -> dict[str, Moments]:
+        self.calls |= {path: len(entries) for path, entries in seen.items()}
+        return _moments(seen)
 
     @property
     def _recordable(self) -> bool:

@@ -12,6 +12,7 @@ read as it is, and every sample is found by its content.
 
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,12 @@ from frostline.adapters.keras.cached_data import (
     randomness_kept as randomness_kept,
     untouched as untouched,
 )
+from frostline.adapters.keras.forward_pass import Collected, float32, inference, tensors
 from frostline.adapters.keras.graph import resolve, walk
-from frostline.adapters.keras.prefix import weights_digest
+from frostline.adapters.keras.noise import noise_layers
+from frostline.adapters.keras.pipeline import own, prepares
+from frostline.adapters.keras.prefix import layer_identity, weights_digest
+from frostline.adapters.keras.split import peel as peel
 from frostline.data.batches import to_numpy
 from frostline.graph.addresses import Place
 from frostline.types import Array, ModelError
@@ -230,6 +235,13 @@ def why_plain(model: Any, *data: Any) -> str | None:
     weighty = [place.layer for place in walk(model) if place.leaf and place.layer.weights]
     if model.trainable and all(layer.trainable for layer in weighty):
         return "nothing in the model is frozen"
+    if prepares(model):
+        return (
+            f"{type(model).__name__} prepares its data in fit: pass data that are prepared "
+            "(model.preprocessor(x)) and set model.preprocessor = None"
+        )
+    if own(model, "fit") and not hasattr(model, "preprocess_samples"):
+        return f"{type(model).__name__} has a fit of its own, which may do more than Keras' own"
     for name in ("train_step", "test_step", "compute_loss"):
         if not getattr(type(model), name).__module__.startswith("keras."):
             return f"{type(model).__name__} has a {name} of its own, which may read the inputs"
@@ -238,6 +250,45 @@ def why_plain(model: Any, *data: Any) -> str | None:
     if getattr(model, "_distribute_strategy", None) or keras.distribution.distribution():
         return "the model is distributed over several devices"
     return None
+
+
+class AtInference:
+    """An augmentation as it is at inference, for validation data: ``(x, seed) -> x``.
+
+    Args:
+        augmentation: A Keras model.
+
+    Attributes:
+        name: Differs when what it computes does.
+    """
+
+    def __init__(self, augmentation: Any) -> None:
+        self.augmentation = augmentation
+        self.name = f"at inference: {layer_identity(augmentation).text}"
+
+    def __call__(self, x: Any, seed: int) -> Any:  # noqa: ARG002 - nothing is random here
+        """Inference outputs of a batch, as numpy arrays."""
+        return keras.tree.map_structure(float32, inference(self.augmentation, tensors(x)))
+
+
+def plain_fit(model: Any, data: Any, **arguments: Any) -> Any:
+    """Keras' own ``fit``, which a ``fit`` that prepares data would keep from ours."""
+    return keras.Model.fit(model, data, **arguments)
+
+
+def random_layers(augmentation: Any) -> str:
+    """The random layers of an augmentation, as an error names them."""
+    return ", ".join(map(repr, noise_layers(augmentation))) or repr(augmentation.name)
+
+
+def as_loader(x: Any, batch_size: int | None, shuffle: Any) -> Any:
+    """A torch ``Dataset``, or a list of ``(x, y)`` batches, as data that Keras takes."""
+    if isinstance(x, list) and x and all(isinstance(item, tuple) for item in x):
+        return Collected(x)
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.utils.data.Dataset) or not hasattr(x, "__len__"):
+        return x
+    return torch.utils.data.DataLoader(x, batch_size or 32, shuffle=bool(shuffle))
 
 
 def with_callback(given: Any, callback: Any) -> Any:

@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -24,6 +25,7 @@ from keras import ops
 from frostline.adapters.keras.calls import graph_of, record
 from frostline.adapters.keras.compile import inlined_functions
 from frostline.adapters.keras.graph import is_site, walk
+from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.data.batches import Batch
@@ -78,6 +80,7 @@ class MomentRecorder:
         Raises:
             DataError: The inputs do not fit the model.
         """
+        x = prepared(self.model, x)[0]
         if not self.has_graph:
             self._structure = x
             return tuple(keras.tree.flatten(x))
@@ -94,7 +97,9 @@ class MomentRecorder:
                 if self._recorded is not None
                 else closed(self._call_model, self._chosen(), inputs)
             )
-            self._programs = schedule(steps)
+            first, *others = schedule(steps)
+            # An input that no site depends on is handed over all the same.
+            self._programs = (replace(first, takes=tuple(range(inputs))), *others)
         return self._programs
 
     def _call_model(self, leaves: Sequence[Any]) -> Any:
@@ -147,8 +152,8 @@ class MomentRecorder:
         compiled = self._compiled(("batch",), run, self.model.variables)
 
         def run_batch(batch: Batch) -> Seen:
-            self._structure = batch.x
-            return _moments(compiled(list(keras.tree.flatten(batch.x))))
+            self._structure = prepared(self.model, batch.x)[0]
+            return _moments(compiled(list(keras.tree.flatten(self._structure))))
 
         return run_batch
 

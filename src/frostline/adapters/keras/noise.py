@@ -10,6 +10,7 @@ import keras
 
 from frostline.adapters.dropout_rate import all_off
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.calls import graph_of as keras_graph_of
 
 #: Words in a class name -> kind, in the order in which they are looked for. A layer whose class
 #: says none of them is noise if it holds a seed generator.
@@ -27,6 +28,8 @@ def noise_layers(model: Any) -> dict[str, str]:
     or its class is named after one of these; recurrent layers when they have a dropout rate.
     """
     found: dict[str, str] = {}
+    if _draws(model):
+        found[model.name] = "noise"
     for place in keras_graph.walk(model):
         layer = place.layer
         if keras_graph.is_site(layer) or place.parent in found:  # a cell in its recurrent layer
@@ -39,8 +42,16 @@ def noise_layers(model: Any) -> dict[str, str]:
     return found
 
 
+def _draws(layer: Any) -> bool:
+    """Whether a model with a ``call`` of its own draws random numbers in it, as a VAE does."""
+    written = isinstance(layer, keras.Model) and keras_graph_of(layer) is None
+    return written and bool(layer._seed_generators)
+
+
 def _kind(layer: Any, leaf: bool) -> str | None:
-    if isinstance(layer, keras.Model) or "training" not in inspect.signature(layer.call).parameters:
+    if isinstance(layer, keras.Model):
+        return "noise" if _draws(layer) else None
+    if "training" not in inspect.signature(layer.call).parameters:
         return None
     rates = [getattr(layer, name, None) for name in ("dropout", "recurrent_dropout")]
     if any(isinstance(rate, (int, float)) and rate for rate in rates) and not _inner(layer):

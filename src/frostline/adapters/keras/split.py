@@ -65,6 +65,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     calls = _require_graph(model)
     graph = _nodes(calls, model)
     pure, ends = pure_nodes(graph)
+    _refuse_augmentation(graph, pure)
     if at is None:
         require_frozen(graph, pure, ends)
     else:
@@ -87,6 +88,67 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
             for slot, tensor in crossing
         ),
         notes=(*notes(ends), *([flags_only] if seen.reason else [])),
+    )
+
+
+def peel(model: Any) -> tuple[Any, Any] | None:
+    """Take the random layers off that a model begins with: its augmentation, and the rest of it.
+
+    Random layers count as long as nothing with weights (but ``Normalization``) comes before them;
+    what they read goes with them. Both parts are functional models of the model's own layers.
+
+    Returns:
+        Augmentation (inputs -> what crosses) and the rest (what crosses -> outputs); ``None`` where
+        the model does not begin with a random layer, or has no graph.
+    """
+    calls = flatten(model)
+    if calls is None:
+        return None
+    graph = _nodes(calls, model)
+    inside = _leading(graph)
+    if not inside:
+        return None
+    return _build(calls, model, [node.call for node in inside], frontier(graph, inside))
+
+
+def _leading(graph: Graph) -> list[Node]:
+    """Random layers that the model begins with, and what they read."""
+    leading: list[Node] = []
+    good = set(graph.inputs)
+    for node in graph.nodes:
+        adapted = type(node.call.operation) is L.Normalization
+        random = node.blame is not None and node.blame.why == "random"
+        sound = random or (node.blame is None and (adapted or not node.weights))
+        if sound and good.issuperset(node.reads):
+            leading.append(node)
+            good.update(node.writes)
+    inside: list[Node] = []
+    wanted: set[Slot] = set()
+    for node in reversed(leading):
+        if node.blame is not None or not wanted.isdisjoint(node.writes):
+            inside.append(node)
+            wanted.update(node.reads)
+    return inside[::-1]
+
+
+def _refuse_augmentation(graph: Graph, pure: Sequence[Node]) -> None:
+    """Refuse a model that is frozen behind the augmentation that it begins with.
+
+    Raises:
+        ModelError: It is; names the first random layer, and says how to train through a cache.
+    """
+    if any(node.weights for node in pure):
+        return
+    if not any(node.weights and node.blame is None for node in graph.nodes):
+        return  # nothing is frozen at all
+    first = next((node for node in _leading(graph) if node.blame is not None), None)
+    if first is None or first.blame is None:
+        return
+    raise ModelError(
+        f"the model begins with augmentation ('{first.blame.path}'), so what its frozen part "
+        "computes differs from epoch to epoch. fl.fit(model, x, y, views=8) takes such layers off "
+        "and caches eight views of every sample; to split the model yourself, take them out of it "
+        f"and apply them to the data. Received: {graph.received}"
     )
 
 

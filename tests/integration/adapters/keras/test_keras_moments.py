@@ -623,3 +623,16 @@ def test_torch_modules_get_the_complement(backend: str) -> None:
     assert any("1 torch module(s)" in note for note in change.notes)
     with pytest.raises(ModelError, match="TorchModuleWrapper, which cannot be recalibrated"):
         fl.recalibrate(model, np.ones((4, 3), "float32"), sites="wrapped/1")
+
+
+def test_an_input_that_no_site_sees_is_no_obstacle() -> None:
+    image, target = keras.Input((6,)), keras.Input((3,))
+    norm = L.BatchNormalization(name="norm")
+    left = L.Dense(3)(norm(L.Dense(4)(image)))
+    model = keras.Model([image, target], L.Subtract()([left, target]))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)).astype("float32"), rng.normal(size=(20, 3)).astype("float32")
+    wanted = ops.convert_to_numpy(model.layers[1](x)).astype(np.float64)
+    fl.recalibrate(model, ((x, y),))
+    np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_mean), wanted.mean(0), atol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_variance), wanted.var(0), rtol=1e-4)
