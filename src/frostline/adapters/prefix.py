@@ -1,7 +1,7 @@
 """The frozen part of a model as the feature cache and the engines see it.
 
 A prefix is a built Keras model, a torch module, or a callable with an ``identity`` of its own. The
-room of its framework has a module of the functions that are asked for here.
+room of its framework has a module ``prefix`` with the functions used here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What views of models promise, whatever their framework."""
+"""What every adapter promises, whatever its framework."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class FreezeRequest:
 
     Attributes:
         boundary: First layer behind the prefix.
-        before: Whether the layers before the boundary are meant, or those from it on.
-        frozen: The state they shall have.
-        params: Whether parameters (kernels, gamma, beta, ...) are meant.
-        statistics: Whether stored BN statistics are meant.
-        dropout: Whether dropout rates are meant: 0 while frozen, what they were when thawed.
+        before: Change the layers before the boundary; otherwise those from it on.
+        frozen: Whether they end up frozen.
+        params: Whether parameters (kernels, gamma, beta, ...) are set.
+        statistics: Whether stored BN statistics are set.
+        dropout: Whether dropout rates are set too: 0 while frozen, the old rate when thawed.
     """
 
     boundary: Boundary

@@ -83,7 +83,7 @@ class _OnDisk:
 class Spool:
     """Batches in order, in memory while there is room.
 
-    What is kept are numpy arrays, or tensors of which numpy has a view at no cost.
+    It keeps numpy arrays, or tensors that numpy can view without a copy.
     """
 
     def __init__(self, workspace: Workspace) -> None:

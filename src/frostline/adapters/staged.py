@@ -43,7 +43,7 @@ class Total:
         self.reused = False
 
     def add(self, number: int, seen: Seen) -> bool:
-        """Take in what one batch showed; ``False``: it is not finite and is left out."""
+        """Add the moments of one batch; ``False``: not finite, so the batch is left out."""
         for path in self.moments:
             uses = seen.get(path, ())
             if not all(moments.finite for moments in uses):
@@ -139,7 +139,7 @@ class _Run:
         read: Callable[[], Iterator[tuple[int, tuple[Array, ...]]]],
         following: Spool | None,
     ) -> int:
-        """Measure and store one stage's sites, again and again where they hang on each other."""
+        """Measure and store one stage's sites, repeatedly where they depend on each other."""
         stage = self.meter.stage(program)
         for turn in itertools.count(1):
             total = Total([path for path in program.paths if path in self.chosen])

@@ -1,7 +1,7 @@
 """Processes that answer one question together: exchange, merge, fail together.
 
 Everything that a rank decides with is exchanged, so that all ranks decide alike. Before each
-exchange a status word goes round: where one rank has failed, all raise, and nobody waits for it.
+exchange a status word goes round: if one rank has failed, all of them raise, so none waits for it.
 """
 
 from __future__ import annotations
@@ -151,5 +151,5 @@ class Together:
         return functools.reduce(lambda one, other: one.merge(other), parts) if parts else None
 
 
-#: A process that asks nobody.
+#: A single process.
 ALONE = Together()

@@ -1,4 +1,4 @@
-"""The cache folder as people see it: where it is, what is in it, is it whole, away with it."""
+"""The cache folder as users see it: where it is, what it holds, whether it is intact, removal."""
 
 from __future__ import annotations
 
@@ -191,13 +191,13 @@ def remove_at_exit(folder: Path) -> None:
 
 
 def remove(folder: Path, progress: Progress) -> None:
-    """Remove a collection; waits for nobody.
+    """Remove a collection; does not wait for other processes.
 
     Raises:
         OutputError: Another process is writing to it, or it cannot be removed.
     """
     with locked(folder, progress, timeout=0):
-        # The description first: without it, what a kill leaves is never taken for a cache.
+        # Remove the description first: if we are killed, the remains are not taken for a cache.
         (folder / "collection.json").unlink(missing_ok=True)
         try:
             for path in (folder / "shards", folder / "manifests"):

@@ -180,7 +180,7 @@ class KeepFrozen(keras.callbacks.Callback):  # type: ignore[misc]
         self._look(check=False)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Look at what happened between two epochs, and take in what was frozen there."""
+        """Check what changed between two epochs, and add layers that were frozen meanwhile."""
         self._look()
         self._where = f"in epoch {epoch}"
         self._next = 0 if self.every == "epoch" else int(self.every) - 1

@@ -12,22 +12,22 @@ from frostline.types.measured import Cause, Interval, Measurement, Remedy
 FEW = 64
 
 
-def with_unknown(told: str, unknown: Mapping[str, str]) -> str:
+def with_unknown(sentence: str, unknown: Mapping[str, str]) -> str:
     """A verdict that does not acquit BN where something keeps statistics in a way of its own.
 
     Args:
-        told: The verdict without it.
+        sentence: The verdict without it.
         unknown: See :class:`frostline.types.facts.ModelFacts`.
     """
     if not unknown:
-        return told
+        return sentence
     path, kind = next(iter(unknown.items()))
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    told = told.replace(": BN cannot be the cause", " of a kind that is known")
-    told = told.removeprefix("not BN: ").removeprefix("probably not BN: ")
+    sentence = sentence.replace(": BN cannot be the cause", " of a kind that is known")
+    sentence = sentence.removeprefix("not BN: ").removeprefix("probably not BN: ")
     return (
-        f"{told}; '{path}' ({kind}){more} keeps running statistics and computes with them by hand, "
-        "which cannot be looked into: BN is not ruled out"
+        f"{sentence}; '{path}' ({kind}){more} keeps running statistics and computes with them by "
+        "hand, which cannot be looked into: BN is not ruled out"
     )
 
 

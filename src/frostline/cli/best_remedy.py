@@ -66,8 +66,10 @@ def apply(
         return 0
     if best is None:
         tried = ", ".join(each.name for each in report.remedies if each.after)
-        told = f"none of those measured helps for sure ({tried})" if tried else "there is no remedy"
-        return _not_fixed(f"{told} for {_causes(report)}", output)
+        sentence = (
+            f"none of those measured helps for sure ({tried})" if tried else "there is no remedy"
+        )
+        return _not_fixed(f"{sentence} for {_causes(report)}", output)
     verb = verb_of(best.fix)
     if verb is None:
         return _not_fixed(_what_to_do(best, report), output)
@@ -126,19 +128,21 @@ def _causes(report: Report) -> str:
 def _what_to_do(best: Remedy, report: Report) -> str:
     """Why the best remedy cannot be applied to a file, what to do, and what else helps now."""
     line = best.shell or best.python
-    told = f"the best remedy is not one for the model as it is: {best.text}"
-    told += f" ({line})" if line else ""
+    sentence = f"the best remedy is not one for the model as it is: {best.text}"
+    sentence += f" ({line})" if line else ""
     now = next((r for r in report.remedies if r.recommended and verb_of(r.fix) and r.shell), None)
     if now is not None:
-        told += f". Less, but now: {now.shell} ({_numbers(now.before)} -> {_numbers(now.after)})"
-    return told
+        sentence += (
+            f". Less, but now: {now.shell} ({_numbers(now.before)} -> {_numbers(now.after)})"
+        )
+    return sentence
 
 
 def _effect(before: Probe, after: Probe) -> str:
-    return f"{_told(before)} -> {_told(after)}"
+    return f"{_worded(before)} -> {_worded(after)}"
 
 
-def _told(probe: Probe) -> str:
+def _worded(probe: Probe) -> str:
     numbers = {"loss": probe.loss}
     return _numbers(numbers if probe.accuracy is None else {**numbers, "accuracy": probe.accuracy})
 

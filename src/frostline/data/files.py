@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of it. A link is followed, and the file
     behind it replaced; the new file has the old one's mode. Nobody can guess the temporary name, so
-    nobody can put a link in its place.
+    no other process can put a link in its place.
 
     Yields:
         The temporary path, with the suffix of ``path``; an empty file is there.

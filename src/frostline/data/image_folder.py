@@ -17,11 +17,13 @@ _MOST_BYTES = 1 << 29
 
 def image_folder(root: Path, source: str, split: Split) -> Catalogue:
     """One sub-folder per class, below ``train``/``test`` folders where there are such."""
-    told = {child.name: split_of_name(child.name) for child in _subfolders(root)}
-    has_splits = bool(told) and "all" not in told.values()
-    tops = [root / n for n, s in told.items() if split in ("all", s)] if has_splits else [root]
+    splits = {child.name: split_of_name(child.name) for child in _subfolders(root)}
+    has_splits = bool(splits) and "all" not in splits.values()
+    tops = [root / n for n, s in splits.items() if split in ("all", s)] if has_splits else [root]
     if not tops:
-        raise DataError(f"{source}: no folder of the split {split!r}. Received: {', '.join(told)}")
+        raise DataError(
+            f"{source}: no folder of the split {split!r}. Received: {', '.join(splits)}"
+        )
     tops = tops if split == "all" else tops[:1]
     found = [
         (child.name, file)

@@ -106,7 +106,7 @@ def load(
     if seed < 0:
         raise DataError(f"seed must be 0 or more. Received: {seed}")
     if image_size is not None:
-        _height_width(image_size)  # a wrong size is told before the decoding, not after it
+        _height_width(image_size)  # report a wrong size before the decoding, not after
     catalogue = open_source(source, split)
     chosen = _class_indices(catalogue.class_names, classes, source)
     rows, labels = _select(catalogue, chosen, split, per_class, seed, source)

@@ -66,9 +66,9 @@ def parquet_files(files: list[Path], source: str, split: Split) -> Catalogue:
                 images[row + start] = prepare(decode_image(data, f"{shown}, row {row}"))
         return [images[int(row)] for row in rows]
 
-    told = split != "all" and any(split_of_name(file.stem) != "all" for file in files)
+    named = split != "all" and any(split_of_name(file.stem) != "all" for file in files)
     return Catalogue(
-        labels=np.concatenate(labels), class_names=names or (), decode=decode, has_splits=told
+        labels=np.concatenate(labels), class_names=names or (), decode=decode, has_splits=named
     )
 
 
@@ -153,10 +153,10 @@ def _parquet_bytes(
 
 def files_of_split(files: list[Path], split: Split, source: str) -> list[Path]:
     """The files of one split, by name; all of them when no name tells a split."""
-    told = {file: split_of_name(file.stem) for file in files}
-    if split == "all" or set(told.values()) == {"all"}:
+    splits = {file: split_of_name(file.stem) for file in files}
+    if split == "all" or set(splits.values()) == {"all"}:
         return files
-    chosen = [file for file in files if told[file] == split]
+    chosen = [file for file in files if splits[file] == split]
     if not chosen:
         names = ", ".join(file.name for file in files[:5])
         raise DataError(f"{source}: no file of the split {split!r}, by name. Received: {names}")

@@ -93,7 +93,7 @@ def _load_cuda_libraries(onnxruntime: Any) -> None:
     """Load those of CUDA and cuDNN that came as Python packages, which the loader does not know."""
     load = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
     if load is not None:
-        # What it misses it prints; whether CUDA works, the session tells.
+        # It prints what it misses; the session says whether CUDA works.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(RuntimeError):
             load()
 

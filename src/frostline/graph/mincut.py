@@ -55,7 +55,7 @@ def smallest(
         for value in reads:
             edges[("value", value), reader] = unlimited  # a reader behind the cut pays for it
         if reader != "sink":
-            # What a node in front of the cut reads is computed in front of it as well.
+            # Everything that a node before the cut reads is computed before it, too.
             edges.update({(reader, home[value]): unlimited for value in reads})
             edges["source", reader] = work if forced or not node.light else 0
     for value in graph.outputs:

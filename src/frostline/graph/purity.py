@@ -119,7 +119,7 @@ def pure_nodes(graph: Graph) -> tuple[list[Node], list[Node]]:
 
 
 def require_frozen(graph: Graph, pure: Sequence[Node], ends: Sequence[Node]) -> None:
-    """Refuse a model of which nothing or everything is frozen, and a BN that only seems frozen.
+    """Refuse a model where nothing or everything is frozen, and a BN that only seems frozen.
 
     Raises:
         ModelError: One of these, with the layer to blame and what to do.
@@ -347,4 +347,4 @@ def notes(ends: Sequence[Node]) -> tuple[str, ...]:
         for node in ends
         if node.blame is not None and node.blame.why in ("random", "state", "loss")
     }
-    return tuple(f"the prefix ends at '{path}': {told}" for path, told in text.items())
+    return tuple(f"the prefix ends at '{path}': {reason}" for path, reason in text.items())

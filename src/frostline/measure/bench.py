@@ -139,14 +139,14 @@ class Bench:
             batches: Other batches than the bench's own.
             transform: Applied to the inputs of each batch before they enter the model.
         """
-        weights = self.blend(blend)
+        shares = self.blend(blend)
         dropout = dropout and self.noisy
-        key = self.condition(weights, statistics, dropout)
+        key = self.condition(shares, statistics, dropout)
         own = batches is None and transform is None
         if own and key in self._probes:
             return replace(self._probes[key], name=name)
 
-        run = self.blended(weights, statistics=statistics, dropout=dropout, transform=transform)
+        run = self.blended(shares, statistics=statistics, dropout=dropout, transform=transform)
         probe, _, _ = self.passes(name, run, self.batches if batches is None else batches)
         return self.remember(key, probe) if own else probe
 
@@ -192,13 +192,13 @@ class Bench:
         transform: Callable[[Any], Any] | None = None,
     ) -> Callable[[Batch, int], Outcome]:
         """What :meth:`passes` runs at some λ; ``record`` gives the moments that the sites see."""
-        weights = self.blend(blend)
+        shares = self.blend(blend)
 
         def run(batch: Batch, number: int) -> Outcome:
             return self.forward.outcome(
                 _transformed(batch, transform),
                 Condition(
-                    weights, statistics=statistics, dropout=dropout, number=number, record=record
+                    shares, statistics=statistics, dropout=dropout, number=number, record=record
                 ),
             )
 
@@ -348,7 +348,7 @@ class Bench:
         return {path: (each.mean, each.variance) for path, each in moments}, found.stages
 
     def _repeated(self, chosen: tuple[str, ...]) -> tuple[dict[str, tuple[Array, Array]], float]:
-        """Inference again and again with what the pass before it has seen, until nothing moves."""
+        """Repeat inference with the moments of the previous pass until they stop moving."""
         found: dict[str, tuple[Array, Array]] = {}
         run = self.blended(dict.fromkeys(chosen, 1.0), record=True)
         passes = 0.0

@@ -20,7 +20,7 @@ from frostline.types.measured import SiteMeasurement
 CLASS_SAMPLES = 256
 MOST_CLASSES = 8
 
-#: Batches in which the uses of a shared layer are told apart.
+#: Batches used to tell the uses of a shared layer apart.
 USE_BATCHES = 4
 
 #: Distances from single classes are not taken of more: the one that came last has to be among them.

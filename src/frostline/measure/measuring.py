@@ -228,7 +228,7 @@ class _Run:
         bench = self.bench
         blended = None
         if not bench.noisy:
-            with suppress(Exception):  # whoever asks for that probe tells of it
+            with suppress(Exception):  # the step that needs this probe reports the error
                 blended = self._blended()
         if blended is not None:
             first = bench.batches[0]

@@ -120,18 +120,18 @@ def phase_table(
         data = list(_read(adapter, data, batch_size))  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Any] = []
-    told: list[str] = []
+    remarks: list[str] = []
     score: _Scorer | None = None
     with adapter.preserved():
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
         for number, batch in enumerate(paired(_read(adapter, data, batch_size))):
             if score is None:
-                score, told = _scorer(adapter, batch, loss, step)
+                score, remarks = _scorer(adapter, batch, loss, step)
             labels.append(batch.y)
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
                 passes[phase].add(outcome, batch.count or 1)
-        plain = step is None and all(part is not None for part in labels) and not told
+        plain = step is None and all(part is not None for part in labels) and not remarks
         dynamic = {}
         if plain:
             try:
@@ -171,7 +171,7 @@ def phase_table(
             )
         )
     sites = len(adapter.sites())
-    said = list(told)
+    said = list(remarks)
     if known is not None:
         said += patterns(task, judged, sites)
     own = step is not None or loss is not None or known is None
@@ -231,7 +231,7 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
     if first.y is None and loss is None and step is None and adapter.objective()[0] is not None:
         _require_no_labels(adapter, first)
     forward = adapter.blend_forward(loss=loss, step=step)
-    told = [] if step is not None else [text for text in [left_out(first)] if text]
+    remarks = [] if step is not None else [text for text in [left_out(first)] if text]
 
     def by_forward(batch: Batch, *, training: bool, number: int) -> Outcome:
         return tried(forward, batch, training=training, number=number)
@@ -241,7 +241,7 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
         return Outcome(outputs=outputs, losses=np.empty(0))
 
     if step is not None or loss is not None or first.y is not None:
-        return by_forward, told
+        return by_forward, remarks
     try:
         tried(forward, first)  # a model that computes its own loss
     except FrostlineError:
@@ -249,8 +249,8 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
             adapter.forward(first.x, training=False)
         except Exception as error:
             raise failure(error, first) from error
-        return bare, told
-    return by_forward, told
+        return bare, remarks
+    return by_forward, remarks
 
 
 def _require_no_labels(adapter: Adapter, first: Batch) -> None:

@@ -150,8 +150,8 @@ def draw(
                 "a diagnosis compares losses, which need labels: pass (x, y). "
                 "Received: batches without labels"
             )
-        if not whole and (told := left_out(batch)) is not None and told not in notes:
-            notes.append(told)
+        if not whole and (note := left_out(batch)) is not None and note not in notes:
+            notes.append(note)
         count = batch.count or 1
         natural = natural or count
         if read < max_samples:
@@ -170,8 +170,8 @@ def draw(
             return _as_they_come(held, stream, max_samples, notes)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
-    mixed, told_of = _sound(kept.mixed())
-    notes += told_of
+    mixed, notes = _sound(kept.mixed())
+    notes += notes
     if read >= limit and not _is_arrays(data):
         notes.append(f"only the first {read:,} samples of the data were read")
     size = natural if fixed else size_near(len(mixed), natural)
@@ -260,10 +260,10 @@ def _sound(whole: Batch) -> tuple[Batch, list[str]]:
     broken = int((~sound).sum())
     if not broken:
         return whole, []
-    told = f"{broken} of {len(whole)} samples hold NaN or infinite inputs"
+    note = f"{broken} of {len(whole)} samples hold NaN or infinite inputs"
     if not sound.any():
-        return whole, [told]
-    return take(whole, np.flatnonzero(sound)), [f"{told} and are left out"]
+        return whole, [note]
+    return take(whole, np.flatnonzero(sound)), [f"{note} and are left out"]
 
 
 def size_near(count: int, wanted: int) -> int:

@@ -84,15 +84,15 @@ def make_bench(
                 outcome = None
         if outcome is None and first.y is not None:
             outputs = only(joined_arrays([adapter.forward(first.x, training=False)]))
-            loss, told = _inferred_loss(outputs, first)
-            notes.append(told)
+            loss, note = _inferred_loss(outputs, first)
+            notes.append(note)
     if loss is not None or step is not None:
         objective = (None, None) if step is not None else loss_name_of(loss)
     behaviour = behaviour_of(adapter, samples, whole=fixed is not None, step=step)
     if outcome is None and first.y is None and step is None and loss is None and not compiled:
-        samples, loss, told = _by_outputs(adapter, samples, behaviour)
+        samples, loss, note = _by_outputs(adapter, samples, behaviour)
         first = samples.batches[0]
-        notes.append(told)
+        notes.append(note)
     if outcome is None:
         forward, foreign = _forward(adapter, loss, step)
     notes += foreign
@@ -114,10 +114,10 @@ def make_bench(
         judged = class_labels(labels, outputs)
     if unit == "batch":
         number = len(samples.batches)
-        told = f"the loss is one number per batch: the units of comparison are {number} batches"
+        note = f"the loss is one number per batch: the units of comparison are {number} batches"
         if number < FEW_BATCHES:
-            told += ", too few for an interval to rely on: pass more data"
-        notes.append(told)
+            note += ", too few for an interval to rely on: pass more data"
+        notes.append(note)
     bench = Bench(
         adapter=adapter,
         forward=forward,
@@ -191,12 +191,12 @@ def _by_outputs(
     parts = tuple(
         replace(batch, y=goal) for batch, goal in zip(samples.batches, wanted, strict=True)
     )
-    told = (
+    note = (
         "no labels and no loss: outputs are compared. A loss here is the squared distance of a "
         "sample's outputs from those with the statistics that training uses, in variances of the "
         "outputs; which of the two is right it does not say"
     )
-    return replace(samples, batches=parts, items=()), OutputDistance(spread=spread), told
+    return replace(samples, batches=parts, items=()), OutputDistance(spread=spread), note
 
 
 def _floating(outputs: Any) -> tuple[Array, ...]:
@@ -209,7 +209,7 @@ def _floating(outputs: Any) -> tuple[Array, ...]:
 def training_blend(
     paths: tuple[str, ...], sites: tuple[Site, ...], behaviour: Mapping[str, Behaviour]
 ) -> Array:
-    """λ of each site in training, shape ``(sites,)``; 1 for thawed ones that could not be told."""
+    """λ of each site in training, shape ``(sites,)``; 1 for thawed ones whose behaviour is unknown."""
     frozen = {site.path: site.stats_frozen for site in sites}
     found = []
     for path in paths:
@@ -227,7 +227,7 @@ def behaviour_of(
 
     Args:
         adapter: The model.
-        samples: Some batches of which are passed through it.
+        samples: Some of their batches are passed through it.
         whole: The model takes no other batch size.
         step: The user's own step, which runs the model instead.
 
@@ -300,7 +300,7 @@ def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:
         one_hot = labels.ndim == 2 and labels.shape[1] > 1
         kind = "Binary" if columns == 1 else "Categorical" if one_hot else "SparseCategorical"
         name, config = f"{kind}Crossentropy", {"from_logits": logits}
-    told = f"the model is not compiled with a loss; from labels and outputs: {name}" + (
+    note = f"the model is not compiled with a loss; from labels and outputs: {name}" + (
         "(from_logits=True)" if logits and config else ""
     )
-    return {"class_name": name, "config": config}, told
+    return {"class_name": name, "config": config}, note

@@ -129,13 +129,13 @@ def observed_blend(calls: Sequence[CallSums], *, rounding: float) -> float | Non
         Between 0 and 1; ``None`` when nothing tells.
     """
     error, votes = np.zeros_like(_GRID), []
-    told = False
+    known = False
     for call in calls:
         with np.errstate(invalid="ignore", over="ignore"):
             scale = np.maximum(call.output, np.maximum(call.stored, call.batch)) * call.noise
             tells = call.bb > scale * np.square(_ROUNDINGS * rounding)
             tells &= np.isfinite(scale) & np.isfinite(call.rr)
-        told |= bool(tells.any())
+        known |= bool(tells.any())
         parts = (call.rr, call.rh, call.rb, call.hh, call.hb, call.bb)
         rr, rh, rb, hh, hb, bb = (float(np.sum(part[tells] / scale[tells])) for part in parts)
         half = _GRID * (1 - _GRID) / (call.middle * (1 - call.middle))
@@ -144,7 +144,7 @@ def observed_blend(calls: Sequence[CallSums], *, rounding: float) -> float | Non
         error += rr - 2 * (half * rh + whole * rb) + square
         broken = np.isfinite(call.batch) & ~np.isfinite(call.stored)
         votes += list(np.isfinite(call.output)[broken].astype(float))
-    if told:
+    if known:
         best = float(_GRID[int(np.argmin(error))])
     elif votes:
         best = float(np.mean(votes))

@@ -170,7 +170,7 @@ class ModelFacts:
             native torch module: the most updates that any site has counted.
         traced: A compiled training step exists, made under the flags of that moment.
         unknown: Path of what keeps running statistics in a way of its own -> its class. It is no
-            site: whether it uses the batch cannot be told, so BN is not ruled out.
+            site: whether it uses the batch cannot be determined, so BN is not ruled out.
     """
 
     name: str = "model"

@@ -97,7 +97,7 @@ class Behaviour:
     Attributes:
         path: The site.
         training: λ that a training-mode pass used: 0 stored statistics, 1 those of the batch;
-            ``None`` when it cannot be told (both alike, or not on the way).
+            ``None`` when unknown (both are equal, or λ is not on the path).
         inference: The same for an inference pass; anything but 0 makes a sample depend on its
             neighbours.
         moves: The training-mode pass would have moved the stored statistics.

@@ -155,7 +155,7 @@ def diagnose(
         >>> report = fl.diagnose(model, (x, y))                          # doctest: +SKIP
         >>> print(report)                                                # doctest: +SKIP
     """
-    rules.select(select, ignore)  # a misspelt code is told before the long part
+    rules.select(select, ignore)  # report a misspelt code before the long part
     adapter = adapter_of(model)
     known = adapter.facts()
     with adapter.full_precision(), _progress(verbose) as progress:

@@ -85,7 +85,7 @@ def freeze(
     Raises:
         ModelError: Unknown boundary (with the closest names); ``params=False`` for our own layer,
             which freezes both together; BN inside a ``TorchModuleWrapper``, whose statistics Keras
-            cannot freeze; ``dropout=True`` for a class of your own whose rate cannot be told.
+            cannot freeze; ``dropout=True`` for a class of your own whose rate is not known.
     """
     return _switch(model, until, frozen=True, params=params, statistics=statistics, dropout=dropout)
 
@@ -132,7 +132,7 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
     nested. Frostline's BN layers follow in steps that are compiled already, with no new trace. What
     else is in there is frozen in every step that is *compiled* inside such a block: on TensorFlow a
     step keeps the flags of its first call, on JAX an optimizer keeps those of its first step. So
-    let each of two steps begin its life under the flags that it shall run with.
+    compile each of the two steps under the flags that it will run with.
 
     Args:
         model_or_layers: A Keras model, a layer, a torch module, or a list of them, with all that

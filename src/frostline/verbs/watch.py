@@ -214,7 +214,7 @@ def watch(
         _step=step,
     )
     if held:
-        with adapter.preserved():  # what cannot be compared is told now, not after the training
+        with adapter.preserved():  # report what cannot be compared before the training, not after
             watching.try_out()
     yield watching
     watching.check()

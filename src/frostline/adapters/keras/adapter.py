@@ -261,7 +261,7 @@ class KerasView:
         x, y, weight = (tensors(part) for part in prepared(model, x, y, weight))
         self._build(x)
         with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
-        # What a compiled step holds as a constant; a step for other constants is another step.
+        # A compiled step holds these flags as constants, so other flags need another step.
         flags = tuple(
             (bool(place.layer.trainable), getattr(place.layer, "policy", None))
             for place in keras_graph.walk(model)

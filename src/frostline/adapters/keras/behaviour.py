@@ -68,7 +68,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
         step: The user's ``step(model, batch)``, which runs the model instead.
 
     Returns:
-        Path -> behaviour, for all sites. What cannot be told is ``None``: sites that were not
+        Path -> behaviour, for all sites. What cannot be determined is ``None``: sites that were not
         called, or that a recurrent layer runs in a loop which lets nothing out.
     """
     known = site_handles(model)

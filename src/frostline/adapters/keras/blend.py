@@ -67,7 +67,7 @@ class BlendForward:
             number per sample or per batch, or a mapping of such; ``None`` for the model's own:
             its ``compute_loss`` where the class has one, else the compiled loss.
         step: The user's ``step(model, batch)`` in the place of a loss. It runs eagerly; layers are
-            told the phase that is asked for, whatever ``training`` it passes.
+            given the phase of the pass, whatever ``training`` it passes.
 
     Attributes:
         paths: The sites, one per entry of the blend vector.
@@ -260,7 +260,7 @@ class BlendForward:
 
     def _function(self, kind: str, dropout: bool, record: bool) -> Callable[..., Any]:
         variables = list(self.model.variables)
-        # What a trace fixes, apart from shapes: gamma and beta of our layers go by `trainable`.
+        # A trace fixes these as well as shapes: our layers read gamma and beta by `trainable`.
         settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._handles.values())
         if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
             settings = tuple(

@@ -165,7 +165,7 @@ def _compared(
     settings: bool,
 ) -> Difference:
     pairs = _matched(own, other)
-    statistics, epsilons, told = {}, {}, {}
+    statistics, epsilons, changed = {}, {}, {}
     for path, (mine, theirs) in pairs.items():
         if mine.statistics is not None and theirs.statistics is not None:
             epsilon = theirs.epsilon or 0.0
@@ -174,13 +174,13 @@ def _compared(
         if settings and known and mine.epsilon != theirs.epsilon:
             epsilons[path] = (float(mine.epsilon or 0), float(theirs.epsilon or 0))
         if settings and (words := _settings(mine.config, theirs.config)):
-            told[path] = words
+            changed[path] = words
     return Difference(
         params={path: _distance(*pair) for path, pair in pairs.items() if pair[0].params},
         statistics=statistics,
         epsilons=epsilons,
         outputs=outputs,
-        settings=told,
+        settings=changed,
     )
 
 

@@ -272,7 +272,7 @@ def convert(model: Any, *, version: str | None, policy: Policy | None, debias: b
 def _settings(
     layer: Any, version: str | None, policy: Policy | None, debias: bool | None
 ) -> dict[str, Any]:
-    """What is asked for; where nothing is, what the layer has."""
+    """The settings given; where none is given, those that the layer has."""
     if version is not None:
         given = {"policy": policy, "debias": debias}
         return {"version": version, **{k: v for k, v in given.items() if v is not None}}

@@ -134,7 +134,7 @@ def _check_object(config: Mapping[str, Any], shown: str, custom_objects: Mapping
 
 
 def _is_part(name: str, module: Any) -> bool:
-    """Whether it is a class of Keras of which models consist."""
+    """Whether it is a Keras class that models are made of."""
     found = getattr(_loaded(module), name, None)
     if not isinstance(found, type):
         return False

@@ -141,7 +141,7 @@ def read_model(path: Path, custom_objects: Mapping[str, Any] | None = None) -> A
 def _with_optimizer_state(model: Any, path: Path) -> Any:
     """Give a model from an ``.h5`` file an optimizer that knows its variables, with its slots.
 
-    Keras 3 builds that optimizer for the variables of the outermost model alone, of which there are
+    Keras 3 builds that optimizer for the variables of the outermost model alone, and there are
     none, and the first training step then fails with "Unknown variable".
     """
     optimizer = getattr(model, "optimizer", None)

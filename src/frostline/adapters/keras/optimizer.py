@@ -69,7 +69,7 @@ def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
 def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
     """Build ``optimizer``; returns one key per optimizer variable: what it is and for which weight.
 
-    Slots are told apart by the weight object they belong to: names may repeat in nested models.
+    Slots are matched by the weight object they belong to: names may repeat in nested models.
     """
     owners: dict[int, int] = {}
 

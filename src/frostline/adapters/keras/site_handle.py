@@ -180,7 +180,7 @@ def given_call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The layer's output with these statistics: that of λ = 0, for which nobody needs the batch."""
+    """The layer's output with these statistics: λ = 0, which does not need those of the batch."""
     call = handle.call(original_call, args, kwargs)
     return call.normalised(*(ops.cast(value, call.x.dtype) for value in given))
 

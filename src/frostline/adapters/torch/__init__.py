@@ -46,6 +46,6 @@ def adapter_of(model: Any) -> Adapter:
     return TorchView(model)
 
 
-def why_not(value: Any) -> str | None:  # noqa: ARG001 - a room is asked about any value
+def why_not(value: Any) -> str | None:  # noqa: ARG001 - any value may be passed
     """Nothing to say: a torch module is always a model."""
     return None

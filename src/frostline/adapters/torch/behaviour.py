@@ -22,7 +22,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
     The model runs as its own ``train()`` and ``eval()`` leave it. λ is 1 for a call that asks for
     the statistics of its input and 0 for one that takes stored ones; flags are not asked. Of what
-    keeps running statistics but computes by hand only ``moves`` is told.
+    keeps running statistics but computes by hand only ``moves`` is reported.
 
     Args:
         model: A torch module.

@@ -125,7 +125,7 @@ class Call:
 
 
 def as_meant(call: Call) -> Any:
-    """Answer a call as if nobody had asked."""
+    """Answer a call as the model itself would."""
     return call.run()
 
 
@@ -146,7 +146,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
     Args:
         sites: Path -> module of every site of the model.
         answer: Gets each call and returns its output; ``call.run()`` leaves it as it is.
-        made: Is told of everything that any function returns.
+        made: Called with everything that any function returns.
         quiet: Functional dropout drops nothing.
     """
 

@@ -149,13 +149,13 @@ def _fill(model: Any, path: Path) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(f"{path} does not fit the module: {lines[-1][:200]}") from None
-    told = [
+    problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    if told:
-        raise ModelError(f"{path} does not fit the module: {'; '.join(told)}")
+    if problems:
+        raise ModelError(f"{path} does not fit the module: {'; '.join(problems)}")
 
 
 def _program(path: Path) -> Any:

@@ -47,7 +47,7 @@ def is_site(module: Any) -> bool:
     """Whether the module normalises with stored statistics, whatever class it has.
 
     That is torch's BN and its subclasses, InstanceNorm that tracks running statistics, a
-    FrozenBatchNorm of some library, and a class of one's own that holds ``running_mean`` and
+    FrozenBatchNorm of some library, and a user's own class that holds ``running_mean`` and
     ``running_var`` and calls ``batch_norm`` or ``instance_norm``. BN that keeps no statistics
     (``track_running_stats=False`` from the start) uses those of the batch in both phases; it is a
     site as well.

@@ -1,6 +1,6 @@
 """The forward passes of many batches side by side: at each site they meet, then all go on.
 
-Every batch runs its pass in a thread of its own, of which one runs at a time. At a site that is to
+Every batch runs its pass in its own thread; one thread runs at a time. At a site that is to
 be measured a pass waits; when all wait, their moments are merged and all that wait at that site go
 on with the new statistics. So one pass gives the population statistics of every site, each with all
 earlier ones at their new values, and needs no graph.

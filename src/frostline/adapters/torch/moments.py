@@ -76,7 +76,7 @@ class TorchMoments:
         )
 
     def _in_a_mode(self, source: Source, found: Callable[[], Population]) -> Population:
-        """In evaluation mode; a step that fails there is asked in training mode."""
+        """Run in evaluation mode; a step that fails there is run in training mode."""
         try:
             return found()
         except ModelError:

@@ -55,7 +55,7 @@ class Network:
     varying: frozenset[str]
 
     @functools.cached_property
-    def told(self) -> Mapping[Any, tuple[Any, Any]]:
+    def phased(self) -> Mapping[Any, tuple[Any, Any]]:
         """Node -> its arguments in training, where these are others than at inference."""
         mine = {twin: node for node, twin in self.twins.items()}
         return {
@@ -74,7 +74,7 @@ class Network:
     def phases_differ(self) -> bool:
         """Whether training is another graph than inference, or has other arguments."""
         same = len(self.twins) == len(self.graph.nodes) == len(self.other.nodes)
-        return not same or bool(self.told)
+        return not same or bool(self.phased)
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ class Network:
     def arguments(self, node: Any, *, training: bool) -> tuple[Any, Any]:
         """``(args, kwargs)`` of a node in a phase."""
         own = (node.args, node.kwargs)
-        return self.told.get(node, own) if training else own
+        return self.phased.get(node, own) if training else own
 
     def run(self, node: Any, values: Mapping[Any, Any], *, training: bool) -> Any:
         """Compute one node; modules run in the modes that they are in."""

@@ -117,7 +117,7 @@ class Suffix(_Part):
 
 
 def _told_drops(graph: Any, other: Any) -> frozenset[str]:
-    """Names of the calls of ``dropout`` that are told another phase in the other graph."""
+    """Names of the calls of ``dropout`` that get another phase in the other graph."""
     return frozenset(
         one.name
         for one, two in zip(graph.nodes, other.nodes, strict=True)
@@ -155,7 +155,7 @@ def build(
             _hold(suffix, target, value)
         _attach(suffix, other)
         matched = len(net.twins) == len(net.graph.nodes) == len(net.other.nodes)
-        drops = all(node.target is functional.dropout for node in net.told)
+        drops = all(node.target is functional.dropout for node in net.phased)
         suffix.__dict__["_drops_only"] = matched and drops
     for part, mode in ((prefix, False), (suffix, net.root.training)):
         for module in part.modules():

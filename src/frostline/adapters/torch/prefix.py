@@ -95,7 +95,7 @@ def _tensor(tensor: Any) -> list[Any]:
 
 
 def _module(module: Any, reader: Reader) -> list[Any]:
-    """All that decides what one module computes at inference, its children included."""
+    """Everything that determines what a module computes at inference, children included."""
     kind: Any = type(module)
     own = kind.__module__.startswith("torch.nn.modules.") and issubclass(kind, _NormBase)
     skipped = _BESIDE_IN_BN if own else frozenset()

@@ -73,16 +73,16 @@ class Flags:
         return None
 
     def _function(self, node: Any) -> Impurity | None:
-        """A function that drops, or that is told another phase in training."""
+        """A function that drops, or that gets another phase in training."""
         network = self.network
         name = node.target if isinstance(node.target, str) else node.target.__name__
-        told = node in network.told
-        if "dropout" not in name and not told:
+        phased = node in network.phased
+        if "dropout" not in name and not phased:
             return None
         args, kwargs = network.arguments(node, training=True)
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         if (isinstance(rate, (int, float)) and rate == 0) or (
-            not told and kwargs.get("training", args[2] if len(args) > 2 else True) is False
+            not phased and kwargs.get("training", args[2] if len(args) > 2 else True) is False
         ):
             return None
         if name in ("batch_norm", "instance_norm"):
