@@ -209,7 +209,7 @@ def _floating(outputs: Any) -> tuple[Array, ...]:
 def training_blend(
     paths: tuple[str, ...], sites: tuple[Site, ...], behaviour: Mapping[str, Behaviour]
 ) -> Array:
-    """λ of each site in training, shape ``(sites,)``; 1 for thawed ones whose behaviour is unknown."""
+    """λ of each site in training, shape ``(sites,)``; 1 for thawed ones of unknown behaviour."""
     frozen = {site.path: site.stats_frozen for site in sites}
     found = []
     for path in paths:
