@@ -56,6 +56,7 @@ class KerasFramework:
             "dense": lambda: layers.Dense(WIDTH, name=name),
             "norm": lambda: layers.BatchNormalization(name=name),
             "relu": lambda: layers.ReLU(name=name),
+            "tanh": lambda: layers.Activation("tanh", name=name),
             "dropout": lambda: layers.Dropout(0.5, name=name),
         }
         return made[kind]()
@@ -138,6 +139,7 @@ class TorchFramework:
             "dense": lambda: nn.Linear(WIDTH, WIDTH),
             "norm": lambda: nn.BatchNorm1d(WIDTH),
             "relu": nn.ReLU,
+            "tanh": nn.Tanh,
             "dropout": lambda: nn.Dropout(0.5),
         }
         return made[kind]()
@@ -223,7 +225,7 @@ FRAMEWORKS: dict[str, Any] = {"keras": KerasFramework, "torch": TorchFramework}
 
 
 #: Two sites with something that is not linear between them.
-TWO_SITES = {"d1": "dense", "bn1": "norm", "act": "relu", "d2": "dense", "bn2": "norm"}
+TWO_SITES = {"d1": "dense", "bn1": "norm", "act": "tanh", "d2": "dense", "bn2": "norm"}
 
 
 @dataclass

@@ -170,8 +170,8 @@ def draw(
             return _as_they_come(held, stream, max_samples, notes)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
-    mixed, notes = _sound(kept.mixed())
-    notes += notes
+    mixed, broken = _sound(kept.mixed())
+    notes += broken
     if read >= limit and not _is_arrays(data):
         notes.append(f"only the first {read:,} samples of the data were read")
     size = natural if fixed else size_near(len(mixed), natural)
