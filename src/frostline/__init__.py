@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     from frostline.types.phases import PhaseTable as PhaseTable
     from frostline.types.report import Report as Report
     from frostline.types.sites import Boundary as Boundary, Crossing as Crossing, Site as Site
+    from frostline.verbs.cached import cached as cached
     from frostline.verbs.diagnose import (
         diagnose as diagnose,
         lint as lint,
@@ -74,6 +75,7 @@ _EXPORTS = {
     "assert_frozen": "verbs.watch",
     "Split": "verbs.split",
     "cache_features": "cache",
+    "cached": "verbs.cached",
     "callbacks": "callbacks",
     "convert": "verbs.edit",
     "diagnose": "verbs.diagnose",

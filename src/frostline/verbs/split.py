@@ -59,11 +59,15 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
     only gain records of being called in the two new models.
 
     A torch module is followed by ``torch.fx``, in training and at inference; a module inside that
-    cannot be followed is kept whole, and a head that only training uses is part of the suffix in
-    training. Both parts are modules that hold the model's own parameters, under the model's names,
-    so an optimizer that was built earlier stays valid; ``suffix.train()`` is the model's
-    ``train()``. ``torch.save`` of a part writes a plain ``torch.fx.GraphModule``, which loads
-    without Frostline; of a model that is another graph in training, the one of its present mode.
+    cannot be followed is kept whole. A model that cannot be followed itself, or that hides frozen
+    modules in one kept whole, is cut by record and replay, which takes a ``sample``: both parts are
+    runs of the model, in which frozen modules stop, or answer with the features; they serve inputs
+    of the sample's shape and cannot be saved. In a graph, a head that only training uses is part of
+    the suffix in training. Both parts are modules that hold the model's own parameters, under the
+    model's names, so an optimizer that was built earlier stays valid; ``suffix.train()`` is the
+    model's ``train()``. ``torch.save`` of a part writes a plain ``torch.fx.GraphModule``, which
+    loads without Frostline; of a model that is another graph in training, the one of its present
+    mode.
 
     Args:
         model: A built functional or sequential Keras model; nested models are followed. Or a torch

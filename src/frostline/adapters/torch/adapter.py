@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from frostline.adapters.torch import (
+    cached_loop as torch_cached,
     distributed as torch_distributed,
     edit as torch_edit,
     facts as torch_facts,
@@ -72,6 +73,7 @@ class TorchView:
         self.set_decay = partial(torch_edit.set_decay, model)
         self.fold = partial(torch_fold.fold, model)
         self.split = partial(torch_split.split, model)
+        self.cached = partial(torch_cached.cached, model)
 
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the modules before a boundary: those that freezing up to it freezes."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +81,58 @@ def _item(index: int) -> Any:
         return torch.as_tensor(column[index])
 
     return item
+
+
+def require_indices(loader: Any, views: int) -> None:
+    """Refuse a loader whose samples cannot be drawn by index.
+
+    Raises:
+        DataError: It is no ``DataLoader``, or its data set has no indices.
+    """
+    indexed = isinstance(loader, torch_data.DataLoader) and not isinstance(
+        loader.dataset, torch_data.IterableDataset
+    )
+    if not indexed:
+        raise DataError(
+            f"views={views} draws each sample by its index, which takes a DataLoader over a "
+            "data set with __getitem__; leave views out for other loaders. "
+            f"Received: {type(loader).__name__}"
+        )
+
+
+def seeded(loader: Any, view: int) -> Any:
+    """The loader with samples drawn with the seed of a view; order and batches are its own."""
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn",
+             "generator", "multiprocessing_context", "prefetch_factor")  # fmt: skip
+    ways: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    if loader.batch_sampler is not None:
+        ways["batch_sampler"] = loader.batch_sampler
+    else:
+        ways |= {"sampler": loader.sampler, "batch_size": None}
+    return torch_data.DataLoader(_Seeded(loader.dataset, view), **ways)
+
+
+class _Seeded(torch_data.Dataset):  # type: ignore[misc]
+    """A data set whose random draws for a sample depend on the sample and the view alone."""
+
+    def __init__(self, samples: Any, view: int) -> None:
+        self.samples, self.view = samples, view
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        seed = int.from_bytes(hashlib.sha256(f"{self.view}|{index}".encode()).digest()[:4])
+        before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's draws
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                return self.samples[index]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def in_order(data: Any, batch_size: int) -> Any:

@@ -26,6 +26,7 @@ from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
+from frostline.adapters.torch.replayed_parts import ReplayedPrefix
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
@@ -62,6 +63,8 @@ def leaf(value: Any, reader: Reader) -> list[Any] | None:
         return _tensor(value)
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UnreadableError("a TorchScript program")
+    if isinstance(value, ReplayedPrefix):
+        return _replayed(value, reader)
     if isinstance(value, nn.Module):
         return _module(value, reader)
     if isinstance(value, torch.Generator):
@@ -117,6 +120,16 @@ def _module(module: Any, reader: Reader) -> list[Any]:
     for name, child in module._modules.items():
         parts += [name, reader.read(child)]
     return parts
+
+
+def _replayed(prefix: Any, reader: Reader) -> list[Any]:
+    """What a prefix that is a run of the model reads: all code, and what is frozen."""
+    root, plan = prefix.model, prefix.plan
+    own = {name: value for name, value in vars(root).items() if name not in _OF_EVERY_MODULE}
+    names = sorted({name for name, _ in plan.forms})
+    frozen = [part for name in names for part in (name, reader.read(plan.still[name]))]
+    kinds = [reader.read(type(module)) for module in root.modules()]
+    return ["replayed", repr(plan.frontier), *kinds, *reader.items(own, frozenset()), *frozen]
 
 
 def _graph(module: Any, reader: Reader) -> list[Any]:

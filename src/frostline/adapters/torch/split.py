@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.adapters.protocol import SplitModel
+from frostline.adapters.torch import replayed_parts
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import is_site, layers, unwrapped, walk
 from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
@@ -48,8 +50,31 @@ _LIGHT_NAMES = frozenset([
 
 
 def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
-    """Cut ``model``; see :func:`frostline.split`."""
-    net = network(model, input_names(model, sample))
+    """Cut ``model``; see :func:`frostline.split`.
+
+    By its graph where ``torch.fx`` finds one; else, with a sample, by record and replay.
+    """
+    try:
+        net = network(model, input_names(model, sample))
+    except ModelError:
+        if sample is None:
+            raise
+        return replayed_parts.split(model, at, sample)
+    if sample is not None and _hides_frozen(net):
+        with suppress(ModelError):
+            return replayed_parts.split(model, at, sample)
+    return _cut(net, model, at, sample)
+
+
+def _hides_frozen(net: Network) -> bool:
+    """Whether a module that is kept whole holds frozen weights before some that train."""
+    kept = [list(net.root.get_submodule(name).parameters()) for name in net.whole]
+    return any(each and not each[0].requires_grad and any(p.requires_grad for p in each)
+               for each in kept)  # fmt: skip
+
+
+def _cut(net: Network, model: Any, at: Any, sample: Any) -> SplitModel:
+    """Cut a model along its graph."""
     constant = _constants(net.calls) | _constants(net.other.nodes)
     graph = _nodes(net, model, constant)
     pure, ends = pure_nodes(graph)

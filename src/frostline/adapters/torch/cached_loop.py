@@ -1,0 +1,388 @@
+"""The user's own training loop with the frozen part of the model answered from a cache.
+
+Around the body of each step the model has another ``forward``: the first time it meets a sample it
+runs as always, and what the frontier returned is noted; from then on the frozen modules are
+skipped. A sample is known by its bytes as the model gets them, so order, workers, and what the loop
+does to a batch before the model sees it do not matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from frostline.adapters.computation import identity_of
+from frostline.adapters.torch.cached_data import require_indices, seeded
+from frostline.adapters.torch.calls import replaced_forward
+from frostline.adapters.torch.forward_pass import untouched
+from frostline.adapters.torch.graph import unwrapped
+from frostline.adapters.torch.prefix import leaf as read_leaf
+from frostline.adapters.torch.replay import (
+    Call,
+    Form,
+    Key,
+    Plan,
+    is_samples,
+    planned,
+    replayed,
+    row_count,
+    same,
+    still_modules,
+    watched,
+)  # fmt: skip
+from frostline.types import ModelError
+
+#: Batches that are answered from the cache and computed as well, to compare.
+_CHECKED = 2
+_DIGEST = 16
+
+
+class Memory:
+    """Rows of one frozen part; it holds no module.
+
+    Attributes:
+        identity: Of the frozen part: its modules, their weights, and the calls of the frontier.
+        rows: Digest of a sample -> its tensors.
+        unsaved: Those that the store does not have.
+        sought: Digests that the store was asked for.
+        forms: Shapes of a batch -> what each call returned for it.
+        checked: How many batches were computed as well.
+        idle: How many epochs in a row brought new samples only.
+        broken: Why the rows are no longer used.
+    """
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.rows: dict[bytes, tuple[Any, ...]] = {}
+        self.forms: dict[str, Mapping[Key, Form]] = {}
+        self.unsaved: dict[bytes, tuple[Any, ...]] = {}
+        self.sought: set[bytes] = set()
+        self.checked = self.idle = 0
+        self.broken = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(x.nbytes for row in self.rows.values() for x in row)
+
+
+#: Model -> identity of its frozen part -> rows; gone with the model.
+_MEMORIES: weakref.WeakKeyDictionary[Any, dict[str, Memory]] = weakref.WeakKeyDictionary()
+#: Model -> its flags -> what answers; a plan holds modules of the model, but not the model.
+_PLANS: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+#: Model -> loader -> how often it was gone through.
+_EPOCHS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
+class Cached:
+    """The batches of a loader; while one is at hand, the model's frozen part is cached.
+
+    Args:
+        model: A torch module; wrappers are taken off.
+        loader: Any iterable of batches.
+        store: Keeps rows beyond this process: ``find(identity, digests)`` returns the position in
+            ``digests`` of those that it has, and arrays of their rows; ``save(identity, digests,
+            arrays)`` takes new ones.
+        views: How many seeds of a random augmentation take turns.
+    """
+
+    def __init__(self, model: Any, loader: Any, store: Any = None, views: int = 1) -> None:
+        self.root = unwrapped(model)
+        self.views = views
+        if views > 1:
+            require_indices(loader, views)
+        self.loader = loader
+        self.store = store
+        self.memories = _MEMORIES.setdefault(self.root, {})
+        self.known: dict[Any, tuple[Plan, Memory]] = {}
+        self.answered = 0  # samples whose frozen part was skipped
+        still = still_modules(self.root)
+        if not any(True for module in still.values() for _ in module.parameters()):
+            raise ModelError(
+                "no module of the model is frozen, so there is nothing to cache. Freeze first: "
+                f"fl.freeze(model, until=...). Received: {type(self.root).__name__}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.known = {}  # weights are read anew in every epoch
+        epochs = _EPOCHS.setdefault(self.root, {})
+        epoch = epochs[id(self.loader)] = epochs.get(id(self.loader), -1) + 1
+        batches = self.loader if self.views == 1 else seeded(self.loader, epoch % self.views)
+        before, answered = {k: len(m.rows) for k, m in self.memories.items()}, self.answered
+        entrance = _Entrance(self)
+        try:
+            for batch in batches:
+                with replaced_forward({self.root: entrance}):
+                    yield batch
+        finally:
+            self.save()
+        idle = answered == self.answered
+        for identity, memory in self.memories.items():
+            grown = 0 < before.get(identity, 0) < len(memory.rows)
+            memory.idle = memory.idle + grown if idle else 0
+        if any(memory.idle >= self.views for memory in self.memories.values()):
+            self._give_up(
+                "no sample came a second time, so nothing can be answered: is there a random "
+                "augmentation in the loader? fl.cached(..., views=8) draws one of eight for each",
+            )
+
+    def save(self) -> None:
+        """Hand rows that are new to the store."""
+        if self.store is not None:
+            for identity, memory in self.memories.items():
+                new, memory.unsaved = memory.unsaved, {}
+                if new and not memory.broken:
+                    columns = [torch.stack(each) for each in zip(*new.values(), strict=True)]
+                    self.store.save(identity, list(new), [_array(each) for each in columns])
+
+    def call(self, forward: Any, args: Any, kwargs: Any) -> Any:
+        """What the model returns for a call."""
+        found = self._plan(forward, args, kwargs)
+        if found is None or found[1].broken:
+            return forward(*args, **kwargs)
+        plan, memory = found
+        digests, shapes = digested(args, kwargs)
+        if self.store is not None:
+            self._from_store(memory, digests, [x for key in plan.frontier
+                                               for x in plan.forms[key].leaves if x])  # fmt: skip
+        rows = [memory.rows.get(each) for each in digests]
+        if shapes not in memory.forms or any(row is None for row in rows):
+            return self._recorded(plan, memory, forward, args, kwargs, digests, shapes)
+        forms = memory.forms[shapes]
+        tensors = _stacked(rows, plan, forms)
+        if memory.checked < _CHECKED:
+            memory.checked += 1
+            if not self._same(plan, forward, args, kwargs, tensors):
+                return forward(*args, **kwargs)
+        self.answered += len(digests)
+        return replayed(plan, forms, tensors, len(digests), lambda: forward(*args, **kwargs))
+
+    def _plan(self, forward: Any, args: Any, kwargs: Any) -> tuple[Plan, Memory] | None:
+        """The plan for the state that the model is in; ``None``: this call is not answered."""
+        flags = _flags(self.root)
+        state = flags, _versions(self.root)
+        if state in self.known:
+            return self.known[state]
+        plans = _PLANS.setdefault(self.root, {})
+        if flags not in plans:
+            if row_count((args, kwargs)) < 2:
+                return None
+            plans[flags] = planned(self.root, forward, args, kwargs)
+        plan = plans[flags]
+        answered = sorted({name for name, _ in plan.forms})
+        parts = [answered, [plan.still[name] for name in answered], repr((plan.frontier, flags[2]))]
+        identity = identity_of(parts, read_leaf).text
+        memory = self.memories.setdefault(identity, Memory(identity))
+        self.known[state] = (plan, memory)
+        return self.known[state]
+
+    def _recorded(
+        self, plan: Plan, memory: Memory, forward: Any, args: Any, kwargs: Any,
+        digests: list[bytes], shapes: str,
+    ) -> Any:  # fmt: skip
+        """Run the model as it is and note what the frontier returns."""
+        forms, tensors, made = _noted(plan, len(digests), lambda: forward(*args, **kwargs))
+        if forms is None:
+            self._give_up("a frozen module returned something else than one row per sample")
+            return made
+        memory.forms[shapes] = forms
+        for number, digest in enumerate(digests):
+            if digest not in memory.rows:
+                row = tuple(tensor[number] for tensor in tensors)
+                memory.rows[digest] = memory.unsaved[digest] = row
+        return made
+
+    def _from_store(self, memory: Memory, digests: list[bytes], leaves: list[Any]) -> None:
+        """Take rows that an earlier run has stored."""
+        wanted = [each for each in digests if each not in memory.rows.keys() | memory.sought]
+        memory.sought.update(wanted)
+        places, arrays = self.store.find(memory.identity, wanted) if wanted else ([], [])
+        columns = [torch.from_numpy(array).view(leaf[1]) for array, leaf in zip(
+            arrays, leaves, strict=bool(places))]  # fmt: skip
+        for number, place in enumerate(places):
+            memory.rows[wanted[place]] = tuple(column[number] for column in columns)
+
+    def _same(self, plan: Plan, forward: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
+        """Whether stored rows are what the frozen part computes for this batch."""
+        with untouched(self.root), torch.no_grad():
+            count = len(tensors[0])
+            _, fresh, _ = _noted(plan, count, lambda: forward(*args, **kwargs))
+        if same([x.cpu() for x in tensors], fresh):
+            return True
+        self._give_up("the frozen part computes something else for a sample in another batch")
+        return False
+
+    def _give_up(self, why: str) -> None:
+        """Run the model as it is from here on."""
+        self.known = {}
+        for memory in self.memories.values():
+            memory.broken = why
+            memory.rows, memory.unsaved = {}, {}
+        warnings.warn(f"fl.cached goes on without the cache: {why}", stacklevel=3)
+
+
+class _Entrance:
+    """The ``forward`` of a model while a batch is at hand; a copy of the model gets its own."""
+
+    def __init__(self, cached: Cached) -> None:
+        self.cached = cached
+        root = cached.root
+        own = vars(root).get("forward")
+        self.plain = own if own is not None else functools.partial(type(root).forward, root)
+        self.inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inside:
+            return self.plain(*args, **kwargs)
+        self.inside = True
+        try:
+            return self.cached.call(self.plain, args, kwargs)
+        finally:
+            self.inside = False
+
+    def __reduce__(self) -> Any:
+        """Copied or pickled with the model it is the plain ``forward``."""
+        return functools.partial, (self.plain,)
+
+
+def _noted(plan: Plan, count: int, call: Any) -> tuple[dict[Key, Form] | None, list[Any], Any]:
+    """Run ``call``; the form of each answered call, the frontier's tensors on the CPU, outputs."""
+    forms: dict[Key, Form] = {}
+    found: dict[Key, list[Any]] = {}
+    complete = True
+
+    def answer(call: Call) -> Any:
+        nonlocal complete
+        if call.key not in plan.forms:
+            return call.opened()
+        made = call.whole()
+        leaves, spec = pytree.tree_flatten(made)
+        places = [None if leaf is None else (tuple(x.shape[1:]), x.dtype, x.device)
+                  for x, leaf in zip(leaves, plan.forms[call.key].leaves, strict=True)]  # fmt: skip
+        rows = [x for x, leaf in zip(leaves, places, strict=True) if leaf]
+        if any(len(x) != count for x in rows):
+            complete = False
+            return made
+        constants = {i: leaves[i] for i, leaf in enumerate(places) if leaf is None}
+        forms[call.key] = Form(spec=spec, leaves=tuple(places), constants=constants)
+        if call.key in plan.frontier:
+            found[call.key] = [x.detach().to("cpu", copy=True) for x in rows]
+        return made
+
+    made = watched(plan.still, answer, call)
+    if not complete or found.keys() != set(plan.frontier):
+        return None, [], made
+    return forms, [x for key in plan.frontier for x in found[key]], made
+
+
+def _stacked(rows: list[Any], plan: Plan, forms: Mapping[Key, Form]) -> list[Any]:
+    devices = [leaf[2] for key in plan.frontier for leaf in forms[key].leaves if leaf]
+    return [
+        torch.stack(column).to(device)
+        for column, device in zip(zip(*rows, strict=True), devices, strict=True)
+    ]
+
+
+def _array(tensor: Any) -> Any:
+    """As numpy; what it has no number for as bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _casting() -> tuple[Any, ...]:
+    """Whether and to what autocast rounds now."""
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", "cuda")
+    )
+
+
+def _flags(root: Any) -> tuple[Any, ...]:
+    """What decides which modules are frozen and how they compute."""
+    modules = tuple(
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in root.modules()
+    )
+    return modules, tuple((id(p), p.requires_grad) for p in root.parameters()), _casting()
+
+
+def _versions(root: Any) -> tuple[Any, ...]:
+    """Changes whenever a frozen weight is written to."""
+    frozen = tuple(p._version for p in root.parameters() if not p.requires_grad)
+    return frozen, tuple(id(b) for b in root.buffers())
+
+
+def digested(args: Any, kwargs: Any) -> tuple[list[bytes], str]:
+    """Digest of each sample in the arguments of a call, and the shapes of the batch.
+
+    Raises:
+        ModelError: An argument whose bytes cannot be read.
+    """
+    count = row_count((args, kwargs))
+    shared: list[Any] = []
+    columns: list[list[bytes | memoryview]] = []
+    _read((args, kwargs), count, shared, columns)
+    head = repr(shared).encode()
+    hashes = [hashlib.blake2b(head, digest_size=_DIGEST) for _ in range(count)]
+    for column in columns:
+        for each, row in zip(hashes, column, strict=True):
+            each.update(row)
+    return [each.digest() for each in hashes], head.decode()
+
+
+def _read(value: Any, count: int, shared: list[Any], columns: list[Any]) -> None:
+    """Sort what arguments hold into what belongs to one sample and what to all of them."""
+    if isinstance(value, torch.Tensor):
+        rows = value.ndim > 0 and len(value) == count
+        shape = tuple(value.shape[1:] if rows else value.shape)
+        shared.append((rows, shape, str(value.dtype)))
+        if rows:
+            columns.append(_bytes(value, count))
+        else:
+            shared.append(hashlib.blake2b(_bytes(value, 1)[0]).hexdigest())
+    elif is_samples(value) and len(value) == count:
+        leaves = [[x for x in pytree.tree_leaves(v) if isinstance(x, torch.Tensor)] for v in value]
+        # Padding gives every sample the widest size in the batch.
+        shapes = [tuple(x.shape) for x in value if isinstance(x, torch.Tensor)]
+        shared.append([max(sizes) for sizes in zip(*shapes, strict=True)])
+        columns.append(
+            [b"".join(f"{tuple(x.shape)}{x.dtype}".encode() + bytes(_bytes(x, 1)[0]) for x in row)
+             for row in leaves]
+        )  # fmt: skip
+    elif isinstance(value, Mapping):
+        shared.append(sorted(map(str, value)))
+        for key in sorted(value, key=str):
+            _read(value[key], count, shared, columns)
+    elif isinstance(value, (list, tuple)):
+        shared.append(len(value))
+        for item in value:
+            _read(item, count, shared, columns)
+    elif isinstance(value, (int, float, str, type(None), torch.dtype, torch.device)):
+        shared.append(repr(value))
+    else:
+        raise ModelError(
+            "the model is called with something whose samples cannot be told apart: pass tensors, "
+            "or lists and mappings of them, or train without fl.cached. "
+            f"Received: {type(value).__name__}"
+        )
+
+
+def _bytes(tensor: Any, count: int) -> list[memoryview]:
+    """The bytes of each row."""
+    if not tensor.numel():
+        return [memoryview(b"")] * count
+    flat = tensor.detach().cpu().contiguous().reshape(count, -1)
+    return [row.data for row in flat.view(torch.uint8).numpy()]
+
+
+def cached(model: Any, loader: Any, *, store: Any = None, views: int = 1) -> Cached:
+    """See :func:`frostline.cached`."""
+    return Cached(model, loader, store, views)

@@ -1,0 +1,493 @@
+"""Know a frozen part without a graph: record what its modules return, and answer with that.
+
+``torch.fx`` cannot follow most models of Hugging Face, detectors, or code that looks at values.
+Their frozen part is still a set of modules that return the same for a sample in every step. One run
+records what each of the largest such calls returns. Then groups of them answer with placeholders of
+NaN: where outputs and buffers stay the same, nothing needs these calls; what is left is the
+*frontier*. The model's own code runs as it is, with the calls of the frontier answered by rows that
+were stored, and the rest of the frozen part skipped.
+
+That a call is pure is seen by behaviour: it returns the same rows with the samples in another
+order and one of them left out, with another seed, and with all that trains changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from frostline.adapters.torch.calls import replaced_forward
+from frostline.adapters.torch.forward_pass import noise_layers, untouched
+from frostline.adapters.torch.graph import is_frozen_kind, is_site, keeps_unknown_statistics
+from frostline.adapters.torch.locked import is_locked
+from frostline.types import ModelError
+
+#: A module by its name, and which of its calls in one pass.
+Key = tuple[str, int]
+
+#: How often calls that turn out not to be pure are taken apart.
+_ROUNDS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What one call returns: its structure, and per leaf a tensor of rows or a constant.
+
+    Attributes:
+        spec: The structure.
+        leaves: ``(shape of one row, dtype, device)`` or ``None`` for a constant, per leaf.
+        constants: Position -> value of the leaves that are the same for every sample.
+    """
+
+    spec: Any
+    leaves: tuple[tuple[Any, ...] | None, ...]
+    constants: Mapping[int, Any]
+
+    def filled(self, rows: Sequence[Any]) -> Any:
+        """The structure with these tensors of rows in it."""
+        given = iter(rows)
+        return pytree.tree_unflatten(
+            [self.constants[i] if leaf is None else next(given)
+             for i, leaf in enumerate(self.leaves)], self.spec,
+        )  # fmt: skip
+
+    def placeholder(self, count: int, *, dense: bool) -> Any:
+        """The structure for ``count`` samples without numbers: NaN, or zeros of integers.
+
+        All rows are one number in memory, unless they must be ``dense`` to be written to.
+        """
+        rows = [_blank((count, *leaf[0]), *leaf[1:]) for leaf in self.leaves if leaf]
+        return self.filled([each.contiguous() if dense else each for each in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which calls of a model answer from what was recorded.
+
+    Attributes:
+        frontier: Calls that answer with rows, in the order of execution.
+        placed: Calls that answer with placeholders -> whether something writes to these.
+        excluded: Calls of frozen modules that run as they are.
+        forms: What each call returns.
+        still: Name -> module of all that may be answered.
+    """
+
+    frontier: tuple[Key, ...]
+    placed: Mapping[Key, bool]
+    excluded: frozenset[Key]
+    forms: Mapping[Key, Form]
+    still: Mapping[str, Any]
+
+
+@dataclass
+class _Watch:
+    """One pass under watch."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    inside: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call of a frozen module that no other such call is around."""
+
+    key: Key
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    watch: _Watch
+
+    def whole(self) -> Any:
+        """Run the module; calls inside of it are its own affair."""
+        self.watch.inside = True
+        try:
+            return self.opened()
+        finally:
+            self.watch.inside = False
+
+    def opened(self) -> Any:
+        """Run the module; calls inside of it are watched in its place."""
+        return self.forward(*self.args, **self.kwargs)
+
+
+def watched(still: Mapping[str, Any], answer: Callable[[Call], Any], run: Callable[[], Any]) -> Any:
+    """Run ``run``; the outermost calls of the modules in ``still`` return what ``answer`` does."""
+    watch = _Watch()
+
+    def patched(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if watch.inside:
+                return forward(*args, **kwargs)
+            key = (name, watch.counts[name])
+            watch.counts[name] += 1
+            return answer(Call(key=key, forward=forward, args=args, kwargs=kwargs, watch=watch))
+
+        return called
+
+    with replaced_forward({m: patched(name, m.forward) for name, m in still.items()}):
+        return run()
+
+
+# --- which modules are frozen ---------------------------------------------------------------------
+
+
+def still_modules(root: Any) -> dict[str, Any]:
+    """Name -> module of what is frozen by its flags, in the modes that hold now."""
+    noise = {name.replace("/", ".") for name in noise_layers(root)}
+    moving = {
+        name
+        for name, module in root.named_modules()
+        if _moves(module) or (module.training and (name in noise or _drops(module)))
+    }
+    hooked = {name for name, module in root.named_modules() if _hooks(module)}
+
+    def within(names: set[str], name: str) -> bool:
+        return any(each.startswith(f"{name}.") for each in names)
+
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if name
+        and name not in moving
+        and not within(moving, name)
+        and not within(hooked, name)  # who watches inside wants to see numbers
+        and not any(p.requires_grad for p in module.parameters())
+        and not isinstance(module, torch.jit.ScriptModule)
+        and type(module).forward is not nn.Module.forward
+    }
+
+
+def _moves(module: Any) -> bool:
+    """Whether a training step changes what it keeps, or it reads the whole batch."""
+    if is_site(module):
+        fixed = is_locked(module) or is_frozen_kind(module)
+        stored = getattr(module, "running_mean", None) is not None
+        return not fixed and (module.training or not stored)
+    return bool(module.training and keeps_unknown_statistics(module))
+
+
+def _drops(module: Any) -> bool:
+    if isinstance(module, nn.RNNBase):
+        return bool(module.dropout) and module.num_layers > 1
+    return isinstance(module, nn.MultiheadAttention) and bool(module.dropout)
+
+
+def _hooks(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+# --- samples of a batch ---------------------------------------------------------------------------
+
+
+def row_count(arguments: Any) -> int:
+    """Samples in the arguments of a call.
+
+    Raises:
+        ModelError: They hold neither a tensor nor a list of samples.
+    """
+    found = _count(arguments)
+    if found is None:
+        raise ModelError(
+            "the arguments hold no tensor with a first axis of samples and no list of samples, so "
+            f"there are no rows to store. Received: {type(arguments).__name__}"
+        )
+    return found
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.ndim else None
+    if is_samples(value):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((found for each in value if (found := _count(each)) is not None), None)
+    return None
+
+
+def is_samples(value: Any) -> bool:
+    """Whether a list holds one entry per sample: images, or mappings of what is in them."""
+    return isinstance(value, list) and bool(value) and all(
+        (isinstance(each, torch.Tensor) and each.ndim == 3) or isinstance(each, Mapping)
+        for each in value
+    )  # fmt: skip
+
+
+def taken(value: Any, index: Any, count: int) -> Any:
+    """The samples ``index`` of arguments."""
+    if isinstance(value, torch.Tensor):
+        rows = value.ndim > 0 and len(value) == count
+        return value[torch.as_tensor(index, device=value.device)] if rows else value
+    if is_samples(value) and len(value) == count:
+        return [value[i] for i in index]
+    if isinstance(value, Mapping):
+        return {key: taken(item, index, count) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [taken(item, index, count) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def planned(
+    root: Any, forward: Callable[..., Any], args: Any, kwargs: Any, still: Any = None
+) -> Plan:
+    """Find the frontier by behaviour; the model is left as it was found.
+
+    Args:
+        root: The module.
+        forward: Its own ``forward``.
+        args: Positional arguments of a call.
+        kwargs: Named arguments.
+        still: Name -> module of what may be answered; ``None``: all that is frozen.
+
+    Raises:
+        ModelError: Nothing is frozen, or what is frozen cannot be told from the rest.
+    """
+    still = still_modules(root) if still is None else still
+    count = row_count((args, kwargs))
+    if not any(True for module in still.values() for _ in module.parameters()):
+        raise ModelError(
+            "no module of the model is frozen. Freeze the part that is to be computed once: "
+            f"fl.freeze(model, until=...). Received: {type(root).__name__}"
+        )
+    if count < 2:
+        raise ModelError("the check needs a batch of at least two samples. Received: one sample")
+    trial = _Trial(root, forward, still, count)
+    with torch.enable_grad(), untouched(root):
+        records, forms = trial.pure(args, kwargs)
+    if not any(True for name, _ in forms for _ in still[name].parameters()):
+        raise ModelError(
+            "no frozen module returns the same for a sample in every step: it stands behind what "
+            "trains, or what it returns depends on the batch or on chance. Freeze from the "
+            f"beginning: fl.freeze(model, until=...). Received: {type(root).__name__}"
+        )
+    with torch.no_grad():
+        placed = trial.not_needed(records, forms, args, kwargs)
+    return Plan(
+        frontier=tuple(key for key in forms if key not in placed),
+        placed=placed,
+        excluded=frozenset(trial.excluded),
+        forms=forms,
+        still=still,
+    )
+
+
+class _Trial:
+    """Runs of a model on one batch."""
+
+    def __init__(self, root: Any, forward: Any, still: Mapping[str, Any], count: int) -> None:
+        self.root, self.forward, self.still, self.count = root, forward, still, count
+        self.excluded: set[Key] = set()
+        # Backwards, and the last sample again in place of the first: another batch.
+        self.order = [*range(count - 1, 0, -1), count - 1]
+
+    def pure(self, args: Any, kwargs: Any) -> tuple[dict[Key, list[Any]], dict[Key, Form]]:
+        """What each pure call returned, with its form; impure ones are excluded."""
+        index = self.order
+        other_args, other_kwargs = taken((args, kwargs), index, self.count)
+        for _ in range(_ROUNDS):
+            known = len(self.excluded)
+            first, specs = self._recorded(args, kwargs, 0)
+            with perturbed(self.root):
+                second, _ = self._recorded(other_args, other_kwargs, 1)
+            forms = {}
+            for key, leaves in first.items():
+                form = self._form(leaves, second.get(key), specs[key])
+                if form is None:
+                    self.excluded.add(key)
+                else:
+                    forms[key] = form
+            if len(self.excluded) == known and first.keys() == second.keys():
+                return first, forms
+        raise ModelError(
+            "what the frozen modules return depends on more than the sample: the order of the "
+            f"batch, a random draw, or what trains. Received: {type(self.root).__name__}"
+        )
+
+    def _recorded(
+        self, args: Any, kwargs: Any, seed: int
+    ) -> tuple[dict[Key, list[Any]], dict[Key, Any]]:
+        found: dict[Key, list[Any]] = {}
+        specs: dict[Key, Any] = {}
+
+        def answer(call: Call) -> Any:
+            inputs = pytree.tree_leaves((call.args, call.kwargs))
+            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+                self.excluded.add(call.key)
+            if call.key in self.excluded:
+                return call.opened()
+            made = call.whole()
+            leaves, specs[call.key] = pytree.tree_flatten(made)
+            found[call.key] = [
+                x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves
+            ]
+            return made
+
+        torch.manual_seed(seed)
+        watched(self.still, answer, lambda: self.forward(*args, **kwargs))
+        return found, specs
+
+    def _form(self, one: list[Any], other: list[Any] | None, spec: Any) -> Form | None:
+        """The form of a call; ``None``: it is not a function of single samples."""
+        if other is None or len(one) != len(other):
+            return None
+        leaves: list[tuple[Any, ...] | None] = []
+        constants: dict[int, Any] = {}
+        for position, (a, b) in enumerate(zip(one, other, strict=True)):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                if a.shape == b.shape and a.ndim and len(a) == self.count:
+                    if not _close(a[self.order], b):
+                        return None
+                    leaves.append((tuple(a.shape[1:]), a.dtype, a.device))
+                    continue
+                if a.shape != b.shape or not torch.equal(a, b):
+                    return None
+            elif not isinstance(a, (int, float, str, bool, type(None))) or a != b:
+                return None
+            leaves.append(None)
+            constants[position] = a
+        if not any(leaves):
+            return None
+        return Form(spec=spec, leaves=tuple(leaves), constants=constants)
+
+    def not_needed(
+        self, records: Mapping[Key, list[Any]], forms: Mapping[Key, Form], args: Any, kwargs: Any
+    ) -> dict[Key, bool]:
+        """The calls whose absence changes neither outputs nor buffers; see ``Plan.placed``."""
+        rows = {
+            key: form.filled([r for r, leaf in zip(records[key], form.leaves, strict=True) if leaf])
+            for key, form in forms.items()
+        }
+
+        def outcome(blank: Mapping[Key, bool]) -> list[Any] | None:
+            def answer(call: Call) -> Any:
+                if call.key in blank:
+                    return forms[call.key].placeholder(self.count, dense=blank[call.key])
+                if call.key in rows:  # in-place steps behind it must not reach the record
+                    return pytree.tree_map(_cloned, rows[call.key])
+                return call.opened()
+
+            with untouched(self.root):
+                try:
+                    made = watched(self.still, answer, lambda: self.forward(*args, **kwargs))
+                except Exception:  # whatever the model's own code says to what is not there
+                    return None
+                buffers = [b.detach().clone() for b in self.root.buffers()]
+            return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)] + buffers
+
+        with untouched(self.root):
+            made = self.forward(*args, **kwargs)
+            buffers = [b.detach().clone() for b in self.root.buffers()]
+        plain = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)] + buffers
+        if not same(outcome({}), plain):
+            raise ModelError(
+                "with its frozen modules answered by what they returned the model computes "
+                f"something else, so they cannot be cached. Received: {type(self.root).__name__}"
+            )
+        placed: dict[Key, bool] = {}
+
+        def search(keys: list[Key]) -> None:
+            # An in-place step fails on rows that share memory, so single calls are tried twice.
+            for dense in (False, True)[: 2 if len(keys) == 1 else 1]:
+                if same(outcome({**placed, **dict.fromkeys(keys, dense)}), plain):
+                    placed.update(dict.fromkeys(keys, dense))
+                    return
+            if len(keys) > 1:
+                middle = len(keys) // 2
+                search(keys[:middle])
+                search(keys[middle:])
+
+        # A hook on a module wants to see what it returns.
+        if keys := [key for key in forms if not _hooks(self.still[key[0]])]:
+            search(keys)
+        return placed
+
+
+def replayed(
+    plan: Plan, forms: Mapping[Key, Form], tensors: list[Any], count: int, call: Any
+) -> Any:
+    """Run a model whose frontier answers with rows.
+
+    Raises:
+        ModelError: The model takes another way through its frozen modules than before.
+    """
+    given = iter(tensors)
+    rows = {
+        key: forms[key].filled([next(given) for leaf in forms[key].leaves if leaf])
+        for key in plan.frontier
+    }
+
+    def answer(call: Call) -> Any:
+        if call.key in rows:
+            return rows[call.key]
+        if call.key in plan.placed and call.key in forms:
+            return forms[call.key].placeholder(count, dense=plan.placed[call.key])
+        if call.key in plan.excluded:
+            return call.opened()
+        raise ModelError(
+            f"'{call.key[0]}' is called for this batch and was not for the first one: which frozen "
+            "modules run depends on the batch, so they cannot be cached. Train without the cache, "
+            f"or thaw that module. Received: call {call.key[1] + 1} of {call.key[0]!r}"
+        )
+
+    return watched(plan.still, answer, call)
+
+
+@contextmanager
+def perturbed(root: Any) -> Iterator[None]:
+    """Replace all that trains by other numbers for a while; the parameters are not written to."""
+    made: dict[int, Any] = {}
+    before = [
+        (module._parameters, name, parameter)
+        for module in root.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for held, name, parameter in before:
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.detach() * 1.25 + 0.01)
+            held[name] = made[id(parameter)]
+        yield
+    finally:
+        for held, name, parameter in before:
+            held[name] = parameter
+
+
+def _blank(shape: Any, dtype: Any, device: Any) -> Any:
+    value = math.nan if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _close(one: Any, other: Any) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return bool(torch.equal(one, other))
+    bound = {torch.float64: 1e-10, torch.float32: 1e-4}.get(one.dtype, 2e-2)
+    finite = one[torch.isfinite(one)].double() if not one.is_complex() else one.abs().double()
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return bool(torch.allclose(one, other, rtol=0.0, atol=bound * scale, equal_nan=True))
+
+
+def same(one: list[Any] | None, other: list[Any] | None) -> bool:
+    """Whether two lists of tensors agree up to rounding."""
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(_close(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,309 @@
+"""The two parts of a model that ``torch.fx`` cannot follow, both as runs of the model itself.
+
+The prefix runs the model until the last call of the frontier has returned. The suffix runs it with
+these calls answered, the rest of the frozen part skipped, and inputs that nothing else needs
+replaced by placeholders.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from frostline.adapters.protocol import SplitModel
+from frostline.adapters.torch.forward_pass import mover, untouched
+from frostline.adapters.torch.graph import layers, modes_kept, unwrapped, walk
+from frostline.adapters.torch.network import phase
+from frostline.adapters.torch.replay import (
+    Call,
+    Form,
+    Key,
+    Plan,
+    planned,
+    replayed,
+    row_count,
+    same,
+    still_modules,
+    watched,
+)  # fmt: skip
+from frostline.types import Crossing, ModelError
+
+_NOTE = (
+    "torch.fx cannot follow the model: the parts are runs of the model itself, for inputs of the "
+    "shape of the sample; they cannot be saved"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The arguments of a model as in a sample.
+
+    Attributes:
+        form: Their structure.
+        crossing: Positions of the leaves that the suffix needs.
+    """
+
+    form: Form
+    crossing: tuple[int, ...]
+
+    def filled(self, rows: Sequence[Any], count: int) -> Any:
+        """The arguments with these rows, and placeholders for the others."""
+        given = iter(rows)
+        leaves = pytree.tree_leaves(self.form.placeholder(count, dense=True))
+        for place in self.crossing:
+            leaves[place] = next(given)
+        return pytree.tree_unflatten(leaves, self.form.spec)
+
+
+class _Done(Exception):  # noqa: N818 - no error: all that was asked for is there
+    pass
+
+
+class _Part(nn.Module):  # type: ignore[misc]
+    """A part of a model; parameters and buffers are the model's, by its names."""
+
+    plan: Plan
+
+    def __init__(self, root: Any, plan: Plan, inputs: Inputs) -> None:
+        super().__init__()
+        for name in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[name] = getattr(root, name)
+        self.__dict__["_whole"] = (root,)
+        self.plan, self.inputs = plan, inputs
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of this part alone: its modules are the model's."""
+        self.training = mode
+        return self
+
+    @property
+    def model(self) -> Any:
+        """The model that this is a part of."""
+        return self.__dict__["_whole"][0]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        made = type(self)(copy.deepcopy(self.model, memo), self.plan, self.inputs)
+        still = {name: made.model.get_submodule(name) for name in self.plan.still}
+        made.plan = dataclasses.replace(self.plan, still=still)
+        return made
+
+
+class ReplayedPrefix(_Part):
+    """The frozen part: the model's inputs -> the frontier, one tensor or a tuple of them."""
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """The modules that are run for the frontier, or skipped behind it."""
+        return tuple(self.plan.still[name] for name in dict.fromkeys(k for k, _ in self.plan.forms))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model at inference up to the frontier; modes are put back."""
+        plan, (given, spec) = self.plan, pytree.tree_flatten((args, kwargs))
+        if spec != self.inputs.form.spec:
+            raise ModelError(
+                "the prefix takes what the sample of fl.split held, in the same way. "
+                f"Received: {len(args)} arguments by position, {sorted(kwargs)} by name"
+            )
+        found: dict[Key, list[Any]] = {}
+
+        def answer(call: Call) -> Any:
+            if call.key not in plan.forms:
+                return call.opened()
+            made = call.whole()
+            if call.key in plan.frontier:
+                leaves = zip(pytree.tree_leaves(made), plan.forms[call.key].leaves, strict=True)
+                found[call.key] = [x.clone() for x, leaf in leaves if leaf]
+                if len(found) == len(plan.frontier):
+                    raise _Done
+            return made
+
+        with phase(list(self.model.modules()), None):
+            try:
+                watched(plan.still, answer, lambda: self.model(*args, **kwargs))
+            except _Done:
+                pass
+            else:
+                raise ModelError("the model did not reach its frontier for these inputs")
+        rows = [given[place] for place in self.inputs.crossing]
+        rows += [x for key in plan.frontier for x in found[key]]
+        return rows[0] if len(rows) == 1 else tuple(rows)
+
+
+class ReplayedSuffix(_Part):
+    """The rest: frontier -> the model's outputs. ``train()`` and ``eval()`` are the model's own."""
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """The modules without children that may run behind the frontier."""
+        frozen = {id(m) for module in self.plan.still.values() for m in module.modules()}
+        leaves = [m for m in self.model.modules() if not any(True for _ in m.children())]
+        return tuple(module for module in leaves if id(module) not in frozen)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of the whole model."""
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    def forward(self, *features: Any) -> Any:
+        """Run the model with its frozen part answered."""
+        count, own = len(features[0]), len(self.inputs.crossing)
+        args, kwargs = self.inputs.filled(features[:own], count)
+        call = lambda: self.model(*args, **kwargs)  # noqa: E731
+        return replayed(self.plan, self.plan.forms, list(features[own:]), count, call)
+
+
+def split(model: Any, at: Any, sample: Any) -> SplitModel:
+    """Cut ``model`` by record and replay.
+
+    Args:
+        model: A torch module.
+        at: Cut before this module; ``None``: where the frozen part ends.
+        sample: A batch of its inputs, at least two samples.
+
+    Raises:
+        ModelError: Nothing or everything is frozen, or the frozen part is not pure.
+    """
+    root = unwrapped(model)
+    given = mover(root)(sample)
+    named = dict(given) if isinstance(given, Mapping) else {}
+    placed = tuple(given) if isinstance(given, (tuple, list)) else () if named else (given,)
+    with modes_kept(root):
+        if not root.training:
+            root.train()
+        if at is None and not any(p.requires_grad for p in root.parameters()):
+            raise ModelError(
+                "everything is frozen: nothing is left to train behind the prefix. Thaw the head, "
+                "for example fl.unfreeze(model, -1), or say where to cut (at=...). "
+                f"Received: {type(root).__name__}"
+            )
+        still = still_modules(root)
+        if at is not None:
+            still = _before(model, still, at)
+        plan = planned(root, root.forward, placed, named, still)
+        inputs = _inputs(root, plan, placed, named)
+    prefix, suffix = ReplayedPrefix(root, plan, inputs), ReplayedSuffix(root, plan, inputs)
+    prefix.training, suffix.training = False, root.training
+    features = _checked(root, prefix, suffix, placed, named)
+    return SplitModel(
+        prefix=prefix,
+        suffix=suffix,
+        frontier=_crossings(plan, inputs, features, named),
+        notes=(_NOTE,),
+    )
+
+
+def _before(model: Any, still: Mapping[str, Any], at: Any) -> dict[str, Any]:
+    """What is frozen before a boundary.
+
+    Raises:
+        ModelError: A module before it trains.
+    """
+    path = layers(model).resolve(at).path
+    places = walk(model)
+    order = next((place.order for place in places if place.path == path), len(places) + 1)
+    first = [place for place in places if place.order < order]
+    for place in first:
+        own = list(place.module.parameters(recurse=False))
+        if any(p.requires_grad for p in own):
+            raise ModelError(
+                f"'{place.path}' comes before '{path}' and trains, so it cannot be computed once. "
+                f"Freeze it: fl.freeze(model, until={path!r}). Received: at={at!r}"
+            )
+    names = {place.path.replace("/", ".") for place in first}
+    inner = "" if path is None else path.replace("/", ".")
+    return {n: m for n, m in still.items() if n in names and not inner.startswith(f"{n}.")}
+
+
+def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
+    """Which of the model's inputs the rest of it needs beside the frontier."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    count = row_count((args, kwargs))
+    rows = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == count for x in leaves]
+    form = Form(
+        spec=spec,
+        leaves=tuple((tuple(x.shape[1:]), x.dtype, x.device) if row else None
+                     for x, row in zip(leaves, rows, strict=True)),
+        constants={i: x for i, (x, row) in enumerate(zip(leaves, rows, strict=True)) if not row},
+    )  # fmt: skip
+    features: list[Any] = []
+
+    def record(call: Call) -> Any:
+        if call.key not in plan.forms:
+            return call.opened()
+        made = call.whole()
+        if call.key in plan.frontier:
+            pairs = zip(pytree.tree_leaves(made), plan.forms[call.key].leaves, strict=True)
+            features.extend(x.detach().clone() for x, leaf in pairs if leaf)
+        return made
+
+    def outcome(call: Callable[[], Any]) -> list[Any] | None:
+        with torch.no_grad(), untouched(root):
+            try:
+                made = call()
+            except Exception:  # the model's own code misses what is not there
+                return None
+            made = (made, [b.clone() for b in root.buffers()])
+        return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+
+    whole = outcome(lambda: watched(plan.still, record, lambda: root.forward(*args, **kwargs)))
+    needed = [i for i, row in enumerate(rows) if row]
+    for place in list(needed):
+        fewer = [i for i in needed if i != place]
+        # Zeros in place of zeros would show nothing.
+        blank = leaves[place].is_floating_point() or bool(leaves[place].any())
+        inputs = Inputs(form=form, crossing=tuple(fewer))
+        less = inputs.filled([leaves[i] for i in fewer], count)
+
+        def call(less: Any = less) -> Any:
+            given = [x.clone() for x in features]
+            return replayed(
+                plan, plan.forms, given, count, lambda: root.forward(*less[0], **less[1])
+            )
+
+        if blank and same(outcome(call), whole):
+            needed = fewer
+    return Inputs(form=form, crossing=tuple(needed))
+
+
+def _checked(root: Any, prefix: Any, suffix: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Compare ``suffix(prefix(x))`` with the model itself at inference; the features."""
+    with untouched(root), torch.no_grad(), phase(list(root.modules()), None):
+        whole = root(*args, **kwargs)
+        features = prefix(*args, **kwargs)
+        features = features if isinstance(features, tuple) else (features,)
+        cut = suffix(*[x.clone() for x in features])
+    pair = ([x for x in pytree.tree_leaves(each) if isinstance(x, torch.Tensor)]
+            for each in (whole, cut))  # fmt: skip
+    if not same(*pair):
+        raise ModelError(
+            "the two parts together do not compute what the model computes at inference. Cut "
+            f"elsewhere (at=...). Received: {type(root).__name__}"
+        )
+    return features
+
+
+def _crossings(
+    plan: Plan, inputs: Inputs, features: Sequence[Any], named: Mapping[str, Any]
+) -> tuple[Crossing, ...]:
+    keys = [key for key in plan.frontier for leaf in plan.forms[key].leaves if leaf]
+    paths = [str(list(named)[place]) if named else f"input {place}" for place in inputs.crossing]
+    paths += [name.replace(".", "/") for name, _ in keys]
+    own = len(inputs.crossing)
+    return tuple(
+        Crossing(
+            path=path,
+            shape=tuple(x.shape[1:]),
+            dtype=str(x.dtype).removeprefix("torch."),
+            bytes_per_sample=math.prod(x.shape[1:]) * x.element_size(),
+            computed=number >= own,
+        )
+        for number, (path, x) in enumerate(zip(paths, features, strict=True))
+    )

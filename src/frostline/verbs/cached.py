@@ -1,0 +1,150 @@
+"""Train a torch model in one's own loop with its frozen part answered from a cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from frostline.adapters import adapter_of
+from frostline.cache import BATCH_SIZE, build, cache_features, folder, shards
+from frostline.cache.build import Manifest
+from frostline.cache.features import View
+from frostline.cache.files import DamagedError
+from frostline.data.batches import leaves
+from frostline.types import Array, DataError, ModelError
+
+_ENGINES = ("auto", "native")
+
+
+def cached(
+    model: Any,
+    loader: Any,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    views: int = 1,
+) -> Any:
+    """Go through a loader's batches while the frozen part of the model answers from a cache.
+
+    The loop stays the user's own: the same batches in the same order, from any loader with any
+    number of workers; the loss, the optimizer and the mode of the model are what they are. The
+    first time the model meets a sample its frozen modules run and what crosses to the rest is
+    stored; from then on they are skipped. No graph is needed, so models that ``torch.fx`` cannot
+    follow are served as well: those of Hugging Face, detectors, U-Nets with skip connections.
+
+    A sample is known by its bytes as ``model(...)`` gets them. What changes in every epoch
+    (augmentation) is computed anew in every epoch; ``views`` makes it repeat.
+
+    Before anything is skipped the frozen part is checked by behaviour on the first batch: in
+    another order and with one sample less, with another seed and with other trainable weights it
+    returns the same, and the whole model with the cache returns what it returns without. The first
+    two batches that come from the cache are computed as well and compared. The model is left
+    untouched after the loop, after ``break`` and after any exception. Frozen weights are read anew
+    in every epoch; when they change, or more is frozen or thawed, the cache begins anew.
+
+    Args:
+        model: A torch module, partly frozen (:func:`frostline.freeze`); what is around it
+            (``torch.compile``, DDP) is taken off.
+        loader: A ``DataLoader``, or any iterable of batches.
+        path: Folder to keep the features in for other runs; ``None``: in memory, for as long as
+            the model lives. Memory: the features of all samples.
+        engine: ``"auto"`` or ``"native"``: the frozen part runs inside the model's own first
+            epoch. Other engines: :func:`frostline.cache_features`.
+        views: How many versions of a random augmentation to train with: in epoch e every sample
+            of a ``DataLoader`` is drawn with the seed of view ``e % views``. With 1 the loader is
+            taken as it is.
+
+    Returns:
+        What yields the loader's batches, once per ``for``; ``len()`` is the loader's.
+
+    Raises:
+        ModelError: A Keras model (:func:`frostline.fit` does this); nothing is frozen; or, at the
+            first batch, a frozen part that depends on more than the sample.
+        DataError: ``views`` without a ``DataLoader`` over a data set with indices, or below 1.
+
+    Example:
+        >>> fl.freeze(model, until="layer4")
+        >>> for epoch in range(3):
+        ...     for x, y in fl.cached(model, loader):
+        ...         loss = criterion(model(x), y)
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         optimizer.step()
+    """
+    if engine not in _ENGINES:
+        raise ModelError(
+            "fl.cached runs the frozen part inside the model's own first epoch: engine='auto' or "
+            "'native'. Other engines compute features ahead: fl.cache_features(fl.split(model)"
+            f".prefix, data, engine={engine!r}). Received: engine={engine!r}"
+        )
+    if views < 1:
+        raise DataError(f"views must be at least 1. Received: views={views!r}")
+    through = getattr(adapter_of(model), "cached", None)
+    if through is None:
+        raise ModelError(
+            "fl.cached is for loops over a torch module. A Keras model is trained through the "
+            f"cache by fl.fit(model, x, y). Received: {type(model).__name__}"
+        )
+    return through(loader, store=None if path is None else _Store(path), views=views)
+
+
+class _Store:
+    """Rows by the digest of their sample, in the folders of :func:`frostline.cache_features`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.root = folder.resolve(path)
+        self.read: dict[str, tuple[View, dict[bytes, int]] | None] = {}
+
+    def find(self, identity: str, digests: Sequence[bytes]) -> tuple[list[int], list[Array]]:
+        """Positions in ``digests`` of what is stored, and the rows, one array per tensor."""
+        if identity not in self.read:
+            self.read[identity] = self._open(identity)
+        found = self.read[identity]
+        if found is None:
+            return [], []
+        view, places = found
+        names = [each.tobytes() for each in shards.sample_digests(leaves(_column(digests)))]
+        here = [number for number, name in enumerate(names) if name in places]
+        return here, view.rows(np.array([places[names[number]] for number in here], np.int64))
+
+    def _open(self, identity: str) -> tuple[View, dict[bytes, int]] | None:
+        x = _column([b"\0" * 16])
+        forms = sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(x))
+        key = build.collection_key(identity, "native", "float32", BATCH_SIZE, forms, ())
+        try:
+            collection = shards.load(self.root / key)
+            known = list(shards.known_shards(collection))
+        except DamagedError:
+            return None
+        if not known:
+            return None
+        rows = [np.arange(len(each.samples), dtype=np.uint64) for each in known]
+        pointers = np.concatenate(
+            [(np.uint64(number) << np.uint64(32)) | each for number, each in enumerate(rows)]
+        )
+        names = (digest.tobytes() for each in known for digest in each.samples)
+        manifest = Manifest(
+            fingerprint="", shards=tuple(each.name for each in known), pointers=pointers
+        )
+        view = View(collection=collection, manifest=manifest)
+        return view, {name: row for row, name in enumerate(names)}
+
+    def save(self, identity: str, digests: Sequence[bytes], rows: Sequence[Array]) -> None:
+        """Store new rows."""
+        x = _column(digests)
+        known = dict(zip(digests, range(len(digests)), strict=True))
+
+        def features(batch: Array) -> list[Array]:
+            chosen = [known[row.tobytes()] for row in batch]
+            return [column[chosen] for column in rows]
+
+        features.identity = identity  # type: ignore[attr-defined]
+        cache_features(features, x, self.root, engine="native", verbose=0)
+
+
+def _column(digests: Sequence[bytes]) -> Array:
+    found: Array = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
+    return found

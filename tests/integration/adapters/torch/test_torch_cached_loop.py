@@ -1,0 +1,403 @@
+"""``fl.cached``: the user's own loop, compared with the same loop without it, in float64."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import itertools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import frostline as fl
+from frostline.types import DataError, ModelError
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+torch.manual_seed(0)
+X = torch.randn(21, 3, 12, 12, dtype=torch.float64)
+Y = torch.arange(21) % 4
+MASK = (X[:, 0] > 0).long()
+
+
+class Block(nn.Module):
+    """A residual block with steps in place."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm, self.relu = nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        self.short = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Any) -> Any:
+        y = self.norm(self.conv(x))
+        y += self.short(x)
+        return self.relu(y)
+
+
+class ResNet(nn.Module):
+    """Small; a function in place between frozen modules, dropout before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.layer1 = nn.Sequential(Block(6, 6), Block(6, 6))
+        self.layer2, self.drop, self.head = Block(6, 8), nn.Dropout(0.3), nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        x = functional.relu_(self.norm(self.stem(x)))
+        return self.head(self.drop(self.layer2(self.layer1(x)).mean((2, 3))))
+
+
+class Mapped(nn.Module):
+    """As the models of Hugging Face: keywords, a mapping, a loss, and decisions by values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ResNet()
+
+    def forward(self, pixel_values: Any, labels: Any = None) -> Any:
+        if float(pixel_values.mean()) > 1e9:  # torch.fx gives up here
+            raise ValueError
+        out = collections.OrderedDict(logits=self.net(pixel_values))
+        if labels is not None:
+            out["loss"] = functional.cross_entropy(out["logits"], labels)
+        return out
+
+
+class UNet(nn.Module):
+    """Three frozen stages, all of which the decoder reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.down3 = Block(3, 4), Block(4, 6), Block(6, 6)
+        self.up1, self.up2, self.out = Block(12, 6), Block(10, 4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Any) -> Any:
+        if float(x.mean()) > 1e9:
+            raise ValueError
+        a = self.down1(x)
+        b = self.down2(functional.max_pool2d(a, 2))
+        c = self.down3(functional.max_pool2d(b, 2))
+        y = self.up1(torch.cat([functional.interpolate(c, scale_factor=2.0), b], 1))
+        return self.out(self.up2(torch.cat([functional.interpolate(y, scale_factor=2.0), a], 1)))
+
+
+def plain_loss(model: Any, batch: Any) -> Any:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def own_loss(model: Any, batch: Any) -> Any:
+    return model(pixel_values=batch[0], labels=batch[1])["loss"]
+
+
+CASES: dict[str, tuple[Any, str, Any, Any]] = {
+    "resnet": (ResNet, "layer2", plain_loss, Y),
+    "mapped": (Mapped, "net/layer2", own_loss, Y),
+    "unet": (UNet, "up1", plain_loss, MASK),
+}
+
+
+def made(kind: Any, until: Any) -> Any:
+    torch.manual_seed(1)
+    model = kind().double()
+    with torch.no_grad():
+        model(X[:8]), model(X[8:])
+    fl.freeze(model, until)
+    return model.train()
+
+
+def loader(labels: Any, **ways: Any) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    return DataLoader(TensorDataset(X, labels), 4, shuffle=True, generator=generator, **ways)
+
+
+def trained(model: Any, batches: Any, step: Any, epochs: int = 3) -> Any:
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(epochs):
+        for batch in batches() if callable(batches) else batches:
+            optimizer.zero_grad()
+            step(model, batch).backward()
+            optimizer.step()
+    return model
+
+
+class Seen(TorchFunctionMode):
+    """The sizes of the batches that a convolution is computed for."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.weight, self.sizes = conv.weight, list[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d and args[1] is self.weight:
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def require_same(one: Any, other: Any) -> None:
+    theirs = other.state_dict()
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ways", [{}, {"num_workers": 2}], ids=["here", "workers"])
+def test_three_epochs_give_the_parameters_of_the_loop_alone(case: str, ways: Any) -> None:
+    kind, until, step, labels = CASES[case]
+    model, twin = made(kind, until), made(kind, until)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    with Seen(first) as seen:
+        trained(model, fl.cached(model, loader(labels, **ways)), step)
+    require_same(model, trained(twin, loader(labels, **ways), step))
+    assert not any(torch.equal(a, b) for a, b in zip(
+        [p for p in model.parameters() if p.requires_grad],
+        [p for p in made(kind, until).parameters() if p.requires_grad], strict=True))  # fmt: skip
+    # The first epoch, and what checks it: 5 runs or fewer of a batch; then two batches again.
+    assert sum(seen.sizes) <= 21 + 8 * 4 + 2 * 4
+
+
+def test_a_new_call_in_every_epoch_finds_the_rows_again() -> None:
+    model, twin, batches = made(ResNet, "layer2"), made(ResNet, "layer2"), loader(Y)
+    trained(model, lambda: fl.cached(model, batches), plain_loss, 1)
+    trained(model, lambda: fl.cached(model, batches), plain_loss, 1)  # two are checked
+    with Seen(model.stem) as seen:
+        trained(model, lambda: fl.cached(model, batches), plain_loss, 1)
+    assert not seen.sizes
+    other = loader(Y)
+    for _ in range(3):
+        trained(twin, other, plain_loss, 1)
+    require_same(model, twin)
+
+
+def test_features_on_disk_serve_another_run(tmp_path: Path) -> None:
+    first = trained(made(ResNet, "layer2"), loader(Y), plain_loss)
+    model = made(ResNet, "layer2")
+    trained(model, fl.cached(model, loader(Y), path=tmp_path), plain_loss, 1)
+    again = made(ResNet, "layer2")
+    with Seen(again.stem) as seen:
+        trained(again, fl.cached(again, loader(Y), path=tmp_path), plain_loss)
+    assert sum(seen.sizes) <= 4 * 8 + 4 * 3  # the checks, and the first batch of each shape
+    require_same(again, first)
+    changed = made(ResNet, "layer2")
+    with torch.no_grad():
+        changed.stem.weight.mul_(1.5)
+    twin = copy.deepcopy(changed)
+    trained(changed, fl.cached(changed, loader(Y), path=tmp_path), plain_loss)
+    require_same(changed, trained(twin, loader(Y), plain_loss))
+
+
+def test_the_model_is_left_alone_after_break_and_exception() -> None:
+    model = made(UNet, "up1")
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    for _ in fl.cached(model, loader(MASK)):
+        assert "forward" in vars(model)
+        break
+    with pytest.raises(KeyError):  # noqa: PT012
+        for batch in fl.cached(model, loader(MASK)):
+            model(batch[0])
+            raise KeyError
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
+        assert vars(module).get("forward") is before[name].get("forward"), name
+
+
+def test_copies_made_in_the_loop_are_models_of_their_own() -> None:
+    model = made(ResNet, "layer2")
+    for batch in fl.cached(model, loader(Y)):
+        plain_loss(model, batch)
+        twin = copy.deepcopy(model).eval()
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        break
+    with torch.no_grad():
+        twin.head.bias.add_(1.0)
+        torch.testing.assert_close(twin(X), model.eval()(X) + 1.0)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False).eval()
+    torch.testing.assert_close(loaded(X), model(X))
+
+
+def test_what_is_frozen_may_change_between_epochs() -> None:
+    def run(model: Any, cached: bool) -> Any:
+        batches = loader(Y)
+        for until in ("layer2", "layer1", "head"):
+            fl.unfreeze(model)
+            fl.freeze(model, until)
+            model.train()
+            trained(model, fl.cached(model, batches) if cached else batches, plain_loss, 2)
+            with torch.no_grad():
+                model.stem.weight.mul_(1.01)  # frozen weights that move, between epochs
+        return model
+
+    require_same(run(made(ResNet, "layer2"), True), run(made(ResNet, "layer2"), False))
+
+
+def test_a_frozen_part_that_is_not_pure_is_not_cached() -> None:
+    """Batch statistics behind frozen parameters, and chance: what comes before them is cached."""
+
+    class Noisy(ResNet):
+        def forward(self, x: Any) -> Any:
+            x = self.layer1(self.norm(self.stem(x)))
+            return self.head(self.layer2(x + torch.randn_like(x) * 0.1).mean((2, 3)))
+
+    def build() -> Any:
+        model = made(Noisy, "head")
+        fl.unfreeze(model, "layer1", params=False)  # layer1 and 2: statistics of the batch again
+        return model.train()
+
+    model, twin = build(), build()
+    cached = fl.cached(model, loader(Y))
+    require_same(trained(model, cached, plain_loss), trained(twin, loader(Y), plain_loss))
+    found = {name for plan, _ in cached.known.values() for name, _ in plan.frontier}
+    assert found == {"layer1.0.conv", "layer1.0.short"}
+
+
+class Augmented(Dataset):  # type: ignore[type-arg]
+    """Samples with noise drawn anew at every reading."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        return X[index] + torch.randn(X[0].shape, dtype=X.dtype) * 0.01, Y[index]
+
+
+def test_random_augmentation_is_told_and_views_make_it_repeat() -> None:
+    model = made(ResNet, "layer2")
+    batches = DataLoader(Augmented(), 4, shuffle=True)
+    with pytest.warns(UserWarning, match=r"views=8"):
+        trained(model, fl.cached(model, batches), plain_loss, 3)
+    model = made(ResNet, "layer2")
+    cached = fl.cached(model, batches, views=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = [torch.cat([x for x, _ in cached]) for _ in range(4)]
+        trained(model, cached, plain_loss, 4)
+    orders = [sorted(map(float, view.sum((1, 2, 3)))) for view in read]
+    assert orders[0] == orders[2] != orders[1] == orders[3]
+    assert cached.answered == 2 * len(X)
+    with pytest.raises(DataError, match="__getitem__"):
+        fl.cached(model, [(X, Y)], views=2)
+
+
+def test_what_cannot_be_is_said_before_the_loop() -> None:
+    with pytest.raises(ModelError, match="Freeze first"):
+        fl.cached(ResNet(), loader(Y))
+    model = made(ResNet, "layer2")
+    with pytest.raises(ModelError, match="cache_features"):
+        fl.cached(model, loader(Y), engine="onnxruntime")
+    with pytest.raises(DataError, match="views=0"):
+        fl.cached(model, loader(Y), views=0)
+
+
+def test_single_samples_and_lists_of_images() -> None:
+    """A last batch of one, and a model that takes a list, as detectors do."""
+
+    class Detector(ResNet):
+        def forward(self, images: Any, targets: Any) -> Any:
+            logits = super().forward(torch.stack(images))
+            return {"loss": functional.cross_entropy(logits, torch.stack(
+                [each["label"] for each in targets]))}  # fmt: skip
+
+    def build() -> Any:
+        torch.manual_seed(1)
+        model = Detector().double()
+        fl.freeze(model, "layer2")
+        return model.train()
+
+    def collated(pairs: Any) -> Any:
+        return [x for x, _ in pairs], [{"label": y} for _, y in pairs]
+
+    def step(model: Any, batch: Any) -> Any:
+        return model(*batch)["loss"]
+
+    data = TensorDataset(X[:9], Y[:9])
+    batches = [DataLoader(data, 4, collate_fn=collated) for _ in range(2)]
+    model, twin = build(), build()
+    cached = fl.cached(model, batches[0])
+    require_same(trained(model, cached, step), trained(twin, batches[1], step))
+    assert cached.answered > len(X[:9])
+
+
+def test_the_example_of_the_docstring() -> None:
+    model, batches = made(ResNet, "layer2"), loader(Y)
+    lines = [line.strip()[4:] for line in (fl.cached.__doc__ or "").splitlines()
+             if line.strip().startswith((">>>", "..."))]  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    names = {"fl": fl, "model": model, "loader": batches, "optimizer": optimizer,
+             "criterion": nn.CrossEntropyLoss()}  # fmt: skip
+    before = model.head.weight.detach().clone()
+    source = "\n".join(lines).replace("layer4", "layer2")
+    exec(source, names)
+    assert not torch.equal(model.head.weight, before)
+    assert list(itertools.islice(lines, 1)) == ['fl.freeze(model, until="layer4")']
+
+
+# --- fl.split without a graph ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["mapped", "unet"])
+def test_split_without_a_graph(case: str, tmp_path: Path) -> None:
+    kind, until, _, _ = CASES[case]
+    model = made(kind, until)
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"torch\.fx cannot follow"):
+        fl.split(model)
+    parts = fl.split(model, sample=X[:5])
+    expected = {"mapped": ["net/layer1"], "unet": ["down1", "down2", "down3"]}[case]
+    assert [crossing.path for crossing in parts.frontier] == expected
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(
+        "forward" in vars(m) for m in model.modules() if not isinstance(m, nn.BatchNorm2d)
+    )
+    with torch.no_grad():
+        features = parts.prefix(X)
+        got = parts.suffix(*features) if isinstance(features, tuple) else parts.suffix(features)
+        wanted = model(X)
+    for one, other in zip(*([*each.values()] if isinstance(each, dict) else [each]
+                            for each in (got, wanted)), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    data = fl.cache_features(parts.prefix, (X.numpy(), Y.numpy()), tmp_path, verbose=0)
+    rows = data[7][0] if isinstance(data[7][0], tuple) else (data[7][0],)
+    whole = features if isinstance(features, tuple) else (features,)
+    for row, column in zip(rows, whole, strict=True):
+        torch.testing.assert_close(row, column[7], rtol=1e-9, atol=1e-9)
+    # Training the suffix trains the model.
+    parts.suffix.train()
+    assert model.training
+    out = parts.suffix(*whole)
+    (out["logits"] if case == "mapped" else out).sum().backward()
+    trains = [p for p in model.parameters() if p.requires_grad]
+    assert trains
+    assert all(p.grad is not None for p in trains)
+
+
+def test_labels_that_a_model_reads_cross_the_frontier() -> None:
+    model = made(Mapped, "net/layer2")
+    sample = {"pixel_values": X[:6], "labels": Y[:6]}
+    parts = fl.split(model, sample=sample)
+    assert [(c.path, c.computed) for c in parts.frontier] == [
+        ("labels", False), ("net/layer1", True)]  # fmt: skip
+    with torch.no_grad():
+        got = parts.suffix.eval()(*parts.prefix(**sample))
+        torch.testing.assert_close(got["loss"], model.eval()(**sample)["loss"])
+    with pytest.raises(ModelError, match="by name"):
+        parts.prefix(X)
+    with pytest.raises(ModelError, match="comes before"):
+        fl.split(model, "net/head", sample=sample)
+    early = fl.split(model, "net/layer1/1", sample=sample)
+    assert [c.path for c in early.frontier] == ["labels", "net/layer1/0"]
