@@ -114,6 +114,21 @@ def freezers_table(results: Sequence[dict[str, Any]]) -> str:
     return peers_table(results, part="freezing")
 
 
+def distributed_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per tool: how far its statistics are from those of all the data."""
+    lines = [
+        "| tool | worst mean, standard deviations | worst variance | ranks equal |",
+        "|---|---|---|---|",
+    ]
+    for row in results[0]["rows"]:
+        cells = [f"{row[each]:.1e}" if row[each] < 1e-3 else f"{row[each]:.2f}"
+                 for each in ("mean", "variance")]  # fmt: skip
+        cells[1] += " relative"
+        lines.append(f"| {row['tool']} | {' | '.join(cells)} | {'yes' if row['equal'] else 'no'} |")
+    versions = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
+    return "\n".join([*lines, "", f"Run with {versions}."])
+
+
 def casebook_table(results: Sequence[dict[str, Any]]) -> str:
     """One line per case of the casebook: expected and given causes, layers, and the remedy."""
     found = results[0]
@@ -324,6 +339,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "killed-builds": killed_builds,
     "overfit": overfit_table,
     "layer": layer_table,
+    "distributed": distributed_table,
     "peers": peers_table,
     "freezers": freezers_table,
     "engines": engines_table,

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import frostline as fl
 
@@ -179,6 +181,9 @@ def work(rank: int, world: int, folder: str, kill: bool) -> None:
     notes["other options"] = refused(lambda: fl.recalibrate(model, shard, method=method))
     notes["nothing"] = refused(lambda: fl.recalibrate(model, []))
     notes["not a group"] = refused(lambda: fl.recalibrate(model, shard, process_group="all"))
+    sharded = seeded(chain)
+    fully_shard(sharded[3], mesh=init_device_mesh("cpu", (world,)))
+    notes["sharded"] = refused(lambda: fl.recalibrate(sharded, shard))
     pair = distributed.new_group([0, 1])
     if rank > 1:
         notes["outside"] = refused(lambda: fl.recalibrate(model, shard, process_group=pair))
