@@ -45,7 +45,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             before = {path: _stored(module) for path, module in watched.items()}
             with untouched(model, number=number) as root, torch.no_grad():
                 set_phase(root, training=training)
-                with answered(root, sites, answer):
+                with answered(sites, answer):
                     try:
                         call(root, given, move, step=step, targets=training)
                     except ModelError:

@@ -130,7 +130,7 @@ class TorchForward:
                 return self.outcome(batch, Condition(0.0, number=number))
         with torch.no_grad(), untouched(self.model, number=number) as root:
             set_phase(root, training=training)
-            with answered(root, self._sites, as_meant):
+            with answered(self._sites, as_meant):
                 first = training and self._returns_more_in_training(batch)
                 outputs, found = self._question.answer(root, batch, self._move, first=first)
         return _outcome(outputs, found, {})
@@ -180,7 +180,7 @@ class TorchForward:
         with untouched(self.model, number=number) as root:
             for parameter in root.parameters():
                 parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
-            with answered(root, self._sites, how, quiet=quiet):
+            with answered(self._sites, how, quiet=quiet):
                 yield root
 
     def _how(

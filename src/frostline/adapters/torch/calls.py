@@ -10,6 +10,7 @@ Function modes belong to a thread; each thread enters its own.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from frostline.adapters.torch.graph import is_frozen_kind, unwrapped
+from frostline.adapters.torch.graph import is_frozen_kind
 from frostline.adapters.torch.locked import is_locked
 from frostline.numerics.stats import Moments
 from frostline.types import ModelError
@@ -216,25 +217,22 @@ _running = _Running()
 
 @contextmanager
 def answered(
-    model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any], *, quiet: bool = False
+    sites: Mapping[str, Any], answer: Callable[[Call], Any], *, quiet: bool = False
 ) -> Iterator[None]:
     """Answer the normalising calls that this thread makes for a while; see :class:`Calls`."""
-    with answerable(model, sites, answer), Calls(sites, answer, quiet=quiet):
+    with answerable(sites, answer), Calls(sites, answer, quiet=quiet):
         yield
 
 
 @contextmanager
-def answerable(
-    model: Any, sites: Mapping[str, Any], answer: Callable[[Call], Any]
-) -> Iterator[None]:
+def answerable(sites: Mapping[str, Any], answer: Callable[[Call], Any]) -> Iterator[None]:
     """Let a model make calls that :class:`Calls` sees, in any thread, for a while.
 
     FrozenBatchNorm classes, which compute by hand, make calls as well. SyncBatchNorm in a single
     process is plain BN.
 
     Args:
-        model: A torch module.
-        sites: Path -> module of its sites.
+        sites: Path -> module of a model's sites.
         answer: See :class:`Calls`.
     """
     changes = {
@@ -242,7 +240,7 @@ def answerable(
         for path, module in sites.items()
         if (forward := _own_forward(module, answer)) is not None
     }
-    with _uncompiled(unwrapped(model)), replaced_forward(changes):
+    with _uncompiled(), replaced_forward(changes):
         yield
 
 
@@ -326,13 +324,13 @@ def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None
 
 
 @contextmanager
-def _uncompiled(root: Any) -> Iterator[None]:
-    """Run compiled modules inside eagerly: a compiled call is no call that a mode sees."""
-    compiled = any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in root.modules()
-    )
-    if not compiled:
+def _uncompiled() -> Iterator[None]:
+    """Run what is compiled inside eagerly: a compiled call is no call that a mode sees.
+
+    Libraries compile functions of their own, too (torchvision's RoI align), and would compile them
+    anew under each mode. What is compiled has loaded the compiler.
+    """
+    if "torch._dynamo" not in sys.modules:
         yield
         return
     with torch.compiler.set_stance("force_eager"):

@@ -255,7 +255,7 @@ def run(model: Any, x: Any, *, training: bool, number: int = 0) -> Any:
     batch = x if isinstance(x, Batch) else Batch(x)
     with untouched(model, number=number) as root, torch.no_grad():
         set_phase(root, training=training)
-        with answered(root, site_modules(root), as_meant):
+        with answered(site_modules(root), as_meant):
             return call(root, batch, mover(model), targets=training)
 
 

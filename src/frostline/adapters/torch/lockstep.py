@@ -264,7 +264,7 @@ class _Round:
             self._require_again()
         except DataError:
             once = True
-        with answerable(self.root, self.sites, self._answer):
+        with answerable(self.sites, self._answer):
             try:
                 for number, batch in self._read():
                     own = _Pass(number, batch if once else None)
@@ -419,6 +419,19 @@ class _Round:
             return []
 
 
+def _keeps_nothing(module: Any) -> bool:
+    """Whether a module of torch, with all inside, may run in several threads as it is."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and all(each is None or _keeps_nothing(each) for each in module._modules.values())
+    )
+
+
 def replica(root: Any) -> Any:
     """A module with the same parameters and buffers, but with attributes of its own.
 
@@ -436,7 +449,7 @@ def replica(root: Any) -> Any:
     def copied(value: Any) -> Any:
         if id(value) in made:
             return made[id(value)]
-        if isinstance(value, torch.jit.ScriptModule):
+        if isinstance(value, nn.Module) and _keeps_nothing(value):
             return value
         if isinstance(value, nn.Module) or id(value) in holders:
             twin = made[id(value)] = object.__new__(type(value))
