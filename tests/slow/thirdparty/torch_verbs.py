@@ -149,6 +149,11 @@ def close(one: list[Any], two: list[Any]) -> float:
     return worst
 
 
+def step_of(program: Program) -> dict[str, Any]:
+    """The user's step, for verbs that look at no loss."""
+    return {name: value for name, value in program.options.items() if name == "step"}
+
+
 # --- verbs ------------------------------------------------------------------------------------
 
 
@@ -189,13 +194,13 @@ def phases(program: Program, model: Any) -> str:
 
 def recalibrate(program: Program, model: Any) -> str:
     before = state(model)
-    change = fl.recalibrate(model, program.batches, sites="all")
+    change = fl.recalibrate(model, program.batches, sites="all", **step_of(program))
     if not program.exported:
         seen = Seen()
         with untouched(model), torch.no_grad(), seen:
             model.eval()
             for batch in program.batches:
-                program.call(model, batch)
+                (program.ask if step_of(program) else program.call)(model, batch)
         for name, module in norms(model):
             inputs = seen.inputs.get(module.running_mean.data_ptr())
             if not inputs:
@@ -239,12 +244,12 @@ def freeze(program: Program, model: Any) -> str:
 
 def assert_frozen(program: Program, model: Any) -> str:
     fl.freeze(model)
-    fl.assert_frozen(model, data=program.batches)
+    fl.assert_frozen(model, data=program.batches, **step_of(program))
     paths = [site.path for site in fl.sites(model)]
     if not program.exported:
         fl.unfreeze(model, since=paths[-1])
         try:
-            fl.assert_frozen(model, data=program.batches)
+            fl.assert_frozen(model, data=program.batches, **step_of(program))
         except fl.NotFrozenError:
             return "no false alarm; a thaw is found"
         raise Wrong("a thawed layer was not found")
@@ -273,13 +278,18 @@ def split(program: Program, model: Any) -> str:
     parts = fl.split(model, sample=program.sample)
     changed = difference(before, state(model))
     require(not changed, f"split changed the model: {changed}")
-    sample = program.sample if program.sample is not None else program.batches[0]
-    whole = outputs(program, model)
+
+    def run(part: Any) -> Any:
+        if program.sample is None:
+            return program.call(part, program.batches[0])
+        mapping = isinstance(program.sample, Mapping)
+        return part(**program.sample) if mapping else part(program.sample)
+
+    for part in (model, parts.prefix, parts.suffix):
+        with contextlib.suppress(Exception):  # an exported program has no eval()
+            part.eval()
     with torch.no_grad():
-        parts.prefix.eval()
-        parts.suffix.eval()
-        mapping = isinstance(sample, Mapping)
-        features = parts.prefix(**sample) if mapping else parts.prefix(sample)
+        whole, features = tensors(run(model)), run(parts.prefix)
         several = isinstance(features, tuple) and len(parts.frontier) > 1
         found = tensors(parts.suffix(*features) if several else parts.suffix(features))
     worst = close(whole[: len(found)], found)
