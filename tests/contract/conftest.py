@@ -77,6 +77,12 @@ class KerasFramework:
 
         return keras.ops.convert_to_numpy(model(x, training=False))
 
+    def cross_entropy(self) -> Any:
+        """A smooth loss of any outputs."""
+        import keras
+
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
     def train(self, model: Any, x: Any) -> Any:
         """Outputs of a copy in training mode, numpy."""
         import keras
@@ -163,6 +169,12 @@ class TorchFramework:
             module.training = mode
         return found
 
+    def cross_entropy(self) -> Any:
+        """See :meth:`KerasFramework.cross_entropy`."""
+        from torch import nn
+
+        return nn.CrossEntropyLoss()
+
     def train(self, model: Any, x: Any) -> Any:
         """See :meth:`KerasFramework.train`."""
         import torch
@@ -205,6 +217,9 @@ class FakeFramework:
     def run(self, model: Any, x: Any) -> Any:
         """See :meth:`KerasFramework.run`."""
         return model.forward(x, training=False)
+
+    def cross_entropy(self) -> Any:
+        """``None``: it has one of its own."""
 
     def train(self, model: Any, x: Any) -> Any:
         """See :meth:`KerasFramework.train`."""

@@ -15,7 +15,7 @@ Y = np.arange(8) % 4
 
 
 def forward(network: Any) -> Any:
-    return network.adapter.blend_forward(loss="sparse_categorical_crossentropy")
+    return network.adapter.blend_forward(loss=network.framework.cross_entropy())
 
 
 @pytest.fixture(autouse=True)
