@@ -30,7 +30,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
 
     - ``bn/gap``: mean loss with batch statistics where training uses them, minus mean loss with
       stored statistics (λ = 1 against λ = 0), dropout off, same samples. Left out where the model
-      has no loss per sample or the data have no labels.
+      has no loss or the data have no labels.
     - ``bn/shift_p50``, ``bn/shift_p90``, ``bn/shift_max``: distance of the mean that a training
       pass sees from the stored one, in stored standard deviations; quantiles over all channels of
       all sites.

@@ -259,18 +259,23 @@ def _mlflow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return [Flow(log_every_epoch=True)]
 
 
-def test_monitor_without_a_loss_per_sample_leaves_the_gap_out(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_monitor_compares_one_loss_per_batch_as_well() -> None:
     def one_number(y: Any, outputs: Any) -> Any:
         return keras.ops.mean(keras.ops.square(outputs))
 
     model = build()
     model.compile("sgd", one_number)
     history = fit(model, fl.callbacks.BatchNormMonitor((X, Y)), epochs=1).history
-    assert "bn/gap" not in history
-    assert "bn/shift_max" in history
-    assert "leaves out bn/gap" in caplog.text
+
+    def mean_square(training: bool) -> float:
+        twin = build()
+        twin.set_weights(model.get_weights())
+        outputs = [twin(X[start : start + 32], training=training) for start in (0, 32)]
+        return float(np.mean([keras.ops.convert_to_numpy(part) ** 2 for part in outputs]))
+
+    wanted = mean_square(True) - mean_square(False)
+    assert abs(wanted) > 1e-3
+    assert history["bn/gap"] == pytest.approx([wanted], rel=1e-4)
 
 
 def test_mistakes_show_before_the_first_epoch() -> None:
