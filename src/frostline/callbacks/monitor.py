@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from frostline.adapters import Forward, adapter_of
 from frostline.adapters.keras import graph as keras_graph
-from frostline.adapters.protocol import Condition
 from frostline.callbacks.sites import keras_sites
 from frostline.data.batches import Batch, batches, paired
 from frostline.measure.phases import require_one
-from frostline.numerics import stats
-from frostline.numerics.stats import Moments
-from frostline.types import Array, ModelError, Site
+from frostline.types import ModelError
+from frostline.verbs.monitor import bn_numbers
 
 log = logging.getLogger("frostline")
 
@@ -108,56 +104,12 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         if self._forward is None:
             raise ModelError("measure() needs a model: it works from the start of fit on.")
         sites = {site.path: site for site in adapter_of(model).sites()}
-        blend = [float(not _locked(sites[path])) for path in self._forward.paths]
-        gap, seen = self._passes(blend)
-        shifts, ratios = self._distances(seen, sites)
-        p50, p90, largest = np.quantile(shifts, [0.5, 0.9, 1.0])
-        return {
-            **({} if gap is None else {"bn/gap": gap}),
-            "bn/shift_p50": float(p50),
-            "bn/shift_p90": float(p90),
-            "bn/shift_max": float(largest),
-            "bn/ratio_max": float(np.exp(np.abs(np.log(ratios)).max())),
-            "bn/frozen": float(sum(site.stats_frozen for site in sites.values())),
-        }
-
-    def _passes(self, blend: Sequence[float]) -> tuple[float | None, Mapping[str, Moments]]:
-        """The gap, and the moments that the sites see in a training pass."""
-        assert self._forward is not None
-        seen: dict[str, Moments] = {}
-        losses: list[list[float]] = []
-        for batch in self._batches:
-            if self._with_gap:
-                one = self._forward.outcome(batch, Condition(blend, record=True))
-                zero = self._forward.outcome(batch, Condition(0.0))
-                moments = one.moments
-                losses.append([float(one.losses.mean()), float(zero.losses.mean())])
-            else:
-                _, moments = self._forward.outputs(batch, Condition(blend, record=True))
-            for path, found in moments.items():
-                seen[path] = seen[path].merge(found) if path in seen else found
-        if not losses:
-            return None, seen
-        counts = [batch.count or 1 for batch in self._batches]
-        one_mean, zero_mean = np.average(losses, axis=0, weights=counts)
-        return float(one_mean - zero_mean), seen
-
-    def _distances(
-        self, seen: Mapping[str, Moments], sites: Mapping[str, Site]
-    ) -> tuple[Array, Array]:
-        layers = {place.path: place.layer for place in keras_graph.walk(self.model)}
-        shifts, ratios = [], []
-        for path, found in seen.items():
-            mean, variance = (
-                keras.ops.convert_to_numpy(getattr(layers[path], name))
-                for name in ("moving_mean", "moving_variance")
+        layers = {place.path: place.layer for place in keras_graph.walk(model)}
+        stored = {
+            path: (
+                keras.ops.convert_to_numpy(layers[path].moving_mean),
+                keras.ops.convert_to_numpy(layers[path].moving_variance),
             )
-            epsilon = sites[path].epsilon
-            shifts.append(stats.mean_shift(found.mean, mean, variance, epsilon=epsilon))
-            ratios.append(stats.variance_ratio(found.variance, variance, epsilon=epsilon))
-        return np.concatenate(shifts), np.concatenate(ratios)
-
-
-def _locked(site: Site) -> bool:
-    """Whether a training step normalises with what the site has stored."""
-    return site.stats_frozen and site.policy == "inference"
+            for path in self._forward.paths
+        }
+        return bn_numbers(self._forward, self._batches, sites, stored, with_gap=self._with_gap)

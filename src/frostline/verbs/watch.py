@@ -108,6 +108,42 @@ class Watch:
                 raise
             self._by_outputs = True
 
+    def require_unmoved(self, until: Any = None) -> Check:
+        """Check, and raise if what is frozen moved.
+
+        Args:
+            until: As in :func:`assert_frozen`: nothing before it may have moved, frozen or not;
+                ``None``: nothing that was frozen when the watch began.
+
+        Raises:
+            NotFrozenError: It names the layers, and how far their statistics drifted.
+        """
+        check = self.check()
+        inside = (lambda _: False) if until is None else _inside(self._adapter, until)
+        wrong = {
+            path: drift
+            for path, drift in check.drift.items()
+            if path in check.moved or (drift > MOVED and inside(path))
+        }
+        if wrong:
+            worst = sorted(wrong, key=lambda path: -wrong[path])
+            lines = [
+                f"  '{path}': "
+                + (
+                    f"statistics drifted by {wrong[path]:.3g} standard deviations"
+                    if wrong[path] > MOVED
+                    else "gamma or beta moved"
+                )
+                for path in worst[:10]
+            ]
+            more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+            raise NotFrozenError(
+                f"{len(wrong)} of {len(self._before)} BN layers should be frozen, but moved:\n"
+                + "\n".join([*lines, *more])
+                + "\nfrostline.freeze(model, until) locks them; `frostline lint` tells why"
+            )
+        return check
+
     def _gap(self) -> float:
         forward = self._adapter.blend_forward(loss=self._loss, step=self._step)
         locked = {
@@ -193,6 +229,23 @@ def watch(
         ...         train_one_epoch(model)
         ...         print(adapter.check().scalars())
     """
+    watching = watching_of(
+        model, data, loss=loss, step=step, max_samples=max_samples, batch_size=batch_size
+    )
+    yield watching
+    watching.check()
+
+
+def watching_of(
+    model: Any,
+    data: Any = None,
+    *,
+    loss: Any = None,
+    step: Any = None,
+    max_samples: int = 256,
+    batch_size: int = 32,
+) -> Watch:
+    """Begin to watch a model; as :func:`watch` for a loop that has events in place of a block."""
     adapter = adapter_of(model)
     found = {each.site.path: each for each in adapter.facts() if each.mean is not None}
     if not found:
@@ -216,8 +269,7 @@ def watch(
     if held:
         with adapter.preserved():  # report what cannot be compared before the training, not after
             watching.try_out()
-    yield watching
-    watching.check()
+    return watching
 
 
 def _held(data: Any, max_samples: int, batch_size: int, *, inputs: int, step: Any) -> list[Batch]:
