@@ -38,10 +38,16 @@ class Split:
             for c in self.frontier
         )
         text = (
-            f"prefix of {len(self.prefix.layers):,} layers, suffix of {len(self.suffix.layers):,}; "
+            f"prefix of {_layers(self.prefix):,} layers, suffix of {_layers(self.suffix):,}; "
             f"frontier: {crossing}; {self.bytes_per_sample:,} bytes per sample"
         )
         return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+
+def _layers(part: Any) -> int:
+    """How many there are; a torch module may call one of its own ``layers``."""
+    called = getattr(part, "called_modules", None)
+    return len(part.layers if called is None else called())
 
 
 def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:

@@ -26,7 +26,11 @@ class _Part(fx.GraphModule):  # type: ignore[misc]
     """A part of a model; it holds the model's own modules under their own names."""
 
     @property
-    def layers(self) -> tuple[Any, ...]:
+    def layers(self) -> Any:
+        """The modules that it calls, in order; the model's own module of this name, if any."""
+        return self._modules.get("layers") or self.called_modules()
+
+    def called_modules(self) -> tuple[Any, ...]:
         """The modules that it calls, in order."""
         other = self.__dict__.get("_in_training", ())
         nodes = [node for graph in (self, *other) for node in graph.graph.nodes]

@@ -124,7 +124,7 @@ def _module(module: Any, reader: Reader) -> list[Any]:
 
 def _replayed(prefix: Any, reader: Reader) -> list[Any]:
     """What a prefix that is a run of the model reads: all code, and what is frozen."""
-    root, plan = prefix.model, prefix.plan
+    root, plan = prefix._root, prefix._plan
     own = {name: value for name, value in vars(root).items() if name not in _OF_EVERY_MODULE}
     names = sorted({name for name, _ in plan.forms})
     frozen = [part for name in names for part in (name, reader.read(plan.still[name]))]

@@ -69,14 +69,25 @@ class _Done(Exception):  # noqa: N818 - no error: all that was asked for is ther
 class _Part(nn.Module):  # type: ignore[misc]
     """A part of a model; parameters and buffers are the model's, by its names."""
 
-    plan: Plan
+    _plan: Plan
+    _inputs: Inputs
 
     def __init__(self, root: Any, plan: Plan, inputs: Inputs) -> None:
         super().__init__()
         for name in ("_modules", "_parameters", "_buffers"):
             self.__dict__[name] = getattr(root, name)
         self.__dict__["_whole"] = (root,)
-        self.plan, self.inputs = plan, inputs
+        # Not by assignment: the model may have modules of these names.
+        self.__dict__ |= {"_plan": plan, "_inputs": inputs}
+
+    @property
+    def layers(self) -> Any:
+        """Its modules; the model's own module of this name, if any."""
+        return self._modules.get("layers") or self.called_modules()
+
+    def called_modules(self) -> tuple[Any, ...]:
+        """The modules of this part."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode of this part alone: its modules are the model's."""
@@ -84,29 +95,30 @@ class _Part(nn.Module):  # type: ignore[misc]
         return self
 
     @property
-    def model(self) -> Any:
+    def _root(self) -> Any:
         """The model that this is a part of."""
         return self.__dict__["_whole"][0]
 
     def __deepcopy__(self, memo: Any) -> Any:
-        made = type(self)(copy.deepcopy(self.model, memo), self.plan, self.inputs)
-        still = {name: made.model.get_submodule(name) for name in self.plan.still}
-        made.plan = dataclasses.replace(self.plan, still=still)
+        made = type(self)(copy.deepcopy(self._root, memo), self._plan, self._inputs)
+        still = {name: made._root.get_submodule(name) for name in self._plan.still}
+        made.__dict__["_plan"] = dataclasses.replace(self._plan, still=still)
         return made
 
 
 class ReplayedPrefix(_Part):
     """The frozen part: the model's inputs -> the frontier, one tensor or a tuple of them."""
 
-    @property
-    def layers(self) -> tuple[Any, ...]:
+    def called_modules(self) -> tuple[Any, ...]:
         """The modules that are run for the frontier, or skipped behind it."""
-        return tuple(self.plan.still[name] for name in dict.fromkeys(k for k, _ in self.plan.forms))
+        return tuple(
+            self._plan.still[name] for name in dict.fromkeys(k for k, _ in self._plan.forms)
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model at inference up to the frontier; modes are put back."""
-        plan, (given, spec) = self.plan, pytree.tree_flatten((args, kwargs))
-        if spec != self.inputs.form.spec:
+        plan, (given, spec) = self._plan, pytree.tree_flatten((args, kwargs))
+        if spec != self._inputs.form.spec:
             raise ModelError(
                 "the prefix takes what the sample of fl.split held, in the same way. "
                 f"Received: {len(args)} arguments by position, {sorted(kwargs)} by name"
@@ -124,14 +136,14 @@ class ReplayedPrefix(_Part):
                     raise _Done
             return made
 
-        with phase(list(self.model.modules()), None):
+        with phase(list(self._root.modules()), None):
             try:
-                watched(plan.still, answer, lambda: self.model(*args, **kwargs))
+                watched(plan.still, answer, lambda: self._root(*args, **kwargs))
             except _Done:
                 pass
             else:
                 raise ModelError("the model did not reach its frontier for these inputs")
-        rows = [given[place] for place in self.inputs.crossing]
+        rows = [given[place] for place in self._inputs.crossing]
         rows += [x for key in plan.frontier for x in found[key]]
         return rows[0] if len(rows) == 1 else tuple(rows)
 
@@ -139,25 +151,24 @@ class ReplayedPrefix(_Part):
 class ReplayedSuffix(_Part):
     """The rest: frontier -> the model's outputs. ``train()`` and ``eval()`` are the model's own."""
 
-    @property
-    def layers(self) -> tuple[Any, ...]:
+    def called_modules(self) -> tuple[Any, ...]:
         """The modules without children that may run behind the frontier."""
-        frozen = {id(m) for module in self.plan.still.values() for m in module.modules()}
-        leaves = [m for m in self.model.modules() if not any(True for _ in m.children())]
+        frozen = {id(m) for module in self._plan.still.values() for m in module.modules()}
+        leaves = [m for m in self._root.modules() if not any(True for _ in m.children())]
         return tuple(module for module in leaves if id(module) not in frozen)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode of the whole model."""
         self.training = mode
-        self.model.train(mode)
+        self._root.train(mode)
         return self
 
     def forward(self, *features: Any) -> Any:
         """Run the model with its frozen part answered."""
-        count, own = len(features[0]), len(self.inputs.crossing)
-        args, kwargs = self.inputs.filled(features[:own], count)
-        call = lambda: self.model(*args, **kwargs)  # noqa: E731
-        return replayed(self.plan, self.plan.forms, list(features[own:]), count, call)
+        count, own = len(features[0]), len(self._inputs.crossing)
+        args, kwargs = self._inputs.filled(features[:own], count)
+        call = lambda: self._root(*args, **kwargs)  # noqa: E731
+        return replayed(self._plan, self._plan.forms, list(features[own:]), count, call)
 
 
 def split(model: Any, at: Any, sample: Any) -> SplitModel:

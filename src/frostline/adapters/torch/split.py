@@ -60,7 +60,8 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
         if sample is None:
             raise
         return replayed_parts.split(model, at, sample)
-    if sample is not None and _hides_frozen(net):
+    starred = any(str(node.target).startswith("*") for node in net.inputs)
+    if sample is not None and (starred or _hides_frozen(net)):
         with suppress(ModelError):
             return replayed_parts.split(model, at, sample)
     return _cut(net, model, at, sample)

@@ -398,3 +398,42 @@ def test_saved_parts_are_plain_torch() -> None:
     torch.testing.assert_close(loaded[1].eval()(*features), model(x))
     one, other = (loaded[1].train()(*features) for _ in range(2))
     assert not torch.equal(one, other)  # dropout has kept its mode
+
+
+class OwnNames(nn.Module):
+    """Modules by the names that a part uses itself."""
+
+    def __init__(self, followed: bool) -> None:
+        super().__init__()
+        self.followed = followed
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.inputs, self.plan = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Any) -> Any:
+        if not self.followed and float(x.mean()) > 1e9:
+            raise ValueError
+        return self.plan(self.inputs(self.layers(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_model_may_name_its_modules_as_a_part_names_things(followed: bool) -> None:
+    model = OwnNames(followed)
+    fl.freeze(model, "plan")
+    x = images()
+    parts = fl.split(model, sample=x)
+    assert "layers" in str(parts)
+    assert parts.suffix.get_submodule("plan") is model.plan
+    torch.testing.assert_close(together(parts, x), model.eval()(x))
+    copied = copy.deepcopy(parts.suffix)
+    torch.testing.assert_close(copied(parts.prefix(x)), model(x))
+
+
+def test_a_forward_with_keywords_of_all_kinds_is_cut_by_replay() -> None:
+    class Open(OwnNames):
+        def forward(self, x: Any, **kwargs: Any) -> Any:
+            return super().forward(x)
+
+    model = Open(followed=True)
+    fl.freeze(model, "plan")
+    parts = fl.split(model, sample=images())
+    torch.testing.assert_close(together(parts, images()), model.eval()(images()))
