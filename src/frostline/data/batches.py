@@ -320,7 +320,8 @@ def to_numpy(value: Any) -> Array:
     if isinstance(value, np.ndarray):
         array = value
     else:
-        if hasattr(value, "detach"):  # torch: off the tape, off the device, dtypes numpy knows
+        if hasattr(value, "detach") and hasattr(value, "dtype"):
+            # torch: off the tape, off the device, dtypes that numpy knows
             value = value.detach().cpu()
             if "float8" in str(value.dtype) or "bfloat16" in str(value.dtype):
                 value = value.float()

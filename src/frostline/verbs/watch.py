@@ -15,10 +15,10 @@ import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, batches, failure, joined, leaves, paired
+from frostline.data.batches import Batch, batches, failure, leaves, paired
 from frostline.measure.phases import require_one, tried
 from frostline.numerics.stats import mean_shift, variance_ratio
-from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types import Array, FrostlineError, ModelError
 from frostline.types.facts import SiteFacts
 from frostline.types.measured import Behaviour
 
@@ -251,11 +251,12 @@ def watching_of(
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
     require_one(loss, step)
-    held = (
-        []
-        if data is None
-        else _held(data, max_samples, batch_size, inputs=adapter.inputs(), step=step)
-    )
+    held: list[Batch] = []
+    if data is not None:
+        stream = batches(
+            data, batch_size=batch_size, max_samples=max_samples, inputs=adapter.inputs()
+        )
+        held = list(paired(stream))
     watching = Watch(
         _adapter=adapter,
         _before=found,
@@ -270,18 +271,6 @@ def watching_of(
         with adapter.preserved():  # report what cannot be compared before the training, not after
             watching.try_out()
     return watching
-
-
-def _held(data: Any, max_samples: int, batch_size: int, *, inputs: int, step: Any) -> list[Batch]:
-    """Batches to keep: arrays cut anew to the size wanted, all else as it comes."""
-    read = list(batches(data, batch_size=batch_size, max_samples=max_samples, inputs=inputs))
-    if all(part.divisible and not (part.named and step is not None) for part in read):
-        try:
-            whole = joined(read)
-        except DataError:
-            return list(paired(read))
-        return list(paired(batches(whole, batch_size=batch_size)))
-    return list(paired(read))
 
 
 def assert_frozen(

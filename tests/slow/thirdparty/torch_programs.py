@@ -65,7 +65,8 @@ def mapped(model: Any, batches: Sequence[Any], *, sample: Any = None) -> Program
         batches=batches,
         ask=lambda m, b: m(**b).loss,
         call=lambda m, b: m(**{k: v for k, v in b.items() if "label" not in k}),
-        sample=sample,
+        sample=sample
+        or {k: batches[0][k] for k in ("pixel_values", "past_values") if k in batches[0]},
     )
 
 
@@ -131,6 +132,7 @@ def _detector(name: str, **options: Any) -> None:
             batches=batches,
             ask=lambda m, b: sum(m(*b).values()),
             call=lambda m, b: m(b[0]),
+            sample=list(x[:2]),
             in_training_mode=True,
         )
 
@@ -455,6 +457,7 @@ def _graph(name: str, norm: str) -> None:
             ask=lambda m, b: F.cross_entropy(m(b), b.y),
             options={"step": lambda m, b: F.cross_entropy(m(b), b.y)},
             call=lambda m, b: m(b),
+            sample=loader[0],
         )
 
 

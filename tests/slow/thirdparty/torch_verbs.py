@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -196,13 +197,17 @@ def recalibrate(program: Program, model: Any) -> str:
     before = state(model)
     change = fl.recalibrate(model, program.batches, sites="all", **step_of(program))
     if not program.exported:
-        seen = Seen()
+        seen, hooked = Seen(), {}
+        for name, module in norms(model):  # frozen classes compute by hand
+            took = functools.partial(lambda n, _, x: hooked.setdefault(n, []).append(x[0]), name)
+            module.register_forward_pre_hook(took)
         with untouched(model), torch.no_grad(), seen:
             model.eval()
             for batch in program.batches:
                 (program.ask if step_of(program) else program.call)(model, batch)
         for name, module in norms(model):
             inputs = seen.inputs.get(module.running_mean.data_ptr())
+            inputs = inputs or [x.double() for x in hooked.get(name, [])]
             if not inputs:
                 same = torch.equal(before[f"{name}.running_mean"], module.running_mean)
                 require(same, f"{name} is not used, and changed")
