@@ -190,6 +190,11 @@ def work(rank: int, world: int, folder: str, kill: bool) -> None:
     else:
         assert "merged over 2" in str(fl.recalibrate(seeded(chain), shard, process_group=pair))
     notes["as before"] = torch.equal(statistics(model), before)
+    if rank == 0:
+        fl.freeze(model)
+    notes["frozen"] = refused(lambda: fl.assert_frozen(model, data=shard))
+    fl.freeze(model)
+    notes["all frozen"] = refused(lambda: fl.assert_frozen(model, data=shard))
     Path(folder, f"{rank}.json").write_text(json.dumps(notes))
     distributed.destroy_process_group()
 

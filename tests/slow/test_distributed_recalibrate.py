@@ -42,6 +42,9 @@ def test_all_ranks_store_the_statistics_of_all_the_data(processes: int, tmp_path
         assert "method='batch' on rank 1" in notes["other options"]
         assert "hold no samples, here or on any other rank" in notes["nothing"]
         assert "'3' is sharded over the ranks (FSDP)" in notes["sharded"]
+        assert notes["frozen"].startswith("NotFrozenError: 4 of 4 BN layers are not frozen")
+        assert "on rank 1" in notes["frozen"]
+        assert notes["all frozen"] == "nothing was raised"
         assert "init_process_group first" in notes["no group"]
         assert "must be a group of" in notes["not a group"]
         assert ("not in the group" in notes.get("outside", "")) == (rank > 1)

@@ -281,6 +281,7 @@ def assert_frozen(
     step: Any = None,
     params: bool = True,
     statistics: bool = True,
+    process_group: Any = None,
 ) -> None:
     """Raise unless every BN layer before a boundary is frozen; for the tests of a project.
 
@@ -296,12 +297,38 @@ def assert_frozen(
         step: The user's own ``step(model, batch)``, for a model that takes a batch in its own way.
         params: gamma and beta must be frozen.
         statistics: The stored statistics must not move and must be what training uses.
+        process_group: As in :func:`frostline.recalibrate`: all ranks ask together, and where one
+            has a layer that is not frozen, all raise.
 
     Raises:
         NotFrozenError: An ``AssertionError`` that names the layers and what is not frozen.
         ModelError: Not a model that Frostline can read; no BN layer before the boundary.
     """
     adapter = adapter_of(model)
+    ranks = adapter.together(process_group)
+    with ranks.collective("assert_frozen"):
+        mine = _not_frozen(adapter, until, data, step, params=params, statistics=statistics)
+        everyone = ranks.values(mine)
+    checked = {path for paths, _ in everyone for path in paths}
+    wrong: dict[str, str] = {}
+    for rank, (_, theirs) in enumerate(everyone):
+        where = f" on rank {rank}" if ranks.size > 1 else ""
+        wrong = {path: what + where for path, what in theirs.items()} | wrong
+    if not checked:
+        raise ModelError(f"no BN layer before the boundary. Received: until={until!r}")
+    if wrong:
+        shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise NotFrozenError(
+            f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). "
+            "frostline.freeze(model, until) locks them"
+        )
+
+
+def _not_frozen(
+    adapter: Adapter, until: Any, data: Any, step: Any, *, params: bool, statistics: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The paths that were looked at, and path -> what is not frozen there."""
     facts = adapter.facts()
     inside = _inside(adapter, until)
     chosen = [each for each in facts if inside(each.site.path)]
@@ -328,15 +355,7 @@ def assert_frozen(
     elif statistics:
         for path, kind in unknown.items():
             wrong[path] = f"a {kind} that keeps statistics by hand; data= shows whether they move"
-    if not checked:
-        raise ModelError(f"no BN layer before the boundary. Received: until={until!r}")
-    if wrong:
-        shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise NotFrozenError(
-            f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). "
-            "frostline.freeze(model, until) locks them"
-        )
+    return sorted(checked), wrong
 
 
 def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
