@@ -57,7 +57,11 @@ class Row:
 
     @property
     def origin(self) -> str:
-        """``"casebook"``, or ``"held out"`` (H) and ``"unseen"`` (U), which are not in the book."""
+        """``"casebook"``, or what is not in the book: ``"held out"`` (H), ``"unseen"`` (U), and
+        ``"any model"`` (A).
+        """
+        if self.number.startswith("A"):
+            return "any model"
         first = self.number.removeprefix("T")[0]
         if self.number.startswith("U"):
             return "unseen"
@@ -114,11 +118,35 @@ def judged(case: Case, scenario: Scenario, report: Any, seconds: tuple[float, fl
     )
 
 
+def unanswered(
+    case: Case, scenario: Scenario, problem: Exception, seconds: tuple[float, float]
+) -> Row:
+    """The row of a case that was refused, or that raised."""
+    return Row(
+        number=case.number,
+        title=case.title,
+        expected=case.expected,
+        also=case.also,
+        answers=(type(problem).__name__,),
+        shares=(None,),
+        right=False,
+        blamed=(),
+        overlap=None,
+        remedy=None,
+        before=None,
+        after=None,
+        closed=None,
+        closable=scenario.closable,
+        verdict=str(problem),
+        seconds=seconds,
+    )
+
+
 def score(rows: Iterable[Row]) -> dict[str, str]:
     """Counts in words, the cases of the book apart from the others."""
     lines: dict[str, str] = {}
     rows = tuple(rows)
-    for name in ("casebook", "held out", "unseen"):
+    for name in ("casebook", "held out", "unseen", "any model"):
         members = tuple(row for row in rows if row.origin == name)
         for kind in ("BN", "compound", "not BN"):
             of = [row for row in members if row.kind == kind]

@@ -51,6 +51,7 @@ class Case:
         backends: Where the scenario can be built.
         everywhere: Belongs to the third that also runs on JAX and torch.
         in_suite: Is one of the tests; the others run with ``python -m tests.slow.casebook`` alone.
+        source: Address of the thread that it is rebuilt from; empty for those of the book.
     """
 
     number: str
@@ -62,6 +63,7 @@ class Case:
     backends: tuple[str, ...] = BACKENDS
     everywhere: bool = False
     in_suite: bool = True
+    source: str = ""
 
 
 class Score(NamedTuple):

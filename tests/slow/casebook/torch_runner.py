@@ -9,8 +9,8 @@ import torch
 
 import frostline as fl
 
-from . import torch_averages, torch_frozen, torch_other
-from .judging import Row, judged, score
+from . import torch_any, torch_averages, torch_frozen, torch_other
+from .judging import Row, judged, score, unanswered
 from .scenario import Case, Scenario
 
 __all__ = ["CASES", "NOT_COVERED", "Row", "Scenario", "chosen", "judged", "run", "score"]
@@ -19,7 +19,9 @@ __all__ = ["CASES", "NOT_COVERED", "Row", "Scenario", "chosen", "judged", "run",
 NOT_COVERED: Mapping[str, str] = {}
 
 CASES: tuple[Case, ...] = tuple(
-    case for module in (torch_frozen, torch_averages, torch_other) for case in module.CASES
+    case
+    for module in (torch_frozen, torch_averages, torch_other, torch_any)
+    for case in module.CASES
 )
 
 
@@ -39,5 +41,8 @@ def run(case: Case, *, seed: int = 0) -> Row:
     scenario = case.build(seed)
     built = time.perf_counter()
     options = {"loss": torch.nn.functional.cross_entropy, **scenario.options}
-    report = fl.diagnose(scenario.model, scenario.data, verbose=0, **options)
+    try:
+        report = fl.diagnose(scenario.model, scenario.data, verbose=0, **options)
+    except Exception as problem:  # the table has a line for it; no answer is a wrong one
+        return unanswered(case, scenario, problem, (built - start, time.perf_counter() - built))
     return judged(case, scenario, report, (built - start, time.perf_counter() - built))
