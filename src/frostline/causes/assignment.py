@@ -206,8 +206,8 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
         apart = _uses_apart(found.uses)
         if apart > FAR:
             return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
-    if found.within_variance is None:
-        return None
+    if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
+        return None  # what a young average lacks may be what it has not seen yet
     with np.errstate(divide="ignore", invalid="ignore"):
         between = np.log(found.batch_variance / found.within_variance)
         missing = np.log(found.batch_variance / found.stored_variance)

@@ -89,7 +89,8 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     else:
         text += ", although no BN layer uses the batch"
     if by_design:
-        text += ": the model mixes the samples of a batch by design, or an operation is wrong"
+        text += ": the model mixes the samples of a batch by design, as padding to the longest of "
+        text += "them does where layers do not mask it, or an operation is wrong"
     yield Claim(
         code=CauseCode.KERNEL_BUG,
         message=f"inference outputs change {text}",

@@ -182,6 +182,8 @@ class Case:
     def floor(self) -> float:
         """Smallest difference in loss that matters on its own, in units of the loss."""
         known = self.measurement
+        if self.compares_outputs:
+            return SMALL_OF_VARIANCE
         if known.task == "regression":
             return SMALL_OF_VARIANCE * known.chance if known.chance is not None else 0.0
         if known.task == "unknown" or not known.classes or known.classes < 2:
@@ -222,9 +224,27 @@ class Case:
     # --- the parts of the gap -----------------------------------------------------------------
 
     @cached_property
+    def compares_outputs(self) -> bool:
+        """The loss is the distance from the outputs of training, in variances of the outputs.
+
+        There the training blend is at 0 by construction, and whatever has other statistics than
+        each batch is at the noise of batches at least.
+        """
+        probe = self.probe("training blend")
+        unlabelled = self.measurement.task == "unknown" and probe is not None
+        return unlabelled and probe is not None and not np.any(probe.losses)
+
+    @cached_property
     def bn_gap(self) -> float:
-        """Loss at the training blend minus inference; 0 when it does not matter."""
-        return self.change("training blend", "inference")
+        """Loss at the training blend minus inference; 0 when it does not matter.
+
+        Where outputs are compared: that of the best fixed statistics, since no others can do what
+        batches do.
+        """
+        if not self.compares_outputs:
+            return self.change("training blend", "inference")
+        tried = [name for name in _POPULATIONS if self.probe(name) is not None]
+        return min((self.change(name, "inference") for name in tried), default=0.0)
 
     @cached_property
     def dropout_gap(self) -> float:
@@ -234,6 +254,8 @@ class Case:
     @cached_property
     def total_gap(self) -> float:
         """Loss in the model's own training mode minus inference; 0 when it does not matter."""
+        if self.compares_outputs and not self.measurement.noise_layers:
+            return self.bn_gap
         return self.change("training", "inference")
 
     @property
@@ -249,6 +271,8 @@ class Case:
         Layers behind locked sites were fitted to what those have stored, so the best of three
         trials counts: exact statistics at all, at the unfrozen or at the frozen sites.
         """
+        if self.compares_outputs:
+            return 0.0
         tried = [name for name in _POPULATIONS if self.probe(name) is not None]
         least = min((self.change(name, "training blend") for name in tried), default=0.0)
         return max(0.0, least)

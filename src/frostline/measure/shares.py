@@ -22,6 +22,9 @@ from frostline.types.measured import Attribution, Probe
 #: Samples that are differentiated: a derivative costs three passes, and there is one per node.
 SAMPLES = 128
 
+#: Nodes at most, where the shares do not add up at the first try.
+MOST_NODES = 75
+
 #: What the derivatives may cost, in passes over all samples, and what they may cost altogether
 #: where the shares do not add up at the first try.
 BUDGET, MOST = 4.0, 20.0
@@ -67,22 +70,24 @@ def attribute(
     high, low = (float(bench.by_batch(probe)[[*part]].mean()) for probe in (training, stored))
     if not np.isfinite(high - low):
         raise DataError("some losses are not finite, so nothing can be attributed. Received: NaN")
-    curve = {0.0: low, 1.0: high}
+    reached = {0.0: low, 1.0: high}
 
     def gradient(u: float) -> Array:
         t, speed = walk(u, quotient)
         here = t * blend[chosen]
-        losses, slope = _slope(forward, bench, part, here)
-        curve[t] = losses
+        reached[u], slope = _slope(forward, bench, part, here)
         shares = np.zeros(len(blend))
         shares[chosen] = slope * blend[chosen] * speed
         return shares
 
     each = 3 * len(part) / len(bench.batches)
-    most = nodes
-    while 2 * most <= MAX_NODES and (4 * most - nodes) * each <= MOST:
-        most *= 2
-    found = path_integral(gradient, high - low, nodes=nodes, max_nodes=most)
+    found = path_integral(
+        gradient,
+        high - low,
+        nodes=nodes,
+        max_nodes=max(nodes, min(MOST_NODES, int(MOST / each))),
+        value=reached.__getitem__,
+    )
     seconds = time.perf_counter() - begin
     bench.spend("attribution", seconds, found.gradients * each)
     top = np.argsort(-np.abs(found.shares))[:ALONE]
@@ -96,7 +101,7 @@ def attribute(
         samples=sum(bench.batches[number].count or 1 for number in part),
         groups=grouped(bench.paths, found.shares),
         alone={bench.paths[i]: high - _without(bench, part, blend, i) for i in top if blend[i]},
-        curve=tuple(sorted(curve.items())),
+        curve=tuple((walk(u, quotient)[0], loss) for u, loss in sorted(reached.items())),
     )
 
 
@@ -179,7 +184,7 @@ def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tup
         *(forward.gradient(batches[number], Condition(blend, number=number)) for number in part),
         strict=True,
     )
-    return float(np.mean(losses)), np.mean(slopes, axis=0)
+    return float(np.mean([each.mean() for each in losses])), np.mean(slopes, axis=0)
 
 
 def _without(bench: Bench, part: Sequence[int], blend: Array, site: int) -> float:

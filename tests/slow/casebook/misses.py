@@ -46,4 +46,28 @@ MISSES: tuple[Miss, ...] = (
         NATIVE,
         sometimes=True,
     ),
+    Miss(
+        "A2",
+        "cause",
+        "one client's statistics in averaged weights leave the same traces as averages that trail: "
+        "the answer says both, and what would tell them apart",
+        NATIVE,
+        sometimes=True,
+    ),
+    Miss(
+        "A5",
+        "cause",
+        "as H4 and TS1: the answer says both, and what would tell",
+        NATIVE,
+        sometimes=True,
+    ),
+    *(
+        Miss(
+            "A9",
+            question,
+            "a class that computes by hand is no site: it is named, and BN is not acquitted",
+            NATIVE,
+        )
+        for question in ("cause", "remedy")
+    ),
 )

@@ -1046,3 +1046,40 @@ def test_a_gap_that_nothing_explains_is_not_called_small():
     none = causes(facts({}), made, [])[0]
     assert (none.code, none.certainty) == ("NONE", "may")
     assert "too little" not in none.message
+
+
+# --- outputs compared, and uses of one layer ------------------------------------------------------
+
+
+def outputs_compared(inference: float, population: float) -> tuple[Cause, ...]:
+    """Of a generator without labels: the outputs of training are those that are wanted."""
+    probes = {name: np.zeros(SAMPLES) for name in ("training", "training blend", "batch")}
+    spread = np.linspace(0.9, 1.1, SAMPLES)
+    probes |= {"inference": inference * spread, "population": population * spread}
+    near = {path: site_measurement(path, shift=0.15, ratio=SCATTERED) for path in PATHS}
+    known = measurement({"inference": 1.0}, sites=near)
+    made = {name: replace(probe(name, 0.0), losses=losses) for name, losses in probes.items()}
+    return causes(facts(steps=5000), replace(known, probes=made), [])
+
+
+def test_what_only_batches_do_is_no_gap_where_outputs_are_compared():
+    """The distance from batches is never 0; what exact statistics save of it is the gap."""
+    assert codes(outputs_compared(0.0044, 0.0031)) == ["NONE"]
+    assert codes(outputs_compared(0.3, 0.2995)) == ["NONE"]
+    (cause, *rest) = outputs_compared(0.3, 0.0031)
+    assert cause.is_bn
+    assert cause.evidence["bn_gap"] == pytest.approx(0.0031 - 0.3)
+    assert "BATCH_LEAK" not in codes((cause, *rest))
+
+
+def test_a_young_average_lacks_what_it_has_not_seen():
+    within = {
+        path: site_measurement(
+            path, shift=0.1, ratio=2.5, within_variance=np.linspace(0.5, 2, CHANNELS)
+        )
+        for path in PATHS
+    }
+    for steps, code in ((12, "EMA_LAG"), (5000, "MIXED_SOURCES")):
+        fast = facts({path: {"decay": 0.9} for path in PATHS}, steps=steps)
+        found = causes(fast, measurement(GAP, shares=[0.25] * 4, sites=within), [])
+        assert codes(found)[0] == code

@@ -111,3 +111,59 @@ def test_words_for_bad_input() -> None:
 
 def test_example_in_the_docstring() -> None:
     assert doctest.testmod(attribution).failed == 0
+
+
+@pytest.mark.parametrize("k", [8.0, 100.0, 1e4])
+def test_intervals_are_halved_where_the_loss_bends(k: float) -> None:
+    gradient, gap = steep(k)
+    taken: list[float] = []
+
+    def recorded(t: float) -> Any:
+        taken.append(t)
+        return gradient(t)
+
+    def value(t: float) -> float:
+        assert t in (0.0, 1.0, *taken)  # no pass of its own
+        return float(sigmoid(k * (4 * t - 1.7)))
+
+    found = path_integral(recorded, gap, max_nodes=75, value=value)
+    assert found.complete
+    assert found.residual <= 0.05
+    assert found.nodes == found.gradients == len(taken) <= 40
+    np.testing.assert_allclose(found.shares, gap * np.array([0.25, 0.75]), rtol=0.02)
+
+
+def test_a_bend_whose_direction_changes() -> None:
+    """Two steps of different sites far apart: each gets its own, 100 and −40."""
+
+    def step(t: float, where: float) -> float:
+        return float(sigmoid(2000 * (t - where)))
+
+    def gradient(t: float) -> Any:
+        return np.array([
+            2000 * height * step(t, where) * (1 - step(t, where))
+            for where, height in ((0.013, 100.0), (0.71, -40.0))
+        ])  # fmt: skip
+
+    def value(t: float) -> float:
+        return 100 * step(t, 0.013) - 40 * step(t, 0.71)
+
+    found = path_integral(gradient, value(1.0) - value(0.0), max_nodes=75, value=value)
+    assert found.residual <= 0.05
+    np.testing.assert_allclose(found.shares, [100, -40], rtol=0.05)
+    assert not path_integral(gradient, value(1.0) - value(0.0)).complete
+
+
+def test_an_easy_path_costs_what_it_did() -> None:
+    powers = np.array([3.0, 1.0, 2.0])
+    plain = path_integral(lambda t: powers * t**5, 1.0)
+    found = path_integral(lambda t: powers * t**5, 1.0, max_nodes=75, value=lambda t: t**6)
+    np.testing.assert_array_equal(found.shares, plain.shares)
+    assert found.gradients == plain.gradients == 5
+
+
+def test_a_gradient_that_contradicts_the_loss_is_not_scaled() -> None:
+    found = path_integral(lambda t: np.array([-1.0]), 1.0, max_nodes=20, value=lambda t: t)
+    assert not found.complete
+    assert found.nodes == 20
+    assert found.residual == pytest.approx(2)
