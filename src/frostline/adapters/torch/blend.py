@@ -56,6 +56,9 @@ class TorchForward:
             the model computes.
         step: The user's ``step(model, batch)``.
 
+    Attributes:
+        calls: Path -> how often one pass that recorded moments called the site.
+
     Raises:
         ModelError: An unknown path, or a lazy module that has not seen data yet.
     """
@@ -77,6 +80,7 @@ class TorchForward:
                 raise ModelError(
                     f"no BN layer has this path; there are {listed}. Received: {path!r}"
                 )
+        self.calls: dict[str, int] = {}
         self._move = mover(model)
         self._question = Question(loss, step)
         self._trains: bool | None = None  # the model has its losses in training mode only
@@ -197,6 +201,7 @@ class TorchForward:
                 return call.run()
             if path in places and seen is not None:
                 moments = call.moments()
+                self.calls[path] = self.calls[path] + 1 if path in seen else 1
                 seen[path] = seen[path].merge(moments) if path in seen else moments
             if call.mean is None or not call.x.numel():
                 return call.run()
