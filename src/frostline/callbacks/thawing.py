@@ -90,13 +90,13 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         _require_live(planned)
         before, optimizer = keras_edit.flags(model), model.optimizer
         try:
-            for each in planned:
-                if not each.site:
-                    keras_edit.set_place(each.place, False, True, True)
-            keras_edit.open_containers(model, places, [each.place for each in planned])
+            for thaw in planned:
+                if not thaw.site:
+                    keras_edit.set_place(thaw.place, False, True, True)
+            keras_edit.open_containers(model, places, [thaw.place for thaw in planned])
             retarget(model)
             self._waiting = planned
-            held = [v for each in planned if not each.site for v in _own(each.place.layer)]
+            held = [v for thaw in planned if not thaw.site for v in _own(thaw.place.layer)]
             if planned:
                 self._hold = WeightHold(model, held)
             self._reserve_ramps(model)
@@ -109,19 +109,19 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Thaw what is due; of a resumed ``fit`` also what was due before."""
-        due = [each for each in self._waiting if each.epoch <= epoch]
+        due = [thaw for thaw in self._waiting if thaw.epoch <= epoch]
         if not due:
             return
         model = self.model  # on JAX this brings the weights back from the running fit
-        self._waiting = [each for each in self._waiting if each.epoch > epoch]
+        self._waiting = [thaw for thaw in self._waiting if thaw.epoch > epoch]
         if self._hold is not None:
-            self._hold.open(v for each in due if not each.site for v in _own(each.place.layer))
-        uses = {id(each.place.layer): each.place.calls for each in due if each.site}
-        for each in due:
-            if each.site:
-                each.place.layer.trainable = True
-                if each.epoch == epoch and any(each.place.layer is x for x in self._ramped):
-                    each.place.layer.start_ramp(self.ramp * uses[id(each.place.layer)])
+            self._hold.open(v for thaw in due if not thaw.site for v in _own(thaw.place.layer))
+        uses = {id(thaw.place.layer): thaw.place.calls for thaw in due if thaw.site}
+        for thaw in due:
+            if thaw.site:
+                thaw.place.layer.trainable = True
+                if thaw.epoch == epoch and any(thaw.place.layer is x for x in self._ramped):
+                    thaw.place.layer.start_ramp(self.ramp * uses[id(thaw.place.layer)])
         log.info(
             "epoch %d of '%s': thawed %d layers from '%s' on",
             epoch,
@@ -139,15 +139,15 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
         if self._model is None or not (self._waiting or self._hold or self._ramped):
             return
         model = self.model
-        for each in self._waiting:
-            keras_edit.set_place(each.place, True, True, True)
+        for thaw in self._waiting:
+            keras_edit.set_place(thaw.place, True, True, True)
         self._release(model)
         retarget(model, always=True)
         model.train_function = None
 
     def will_thaw(self, model: Any) -> list[Place]:
         """Every layer that the schedule will thaw; ``fl.fit`` keeps no features of them."""
-        return [each.place for each in self._plan(model, keras_graph.walk(model))]
+        return [thaw.place for thaw in self._plan(model, keras_graph.walk(model))]
 
     def _plan(self, model: Any, places: tuple[Place, ...]) -> list[_Planned]:
         """What is frozen and will be thawed, in execution order, each at its first epoch."""
@@ -157,14 +157,14 @@ class GradualUnfreeze(keras.callbacks.Callback):  # type: ignore[misc]
             for place in keras_edit.side(places, boundary, before=False):
                 if _frozen(place):
                     found.setdefault(place.path, _Planned(place, epoch))
-        return sorted(found.values(), key=lambda each: each.place.order)
+        return sorted(found.values(), key=lambda thaw: thaw.place.order)
 
     def _reserve_ramps(self, model: Any) -> None:
         if not self.ramp:
             return
-        for each in self._waiting:
-            layer = each.place.layer
-            if each.site and layer.policy == "inference" and not layer.renorm:
+        for thaw in self._waiting:
+            layer = thaw.place.layer
+            if thaw.site and layer.policy == "inference" and not layer.renorm:
                 with strategy_scope(model):
                     layer.reserve_ramp()
                 self._ramped.append(layer)
@@ -191,11 +191,11 @@ def _frozen(place: Place) -> bool:
 
 
 def _require_live(planned: Sequence[_Planned]) -> None:
-    for each in planned:
-        wrapped = keras_graph.wrapped_module(each.place.layer) is not None
-        if wrapped or (each.site and not getattr(each.place.layer, "live", False)):
+    for thaw in planned:
+        wrapped = keras_graph.wrapped_module(thaw.place.layer) is not None
+        if wrapped or (thaw.site and not getattr(thaw.place.layer, "live", False)):
             raise ModelError(
-                f"'{each.place.path}' cannot be thawed without compiling: its `trainable` is not "
+                f"'{thaw.place.path}' cannot be thawed without compiling: its `trainable` is not "
                 "live. frostline.convert(model) makes stock BN layers live. "
-                f"Received: {type(each.place.layer).__name__}"
+                f"Received: {type(thaw.place.layer).__name__}"
             )

@@ -107,9 +107,9 @@ def probes(measured: Measurement) -> list[tuple[Probe, Gap | None]]:
 def remedy_metric(remedies: Sequence[Remedy]) -> str:
     """Return the metric that compares remedies: accuracy if all have it and it moves, else loss."""
     measured = [remedy for remedy in remedies if remedy.after]
-    if measured and all("accuracy" in each.after and each.before for each in measured):
-        values = {each.after["accuracy"] for each in measured}
-        values |= {each.before.get("accuracy", math.nan) for each in measured}
+    if measured and all("accuracy" in remedy.after and remedy.before for remedy in measured):
+        values = {remedy.after["accuracy"] for remedy in measured}
+        values |= {remedy.before.get("accuracy", math.nan) for remedy in measured}
         if max(values) - min(values) > 1e-9:
             return "accuracy"
     return "loss"
@@ -126,15 +126,15 @@ def effects(remedy: Remedy) -> list[tuple[str, float, float]]:
 
 def first_choice(remedies: Sequence[Remedy]) -> Remedy | None:
     """Return the first recommended remedy; remedies are sorted best first."""
-    return next((each for each in remedies if each.recommended), None)
+    return next((remedy for remedy in remedies if remedy.recommended), None)
 
 
 def measured_remedies(remedies: Sequence[Remedy], metric: str) -> list[Remedy]:
     """Return the remedies with a finite value of the metric before and after."""
     return [
-        each
-        for each in remedies
-        if all(math.isfinite(side.get(metric, math.nan)) for side in (each.before, each.after))
+        remedy
+        for remedy in remedies
+        if all(math.isfinite(side.get(metric, math.nan)) for side in (remedy.before, remedy.after))
     ]
 
 

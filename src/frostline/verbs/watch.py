@@ -79,7 +79,7 @@ class Watch:
 
     def check(self) -> Check:
         """Compare the model with what it was when the watch began; nothing of it changes."""
-        now = {each.site.path: each for each in self._adapter.facts()}
+        now = {entry.site.path: entry for entry in self._adapter.facts()}
         drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
         moved = tuple(
             path
@@ -156,11 +156,11 @@ class Watch:
                 Condition(blend, number=number) for blend in (training, np.zeros_like(training))
             ]
             if self._by_outputs:
-                found = [_floating(forward.outputs(batch, each)) for each in conditions]
+                found = [_floating(forward.outputs(batch, entry)) for entry in conditions]
                 gaps.append(float(np.mean([_distance(*pair) for pair in zip(*found, strict=True)])))
             else:
                 one, zero = (
-                    float(np.mean(forward.outcome(batch, each).losses)) for each in conditions
+                    float(np.mean(forward.outcome(batch, entry).losses)) for entry in conditions
                 )
                 gaps.append(one - zero)
             counts.append(batch.count or 1)
@@ -247,7 +247,7 @@ def watching_of(
 ) -> Watch:
     """Begin to watch a model; as :func:`watch` for a loop that has events in place of a block."""
     adapter = adapter_of(model)
-    found = {each.site.path: each for each in adapter.facts() if each.mean is not None}
+    found = {entry.site.path: entry for entry in adapter.facts() if entry.mean is not None}
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
     require_one(loss, step)
@@ -261,7 +261,8 @@ def watching_of(
         _adapter=adapter,
         _before=found,
         _frozen={
-            path: (each.site.params_frozen, each.site.stats_frozen) for path, each in found.items()
+            path: (entry.site.params_frozen, entry.site.stats_frozen)
+            for path, entry in found.items()
         },
         _batches=held,
         _loss=loss,
@@ -331,15 +332,15 @@ def _not_frozen(
     """The paths that were looked at, and path -> what is not frozen there."""
     facts = adapter.facts()
     inside = _inside(adapter, until)
-    chosen = [each for each in facts if inside(each.site.path)]
+    chosen = [entry for entry in facts if inside(entry.site.path)]
     unknown = {path: kind for path, kind in facts.unknown.items() if inside(path)}
-    checked = {each.site.path for each in chosen} | unknown.keys()
+    checked = {entry.site.path for entry in chosen} | unknown.keys()
     wrong: dict[str, str] = {}
-    for each in chosen:
-        site = each.site
+    for entry in chosen:
+        site = entry.site
         if params and not site.params_frozen:
             wrong[site.path] = "gamma and beta train"
-        elif statistics and each.undone:
+        elif statistics and entry.undone:
             wrong[site.path] = "the next train() undoes its eval()"
         elif statistics and not (site.stats_frozen and site.policy == "inference"):
             wrong[site.path] = (
