@@ -15,7 +15,8 @@ from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
 from frostline.data.batches import Batch, is_reiterable, leaves
-from frostline.types import Array, DataError, ModelError
+from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.reasons import first_line
 from frostline.verbs.split import Split, split
 
 #: Arguments of ``Model.fit`` beside the data, with Keras' defaults.
@@ -345,16 +346,24 @@ def _cached(role: Any, plan: _Plan, x: Any, title: str) -> FeatureCache:
         at_first = f"frozen part of the next call, {title}"
         earlier = cache_features(plan.earlier, data, plan.path, title=at_first, **ways)
         through = Through(cache=earlier, rest=plan.rest)
-    return cache_features(
-        plan.parts.prefix,
-        data,
-        plan.path,
-        views=plan.views,
-        augment=plan.augment,
-        title=f"frozen part, {title}",
-        through=through,
-        **ways,
-    )
+    try:
+        return cache_features(
+            plan.parts.prefix,
+            data,
+            plan.path,
+            views=plan.views,
+            augment=plan.augment,
+            title=f"frozen part, {title}",
+            through=through,
+            **ways,
+        )
+    except FrostlineError:
+        raise
+    except ValueError as error:
+        raise DataError(
+            f"the frozen part does not take the {title}: {first_line(error)} Pass them as "
+            f"model.fit takes them. Received: {type(x).__name__}"
+        ) from error
 
 
 class _Stream:
@@ -419,7 +428,10 @@ def _adapter(
     role: Any, plan: _Plan, cached: FeatureCache, fetch: Any, data: Any, **ways: Any
 ) -> Any:
     x, y, weight = data
-    inner = role.adapter(x, y, weight, **ways)
+    try:
+        inner = role.adapter(x, y, weight, **ways)
+    except ValueError as error:
+        raise DataError(f"Keras does not take these data: {first_line(error)}") from error
     shapes = [(tensor.shape, _read_dtype(tensor)) for tensor in cached.tensors]
     crossing = sha256(*(crossing.path for crossing in plan.parts.frontier))[:16]
     return role.FeatureAdapter(inner, fetch, shapes, crossing)

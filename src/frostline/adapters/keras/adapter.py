@@ -39,6 +39,7 @@ from frostline.adapters.keras.forward_pass import (
     readable_labels,
     tensors,
 )
+from frostline.adapters.keras.loss import computes_loss
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.pipeline import all_prepared, prepared
 from frostline.adapters.keras.random import fixed_randomness, seeds
@@ -228,8 +229,9 @@ class KerasView:
         return cached_fit
 
     def own_loss(self) -> Any:
-        """The loss or losses that the model was compiled with, else ``None``."""
-        return getattr(self.model, "loss", None)
+        """What the model was compiled with, or its ``compute_loss`` if it has one of its own."""
+        found = getattr(self.model, "loss", None)
+        return self.model.compute_loss if found is None and computes_loss(self.model) else found
 
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
@@ -260,7 +262,7 @@ class KerasView:
         model = self.model
         x, y, weight = (tensors(part) for part in prepared(model, x, y, weight))
         self._build(x)
-        with_loss = y is not None and getattr(model, "compiled", False) and model.loss is not None
+        with_loss = y is not None and self.compiled() and self.own_loss() is not None
         # A compiled step holds these flags as constants, so other flags need another step.
         flags = tuple(
             (bool(place.layer.trainable), getattr(place.layer, "policy", None))

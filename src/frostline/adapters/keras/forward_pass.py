@@ -114,7 +114,7 @@ def readable_labels(model: Any, y: Any) -> Iterator[None]:
     """Turn a loss's complaint about the labels into one line."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as problem:
+    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
         # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
         if isinstance(problem, RuntimeError) and "must match" not in str(problem):
             raise
@@ -129,7 +129,8 @@ def tensors(structure: Any) -> Any:
     """Every array as a tensor; ``None``, text and objects stay."""
 
     def tensor(leaf: Any) -> Any:
-        text = isinstance(leaf, (str, bytes)) or str(getattr(leaf, "dtype", "")) == "object"
+        kind = getattr(getattr(leaf, "dtype", None), "kind", None)
+        text = isinstance(leaf, (str, bytes)) or kind in ("O", "S", "U")
         known = hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
         return keras.ops.convert_to_tensor(leaf) if known and not text else leaf
 

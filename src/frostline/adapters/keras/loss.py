@@ -82,6 +82,11 @@ def _numbers(value: Any, name: str) -> Any:
     return ops.mean(tensor, axis=tuple(range(1, len(tensor.shape))))
 
 
+def computes_loss(model: Any) -> bool:
+    """Whether the class computes its loss itself."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
 def judge_of(model: Any, loss: Any, y: Any, outputs: Any) -> Judge:
     """Find out how a loss takes labels and outputs; outside any trace: it may create variables.
 
@@ -99,7 +104,7 @@ def judge_of(model: Any, loss: Any, y: Any, outputs: Any) -> Judge:
     """
     if isinstance(loss, OutputDistance):
         return functools.partial(_distance, loss.spread)
-    own = type(model).compute_loss is not keras.Model.compute_loss
+    own = computes_loss(model)
     missing = getattr(model, "_compile_loss", None) is None or y is None
     if loss is None and (own or missing):
         return functools.partial(_own_loss, model)
@@ -159,7 +164,7 @@ def _own_loss(
     model: Any, x: Any, y: Any, sample_weight: Any, outputs: Any, training: bool
 ) -> Judged:
     """What the model's ``compute_loss`` gives, with the losses that layers add: one number."""
-    own = type(model).compute_loss is not keras.Model.compute_loss
+    own = computes_loss(model)
     compiled = getattr(model, "_compile_loss", None) is not None
     if own or (compiled and y is not None):
         with _readable(y, outputs):

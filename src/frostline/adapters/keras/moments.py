@@ -32,6 +32,7 @@ from frostline.data.batches import Batch
 from frostline.graph.schedule import Program, Slot, Step, closed, schedule
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
+from frostline.types.reasons import first_line
 
 #: Values added up in float32 before float64 takes over. Random rounding of 256 terms stays below
 #: 1e-6 of their sum and averages out over the chunks.
@@ -84,10 +85,22 @@ class MomentRecorder:
         if not self.has_graph:
             self._structure = x
             return tuple(keras.tree.flatten(x))
+        graph: Any = graph_of(self.model)
         try:
-            return tuple(_to_numpy(each) for each in graph_of(self.model)._standardize_inputs(x))  # type: ignore[union-attr]
+            arrays = tuple(_to_numpy(each) for each in graph._standardize_inputs(x))
         except (ValueError, TypeError) as error:
             raise DataError(f"The data do not fit the model's inputs: {error}") from error
+        for array, tensor in zip(arrays, graph.inputs, strict=False):
+            wanted, given = tuple(tensor.shape), array.shape
+            if len(wanted) != len(given) or any(
+                side is not None and side != found
+                for side, found in zip(wanted[1:], given[1:], strict=True)
+            ):
+                raise DataError(
+                    f"The data do not fit the model's inputs: '{tensor.name}' has shape {wanted}. "
+                    f"Received: shape {given}"
+                )
+        return arrays
 
     def programs(self, inputs: int) -> tuple[Program, ...]:
         """The stages in order; ``inputs`` is the number of arrays in a batch of model inputs."""
@@ -135,7 +148,13 @@ class MomentRecorder:
         compiled = self._compiled(("stage", id(program)), run, self._variables(program))
 
         def stage(values: Sequence[Any]) -> tuple[tuple[Any, ...], Seen]:
-            outputs, sums = compiled(list(values))
+            try:
+                outputs, sums = compiled(list(values))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"the model does not take these data: {first_line(error)} "
+                    f"Received: arrays of shapes {[tuple(np.shape(each)) for each in values]}"
+                ) from error
             return tuple(_held(each) for each in outputs), _moments(sums)
 
         return stage

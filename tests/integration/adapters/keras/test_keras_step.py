@@ -256,3 +256,61 @@ def test_a_diagnosis_through_a_step_agrees_with_one_through_the_loss() -> None:
             atol=1e-5,
         )
     assert [cause.code for cause in by_step.causes] == [cause.code for cause in by_loss.causes]
+
+
+class OnlyInTraining(keras.Model):  # type: ignore[misc]
+    """A head that only training has, and a loss of the model's own; nothing is compiled but it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = keras.layers.Dense(5), keras.layers.BatchNormalization(name="body")
+        self.head, self.aside = keras.layers.Dense(3), keras.layers.BatchNormalization(name="aside")
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        h = self.norm(self.dense(inputs), training=training)
+        found = {"main": self.head(h)}
+        return {**found, "aside": self.head(self.aside(h, training=True))} if training else found
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:  # fmt: skip
+        each = [
+            keras.losses.sparse_categorical_crossentropy(y, part, from_logits=True)
+            for part in y_pred.values()
+        ]
+        return keras.ops.mean(sum(each))
+
+
+def test_outputs_that_only_training_has_and_the_model_s_own_loss() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("float32"), np.arange(40) % 3
+    model = OnlyInTraining()
+    model(x, training=True)
+    model.compile("sgd")
+    model.fit(x, y, verbose=0)
+    table = fl.phases(model, (x, y), batch_size=40)
+    for phase, training in (("0", False), ("1", True)):
+        with keras.StatelessScope():
+            own = model.compute_loss(x, y, model(x, training=training))
+        assert float(table[phase].loss) == pytest.approx(float(ops.convert_to_numpy(own)), rel=1e-5)
+    aside = [keras.ops.convert_to_numpy(w) for w in model.aside.weights]
+    report = fl.diagnose(model, (x, y), verbose=0)
+    assert report.verdict
+    fl.recalibrate(model, x)
+    for one, other in zip(aside, model.aside.weights, strict=True):
+        np.testing.assert_array_equal(one, keras.ops.convert_to_numpy(other))
+
+
+@pytest.mark.parametrize("y", [{"a": 0}, {"a": 0, "c": 0}, 0])
+def test_labels_without_an_output_are_our_error(y: Any) -> None:
+    inputs = keras.Input((4,))
+    h = keras.layers.BatchNormalization()(inputs)
+    model = keras.Model(inputs, {n: keras.layers.Dense(2, name=n)(h) for n in "ab"})
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    x, labels = np.zeros((8, 4), "float32"), keras.tree.map_structure(lambda _: np.zeros((8, 2)), y)
+    for verb in (fl.phases, fl.diagnose):
+        with pytest.raises(DataError, match="labels"):
+            verb(model, (x, labels))
+    with pytest.raises(DataError, match="do not fit the model"):
+        fl.recalibrate(model, np.zeros((8, 5), "float32"))
