@@ -50,7 +50,8 @@ def cached(
             (``torch.compile``, DDP) is taken off.
         loader: A ``DataLoader``, or any iterable of batches.
         path: Folder to keep the features in for other runs; ``None``: in memory, for as long as
-            the model lives. Memory: the features of all samples.
+            the model lives. Memory: the features of all samples. A frozen part that holds what
+            cannot be told from another in a later run is kept in memory only.
         engine: ``"auto"`` or ``"native"``: the frozen part runs inside the model's own first
             epoch. Other engines: :func:`frostline.cache_features`.
         views: How many versions of a random augmentation to train with: in epoch e every sample

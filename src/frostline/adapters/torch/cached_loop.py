@@ -42,6 +42,8 @@ from frostline.types import ModelError
 #: Batches that are answered from the cache and computed as well, to compare.
 _CHECKED = 2
 _DIGEST = 16
+#: Begins the identity of a frozen part whose rows are kept in memory only.
+_PRIVATE = "private "
 
 
 class Memory:
@@ -141,7 +143,7 @@ class Cached:
         if self.store is not None:
             for identity, memory in self.memories.items():
                 new, memory.unsaved = memory.unsaved, {}
-                if new and not memory.broken:
+                if new and not memory.broken and not identity.startswith(_PRIVATE):
                     columns = [torch.stack(each) for each in zip(*new.values(), strict=True)]
                     self.store.save(identity, list(new), [_array(each) for each in columns])
 
@@ -152,7 +154,7 @@ class Cached:
             return forward(*args, **kwargs)
         plan, memory = found
         digests, shapes = digested(args, kwargs)
-        if self.store is not None:
+        if self.store is not None and not memory.identity.startswith(_PRIVATE):
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
         rows = [memory.rows.get(each) for each in digests]
@@ -181,7 +183,11 @@ class Cached:
         plan = plans[flags]
         answered = sorted({name for name, _ in plan.forms})
         parts = [answered, [plan.still[name] for name in answered], repr((plan.frontier, flags[2]))]
-        identity = identity_of(parts, read_leaf).text
+        found = identity_of(parts, read_leaf)
+        identity = found.text
+        if found.private:  # part of it cannot be read: tell by its numbers, in this process alone
+            parts[1] = [dict(module.state_dict(keep_vars=True)) for module in parts[1]]
+            identity = _PRIVATE + identity_of(parts, read_leaf).text
         memory = self.memories.setdefault(identity, Memory(identity))
         self.known[state] = (plan, memory)
         return self.known[state]

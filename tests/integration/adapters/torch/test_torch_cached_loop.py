@@ -401,3 +401,13 @@ def test_labels_that_a_model_reads_cross_the_frontier() -> None:
         fl.split(model, "net/head", sample=sample)
     early = fl.split(model, "net/layer1/1", sample=sample)
     assert [c.path for c in early.frontier] == ["labels", "net/layer1/0"]
+
+
+def test_a_frozen_part_that_cannot_be_read_is_cached_in_memory_only(tmp_path: Path) -> None:
+    model, twin = made(ResNet, "layer2"), made(ResNet, "layer2")
+    model.layer1.handle = memoryview(b"no attribute that another process could tell")
+    cached = fl.cached(model, loader(Y), path=tmp_path)
+    require_same(trained(model, cached, plain_loss), trained(twin, loader(Y), plain_loss))
+    assert cached.answered > len(X)
+    if all(name.startswith("private") for name in cached.memories):
+        assert not any(tmp_path.iterdir())
