@@ -24,6 +24,7 @@ WORDS = {
     "cli": "one file per command",
     "experiments": "the essay's two",
     "callbacks": "Keras callbacks",
+    "integrations": "other loops",
     "verbs": "what fl exports",
     "cache": "features on disk",
     "engines": "run a prefix fast",
