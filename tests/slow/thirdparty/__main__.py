@@ -1,7 +1,8 @@
 """Ask every verb of every model: ``python -m tests.slow.thirdparty [NAME ...]``.
 
 Each model runs in a process of its own, which may crash or hang without taking the others with it.
-``--json FILE`` keeps the answers; ``--page FILE`` writes the table for the documentation.
+``--json FILE`` keeps the answers, beside those of models that are not asked now; ``--page FILE``
+writes the table for the documentation.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
         f"|---|---|{'---|' * len(verbs)}",
     ]
     notes = []
-    for name, result in results.items():
-        entry = table[name]
-        if "missing" in result:
+    for name, entry in table.items():
+        result = results.get(name, {})
+        if "verbs" not in result:
             continue
         cells = []
         for verb in verbs:
@@ -127,7 +128,18 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
         lines.append(
             f"| {name} | {entry.library} {result.get('version', '')} | {' | '.join(cells)} |"
         )
+    absent = [name for name in table if "verbs" not in results.get(name, {})]
+    if absent:
+        lines += ["", f"Not asked this time: {', '.join(absent)}."]
     return "\n".join([*lines, "", *(["## What is refused, and why", "", *notes] if notes else [])])
+
+
+def kept(path: Path | None, table: dict[str, Entry], chosen: list[str]) -> dict[str, Any]:
+    """What an earlier run said of models that are not asked now."""
+    if path is None or not path.exists():
+        return {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {name: known[name] for name in known if name in table and name not in chosen}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(answers(table[given.one])))
         return 0
     chosen = [n for n in table if not given.names or any(w in n for w in given.names)]
-    results = {}
+    results = kept(given.json, table, chosen)
     for index, name in enumerate(chosen, 1):
         result = results[name] = apart(name)
         if "missing" in result:

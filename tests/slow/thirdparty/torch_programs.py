@@ -64,7 +64,7 @@ def mapped(model: Any, batches: Sequence[Any], *, sample: Any = None) -> Program
         model=model,
         batches=batches,
         ask=lambda m, b: m(**b).loss,
-        call=lambda m, b: m(**{k: v for k, v in b.items() if "label" not in k}),
+        call=lambda m, b: m(**{k: v for k, v in b.items() if k not in ("labels", "future_values")}),
         sample=sample
         or {k: batches[0][k] for k in ("pixel_values", "past_values") if k in batches[0]},
     )
@@ -470,6 +470,7 @@ _graph("GIN", "batch_norm")
 
 @entry("Lightning module with training_step", "lightning", "loop")
 def _lightning() -> Program:
+    torchvision()
     import lightning
 
     class Module(lightning.LightningModule):  # type: ignore[misc]
