@@ -15,7 +15,7 @@ from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch, leaves
 from frostline.graph.selection import GROUPS
 from frostline.measure.phases import infer_task, judge
-from frostline.measure.recalibration import measured
+from frostline.measure.recalibration import FiniteBatches, measured
 from frostline.measure.samples import Samples
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
@@ -341,7 +341,8 @@ class Bench:
         meter = self._meter()
         restore = meter.snapshot()
         try:
-            found, _ = measured(meter, chosen, list(self.batches), memory_limit=WAITING)
+            source = FiniteBatches(list(self.batches), self.batch_size)
+            found = measured(meter, chosen, source, memory_limit=WAITING)
         finally:
             restore()
         moments = found.moments.items()

@@ -187,20 +187,13 @@ def recalibrated(
     """
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
+    source = FiniteBatches(
+        data, batch_size, max_samples=max_samples, may_be_empty=ranks.size > 1, inputs=inputs
+    )
     before = {path: meter.stored(path) for path in paths}
     restore = meter.snapshot()
     try:
-        found, source = measured(
-            meter,
-            paths,
-            data,
-            method=method,
-            batch_size=batch_size,
-            memory_limit=memory_limit,
-            max_samples=max_samples,
-            ranks=ranks,
-            inputs=inputs,
-        )
+        found = measured(meter, paths, source, method=method, memory_limit=memory_limit)
         for path, moments in found.moments.items():
             meter.store(path, moments.mean, moments.variance)
     except (TypeError, KeyError, AttributeError) as error:
@@ -239,31 +232,17 @@ def recalibrated(
 def measured(
     meter: Meter,
     paths: Sequence[str],
-    data: Any,
+    source: FiniteBatches,
     *,
     method: Method = "sequential",
-    batch_size: int = 32,
     memory_limit: int = MEMORY_LIMIT,
-    max_samples: int | None = None,
-    ranks: Together = ALONE,
-    inputs: int = 1,
-) -> tuple[Population, FiniteBatches]:
+) -> Population:
     """Population moments of chosen sites; statistics may be stored on the way.
-
-    Returns:
-        The moments, and what was read.
 
     Raises:
         DataError: No finite batch, or a site that saw no value.
         ModelError: No chosen site is used.
     """
-    source = FiniteBatches(
-        data,
-        batch_size,
-        max_samples=max_samples,
-        may_be_empty=ranks.size > 1,
-        inputs=inputs,
-    )
     if method == "batch":
         found = meter.batchwise(source, paths)
     else:
@@ -279,7 +258,7 @@ def measured(
             "inference uses none of the chosen BN layers on these data, so there is nothing to "
             f"measure. Received: {shown}"
         )
-    return found, source
+    return found
 
 
 class FiniteBatches:
