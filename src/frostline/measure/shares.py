@@ -174,7 +174,8 @@ def walk(u: float, quotient: float) -> tuple[float, float]:
     steepness = 2 * math.log(max(quotient, math.e))
     end = 1 / (1 + math.exp(steepness / 2))
     here = 1 / (1 + math.exp(-steepness * (u - 0.5)))
-    return (here - end) / (1 - 2 * end), steepness * here * (1 - here) / (1 - 2 * end)
+    place = min(max((here - end) / (1 - 2 * end), 0.0), 1.0)  # rounding may leave [0, 1]
+    return place, steepness * here * (1 - here) / (1 - 2 * end)
 
 
 def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tuple[float, Array]:
