@@ -207,3 +207,22 @@ def test_the_lightning_recipe_runs(tmp_path: Path) -> None:
     assert torch.equal(frozen, torch.zeros(4))
     np.testing.assert_allclose(thawed, inside.mean(0), atol=1e-5)
     assert not torch.allclose(module.net[3].running_mean, thawed, atol=1e-3)  # back after
+
+
+def test_every_code_of_the_pages_is_one() -> None:
+    from frostline.rules import all_rules
+    from frostline.types.codes import CauseCode
+
+    known = {rule.code for rule in all_rules()} | {code.value for code in CauseCode}
+    for page in ("symptoms.md", "faq.md"):
+        text = (DOCS / page).read_text()
+        codes = set(re.findall(r"FL\d{3}|(?<=`)[A-Z]{5,}(?:_[A-Z]+)*(?=`)", text))
+        assert len(codes) >= 2, page
+        assert codes <= known, page
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for page in fill_examples.documents():
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
