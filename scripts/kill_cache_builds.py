@@ -63,7 +63,8 @@ class Outcome:
     Attributes:
         kills: Processes that were killed before they were done.
         caches: Caches that these built, one after the other.
-        again: Samples of complete shards that were computed again.
+        again: Samples of complete shards that were computed again, beside those that each build
+            draws to judge the stored ones by (:mod:`frostline.cache.judge`).
         shards: Complete shards after each kill.
         identical: The files are those of an undisturbed build.
     """
@@ -73,6 +74,14 @@ class Outcome:
     again: int
     shards: tuple[int, ...]
     identical: bool
+
+
+def recomputed(before: set[float], log: Path) -> int:
+    """Samples of complete shards that a build computed again, beside those that it judges by."""
+    from frostline.cache import judge
+
+    computed = set(np.fromfile(log, "<f4").tolist()) if log.exists() else set()
+    return max(0, len(before & computed) - judge.AT_FIRST - judge.FROM_ALL)
 
 
 def stored(folder: Path) -> tuple[set[float], int]:
@@ -87,7 +96,7 @@ def stored(folder: Path) -> tuple[set[float], int]:
             collection = shards.load(path)
         except DamagedError:  # killed before anything was described
             continue
-        for description in collection.shards.glob("*.json"):
+        for description in collection.shards.glob("[!.]*.json"):
             shard = shards.read_shard(collection, description.stem)
             shards.verify_shard(collection, shard)
             squares = np.load(collection.file(shard.name, 0), allow_pickle=False)
@@ -121,15 +130,14 @@ def run(kills: int, seed: int, folder: Path) -> Outcome:
             before, _ = stored(home)
             log.unlink(missing_ok=True)
             finished = not _killed(home, log, float(rng.uniform(0, 0.4)))
-            computed = np.fromfile(log, "<f4").tolist() if log.exists() else []
-            again += len(before & set(computed))
+            again += recomputed(before, log)
             if not finished:
                 done += 1
                 shards_seen.append(stored(home)[1])
         log.unlink(missing_ok=True)
         before, _ = stored(home)
         build(home, log)
-        again += len(before & set(np.fromfile(log, "<f4").tolist()))
+        again += recomputed(before, log)
         identical &= contents(home) == expected
     return Outcome(done, number, again, tuple(shards_seen), identical)
 

@@ -429,7 +429,7 @@ def read_manifest(collection: Collection, fingerprint: str) -> Manifest:
 
 def manifests(collection: Collection) -> Iterator[Manifest]:
     """Every manifest that is whole."""
-    for path in sorted(collection.manifests.glob("*.json")):
+    for path in sorted(collection.manifests.glob("[!.]*.json")):
         try:
             yield read_manifest(collection, path.stem)
         except DamagedError:

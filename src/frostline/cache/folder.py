@@ -135,12 +135,12 @@ def collections(root: Path) -> list[Path]:
 
 def _entry(folder: Path) -> Entry:
     nbytes = size(folder)
-    stamps = [path.stat().st_mtime for path in folder.glob("manifests/*.json")]
+    stamps = [path.stat().st_mtime for path in folder.glob("manifests/[!.]*.json")]
     used = max(stamps, default=folder.stat().st_mtime)
     try:
         collection = shards.load(folder)
         described = []
-        for path in sorted(collection.shards.glob("*.json")):
+        for path in sorted(collection.shards.glob("[!.]*.json")):
             with contextlib.suppress(DamagedError):  # `ls` reads only, `verify` tells of them
                 described.append(shards.read_shard(collection, path.stem))
         samples = sum(len(shard.samples) for shard in described)
@@ -163,12 +163,12 @@ def verify(folder: Path) -> list[str]:
     except (DamagedError, DataError) as error:
         return [str(error)]
     problems = []
-    for path in sorted(collection.shards.glob("*.json")):
+    for path in sorted(collection.shards.glob("[!.]*.json")):
         try:
             shards.verify_shard(collection, shards.read_shard(collection, path.stem))
         except (DamagedError, DataError) as error:
             problems.append(str(error))
-    for path in sorted(collection.manifests.glob("*.json")):
+    for path in sorted(collection.manifests.glob("[!.]*.json")):
         try:
             manifest = build.read_manifest(collection, path.stem)
             for name in manifest.shards:

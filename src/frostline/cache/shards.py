@@ -192,7 +192,7 @@ def _tensor(shape: Any, dtype: Any, path: Path) -> Tensor:
 
 def known_shards(collection: Collection) -> Iterator[Shard]:
     """Every shard whose description is whole; what it describes is not checked yet."""
-    for path in sorted(collection.shards.glob("*.json")):
+    for path in sorted(collection.shards.glob("[!.]*.json")):
         try:
             yield read_shard(collection, path.stem)
         except DamagedError:

@@ -622,3 +622,15 @@ def test_progress_tells_rate_and_time_left(
 )  # fmt: skip
 def test_bytes_in_three_digits(count: float, told: str) -> None:
     assert in_bytes(count) == told
+
+
+def test_what_another_process_is_writing_is_no_shard(x: Any, tmp_path: Path) -> None:
+    """Nor what a killed one left behind: readers hold no lock."""
+    make(Prefix(), x, tmp_path)
+    (home,) = folder.collections(tmp_path)
+    for place in ("shards", "manifests"):
+        (home / place / ".0123.26940egg.tmp.json").write_text("{")
+    assert folder.verify(home) == []
+    (entry,) = folder.entries(tmp_path)
+    assert (entry.problem, entry.data_sets) == (None, 1)
+    assert len(list(shards.known_shards(shards.load(home)))) > 0
