@@ -38,8 +38,8 @@ def test_two_processes_build_the_same_cache(tmp_path: Path) -> None:
         _, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
     computed = np.concatenate([np.fromfile(log, "<f4") for log in logs if log.exists()])
-    # Each sample once, by the one or the other; the first batch's trial, the last one's padding, and
-    # two batches of each process in which it judges what the other has stored.
+    # Each sample once, by the one or the other; the first batch's trial, the last one's padding,
+    # and two batches of each process in which it judges what the other has stored.
     assert len(computed) <= kills.SAMPLES + 2 * kills.BATCH + 4 * kills.BATCH
     assert set(computed.tolist()) == set(range(kills.SAMPLES))
     cache = kills.build(tmp_path / "cache", tmp_path / "three")

@@ -33,7 +33,8 @@ from frostline.adapters.torch.replay import (
     still_modules,
     watched,
 )  # fmt: skip
-from frostline.types import Crossing, ModelError
+from frostline.types import Crossing, FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
 _NOTE = (
     "torch.fx cannot follow the model: the parts are runs of the model itself, for inputs of the "
@@ -198,7 +199,16 @@ def split(model: Any, at: Any, sample: Any) -> SplitModel:
         still = still_modules(root)
         if at is not None:
             still = _before(model, still, at)
-        plan = planned(root, root.forward, placed, named, still)
+        try:
+            plan = planned(root, root.forward, placed, named, still)
+        except FrostlineError:
+            raise
+        except Exception as problem:  # whatever the model's own code raises on the sample
+            raise ModelError(
+                f"the model fails on the sample in training mode ({first_line(problem)}). Pass "
+                "sample=, one batch as forward takes it in training: a tuple of its arguments, or "
+                f"a mapping by name. Received: sample of {type(sample).__name__}"
+            ) from problem
         inputs = _inputs(root, plan, placed, named)
     prefix, suffix = ReplayedPrefix(root, plan, inputs), ReplayedSuffix(root, plan, inputs)
     prefix.training, suffix.training = False, root.training

@@ -437,3 +437,24 @@ def test_a_forward_with_keywords_of_all_kinds_is_cut_by_replay() -> None:
     fl.freeze(model, "plan")
     parts = fl.split(model, sample=images())
     torch.testing.assert_close(together(parts, images()), model.eval()(images()))
+
+
+def test_a_sample_that_the_model_does_not_take_is_refused_with_the_way_out() -> None:
+    """A detector's list of images taken for its arguments, for example."""
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, images: Any, targets: Any = None) -> Any:
+            found = self.head(self.body(torch.stack(list(images))))
+            return found if targets is None else found.mean() + targets["boxes"].mean()
+
+    model = Detector()
+    fl.freeze(model, "head")
+    modes = [module.training for module in model.modules()]
+    images = list(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ModelError, match=r"fails on the sample.*Pass sample=.*Received: .*list"):
+        fl.split(model, sample=images)
+    assert [module.training for module in model.modules()] == modes
