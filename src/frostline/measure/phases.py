@@ -29,6 +29,7 @@ from frostline.types import (
     as_float64,
 )
 from frostline.types.measured import Interval, Task
+from frostline.types.names import snake_case
 
 Metrics = Mapping[str, Callable[[Array, Array], float]]
 
@@ -645,17 +646,10 @@ def _outside_unit(values: Array) -> bool:
 def loss_name_of(loss: Any) -> tuple[str | None, bool | None]:
     """Snake-case name of a loss that the user gave, and its ``from_logits``."""
     if isinstance(loss, str):
-        return _snake(loss), None
+        return snake_case(loss), None
     if isinstance(loss, Mapping) and loss.keys() == {"class_name", "config"}:
-        return _snake(loss["class_name"]), loss["config"].get("from_logits")
+        return snake_case(loss["class_name"]), loss["config"].get("from_logits")
     if isinstance(loss, (Mapping, list, tuple)):
         return None, None
     name = getattr(loss, "__name__", None) or type(loss).__name__
-    return _snake(name), getattr(loss, "_fn_kwargs", {}).get("from_logits")
-
-
-def _snake(name: str) -> str:
-    return "".join(
-        f"_{c.lower()}" if c.isupper() and i and name[i - 1].islower() else c.lower()
-        for i, c in enumerate(name)
-    )
+    return snake_case(name), getattr(loss, "_fn_kwargs", {}).get("from_logits")

@@ -227,7 +227,7 @@ def watch(
         >>> with fl.watch(model, (x, y), loss=criterion) as seen:    # doctest: +SKIP
         ...     for epoch in range(3):
         ...         train_one_epoch(model)
-        ...         print(adapter.check().scalars())
+        ...         print(seen.check().scalars())
     """
     watching = watching_of(
         model, data, loss=loss, step=step, max_samples=max_samples, batch_size=batch_size

@@ -17,10 +17,11 @@ from keras.metrics import Metric
 
 from frostline.adapters.computation import Identity, Reader, hashed, identity_of, is_library
 from frostline.adapters.dropout_rate import KEPT_RATES
+from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import without_gradients
 from frostline.adapters.keras.graph import walk
 from frostline.adapters.keras.native import device, full_precision, native, uncompiled
-from frostline.types import Array, ModelError
+from frostline.types import ModelError
 
 #: A Keras data set keeps its own labels.
 HANDS_OUT_LABELS = False
@@ -200,7 +201,7 @@ def _ends(value: Any, scope: dict[str, str]) -> Any:
 
 
 def _bytes(tensor: Any) -> tuple[str, str, memoryview]:
-    value = np.ascontiguousarray(_numpy(tensor))
+    value = np.ascontiguousarray(to_numpy(tensor))
     return str(value.shape), str(value.dtype), value.reshape(-1).view(np.uint8).data
 
 
@@ -208,15 +209,10 @@ def weights_digest(model: Any) -> str:
     """Hash of all weights: kernels, gamma and beta, stored statistics."""
     digest = hashlib.sha256()
     for variable in model.weights:
-        value = np.ascontiguousarray(_numpy(variable))
+        value = np.ascontiguousarray(to_numpy(variable))
         digest.update(f"{variable.shape}|{variable.dtype}|".encode())
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _numpy(variable: Any) -> Array:
-    value: Array = np.asarray(keras.ops.convert_to_numpy(variable))
-    return value
 
 
 def seeded(layer: Any) -> Callable[[Any, int], Any]:
@@ -235,7 +231,7 @@ def seeded(layer: Any) -> Callable[[Any, int], Any]:
         )
 
     def apply(x: Any, seed: int) -> Any:
-        before = [_numpy(each.state) for each in seeds.values()]
+        before = [to_numpy(each.state) for each in seeds.values()]
         try:
             for position, each in enumerate(seeds.values()):
                 each.state.assign(np.array([seed, position], dtype=each.state.dtype))

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from frostline.types import DataError, ModelError
+from frostline.types.names import snake_case
 from frostline.types.reasons import first_line
 
 Loss = Callable[[Any, Any], Any]
@@ -46,18 +47,6 @@ _NUMBERS: dict[str, Loss] = {
 }
 
 
-def name_of(loss: Any) -> str | None:
-    """Snake-case name of a loss, as far as it has one."""
-    if loss is None or isinstance(loss, str):
-        return loss
-    name: str = getattr(loss, "__name__", None) or type(loss).__name__
-    return _snake(name)
-
-
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
-
-
 def as_callable(loss: Any) -> Loss:
     """Turn what a user calls a loss into a callable ``(outputs, targets)``; see :func:`judged`.
 
@@ -70,7 +59,9 @@ def as_callable(loss: Any) -> Loss:
         ModelError: No loss, or an unknown name.
     """
     if isinstance(loss, dict) and loss.keys() == {"class_name", "config"}:
-        loss = _snake(loss["class_name"])  # the form in which a loss is inferred for any framework
+        loss = snake_case(
+            loss["class_name"]
+        )  # the form in which a loss is inferred for any framework
     if isinstance(loss, str):
         if loss in _NUMBERS:
             return functools.partial(_numbers, _NUMBERS[loss])

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from frostline.adapters.torch.graph import modes_kept, unwrapped
-from frostline.adapters.torch.trace import Tracer
+from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
@@ -208,8 +207,8 @@ def input_names(model: Any, sample: Any = None) -> frozenset[str]:
     return frozenset(required.union(names[:count]))
 
 
-class _Tracer(Tracer):
-    """Keeps some modules whole, and remembers whose ``forward`` raised."""
+class _Tracer(fx.Tracer):  # type: ignore[misc]
+    """Keeps sites and some modules whole, and remembers whose ``forward`` raised."""
 
     def __init__(self, whole: Mapping[str, str]) -> None:
         super().__init__()
@@ -218,7 +217,7 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, module: Any, name: str) -> bool:
         hooked = module._forward_hooks or module._forward_pre_hooks  # tracing would leave them out
-        if name in self.whole or hooked or isinstance(module, _ONE_CALL):
+        if name in self.whole or hooked or is_site(module) or isinstance(module, _ONE_CALL):
             return True
         return bool(super().is_leaf_module(module, name))
 
