@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal
 
+from frostline.rules.examples import filled
 from frostline.rules.fixtures import Fixtures
 from frostline.types import Certainty, Finding, FrostlineError, Severity, Skipped
 from frostline.types.facts import ModelFacts
@@ -96,7 +97,7 @@ class Rule:
     @property
     def documentation(self) -> str:
         """The function's docstring: Markdown under the headings that every rule has."""
-        text = inspect.getdoc(self.check) or ""
+        text = filled(inspect.getdoc(self.check) or "")
         return (
             text
             if self.options

@@ -1,7 +1,4 @@
-"""FL110 and FL121: sites without stored statistics, by design or by accident.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
-"""
+"""FL110 and FL121: sites without stored statistics, by design or by accident."""
 
 from __future__ import annotations
 
@@ -33,8 +30,7 @@ def no_stored_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     ```
 
     ## When not to use it
@@ -77,19 +73,15 @@ def lost_statistics(model: ModelFacts) -> Iterator[Hit]:
         torch.nn.BatchNorm1d(4))
     for norm in (model[1], model[3]):
         torch.nn.init.uniform_(norm.weight)
+
     torch.func.replace_all_batch_norm_modules_(model)
     ```
 
     ## Use instead
     ```python
+    {as above}
     import copy
-    import torch
 
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4),
-        torch.nn.BatchNorm1d(4))
-    for norm in (model[1], model[3]):
-        torch.nn.init.uniform_(norm.weight)
     without = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(model))
     ```
 

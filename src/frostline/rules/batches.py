@@ -1,8 +1,4 @@
-"""FL307, FL308 and FL314: what one batch is worth, measured.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
-``data``.
-"""
+"""FL307, FL308 and FL314: what one batch is worth, measured."""
 
 from __future__ import annotations
 
@@ -41,19 +37,15 @@ def few_effective_samples(
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {pairs}
+    {network}
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {pairs}
+    {network}
     model.get_layer("bn").trainable = False
     model.compile("sgd", "mse")
     ```
@@ -104,6 +96,7 @@ def stacked_bessel_bias(
     rows = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
     rows = (rows - rows.mean(0)) / rows.std(0)
     data = [(rows, rows[:, :2]) for _ in range(4)]
+
     unbiased = keras.initializers.Constant(8 / 7)
     model = keras.Sequential([keras.Input((4,))] + [
         keras.layers.BatchNormalization(epsilon=1e-6, moving_variance_initializer=unbiased)
@@ -113,9 +106,7 @@ def stacked_bessel_bias(
 
     ## Use instead
     ```python
-    rows = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
-    rows = (rows - rows.mean(0)) / rows.std(0)
-    data = [(rows, rows[:, :2]) for _ in range(4)]
+    {as above}
     model = keras.Sequential([keras.Input((4,))] + [
         keras.layers.BatchNormalization(epsilon=1e-6) for _ in range(6)] + [keras.layers.Dense(2)])
     model.compile("sgd", "mse")
@@ -168,19 +159,15 @@ def noisy_moving_average(noisy_sites: Measured, *, max_error: float = 0.2) -> It
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    {pairs}
+    {network momentum=0.1}
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = [(x[i:i + 2], x[i:i + 2, :2]) for i in range(0, 64, 2)]
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    {pairs}
+    {network momentum=0.99}
     model.compile("sgd", "mse")
     ```
 

@@ -1,7 +1,4 @@
-"""FL108, FL109 and FL117: how a site is called decides its mode, not its flags.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
-"""
+"""FL108, FL109 and FL117: how a site is called decides its mode, not its flags."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """FL206 to FL211: channels that are dead, imprecise or not finite.
 
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``. Arrays
-have shape ``(channels,)`` and are float64.
+Arrays have shape ``(channels,)`` and are float64.
 """
 
 from __future__ import annotations

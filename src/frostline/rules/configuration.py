@@ -1,7 +1,4 @@
-"""FL111 to FL116: arguments and graph: decay, epsilon, sharing, names, batch size.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
-"""
+"""FL111 to FL116: arguments and graph: decay, epsilon, sharing, names, batch size."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import numpy as np
 
 from frostline.numerics.averages import SHORTEST_DECAY, is_short
 from frostline.rules import Hit, rule
-from frostline.rules.predicates import is_locked
+from frostline.rules.predicates import epsilon_effect, is_locked
 from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts
 
@@ -33,14 +30,12 @@ def swapped_momentum_convention(
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    {network momentum=0.1}
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.9), keras.layers.Dense(2)])
+    {network momentum=0.9}
     ```
 
     ## When not to use it
@@ -78,14 +73,12 @@ def momentum_out_of_range(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=1.0), keras.layers.Dense(2)])
+    {network momentum=1.0}
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    {network momentum=0.99}
     ```
 
     ## When not to use it
@@ -125,14 +118,13 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
     def norm(epsilon):
         return keras.layers.BatchNormalization(
             epsilon=epsilon, moving_variance_initializer=keras.initializers.Constant(0.001))
+
     model = keras.Sequential([keras.Input((4,)), norm(1e-5), norm(1e-5), norm(1e-3)])
     ```
 
     ## Use instead
     ```python
-    def norm(epsilon):
-        return keras.layers.BatchNormalization(
-            epsilon=epsilon, moving_variance_initializer=keras.initializers.Constant(0.001))
+    {as above}
     model = keras.Sequential([keras.Input((4,)), norm(1e-5), norm(1e-5), norm(1e-5)])
     ```
 
@@ -151,8 +143,7 @@ def epsilon_mismatch(model: ModelFacts, *, min_effect: float = 0.05) -> Iterator
         epsilon, frequent = facts.site.epsilon, odd.get(facts.site.path)
         if frequent is None or facts.variance is None or not np.isfinite(facts.variance).all():
             continue
-        variance = np.maximum(facts.variance, 0.0)
-        effect = float(np.max(np.abs(np.sqrt((variance + epsilon) / (variance + frequent)) - 1)))
+        effect = epsilon_effect(facts.variance, frequent, epsilon)
         if effect >= min_effect:
             yield Hit(
                 sites=(facts.site.path,),

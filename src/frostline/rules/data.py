@@ -1,13 +1,12 @@
 """FL304 to FL306, FL311 and FL312: stored statistics beside those of the data.
 
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
-``data``. Arrays have shape ``(channels,)`` and are float64.
+Arrays have shape ``(channels,)`` and are float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,9 @@ import numpy as np
 from frostline.numerics.averages import OLD_SHARE, update_count
 from frostline.rules import Hit, rule
 from frostline.rules.fixtures import Measured
+from frostline.types import Site
 from frostline.types.codes import Fix
-from frostline.types.facts import LayerFacts, ModelFacts
+from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.types.measured import Measurement, SiteMeasurement
 
 #: Standard errors that are added to each limit: nine channels in ten must lie beyond by chance
@@ -80,20 +80,16 @@ def statistics_far_from_data(
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {samples}
+    {network}
     model.get_layer("bn").moving_mean.assign(np.full(4, -3.0))
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {samples}
+    {network}
     model.get_layer("bn").moving_mean.assign(x.mean(0))
     model.get_layer("bn").moving_variance.assign(x.var(0))
     model.compile("sgd", "mse")
@@ -109,18 +105,15 @@ def statistics_far_from_data(
     ## References
     Wu and Johnson 2021; Izmailov et al. 2018 (weight averaging needs new statistics).
     """
-    for facts, numbers in measured_sites:
-        path = facts.site.path
-        told_elsewhere = path in frozen_behind or old_shares.get(path, 0.0) > OLD_SHARE
-        if facts.site.stats_frozen or told_elsewhere:
-            continue
-        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
-        if found.large:
-            yield Hit(
-                sites=(facts.site.path,),
-                message=f"on these data {found.text}; recalibrate",
-                evidence=found.evidence,
-            )
+    # FL306 and FL311 report the others.
+    others = {path for path, share in old_shares.items() if share > OLD_SHARE} | set(frozen_behind)
+    sites = _where(measured_sites, lambda site: not (site.stats_frozen or site.path in others))
+    for facts, found in _disagreeing(sites, measurement, max_shift, max_scale):
+        yield Hit(
+            sites=(facts.site.path,),
+            message=f"on these data {found.text}; recalibrate",
+            evidence=found.evidence,
+        )
 
 
 @rule("FL305", "frozen-statistics-far-from-data", severity="info", needs="data")
@@ -143,10 +136,8 @@ def frozen_statistics_far_from_data(
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {samples}
+    {network}
     model.get_layer("bn").trainable = False
     model.compile("sgd", "mse")
     ```
@@ -156,8 +147,7 @@ def frozen_statistics_far_from_data(
     x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
     x = (x - 3) / 2
     data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     model.compile("sgd", "mse")
     ```
@@ -172,17 +162,14 @@ def frozen_statistics_far_from_data(
     ## References
     Li et al. 2016 (AdaBN); Wu and Johnson 2021.
     """
-    for facts, numbers in measured_sites:
-        if not facts.site.stats_frozen:
-            continue
-        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
-        if found.large:
-            yield Hit(
-                sites=(facts.site.path,),
-                message=f"frozen at other data's: {found.text}; try what recalibrating it gives",
-                evidence=found.evidence,
-                certainty="may",
-            )
+    sites = _where(measured_sites, lambda site: site.stats_frozen)
+    for facts, found in _disagreeing(sites, measurement, max_shift, max_scale):
+        yield Hit(
+            sites=(facts.site.path,),
+            message=f"frozen at other data's: {found.text}; try what recalibrating it gives",
+            evidence=found.evidence,
+            certainty="may",
+        )
 
 
 @rule("FL306", "old-statistics-remain", severity="warning", needs="data", fix=Fix.RECALIBRATE)
@@ -210,10 +197,8 @@ def old_statistics_remain(
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {samples}
+    {network}
     model.compile("sgd", "mse")
     for _ in range(3):
         model.train_on_batch(*data)
@@ -221,10 +206,8 @@ def old_statistics_remain(
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1), keras.layers.Dense(2)])
+    {samples}
+    {network momentum=0.1}
     model.compile("sgd", "mse")
     for _ in range(3):
         model.train_on_batch(*data)
@@ -240,19 +223,18 @@ def old_statistics_remain(
     ## References
     tensorflow issue 46414; keras issues 7265 and 605.
     """
-    for facts, numbers in measured_sites:
-        share = old_shares.get(facts.site.path, 0.0)
-        if facts.site.path in frozen_behind or share <= max_share:
-            continue
-        updates = update_count(facts, model.steps) or 0
-        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
-        if found.large:
-            yield Hit(
-                sites=(facts.site.path,),
-                message=f"{share:.0%} is from before training ({facts.site.decay:g}**"
-                f"{updates}); {found.text}; recalibrate",
-                evidence={"old_share": share, "steps": float(updates), **found.evidence},
-            )
+    shares = {path: share for path, share in old_shares.items() if share > max_share}
+    sites = _where(
+        measured_sites, lambda site: site.path in shares and site.path not in frozen_behind
+    )
+    for facts, found in _disagreeing(sites, measurement, max_shift, max_scale):
+        share, updates = shares[facts.site.path], update_count(facts, model.steps) or 0
+        yield Hit(
+            sites=(facts.site.path,),
+            message=f"{share:.0%} is from before training ({facts.site.decay:g}**"
+            f"{updates}); {found.text}; recalibrate",
+            evidence={"old_share": share, "steps": float(updates), **found.evidence},
+        )
 
 
 @rule("FL311", "thawed-before-frozen-differs", severity="warning", needs="data", fix=Fix.FREEZE)
@@ -277,22 +259,18 @@ def thawed_before_frozen_differs(
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
+    {samples}
     model = keras.Sequential([
         keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
         keras.layers.Dense(4, name="second"), keras.layers.Dense(2, name="head")])
+
     model.get_layer("second").trainable = False
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
-        keras.layers.Dense(4, name="second"), keras.layers.Dense(2, name="head")])
+    {as above}
     for name in ("bn", "second"):
         model.get_layer(name).trainable = False
     model.compile("sgd", "mse")
@@ -308,17 +286,14 @@ def thawed_before_frozen_differs(
     ## References
     segmentation_models issue 354; Lightning issue 21531.
     """
-    for facts, numbers in measured_sites:
-        if facts.site.path not in frozen_behind:
-            continue
-        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
-        if found.large:
-            yield Hit(
-                sites=(facts.site.path,),
-                message=f"trains before a frozen layer, and {found.text}; freeze it too",
-                evidence=found.evidence,
-                certainty="may",
-            )
+    sites = _where(measured_sites, lambda site: site.path in frozen_behind)
+    for facts, found in _disagreeing(sites, measurement, max_shift, max_scale):
+        yield Hit(
+            sites=(facts.site.path,),
+            message=f"trains before a frozen layer, and {found.text}; freeze it too",
+            evidence=found.evidence,
+            certainty="may",
+        )
 
 
 @rule("FL312", "input-scale-differs", severity="warning", needs="data", fix=Fix.FIX_PREPROCESSING)
@@ -344,22 +319,17 @@ def input_scale_differs(
     ## Example
     ```python
     x = np.random.default_rng(0).uniform(0, 1, (64, 4)).astype("float32")
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").moving_mean.assign(x.mean(0))
     model.get_layer("bn").moving_variance.assign(x.var(0))
     model.compile("sgd", "mse")
+
     data = (x * 255, x[:, :2])
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).uniform(0, 1, (64, 4)).astype("float32")
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
-    model.get_layer("bn").moving_mean.assign(x.mean(0))
-    model.get_layer("bn").moving_variance.assign(x.var(0))
-    model.compile("sgd", "mse")
+    {as above}
     data = (x, x[:, :2])
     ```
 
@@ -397,6 +367,20 @@ def input_scale_differs(
         evidence={"factor": factor, "spread": float(high - low), **span},
         certainty="may",
     )
+
+
+def _where(measured_sites: Measured, chosen: Callable[[Site], bool]) -> Measured:
+    return tuple(pair for pair in measured_sites if chosen(pair[0].site))
+
+
+def _disagreeing(
+    sites: Measured, measurement: Measurement, max_shift: float, max_scale: float
+) -> Iterator[tuple[SiteFacts, Disagreement]]:
+    """Sites whose stored statistics differ from those of the data by more than the limits."""
+    for facts, numbers in sites:
+        found = disagreement(numbers, measurement, max_shift=max_shift, max_scale=max_scale)
+        if found.large:
+            yield facts, found
 
 
 def disagreement(

@@ -1,7 +1,4 @@
-"""FL101 to FL107 and FL901: what is frozen, what only looks frozen, and what a flag really does.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
-"""
+"""FL101 to FL107 and FL901: what is frozen, what only looks frozen, and what a flag really does."""
 
 from __future__ import annotations
 
@@ -35,16 +32,12 @@ def frozen_uses_batch_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    norm = fl.layers.BatchNormalization(policy="batch", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {frozen policy="batch", name="bn"}
     ```
 
     ## Use instead
     ```python
-    norm = fl.layers.BatchNormalization(policy="inference", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {frozen policy="inference", name="bn"}
     ```
 
     ## When not to use it
@@ -76,16 +69,12 @@ def frozen_statistics_move(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    norm = fl.layers.BatchNormalization(version="2.1.2", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {frozen version="2.1.2", name="bn"}
     ```
 
     ## Use instead
     ```python
-    norm = fl.layers.BatchNormalization(version="3", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {frozen version="3", name="bn"}
     ```
 
     ## When not to use it
@@ -120,16 +109,14 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     for variable in model.get_layer("bn").trainable_variables:
         variable.trainable = False
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     ```
 
@@ -169,16 +156,14 @@ def trained_parameters_frozen_statistics(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     model.get_layer("bn").gamma.trainable = True
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     ```
 
@@ -223,8 +208,7 @@ def torch_wrapper_not_frozen(model: ModelFacts) -> Iterator[Hit]:
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     ```
 
@@ -266,16 +250,14 @@ def thawed_before_frozen_layer(
         keras.Input((4,)), keras.layers.Dense(4, name="first"),
         keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(4, name="second"),
         keras.layers.Dense(2, name="head")])
+
     for name in ("first", "second"):
         model.get_layer(name).trainable = False
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.Dense(4, name="first"),
-        keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(4, name="second"),
-        keras.layers.Dense(2, name="head")])
+    {as above}
     for name in ("first", "bn", "second"):
         model.get_layer(name).trainable = False
     ```
@@ -315,8 +297,7 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     model.compile("sgd", "mse")
     model.train_on_batch(np.ones((8, 4), "float32"), np.ones((8, 2), "float32"))

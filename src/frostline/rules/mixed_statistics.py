@@ -1,7 +1,6 @@
 """FL309, FL310, FL313 and FL315: where the stored statistics come from.
 
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``,
-``data`` and, where it matters, ``reference``. Arrays have shape ``(channels,)`` and are float64.
+Arrays have shape ``(channels,)`` and are float64.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 from frostline.numerics.averages import OLD_SHARE
 from frostline.rules import Hit, rule
 from frostline.rules.fixtures import Measured
-from frostline.rules.predicates import is_locked
+from frostline.rules.predicates import epsilon_effect, is_locked
 from frostline.types import Array
 from frostline.types.codes import Fix
 from frostline.types.measured import Measurement
@@ -53,6 +52,7 @@ def between_source_variance_missing(
     y = np.arange(64) % 2
     x = (rng.normal(size=(64, 4)) + 4 * y[:, None] - 2).astype("float32")
     data = (x, y)
+
     model = keras.Sequential([
         keras.Input((4,)), keras.layers.BatchNormalization(moving_variance_initializer="ones"),
         keras.layers.Dense(2, activation="softmax")])
@@ -61,10 +61,7 @@ def between_source_variance_missing(
 
     ## Use instead
     ```python
-    rng = np.random.default_rng(0)
-    y = np.arange(64) % 2
-    x = (rng.normal(size=(64, 4)) + 4 * y[:, None] - 2).astype("float32")
-    data = (x, y)
+    {as above}
     total = keras.initializers.Constant(5.0)
     model = keras.Sequential([
         keras.Input((4,)), keras.layers.BatchNormalization(moving_variance_initializer=total),
@@ -128,23 +125,19 @@ def shared_site_different_sources(
     ## Example
     ```python
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
-    data = ((x, 3 * x + 5), x[:, :2])
     left, right = keras.Input((4,)), keras.Input((4,))
     norm = keras.layers.BatchNormalization(name="bn")
     both = keras.layers.Add()([norm(left), norm(right)])
     model = keras.Model([left, right], keras.layers.Dense(2)(both))
     model.compile("sgd", "mse")
+
+    data = ((x, 3 * x + 5), x[:, :2])
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    {as above}
     data = ((x, x[::-1]), x[:, :2])
-    left, right = keras.Input((4,)), keras.Input((4,))
-    norm = keras.layers.BatchNormalization(name="bn")
-    both = keras.layers.Add()([norm(left), norm(right)])
-    model = keras.Model([left, right], keras.layers.Dense(2)(both))
-    model.compile("sgd", "mse")
     ```
 
     ## When not to use it
@@ -197,8 +190,7 @@ def channels_dead_on_data(
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     x[:, 1] = 0
     data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.compile("sgd", "mse")
     ```
 
@@ -206,8 +198,7 @@ def channels_dead_on_data(
     ```python
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.compile("sgd", "mse")
     ```
 
@@ -258,19 +249,13 @@ def epsilon_differs_from_reference(
         norm.moving_variance.assign(x.var(0))
         net.compile("sgd", "mse")
         return net
+
     reference, model = converted(1e-5), converted(1e-3)
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(0, 0.03, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    def converted(epsilon):
-        norm = keras.layers.BatchNormalization(epsilon=epsilon, name="bn")
-        net = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2, name="head")])
-        norm.moving_variance.assign(x.var(0))
-        net.compile("sgd", "mse")
-        return net
+    {as above}
     reference, model = converted(1e-5), converted(1e-5)
     ```
 
@@ -290,8 +275,7 @@ def epsilon_differs_from_reference(
         if pair is None:
             continue
         ours, theirs = pair
-        variance = np.maximum(numbers.stored_variance, 0.0)
-        effect = float(np.max(np.abs(np.sqrt((variance + theirs) / (variance + ours)) - 1)))
+        effect = epsilon_effect(numbers.stored_variance, ours, theirs)
         if effect >= min_effect:
             yield Hit(
                 sites=(facts.site.path,),

@@ -1,8 +1,4 @@
-"""FL301 to FL303: what sites were seen to do, whatever their flags say.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model`` and
-``data``.
-"""
+"""FL301 to FL303: what sites were seen to do, whatever their flags say."""
 
 from __future__ import annotations
 
@@ -32,21 +28,15 @@ def frozen_seen_using_batch(model: ModelFacts, behaved: Behaved) -> Iterator[Hit
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    norm = fl.layers.BatchNormalization(policy="batch", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {samples}
+    {frozen policy="batch", name="bn"}
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    norm = fl.layers.BatchNormalization(policy="inference", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {samples}
+    {frozen policy="inference", name="bn"}
     model.compile("sgd", "mse")
     ```
 
@@ -82,21 +72,15 @@ def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
 
     ## Example
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    norm = fl.layers.BatchNormalization(version="2.1.2", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {samples}
+    {frozen version="2.1.2", name="bn"}
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    norm = fl.layers.BatchNormalization(version="3", name="bn")
-    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(2)])
-    norm.trainable = False
+    {samples}
+    {frozen version="3", name="bn"}
     model.compile("sgd", "mse")
     ```
 
@@ -136,18 +120,15 @@ def batch_dependent_inference(measurement: Measurement, behaved: Behaved) -> Ite
         def call(self, inputs, training=None, mask=None):
             return super().call(inputs, training=True, mask=mask)
 
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
+    {samples}
     model = keras.Sequential([keras.Input((4,)), Insisting(name="bn"), keras.layers.Dense(2)])
     model.compile("sgd", "mse")
     ```
 
     ## Use instead
     ```python
-    x = np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32")
-    data = (x, x[:, :2])
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {samples}
+    {network}
     model.compile("sgd", "mse")
     ```
 

@@ -91,6 +91,12 @@ def affine_is_trained(facts: SiteFacts) -> bool:
     )
 
 
+def epsilon_effect(variance: Array, ours: float, theirs: float) -> float:
+    """Largest change of scale over the channels that another epsilon makes."""
+    variance = np.maximum(variance, 0.0)
+    return float(np.max(np.abs(np.sqrt((variance + theirs) / (variance + ours)) - 1)))
+
+
 # --- frozen sites ---------------------------------------------------------------------------------
 
 

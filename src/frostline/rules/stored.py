@@ -1,7 +1,6 @@
 """FL201 to FL205: stored statistics that are broken, stale, or were never taken.
 
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``. Arrays
-have shape ``(channels,)`` and are float64.
+Arrays have shape ``(channels,)`` and are float64.
 """
 
 from __future__ import annotations
@@ -123,8 +122,7 @@ def stale_running_statistics(
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.99), keras.layers.Dense(2)])
+    {network momentum=0.99}
     model.compile("sgd", "mse")
     for _ in range(3):
         model.train_on_batch(np.eye(4, dtype="float32"), np.ones((4, 2), "float32"))
@@ -132,8 +130,7 @@ def stale_running_statistics(
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.4), keras.layers.Dense(2)])
+    {network momentum=0.4}
     model.compile("sgd", "mse")
     for _ in range(3):
         model.train_on_batch(np.eye(4, dtype="float32"), np.ones((4, 2), "float32"))
@@ -178,15 +175,13 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
 
     ## Example
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     model.get_layer("bn").trainable = False
     ```
 
     ## Use instead
     ```python
-    model = keras.Sequential([
-        keras.Input((4,)), keras.layers.BatchNormalization(name="bn"), keras.layers.Dense(2)])
+    {network}
     ```
 
     ## When not to use it

@@ -1,7 +1,4 @@
-"""FL118 to FL120: what the mode and the momentum of a torch module do behind one's back.
-
-The examples run with ``import keras, numpy as np, frostline as fl`` and define ``model``.
-"""
+"""FL118 to FL120: what the mode and the momentum of a torch module do behind one's back."""
 
 from __future__ import annotations
 
@@ -29,17 +26,13 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    import torch
-
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    {torch}
     model[1].eval()
     ```
 
     ## Use instead
     ```python
-    import torch
-
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    {torch}
     fl.freeze(model)
     ```
 
@@ -84,9 +77,7 @@ def training_mode_inside_eval(model: ModelFacts) -> Iterator[Hit]:
 
     ## Use instead
     ```python
-    import torch
-
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    {torch}
     model.eval()
     ```
 
@@ -121,16 +112,12 @@ def cumulative_average(model: ModelFacts) -> Iterator[Hit]:
 
     ## Example
     ```python
-    import torch
-
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, momentum=None))
+    {torch, momentum=None}
     ```
 
     ## Use instead
     ```python
-    import torch
-
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, momentum=0.1))
+    {torch, momentum=0.1}
     ```
 
     ## When not to use it
