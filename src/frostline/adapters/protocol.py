@@ -7,11 +7,22 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch, leaves
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
-from frostline.types import Array, Boundary, Crossing, Policy, Site
+from frostline.types import (
+    Array,
+    Boundary,
+    Crossing,
+    DataError,
+    ModelError,
+    Policy,
+    Site,
+    as_float64,
+)
 from frostline.types.measured import Behaviour, Difference
 
 if TYPE_CHECKING:
@@ -117,6 +128,51 @@ class Condition:
     dropout: bool = False
     number: int = 0
     record: bool = False
+
+    def shares(self, count: int) -> Array:
+        """Return λ for each of ``count`` sites, shape ``(count,)``, float64.
+
+        Raises:
+            DataError: ``blend`` has another shape, or leaves [0, 1].
+        """
+        values = as_float64(self.blend)
+        if values.shape not in ((), (count,)):
+            raise DataError(
+                f"blend must be one number or have one per site, shape ({count},). "
+                f"Received: shape {values.shape}"
+            )
+        if not ((values >= 0) & (values <= 1)).all():
+            raise DataError(f"blend must be between 0 and 1 everywhere. Received: {self.blend}")
+        return np.broadcast_to(values, (count,)).copy()
+
+    def replaced(self, shapes: Mapping[str, Sequence[int] | None]) -> dict[str, tuple[Any, Any]]:
+        """Return ``statistics``, without those of sites that store none.
+
+        Args:
+            shapes: Path -> shape of what the site stores, or ``None`` where it stores nothing.
+
+        Raises:
+            ModelError: A path that is not among them.
+            DataError: A mean or variance of another shape.
+        """
+        given = dict(self.statistics or {})
+        for path, pair in list(given.items()):
+            if path not in shapes:
+                raise ModelError(
+                    "statistics are given for a site that is not blended; there are "
+                    f"{', '.join(shapes) or 'none'}. Received: {path!r}"
+                )
+            stored = shapes[path]
+            if stored is None:
+                del given[path]
+                continue
+            for value in pair:
+                if np.shape(value) != tuple(stored):
+                    raise DataError(
+                        f"statistics of '{path}' must have shape {tuple(stored)}. "
+                        f"Received: {np.shape(value)}"
+                    )
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)

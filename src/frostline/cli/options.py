@@ -87,14 +87,8 @@ CacheOption = Annotated[
     typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
-#: Those of the experiments.
-BackboneWeights = Annotated[Weights, typer.Option(help="Weights of the backbone.")]
+#: Of the experiments.
 ImageSize = Annotated[int, typer.Option(min=8, max=8192, help="Side in pixels.")]
-StepSize = Annotated[int, typer.Option(min=2, help="Images per step.")]
-Momentum = Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")]
-ResultsFolder = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Folder for the results.")
-]
 LossOption = Annotated[
     str | None,
     typer.Option(
@@ -139,6 +133,46 @@ class DataOptions:
     ] = None
     split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train
     seed: SeedOption = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOptions:
+    """What both experiments are run with, and where the results go."""
+
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet-lite0|1|2, tiny, or a keras.applications name.")
+    ] = "efficientnet-lite0"
+    classes: ClassesOption = None
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--boundary",
+            metavar="LAYER",
+            help="First layer that is fine-tuned: name, path, index, or share; "
+            "else the backbone's usual one.",
+        ),
+    ] = None
+    weights: Annotated[Weights, typer.Option(help="Weights of the backbone.")] = Weights.pretrained
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 32
+    momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD.")] = 0.9
+    seed: SeedOption = 0
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
+    ] = None
+    force: ForceOption = False
+    backend: BackendOption = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by the names that the experiments give them."""
+        return {
+            "backbone": self.backbone,
+            "classes": names(self.classes),
+            "boundary": None if self.since is None else boundary(self.since),
+            "weights": None if self.weights is Weights.none else self.weights.value,
+            "batch_size": self.batch_size,
+            "momentum": self.momentum,
+            "seed": self.seed,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,23 +23,10 @@ class Solver(StrEnum):
 
 @options.command
 def overfit(
-    backbone: Annotated[
-        str, typer.Option(help="efficientnet-lite0|1|2, or a keras.applications name.")
-    ] = "efficientnet-lite0",
+    shared: options.ExperimentOptions,
     data: Annotated[str, typer.Option(help=options.DATA_HELP)] = "digits",
-    classes: options.ClassesOption = None,
     per_class: Annotated[int, typer.Option(min=1, help="Images per class.")] = 100,
     image_size: options.ImageSize = 128,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--boundary",
-            metavar="LAYER",
-            help="First layer that trains: name, path, index, or share; "
-            "else the backbone's usual one.",
-        ),
-    ] = None,
-    weights: options.BackboneWeights = options.Weights.pretrained,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,48 +36,36 @@ def overfit(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 10,
-    batch_size: options.StepSize = 32,
     optimizer: Annotated[Solver, typer.Option(help="Optimizer.")] = Solver.sgd,
     learning_rate: Annotated[
         float | None, typer.Option(help="Step size; sgd 0.01, rmsprop and adam 0.0001.")
     ] = None,
-    momentum: options.Momentum = 0.9,
-    seed: options.SeedOption = 0,
-    output: options.ResultsFolder = None,
-    force: options.ForceOption = False,
     diagnosed: Annotated[
         bool,
         typer.Option("--diagnose", help="Also diagnose each trained network; reports go along."),
     ] = False,
-    backend: options.BackendOption = None,
 ) -> int:
     """Fine-tune on a few images under every BN policy, then look at the same images (§2.4)."""
     from frostline.cli import model_files
 
-    model_files.start(backend)
+    model_files.start(shared.backend)
     from frostline.cli.progress import Display
     from frostline.experiments import overfit as experiment, records
 
     settings = experiment.OverfitSettings(
-        backbone=backbone,
+        **shared.settings(),
         data=data,
-        classes=options.names(classes),
         per_class=per_class,
         image_size=image_size,
-        boundary=None if since is None else options.boundary(since),
         rows=options.names(rows) or tuple(experiment.ROWS),
         epochs=epochs,
-        batch_size=batch_size,
         optimizer=optimizer.value,
         learning_rate=learning_rate,
-        momentum=momentum,
-        weights=None if weights is options.Weights.none else weights.value,
-        seed=seed,
     )
-    folder = output if output is not None else records.default_folder(settings)
+    folder = shared.output or records.default_folder(settings)
     with Display() as display:
         result = experiment.run_overfit(
-            settings, output=folder, force=force, diagnosed=diagnosed, progress=display
+            settings, output=folder, force=shared.force, diagnosed=diagnosed, progress=display
         )
     if result.rows:
         show(result)

@@ -17,24 +17,11 @@ if TYPE_CHECKING:
 
 @options.command
 def transfer(
-    backbone: Annotated[
-        str, typer.Option(help="efficientnet-lite0|1|2, tiny, or a keras.applications name.")
-    ] = "efficientnet-lite0",
+    shared: options.ExperimentOptions,
     data: Annotated[str, typer.Option(help=options.DATA_HELP)] = "cifar10",
-    classes: options.ClassesOption = None,
     train_per_class: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 100,
     test_per_class: Annotated[int, typer.Option(min=1, help="Test images per class.")] = 100,
     image_size: options.ImageSize = 96,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--boundary",
-            metavar="LAYER",
-            help="First layer that is fine-tuned: name, path, index, or share; "
-            "else the backbone's usual one.",
-        ),
-    ] = None,
-    weights: options.BackboneWeights = options.Weights.pretrained,
     rows: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,20 +32,14 @@ def transfer(
     ] = None,
     head_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the head alone.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of fine-tuning.")] = 5,
-    batch_size: options.StepSize = 32,
     head_learning_rate: Annotated[float, typer.Option(help="Step size of RMSprop.")] = 1e-3,
     learning_rate: Annotated[float, typer.Option(help="Step size of SGD.")] = 1e-4,
-    momentum: options.Momentum = 0.9,
-    seed: options.SeedOption = 0,
-    output: options.ResultsFolder = None,
-    force: options.ForceOption = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Keep the rows in the folder and run those that are missing."
         ),
     ] = False,
-    backend: options.BackendOption = None,
 ) -> int:
     """Train a new head, then fine-tune, under every treatment of BN (§2.5).
 
@@ -67,33 +48,27 @@ def transfer(
     """
     from frostline.cli import model_files
 
-    model_files.start(backend)
+    model_files.start(shared.backend)
     from frostline.cli.progress import Display
     from frostline.experiments import records, transfer as experiment
 
     settings = experiment.TransferSettings(
-        backbone=backbone,
+        **shared.settings(),
         data=data,
-        classes=options.names(classes),
         train_per_class=train_per_class,
         test_per_class=test_per_class,
         image_size=image_size,
-        boundary=None if since is None else options.boundary(since),
         rows=options.names(rows) or tuple(experiment.ROWS),
         head_epochs=head_epochs,
         epochs=epochs,
-        batch_size=batch_size,
         head_learning_rate=head_learning_rate,
         learning_rate=learning_rate,
-        momentum=momentum,
-        weights=None if weights is options.Weights.none else weights.value,
-        seed=seed,
     )
-    folder = records.default_folder(settings, "transfer") if output is None else output
+    folder = shared.output or records.default_folder(settings, "transfer")
     with Display() as display:
         progress = TransferProgress(display)
         result = experiment.run_transfer(
-            settings, output=folder, force=force, resume=resume, progress=progress
+            settings, output=folder, force=shared.force, resume=resume, progress=progress
         )
     if result.rows:
         show(result)

@@ -55,6 +55,8 @@ class BatchNormMonitor:
             self._monitor = Monitor(
                 _network(trainer),
                 self.data,
+                loss=None,
+                step=None,
                 batch_size=self.batch_size,
                 max_samples=self.max_samples,
             )

@@ -33,14 +33,7 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        model: Any,
-        data: Any,
-        *,
-        loss: Any = None,
-        step: Any = None,
-        batch_size: int = 32,
-        max_samples: int = 256,
+        self, model: Any, data: Any, *, loss: Any, step: Any, batch_size: int, max_samples: int
     ) -> None:
         require_one(loss, step)
         self._adapter = adapter_of(model)

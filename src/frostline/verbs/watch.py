@@ -70,7 +70,6 @@ class Watch:
 
     _adapter: Adapter = field(repr=False)
     _before: Mapping[str, SiteFacts] = field(repr=False)
-    _frozen: Mapping[str, tuple[bool, bool]] = field(repr=False)
     _batches: Sequence[Batch] = field(repr=False, default=())
     _loss: Any = field(repr=False, default=None)
     _step: Any = field(repr=False, default=None)
@@ -83,30 +82,34 @@ class Watch:
         drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
         moved = tuple(
             path
-            for path, (params, statistics) in self._frozen.items()
-            if (statistics and drift[path] > MOVED)
-            or (params and _params_moved(self._before[path], now[path]))
+            for path, before in self._before.items()
+            if (before.site.stats_frozen and drift[path] > MOVED)
+            or (before.site.params_frozen and _params_moved(before, now[path]))
         )
         gap = self._gap() if self._batches else None
         self.checks.append(Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=gap))
         return self.checks[-1]
 
-    def try_out(self) -> None:
-        """Find out on the first batch whether losses can be compared, or else outputs.
+    def hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
+        """Measure the gap on these data, too; by the outputs where losses cannot be compared.
 
         Raises:
-            FrostlineError: Neither can.
+            FrostlineError: Neither can; it is said before the training, not after.
         """
-        forward = self._adapter.blend_forward(loss=self._loss, step=self._step)
+        inputs = self._adapter.inputs()
+        stream = batches(data, batch_size=batch_size, max_samples=max_samples, inputs=inputs)
+        self._batches, self._loss, self._step = list(paired(stream)), loss, step
+        forward = self._adapter.blend_forward(loss=loss, step=step)
         first = self._batches[0]
-        try:
-            tried(forward, first)
-        except FrostlineError:
-            if self._loss is not None or self._step is not None or first.y is not None:
-                raise
-            if not _floating(forward.outputs(first, Condition(0.0))):
-                raise
-            self._by_outputs = True
+        with self._adapter.preserved():
+            try:
+                tried(forward, first)
+            except FrostlineError:
+                if loss is not None or step is not None or first.y is not None:
+                    raise
+                if not _floating(forward.outputs(first, Condition(0.0))):
+                    raise
+                self._by_outputs = True
 
     def require_unmoved(self, until: Any = None) -> Check:
         """Check, and raise if what is frozen moved.
@@ -229,49 +232,21 @@ def watch(
         ...         train_one_epoch(model)
         ...         print(seen.check().scalars())
     """
-    watching = watching_of(
-        model, data, loss=loss, step=step, max_samples=max_samples, batch_size=batch_size
-    )
+    watching = watching_of(model)
+    require_one(loss, step)
+    if data is not None:
+        watching.hold(data, loss, step, batch_size=batch_size, max_samples=max_samples)
     yield watching
     watching.check()
 
 
-def watching_of(
-    model: Any,
-    data: Any = None,
-    *,
-    loss: Any = None,
-    step: Any = None,
-    max_samples: int = 256,
-    batch_size: int = 32,
-) -> Watch:
-    """Begin to watch a model; as :func:`watch` for a loop that has events in place of a block."""
+def watching_of(model: Any) -> Watch:
+    """Begin to watch the statistics of a model, for a loop that has events and no block."""
     adapter = adapter_of(model)
     found = {entry.site.path: entry for entry in adapter.facts() if entry.mean is not None}
     if not found:
         raise ModelError("no BN layer with stored statistics: there is nothing to watch")
-    require_one(loss, step)
-    held: list[Batch] = []
-    if data is not None:
-        stream = batches(
-            data, batch_size=batch_size, max_samples=max_samples, inputs=adapter.inputs()
-        )
-        held = list(paired(stream))
-    watching = Watch(
-        _adapter=adapter,
-        _before=found,
-        _frozen={
-            path: (entry.site.params_frozen, entry.site.stats_frozen)
-            for path, entry in found.items()
-        },
-        _batches=held,
-        _loss=loss,
-        _step=step,
-    )
-    if held:
-        with adapter.preserved():  # report what cannot be compared before the training, not after
-            watching.try_out()
-    return watching
+    return Watch(adapter, found)
 
 
 def assert_frozen(

@@ -38,10 +38,9 @@ from frostline.adapters.protocol import Condition
 from frostline.data.batches import Batch
 from frostline.graph.addresses import Place, ancestors
 from frostline.numerics.stats import Moments
-from frostline.types import Array, DataError, ModelError, as_float64
+from frostline.types import Array, ModelError, as_float64
 
 #: Path -> (mean, biased variance), shape ``(channels,)`` each.
-Statistics = Mapping[str, tuple[Any, Any]]
 
 
 class BlendForward:
@@ -181,8 +180,9 @@ class BlendForward:
     def _run(
         self, kind: str, batch: Batch, condition: Condition, *, record: bool | None = None
     ) -> Any:
-        blend = self._blend(condition.blend)
-        stored = self._statistics(condition.statistics)
+        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
+        blend = ops.convert_to_tensor(condition.shares(len(self.paths)), dtype=dtype)
+        stored = self._statistics(condition)
         parts = prepared(self.model, batch.x, batch.y, batch.sample_weight)
         if self._step is not None and kind != "outputs":
             parts = (batch.given, None, None)
@@ -211,42 +211,16 @@ class BlendForward:
                 f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
             )
 
-    def _blend(self, blend: Any) -> Any:
-        values = as_float64(blend)
-        count = len(self.paths)
-        if values.shape not in ((), (count,)):
-            raise DataError(
-                f"blend must be one number or have one per site, shape ({count},). "
-                f"Received: shape {values.shape}"
+    def _statistics(self, condition: Condition) -> list[tuple[Any, Any]]:
+        own = {path: _stored(path, handle) for path, handle in self._handles.items()}
+        used = own | condition.replaced({path: mean.shape for path, (mean, _) in own.items()})
+        return [
+            tuple(
+                ops.convert_to_tensor(value, dtype=_at_least_float32(variable))
+                for value, variable in zip(used[path], own[path], strict=True)
             )
-        if not ((values >= 0) & (values <= 1)).all():
-            raise DataError(f"blend must be between 0 and 1 everywhere. Received: {blend}")
-        dtype = keras.backend.result_type(keras.config.floatx(), "float32")
-        return ops.convert_to_tensor(np.broadcast_to(values, (count,)).copy(), dtype=dtype)
-
-    def _statistics(self, given: Statistics | None) -> list[tuple[Any, Any]]:
-        given = given or {}
-        unknown = [path for path in given if path not in self._handles]
-        if unknown:
-            raise ModelError(
-                f"statistics are given for a site that is not blended; there are "
-                f"{', '.join(self.paths) or 'none'}. Received: {unknown[0]!r}"
-            )
-        pairs = []
-        for path, handle in self._handles.items():
-            own = _stored(path, handle)
-            pair = given.get(path, own)
-            for value, variable in zip(pair, own, strict=True):
-                if tuple(np.shape(value)) != tuple(variable.shape):
-                    raise DataError(
-                        f"statistics of '{path}' must have shape {tuple(variable.shape)}. "
-                        f"Received: {np.shape(value)}"
-                    )
-            dtypes = [_at_least_float32(variable) for variable in own]
-            pairs.append(
-                tuple(ops.convert_to_tensor(v, dtype=d) for v, d in zip(pair, dtypes, strict=True))
-            )
-        return pairs
+            for path in own
+        ]
 
     def _prepared_judge(self, x: Any, y: Any) -> Judge:
         """Resolve the loss outside any trace: it may create variables.

@@ -38,9 +38,7 @@ from frostline.adapters.torch.loss import Judged
 from frostline.data.batches import Batch
 from frostline.numerics.blend import mixed
 from frostline.numerics.stats import Moments
-from frostline.types import DataError, ModelError, as_float64
-
-Statistics = Mapping[str, tuple[Any, Any]]
+from frostline.types import ModelError, as_float64
 
 
 class TorchForward:
@@ -63,14 +61,7 @@ class TorchForward:
         ModelError: An unknown path, or a lazy module that has not seen data yet.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        paths: Sequence[str] | None = None,
-        *,
-        loss: Any = None,
-        step: Any = None,
-    ) -> None:
+    def __init__(self, model: Any, paths: Sequence[str] | None, *, loss: Any, step: Any) -> None:
         self.model = model
         self._sites = site_modules(model)
         self.paths = tuple(self._sites if paths is None else paths)
@@ -90,7 +81,7 @@ class TorchForward:
         """Return the outputs of one batch and, with ``record``, what each site saw."""
         seen: dict[str, Moments] | None = {} if condition.record else None
         with torch.no_grad():
-            how = self._how(self._blend(condition.blend), condition.statistics, seen)
+            how = self._how(self._blend(condition), condition, seen)
             with self._answered(how, condition.number) as root:
                 set_inference(root, self._sites, dropout=condition.dropout)
                 found = arrays(call(root, batch, self._move))
@@ -100,9 +91,9 @@ class TorchForward:
         self, batch: Batch, condition: Condition
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the losses, shape ``(units,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
-        blend = self._blend(condition.blend).requires_grad_(True)
+        blend = self._blend(condition).requires_grad_(True)
         with torch.enable_grad():
-            how = self._how(blend, condition.statistics, None)
+            how = self._how(blend, condition, None)
             _, found = self._judged(batch, how, condition)
             slope = None
             if found.losses.requires_grad:
@@ -116,7 +107,7 @@ class TorchForward:
         """Return outputs, losses and, with ``record``, the sites' moments of one pass together."""
         seen: dict[str, Moments] | None = {} if condition.record else None
         with torch.no_grad():
-            how = self._how(self._blend(condition.blend), condition.statistics, seen)
+            how = self._how(self._blend(condition), condition, seen)
             outputs, found = self._judged(batch, how, condition)
         return _outcome(outputs, found, seen or {})
 
@@ -188,10 +179,10 @@ class TorchForward:
                 yield root
 
     def _how(
-        self, blend: Any, statistics: Statistics | None, seen: dict[str, Moments] | None
+        self, blend: Any, condition: Condition, seen: dict[str, Moments] | None
     ) -> Callable[[Call], Any]:
         """How calls are answered; ``seen`` takes their moments."""
-        given = self._statistics(statistics)
+        given = self._statistics(condition)
         shares = dict(zip(self.paths, blend.detach().tolist(), strict=True))
         places = {path: index for index, path in enumerate(self.paths)}
 
@@ -221,41 +212,20 @@ class TorchForward:
 
         return answer
 
-    def _blend(self, blend: Any) -> Any:
-        values, count = as_float64(blend), len(self.paths)
-        if values.shape not in ((), (count,)):
-            raise DataError(
-                f"blend must be one number or have one per site, shape ({count},). "
-                f"Received: shape {values.shape}"
-            )
-        if not ((values >= 0) & (values <= 1)).all():
-            raise DataError(f"blend must be between 0 and 1 everywhere. Received: {blend}")
-        spread = np.broadcast_to(values, (count,)).astype(np.float32)
-        return torch.as_tensor(spread.copy(), device=device_of(self.model))
+    def _blend(self, condition: Condition) -> Any:
+        shares = condition.shares(len(self.paths)).astype(np.float32)
+        return torch.as_tensor(shares, device=device_of(self.model))
 
-    def _statistics(self, statistics: Statistics | None) -> dict[str, tuple[Any, Any]]:
-        """Check what is given in the place of stored statistics, and lazy modules."""
-        pairs: dict[str, tuple[Any, Any]] = {}
+    def _statistics(self, condition: Condition) -> dict[str, tuple[Any, Any]]:
+        """What is used in the place of stored statistics; a lazy module is refused."""
         own = {path: stored(self._sites[path], path) for path in self.paths}
-        for path, pair in (statistics or {}).items():
-            if path not in own:
-                raise ModelError(
-                    "statistics are given for a site that is not blended; there are "
-                    f"{', '.join(self.paths) or 'none'}. Received: {path!r}"
-                )
-            kept = own[path]
-            if kept is None:  # keeps no statistics: always those of the batch
-                continue
-            shape = tuple(kept[0].shape)
-            if any(tuple(np.shape(value)) != shape for value in pair):
-                raise DataError(
-                    f"statistics of '{path}' must have shape {shape}. "
-                    f"Received: {[np.shape(value) for value in pair]}"
-                )
-            device = device_of(self.model)
-            mean, variance = (torch.as_tensor(v, device=device).float() for v in pair)
-            pairs[path] = mean, variance
-        return pairs
+        shapes = {path: None if pair is None else pair[0].shape for path, pair in own.items()}
+        device = device_of(self.model)
+        return {
+            path: (torch.as_tensor(mean, device=device).float(),
+                   torch.as_tensor(variance, device=device).float())
+            for path, (mean, variance) in condition.replaced(shapes).items()
+        }  # fmt: skip
 
 
 def _outcome(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:

@@ -19,24 +19,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from frostline.adapters.computation import identity_of
+from frostline.adapters.torch import replay
 from frostline.adapters.torch.cached_data import require_indices, seeded
 from frostline.adapters.torch.calls import replaced_forward
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.prefix import leaf as read_leaf
-from frostline.adapters.torch.replay import (
-    Call,
-    Form,
-    Key,
-    Plan,
-    is_samples,
-    planned,
-    replayed,
-    row_count,
-    same,
-    still_modules,
-    watched,
-)  # fmt: skip
+from frostline.adapters.torch.replay import Call, Form, Key, Plan
 from frostline.types import ModelError
 
 #: Batches that are answered from the cache and computed as well, to compare.
@@ -105,7 +94,7 @@ class Cached:
         self.memories = _MEMORIES.setdefault(self.root, {})
         self.known: dict[Any, tuple[Plan, Memory]] = {}
         self.answered = 0  # samples whose frozen part was skipped
-        still = still_modules(self.root)
+        still = replay.still_modules(self.root)
         if not any(True for module in still.values() for _ in module.parameters()):
             raise ModelError(
                 "no module of the model is frozen, so there is nothing to cache. Freeze first: "
@@ -167,7 +156,7 @@ class Cached:
             if not self._same(plan, forward, args, kwargs, tensors):
                 return forward(*args, **kwargs)
         self.answered += len(digests)
-        return replayed(plan, forms, tensors, len(digests), lambda: forward(*args, **kwargs))
+        return replay.replayed(plan, forms, tensors, len(digests), lambda: forward(*args, **kwargs))
 
     def _plan(self, forward: Any, args: Any, kwargs: Any) -> tuple[Plan, Memory] | None:
         """The plan for the state that the model is in; ``None``: this call is not answered."""
@@ -177,9 +166,9 @@ class Cached:
             return self.known[state]
         plans = _PLANS.setdefault(self.root, {})
         if flags not in plans:
-            if row_count((args, kwargs)) < 2:
+            if replay.row_count((args, kwargs)) < 2:
                 return None
-            plans[flags] = planned(self.root, forward, args, kwargs)
+            plans[flags] = replay.planned(self.root, forward, args, kwargs)
         plan = plans[flags]
         answered = sorted({name for name, _ in plan.forms})
         parts = [answered, [plan.still[name] for name in answered], repr((plan.frontier, flags[2]))]
@@ -223,7 +212,7 @@ class Cached:
         with untouched(self.root), torch.no_grad():
             count = len(tensors[0])
             _, fresh, _ = _noted(plan, count, lambda: forward(*args, **kwargs))
-        if same([x.cpu() for x in tensors], fresh):
+        if replay.same([x.cpu() for x in tensors], fresh):
             return True
         self._give_up("the frozen part computes something else for a sample in another batch")
         return False
@@ -285,7 +274,7 @@ def _noted(plan: Plan, count: int, call: Any) -> tuple[dict[Key, Form] | None, l
             found[call.key] = [x.detach().to("cpu", copy=True) for x in rows]
         return made
 
-    made = watched(plan.still, answer, call)
+    made = replay.watched(plan.still, answer, call)
     if not complete or found.keys() != set(plan.frontier):
         return None, [], made
     return forms, [x for key in plan.frontier for x in found[key]], made
@@ -332,7 +321,7 @@ def digested(args: Any, kwargs: Any) -> tuple[list[bytes], str]:
     Raises:
         ModelError: An argument whose bytes cannot be read.
     """
-    count = row_count((args, kwargs))
+    count = replay.row_count((args, kwargs))
     shared: list[Any] = []
     columns: list[list[bytes | memoryview]] = []
     _read((args, kwargs), count, shared, columns)
@@ -354,7 +343,7 @@ def _read(value: Any, count: int, shared: list[Any], columns: list[Any]) -> None
             columns.append(_bytes(value, count))
         else:
             shared.append(hashlib.blake2b(_bytes(value, 1)[0]).hexdigest())
-    elif is_samples(value) and len(value) == count:
+    elif replay.is_samples(value) and len(value) == count:
         leaves = [[x for x in pytree.tree_leaves(v) if isinstance(x, torch.Tensor)] for v in value]
         # Padding gives every sample the widest size in the batch.
         shapes = [tuple(x.shape) for x in value if isinstance(x, torch.Tensor)]
