@@ -2,9 +2,10 @@
 
     python scripts/fuzz_cli.py --runs 1000 --seed 0
 
-Counted are tracebacks, errors that nobody foresaw ("unexpected"), runs over 30 seconds, files left
-behind by a run that failed, characters that a terminal would obey, and payloads that ran. Each
-failure is printed as a command line; with the same seed the inputs are the same.
+Counted are tracebacks, errors that nobody foresaw ("unexpected"), runs over 30 seconds or 2 GB,
+files left behind by a run that failed (in the folder for temporary files by any run), characters
+that a terminal would obey, and payloads that ran. Each failure is printed as a command line; with
+the same seed the inputs are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
+import resource
 import shlex
 import signal
 import sys
@@ -31,8 +34,10 @@ from typing import Any
 import numpy as np
 
 LONGEST = 30
+MOST_KILOBYTES = 2 << 20
 NASTY = "a\x1b[31mred\x1b]0;t\x07\u202eb\r[bold]"
 TRAP = "trap"
+TEMPORARY = "temporary"
 
 
 @dataclass
@@ -79,9 +84,130 @@ def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
     _renamed(folder / "net.keras", folder / "nasty.keras")
     (folder / f"{NASTY}.keras").write_bytes(whole)
     (folder / "leaves.py").write_text("import sys\ndef build():\n    sys.exit(0)\n")
-    models = [path.name for path in folder.iterdir() if path.suffix in (".keras", ".h5")]
-    models += ["leaves:build", "nowhere:build", "missing.keras", ".", "/dev/null", ""]
+    (folder / "modules.py").write_text(MODULES)
+    _write_torch(folder)
+    _write_hostile(folder)
+    kinds = (".keras", ".h5", ".pt", ".pt2", ".safetensors")
+    models = [path.name for path in folder.iterdir() if path.suffix in kinds]
+    models += ["leaves:build", "nowhere:build", "missing.keras", ".", "/dev/null", "/dev/zero", ""]
+    models += [f"modules:{name}" for name in ("net", "lazy", "raises", "number", "absent", "Own")]
     return models, _write_data(folder)
+
+
+MODULES = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(2, 3))
+
+def lazy():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
+
+def raises():
+    raise KeyError("a\x1b[31m")
+
+def number():
+    return 7
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return {"logits": self.bn(x["x"])}
+"""
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (TRAP, "w"))
+
+
+def _write_torch(folder: Path) -> None:
+    """Write torch files, whole, broken, and with a payload inside."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)
+    ).eval()
+    torch.save(net.state_dict(), folder / "state.pt")
+    torch.save(net, folder / "whole.pt")
+    torch.save(
+        {**net.state_dict(), "1.running_var": torch.full((2,), torch.nan)}, folder / "nan.pt"
+    )
+    torch.save({"state_dict": net.state_dict(), "epoch": 3}, folder / "checkpoint.pt")
+    torch.save({"a": Payload()}, folder / "payload.pt")
+    (folder / "bare.pt").write_bytes(pickle.dumps(Payload()))
+    (folder / "half.pt").write_bytes((folder / "state.pt").read_bytes()[:700])
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 8),)), folder / "net.pt2")
+    with (
+        zipfile.ZipFile(folder / "net.pt2") as old,
+        zipfile.ZipFile(folder / "payload.pt2", "w") as new,
+    ):
+        for name in old.namelist():
+            inputs = "sample_inputs" in name or "example_inputs" in name
+            new.writestr(name, pickle.dumps(Payload()) if inputs else old.read(name))
+    (folder / "half.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}")
+
+
+def _write_hostile(folder: Path) -> None:
+    """Write what would fill memory, wait for ever, or run code."""
+    os.mkfifo(folder / "fifo.keras")
+    os.mkfifo(folder / "fifo.npz")
+    (folder / "loop.keras").symlink_to(folder / "loop.keras")
+    for suffix in ("keras", "npz"):
+        with zipfile.ZipFile(folder / f"bomb.{suffix}", "w", zipfile.ZIP_DEFLATED) as bomb:
+            bomb.writestr("config.json", b"0" * (64 << 20))
+            bomb.writestr("x.npy", _header((1 << 40,)) + b"0" * 64)
+            bomb.writestr("y.npy", _header((12,)) + b"0" * 96)
+    for name, layer in HOSTILE_LAYERS.items():
+        with (
+            zipfile.ZipFile(folder / "plain.keras") as old,
+            zipfile.ZipFile(folder / f"{name}.keras", "w") as new,
+        ):
+            for member in old.namelist():
+                content = old.read(member)
+                if member == "config.json":
+                    config = json.loads(content)
+                    config["config"]["layers"].append(layer)
+                    content = json.dumps(config).encode()
+                new.writestr(member, content)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """Return the header of a .npy file that promises doubles of ``shape``."""
+    text = repr({"descr": "<f8", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+HOSTILE_LAYERS: dict[str, dict[str, Any]] = {
+    "callable": {
+        "module": "builtins", "class_name": "open", "registered_name": "open",
+        "config": {"file": TRAP, "mode": "w"},
+    },
+    "function": {
+        "module": "keras.layers", "class_name": "Lambda", "registered_name": None,
+        "config": {"function": {"module": "os", "class_name": "function", "config": "system",
+                                "registered_name": "system"}, "arguments": {"command": TRAP}},
+    },
+    "lambda": {
+        "module": "keras.layers", "class_name": "Lambda", "registered_name": None,
+        "config": {"name": "l", "function": {"class_name": "__lambda__", "config": {
+            "code": "4wAAAAA=", "defaults": None, "closure": None}}},
+    },
+    "wrapper": {
+        "module": "keras.utils.torch_utils", "class_name": "TorchModuleWrapper",
+        "registered_name": None,
+        "config": {"name": "t", "module": "gASVAAAAAAAAAACMCGJ1aWx0aW5zlIwEb3BlbpSTlC4="},
+    },
+}  # fmt: skip
 
 
 def _renamed(source: Path, target: Path) -> None:
@@ -137,8 +263,33 @@ def _write_data(folder: Path) -> list[str]:
     np.savez(folder / "other_names.npz", a=x)
     (folder / "broken.npz").write_bytes((folder / "good.npz").read_bytes()[:500])
     (folder / "bare.npy").write_bytes(b"\x93NUMPY")
-    (folder / "images").mkdir()
-    return [*(path.name for path in folder.glob("*.np?")), "images", "digits", "missing.npz", NASTY]
+    _write_images(folder / "images")
+    np.savez(folder / "objects.npz", x=np.array([Payload()] * 12, dtype=object), y=y)
+    hostile = [
+        "images",
+        "images/a",
+        "images/a/wide.png",
+        "digits",
+        "missing.npz",
+        NASTY,
+        "/dev/zero",
+    ]
+    return [*(path.name for path in folder.glob("*.np?")), *hostile]
+
+
+def _write_images(folder: Path) -> None:
+    """Write an image folder in which one image claims to be huge, and one is a program."""
+    from PIL import Image
+
+    for name in ("a", "b", NASTY):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "good.png")
+    whole = (folder / "a" / "good.png").read_bytes()
+    width = (1 << 31 - 1).to_bytes(4, "big")
+    (folder / "a" / "wide.png").write_bytes(whole[:16] + width + width + whole[24:])
+    (folder / "b" / "program.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(trap) (w) file closefile\n"
+    )
 
 
 def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
@@ -146,9 +297,13 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
     model = rng.choice(models) if rng.random() < 0.5 else rng.choice(models[:6])
     command = rng.choice(
         ["sites", "lint", "phases", "diagnose", "recalibrate", "set-momentum", "freeze", "convert",
-         "fold", "fit", "rule", "cache", "env"]
+         "fold", "fit", "rule", "cache", "env", "merge-statistics", NASTY]
     )  # fmt: skip
     words = [command]
+    if command == "merge-statistics":
+        words += rng.choices(models, k=rng.choice([1, 2, 2, 2, 3]))
+        words += rng.choice([[], ["--weights", rng.choice(["1,2", "0,0", "-1,2", "nan,1", "x"])]])
+        return [*words, "-o", rng.choice(["out.pt", "out.keras", "out.safetensors", "images"])]
     if command == "rule":
         return [*words, *rng.sample(["FL203", "FL999", NASTY, "--all", "--format", "json"], 2)]
     if command == "cache":
@@ -161,7 +316,8 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
     if command == "set-momentum":
         words.append(rng.choice(["0.9", "1", "0", "-1", "nan", "inf", "x", "1e-400"]))
     if command in ("recalibrate", "set-momentum", "freeze", "convert", "fold", "fit"):
-        targets = ["out.keras", "out.h5", "out.txt", "no/out.keras", "images", NASTY + ".keras"]
+        targets = ["out.keras", "out.h5", "out.txt", "no/out.keras", "images", NASTY + ".keras",
+                   "out.pt", "/dev/full", "loop.keras", "net.keras"]  # fmt: skip
         words += ["-o", rng.choice(targets)]
     if command == "freeze":
         words += ["--until", rng.choice(["head", "bn", "0.5", "99", "-1", "nan", "inf", NASTY])]
@@ -208,7 +364,7 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
                          "--reference", "--history"]  # fmt: skip
     known["fit"] = ["--batch-size", "--seed", "--validation-split", "--learning-rate", "--epochs",
                     "--dtype", "--engine", "--max-gb", "--thaw-later"]  # fmt: skip
-    allowed = known[command]
+    allowed = known.get(command, [])
     for option in rng.sample(allowed, min(len(allowed), rng.choice([0, 0, 1, 1, 2]))):
         words += [option, rng.choice(options[option])]
     if command == "fit":
@@ -220,7 +376,8 @@ def run(words: list[str], outcome: Outcome) -> None:
     """Run one command line in this process, in the current folder, and judge it."""
     from frostline import cli
 
-    before = {path.name for path in Path.cwd().iterdir()}
+    before = _files()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out, err = io.StringIO(), io.StringIO()
     started = time.perf_counter()
     code: int | None = None
@@ -233,16 +390,19 @@ def run(words: list[str], outcome: Outcome) -> None:
     except BaseException as error:
         said.append(f"escaped: {type(error).__name__}")
     text = out.getvalue() + err.getvalue()
-    left = {path.name for path in Path.cwd().iterdir()} - before
+    left = _files() - before
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > max(peak, MOST_KILOBYTES):
+        said.append("over 2 GB")
     if "Traceback" in text:
         said.append("traceback")
     if "(unexpected" in text:
         said.append("unexpected")
     if time.perf_counter() - started > LONGEST:
         said.append("hang")
-    if any(not c.isprintable() and c not in "\n\r\xa0\b" for c in text):
+    if any(not c.isprintable() and c not in "\n\xa0" for c in text):
         said.append("raw escape")
-    if code not in (0, 1) and left - {"c"}:
+    cache = {name for name in left if Path(name).parts[0] == "c"}
+    if (code not in (0, 1) and left - cache) or any(name.startswith(TEMPORARY) for name in left):
         said.append("files left")
     if TRAP in left:
         said.append("payload ran")
@@ -251,8 +411,13 @@ def run(words: list[str], outcome: Outcome) -> None:
     last = (err.getvalue().strip().splitlines() or [""])[-1]
     for kind in said:
         outcome.failures.setdefault(kind, []).append(f"{shlex.join(words)}\n      {last[:300]!r}")
-    for name in left - {"c"}:
-        Path(name).unlink()
+    for name in left - cache:
+        Path(name).unlink(missing_ok=True)
+
+
+def _files() -> set[str]:
+    """Return the files below the current folder, the temporary ones included."""
+    return {os.path.relpath(Path(top, name)) for top, _, names in os.walk(".") for name in names}
 
 
 @contextlib.contextmanager
@@ -278,9 +443,12 @@ def fuzz(runs: int, seed: int) -> Outcome:
         os.chdir(name)
         try:
             rng = random.Random(seed)
+            Path(TEMPORARY).mkdir()
+            tempfile.tempdir = str(Path(TEMPORARY).resolve())
             for _ in range(runs):
                 run(draw(rng, sorted(models), sorted(data)), outcome)
         finally:
+            tempfile.tempdir = None
             os.chdir(came_from)
             sys.path[:] = path
     return outcome

@@ -70,6 +70,8 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     verdicts = [assigned[path].number for path in paths]
     if any("initial" in numbers for numbers in verdicts):
         text = "mean and variance are the initial values in every channel"
+        if case.untrained:
+            text += ", and so are gamma and beta, as in a network that was never trained"
     elif any("half_initial" in numbers for numbers in verdicts):
         text = "one of mean and variance is the initial value in every channel"
     elif any("updates" in numbers for numbers in verdicts):

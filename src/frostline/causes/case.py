@@ -18,7 +18,14 @@ import numpy as np
 
 from frostline.numerics import averages
 from frostline.numerics.stats import paired_bootstrap
-from frostline.rules.predicates import expected_behaviour, is_frozen, layer_behind, uses_batch
+from frostline.rules.predicates import (
+    affine_is_trained,
+    expected_behaviour,
+    initial_values,
+    is_frozen,
+    layer_behind,
+    uses_batch,
+)
 from frostline.types import Array, Certainty, Finding
 from frostline.types.codes import CauseCode, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -500,6 +507,20 @@ class Case:
         known = self.measurement.steps
         known = self.facts.steps if known is None else known
         return known or None
+
+    @cached_property
+    def untrained(self) -> bool:
+        """Every site is as a new layer is: statistics, gamma and beta, and no step is known."""
+        if self.steps or not self.sites:
+            return False
+        for facts in self.sites.values():
+            new = initial_values(facts)
+            affine = facts.gamma is not None or facts.beta is not None
+            if new is None or not (new.mean and new.variance and affine):
+                return False
+            if affine_is_trained(facts):
+                return False
+        return True
 
     def updates(self, path: str) -> int | None:
         """How often the statistics of a site were updated; ``None`` when not known."""

@@ -424,7 +424,8 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
     chance, guessing = known.chance or 0.0, math.log(known.classes or 2)
     found = [case.loss(name) for name in ("inference", "batch", "training")]
     lowest = min((value for value in found if value is not None), default=0.0)
-    confident = lowest >= CONFIDENT * guessing
+    # A network that was never trained is as sure of itself where its inputs are large.
+    confident = lowest >= CONFIDENT * guessing and not case.untrained
     reported = _last(case, *_ACCURACIES)
     trained_well = reported is not None and reported > chance + 2 * AT_CHANCE
     elsewhere = case.accuracy("validation inference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def fit(
     """Train a compiled model; its frozen part runs over the data only once."""
     from frostline.cli import model_files
     from frostline.cli.samples import read_samples
-    from frostline.cli.terminal import echo
+    from frostline.cli.terminal import echo, shown_only
     from frostline.engines import NAMES
 
     if engine not in ("auto", *NAMES):
@@ -82,20 +83,21 @@ def fit(
     trainer = adapter_of(loaded).train
     if trainer is not None:  # otherwise fit says why not
         trainer.seed_everything(data.seed)
-    history = training.fit(
-        loaded,
-        x,
-        y,
-        verbose="auto",
-        epochs=epochs,
-        batch_size=batch_size,
-        validation_split=validation_split,
-        engine=engine,
-        dtype=dtype.value,
-        cache=cache,
-        max_gb=max_gb,
-        thaw_later=None if thaw_later is None else boundary(thaw_later),
-    )
+    with shown_only():
+        history = training.fit(
+            loaded,
+            x,
+            y,
+            verbose="auto" if sys.stdout.isatty() else 2,
+            epochs=epochs,
+            batch_size=batch_size,
+            validation_split=validation_split,
+            engine=engine,
+            dtype=dtype.value,
+            cache=cache,
+            max_gb=max_gb,
+            thaw_later=None if thaw_later is None else boundary(thaw_later),
+        )
     if not all(np.isfinite(weight).all() for weight in loaded.get_weights()):
         raise ModelError(
             f"the training ended in weights that are NaN or infinite; {target.output} is not "

@@ -68,6 +68,8 @@ def images_of_arrays(path: Path, source: str, split: Split) -> Catalogue:
         raise DataError(
             f"{source}: {len(images)} images but {len(values)} labels; they must be equally many."
         )
+    if not len(images):
+        raise DataError(f"{source}: one image at least is needed. Received: arrays of length 0")
     if "class_names" not in arrays:
         labels, names = encoded(values.tolist(), source)
     else:

@@ -508,6 +508,18 @@ def test_names_are_shown_not_obeyed(here: Path, capsys: Any) -> None:
         assert not bad, (words, text)
 
 
+@pytest.mark.filterwarnings("ignore:fl.fit runs plain model.fit")
+def test_the_name_of_a_metric_is_shown_not_obeyed(here: Path, capsys: Any) -> None:
+    net = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    net.compile("sgd", "mse", metrics=[keras.metrics.MeanSquaredError(name=NASTY)])
+    net.save("net.keras")
+    np.savez("data.npz", x=np.ones((4, 4)), y=np.ones((4, 4)))
+    assert cli.main(["fit", "net.keras", "data.npz", "-o", "out.keras", "--cache", "c"]) == 0
+    out, err = capsys.readouterr()
+    assert "red\\x1b]0;title" in out
+    assert not {c for c in out + err if not c.isprintable() and c not in "\n\xa0"}
+
+
 # --- outputs --------------------------------------------------------------------------------------
 
 

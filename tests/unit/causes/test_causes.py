@@ -873,6 +873,21 @@ def test_inverted_inference_of_two_classes_is_no_renaming():
     assert codes(causes(facts(steps=48), made, [])) == ["EMA_LAG"]
 
 
+def test_a_network_that_was_never_trained_says_nothing_of_its_labels():
+    made = measurement(dict.fromkeys(GAP, (6.0, 0.1)), relabelled=0.2)
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    affine = {"gamma": np.ones(CHANNELS), "beta": np.zeros(CHANNELS)}
+    trained = affine | {"beta": np.linspace(-1, 1, CHANNELS)}
+    known = {"affine": affine, "none": {}, "trained": trained}
+    said = {
+        name: codes(causes(facts(dict.fromkeys(PATHS, new | more)), made, []))
+        for name, more in known.items()
+    }
+    assert "LABEL_ORDER" not in said["affine"]
+    assert "LABEL_ORDER" in said["none"]  # nothing shows whether it was trained
+    assert "LABEL_ORDER" in said["trained"]
+
+
 def test_labels_of_other_samples():
     wrong = dict.fromkeys(GAP, (6.0, 0.1))
     found = causes(facts(steps=600), measurement(wrong, relabelled=0.2), [])
