@@ -3,7 +3,7 @@ PYTHON ?= python3
 # The Keras backend of the demo: jax, tensorflow or torch. docs/essay.md says why this one.
 DEMO_BACKEND ?= tensorflow
 
-.PHONY: help demo test quick lint
+.PHONY: help demo test quick lint docs
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -24,3 +24,8 @@ quick: ## the loop while you work: ruff, unit and contract tests on one backend,
 lint: ## the static checks alone
 	@$(PYTHON) scripts/prepare_environment.py test
 	@.venv/bin/python scripts/run_tests.py --checks-only
+
+docs: ## the site in build/site: no network, no warning, links checked
+	@$(PYTHON) scripts/prepare_environment.py docs
+	@KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@.venv/bin/python scripts/check_site.py build/site

@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 100
@@ -39,19 +40,29 @@ class Example:
     file: str
     shown: str
 
-    def run(self, root: Path = ROOT) -> str:
-        """Return what the block prints, lines wrapped; runs it in this process."""
+    def run(self, root: Path = ROOT, names: dict[str, Any] | None = None) -> str:
+        """Return what the block prints, lines wrapped; runs it in this process.
+
+        Args:
+            root: Folder of the repository.
+            names: What the block uses, and adds to; default: those that the file makes.
+        """
         printed = io.StringIO()
-        names = runpy.run_path(str(root / self.file))
+        names = names_of(self.file, root) if names is None else names
         with contextlib.redirect_stdout(printed):
             exec(compile(self.code, self.file, "exec"), names)
         lines = printed.getvalue().splitlines()
         return "".join(f"{part}\n" for line in lines for part in _wrapped(line))
 
 
+def names_of(file: str, root: Path = ROOT) -> dict[str, Any]:
+    """Run a file and return the names that it makes."""
+    return runpy.run_path(str(root / file))
+
+
 def documents(root: Path = ROOT) -> list[Path]:
     """Files that may hold examples."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def examples(text: str) -> Iterator[Example]:
@@ -62,9 +73,13 @@ def examples(text: str) -> Iterator[Example]:
 
 def filled(text: str, root: Path = ROOT) -> str:
     """Return ``text`` with every output made anew."""
+    names: dict[str, dict[str, Any]] = {}
 
     def example(match: re.Match[str]) -> str:
-        made = Example(match["code"], match["file"], match["output"]).run(root)
+        file = match["file"]
+        if file not in names:
+            names[file] = names_of(file, root)
+        made = Example(match["code"], file, match["output"]).run(root, names[file])
         if words(made) == words(match["output"]):
             return match[0]
         start, end = (place - match.start() for place in match.span("output"))

@@ -5,7 +5,7 @@ Standard library only: it is the first thing that runs on a fresh machine. Both 
 what the demo installed. The stamp is written last, and a marker stands for as long as the folder
 is being made: an environment whose making was interrupted is built anew, never trusted.
 
-Usage: ``python3 scripts/prepare_environment.py demo|test`` (the Makefile does).
+Usage: ``python3 scripts/prepare_environment.py demo|test|docs`` (the Makefile does).
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ class SetupError(Exception):
 
 
 def pip_arguments(purpose: str, demo_backend: str) -> list[str]:
-    """Return what ``pip install`` is given for ``purpose``, "demo" or "test"."""
-    groups = ["backends", "oracles", "test"] if purpose == "test" else [f"backend-{demo_backend}"]
+    """Return what ``pip install`` is given for ``purpose``: "demo", "test" or "docs"."""
+    groups = {
+        "demo": [f"backend-{demo_backend}"],
+        "test": ["backends", "oracles", "docs", "release", "test"],
+        "docs": ["backend-torch", "docs", "release"],
+    }[purpose]
     arguments = ["--editable", ".[experiments]"]
     for group in groups:
         arguments += ["--group", group]
@@ -152,9 +156,9 @@ def say(text: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare the environment for ``demo BACKEND`` or ``test``; return the exit code."""
-    if not arguments or arguments[0] not in ("demo", "test"):
-        print("usage: prepare_environment.py demo [BACKEND] | test", file=sys.stderr)
+    """Prepare the environment for ``demo BACKEND``, ``test`` or ``docs``; return the exit code."""
+    if not arguments or arguments[0] not in ("demo", "test", "docs"):
+        print("usage: prepare_environment.py demo [BACKEND] | test | docs", file=sys.stderr)
         return 2
     purpose, *backend = arguments
     if sys.version_info < OLDEST_PYTHON:

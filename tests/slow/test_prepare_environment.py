@@ -40,7 +40,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> prepare.Environment
 
 @pytest.fixture(autouse=True)
 def no_stamps(environment: prepare.Environment) -> None:
-    for purpose in ("demo", "test"):
+    for purpose in ("demo", "test", "docs"):
         environment.stamp(purpose).unlink(missing_ok=True)
 
 
@@ -161,7 +161,7 @@ def test_groups_that_are_asked_for_exist(backend: str) -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
         "dependency-groups"
     ]
-    for purpose in ("demo", "test"):
+    for purpose in ("demo", "test", "docs"):
         arguments = prepare.pip_arguments(purpose, backend)
         named = [group for flag, group in pairwise(arguments) if flag == "--group"]
         assert named

@@ -33,7 +33,20 @@ SHRINKS = 0.05
 
 @cause(CauseCode.POISONED, rank=10, treated_by=(Fix.RECALIBRATE,))
 def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Statistics that no data give, and what they break."""
+    """Statistics that no data give, and what they break.
+
+    ## What it looks like
+    Inference gives NaN, infinity or absurd numbers while training looks healthy: stored
+    statistics are not finite, or a variance is negative. One overflowing batch is enough, since
+    an average never forgets a NaN.
+
+    ## What helps
+    `fl.recalibrate(model, data)` writes finite statistics. If they turn bad again, look for the
+    batch or the half-precision pass that overflows.
+
+    ## When it is something else
+    If gamma or beta is not finite (FL211), the weights are lost and no statistics help.
+    """
     paths = _of(CauseCode.POISONED, assigned)
     if paths:
         channels = sum(assigned[path].number["bad_channels"] for path in paths)
@@ -63,7 +76,21 @@ def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Statistics that are still those of the first day, or cannot move."""
+    """Statistics that are still those of the first day, or cannot move.
+
+    ## What it looks like
+    The stored mean is still 0 and the variance still 1, or only one of the two has moved.
+    Training that never runs in training mode does this, and so does a momentum that keeps
+    everything.
+
+    ## What helps
+    `fl.recalibrate` on training data gives the model statistics now. Fix the loop or the
+    momentum before you train on.
+
+    ## When it is something else
+    A network that was never trained, or one in front of whose BN layers the data are
+    standardised: 0 and 1 are then right.
+    """
     paths = _of(CauseCode.STATS_NEVER_UPDATED, assigned)
     if not paths:
         return
@@ -103,7 +130,20 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """A PyTorch momentum in a Keras layer: the average is the last batch."""
+    """A PyTorch momentum in a Keras layer: the average is the last batch.
+
+    ## What it looks like
+    Statistics follow the last batch: accuracy at inference jumps from step to step. Keras'
+    momentum is the share that is kept, PyTorch's the share that is replaced; 0.1 in Keras was
+    probably meant as 0.9.
+
+    ## What helps
+    `fl.set_momentum(model, 0.9)`, which takes the kept share on every framework, and
+    `fl.recalibrate` for the statistics of now.
+
+    ## When it is something else
+    A short average that was chosen, in a training of a few dozen steps for instance.
+    """
     yield from _short(case, assigned, CauseCode.MOMENTUM_CONVENTION)
 
 
@@ -116,7 +156,19 @@ def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """An average over so few batches that it is as noisy as one of them."""
+    """An average over so few batches that it is as noisy as one of them.
+
+    ## What it looks like
+    Validation jumps from epoch to epoch while training is smooth. The average spans so few
+    batches that it is as noisy as one of them.
+
+    ## What helps
+    A longer average (`fl.set_momentum` with `fl.suggest_momentum(steps)`), or `fl.recalibrate`
+    before each evaluation, which the callback `Recalibrate` does.
+
+    ## When it is something else
+    If validation jumps with exact statistics too, the weights jump: lower the learning rate.
+    """
     yield from _short(case, assigned, CauseCode.EMA_NOISE)
 
 
@@ -129,7 +181,23 @@ def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Averages that have not caught up with the weights or the data."""
+    """Averages that have not caught up with the weights or the data.
+
+    ## What it looks like
+    Right in training mode, wrong at inference, on the same samples; typical after a few hundred
+    steps or at a high learning rate. The moving averages still hold a share of older
+    statistics.
+
+    ## What helps
+    `fl.recalibrate(model, x)` replaces the averages with exact statistics. For the next
+    training: `fl.set_momentum(model, fl.suggest_momentum(steps))` or `fl.convert(model,
+    debias=True)`.
+
+    ## When it is something else
+    Averaged or edited weights look alike without `reference=` (STALE_AFTER_WEIGHT_EDIT), and so
+    do statistics of other data (DOMAIN_STATS). The repair is the same; what to avoid next time
+    is not.
+    """
     paths = _of(CauseCode.EMA_LAG, assigned)
     if not paths:
         return
@@ -179,7 +247,20 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.STALE_AFTER_WEIGHT_EDIT, rank=210, treated_by=(Fix.RECALIBRATE,))
 def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Weights that changed after the statistics had settled."""
+    """Weights that changed after the statistics had settled.
+
+    ## What it looks like
+    A model after SWA, EMA, weight averaging, pruning or quantisation is bad, although each
+    model that went into it was good. Its statistics belong to other weights.
+
+    ## What helps
+    `fl.recalibrate(averaged, data)`. Inside a training: `with fl.recalibrated(averaged,
+    loader):` around each evaluation.
+
+    ## When it is something else
+    If the model in training mode is bad too, the edit broke the weights, and statistics do not
+    bring them back.
+    """
     paths = _of(CauseCode.STALE_AFTER_WEIGHT_EDIT, assigned)
     if not paths:
         return
@@ -216,7 +297,21 @@ def stale_after_weight_edit(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.DOMAIN_STATS, rank=200, treated_by=(Fix.RECALIBRATE,))
 def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Statistics of other data than these."""
+    """Statistics of other data than these.
+
+    ## What it looks like
+    Good on the data of training, bad on another camera, scanner or site. Stored statistics
+    describe the old data from the first layer on.
+
+    ## What helps
+    `fl.recalibrate(model, new_data)`, with `fl.phases` before and after. Enough samples matter:
+    hundreds, of every class.
+
+    ## When it is something else
+    If new data are a mixture of many sources, or come one at a time: no single set of
+    statistics fits. If frozen filters were fitted to the old statistics, new ones can lower
+    accuracy: measure it.
+    """
     yield from _other_data_locked(case)
     paths = _of(CauseCode.DOMAIN_STATS, assigned)
     amount = _amount(case, paths)
@@ -242,7 +337,20 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.MIXED_SOURCES, rank=150, treated_by=(Fix.RECALIBRATE,))
 def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """One average over batches, or uses, that are not alike."""
+    """One average over batches, or uses, that are not alike.
+
+    ## What it looks like
+    One average over batches that are not alike: real and generated images in batches of their
+    own, several domains, or one layer that normalises several tensors. Each batch is fine by
+    itself; the average fits none.
+
+    ## What helps
+    Mix the sources within each batch, or give each its own BN layers; then `fl.recalibrate` on
+    mixed batches.
+
+    ## When it is something else
+    If batches are mixed at random already, look at BATCH_LEAK or EMA_LAG.
+    """
     paths = _of(CauseCode.MIXED_SOURCES, assigned)
     if not paths:
         return
@@ -289,7 +397,19 @@ def _mixed_text(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[s
 
 @cause(CauseCode.BESSEL, rank=180, treated_by=(Fix.RECALIBRATE,))
 def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """The unbiased variance, stacked: each site shrinks its output by √((n − 1)/n)."""
+    """The unbiased variance, stacked: each site shrinks its output by √((n − 1)/n).
+
+    ## What it looks like
+    A small gap that grows with depth. Stored variances are unbiased (n − 1), batch variances
+    are not, and each layer shrinks its output by √((n − 1)/n).
+
+    ## What helps
+    `fl.recalibrate` stores variances of the whole data, where n is large. Larger batches make
+    the bias vanish.
+
+    ## When it is something else
+    With more than about 100 values per channel and batch it is far below what can be measured.
+    """
     paths = _of(CauseCode.BESSEL, assigned)
     if not paths:
         return
@@ -314,7 +434,19 @@ def bessel(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.EPS_MISMATCH, rank=80, treated_by=(Fix.SET_EPSILON, Fix.RECALIBRATE))
 def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Another epsilon than the one the weights were trained with."""
+    """Another epsilon than the one the weights were trained with.
+
+    ## What it looks like
+    A converted network is slightly wrong everywhere, most where variances are small. Frameworks
+    differ: 1e-3 in Keras, 1e-5 in PyTorch.
+
+    ## What helps
+    Set epsilon to that of the original; recalibrating hides only a part.
+
+    ## When it is something else
+    Where variances are far above epsilon (FL113 and FL315 weigh that), the difference does not
+    matter.
+    """
     known = case.reference
     closes = max(0.0, -case.change("epsilon", "inference"))
     if known is not None and known.epsilons:
@@ -353,7 +485,20 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.RANK_DIVERGENCE, rank=220, treated_by=(Fix.RECALIBRATE,))
 def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Equal weights, different statistics: a replica, or a pass in training mode since."""
+    """Equal weights, different statistics: a replica, or a pass in training mode since.
+
+    ## What it looks like
+    Validation differs between GPUs, or depends on the rank that wrote the checkpoint: weights
+    are equal, statistics are not.
+
+    ## What helps
+    `fl.recalibrate` in the process group gives every rank the statistics of all data;
+    `fl.merge_statistics` merges what was saved.
+
+    ## When it is something else
+    It needs `reference=`, the other replica. A single pass in training mode since the
+    checkpoint looks the same.
+    """
     drift = case.moved_from_reference
     paths = tuple(
         path for path in case.sites if path in drift and not case.meant_frozen(case.sites[path])

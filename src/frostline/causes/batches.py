@@ -32,7 +32,20 @@ REORDERED_HALF = 5e-2
     ),
 )
 def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Inference that normalises with the batch at hand."""
+    """Inference that normalises with the batch at hand.
+
+    ## What it looks like
+    A prediction depends on what else is in the batch; a batch of one gives nonsense. Some layer
+    normalises with the batch at inference: it was called with `training=True`, is in `train()`,
+    or keeps no statistics.
+
+    ## What helps
+    Call it in inference mode, then `fl.recalibrate`, since its stored statistics may never have
+    been used.
+
+    ## When it is something else
+    Instance-like behaviour by design, as in style transfer and some GANs.
+    """
     paths = tuple(
         path
         for path in case.sites
@@ -64,7 +77,19 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.KERNEL_BUG, rank=30)
 def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Outputs that depend on the batch although no site uses it."""
+    """Outputs that depend on the batch although no site uses it.
+
+    ## What it looks like
+    Outputs at inference change with the batch although no BN layer uses it. Other layers mix
+    samples (padding to the longest sample, attention across the batch), or an operation of the
+    backend is wrong.
+
+    ## What helps
+    Another backend or device tells the two apart. Report a wrong operation to its project.
+
+    ## When it is something else
+    Differences at the level of rounding, which larger batches reorder, are not reported.
+    """
     behaviour = case.measurement.behaviour.values()
     if any(seen.inference is not None and seen.inference > 0 for seen in behaviour):
         return
@@ -113,7 +138,20 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     ),
 )
 def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Batches of so few values that the network fits each batch, not the data."""
+    """Batches of so few values that the network fits each batch, not the data.
+
+    ## What it looks like
+    Training works in batches of one or two, or in segmentation and detection with few images;
+    inference is worse than every batch. A batch of so few values normalises each sample almost
+    by itself.
+
+    ## What helps
+    Larger batches; frozen BN (`fl.freeze`) where the backbone is pretrained; group
+    normalisation for a new network.
+
+    ## When it is something else
+    If exact statistics close the gap, the average was at fault and not the batch: EMA_NOISE.
+    """
     if _tells_class(case):
         return
     size = case.measurement.batch_size
@@ -144,7 +182,20 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.BATCH_LEAK, rank=160, treated_by=(Fix.RECALIBRATE,))
 def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Batches whose composition reveals the label, or more than any fixed statistics hold."""
+    """Batches whose composition reveals the label, or more than any fixed statistics hold.
+
+    ## What it looks like
+    Batches of one class, or sorted data: the make-up of a batch tells the label, and training
+    learns to read it.
+
+    ## What helps
+    Shuffle the training data and train again. Statistics alone do not help: the weights rely on
+    the leak.
+
+    ## When it is something else
+    If the samples that you gave are sorted but training shuffled them, pass them as training
+    saw them.
+    """
     if not _tells_class(case):
         yield from _beyond_statistics(case, assigned)
         return

@@ -77,7 +77,21 @@ USUAL_SCALES = (255.0, 127.5, 2.0, 1 / 255.0, 1 / 127.5, 0.5)
 
 @cause(CauseCode.DROPOUT, rank=240)
 def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Dropout or noise layers, which act in training only."""
+    """Dropout or noise layers, which act in training only.
+
+    ## What it looks like
+    Training loss above validation loss, or a gap that remains with BN as at inference: dropout
+    and noise layers act in training only. BN behind dropout sees another variance in training
+    than at inference.
+
+    ## What helps
+    Nothing, if the gap is that of dropout itself. Where stored variances are those under
+    dropout: put dropout behind the last BN layer, or `fl.recalibrate`, which measures without
+    it.
+
+    ## When it is something else
+    The share that is BN is reported apart from it.
+    """
     kinds = case.measurement.noise_layers
     gap = case.dropout_gap
     noise = [name for name, kind in kinds.items() if kind != "augmentation"]
@@ -97,7 +111,19 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.AUGMENT_TRAIN_ONLY, rank=250)
 def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Augmentation in the model, or in the data of training only."""
+    """Augmentation in the model, or in the data of training only.
+
+    ## What it looks like
+    Training reports a worse loss than the same weights reach on plain samples: augmentation
+    makes training harder, and statistics are those of augmented images.
+
+    ## What helps
+    Nothing, if it is only the metric. If augmentation shifts the statistics, `fl.recalibrate`
+    on plain images.
+
+    ## When it is something else
+    To be sure, give `fl.diagnose` the training pipeline, augmentation included.
+    """
     kinds = case.measurement.noise_layers
     layers = [name for name, kind in kinds.items() if kind == "augmentation"]
     gap = case.dropout_gap
@@ -147,7 +173,19 @@ def _shift(case: Case, assigned: Assigned, code: CauseCode) -> tuple[float, str]
 
 @cause(CauseCode.EPOCH_AVERAGE, rank=260)
 def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
-    """A training metric that is the mean over an epoch in which the weights changed."""
+    """A training metric that is the mean over an epoch in which the weights changed.
+
+    ## What it looks like
+    The progress bar says one thing, `evaluate` on the same samples another, and both phases
+    agree with each other. A training metric is the mean over an epoch in which the weights
+    changed.
+
+    ## What helps
+    Nothing is broken: evaluate the final weights on the training samples.
+
+    ## When it is something else
+    If the phases differ as well, that gap is reported first.
+    """
     worse = case.history_excess
     if worse is None or worse.flat or case.gap_parts:
         return
@@ -165,7 +203,18 @@ def epoch_average(case: Case, _: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.PREPROCESS, rank=70, treated_by=(Fix.FIX_PREPROCESSING,))
 def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Inputs that are not prepared as in training."""
+    """Inputs that are not prepared as in training.
+
+    ## What it looks like
+    Everything is wrong at once, in both phases. Inputs are scaled, ordered or encoded in
+    another way than in training: 0 to 255 instead of 0 to 1, BGR for RGB.
+
+    ## What helps
+    Prepare the inputs as in training; the report names the encoding that does best.
+
+    ## When it is something else
+    If only inference is wrong, it is not the inputs.
+    """
     repair = best_trial(case)
     if repair is not None:
         name, loss, part = repair
@@ -283,7 +332,19 @@ def _plausible(name: str, case: Case) -> bool:
 
 @cause(CauseCode.LABEL_ORDER, rank=60, treated_by=(Fix.RELABEL,))
 def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Labels that belong to other samples, or classes under other names."""
+    """Labels that belong to other samples, or classes under other names.
+
+    ## What it looks like
+    Accuracy at chance or below, and right after renaming the classes: two tools numbered the
+    classes in different orders.
+
+    ## What helps
+    Compare the lists of class names; the remedy prints the renaming that fits.
+
+    ## When it is something else
+    With two classes, AUC near 0 shows it. AUC near 1 at chance accuracy is a shift of the
+    outputs: BN.
+    """
     known = case.measurement
     now = case.accuracy("inference")
     if now is None or known.chance is None or known.task not in ("binary", "multiclass"):
@@ -309,7 +370,18 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.OVERFIT, rank=270)
 def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Training samples are fitted, others are not, whatever the statistics."""
+    """Training samples are fitted, others are not, whatever the statistics.
+
+    ## What it looks like
+    Training samples are right, validation samples are not, and training mode and inference
+    agree on both.
+
+    ## What helps
+    More data, augmentation, regularisation. Nothing about BN.
+
+    ## When it is something else
+    It needs `validation=`. If exact statistics of the validation data help, it is DOMAIN_STATS.
+    """
     if case.inference_is_worse or not _is_good(case, "inference"):
         return
     validation = case.probe("validation inference")

@@ -17,7 +17,19 @@ BETTER = 0.5
 
 @cause(CauseCode.LOADING, rank=40)
 def loading(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Outputs that differ although weights and statistics are equal."""
+    """Outputs that differ although weights and statistics are equal.
+
+    ## What it looks like
+    Outputs differ although every weight and statistic is equal: a setting, a custom layer or
+    the order of layers was lost between saving and loading.
+
+    ## What helps
+    Save the whole model, or rebuild it with the same settings. The report lists those that
+    differ.
+
+    ## When it is something else
+    It needs `reference=`, or a model that changes when it is saved and loaded.
+    """
     trip = case.measurement.round_trip
     if trip is not None and trip > REORDERED:
         yield Claim(
@@ -50,7 +62,19 @@ def loading(case: Case, _: Assigned) -> Iterator[Claim]:
 
 @cause(CauseCode.STALE_PARAMS, rank=50)
 def stale_params(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Weights that are still the reference's although training was made."""
+    """Weights that are still the reference's although training was made.
+
+    ## What it looks like
+    Training reported progress, yet every weight equals that of before: the wrong checkpoint,
+    the wrong object, or a copy was trained.
+
+    ## What helps
+    Find the object that was trained, and evaluate or save that one.
+
+    ## When it is something else
+    It needs `reference=`, the weights of before. If nothing was meant to train, there is
+    nothing to find.
+    """
     known = case.reference
     trains = any(layer.trains for layer in case.facts.layers)
     if known is None or not known.params or not case.same_params or not trains or not case.steps:

@@ -26,7 +26,21 @@ _SHOWN = 0.95
     ),
 )
 def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Frozen sites that normalise with the batch in training and with stored numbers afterwards."""
+    """Frozen sites that normalise with the batch in training and with stored numbers afterwards.
+
+    ## What it looks like
+    Right in training, at chance in evaluation, behind frozen layers: they normalise with the
+    batch in training and with stored statistics at inference. Keras 2.1.3 to 2.2.4 did this,
+    and so does `track_running_stats=False`.
+
+    ## What helps
+    `fl.freeze(model, until=...)` or `fl.convert(model)` and train on: the layers behind must
+    learn the statistics that inference uses. Without training: `fl.recalibrate(model, x,
+    sites="all")`.
+
+    ## When it is something else
+    In Keras 3, layers that were frozen before `compile` do not do this.
+    """
     paths = tuple(path for path in case.with_role("frozen batch") if path not in assigned)
     if not paths:
         return
@@ -56,7 +70,20 @@ def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Frozen sites whose statistics (or gamma and beta) move, or have moved from a reference."""
+    """Frozen sites whose statistics (or gamma and beta) move, or have moved from a reference.
+
+    ## What it looks like
+    Layers that are called frozen still change: `requires_grad=False` stops gradients and no
+    statistics, and Keras before 2.1.3 moved them too. After training the pretrained network is
+    gone.
+
+    ## What helps
+    `fl.freeze(model, until=...)` locks the statistics as well; take the statistics of the old
+    checkpoint. `fl.assert_frozen` is the test for it.
+
+    ## When it is something else
+    BN layers that are meant to adapt while filters stay frozen (AdaBN, BN tuning).
+    """
     moving = tuple(
         path
         for path in case.with_role("frozen drift")
@@ -82,7 +109,19 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
-    """Sites frozen by a flag or by eval(), which each training step undoes."""
+    """Sites frozen by a flag or by eval(), which each training step undoes.
+
+    ## What it looks like
+    BN was put into `eval()` by hand, and `model.train()` at the start of the next epoch undid
+    it.
+
+    ## What helps
+    `fl.freeze(model, until=...)`, which survives `train()`; or `eval()` after every `train()`.
+
+    ## When it is something else
+    If your loop calls `eval()` on these layers after each `train()`, the state that was
+    diagnosed is not that of training.
+    """
     paths = tuple(
         path
         for path in case.with_role("frozen drift")
@@ -115,7 +154,18 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ),
 )
 def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
-    """``trainable`` was flipped since the training step was compiled."""
+    """``trainable`` was flipped since the training step was compiled.
+
+    ## What it looks like
+    `trainable` was flipped after `compile` or after training began: the compiled step goes on
+    as before, while the summary shows the new flags.
+
+    ## What helps
+    Compile again after flipping, or `fl.convert(model)`, whose layers obey at once.
+
+    ## When it is something else
+    Loops of your own in eager PyTorch read the flag at every step.
+    """
     findings = [finding for finding in case.findings if finding.code == "FL107"]
     paths = switched(case)
     if not paths:

@@ -85,8 +85,8 @@ def diagnose(
     words = {"MODEL": _model_as_typed(model), "DATA": _data_as_typed(data)}
     found = replace(found, remedies=tuple(_filled(each, words) for each in found.remedies))
     if target is None:
-        return reports.show(found, report)
-    reports.show(found, replace(report, output=None))
+        return reports.show(found, report, model.model)
+    reports.show(found, replace(report, output=None), model.model)
     samples = best_remedy.Samples(
         x=x, y=y, loss=loss, batch_size=batch_size, max_samples=max_samples, seed=data.seed
     )

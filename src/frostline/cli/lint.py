@@ -14,4 +14,4 @@ def lint(model: ModelOptions, which: RuleOptions, report: ReportOptions) -> int:
     reports.check_output(report.output, force=report.force)
     chosen = which.chosen()
     found = verbs.lint(model_files.open_model(model), **chosen)
-    return reports.show(found, report)
+    return reports.show(found, report, model.model)

@@ -33,12 +33,14 @@ class Format(StrEnum):
 
 
 class ReportFormat(StrEnum):
-    """How a report is printed; ``github`` makes annotations of it."""
+    """How a report is printed; the last three are for CI services."""
 
     text = "text"
     json = "json"
     html = "html"
     github = "github"
+    sarif = "sarif"
+    junit = "junit"
 
 
 class Split(StrEnum):

@@ -24,8 +24,13 @@ def check_output(path: Path | None, *, force: bool) -> None:
         files.check_output(path, ENDINGS, "a report", force=force)
 
 
-def show(report: Report, options: ReportOptions) -> int:
+def show(report: Report, options: ReportOptions, model: str) -> int:
     """Write the report where asked, print it, and return the exit code.
+
+    Args:
+        report: Of ``lint`` or ``diagnose``.
+        options: Where it goes and in which form.
+        model: MODEL as it was given, which a code scanning service calls the file.
 
     Returns:
         0 for a clean report or with ``exit_zero``, else 1.
@@ -40,6 +45,14 @@ def show(report: Report, options: ReportOptions) -> int:
         typer.echo(html.page(report))
     elif options.format is ReportFormat.github:
         typer.echo(github.as_github(report), nl=False)
+    elif options.format is ReportFormat.sarif:
+        from frostline.report import sarif
+
+        typer.echo(sarif.as_sarif(report, artifact=model_file(model)), nl=False)
+    elif options.format is ReportFormat.junit:
+        from frostline.report import junit
+
+        typer.echo(junit.as_junit(report), nl=False)
     else:
         out = text.console()
         if out.is_terminal:
@@ -49,3 +62,9 @@ def show(report: Report, options: ReportOptions) -> int:
         if options.output is not None:
             echo(f"written: {options.output}", err=True)
     return 0 if report.clean or options.exit_zero else 1
+
+
+def model_file(model: str) -> str:
+    """File of MODEL: of a ``module:function`` the module's, if it lies where it is looked for."""
+    source = model.rpartition(":")[0].replace(".", "/") + ".py"
+    return source if Path(source).is_file() else model

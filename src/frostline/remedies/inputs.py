@@ -14,7 +14,14 @@ _FEW_CLASSES = 20
 
 @remedy(Fix.FIX_PREPROCESSING, rank=10)
 def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
-    """The encoding of the inputs that inference does best with, where it is taken for the cause."""
+    """The encoding of the inputs that inference does best with, where it is taken for the cause.
+
+    ## When to use it
+    The report finds PREPROCESS: inference is right with another encoding of the same inputs.
+
+    ## When not to use it
+    When only a part of the inputs is prepared differently: fix the pipeline, not the array.
+    """
     named = {
         cause.evidence.get("trial") for cause in place.causes if cause.code == CauseCode.PREPROCESS
     }
@@ -33,7 +40,15 @@ def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
 
 @remedy(Fix.RELABEL, rank=20)
 def rename_classes(place: Workplace) -> Iterator[Candidate]:
-    """The one-to-one renaming of the classes that fits the predictions best."""
+    """The one-to-one renaming of the classes that fits the predictions best.
+
+    ## When to use it
+    The report finds LABEL_ORDER: a one-to-one renaming of the classes explains the predictions.
+
+    ## When not to use it
+    When accuracy after renaming is far from that of training: a renaming can always be found,
+    and on few samples it fits by chance.
+    """
     known = place.measurement
     if (
         CauseCode.LABEL_ORDER not in place.codes

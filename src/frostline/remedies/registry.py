@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,8 +35,13 @@ class Repair:
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (self.attempt.__doc__ or "").partition("\n")[0]
+        """First line of the documentation."""
+        return self.documentation.partition("\n")[0]
+
+    @property
+    def documentation(self) -> str:
+        """The function's docstring: Markdown under the headings that every one has."""
+        return inspect.getdoc(self.attempt) or ""
 
 
 _REGISTRY: dict[Fix, Repair] = {}

@@ -21,7 +21,24 @@ _RECALIBRATE = "recalibrate "
 
 @remedy(Fix.RECALIBRATE, rank=40, verb="recalibrate")
 def recalibrate(place: Workplace) -> Iterator[Candidate]:
-    """Exact statistics of the data at unfrozen, all and frozen sites."""
+    """Exact statistics of the data at unfrozen, all and frozen sites.
+
+    ## When to use it
+    Statistics lag, are lost, or belong to other weights or data; `fl.phases` is right in
+    training mode and wrong at inference. It needs samples without labels, changes no weight,
+    and `undo()` goes back bit for bit.
+
+    ## When not to use it
+    On a handful of samples, on data unlike those of use, or in front of frozen layers that were
+    fitted to the old statistics: look at `fl.phases` before and after.
+
+    ## Example
+    ```python
+    change = fl.recalibrate(model, x)
+    print(change)
+    change.undo()
+    ```
+    """
     unsteady = place.treated(Fix.FREEZE)
     stale = [code for code in place.treated(Fix.RECALIBRATE) if code not in unsteady]
     stale += place.shifted_by_dropout
@@ -69,7 +86,20 @@ def group_of(remedy: Remedy) -> str | None:
 
 @remedy(Fix.SET_MOMENTUM, rank=60)
 def settled_average(place: Workplace) -> Iterator[Candidate]:
-    """A momentum with which the average follows: then it holds the mean of the batches' moments."""
+    """A momentum with which the average follows: then it holds the mean of the batches' moments.
+
+    ## When to use it
+    You train on, and the averages lag (too long) or jump (too short).
+
+    ## When not to use it
+    When training is over: it changes no statistics. `fl.recalibrate` does.
+
+    ## Example
+    ```python
+    print(f"{fl.suggest_momentum(200):.3f}")
+    print(fl.set_momentum(model, fl.suggest_momentum(200)))
+    ```
+    """
     named = place.treated(Fix.SET_MOMENTUM)
     paths = [path for path in place.blamed(*named) if path in place.measurement.sites]
     paths = [path for path in paths if not place.sites[path].site.stats_frozen]
@@ -104,7 +134,23 @@ def settled_average(place: Workplace) -> Iterator[Candidate]:
 
 @remedy(Fix.SET_EPSILON, rank=30)
 def match_epsilon(place: Workplace) -> Iterator[Candidate]:
-    """The epsilon of the reference, or of most sites: a variance that differs by as much."""
+    """The epsilon of the reference, or of most sites: a variance that differs by as much.
+
+    ## When to use it
+    A network was converted between frameworks and epsilon was not, or a few layers differ from
+    the rest.
+
+    ## When not to use it
+    When the network was trained with the epsilon that it has.
+
+    ## Example
+    ```python
+    for layer in model.layers:
+        if layer.name.startswith("bn"):
+            layer.epsilon = 1e-5
+    print({site.path: site.epsilon for site in fl.sites(model)})
+    ```
+    """
     wanted = dict(_wanted_epsilons(place)) if CauseCode.EPS_MISMATCH in place.codes else {}
     statistics = {}
     for path, epsilon in wanted.items():
@@ -130,7 +176,22 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
 
 @remedy(Fix.INFERENCE_MODE, rank=80)
 def stored_statistics(place: Workplace) -> Iterator[Candidate]:
-    """Inference that really is inference, where a site uses the batch."""
+    """Inference that really is inference, where a site uses the batch.
+
+    ## When to use it
+    Predictions depend on the batch: a layer is called with `training=True`, or the module is in
+    `train()`.
+
+    ## When not to use it
+    When stored statistics were never updated: recalibrate first, or predictions get worse.
+
+    ## Example
+    ```python
+    import numpy as np
+    alone, together = model.predict(x[:1], verbose=0), model.predict(x, verbose=0)[:1]
+    print("the batch does not matter:", bool(np.allclose(alone, together, atol=1e-5)))
+    ```
+    """
     after = place.probe("stored")
     if CauseCode.FORCED_TRAIN not in place.codes or after is None:
         return

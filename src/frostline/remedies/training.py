@@ -16,7 +16,24 @@ TRIAL_EPOCHS = 3
 
 @remedy(Fix.FREEZE, rank=50)
 def lock_frozen(place: Workplace) -> Iterator[Candidate]:
-    """Frozen sites at their stored statistics, and a short training of what trains."""
+    """Frozen sites at their stored statistics, and a short training of what trains.
+
+    ## When to use it
+    Layers are meant to be frozen and are not: their statistics move, or training uses those of
+    the batch. It takes effect in training; the trial behind its numbers trains a few passes on
+    a copy of the state.
+
+    ## When not to use it
+    When there is time to train everything: BN that adapts usually ends better. Freezing every
+    BN layer of a network that trains can stop the training.
+
+    ## Example
+    ```python
+    change = fl.freeze(model, until="conv2")
+    print(change)
+    print([(site.path, site.stats_frozen) for site in fl.sites(model)])
+    ```
+    """
     named = place.treated(Fix.FREEZE)
     paths = place.blamed(*named)
     trains = any(layer.trains for layer in place.facts.layers)
@@ -78,7 +95,15 @@ def _lock_in_own_loop(
 
 @remedy(Fix.LARGER_BATCH, rank=70)
 def larger_batches(place: Workplace) -> Iterator[Candidate]:
-    """What training would see in larger batches; inference then needs new statistics."""
+    """What training would see in larger batches; inference then needs new statistics.
+
+    ## When to use it
+    Batches hold too few values per channel for a variance (SMALL_BATCH).
+
+    ## When not to use it
+    When memory forbids it: freeze BN, use group normalisation or synchronised BN. Accumulating
+    gradients does not help; each small batch is normalised alone.
+    """
     if CauseCode.SMALL_BATCH not in place.codes:
         return
     values = place.measurement.batch_size

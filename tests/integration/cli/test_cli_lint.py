@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from frostline import rules
+from frostline.cli import reports
 from frostline.cli.lint import lint
 from frostline.cli.options import Format, ReportFormat
 from frostline.cli.rule import rule
@@ -94,3 +96,93 @@ def test_list_of_rules(capsys: pytest.CaptureFixture[str]) -> None:
     (plain,) = json.loads(capsys.readouterr().out)
     assert plain["options"] == {"max_share": 0.1}
     assert plain["documentation"] == rules.get("FL203").documentation
+
+
+def test_sarif_holds_what_the_format_requires(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lint(model=source, format=ReportFormat.sarif) == 1
+    log = json.loads(capsys.readouterr().out)
+    check_sarif(log)
+    (run,) = log["runs"]
+    (result,) = run["results"]
+    assert (result["ruleId"], result["level"]) == ("FL204", "error")
+    assert result["properties"] == {"fix": "recalibrate"}
+    (where,) = result["locations"]
+    assert where["physicalLocation"]["artifactLocation"]["uri"] == source
+    assert where["logicalLocations"] == [{"fullyQualifiedName": "bn", "kind": "member"}]
+    described = {rule["id"]: rule for rule in run["tool"]["driver"]["rules"]}
+    assert described["FL204"]["help"]["markdown"] == rules.get("FL204").documentation
+    assert lint(model=source, select=["FL1"], format=ReportFormat.sarif) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["results"] == []
+
+
+#: What sarif-schema-2.1.0.json requires of the objects that are written, and what it allows there.
+SARIF = {
+    "log": ({"version", "runs"}, {"$schema", "version", "runs"}),
+    "run": ({"tool"}, {"tool", "results", "columnKind", "artifacts"}),
+    "driver": ({"name"}, {"name", "version", "rules"}),
+    "rule": (
+        {"id"},
+        {"id", "name", "shortDescription", "help", "defaultConfiguration"},
+    ),
+    "result": ({"message"}, {"ruleId", "level", "message", "locations", "properties"}),
+    "location": (set[str](), {"physicalLocation", "logicalLocations"}),
+}
+SARIF_LEVELS = {"none", "note", "warning", "error"}
+
+
+def check_sarif(log: Any) -> None:
+    def fits(kind: str, value: Any) -> None:
+        required, allowed = SARIF[kind]
+        assert required <= value.keys() <= allowed, kind
+
+    fits("log", log)
+    assert log["version"] == "2.1.0"
+    for run in log["runs"]:
+        fits("run", run)
+        assert run["columnKind"] in ("utf16CodeUnits", "unicodeCodePoints")
+        driver = run["tool"]["driver"]
+        fits("driver", driver)
+        for each in driver["rules"]:
+            fits("rule", each)
+            assert each["defaultConfiguration"]["level"] in SARIF_LEVELS
+            assert each["help"]["text"]
+            assert each["shortDescription"]["text"]
+        known = [each["id"] for each in driver["rules"]]
+        assert len(known) == len(set(known))
+        for result in run["results"]:
+            fits("result", result)
+            assert result["ruleId"] in known
+            assert result["level"] in SARIF_LEVELS
+            assert isinstance(result["message"]["text"], str)
+            for location in result["locations"]:
+                fits("location", location)
+                region = location["physicalLocation"]["region"]
+                assert region["startLine"] >= 1
+
+
+def test_junit_is_read_back(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lint(model=source, format=ReportFormat.junit) == 1
+    suite = ElementTree.fromstring(capsys.readouterr().out)
+    assert (suite.tag, suite.get("name"), suite.get("failures")) == ("testsuite", "frostline", "1")
+    cases = suite.findall("testcase")
+    assert suite.get("tests") == str(len(cases))
+    (failed,) = [case for case in cases if case.find("failure") is not None]
+    failure = failed.find("failure")
+    assert failed.get("name") == "FL204 initial-statistics"
+    assert failure is not None
+    assert (failure.text or "").startswith("bn: mean 0")
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    assert suite.get("skipped") == str(len(skipped))
+    assert {(case.get("name") or "")[:3] for case in skipped} >= {"FL3"}
+    assert lint(model=source, select=["FL1"], format=ReportFormat.junit) == 0
+    assert ElementTree.fromstring(capsys.readouterr().out).get("failures") == "0"
+
+
+def test_a_function_is_located_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").touch()
+    assert reports.model_file("nets:build") == "nets.py"
+    assert reports.model_file("installed.package:build") == "installed.package:build"
+    assert reports.model_file("folder/model.keras") == "folder/model.keras"
