@@ -29,7 +29,7 @@ OUTCOMES = ("works", "refused", "wrong", "crash")
 
 def load() -> dict[str, Entry]:
     """The table; frameworks are imported here."""
-    from . import keras_programs, torch_programs  # noqa: F401
+    from . import keras_programs, situations, torch_programs  # noqa: F401
 
     return ENTRIES
 

@@ -21,6 +21,8 @@ class Program:
         sample: What ``split`` is given as a sample; ``None``: nothing.
         in_training_mode: The library computes its loss in training mode only.
         exported: An exported program: its calls are below what a function mode sees.
+        lags: Its averages lag, so that inference is worse than training: BN is to blame.
+        more_in_training: In training it returns more than at inference, and its loss adds it up.
     """
 
     model: Any
@@ -31,6 +33,8 @@ class Program:
     sample: Any = None
     in_training_mode: bool = False
     exported: bool = False
+    lags: bool = False
+    more_in_training: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -83,6 +84,21 @@ def norms(model: Any) -> list[tuple[str, Any]]:
         for name, m in model.named_modules()
         if isinstance(getattr(m, "running_mean", None), torch.Tensor)
     ]
+
+
+_KEPT = re.compile("(running|moving|stored)_(mean|var)")
+_MEAN = re.compile("(running|moving|stored)_mean")
+
+
+def kept_pairs(model: Any) -> list[tuple[str, Any, str, str]]:
+    """Modules that keep statistics under any name, with the names of their buffers."""
+    found = []
+    for name, module in model.named_modules():
+        for mean in [n for n in module._buffers if _MEAN.fullmatch(n)]:
+            variance = mean.replace("mean", "var")
+            if isinstance(module._buffers.get(variance), torch.Tensor):
+                found.append((name, module, mean, variance))
+    return found
 
 
 def noisy(model: Any) -> bool:
@@ -185,7 +201,7 @@ def phases(program: Program, model: Any) -> str:
     require(not difference(before, state(model)), "phases changed the model")
     for phase, training in (("0", False), ("1", True)):
         mine, own = table[phase].loss, own_loss(program, model, training=training)
-        if own is None or (training and noisy(model)):
+        if own is None or (training and (noisy(model) or program.more_in_training)):
             continue
         require(mine is not None, f"no loss at phase {phase}; the library says {own:.4g}")
         near = math.isclose(float(mine or 0), own, rel_tol=2e-3, abs_tol=1e-4)
@@ -198,32 +214,39 @@ def recalibrate(program: Program, model: Any) -> str:
     change = fl.recalibrate(model, program.batches, sites="all", **step_of(program))
     if not program.exported:
         seen, hooked = Seen(), {}
-        for name, module in norms(model):  # frozen classes compute by hand
+        kept = kept_pairs(model)
+        for name, module, *_ in kept:  # classes that compute by hand
             took = functools.partial(lambda n, _, x: hooked.setdefault(n, []).append(x[0]), name)
             module.register_forward_pre_hook(took)
         with untouched(model), torch.no_grad(), seen:
             model.eval()
             for batch in program.batches:
                 (program.ask if step_of(program) else program.call)(model, batch)
-        for name, module in norms(model):
-            inputs = seen.inputs.get(module.running_mean.data_ptr())
+        for name, module, *names in kept:
+            mean, variance = (getattr(module, each).double().flatten() for each in names)
+            inputs = seen.inputs.get(getattr(module, names[0]).data_ptr())
             inputs = inputs or [x.double() for x in hooked.get(name, [])]
             if not inputs:
-                same = torch.equal(before[f"{name}.running_mean"], module.running_mean)
+                same = torch.equal(before[f"{name}.{names[0]}"], getattr(module, names[0]))
                 require(same, f"{name} is not used, and changed")
                 continue
             x = torch.cat([i.transpose(0, 1).reshape(i.shape[1], -1) for i in inputs], 1)
-            spread = x.var(1, unbiased=False).clamp_min(0).sqrt() + 1e-3
-            off = float(((module.running_mean.double() - x.mean(1)) / spread).abs().max())
-            require(off < FIXED_POINT, f"the mean of {name} is {off:.2g} deviations off")
             biased = x.var(1, unbiased=False)
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # within each sample
+                within = [i.flatten(2).var(2, unbiased=False) for i in inputs]
+                biased = torch.cat(within).mean(0)
+            spread = biased.clamp_min(0).sqrt() + 1e-3
+            off = float(((mean - x.mean(1)) / spread).abs().max())
+            require(off < FIXED_POINT, f"the mean of {name} is {off:.2g} deviations off")
             big = biased > 1e-6
-            ratio = (module.running_var.double() / biased.clamp_min(1e-12))[big]
+            ratio = (variance / biased.clamp_min(1e-12))[big]
             if bool(big.any()):  # torch's own updates store n / (n - 1) of the biased variance
                 low, high = float(ratio.min()), float(ratio.max())
                 factor = x.shape[1] / (x.shape[1] - 1)
                 holds = low > 1 - FIXED_POINT and high < factor * (1 + FIXED_POINT)
                 require(holds, f"the variance of {name} is {low:.6g} to {high:.6g} of the biased")
+        for _, module, *_ in kept:
+            module._forward_pre_hooks.clear()
     change.undo()
     require(not difference(before, state(model)), "undo did not put everything back")
     return "fixed point"
@@ -232,12 +255,12 @@ def recalibrate(program: Program, model: Any) -> str:
 def freeze(program: Program, model: Any) -> str:
     before, kept_state = state(model), copy.deepcopy(model.state_dict())
     change = fl.freeze(model)
-    kept = {k: v for k, v in state(model).items() if "running" in k}
+    kept = {k: v for k, v in state(model).items() if _KEPT.search(k)}
     with torch.no_grad():
         for batch in program.batches:
             model.train()
             (program.ask or program.call)(model, batch)
-    moved = difference(kept, {k: v for k, v in state(model).items() if "running" in k})
+    moved = difference(kept, {k: v for k, v in state(model).items() if _KEPT.search(k)})
     require(not moved, f"{moved} moved though frozen")
     model.load_state_dict(kept_state)
     change.undo()
@@ -274,6 +297,12 @@ def diagnose(program: Program, model: Any) -> str:
     report = fl.diagnose(model, program.batches, verbose=0, **program.options)
     require(not difference(before, state(model)), "diagnose changed the model")
     require(bool(report.verdict), "no verdict")
+    if program.lags:
+        at_rest, learning = (own_loss(program, model, training=t) for t in (False, True))
+        if not (at_rest or 0) > 1.1 * (learning or 0):
+            raise RuntimeError(f"no lag to find: {learning} in training, {at_rest} at inference")
+        blamed = bool(report.causes) and report.causes[0].is_bn
+        require(blamed, f"BN is not blamed, at {learning:.3g} → {at_rest:.3g}: {report.verdict}")
     return report.verdict[:60]
 
 
@@ -287,8 +316,9 @@ def split(program: Program, model: Any) -> str:
     def run(part: Any) -> Any:
         if program.sample is None:
             return program.call(part, program.batches[0])
-        mapping = isinstance(program.sample, Mapping)
-        return part(**program.sample) if mapping else part(program.sample)
+        if isinstance(program.sample, Mapping):
+            return part(**program.sample)
+        return part(*program.sample) if type(program.sample) is tuple else part(program.sample)
 
     for part in (model, parts.prefix, parts.suffix):
         with contextlib.suppress(Exception):  # an exported program has no eval()
