@@ -349,6 +349,9 @@ class Inspect(Protocol):
     def objective(self) -> tuple[str | None, bool | None]:
         """Snake-case name of the compiled loss and its ``from_logits``; ``None``: not known."""
 
+    def judges_itself(self) -> bool:
+        """Whether the model cannot be called without labels, so that it computes its own loss."""
+
     def own_loss(self) -> Any:
         """The loss or losses that the model brings along; ``None``: none."""
 

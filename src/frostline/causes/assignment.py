@@ -154,7 +154,8 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     """Mean 0 or variance 1 (or 0) in every channel although in use, or a decay of 1."""
     facts = case.sites[path]
     initial = initial_values(facts)
-    if initial is None:
+    unused = bool(case.measurement.sites) and path not in case.measurement.sites
+    if initial is None or unused:  # an auxiliary head, a branch that no batch takes
         return None
     used, far = bool(case.steps) or affine_is_trained(facts), case.mismatch(path) > FAR
     if initial.mean and initial.variance and (used or far):

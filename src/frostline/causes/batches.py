@@ -106,8 +106,11 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     else:
         text = f"by {number(neighbours)} with the neighbours in the batch"
     change = max([neighbours, *(point.inference_change for point in wrong)])
-    unknown = any(seen.inference is None for seen in behaviour)
-    by_design = neighbours > tolerance  # one bad batch size leaves the neighbours alone
+    unseen = [seen for seen in behaviour if seen.inference is None]
+    branches = any(seen.training is None and seen.moves is False for seen in unseen)
+    unknown = any(seen.moves is not False for seen in unseen)
+    # One bad batch size leaves the neighbours alone; a branch that the batch picks is meant.
+    by_design = neighbours > tolerance or branches
     sure = bool(wrong) and not unknown and not by_design
     if unknown:
         text += ", and whether a BN layer uses the batch could not be seen at every site"
@@ -115,12 +118,14 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
         text += ", although no BN layer uses the batch"
     if by_design:
         text += ": the model mixes the samples of a batch by design, as padding to the longest of "
-        text += "them does where layers do not mask it, or an operation is wrong"
+        text += "them does where layers do not mask it"
+        text += " or a branch that the batch picks" if branches else ""
+        text += ", or an operation is wrong"
     yield Claim(
         code=CauseCode.KERNEL_BUG,
         message=f"inference outputs change {text}",
         # What may be meant voids nothing that was measured.
-        standing=0.95 if by_design and not wrong else 2.0,
+        standing=2.0 if sure else 0.4 if branches else 0.95,
         certainty="is" if sure else "may",
         evidence={"largest_change": change},
         settle=None

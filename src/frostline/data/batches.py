@@ -353,7 +353,7 @@ def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
         return []
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, (list, tuple)) and not _is_numbers(value):
+    elif _is_sequence(value):
         items = enumerate(value)
     else:
         return [(name, value)]
@@ -366,7 +366,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {key: map_leaves(function, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and not _is_numbers(value):
+    if _is_sequence(value):
         items = [map_leaves(function, item) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
@@ -445,7 +445,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
         return _cut(_unpack(data, strict=True, cut=True, inputs=inputs), batch_size)
     if isinstance(data, list):
         return _from_list(data, batch_size)
-    if isinstance(data, Mapping) or hasattr(data, "shape"):
+    if isinstance(data, Mapping) or _has_shape(data):
         return _cut(Batch(data), batch_size)
     if _is_object(data):
         return iter([data])
@@ -493,7 +493,7 @@ def _from_list(data: list[Any], batch_size: int) -> Iterator[Any]:
         raise NoSamplesError("The data hold no samples. Received: an empty list")
     if _is_numbers(data):
         return _cut(Batch(to_numpy(data)), batch_size)
-    if not any(hasattr(item, "shape") or isinstance(item, (str, bytes)) for item in data):
+    if not any(_has_shape(item) or isinstance(item, (str, bytes)) for item in data):
         return iter(data)
     raise DataError(
         "A list must hold batches, (x, y) tuples. For a model with several inputs pass "
@@ -511,7 +511,7 @@ def _unpack(item: Any, *, strict: bool = False, cut: bool = False, inputs: int =
     if isinstance(item, Batch):
         return item
     whole = None if cut else item
-    positional = isinstance(item, tuple) or (isinstance(item, list) and not _is_numbers(item))
+    positional = _is_sequence(item) or (isinstance(item, tuple) and not hasattr(item, "to"))
     if not positional or _is_images(item):
         return Batch(item, whole=whole)
     if len(item) > inputs > 1 and not isinstance(item[0], (tuple, list, Mapping)):
@@ -561,7 +561,7 @@ def _is_weights(value: Any, y: Any, *, temporal: bool) -> bool:
     found = leaves(value)
     for _, leaf in found:
         try:
-            array = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else to_numpy(leaf)
+            array = leaf if _has_shape(leaf) and hasattr(leaf, "dtype") else to_numpy(leaf)
             if "float" not in str(array.dtype):
                 return False
             shape = tuple(int(side) for side in array.shape)
@@ -583,7 +583,9 @@ def _leading_shape(y: Any, axes: int) -> tuple[int, ...]:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Its shape; −1 for a side that is open, as in TensorFlow's ragged tensors."""
+    """Its shape; −1 for a side that is open, as in ragged and nested tensors."""
+    if getattr(value, "is_nested", False):
+        return (int(value.size(0)), *[-1] * (value.dim() - 1))
     shape = value.shape if hasattr(value, "shape") else np.shape(value)
     return tuple(-1 if side is None else int(side) for side in shape)
 
@@ -606,7 +608,7 @@ def _cut(whole: Batch, batch_size: int) -> Iterator[Batch]:
 
 def _sliceable(value: Any) -> Any:
     """Leave what can be cut row by row as it is (disk arrays stay on disk); convert the rest."""
-    if type(value).__module__.split(".")[0] == "pandas" or not hasattr(value, "shape"):
+    if type(value).__module__.split(".")[0] == "pandas" or not _has_shape(value):
         return to_numpy(value)
     return value
 
@@ -700,10 +702,13 @@ def _count(value: Any) -> int | None:
     graphs = getattr(value, "num_graphs", None)
     if isinstance(graphs, int):
         return graphs
-    shapes = [_shape(leaf) if hasattr(leaf, "shape") else () for _, leaf in leaves(value)]
+    packed = getattr(value, "batch_sizes", None)  # of a PackedSequence, step by step
+    if packed is not None and len(packed):
+        return int(packed[0])
+    shapes = [_shape(leaf) if _has_shape(leaf) else () for _, leaf in leaves(value)]
     sides = {shape[0] if shape else None for shape in shapes}
-    if isinstance(value, (list, tuple)) and not _is_numbers(value):
-        samples = all(hasattr(item, "shape") or isinstance(item, Mapping) for item in value)
+    if _is_sequence(value):
+        samples = all(_has_shape(item) or isinstance(item, Mapping) for item in value)
         if _is_images(value) or (samples and len(sides) > 1):
             return len(value)
     return next((shape[0] for shape in shapes if shape), None)
@@ -715,9 +720,9 @@ def _is_images(value: Any) -> bool:
     Two or three of them could also be inputs and targets, which have the number of samples in
     common. As samples they differ in the first axis, or have three axes with few channels first.
     """
-    if not isinstance(value, (list, tuple)) or not value or _is_numbers(value):
+    if not _is_sequence(value):
         return False
-    if not all(hasattr(item, "shape") and hasattr(item, "dtype") for item in value):
+    if not all(_has_shape(item) and hasattr(item, "dtype") for item in value):
         return False
     shapes = [_shape(item) for item in value]
     if isinstance(value, tuple) and len(value) <= 3:
@@ -737,7 +742,7 @@ def _one_each(x: Any, y: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    shape = getattr(value, "shape", None)
+    shape = None if getattr(value, "is_nested", False) else getattr(value, "shape", None)
     return (shape is not None and len(shape) == 0) or isinstance(value, (bool, int, float, complex))
 
 
@@ -849,6 +854,17 @@ def _is_endless(data: Any) -> bool:
     return False
 
 
+def _is_sequence(value: Any) -> bool:
+    """A list or tuple of parts; a tuple with methods of a tensor (PackedSequence) is one part."""
+    plain = isinstance(value, (list, tuple)) and not callable(getattr(value, "to", None))
+    return plain and not _is_numbers(value)
+
+
+def _has_shape(value: Any) -> bool:
+    """Whether it is an array of some kind; a nested tensor raises an error when asked."""
+    return bool(getattr(value, "is_nested", False)) or hasattr(value, "shape")
+
+
 def _is_numbers(value: Any) -> bool:
     """A nested list of plain numbers or strings: one array, not a structure of arrays."""
     while isinstance(value, (list, tuple)):
@@ -863,7 +879,8 @@ def _has_numpy(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
+    nested = getattr(value, "is_nested", False)
+    shape = _shape(value) if nested else getattr(value, "shape", None)
     kind = type(value)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     if isinstance(value, (str, bytes)):

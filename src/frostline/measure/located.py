@@ -131,9 +131,12 @@ def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:
     for batches in classes.values():
         _, _, seen = bench.passes("statistics of classes", run, batches)
         for path in mixed:
-            whole = functools.reduce(Moments.merge, [moments[path] for moments in seen])
+            found = [moments[path] for moments in seen if path in moments]
+            if not found:  # a branch that these samples do not take
+                continue
+            whole = functools.reduce(Moments.merge, found)
             variances[path].append(whole.variance)
-    return {path: np.mean(found, axis=0) for path, found in variances.items()}
+    return {path: np.mean(found, axis=0) for path, found in variances.items() if found}
 
 
 def class_distances(

@@ -219,7 +219,7 @@ def require_one(loss: Any, step: Any) -> None:
 def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
     """What scores a batch, and what a person should know of it."""
     plain = step is None and first.regular and bool(leaves(first.y))
-    if plain and loss is None:
+    if plain and loss is None and not adapter.judges_itself():
 
         def score(batch: Batch, *, training: bool, number: int) -> Outcome:
             outputs, value = adapter.score(

@@ -76,7 +76,8 @@ def make_bench(
     compiled = objective[0] is not None or _has_loss(adapter)
     forward: Any = None
     if step is None and loss is None and not compiled:
-        if not first.regular or first.y is None:  # a model that computes its own loss, perhaps
+        own = not first.regular or first.y is None or adapter.judges_itself()
+        if own:  # a model that computes its own loss, perhaps
             try:
                 forward, foreign = _forward(adapter)
                 outcome = tried(forward, first)

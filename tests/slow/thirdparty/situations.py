@@ -338,9 +338,7 @@ def _domains() -> Program:
             return self.head(x.mean((2, 3)))
 
     x, y = pictures()
-    batches = [
-        (x[r] * (1 + i % 2), torch.full((16,), i % 2), y[r]) for i, r in enumerate(rows())
-    ]
+    batches = [(x[r] * (1 + i % 2), torch.full((16,), i % 2), y[r]) for i, r in enumerate(rows())]
     return situation(
         Net, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]),
         options={"loss": F.cross_entropy}, call=lambda m, b: m(b[0], b[1]),
@@ -645,7 +643,7 @@ def _ctc() -> Program:
 
 @entry("three images per sample (triplets)", "torch", "loss")
 def _triplets() -> Program:
-    x, y = pictures(96)
+    x, _ = pictures(96)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
     batches = [(x[r], (x + 2 * noise)[r].roll(4, 0), x[r].roll(1, 0)) for r in rows(96, 16)]
     margin = nn.TripletMarginLoss(margin=3.0)
@@ -669,7 +667,9 @@ def _barlow() -> Program:
     def loss(out: Any, _: Any) -> Any:
         one, two = ((z - z.mean(0)) / (z.std(0) + 1e-4) for z in out)
         c = one.T @ two / len(one)
-        return (torch.diagonal(c) - 1).square().sum() + 0.01 * (c - torch.diag(c.diag())).square().sum()
+        return (torch.diagonal(c) - 1).square().sum() + 0.01 * (
+            c - torch.diag(c.diag())
+        ).square().sum()
 
     x, _ = pictures()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

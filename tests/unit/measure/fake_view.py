@@ -64,6 +64,9 @@ class FakeView:
     def facts(self) -> ModelFacts:
         return ModelFacts(name="fake", sites=tuple(SiteFacts(site=each) for each in self.sites()))
 
+    def judges_itself(self) -> bool:
+        return False
+
     def own_loss(self) -> Any:
         return None
 

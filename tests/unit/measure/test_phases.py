@@ -66,6 +66,9 @@ class FakeView:
     def sites(self) -> tuple[Site, ...]:
         return tuple(replace(SITE, index=index) for index in range(self._sites))
 
+    def judges_itself(self) -> bool:
+        return False
+
     def objective(self) -> tuple[str | None, bool | None]:
         return self._objective
 

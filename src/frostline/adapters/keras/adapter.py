@@ -228,6 +228,10 @@ class KerasView:
 
         return cached_fit
 
+    def judges_itself(self) -> bool:
+        """Never: a Keras model is called with its inputs."""
+        return False
+
     def own_loss(self) -> Any:
         """What the model was compiled with, or its ``compute_loss`` if it has one of its own."""
         found = getattr(self.model, "loss", None)

@@ -27,12 +27,12 @@ from frostline.adapters.torch import (
     reference as torch_reference,
     split as torch_split,
 )
-from frostline.adapters.torch.asking import inputs_of
+from frostline.adapters.torch.asking import inputs_of, needs_targets
 from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
-from frostline.data.batches import leaves
+from frostline.data.batches import Batch, leaves
 from frostline.graph import addresses
 from frostline.numerics.compare import relative_difference
 from frostline.types import Boundary, ModelError, Policy
@@ -91,18 +91,22 @@ class TorchView:
     def score(
         self,
         x: Any,
-        y: Any,  # noqa: ARG002 - a module has no loss to compare them with
-        sample_weight: Any = None,  # noqa: ARG002
+        y: Any,
+        sample_weight: Any = None,  # noqa: ARG002 - a module has no loss to weigh
         *,
         training: bool,
         step: int = 0,
     ) -> tuple[Any, float | None]:
         """Return the outputs of one batch; a torch module has no loss of its own."""
-        return self.forward(x, training=training, step=step), None
+        return self.forward(Batch(x, y), training=training, step=step), None
 
     def objective(self) -> tuple[str | None, bool | None]:
         """Nothing is known: a torch module has no loss of its own."""
         return None, None
+
+    def judges_itself(self) -> bool:
+        """Whether ``forward`` needs labels."""
+        return needs_targets(torch_graph.unwrapped(self.model))
 
     def own_loss(self) -> Any:
         """``None``: a torch module has no loss of its own."""

@@ -121,6 +121,12 @@ def takes_targets(root: Any) -> bool:
     return any(name in _LABELS for name in names)
 
 
+def needs_targets(root: Any) -> bool:
+    """Whether ``forward`` cannot be called without labels."""
+    places = inspect.signature(root.forward).parameters.values()
+    return any(p.name in _LABELS and p.default is inspect.Parameter.empty for p in places)
+
+
 class Question:
     """What is asked of a model: its own loss, a loss of outputs and labels, or the user's step.
 
@@ -179,6 +185,8 @@ class Question:
         own = getattr(outputs, "loss", None) if own is None else own
         if isinstance(own, torch.Tensor):
             return read_losses(own)
+        if isinstance(outputs, torch.Tensor) and outputs.ndim == 0 and needs_targets(root):
+            return read_losses(outputs)
         if root.training:
             if isinstance(outputs, torch.Tensor) and outputs.ndim == 0:
                 return read_losses(outputs)

@@ -12,6 +12,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
+from frostline.adapters.torch.keeping import tensors_of
 from frostline.data.batches import Batch
 from frostline.types import ModelError
 from frostline.types.measured import Behaviour
@@ -42,8 +43,8 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
                     seen.setdefault(call.path, []).append(float(call.training))
                 return call.run()
 
-            before = {path: _stored(module) for path, module in watched.items()}
             with untouched(model, number=number) as root, torch.no_grad():
+                before = {path: _stored(module) for path, module in watched.items()}
                 set_phase(root, training=training)
                 with answered(sites, answer):
                     try:
@@ -73,9 +74,8 @@ def _middle(found: list[float]) -> float | None:
 
 def _stored(module: Any) -> tuple[Any, ...]:
     """Copies of all statistics that it keeps, but not of counters of batches."""
-    buffers = module._buffers.items()
-    held = [value for name, value in buffers if value is not None and "num_batches" not in name]
-    return tuple(value.detach().clone() for value in held)
+    held = tensors_of(module).items()
+    return tuple(value.detach().clone() for name, value in held if "num_batches" not in name)
 
 
 def _alike(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:

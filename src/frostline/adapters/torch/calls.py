@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from frostline.adapters.torch.graph import is_frozen_kind
+from frostline.adapters.torch.keeping import ByHand, by_hand, holding, mean_of, names, variance_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.numerics.stats import Moments
 from frostline.types import ModelError
@@ -125,6 +126,33 @@ class Call:
         return wide.to(self.x.dtype)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HandCall(Call):
+    """A call of a class that normalises by hand: it runs with other statistics in its buffers.
+
+    Attributes:
+        holds: Runs the class at inference with a mean and a variance.
+        unbiased: In training it divides by the unbiased variance.
+    """
+
+    holds: Callable[[Any, Any], Any]
+    unbiased: bool
+
+    def with_statistics(self, mean: Any, variance: Any) -> Any:
+        """Normalise with these, as the class does at inference."""
+        return self.holds(mean, variance)
+
+    def with_batch(self) -> Any:
+        """Normalise with the statistics of the input, as the class does in training."""
+        mean, variance = statistics(self.wide)
+        count = self.x.numel() // self.x.shape[1]
+        return self.holds(mean, variance * (count / max(1, count - 1) if self.unbiased else 1.0))
+
+    def differentiable(self, mean: Any, variance: Any) -> Any:
+        """As :meth:`with_statistics`: the class is plain arithmetic."""
+        return self.holds(mean, variance)
+
+
 def as_meant(call: Call) -> Any:
     """Answer a call as the model itself would."""
     return call.run()
@@ -164,7 +192,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         self._paths = {
             id(mean): path
             for path, module in sites.items()
-            if (mean := module.running_mean) is not None and not is_frozen_kind(module)
+            if (mean := _own_mean(module)) is not None and not is_frozen_kind(module)
         }
         self._answer = answer
 
@@ -250,7 +278,9 @@ def _own_forward(module: Any, answer: Callable[[Call], Any]) -> Callable[..., An
         return functools.partial(_frozen, answer)
     if isinstance(module, nn.SyncBatchNorm) and not is_locked(module) and not _distributed():
         return _plain
-    whole = module.running_mean is not None and getattr(module, "track_running_stats", True)
+    if (hand := by_hand(module)) is not None:
+        return functools.partial(_by_hand, answer, hand)
+    whole = mean_of(module) is not None and getattr(module, "track_running_stats", True)
     return None if whole else _named
 
 
@@ -304,6 +334,47 @@ def _frozen(
         buffers |= dict(zip(names, (mean, variance), strict=True))
 
 
+def _by_hand(
+    answer: Callable[[Call], Any],
+    hand: ByHand,
+    path: str,
+    module: Any,
+    forward: Callable[..., Any],
+    x: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a class that normalises by hand; where it is answered, with statistics in its buffers."""
+    run = functools.partial(forward, x, *args, **kwargs)
+    axis = hand.axes.get(x.ndim) if isinstance(x, torch.Tensor) else None
+    if axis is None:
+        return run()
+
+    def holds(mean: Any, variance: Any) -> Any:
+        with holding(module, mean, variance):
+            return run()
+
+    call = HandCall(
+        path=path,
+        x=x.movedim(axis, 1),
+        mean=mean_of(module),
+        variance=variance_of(module),
+        training=bool(module.training) and not is_locked(module),
+        epsilon=float(getattr(module, "eps", 1e-5)),
+        single=False,
+        run=run,
+        holds=holds,
+        unbiased=hand.unbiased,
+    )
+    return answer(call)
+
+
+def _own_mean(module: Any) -> Any:
+    """The very tensor that a site hands to its call."""
+    known = names(module)
+    return None if known is None else getattr(module, known[0])
+
+
 def _distributed() -> bool:
     return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
@@ -343,14 +414,15 @@ def stored(module: Any, path: str) -> tuple[Any, Any] | None:
     Raises:
         ModelError: A lazy module without statistics yet.
     """
-    if module.running_mean is None:
+    mean = mean_of(module)
+    if mean is None:
         return None
-    if isinstance(module.running_mean, nn.parameter.UninitializedTensorMixin):
+    if isinstance(mean, nn.parameter.UninitializedTensorMixin):
         raise ModelError(
             f"'{path}' is lazy and has seen no data yet, so it has no statistics; call the model "
             "on one batch first. Received: an uninitialised module"
         )
-    return module.running_mean.detach(), module.running_var.detach()
+    return mean.detach(), variance_of(module).detach()
 
 
 def statistics(x: Any, *, single: bool = False, overwrite: bool = False) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from torch import distributed
 
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.graph import unwrapped
+from frostline.adapters.torch.keeping import is_statistic
 from frostline.types import ModelError
 
 #: Classes that hold only a part of a parameter on each rank, by name: they may be missing in torch.
@@ -128,7 +129,7 @@ def require_same_model(ranks: Together, model: Any, chosen: Sequence[str]) -> No
 
 def _must_agree(name: str, free: tuple[str, ...]) -> bool:
     last = name.rpartition(".")[2]
-    return not (last in ("running_mean", "running_var") and (name == last or name.startswith(free)))
+    return not (is_statistic(last) and (name == last or name.startswith(free)))
 
 
 def _digest(value: Any) -> str:

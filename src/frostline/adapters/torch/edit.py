@@ -18,6 +18,7 @@ from frostline.adapters.torch.graph import (
     unwrapped,
     walk,
 )
+from frostline.adapters.torch.keeping import by_hand, mean_of
 from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
@@ -112,7 +113,7 @@ def _set_statistics(place: Place, frozen: bool) -> bool:
         return False
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    if frozen and getattr(module, "running_mean", module) is None:
+    if frozen and is_site(module) and mean_of(module) is None:
         raise ModelError(
             f"'{place.path}' keeps no statistics (track_running_stats=False), so it always uses "
             f"those of the batch and cannot be frozen. Received: {place.path!r}"
@@ -146,7 +147,7 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
         ModelError: A path is no BN site with a momentum; nothing is changed then.
     """
     owners = {place.path: place.module for place in walk(model) if is_site(place.module)}
-    unknown = [path for path in paths if not hasattr(owners.get(path), "momentum")]
+    unknown = [path for path in paths if not _has_momentum(owners.get(path))]
     if unknown:
         raise ModelError(f"'{unknown[0]}' is no BN site with a momentum. Received: {unknown!r}")
     before = [(owners[path], owners[path].momentum) for path in paths]
@@ -157,11 +158,17 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
 
     try:
         for path in paths:
-            owners[path].momentum = 1.0 - decay
+            hand = by_hand(owners[path])
+            owners[path].momentum = decay if hand and hand.keeps else 1.0 - decay
     except BaseException:
         undo()
         raise
     return 0, undo
+
+
+def _has_momentum(module: Any) -> bool:
+    hand = None if module is None else by_hand(module)
+    return hasattr(module, "momentum") and (hand is None or hand.keeps is not None)
 
 
 def snapshot(model: Any) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from frostline.adapters.torch.graph import (
     unwrapped,
     walk,
 )
+from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array
@@ -37,8 +38,8 @@ def facts(model: Any) -> ModelFacts:
         found.append(
             SiteFacts(
                 site=site,
-                mean=_numbers(module.running_mean),
-                variance=_numbers(module.running_var),
+                mean=_numbers(mean_of(module)),
+                variance=_numbers(variance_of(module)),
                 gamma=_numbers(getattr(module, "weight", None)),
                 beta=_numbers(getattr(module, "bias", None)),
                 dtype=site.dtype,

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.graph import site_modules, unwrapped
+from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.samples import flat, guesses
 from frostline.types import ModelError
@@ -193,7 +194,7 @@ def _calls(graph: Any, target: Any) -> int:
 
 def _more_than_affine(site: Any) -> str:
     """Why a site is not ``x * scale + shift`` along axis 1 at inference; "" where it is."""
-    if getattr(site, "running_mean", None) is None:
+    if mean_of(site) is None:
         return "keeps no statistics"
     kind = type(site)
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
@@ -202,7 +203,10 @@ def _more_than_affine(site: Any) -> str:
     twin = copy.deepcopy(site).double().eval()
     generator = torch.Generator().manual_seed(0)
     accepted = False
+    hand = by_hand(site)
     for axes in ((), (3,), (3, 3), (2, 2, 2)):
+        if hand is not None and len(axes) + 2 not in hand.axes:
+            continue
         shape = (-1, *[1] * len(axes))
         x = torch.randn(16, len(scale), *axes, generator=generator, dtype=torch.float64) * 20
         x = x.to(scale.device)
@@ -250,12 +254,27 @@ def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
 
 def _coefficients(site: Any) -> tuple[Any, Any]:
     """Scale and shift of a site, float64, shape ``(channels,)``."""
-    mean, variance = site.running_mean.double(), site.running_var.double()
+    if (hand := by_hand(site)) is not None:
+        return _measured(site, hand)
+    mean, variance = mean_of(site).double(), variance_of(site).double()
     scale = torch.rsqrt(variance + float(getattr(site, "eps", 1e-5)))
     weight, bias = getattr(site, "weight", None), getattr(site, "bias", None)
     scale = scale if weight is None else scale * weight.detach().double()
     shift = -mean * scale
     return scale, shift if bias is None else shift + bias.detach().double()
+
+
+def _measured(site: Any, hand: ByHand) -> tuple[Any, Any]:
+    """What a class of a user's own makes of 0 and of 1, if it scales and shifts along axis 1."""
+    mean = mean_of(site).double()
+    axes = min(hand.axes)
+    if hand.axes[axes] != 1:
+        return torch.ones_like(mean), torch.zeros_like(mean)
+    twin = copy.deepcopy(site).double().eval()
+    zero = torch.zeros([2, len(mean), *[2] * (axes - 2)], dtype=mean.dtype, device=mean.device)
+    with torch.no_grad():
+        shift, whole = (flat(twin(zero + value))[0][0].flatten(1)[:, 0] for value in (0.0, 1.0))
+    return whole - shift, shift
 
 
 def _require_two_axes(graph: Any, node: Any, before: Any) -> None:
@@ -288,7 +307,7 @@ def _scaled(linear: Any, weight: Any, scale: Any) -> Any:
 
 def _replace(made: Any, graph: Any, node: Any, site: Any) -> None:
     """Put ``x * scale + shift`` along axis 1 in the site's place."""
-    dtype = site.running_mean.dtype
+    dtype = mean_of(site).dtype
     names = []
     for kind, values in zip(("scale", "shift"), _coefficients(site), strict=True):
         name = f"{str(node.target).replace('.', '_')}_{kind}"

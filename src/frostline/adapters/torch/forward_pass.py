@@ -60,8 +60,12 @@ def moved(value: Any, device: Any, dtype: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: again(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+        named = {key: again(item) for key, item in value.items()}
+        if all(named[key] is item for key, item in value.items()):
+            return value  # of whatever class: a BatchEncoding has attributes
+        own: Any = value
+        return own.to(device) if _moves_itself(value) else named
+    if isinstance(value, (list, tuple)) and not _moves_itself(value):
         items = [again(item) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
@@ -69,7 +73,12 @@ def moved(value: Any, device: Any, dtype: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: again(getattr(value, name)) for name in names})
-    return value.to(device) if callable(getattr(value, "to", None)) else value
+    return value.to(device) if _moves_itself(value) else value
+
+
+def _moves_itself(value: Any) -> bool:
+    """Whether it is no tensor, but has ``to``: a graph, a PackedSequence, a BatchEncoding."""
+    return callable(getattr(value, "to", None))
 
 
 @contextmanager
@@ -197,17 +206,38 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                 f"'{path}' is lazy and has seen no data yet; call the model on one batch first. "
                 "Received: an uninitialised module"
             )
-    buffers = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+    restore = _tensors_kept(root)
     with modes_kept(root), torch.random.fork_rng():
         torch.manual_seed(number)
         try:
             yield root
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    # Not when nothing moved: autograd counts writes to what it has saved.
-                    if not _same(buffer, value):
-                        buffer.copy_(value)
+            restore()
+
+
+def _tensors_kept(root: Any) -> Callable[[], None]:
+    """Remember every tensor that a module keeps beside its parameters, with its value.
+
+    A class of a user's own may put a new tensor in the place of a buffer, and keep tensors as
+    plain attributes.
+    """
+    kept = [
+        (holder, name, value, value.detach().clone())
+        for module in root.modules()
+        for holder in (module._buffers, vars(module))
+        for name, value in holder.items()
+        if isinstance(value, torch.Tensor) and not value.requires_grad
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for holder, name, tensor, value in kept:
+                holder[name] = tensor
+                # Not when nothing moved: autograd counts writes to what it has saved.
+                if not _same(tensor, value):
+                    tensor.copy_(value)
+
+    return restore
 
 
 def generators(data: Any = None) -> Callable[[], None]:

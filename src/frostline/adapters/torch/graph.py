@@ -8,8 +8,6 @@ more without being run.
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,14 +16,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from frostline.adapters.torch.keeping import by_hand, calls_norm, keeps_any, mean_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
 from frostline.types import Boundary, Site
-
-#: Names of buffers of a normalisation by hand.
-_RUNNING = re.compile("running|moving|ema")
-_SPREAD = re.compile("var|std|sigma|scale")
 
 #: Buffers of the FrozenBatchNorm classes of torchvision, detectron2, timm and transformers.
 _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
@@ -47,44 +42,24 @@ def is_site(module: Any) -> bool:
     """Whether the module normalises with stored statistics, whatever class it has.
 
     That is torch's BN and its subclasses, InstanceNorm that tracks running statistics, a
-    FrozenBatchNorm of some library, and a user's own class that holds ``running_mean`` and
-    ``running_var`` and calls ``batch_norm`` or ``instance_norm``. BN that keeps no statistics
-    (``track_running_stats=False`` from the start) uses those of the batch in both phases; it is a
-    site as well.
+    FrozenBatchNorm of some library, and a user's own class that keeps a mean and a variance and
+    calls ``batch_norm`` or ``instance_norm``, or computes the same by hand. BN that keeps no
+    statistics (``track_running_stats=False`` from the start) uses those of the batch in both
+    phases; it is a site as well.
     """
     if isinstance(module, _BatchNorm) or is_frozen_kind(module):
         return True
     kind: Any = type(module)
-    return _keeps_statistics(module) and (isinstance(module, _InstanceNorm) or _calls_norm(kind))
-
-
-def _keeps_statistics(module: Any) -> bool:
-    buffers = getattr(module, "_buffers", {})
-    return all(buffers.get(name) is not None for name in ("running_mean", "running_var"))
-
-
-@functools.cache
-def _calls_norm(kind: Any) -> bool:
-    """Whether the code of a class names a function that normalises with given statistics.
-
-    A bare ``nn.Module`` holds the buffers of an exported graph, whose nodes are such calls.
-    """
-    codes = [
-        code
-        for owner in kind.__mro__
-        if owner is not nn.Module
-        for method in vars(owner).values()
-        if (code := getattr(method, "__code__", None)) is not None
-    ]
-    called = {name for code in codes for name in code.co_names}
-    return kind is nn.Module or not called.isdisjoint({"batch_norm", "instance_norm"})
+    if not isinstance(module, nn.Module) or mean_of(module) is None:
+        return False
+    if isinstance(module, _InstanceNorm) or calls_norm(kind):
+        return True
+    return by_hand(module) is not None
 
 
 def keeps_unknown_statistics(module: Any) -> bool:
     """Whether it keeps running statistics but is no site: it computes with them by hand."""
-    names = [name for name in getattr(module, "_buffers", ()) if _RUNNING.search(name)]
-    mean = any("mean" in name for name in names)
-    return mean and any(_SPREAD.search(name) for name in names) and not is_site(module)
+    return keeps_any(module) and not is_site(module)
 
 
 def unknown_keepers(model: Any) -> dict[str, Any]:
@@ -145,10 +120,27 @@ def sites(model: Any) -> tuple[Site, ...]:
     modes = [bool(place.module.training) for place in places]
     if not unwrapped(model).training:
         modes = modes_in_training(model, places)
+    around = _frozen_around(model)
     return tuple(
-        _site(place, index, mode)
+        _site(place, index, mode, around[place.path])
         for index, (place, mode) in enumerate(zip(places, modes, strict=True))
     )
+
+
+def _frozen_around(model: Any) -> dict[str, bool]:
+    """Path of each place -> whether the parameters before it (at the beginning: behind) are frozen.
+
+    That is what "frozen" means for a site without parameters of its own.
+    """
+    owned = [(place.path, list(place.module.parameters(recurse=False))) for place in walk(model)]
+    known = [not any(p.requires_grad for p in own) for _, own in owned if own]
+    before = known[0] if known else True
+    found: dict[str, bool] = {}
+    for path, own in owned:
+        if own:
+            before = not any(p.requires_grad for p in own)
+        found[path] = before
+    return found
 
 
 def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
@@ -168,11 +160,11 @@ def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
         return [bool(place.module.training) for place in places]
 
 
-def _site(place: Place, index: int, training: bool) -> Site:
+def _site(place: Place, index: int, training: bool, around: bool) -> Site:
     module = place.module
     own = list(module.parameters(recurse=False))
     fixed = is_frozen_kind(module) or is_locked(module)
-    stored = module.running_mean is not None
+    stored = mean_of(module) is not None
     switched_off = stored and not getattr(module, "track_running_stats", True)
     frozen = fixed or switched_off or not training
     return Site(
@@ -184,7 +176,7 @@ def _site(place: Place, index: int, training: bool) -> Site:
         axis=1,
         decay=decay_of(module),
         epsilon=float(getattr(module, "eps", 1e-5)),
-        params_frozen=all(not parameter.requires_grad for parameter in own),
+        params_frozen=around or (not own and frozen and stored),
         stats_frozen=frozen and stored,
         policy="batch" if switched_off and not fixed else "inference" if frozen else "update",
         calls=place.calls,
@@ -194,7 +186,10 @@ def _site(place: Place, index: int, training: bool) -> Site:
 
 def decay_of(module: Any) -> float:
     """Share of the old statistics that the next update keeps; torch stores the complement."""
-    momentum = getattr(module, "momentum", 0.0)
+    if (hand := by_hand(module)) is not None:
+        return hand.decay_of(module)
+    # A class that has none calls torch's function, most likely with the default.
+    momentum = getattr(module, "momentum", 0.0 if is_frozen_kind(module) else 0.1)
     if momentum is None:  # cumulative average: the n-th update keeps (n - 1) / n
         counter = getattr(module, "num_batches_tracked", None)
         seen = 0 if counter is None else int(counter)
@@ -203,7 +198,7 @@ def decay_of(module: Any) -> float:
 
 
 def _channels(module: Any) -> int | None:
-    mean = module.running_mean
+    mean = mean_of(module)
     if mean is None:
         return int(module.num_features) or None
     if isinstance(mean, nn.parameter.UninitializedTensorMixin):
@@ -212,7 +207,7 @@ def _channels(module: Any) -> int | None:
 
 
 def _dtype(module: Any) -> str:
-    tensors = [module.running_mean, *module.parameters(recurse=False)]
+    tensors = [mean_of(module), *module.parameters(recurse=False)]
     known = [tensor for tensor in tensors if tensor is not None]
     return str(known[0].dtype).removeprefix("torch.") if known else "float32"
 

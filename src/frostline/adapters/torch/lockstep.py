@@ -33,6 +33,7 @@ from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
+from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.data.batches import Batch, leaves
 from frostline.numerics.stats import Moments
 from frostline.types import DataError
@@ -373,12 +374,12 @@ class _Round:
 
     def _fits(self, path: str, moments: Moments) -> bool:
         """Whether it is finite, also in the dtype that the site stores."""
-        largest = torch.finfo(self.sites[path].running_var.dtype).max
+        largest = torch.finfo(variance_of(self.sites[path]).dtype).max
         return moments.finite and bool((moments.variance <= largest).all())
 
     def _tensors(self, path: str, moments: Moments) -> tuple[Any, Any]:
         """As the site will store them, so that inference sees the very same."""
-        own = self.sites[path].running_mean, self.sites[path].running_var
+        own = mean_of(self.sites[path]), variance_of(self.sites[path])
         pair = zip((moments.mean, moments.variance), own, strict=True)
         mean, variance = (torch.as_tensor(new).to(old) for new, old in pair)
         return mean, variance

@@ -16,6 +16,7 @@ from frostline.adapters.torch.calls import Call, answered, stored
 from frostline.adapters.torch.distributed import require_same_model
 from frostline.adapters.torch.forward_pass import arrays, mover, set_inference, untouched
 from frostline.adapters.torch.graph import site_modules
+from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.lockstep import KINDS, population
 from frostline.data.batches import Batch
 from frostline.numerics.stats import Moments
@@ -113,7 +114,7 @@ class TorchMoments:
     def stored(self, path: str) -> tuple[Array, Array]:
         """Stored mean and variance of a site, float64, shape ``(channels,)`` each."""
         module = self.modules[path]
-        return as_float64(arrays(module.running_mean)), as_float64(arrays(module.running_var))
+        return as_float64(arrays(mean_of(module))), as_float64(arrays(variance_of(module)))
 
     def epsilon(self, path: str) -> float:
         """What the site adds to the variance."""
@@ -123,15 +124,15 @@ class TorchMoments:
         """Store population statistics, in place: buffers stay the objects they are."""
         module = self.modules[path]
         with torch.no_grad():
-            module.running_mean.copy_(torch.as_tensor(mean))
-            module.running_var.copy_(torch.as_tensor(variance))
+            mean_of(module).copy_(torch.as_tensor(mean))
+            variance_of(module).copy_(torch.as_tensor(variance))
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the statistics of the chosen sites; returns what puts them back, bit for bit."""
         before = [
             (buffer, buffer.detach().clone())
             for module in self.modules.values()
-            for buffer in (module.running_mean, module.running_var)
+            for buffer in (mean_of(module), variance_of(module))
         ]
 
         def restore() -> None:

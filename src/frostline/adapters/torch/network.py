@@ -251,7 +251,7 @@ def followed(
             return _without_defaults(graph, _defaults(root, given))
         owner = tracer.failed if reason else (moved or "").rpartition(".")[0]
         reason = reason or f"it changes its buffer {moved!r} in training"
-        if not owner:
+        if not owner or owner in whole:  # it is whole already, which did not help
             raise ModelError(
                 f"torch.fx cannot follow {kind}.forward ({reason}), so there is no graph to cut. "
                 "Move that code into a module of its own: one that cannot be followed is kept "

@@ -166,6 +166,12 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
     else:
         values = list(sample) if isinstance(sample, (tuple, list)) else [sample]
     found = [each for _, each in leaves([v for v in values if v is not None])]
+    if not all(isinstance(each, np.ndarray) or _dense(each) for each in found):
+        raise ModelError(
+            "the sample of a split is arrays or tensors with a first axis of samples: what the "
+            "frozen part computes is stored in rows. Pass such inputs, or train with fl.cached. "
+            f"Received: sample of type {type(sample).__name__}"
+        )
     if len(found) != len(network.inputs):
         names = ", ".join(repr(str(node.target)) for node in network.inputs)
         raise ModelError(
@@ -177,6 +183,11 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
         raise ModelError("the sample needs at least two rows. Received: fewer")
     made: tuple[Any, ...] = tensors(tuple(np.asarray(each) for each in arrays), network.root)
     return made
+
+
+def _dense(value: Any) -> bool:
+    tensor = isinstance(value, torch.Tensor) and not value.is_nested
+    return tensor and value.layout == torch.strided and value.ndim > 0
 
 
 def _observed(

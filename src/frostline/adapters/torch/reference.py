@@ -13,13 +13,12 @@ from torch import nn
 
 from frostline.adapters.torch.forward_pass import arrays, run
 from frostline.adapters.torch.graph import site_places, unwrapped
+from frostline.adapters.torch.keeping import is_statistic, names
 from frostline.data.batches import leaves
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
 from frostline.types.measured import Difference
 from frostline.types.reasons import first_line
-
-_STATISTICS = ("running_mean", "running_var")
 
 
 def difference(model: Any, reference: Any, x: Any) -> Difference:
@@ -91,7 +90,7 @@ def _params(ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for name in shared:
         owner, _, kind = name.rpartition(".")
-        if kind in _STATISTICS or kind == "num_batches_tracked":
+        if is_statistic(kind) or kind == "num_batches_tracked":
             continue
         entry = sums.setdefault(owner.replace(".", "/"), [0.0, 0.0])
         entry[0] += float(np.square(_numbers(ours[name]) - _numbers(theirs[name])).sum())
@@ -102,7 +101,8 @@ def _params(ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
 def _statistics(places: Any, ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for place in places:
-        mean, variance = (f"{place.path.replace('/', '.')}.{kind}" for kind in _STATISTICS)
+        owner, kinds = place.path.replace("/", "."), names(place.module)
+        mean, variance = (f"{owner}.{kind}" for kind in kinds or ("", ""))
         if mean not in shared or variance not in shared:
             continue
         scale = _numbers(theirs[variance]) + float(getattr(place.module, "eps", 1e-5))

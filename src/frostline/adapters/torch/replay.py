@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from frostline.adapters.torch.calls import replaced_forward
 from frostline.adapters.torch.forward_pass import noise_layers, untouched
 from frostline.adapters.torch.graph import is_frozen_kind, is_site, keeps_unknown_statistics
+from frostline.adapters.torch.keeping import mean_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.types import ModelError
 
@@ -169,7 +170,7 @@ def _moves(module: Any) -> bool:
     """Whether a training step changes what it keeps, or it reads the whole batch."""
     if is_site(module):
         fixed = is_locked(module) or is_frozen_kind(module)
-        stored = getattr(module, "running_mean", None) is not None
+        stored = mean_of(module) is not None
         return not fixed and (module.training or not stored)
     return bool(module.training and keeps_unknown_statistics(module))
 
