@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     from frostline.cache import cache_features as cache_features
     from frostline.cache.features import FeatureCache as FeatureCache
     from frostline.numerics.averages import suggest_momentum as suggest_momentum
+    from frostline.types.comparison import Comparison as Comparison
     from frostline.types.errors import (
         BackendError as BackendError,
         DataError as DataError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot see what __geta
     from frostline.types.report import Report as Report
     from frostline.types.sites import Boundary as Boundary, Crossing as Crossing, Site as Site
     from frostline.verbs.cached import cached as cached
+    from frostline.verbs.compare import compare as compare
     from frostline.verbs.diagnose import (
         diagnose as diagnose,
         lint as lint,
@@ -61,6 +63,7 @@ _EXPORTS = {
     "BackendError": "types.errors",
     "Boundary": "types.sites",
     "Change": "verbs.edit",
+    "Comparison": "types.comparison",
     "Crossing": "types.sites",
     "DataError": "types.errors",
     "FeatureCache": "cache.features",
@@ -77,6 +80,7 @@ _EXPORTS = {
     "cache_features": "cache",
     "cached": "verbs.cached",
     "callbacks": "callbacks",
+    "compare": "verbs.compare",
     "convert": "verbs.edit",
     "diagnose": "verbs.diagnose",
     "fit": "verbs.fit",

@@ -42,6 +42,7 @@ class FreezeRequest:
         params: Whether parameters (kernels, gamma, beta, ...) are set.
         statistics: Whether stored BN statistics are set.
         dropout: Whether dropout rates are set too: 0 while frozen, the old rate when thawed.
+        paths: Change these layers, wherever they are; ``None``: one side of the boundary.
     """
 
     boundary: Boundary
@@ -50,6 +51,7 @@ class FreezeRequest:
     params: bool = True
     statistics: bool = True
     dropout: bool = False
+    paths: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +492,16 @@ class Train(Protocol):
     @property
     def train(self) -> Any | None:
         """What cached training needs of a framework's own ``fit``; ``None``: it has none."""
+
+    @property
+    def loop(self) -> Any | None:
+        """A training loop for a framework without a ``fit``; ``None``: it has one."""
+
+    def rehearsal(self, seed: int, data: Any = None) -> AbstractContextManager[None]:
+        """Within it, everything is seeded; on any exit the model is what it was, bit for bit.
+
+        Classes of layers and the generators of the process and of a loader come back, too.
+        """
 
     def trial(
         self, batches: Iterable[tuple[Any, ...]], *, policy: Policy, epochs: int

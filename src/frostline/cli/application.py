@@ -24,6 +24,7 @@ from typing import Annotated, TextIO
 import typer
 
 from frostline.cli.cache import app as cache
+from frostline.cli.compare import compare
 from frostline.cli.convert import convert
 from frostline.cli.demo import demo
 from frostline.cli.diagnose import diagnose
@@ -45,7 +46,7 @@ from frostline.types import FrostlineError
 log = logging.getLogger("frostline")
 
 #: Options that take several values after one name: ``--classes cat dog``.
-_SEVERAL = ("--classes", "--rows", "--select", "--ignore")
+_SEVERAL = ("--classes", "--rows", "--select", "--ignore", "--treatments", "--boundaries")
 
 #: What a file system says that takes no more, of standard output.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -59,7 +60,7 @@ app = typer.Typer(
 )
 experiments = typer.Typer(no_args_is_help=True, help="Repeat the essay's experiments.")
 for _command in (sites, phases, lint, diagnose, rule, freeze, convert, recalibrate,
-                 merge_statistics, set_momentum, fold, fit, demo, env):  # fmt: skip
+                 merge_statistics, set_momentum, fold, fit, compare, demo, env):  # fmt: skip
     app.command()(_command)
 for _command in (overfit, transfer):
     experiments.command()(_command)

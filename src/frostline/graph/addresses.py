@@ -187,9 +187,20 @@ def ancestors(path: str) -> tuple[str, ...]:
     return tuple("/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
 
 
-def side(places: Iterable[Place], boundary: Boundary, *, before: bool) -> list[Place]:
-    """The places on one side of a boundary, in order; a container around it is behind it."""
+def side(
+    places: Iterable[Place],
+    boundary: Boundary,
+    *,
+    before: bool,
+    paths: frozenset[str] | None = None,
+) -> list[Place]:
+    """The places on one side of a boundary, in order; a container around it is behind it.
+
+    With ``paths`` those with these paths, on whichever side.
+    """
     places = list(places)
+    if paths is not None:
+        return [place for place in places if place.path in paths]
     if boundary.path is None:
         return places if before else []
     edge = next(place for place in places if place.path == boundary.path)

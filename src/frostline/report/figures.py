@@ -15,6 +15,7 @@ import numpy as np
 from frostline.report import escaping, excerpts, wording
 from frostline.report.palette import BAD, BAND, FROZEN, GOOD, GROUND, INK, QUIET, RULE, TRAINS
 from frostline.types import Array
+from frostline.types.comparison import Comparison
 from frostline.types.report import Report
 
 if TYPE_CHECKING:
@@ -255,6 +256,58 @@ def overview(report: Report) -> Figure:
             picture.set_facecolor("none")
             heading.text(0.008, 0.25, wording.PICTURES[name], fontweight="bold", va="bottom")
             draw(picture, report, wide=True)
+    return figure
+
+
+def comparison(figure: Canvas, result: Comparison) -> None:
+    """Draw each treatment's lag behind the best with its interval, and its metric over the epochs.
+
+    A filled dot marks a lag that is certain; the best one stands at zero.
+    """
+    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1], squeeze=False)[0]
+    for part in (left, right):
+        part.set_facecolor("none")
+    ax = _rows(left, [row.name for row in result.rows], wide=True)
+    left.subplots_adjust(left=ax.get_position().x0 + 0.05)
+    ax.axvline(0, color=QUIET, lw=0.9)
+    curves = right.subplots()
+    right.subplots_adjust(**_margins(right, left=48, right=10, top=16, bottom=42))
+    for place, row in enumerate(result.rows):
+        best = place == 0
+        if row.behind is not None and math.isfinite(row.behind.estimate):
+            middle = row.behind.estimate
+            ends = [-x if math.isfinite(x) else -middle for x in _ends(row.behind)]
+            ax.plot(ends, [place, place], color=INK, lw=1.6, solid_capstyle="butt")
+            fill = INK if row.behind.low > 0 else GROUND
+            ax.plot([-middle], [place], "o", ms=6.5, color=INK, mfc=fill, mew=1.4)
+        elif best:
+            ax.plot([0], [place], "o", ms=7.5, color=GOOD)
+        style = {"color": GOOD, "lw": 2.2} if best else {"color": QUIET, "lw": 1.2}
+        mark = "o" if best else "sD^v<>pPX*"[(place - 1) % 10]
+        curves.plot(range(len(row.curve)), row.curve, marker=mark, ms=4, **style)
+    ax.grid(axis="x")
+    ax.margins(x=0.06)
+    ax.set_xlabel(f"{result.metric}, behind the best: the further left, the worse")
+    curves.grid(axis="y")
+    curves.set_xticks(range(max(len(row.curve) for row in result.rows)))
+    curves.set_xlabel("epoch")
+    curves.set_ylabel(f"validation {result.metric}")
+
+
+def size_of_comparison(result: Comparison) -> tuple[float, float]:
+    """Return width and height of :func:`comparison`, in points."""
+    return 840.0, max(220.0, 66 + 26.0 * len(result.rows))
+
+
+def compared(result: Comparison) -> Figure:
+    """Return :func:`comparison` as a figure of its own, on a white ground."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    width, height = size_of_comparison(result)
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
+        comparison(figure, result)
     return figure
 
 

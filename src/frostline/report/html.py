@@ -43,20 +43,21 @@ class Picture:
 
 def page(report: Report) -> str:
     """Return the report as a complete HTML document."""
-    return _environment().get_template("page.html.jinja").render(**_context(report))
+    return environment().get_template("page.html.jinja").render(**_context(report))
 
 
 def fragment(report: Report) -> str:
     """Return the report for a notebook: one ``<div>`` with its own style sheet."""
-    return _environment().get_template("body.html.jinja").render(**_context(report))
+    return environment().get_template("body.html.jinja").render(**_context(report))
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return what renders the templates of this room."""
     import jinja2
 
     folder = resources.files("frostline.report")
-    names = ("page.html.jinja", "body.html.jinja", "parts.html.jinja")
+    names = [each.name for each in folder.iterdir() if each.name.endswith(".jinja")]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(texts),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
+from typing import Any
 
 from frostline.report import escaping, figures, palette
 from frostline.types.report import Report
@@ -24,16 +26,31 @@ def svg(report: Report, name: str, *, wide: bool, label: str) -> str:
         wide: For a page, or for a phone.
         label: What a screen reader says.
     """
+    kind = "wide" if wide else "narrow"
+    return drawn(
+        lambda figure: figures.available(report)[name](figure, report, wide=wide),
+        figures.size(report, name, wide=wide),
+        salt=f"frostline-{name}-{kind}",
+        label=label,
+    )
+
+
+def drawn(draw: Callable[[Any], None], size: tuple[float, float], *, salt: str, label: str) -> str:
+    """Return what ``draw`` draws into a figure of this size, in points, as an ``<svg>`` element.
+
+    Args:
+        draw: Draws into a matplotlib figure.
+        size: Width and height.
+        salt: Makes ids repeatable, and unique to the picture: a browser cannot resolve an id in a
+            picture that is not displayed.
+        label: What a screen reader says.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    # The salt makes ids repeatable, and unique to the picture: a browser cannot resolve an id
-    # in a picture that is not displayed.
-    salt = f"frostline-{name}-{'wide' if wide else 'narrow'}"
     with matplotlib.style.context(["default", figures.STYLE, {"svg.hashsalt": salt}]):
-        width, height = figures.size(report, name, wide=wide)
-        figure = Figure(figsize=(width / 72, height / 72))
-        figures.available(report)[name](figure, report, wide=wide)
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
+        draw(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata=_NOTHING)
     return _embedded(stream.getvalue(), label)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
 from frostline.adapters.protocol import FreezeRequest, Inspect
+from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
 from frostline.verbs.atomic import atomically, to_its_end
@@ -55,11 +56,12 @@ def freeze(
     model: Any,
     until: Any = None,
     *,
+    sites: Any = None,
     params: bool = True,
     statistics: bool = True,
     dropout: bool = False,
 ) -> Change:
-    """Freeze, in place, every layer before a boundary.
+    """Freeze, in place, every layer before a boundary, or chosen BN layers alone.
 
     A frozen BN layer is locked to its stored statistics in training (stock Keras 3 layers and ours
     with ``policy="inference"``). Containers keep their own flag; what is set are the layers.
@@ -69,6 +71,8 @@ def freeze(
         until: First layer that stays as it is: a layer name or path, an index into
             ``model.layers`` (``until=140`` freezes ``model.layers[:140]``), a fraction of the
             layers (float in [0, 1]), or a layer. ``None`` freezes everything.
+        sites: Freeze these BN layers and nothing else, in the place of ``until``: as in
+            :func:`recalibrate`. ``sites="all"`` freezes all BN while the layers around it train.
         params: Freeze kernels, biases, gamma and beta.
         statistics: Freeze the stored statistics of BN layers. With ``statistics=False`` gamma and
             beta are frozen while the statistics move on; with ``params=False`` stock BN layers use
@@ -83,17 +87,20 @@ def freeze(
         A change; ``undo()`` puts every flag and rate back.
 
     Raises:
-        ModelError: Unknown boundary (with the closest names); ``params=False`` for our own layer,
-            which freezes both together; BN inside a ``TorchModuleWrapper``, whose statistics Keras
-            cannot freeze; ``dropout=True`` for a class of your own whose rate is not known.
+        ModelError: Unknown boundary or sites (with the closest names); both of them;
+            ``params=False`` for our own layer, which freezes both together; BN inside a
+            ``TorchModuleWrapper``, whose statistics Keras cannot freeze; ``dropout=True`` for a
+            class of your own whose rate is not known.
     """
-    return _switch(model, until, frozen=True, params=params, statistics=statistics, dropout=dropout)
+    what = {"params": params, "statistics": statistics, "dropout": dropout}
+    return _switch(model, until, sites, frozen=True, **what)
 
 
 def unfreeze(
     model: Any,
     since: Any = None,
     *,
+    sites: Any = None,
     params: bool = True,
     statistics: bool = True,
     dropout: bool = True,
@@ -103,6 +110,7 @@ def unfreeze(
     Args:
         model: A Keras model.
         since: First layer to thaw, as ``until`` of :func:`freeze`; ``None`` thaws everything.
+        sites: Thaw these BN layers and nothing else, as in :func:`freeze`.
         params: Thaw kernels, biases, gamma and beta.
         statistics: Thaw the stored statistics of BN layers.
         dropout: Give dropout the rates that it had before :func:`freeze` turned it off.
@@ -113,9 +121,8 @@ def unfreeze(
     Raises:
         ModelError: As :func:`freeze`.
     """
-    return _switch(
-        model, since, frozen=False, params=params, statistics=statistics, dropout=dropout
-    )
+    what = {"params": params, "statistics": statistics, "dropout": dropout and sites is None}
+    return _switch(model, since, sites, frozen=False, **what)
 
 
 @contextmanager
@@ -355,8 +362,21 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
 
 
 def _switch(
-    model: Any, reference: Any, *, frozen: bool, params: bool, statistics: bool, dropout: bool
+    model: Any,
+    reference: Any,
+    sites: Any,
+    *,
+    frozen: bool,
+    params: bool,
+    statistics: bool,
+    dropout: bool,
 ) -> Change:
+    if sites is not None and (reference is not None or (frozen and dropout)):
+        raise ModelError(
+            "sites= chooses BN layers in the place of a boundary, and has no dropout: leave "
+            f"{'the boundary' if reference is not None else 'dropout'} out. "
+            f"Received: sites={sites!r}"
+        )
     if not (params or statistics or dropout):
         raise ModelError(
             "params, statistics and dropout are all False, so there is nothing to do. "
@@ -371,6 +391,7 @@ def _switch(
         params=params,
         statistics=statistics,
         dropout=dropout,
+        paths=None if sites is None else frozenset(s.path for s in select(adapter.sites(), sites)),
     )
     return atomically(adapter.snapshot(), lambda: _switched(adapter, request, reference))
 
@@ -385,6 +406,8 @@ def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Chang
     if request.dropout and (frozen or counts.dropouts or not what):
         what.append(f"the dropout of {counts.dropouts:,} layers")
     where = _where(request.boundary.path, reference, frozen)
+    if request.paths is not None:
+        where = f"among {len(request.paths)} chosen BN sites"
     return Change(
         verb="freeze" if frozen else "unfreeze",
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",

@@ -14,7 +14,7 @@ from frostline.adapters import adapter_of
 from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
-from frostline.data.batches import Batch, is_reiterable, leaves
+from frostline.data.batches import Batch, is_reiterable, leaves, map_leaves
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.reasons import first_line
 from frostline.verbs.split import Split, split
@@ -36,6 +36,9 @@ _KERAS_ARGUMENTS = {
     "validation_batch_size": None,
     "validation_freq": 1,
 }
+
+#: See :func:`trained`.
+Follow = Callable[[Callable[[Any], Callable[[Array], Any]]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,49 @@ def fit(
         UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs. Or
             ``thaw_later`` cannot be heeded.
     """
-    arguments = _arguments(as_keras_fit)
+    return trained(
+        model, x, y, arguments_of(**as_keras_fit), cache=cache, engine=engine, views=views,
+        augment=augment, augment_name=augment_name, dtype=dtype, max_gb=max_gb, seed=seed,
+        thaw_later=thaw_later,
+    )  # fmt: skip
+
+
+def trained(
+    model: Any,
+    x: Any,
+    y: Any,
+    arguments: dict[str, Any],
+    *,
+    cache: FeatureCache | str | os.PathLike[str] | None,
+    engine: str,
+    views: int = 1,
+    augment: Any = None,
+    augment_name: str | None = None,
+    dtype: str = "float32",
+    max_gb: float | None = None,
+    seed: int = 0,
+    thaw_later: Any = None,
+    follow: Follow | None = None,
+) -> Any:
+    """As :func:`fit`, with all of Keras' arguments, and with a callback that knows the features.
+
+    Args:
+        follow: Makes a callback: it gets a function that turns validation inputs, as an array,
+            into a function from rows to what the model takes for them while it trains.
+        model: See :func:`fit`, as for the others.
+        x: Likewise.
+        y: Likewise.
+        arguments: All arguments of ``Model.fit`` but the data.
+        cache: Likewise.
+        engine: Likewise.
+        views: Likewise.
+        augment: Likewise.
+        augment_name: Likewise.
+        dtype: Likewise.
+        max_gb: Likewise.
+        seed: Likewise.
+        thaw_later: Likewise.
+    """
     role = adapter_of(model).train
     if role is None:
         raise ModelError(
@@ -149,7 +194,10 @@ def fit(
     if parts is None:
         if views > 1 or augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
-        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=2)
+        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=3)
+        if follow is not None:
+            after = follow(lambda held: lambda rows: map_leaves(lambda leaf: leaf[rows], held))
+            arguments["callbacks"] = role.with_callback(arguments["callbacks"], after)
         return model.fit(x, y, **arguments)
     inference = None
     if peeled is not None:
@@ -182,6 +230,13 @@ def fit(
         )
         guard = role.Guard(plan.parts.prefix)
         train, validation = _adapters(role, plan, x, y, arguments, guard)
+    if follow is not None:
+
+        def features(held: Any) -> Callable[[Array], Any]:
+            found = _cached(role, _without_views(plan), held, "validation data")
+            return lambda rows: dict(zip(train.keys, found.rows(rows), strict=True))
+
+        arguments["callbacks"] = role.with_callback(arguments["callbacks"], follow(features))
     return _train(model, role, plan, train, validation, arguments, guard)
 
 
@@ -252,7 +307,8 @@ def _on_the_way(
     return None, None
 
 
-def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(**given: Any) -> dict[str, Any]:
+    """All arguments of ``Model.fit`` but the data: those given, and Keras' defaults."""
     unknown = sorted(set(given) - set(_KERAS_ARGUMENTS))
     if unknown:
         raise TypeError(

@@ -26,6 +26,7 @@ from frostline.adapters.keras import (
     native as keras_native,
     noise as keras_noise,
     random as keras_random,
+    rehearsal as keras_rehearsal,
     split as keras_split,
     state as keras_state,
     trial as keras_trial,
@@ -54,6 +55,7 @@ class KerasView:
 
     framework = "keras"
     saved_as: Literal["model", "state"] = "model"
+    loop = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -74,6 +76,7 @@ class KerasView:
         self.fold = partial(keras_fold.fold, model)
         self.split = partial(keras_split.split, model)
         self.trial = partial(keras_trial.trial, model)
+        self.rehearsal = partial(keras_rehearsal.rehearsal, model)
 
     @property
     def channel_axis(self) -> int:

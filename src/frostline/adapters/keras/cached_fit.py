@@ -35,6 +35,10 @@ from frostline.adapters.keras.graph import resolve, walk
 from frostline.adapters.keras.noise import noise_layers
 from frostline.adapters.keras.pipeline import own, prepares
 from frostline.adapters.keras.prefix import layer_identity, weights_digest
+from frostline.adapters.keras.rehearsal import (
+    start_ramp as start_ramp,
+    trains_anew as trains_anew,
+)
 from frostline.adapters.keras.split import peel as peel
 from frostline.data.batches import to_numpy
 from frostline.graph.addresses import Place
@@ -289,6 +293,28 @@ def as_loader(x: Any, batch_size: int | None, shuffle: Any) -> Any:
     if torch is None or not isinstance(x, torch.utils.data.Dataset) or not hasattr(x, "__len__"):
         return x
     return torch.utils.data.DataLoader(x, batch_size or 32, shuffle=bool(shuffle))
+
+
+class EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
+    """Call a function before the first epoch (number 0) and after each; ``True`` ends the training.
+
+    Args:
+        after: The function.
+    """
+
+    def __init__(self, after: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.after = after
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002 - Keras'
+        """Before the first epoch."""
+        self.after(0)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """After an epoch; on JAX asking for the model brings the weights back."""
+        model = self.model
+        if self.after(epoch + 1):
+            model.stop_training = True
 
 
 def with_callback(given: Any, callback: Any) -> Any:

@@ -75,9 +75,9 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
             known; names the layer and a way out.
     """
     places, undo = walk(model), functools.partial(set_flags, flags(model))
-    there = addresses.side(places, request.boundary, before=request.before)
+    there = addresses.side(places, request.boundary, before=request.before, paths=request.paths)
     frozen, params, statistics = request.frozen, request.params, request.statistics
-    chosen = side(places, request.boundary, before=request.before) if params or statistics else []
+    chosen = _with_weights(there) if params or statistics else []
     dropouts = 0
     try:
         if request.dropout:
@@ -104,8 +104,11 @@ def _counts(changed: Sequence[Any], params: bool = True, dropouts: int = 0) -> F
 
 def side(places: tuple[Place, ...], boundary: Boundary, *, before: bool) -> list[Place]:
     """Leaves (and containers with weights of their own) on one side, in execution order."""
-    there = addresses.side(places, boundary, before=before)
-    return [place for place in there if place.leaf or _has_own_weights(place.layer)]
+    return _with_weights(addresses.side(places, boundary, before=before))
+
+
+def _with_weights(places: list[Place]) -> list[Place]:
+    return [place for place in places if place.leaf or _has_own_weights(place.layer)]
 
 
 def _has_own_weights(layer: Any) -> bool:

@@ -96,8 +96,8 @@ def _growing(model: Any) -> list[Any]:
     return [*found, *(each for each in inner if each is not None)]
 
 
-def snapshot(model: Any) -> Snapshot:
-    """Copy the state of ``model``."""
+def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
+    """Copy the state of ``model``; with ``classes`` all that :func:`.edit.convert` changes too."""
     variables = variables_of(model)
     layers = [model, *(place.layer for place in walk(model))]
     wrapped = [module for layer in layers if (module := wrapped_module(layer)) is not None]
@@ -114,7 +114,13 @@ def snapshot(model: Any) -> Snapshot:
         compiled=[
             (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
         ],
-        shells=[Attributes.of(each) for each in _growing(model)],
+        shells=[
+            Attributes.of(each)
+            for each in (
+                *_growing(model),
+                *([*filter(is_site, layers), *models_in(model)] if classes else ()),
+            )
+        ],
         buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
         modes=[(module, module.training) for module in modules],
         generators=None if torch is None else _generators(torch),

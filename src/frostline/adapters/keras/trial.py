@@ -56,7 +56,7 @@ def trial(
 
 def _train(model: Any, collected: Collected, epochs: int) -> None:
     locked = [(site, stored_call) for site in site_handles(model).values() if not site.trainable]
-    with _fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
+    with fresh_step(model), replaced(locked), readable_labels(model, collected.labels):
         retarget(model)
         if keras.backend.backend() == "tensorflow":
             model.jit_compile = False  # XLA compiles for longer than a few steps take without it
@@ -64,7 +64,7 @@ def _train(model: Any, collected: Collected, epochs: int) -> None:
 
 
 @contextmanager
-def _fresh_step(model: Any) -> Iterator[None]:
+def fresh_step(model: Any) -> Iterator[None]:
     """Let ``fit`` trace its step anew: what has been traced holds other flags and policies."""
     function, own = model.train_function, vars(model).get("train_step")
     step = model.train_step

@@ -25,6 +25,7 @@ from frostline.adapters.torch import (
     graph as torch_graph,
     prefix as torch_prefix,
     reference as torch_reference,
+    rehearsal as torch_rehearsal,
     split as torch_split,
 )
 from frostline.adapters.torch.asking import inputs_of, needs_targets
@@ -47,6 +48,8 @@ class TorchView:
     channel_axis = 1
     #: The training loop of a torch module is the user's.
     train = None
+    #: Ours, where we compare trainings.
+    loop = torch_rehearsal
 
     def __init__(self, model: Any) -> None:
         root = torch_graph.unwrapped(model)
@@ -74,6 +77,7 @@ class TorchView:
         self.fold = partial(torch_fold.fold, model)
         self.split = partial(torch_split.split, model)
         self.cached = partial(torch_cached.cached, model)
+        self.rehearsal = partial(torch_rehearsal.rehearsal, model)
 
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the modules before a boundary: those that freezing up to it freezes."""

@@ -133,13 +133,15 @@ class Question:
     Args:
         loss: As for :func:`frostline.adapters.torch.loss.as_callable`; ``None``: the model's own.
         step: ``step(model, batch)``; see :func:`frostline.adapters.torch.loss.read_losses`.
+        whole: Losses are asked of the batch, as a training does, never of single samples.
     """
 
-    def __init__(self, loss: Any, step: Any) -> None:
+    def __init__(self, loss: Any, step: Any, *, whole: bool = False) -> None:
         self._step = step
         self.steps = step is not None
         self._loss = None if loss is None else as_callable(loss)
-        self._sliced: bool | None = None  # a loss of single samples is the loss of the batch
+        # Whether a loss of single samples is the loss of the batch.
+        self._sliced: bool | None = False if whole else None
 
     def answer(
         self, root: Any, batch: Batch, move: Callable[[Any], Any], *, first: bool = False

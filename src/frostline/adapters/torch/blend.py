@@ -109,7 +109,7 @@ class TorchForward:
         with torch.no_grad():
             how = self._how(self._blend(condition), condition, seen)
             outputs, found = self._judged(batch, how, condition)
-        return _outcome(outputs, found, seen or {})
+        return outcome_of(outputs, found, seen or {})
 
     def own(self, batch: Batch, *, training: bool, number: int = 0) -> Outcome:
         """Return outputs and losses of the module's own pass, as its ``train()`` leaves it.
@@ -128,7 +128,7 @@ class TorchForward:
             with answered(self._sites, as_meant):
                 first = training and self._returns_more_in_training(batch)
                 outputs, found = self._question.answer(root, batch, self._move, first=first)
-        return _outcome(outputs, found, {})
+        return outcome_of(outputs, found, {})
 
     # --- the pass -----------------------------------------------------------------------------
 
@@ -228,7 +228,8 @@ class TorchForward:
         }  # fmt: skip
 
 
-def _outcome(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:
+def outcome_of(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:
+    """Outputs, losses and moments as arrays."""
     return Outcome(
         outputs=arrays_in(outputs),
         losses=as_float64(arrays(found.losses)),

@@ -31,6 +31,9 @@ from frostline.types import ModelError
 #: Batches that are answered from the cache and computed as well, to compare.
 _CHECKED = 2
 _DIGEST = 16
+#: An epoch of new samples from a loader that had brought samples before weighs as much as so many
+#: from loaders that had not.
+_AGAIN = 4
 #: Begins the identity of a frozen part whose rows are kept in memory only.
 _PRIVATE = "private "
 
@@ -45,7 +48,8 @@ class Memory:
         sought: Digests that the store was asked for.
         forms: Shapes of a batch -> what each call returned for it.
         checked: How many batches were computed as well.
-        idle: How many epochs in a row brought new samples only.
+        idle: Grows with every epoch in a row that brought new samples only.
+        readers: Loaders (by id) that have brought samples.
         broken: Why the rows are no longer used.
     """
 
@@ -55,6 +59,7 @@ class Memory:
         self.forms: dict[str, Mapping[Key, Form]] = {}
         self.unsaved: dict[bytes, tuple[Any, ...]] = {}
         self.sought: set[bytes] = set()
+        self.readers: set[int] = set()
         self.checked = self.idle = 0
         self.broken = ""
 
@@ -119,9 +124,14 @@ class Cached:
             self.save()
         idle = answered == self.answered
         for identity, memory in self.memories.items():
-            grown = 0 < before.get(identity, 0) < len(memory.rows)
-            memory.idle = memory.idle + grown if idle else 0
-        if any(memory.idle >= self.views for memory in self.memories.values()):
+            grown = before.get(identity, 0) < len(memory.rows)
+            if grown and before.get(identity, 0):
+                # Another loader brings samples of its own, once: validation data, for example.
+                memory.idle += _AGAIN if id(self.loader) in memory.readers else 1
+            if grown:
+                memory.readers.add(id(self.loader))
+            memory.idle *= idle
+        if any(memory.idle >= _AGAIN * self.views for memory in self.memories.values()):
             self._give_up(
                 "no sample came a second time, so nothing can be answered: is there a random "
                 "augmentation in the loader? fl.cached(..., views=8) draws one of eight for each",

@@ -36,7 +36,9 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
         ModelError: Thawing a FrozenBatchNorm of another library, which has no parameters.
     """
     undo, frozen = snapshot(model), request.frozen
-    there = addresses.side(walk(model), request.boundary, before=request.before)
+    there = addresses.side(
+        walk(model), request.boundary, before=request.before, paths=request.paths
+    )
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
     touched = dropouts = 0

@@ -240,15 +240,21 @@ def _tensors_kept(root: Any) -> Callable[[], None]:
     return restore
 
 
-def generators(data: Any = None) -> Callable[[], None]:
-    """Remember the default generators and those of a ``DataLoader``; returns what restores them."""
+def own_generators(data: Any) -> list[Any]:
+    """The generators of a ``DataLoader`` and its samplers."""
     holders = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
-    own = {
+    found = {
         id(generator): generator
         for holder in (data, *holders)
         if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
     }
-    states = [(generator, generator.get_state()) for generator in own.values()]
+    return list(found.values())
+
+
+def generators(data: Any = None) -> Callable[[], None]:
+    """Remember the default generators and those of a ``DataLoader``; returns what restores them."""
+    own = own_generators(data)
+    states = [(generator, generator.get_state()) for generator in own]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
