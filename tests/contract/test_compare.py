@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import frostline as fl
-from conftest import WIDTH
 from frostline.types import DataError, ModelError
 
 LAYOUT = {"d0": "dense", "bn0": "norm", "a0": "tanh", "d1": "dense", "bn1": "norm", "a1": "tanh",
           "d2": "dense", "bn2": "norm", "head": "dense"}  # fmt: skip
+#: What every layer of these networks takes and gives.
+WIDTH = 4
 RNG = np.random.default_rng(0)
 X = RNG.normal(1, 2, (40, WIDTH))
 Y = (X[:, 0] > X[:, 1]).astype(np.int64) + (X[:, 2] > 1)

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 import frostline as fl
-from conftest import TWO_SITES
 from frostline.adapters import adapter_of
 from frostline.types import ModelError
+
+#: Two sites with something that is not linear between them.
+TWO_SITES = {"d1": "dense", "bn1": "norm", "act": "tanh", "d2": "dense", "bn2": "norm"}
 
 
 def flags(model: Any) -> tuple[list[tuple[bool, bool]], list[bool]]:
