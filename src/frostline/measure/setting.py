@@ -288,9 +288,11 @@ def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:
     task = "unknown" if outputs is None or labels is None else infer_task(labels, outputs)
     if task == "unknown" or outputs is None or labels is None:
         shapes = [leaf.shape for part in (first.y, outputs) for _, leaf in leaves(part)]
+        several = " (the model returns several outputs)" if outputs is None else ""
         raise ModelError(
             "the model is not compiled with a loss, and labels and outputs do not tell which it "
-            f"is: pass loss=. Received: loss=None, arrays of shapes {shapes}"
+            f"is{several}: pass loss=, a function that takes what the model returns, or step=. "
+            f"Received: loss=None, arrays of shapes {shapes}"
         )
     finite = outputs[np.isfinite(outputs)]
     logits = bool(finite.size and (finite.min() < 0 or finite.max() > 1))

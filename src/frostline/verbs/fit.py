@@ -311,9 +311,9 @@ def arguments_of(**given: Any) -> dict[str, Any]:
     """All arguments of ``Model.fit`` but the data: those given, and Keras' defaults."""
     unknown = sorted(set(given) - set(_KERAS_ARGUMENTS))
     if unknown:
-        raise TypeError(
-            f"fit() got an unexpected keyword argument {unknown[0]!r}; it takes those of "
-            f"keras.Model.fit: {', '.join(_KERAS_ARGUMENTS)}"
+        raise DataError(
+            f"fit takes the arguments of keras.Model.fit ({', '.join(_KERAS_ARGUMENTS)}) and its "
+            f"own, and no other. Received: {unknown[0]}={given[unknown[0]]!r}"
         )
     return {**_KERAS_ARGUMENTS, **given}
 

@@ -275,6 +275,14 @@ def _readable(y: Any, outputs: Any) -> Iterator[None]:
         # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
         if isinstance(problem, RuntimeError) and "must match" not in str(problem):
             raise
+        if isinstance(outputs, dict) and not isinstance(y, dict):
+            name = next(iter(outputs))
+            raise DataError(
+                "the model returns a mapping, and labels and losses are told by its names: pass "
+                f"labels {{{name!r}: y}} and loss={{{name!r}: ...}}, or a loss that is a function "
+                f"(labels, outputs). Received: label shapes {_shapes(y)} for outputs "
+                f"{', '.join(map(repr, outputs))}"
+            ) from problem
         raise DataError(
             f"the loss does not take these labels: {first_line(problem)} "
             f"Received: label shapes {_shapes(y)} for outputs of shapes {_shapes(outputs)}"

@@ -43,8 +43,8 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
     torch.ops.aten.instance_norm.default: (_NATIVE, True),
 }
 
-
-_SWITCHED = {
+#: Functional dropout, which ``training=`` turns off.
+SWITCHED = {
     functional.dropout,
     functional.dropout1d,
     functional.dropout2d,
@@ -52,7 +52,7 @@ _SWITCHED = {
     functional.alpha_dropout,
     functional.feature_alpha_dropout,
 }
-_DROPOUT = _SWITCHED | {functional.scaled_dot_product_attention}
+_DROPOUT = SWITCHED | {functional.scaled_dot_product_attention}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,7 +210,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         if known is None:
             if self._quiet and function in _DROPOUT:
                 kwargs = _off(function, args, kwargs)
-                args = args[:1] if function in _SWITCHED else args
+                args = args[:1] if function in SWITCHED else args
             return function(*args, **kwargs)
         run = functools.partial(function, *args, **kwargs)
         names, single = known
@@ -226,7 +226,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
 
 def _off(function: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments with which a dropout function drops nothing."""
-    if function in _SWITCHED:
+    if function in SWITCHED:
         return {
             **{key: value for key, value in kwargs.items() if key == "input"},
             "training": False,

@@ -13,6 +13,7 @@ on random inputs wherever these can be guessed.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections import Counter
 from typing import Any
@@ -108,7 +109,9 @@ class _Fold:
         except ModelError as problem:
             unseen, graph = {"": str(problem)}, None
         made: Any = self.twin
-        if graph is not None:
+        if graph is not None and not _takes_all(graph, self.twin):
+            self._pairs_in(self.twin, graph)  # the model's own forward takes more than the graph
+        elif graph is not None:
             graph._tracer_cls = None  # it would be pickled by name
             for node in graph.nodes:
                 node.type = None  # an annotation may be text, which does not pickle
@@ -127,8 +130,13 @@ class _Fold:
             made.recompile()
         for name in unseen if inside else ():
             self._in_place(self.twin.get_submodule(name))
-        why = "is called where torch.fx cannot follow it, and does not stand behind a linear layer"
         present = site_modules(made)
+        nodes = [] if graph is None or made is not self.twin else self._nodes(graph, self.twin)
+        known = {self.paths[id(self.twin.get_submodule(node.target))] for node in nodes}
+        for path, site in present.items():
+            if path not in self.left and (inside or path in known):
+                self._exchange(made, path, site)
+        why = "is called where torch.fx cannot follow it, and does not stand behind a linear layer"
         for path in present.keys() - {*self.absorbed, *self.replaced}:
             self.left.setdefault(path, why)
         self.left = {path: reason for path, reason in self.left.items() if path in present}
@@ -149,16 +157,39 @@ class _Fold:
             except ModelError:
                 self._in_place(child)
                 continue
-            for node in self._nodes(graph, child):
-                site = child.get_submodule(node.target)
-                if self.names[id(site)] > 1 or _calls(graph, node.target) > 1:
-                    continue
-                if self._absorb(child, graph, node, site, asserted=False):
-                    holder, _, name = str(node.target).rpartition(".")
-                    setattr(child.get_submodule(holder), name, nn.Identity())
-                    self.absorbed.append(self.paths[id(site)])
+            self._pairs_in(child, graph)
             for name in unseen:
                 self._in_place(child.get_submodule(name))
+
+    def _pairs_in(self, part: Any, graph: Any) -> None:
+        """Fold pairs of a module in it, so that its own ``forward`` stays."""
+        for node in self._nodes(graph, part):
+            site = part.get_submodule(node.target)
+            if self.names[id(site)] > 1 or _calls(graph, node.target) > 1:
+                continue
+            if self._absorb(part, graph, node, site, asserted=False):
+                holder, _, name = str(node.target).rpartition(".")
+                setattr(part.get_submodule(holder), name, nn.Identity())
+                self.absorbed.append(self.paths[id(site)])
+
+    def _exchange(self, made: Any, path: str, site: Any) -> None:
+        """Put a module of torch that scales and shifts in a site's place, under all its names."""
+        held = [name for name, m in made.named_modules(remove_duplicate=False) if m is site]
+        if not all(held):  # the model itself
+            return
+        graph = fx.Graph()
+        node = graph.call_module("site", (graph.placeholder("x"),))
+        graph.output(node)
+        other = fx.GraphModule(nn.Module(), fx.Graph())
+        other.add_module("site", site)
+        _replace(other, graph, node, site)
+        graph.erase_node(node)
+        del other.site
+        other.graph = graph
+        for name in held:
+            holder, _, last = name.rpartition(".")
+            setattr(made.get_submodule(holder), last, other)
+        self.replaced.append(path)
 
     def _absorb(
         self, owner: Any, graph: Any, node: Any, site: Any, *, asserted: bool = True
@@ -190,6 +221,14 @@ class _Fold:
 
 def _calls(graph: Any, target: Any) -> int:
     return sum(node.op == "call_module" and node.target == target for node in graph.nodes)
+
+
+def _takes_all(graph: Any, root: Any) -> bool:
+    """Whether a graph has an input for each argument of ``forward``."""
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    parameters = inspect.signature(root.forward).parameters.values()
+    own = [each for each in parameters if each.kind not in kinds]
+    return len([node for node in graph.nodes if node.op == "placeholder"]) >= len(own)
 
 
 def _more_than_affine(site: Any) -> str:

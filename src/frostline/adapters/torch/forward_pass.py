@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch.asking import call
-from frostline.adapters.torch.calls import answered, as_meant
+from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
 from frostline.data.batches import Batch
 from frostline.types import Array, DataError, ModelError
@@ -183,7 +184,7 @@ def set_inference(
     for module in sites.values():
         module.training = False
     if trains and not dropout:
-        for path in noise_layers(root):
+        for path in _random_modules(root):
             root.get_submodule(path.replace("/", ".")).eval()
 
 
@@ -304,9 +305,21 @@ _NOISE = {
 
 
 def noise_layers(model: Any) -> dict[str, str]:
-    """Path -> kind of every module that acts in training only and is no BN."""
+    """Path -> kind of every module inside that acts in training only and is no BN."""
+    root = unwrapped(model)
+    kinds: dict[str, Any] = {n.replace(".", "/"): type(m) for n, m in root.named_modules() if n}
+    calling = {
+        path: "dropout"
+        for path, kind in kinds.items()
+        if _calls_dropout(kind) and not _no_rate(root.get_submodule(path.replace("/", ".")))
+    }
+    return {**calling, **_random_modules(root)}
+
+
+def _random_modules(root: Any) -> dict[str, str]:
+    """Those whose class says so by its name."""
     found: dict[str, str] = {}
-    for name, module in unwrapped(model).named_modules():
+    for name, module in root.named_modules():
         kind = type(module).__name__.lower()
         silent = getattr(module, "p", getattr(module, "drop_prob", None)) == 0
         if is_site(module) or silent:
@@ -317,6 +330,33 @@ def noise_layers(model: Any) -> dict[str, str]:
                 found[name.replace(".", "/")] = noise
                 break
     return found
+
+
+@functools.cache
+def _calls_dropout(kind: Any) -> bool:
+    """Whether the code of a class's ``forward`` names dropout of ``torch.nn.functional``."""
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or kind.__module__.startswith("torch.nn.modules."):
+        return False
+    known, before = kind.forward.__globals__, None
+    for step in dis.get_instructions(code):
+        value = known.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before is not None:
+            value = getattr(before, str(step.argval), None)
+        if any(value is each for each in SWITCHED):
+            return True
+        before = value if any(value is each for each in (torch, nn, nn.functional)) else None
+    return False
+
+
+def _no_rate(module: Any) -> bool:
+    """Whether all that a module keeps as rates of dropout is 0."""
+    rates = [
+        value
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+    return bool(rates) and not any(rates)
 
 
 def state(model: Any) -> dict[str, Array]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules.module import register_module_module_registration_hook
 
 #: Says that a module is locked. TorchScript sees it, and so compiles a locked module anew.
 _MARK = "locked_by_frostline"
@@ -130,6 +131,7 @@ def is_locked(module: Any) -> bool:
 
 def lock(module: Any) -> None:
     """Lock a module that has stored statistics, in place."""
+    _guard_conversion()
     held = vars(module)
     if _MARK not in held and "forward" in held:
         held[_OWN] = held["forward"]
@@ -170,16 +172,21 @@ def remembered(module: Any) -> Callable[[], None]:
     return undo
 
 
-def _leave_locked(convert: Any) -> Any:
-    """Let ``convert_sync_batchnorm`` leave locked modules as they are: nothing is synchronised."""
+@functools.cache
+def _guard_conversion() -> None:
+    """From the first lock on, ``convert_sync_batchnorm`` leaves locked modules as they are.
 
-    def convert_sync_batchnorm(cls: Any, module: Any, process_group: Any = None) -> Any:
-        # The new module would not be locked, and its statistics would move.
-        return module if is_locked(module) else convert(cls, module, process_group)
-
-    convert_sync_batchnorm.__doc__ = convert.__doc__
-    return classmethod(convert_sync_batchnorm)
+    By a hook that torch offers: importing this room changes nothing.
+    """
+    register_module_module_registration_hook(_left_locked)
 
 
-_own_convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-nn.SyncBatchNorm.convert_sync_batchnorm = _leave_locked(_own_convert.__func__)
+def _left_locked(owner: Any, name: str, module: Any) -> Any:
+    """What stays in the place of a locked module that would be synchronised: that module.
+
+    The new one would not be locked, and its statistics would move.
+    """
+    old = owner._modules.get(name)
+    if not isinstance(module, nn.SyncBatchNorm) or old is module or not is_locked(old):
+        return None
+    return old if module.running_mean is old.running_mean else None

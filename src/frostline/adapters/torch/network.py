@@ -221,6 +221,14 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
             return True
         return bool(super().is_leaf_module(module, name))
 
+    def create_arg(self, value: Any) -> Any:
+        """Let a mapping stay of its class, which ``torch.fx`` would make a ``dict``."""
+        kind = type(value)
+        if isinstance(value, Mapping) and kind is not dict and all(map(_is_name, value)):
+            fields = {key: self.create_arg(item) for key, item in value.items()}
+            return self.create_node("call_function", kind, (), fields)
+        return super().create_arg(value)
+
     def call_module(self, module: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             return super().call_module(module, forward, args, kwargs)
@@ -228,6 +236,10 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
             if self.failed is None:
                 self.failed = self.path_of_module(module)
             raise
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isidentifier()
 
 
 def followed(

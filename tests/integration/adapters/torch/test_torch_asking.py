@@ -21,6 +21,7 @@ from torch.nn import functional
 import frostline as fl
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
+from frostline.adapters.torch.forward_pass import noise_layers
 from frostline.data.batches import Batch
 from frostline.types import DataError, ModelError
 
@@ -350,3 +351,18 @@ def test_a_step_never_gets_a_mapping_that_is_put_together_anew() -> None:
     fl.diagnose(model, batches, step=step, verbose=0)
     assert seen
     assert all(index == [0, 1, 2, 3] for index in seen)
+
+
+class Dropping(nn.Module):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_rate, self.norm = rate, nn.BatchNorm1d(3)
+
+    def forward(self, x: Any) -> Any:
+        return nn.functional.dropout(self.norm(x), p=self.drop_rate, training=self.training)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_functional_dropout_is_seen_in_the_code(rate: float) -> None:
+    found = noise_layers(nn.Sequential(nn.Linear(3, 3), Dropping(rate), nn.Dropout(0.2)))
+    assert found == ({"1": "dropout"} if rate else {}) | {"2": "dropout"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -163,9 +164,9 @@ def test_a_subclass_that_only_normalises_is_folded() -> None:
 
 def test_pairs_inside_what_cannot_be_followed_are_folded_in_place() -> None:
     model = settled(Undecided())
-    with pytest.warns(UserWarning, match="'bn' is called where torch.fx cannot follow it"):
-        folded = fl.fold(model)
+    folded = fl.fold(model)
     assert isinstance(folded.stem[1], nn.Identity)
+    assert not isinstance(folded.bn, nn.BatchNorm2d)  # behind no layer of its own: it scales
     assert isinstance(model.stem[1], nn.BatchNorm2d)
     agree(model, folded, 3, 8, 8)
 
@@ -201,3 +202,59 @@ def test_a_linear_layer_is_folded_for_two_axes_only() -> None:
     folded = fl.fold(model)
     with torch.no_grad(), pytest.raises(AssertionError, match="folded for inputs of shape"):
         folded(torch.randn(2, 4, 5))
+
+
+class Forecaster(nn.Module):
+    """A mapping of a class of its own, and a loss where labels are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)
+        self.last, self.head = nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, values: Any, labels: Any = None) -> Any:
+        x = self.head(self.last(self.norm(self.conv(values)).relu().mean(2)))
+        found = OrderedDict(prediction=x)
+        if labels is not None:
+            found["loss"] = (x[:, 0] - labels).square().mean()
+        return found
+
+
+def test_a_folded_module_takes_and_returns_what_the_module_does() -> None:
+    torch.manual_seed(0)
+    model, x, y = Forecaster(), torch.randn(8, 2, 9) + 1, torch.randn(8)
+    model.train()(x)
+    folded = fl.fold(model.eval())
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in folded.modules())
+    for given in ({"values": x}, {"values": x, "labels": y}):
+        one, other = model(**given), folded(**given)
+        assert type(other) is OrderedDict
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-5)
+    stream = io.BytesIO()
+    torch.save(folded, stream)
+    assert b"frostline" not in stream.getvalue()
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        if float(x.sum()) > 1e9:
+            raise ValueError("too bright")
+        return self.norm(self.conv(x).relu())
+
+
+def test_bn_that_stands_behind_no_linear_layer_is_exchanged_where_nothing_can_be_followed() -> None:
+    model, x = Untraceable(), torch.rand(8, 3, 9, 9)
+    model.train()(x)
+    folded = fl.fold(model.eval())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+    stream = io.BytesIO()
+    torch.save(folded.conv, stream)
+    torch.save(folded.norm, stream)
+    assert b"frostline" not in stream.getvalue()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -270,3 +272,14 @@ def test_a_forward_of_the_instance_survives_the_lock() -> None:
     assert norm.forward is forward
     assert calls == [False]
     assert int(norm.num_batches_tracked) == 0
+
+
+def test_importing_changes_nothing_of_torch() -> None:
+    code = (
+        "import torch; before = torch.nn.SyncBatchNorm.__dict__['convert_sync_batchnorm'];"
+        "hooks = torch.nn.modules.module._global_module_registration_hooks; import frostline as fl;"
+        "fl.sites(torch.nn.Sequential(torch.nn.BatchNorm1d(2)));"
+        "assert torch.nn.SyncBatchNorm.__dict__['convert_sync_batchnorm'] is before;"
+        "assert not hooks"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -458,3 +458,22 @@ def test_a_sample_that_the_model_does_not_take_is_refused_with_the_way_out() -> 
     with pytest.raises(ModelError, match=r"fails on the sample.*Pass sample=.*Received: .*list"):
         fl.split(model, sample=images)
     assert [module.training for module in model.modules()] == modes
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Any) -> Any:
+        return OrderedDict(out=self.head(self.base(x)))
+
+
+def test_a_mapping_stays_of_its_class() -> None:
+    model, x = Named(), torch.rand(4, 3, 8, 8)
+    fl.freeze(model, until="head")
+    parts = fl.split(model, sample=x)
+    found = parts.suffix(parts.prefix(x))
+    assert type(found) is OrderedDict
+    torch.testing.assert_close(found["out"], model.eval()(x)["out"])

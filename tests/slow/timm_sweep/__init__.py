@@ -1,0 +1,1 @@
+"""Freeze and thaw every network of timm that has BN."""
