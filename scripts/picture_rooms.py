@@ -25,6 +25,7 @@ WORDS = {
     "experiments": "the essay's two",
     "callbacks": "Keras callbacks",
     "integrations": "other loops",
+    "scale": "workers of Ray",
     "verbs": "what fl exports",
     "cache": "features on disk",
     "engines": "run a prefix fast",

@@ -7,6 +7,7 @@ room of its framework has a module ``prefix`` with the functions used here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from frostline.adapters import part, room_of, rooms
@@ -74,6 +75,20 @@ def reference(prefix: Any) -> Callable[[Any], list[Array]]:
         return found
 
     return precise
+
+
+def placed(prefix: Any) -> Any:
+    """The prefix on the accelerator that this process may use; frameworks that see to it do."""
+    move = getattr(_role(prefix), "placed", None)
+    return prefix if move is None else move(prefix)
+
+
+def exactly(model: Any) -> AbstractContextManager[None]:
+    """A block that pickles a model for a process with Frostline: there it is what it is here."""
+    room = room_of(model)
+    exact = None if room is None else getattr(part(room, "prefix"), "exactly", None)
+    block: AbstractContextManager[None] = nullcontext() if exact is None else exact()
+    return block
 
 
 def to_onnx(prefix: Any, batch: Any) -> bytes:

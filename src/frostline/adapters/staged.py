@@ -16,6 +16,7 @@ import numpy as np
 
 from frostline.adapters.protocol import Population, Source, StagedMeter
 from frostline.adapters.spool import Spool, Workspace
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
@@ -62,31 +63,49 @@ class Total:
         """The sites that at least one batch used."""
         return {path: moments for path, moments in self.moments.items() if moments is not None}
 
+    def merge(self, ranks: Together, kinds: Sequence[type[Moments]] = (Moments,)) -> None:
+        """Add what other processes have seen; all of them call this together."""
+        if ranks.size == 1:
+            return
+        self.moments = {path: ranks.merged(own, kinds) for path, own in self.moments.items()}
+        self.count = ranks.total(self.count)
+        self.reused = any(ranks.values(self.reused))
+
 
 def with_batch_statistics(
-    measure: Callable[[Any], Seen], source: Source, paths: Sequence[str]
+    measure: Callable[[Any], Seen],
+    source: Source,
+    paths: Sequence[str],
+    ranks: Together = ALONE,
+    kinds: Sequence[type[Moments]] = (Moments,),
 ) -> Population:
     """One pass with batch statistics at all sites, one batch in memory at a time."""
     total = Total(paths)
     for number, batch in source.read():
         total.add(number, measure(batch))
+    total.merge(ranks, kinds)
     return Population(moments=total.used, skipped=total.skipped, batches=total.count)
 
 
 def in_stages(
-    meter: StagedMeter, source: Source, paths: Sequence[str], memory_limit: int
+    meter: StagedMeter,
+    source: Source,
+    paths: Sequence[str],
+    memory_limit: int,
+    ranks: Together = ALONE,
 ) -> Population:
     """Site by site, each with all earlier ones at their new values, which are stored on the way."""
     with Workspace(memory_limit) as workspace:
-        return _Run(meter, source, paths).all_stages(workspace)
+        return _Run(meter, source, paths, ranks).all_stages(workspace)
 
 
 class _Run:
     """One measurement: what was read, skipped and found so far."""
 
-    def __init__(self, meter: StagedMeter, source: Source, paths: Sequence[str]) -> None:
-        self.meter = meter
-        self.source = source
+    def __init__(
+        self, meter: StagedMeter, source: Source, paths: Sequence[str], ranks: Together
+    ) -> None:
+        self.meter, self.source, self.ranks = meter, source, ranks
         self.chosen = frozenset(paths)
         self.moments: dict[str, Moments] = {}
         self.skipped: dict[int, str] = {}
@@ -96,12 +115,15 @@ class _Run:
     def all_stages(self, workspace: Workspace) -> Population:
         stream = self.source.read()
         first = next(stream, None)
-        if first is None:
+        # A share of the data may be empty; the others know how many arrays a batch has.
+        inputs_of_all = self.ranks.values(len(self.meter.start(first[1].x)) if first else 0)
+        if not any(inputs_of_all):
             return Population(moments={}, batches=0)
-        programs = self.meter.programs(len(self.meter.start(first[1].x)))
+        programs = self.meter.programs(max(inputs_of_all))
         if programs[0].passes != 1 or programs[0].closed:
             self.source.require_again("recalibrate(method='sequential') on this model")
-        opening: Iterator[tuple[int, Batch]] | None = itertools.chain([first], stream)
+        opening: Iterator[tuple[int, Batch]] | None
+        opening = itertools.chain([first] if first else [], stream)
 
         def inputs() -> Iterator[tuple[int, tuple[Array, ...]]]:
             nonlocal opening
@@ -149,6 +171,7 @@ class _Run:
                 outputs, seen = stage(values)
                 if total.add(number, seen) and following is not None and turn == 1:
                     following.append(number, outputs)
+            total.merge(self.ranks)
             self.passes = max(self.passes, turn)
             before = {path: self.meter.stored(path) for path in total.used}
             for path, moments in total.used.items():

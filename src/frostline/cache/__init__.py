@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
 from frostline.cache.files import DamagedError, sha256
 from frostline.cache.judge import ChangedError, Judge
+from frostline.cache.lookup import Lookup
 from frostline.cache.progress import Progress
-from frostline.cache.shards import Collection, Tensor
+from frostline.cache.shards import Collection, Shard, Tensor
 from frostline.cache.through import Through, start as start_through
 from frostline.data.batches import Batch, batches, is_reiterable, leaves, require_reiterable
-from frostline.types import Array, DataError, FrostlineError
+from frostline.types import Array, DataError, FrostlineError, ModelError
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
 BATCH_SIZE = 32
@@ -179,15 +181,13 @@ def _view(
     """Build one view, or find it; labels are noted where there is a list for them."""
     stream = batches(data, batch_size=order.batch_size)
     first = next(stream)  # an empty data set is refused here
-    forms = sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(first.x))
+    forms = _forms(first.x)
     augmented = (order.augmentation, order.seed, view) if order.augmentation else ()
     title = order.title if views == 1 else f"{order.title}, view {view + 1} of {views}"
     expected = expected_samples(data, len(first))
 
     def key_with(engine: str) -> str:
-        return build.collection_key(
-            identity.text, engine, order.dtype, order.batch_size, forms, augmented
-        )
+        return _key(identity, replace(order, engine=engine), forms, augmented)
 
     key = key_with(order.engine)
     known_by = (identity.text, repr(forms))
@@ -232,6 +232,113 @@ def _view(
             collection, manifest = _built(start, home, key, view, first.x, _noted(rest, labels))
     progress.finish()
     return View(collection=collection, manifest=manifest)
+
+
+def _forms(x: Any) -> list[Any]:
+    return sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(x))
+
+
+def _key(identity: Identity, order: _Order, forms: list[Any], augmented: Any = ()) -> str:
+    """Of a collection: what computes, and the forms of what it takes."""
+    return build.collection_key(
+        identity.text, order.engine, order.dtype, order.batch_size, forms, augmented
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A collection whose lock is held, for writers that share it.
+
+    Attributes:
+        collection: Where.
+        identity: Of the prefix, which every writer must have.
+        whole: Shards that are there, compared with their checksums.
+        progress: Told of what is done.
+        root: Folder of the cache.
+    """
+
+    collection: Collection
+    identity: Identity
+    whole: tuple[Shard, ...]
+    progress: Progress
+    root: Path
+
+
+@contextmanager
+def opened(
+    prefix: Any,
+    first: Any,
+    path: str | os.PathLike[str] | None,
+    whole: Callable[[Collection], Iterable[Shard]],
+    *,
+    engine: str = "auto",
+    dtype: str = "float32",
+    batch_size: int = BATCH_SIZE,
+    lock_timeout: float | None = None,
+    verbose: Any = "auto",
+    title: str = "features",
+) -> Iterator[Opened]:
+    """Hold the collection that :func:`cache_features` would fill with many samples.
+
+    Args:
+        prefix: As there.
+        first: Inputs of a first batch: the engine is chosen on them, and features that are stored
+            are compared with what the prefix computes of them.
+        path: As there.
+        whole: Returns the shards of a collection whose bytes are right.
+        engine: As there.
+        dtype: As there.
+        batch_size: As there.
+        lock_timeout: As there.
+        verbose: As there.
+        title: As there.
+
+    Raises:
+        ModelError: The prefix cannot be told from another in another process.
+    """
+    _check(views=1, augment=None, batch_size=batch_size, max_gb=None)
+    order = _Order(root=folder.resolve(path), engine=engine, dtype=shards.require_dtype(dtype),
+                   augment=None, augmentation="", batch_size=batch_size, max_bytes=None,
+                   lock_timeout=lock_timeout, verbose=verbose, seed=0, title=title,
+                   through=None)  # fmt: skip
+    identity = prefixes.identity(prefix)
+    if identity.private:
+        raise ModelError(
+            f"the prefix uses {identity.private}, which cannot be told from another in another "
+            "process, so workers cannot share its features. Give it by a function or class that "
+            "can be imported. Received: a prefix that is known in this process only"
+        )
+    forms, progress = _forms(first), Progress(title, None, verbose)
+    home = order.root / (key := _key(identity, order, forms))
+    with folder.locked(home, progress, timeout=lock_timeout):
+        start = _Start(prefix, (identity.text, repr(forms)), order, progress, None)
+        collection = _Lazy(start, first, 0, _known(home)).collection(home, key)
+        shards.create(collection)
+        there = tuple(whole(collection))
+        try:
+            _judge_first(prefix, collection, first, there)
+        except ChangedError as changed:
+            shards.discard(home)
+            progress.say(f"{title}: {changed}; they are discarded and computed anew")
+            collection = _Lazy(start, first, 0, None).collection(home, key)
+            shards.create(collection)
+            there = ()
+        yield Opened(
+            collection=collection, identity=identity, whole=there, progress=progress,
+            root=order.root,
+        )  # fmt: skip
+    progress.finish()
+
+
+def _judge_first(prefix: Any, collection: Collection, x: Any, there: Sequence[Shard]) -> None:
+    """Compare samples of one batch that are stored with what the prefix computes now."""
+    digests = shards.sample_digests(leaves(x))
+    pointers, known = Lookup.of(there).find(digests)
+    places = [
+        (number, there[int(pointers[number]) >> 32], int(pointers[number]) & 0xFFFFFFFF)
+        for number in np.flatnonzero(known).tolist()
+    ]
+    Judge(prefix, collection, None).see(x, digests, places)
 
 
 def _built(

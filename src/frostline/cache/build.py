@@ -43,11 +43,13 @@ class Manifest:
         fingerprint: sha256 of all samples, in order.
         shards: Names.
         pointers: Shape ``(n,)``, uint64: position in ``shards`` times 2^32, plus the row there.
+        ids: What the samples are called, shape ``(n,)``; ``None``: by their number.
     """
 
     fingerprint: str
     shards: tuple[str, ...]
     pointers: Array
+    ids: Array | None = None
 
 
 class _Index:
@@ -210,27 +212,8 @@ class Builder:
             self._store(x, digests, numbers)
 
     def _store(self, x: Any, digests: Array, numbers: Array) -> None:
-        count, size = len(digests), self.collection.batch_size
-        if count < size:  # the last batch: padded, so that the prefix meets one shape only
-            rows = np.minimum(np.arange(size), count - 1)
-            x = map_leaves(lambda leaf: leaf[rows], x)
-            digests = digests[rows]
-        computed = [np.asarray(array) for array in self.run(x, digests)]
-        features = []
-        for position, (array, tensor) in enumerate(
-            zip(computed, self.collection.tensors, strict=True)
-        ):
-            if array.shape != (size, *tensor.shape):
-                raise DataError(
-                    f"tensor {position} of the frontier changed its shape from "
-                    f"{(size, *tensor.shape)}; all samples must have one shape. "
-                    f"Received: {array.shape}"
-                )
-            encoded = shards.encode(array[:count], self.dtype)
-            _require_finite(encoded, tensor, position, numbers)
-            features.append(encoded)
-        self._features.append(features)
-        self._samples.append(digests[:count])
+        self._features.append(computed(self.collection, self.run, self.dtype, x, digests, numbers))
+        self._samples.append(digests)
         if sum(map(len, self._samples)) == self.collection.shard_rows:
             self._flush()
 
@@ -269,17 +252,8 @@ class Builder:
         )
 
     def _finish(self, fingerprint: str, pointers: Array) -> Manifest:
-        """Number shards in the order of their first sample and write the manifest, last of all."""
-        ordinals, first, position = np.unique(
-            pointers >> np.uint64(_ROW_BITS), return_index=True, return_inverse=True
-        )
-        order = np.argsort(first)
-        rank = np.empty(len(order), np.uint64)
-        rank[order] = np.arange(len(order), dtype=np.uint64)
-        rows = pointers & np.uint64((1 << _ROW_BITS) - 1)
-        local = (rank[position] << np.uint64(_ROW_BITS)) | rows
-        names = tuple(self._name(int(ordinal)) for ordinal in ordinals[order])
-        manifest = Manifest(fingerprint=fingerprint, shards=names, pointers=local)
+        """Write the manifest, last of all."""
+        manifest = numbered(fingerprint, pointers, self._name)
         try:
             write_manifest(self.collection, manifest)
         except FullError as error:
@@ -293,6 +267,67 @@ class Builder:
         if shard is None:  # _drop took every pointer to it away before one was handed out
             raise OutputError(f"shard {ordinal} vanished from {self.collection.folder}")
         return shard.name
+
+
+def computed(
+    collection: Collection, run: Run, dtype: str, x: Any, digests: Array, numbers: Any
+) -> list[Array]:
+    """Features of at most one batch, as they are stored.
+
+    Args:
+        collection: Where they will go.
+        run: Takes exactly ``collection.batch_size`` samples: fewer are padded with the last one.
+        dtype: How floats are stored.
+        x: The samples.
+        digests: One per sample.
+        numbers: What the samples are called in an error.
+
+    Raises:
+        DataError: Features of another shape, or not finite.
+    """
+    count, size = len(digests), collection.batch_size
+    if count < size:
+        rows = np.minimum(np.arange(size), count - 1)
+        x, digests = map_leaves(lambda leaf: leaf[rows], x), digests[rows]
+    features = []
+    arrays = [np.asarray(array) for array in run(x, digests)]
+    for position, (array, tensor) in enumerate(zip(arrays, collection.tensors, strict=True)):
+        if array.shape != (size, *tensor.shape):
+            raise DataError(
+                f"tensor {position} of the frontier changed its shape from "
+                f"{(size, *tensor.shape)}; all samples must have one shape. "
+                f"Received: {array.shape}"
+            )
+        encoded = shards.encode(array[:count], dtype)
+        _require_finite(encoded, tensor, position, numbers)
+        features.append(encoded)
+    return features
+
+
+def numbered(
+    fingerprint: str, pointers: Array, name: Callable[[int], str], ids: Array | None = None
+) -> Manifest:
+    """A manifest that numbers shards in the order of their first sample.
+
+    Args:
+        fingerprint: Hash of all samples, in order.
+        pointers: Shard of each sample times 2^32, plus the row there, by any numbers of shards.
+        name: Number -> name of a shard.
+        ids: What the samples are called.
+    """
+    ordinals, first, position = np.unique(
+        pointers >> np.uint64(_ROW_BITS), return_index=True, return_inverse=True
+    )
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.uint64)
+    rank[order] = np.arange(len(order), dtype=np.uint64)
+    rows = pointers & np.uint64((1 << _ROW_BITS) - 1)
+    return Manifest(
+        fingerprint=fingerprint,
+        shards=tuple(name(int(ordinal)) for ordinal in ordinals[order]),
+        pointers=(rank[position] << np.uint64(_ROW_BITS)) | rows,
+        ids=ids,
+    )
 
 
 def _taker(rows: Array) -> Callable[[Any], Array]:
@@ -385,21 +420,33 @@ def write_manifest(collection: Collection, manifest: Manifest) -> None:
     path = collection.manifests / f"{manifest.fingerprint}.json"
     try:
         found = read_manifest(collection, manifest.fingerprint)
-        if found.shards == manifest.shards and np.array_equal(found.pointers, manifest.pointers):
+        same = found.shards == manifest.shards
+        if (
+            same
+            and np.array_equal(found.pointers, manifest.pointers)
+            and _same_ids(found, manifest)
+        ):
             path.touch()
             return
     except DamagedError:
         pass
     digest, _ = write_array(path.with_suffix(".npy"), manifest.pointers)
-    write_sealed(
-        path,
-        {
-            "key": collection.key,
-            "fingerprint": manifest.fingerprint,
-            "shards": list(manifest.shards),
-            "samples": len(manifest.pointers),
-            "pointers": digest,
-        },
+    content = {
+        "key": collection.key,
+        "fingerprint": manifest.fingerprint,
+        "shards": list(manifest.shards),
+        "samples": len(manifest.pointers),
+        "pointers": digest,
+    }
+    if manifest.ids is not None:
+        content["ids"], _ = write_array(path.with_suffix(".ids.npy"), manifest.ids)
+    write_sealed(path, content)
+
+
+def _same_ids(found: Manifest, manifest: Manifest) -> bool:
+    """Whether ids that are there can stay; a data set without ids leaves them alone."""
+    return manifest.ids is None or (
+        found.ids is not None and np.array_equal(found.ids, manifest.ids)
     )
 
 
@@ -421,10 +468,13 @@ def read_manifest(collection: Collection, fingerprint: str) -> Manifest:
     pointers = read_array(path.with_suffix(".npy"), digest)
     if pointers.dtype != np.uint64:
         raise DamagedError(f"{path.stem}.npy: of another form")
+    ids = read_array(path.with_suffix(".ids.npy"), body["ids"]) if "ids" in body else None
     shard = pointers >> np.uint64(_ROW_BITS)
+    if ids is not None and ids.shape != (samples,):
+        raise DamagedError(f"{path.stem}.ids.npy: of another form")
     if not belongs or pointers.shape != (samples,) or (shard >= len(names)).any():
         raise DamagedError(f"{path.name}: describes something else")
-    return Manifest(fingerprint=fingerprint, shards=names, pointers=pointers)
+    return Manifest(fingerprint=fingerprint, shards=names, pointers=pointers, ids=ids)
 
 
 def manifests(collection: Collection) -> Iterator[Manifest]:

@@ -116,6 +116,11 @@ class FeatureCache:
         return self.views[0].manifest.fingerprint
 
     @property
+    def ids(self) -> Array | None:
+        """What the samples are called, where they came with ids; ``None``: by their number."""
+        return self.views[0].manifest.ids
+
+    @property
     def engine(self) -> str:
         """What computed the features."""
         return self.views[0].collection.engine

@@ -140,7 +140,7 @@ class KerasView:
     def meter(
         self,
         paths: Sequence[str],
-        ranks: Together = ALONE,  # noqa: ARG002 - this process alone
+        ranks: Together = ALONE,
         step: Any = None,
     ) -> MomentRecorder:
         """What measures and stores the statistics of these sites.
@@ -153,7 +153,7 @@ class KerasView:
                 "the statistics of a Keras model are measured on its inputs: leave step= out and "
                 "give (x, y) or (x,). Received: a step"
             )
-        return MomentRecorder(self.model, paths)
+        return MomentRecorder(self.model, paths, ranks)
 
     def together(self, process_group: Any = None) -> Together:
         """This process alone.

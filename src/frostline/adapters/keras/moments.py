@@ -28,6 +28,7 @@ from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch
 from frostline.graph.schedule import Program, Slot, Step, closed, schedule
 from frostline.numerics.stats import Moments
@@ -52,13 +53,14 @@ class MomentRecorder:
     Args:
         model: A built Keras model.
         paths: Paths of Keras BN layers, as in ``frostline.sites``.
+        ranks: Processes that measure together.
 
     Raises:
         ModelError: A path is not a built Keras BN layer.
     """
 
-    def __init__(self, model: Any, paths: Sequence[str]) -> None:
-        self.model = model
+    def __init__(self, model: Any, paths: Sequence[str], ranks: Together = ALONE) -> None:
+        self.model, self._ranks = model, ranks
         layers = {place.path: place.layer for place in walk(model)}
         self._sites = [layer for layer in layers.values() if is_site(layer)]
         self.layers = {path: _require_site(path, layers.get(path)) for path in paths}
@@ -178,11 +180,11 @@ class MomentRecorder:
 
     def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
         """Population moments of some sites, stored on the way."""
-        return in_stages(self, source, paths, memory_limit)
+        return in_stages(self, source, paths, memory_limit, self._ranks)
 
     def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
         """Population moments of some sites from one pass with batch statistics."""
-        return with_batch_statistics(self.batch(), source, paths)
+        return with_batch_statistics(self.batch(), source, paths, self._ranks)
 
     def _variables(self, program: Program) -> list[Any]:
         if not self.has_graph:

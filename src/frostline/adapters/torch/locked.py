@@ -17,6 +17,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 _MARK = "locked_by_frostline"
 #: A ``forward`` that the instance had before.
 _OWN = "forward_before_lock"
+#: Whether parts of a model are pickled for a process that has Frostline.
+EXACT: ContextVar[bool] = ContextVar("EXACT", default=False)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -89,8 +92,18 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 
     A twin that no ``train()`` reaches computes, with the same parameters and buffers: both hold the
     very same dictionaries. Calls of ``nn.Identity`` take any arguments and change nothing.
+
+    For a process that has Frostline (:data:`EXACT`), as what it is, which is locked again there:
+    ``torch.fx`` sees another call in the plain module.
     """
     kind: Any = type(self)
+    if EXACT.get():
+        unlocked: Any = kind.__new__(kind)
+        lock_s = (*OF_THE_LOCK, _OWN)
+        vars(unlocked).update({k: v for k, v in vars(self).items() if k not in lock_s})
+        if _OWN in vars(self):
+            vars(unlocked)["forward"] = vars(self)[_OWN]
+        return _locked_again, (unlocked,)
     made, arguments, *_ = kind.__reduce_ex__(self, protocol)
     state = {name: value for name, value in vars(self).items() if name not in _METHODS}
     twin: Any = kind.__new__(kind)
@@ -102,6 +115,11 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
         vars(twin)["forward"] = vars(twin).pop(_OWN)
     idle = dict.fromkeys(("train", "reset_running_stats"), nn.Identity)
     return made, arguments, {**state, **idle, "forward": twin}
+
+
+def _locked_again(module: Any) -> Any:
+    lock(module)
+    return module
 
 
 def _replicated(self: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,12 +67,9 @@ class TorchMoments:
 
     def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
         """Population moments of some sites from one pass with batch statistics."""
-        own = self._in_a_mode(source, lambda: with_batch_statistics(self.batch(), source, paths))
-        found = {path: self._ranks.merged(own.moments.get(path), KINDS) for path in paths}
-        return replace(
-            own,
-            moments={path: moments for path, moments in found.items() if moments is not None},
-            batches=self._ranks.total(own.batches),
+        return self._in_a_mode(
+            source,
+            lambda: with_batch_statistics(self.batch(), source, paths, self._ranks, KINDS),
         )
 
     def _in_a_mode(self, source: Source, found: Callable[[], Population]) -> Population:

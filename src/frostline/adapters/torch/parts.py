@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
 from torch.nn import functional
 
 from frostline.adapters.torch.graph import is_site
-from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.locked import EXACT, is_locked
 from frostline.adapters.torch.network import Network, attribute, phase
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -55,6 +56,17 @@ class Prefix(_Part):
         """Run in inference; modes are put back."""
         with phase(list(self.modules()), None):
             return super().__call__(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """As a plain graph module; for a process that has Frostline, as what it is."""
+        if not EXACT.get():
+            return super().__reduce__()
+        return _prefix_again, fx.GraphModule.__reduce__(self)[1]
+
+
+def _prefix_again(body: dict[str, Any], imports: str) -> Any:
+    made: Any = reduce_graph_module(body, imports)
+    return Prefix(made, made.graph)
 
 
 class Suffix(_Part):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from frostline.adapters.torch.cached_data import (
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
-from frostline.adapters.torch.locked import OF_THE_LOCK, is_locked
+from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.adapters.torch.replayed_parts import ReplayedPrefix
 from frostline.types import Array, BackendError, ModelError
@@ -145,10 +145,25 @@ def _graph(module: Any, reader: Reader) -> list[Any]:
     return parts
 
 
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Pickle parts of a model as what they are, for a process that has Frostline."""
+    token = EXACT.set(True)
+    try:
+        yield
+    finally:
+        EXACT.reset(token)
+
+
 def device(module: Any) -> str:
     """Kind of device that holds the module's weights, such as ``"cpu"`` or ``"cuda"``."""
     held = (*unwrapped(module).parameters(), *unwrapped(module).buffers())
     return str(held[0].device.type) if held else "cpu"
+
+
+def placed(module: Any) -> Any:
+    """The module on the GPU that this process was given, if any; a worker's own copy, in place."""
+    return module.to("cuda") if torch.cuda.is_available() else module
 
 
 def native(module: Any) -> Callable[[Any], list[Array]]:

@@ -72,6 +72,7 @@ class Deep(nn.Module):
 
 
 def test_sixty_layers_that_cannot_be_traced() -> None:
+    threads = threading.active_count()
     model = Deep()
     with torch.no_grad():
         for _ in range(3):
@@ -90,7 +91,7 @@ def test_sixty_layers_that_cannot_be_traced() -> None:
     fl.recalibrate(model, X, batch_size=8)
     for name, value in statistics(model).items():
         np.testing.assert_allclose(value, before[name], rtol=1e-5, atol=1e-6)
-    assert threading.active_count() < 5
+    assert threading.active_count() < threads + 4
 
 
 class Branches(nn.Module):
