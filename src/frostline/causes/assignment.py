@@ -157,10 +157,10 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     unused = bool(case.measurement.sites) and path not in case.measurement.sites
     if initial is None or unused:  # an auxiliary head, a branch that no batch takes
         return None
-    used, far = bool(case.steps) or affine_is_trained(facts), case.mismatch(path) > FAR
-    if initial.mean and initial.variance and (used or far):
+    used, off = bool(case.steps) or affine_is_trained(facts), case.mismatch(path)
+    if initial.mean and initial.variance and (used or off > AGREES):
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"initial": 1.0})
-    if initial.half and far:
+    if initial.half and off > FAR:
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"half_initial": 1.0})
     if facts.updates == 0 and case.steps and case.mismatch(path) > AGREES / 2:
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"updates": 0.0})
