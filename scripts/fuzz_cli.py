@@ -38,6 +38,8 @@ MOST_KILOBYTES = 2 << 20
 NASTY = "a\x1b[31mred\x1b]0;t\x07\u202eb\r[bold]"
 TRAP = "trap"
 TEMPORARY = "temporary"
+#: TensorFlow writes such files while it traces and removes them when the process ends.
+OF_TENSORFLOW = "__autograph_generated_file"
 
 
 @dataclass
@@ -402,7 +404,9 @@ def run(words: list[str], outcome: Outcome) -> None:
     if any(not c.isprintable() and c not in "\n\xa0" for c in text):
         said.append("raw escape")
     cache = {name for name in left if Path(name).parts[0] == "c"}
-    if (code not in (0, 1) and left - cache) or any(name.startswith(TEMPORARY) for name in left):
+    if (code not in (0, 1) and left - cache) or any(
+        name.startswith(TEMPORARY) and OF_TENSORFLOW not in name for name in left
+    ):
         said.append("files left")
     if TRAP in left:
         said.append("payload ran")

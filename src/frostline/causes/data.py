@@ -102,7 +102,7 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield Claim(
         code=CauseCode.DROPOUT,
         message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
-        f"({count(len(noise), 'layer')} act in training only){text}",
+        f"({count(len(noise), 'layer')} act{'s' * (len(noise) == 1)} in training only){text}",
         amount=abs(gap) + shifted,
         certainty="is" if len(noise) == len(kinds) else "may",
         evidence=evidence | ({"variance_shift": shifted} if shifted else {}),

@@ -153,7 +153,8 @@ def phase_table(
         logits = bool(from_logits) or any(_outside_unit(values) for values in outputs.values())
         judged = {phase: judge(y, values, task, logits) for phase, values in outputs.items()}
     unlabelled = all(part is None for part in labels)
-    distances = _distances(passes) if unlabelled and not passes["0"].known else None
+    unjudged = not passes["0"].known and (unlabelled or task == "unknown")
+    distances = _distances(passes) if unjudged else None
     rows = [_dynamic_row(dynamic)]
     for phase in ("0", "1"):
         done = passes[phase]
@@ -181,10 +182,12 @@ def phase_table(
     if task == "unknown" and own:
         said += _gap_in_loss(passes)
     if distances is not None:
+        why = "No labels and no loss" if unlabelled else "No loss is known that takes these labels"
         said.append(
-            "No labels and no loss: outputs are compared. Those of phase 1 are "
+            f"{why}: outputs are compared. Those of phase 1 are "
             f"{np.sqrt(distances.mean()):.3g} standard deviations of the outputs away from those "
             "of phase 0 (root mean square)."
+            + ("" if unlabelled else " Pass loss= (on the command line --loss) to compare losses.")
         )
     return PhaseTable(
         rows=tuple(rows),

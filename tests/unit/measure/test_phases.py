@@ -210,6 +210,16 @@ class TestPhases:
         assert table["0"].metrics["distance"] == 0
         assert any("outputs are compared" in text for text in table.patterns)
 
+    def test_labels_that_no_loss_is_known_for(self) -> None:
+        x = two_classes()[0]
+        view = FakeView(head=identity, mean=1.0, std=2.0)
+        labels = np.full((len(x), 2, 2), 7.5)
+        table = phase_table(view, (x, labels), batch_size=50)
+        bare = phase_table(view, x, batch_size=50)
+        assert table.task == "unknown"
+        assert table["1"].metrics["distance"] == bare["1"].metrics["distance"]
+        assert any("Pass loss=" in text for text in table.patterns)
+
 
 class TestPatterns:
     def test_chance_while_auc_is_near_one(self) -> None:
