@@ -213,7 +213,7 @@ class TestPhases:
     def test_labels_that_no_loss_is_known_for(self) -> None:
         x = two_classes()[0]
         view = FakeView(head=identity, mean=1.0, std=2.0)
-        labels = np.full((len(x), 2, 2), 7.5)
+        labels = np.full((len(x), 1, 1), 7.5)
         table = phase_table(view, (x, labels), batch_size=50)
         bare = phase_table(view, x, batch_size=50)
         assert table.task == "unknown"
