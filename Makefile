@@ -3,7 +3,7 @@ PYTHON ?= python3
 # The Keras backend of the demo: jax, tensorflow or torch. docs/essay.md says why this one.
 DEMO_BACKEND ?= tensorflow
 
-.PHONY: help demo test quick lint docs
+.PHONY: help demo test quick lint docs dist
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -29,3 +29,7 @@ docs: ## the site in build/site: no network, no warning, links checked
 	@$(PYTHON) scripts/prepare_environment.py docs
 	@KERAS_BACKEND=torch NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@.venv/bin/python scripts/check_site.py build/site
+
+dist: ## wheel and sdist in dist/, checked; uploads nothing
+	@$(PYTHON) scripts/prepare_environment.py docs
+	@.venv/bin/python scripts/make_dist.py

@@ -335,7 +335,11 @@ def _cases() -> str:
         f"{'right' if case.right else 'wrong'} | {_cell(case.remedy)} |"
         for case in cases()
     ]
-    head = """# The casebook as a table
+    head = """---
+hide: [toc]
+---
+
+# The casebook as a table
 
 Every case of [the casebook](casebook.md) with what `fl.diagnose` answered. Type in the box to keep
 the rows that hold all of your words.
