@@ -467,7 +467,10 @@ signal that ended it, 141 when the reader of a pipe has gone; `--exit-zero` make
 
 
 def on_config(config: Any) -> Any:
-    """Complete the navigation: a page for each rule, cause, remedy and example."""
+    """Complete the navigation: a page for each rule, cause, remedy and example, and new documents.
+
+    A document of docs/ that ``mkdocs.yml`` does not place stands under "Background".
+    """
     from frostline.causes.registry import all_causes
     from frostline.rules import all_rules
 
@@ -477,6 +480,9 @@ def on_config(config: Any) -> Any:
         "Remedies": [{str(r.fix): remedy_page(r.fix)} for r in _repairs()],
         "Examples": [{Path(uri).stem: uri} for uri in _examples().values()],
     }
+    placed = set(re.findall(r"[\w/-]+\.md", json.dumps(config.nav)))
+    documents = (path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md"))
+    more["Background"] = sorted({path.as_posix() for path in documents} - placed)
     for section in config.nav:
         for title, entries in section.items() if isinstance(section, dict) else ():
             if title in more:

@@ -37,6 +37,7 @@ from frostline.cli.merge_statistics import merge_statistics
 from frostline.cli.overfit import overfit
 from frostline.cli.phases import phases
 from frostline.cli.recalibrate import recalibrate
+from frostline.cli.report import app as report
 from frostline.cli.rule import rule
 from frostline.cli.set_momentum import set_momentum
 from frostline.cli.sites import sites
@@ -65,6 +66,7 @@ for _command in (sites, phases, lint, diagnose, rule, freeze, convert, recalibra
 for _command in (overfit, transfer):
     experiments.command()(_command)
 app.add_typer(experiments, name="experiment")
+app.add_typer(report, name="report")
 app.add_typer(cache, name="cache")
 
 

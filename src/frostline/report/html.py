@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def environment() -> Environment:
     filters = (
         wording.number, wording.percent, wording.interval, wording.count, wording.listed,
         wording.sentence, wording.certainty, wording.fact, wording.probe, wording.state,
-        wording.alike, excerpts.effects, pasted, filled,
+        wording.alike, excerpts.effects, pasted, filled, coded,
     )  # fmt: skip
     environment.filters |= {each.__name__: each for each in filters}
     # autoescape then does for <, > and & what escaping.html does elsewhere.
@@ -103,6 +104,7 @@ def _context(report: Report) -> dict[str, Any]:
         "best": excerpts.first_choice(report.remedies),
         "causes": [cause for cause in report.causes if cause.code != "NONE"],
         "rule_names": {finding.code: finding.name for finding in report.findings},
+        "explained": explained(report),
         "unexplained": excerpts.unexplained(report),
         "probes": probes,
         "pictures": pictures(report),
@@ -115,6 +117,55 @@ def _context(report: Report) -> dict[str, Any]:
         "unchecked": wording.unchecked(report),
         "readings": wording.readings(report),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What a code means: its first sentence, and the parts for somebody who meets it."""
+
+    code: str
+    name: str
+    summary: str
+    parts: tuple[tuple[str, str], ...]
+
+
+#: Headings of a rule's or cause's documentation that the page repeats; the rest is in the docs.
+_REPEATED = (
+    "Why is this bad?", "When not to use it",
+    "What it looks like", "What helps", "When it is something else",
+)  # fmt: skip
+
+
+def explained(report: Report) -> list[Explained]:
+    """Return what each code on the page means; codes of plugins that are missing are left out."""
+    from frostline.causes.registry import all_causes
+    from frostline.rules import all_rules
+
+    known = {str(entry.code): ("", entry.documentation) for entry in all_causes()}
+    known |= {entry.code: (entry.name, entry.documentation) for entry in all_rules()}
+    codes = dict.fromkeys(
+        [*(cause.code for cause in report.causes), *(finding.code for finding in report.findings)]
+    )
+    found = []
+    for code in codes:
+        name, documentation = known.get(code, ("", ""))
+        if documentation:
+            sections = re.split(r"^## (.+)$", documentation, flags=re.MULTILINE)
+            parts = dict(zip(sections[1::2], map(str.strip, sections[2::2]), strict=True))
+            kept = tuple((title, parts[title]) for title in _REPEATED if title in parts)
+            found.append(Explained(code=code, name=name, summary=sections[0].strip(), parts=kept))
+    return found
+
+
+def coded(text: str) -> Markup:
+    """Return text in which what stands between backticks is code."""
+    from markupsafe import Markup, escape
+
+    pieces = [escape(escaping.printable(piece, keep="\n")) for piece in text.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if number % 2 else piece
+        for number, piece in enumerate(pieces)
+    )
 
 
 def pictures(report: Report) -> dict[str, Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -93,12 +94,13 @@ def test_what_does_not_print_is_shown_as_an_escape() -> None:
 
 HEADINGS = {
     "lite0": ["What to do", "Why", "The same samples in every mode", "Where", "Findings",
-              "49 BN layers", "Not checked", "How to read the numbers"],
-    "without_bn": ["Why", "The same samples in every mode", "Not checked",
+              "49 BN layers", "What the codes mean", "Not checked", "How to read the numbers"],
+    "without_bn": ["Why", "The same samples in every mode", "What the codes mean", "Not checked",
                    "How to read the numbers"],
-    "linted": ["Findings", "49 BN layers", "Not checked", "How to read the numbers"],
+    "linted": ["Findings", "49 BN layers", "What the codes mean", "Not checked",
+               "How to read the numbers"],
     "single": ["What to do", "Why", "The same samples in every mode", "Where", "Findings",
-               "1 BN layer", "Not checked", "How to read the numbers"],
+               "1 BN layer", "What the codes mean", "Not checked", "How to read the numbers"],
 }  # fmt: skip
 
 
@@ -295,3 +297,29 @@ def test_plot_touches_nothing_of_the_user() -> None:
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
     )
     assert done.stdout == "pyplot False\n"
+
+
+@pytest.mark.parametrize("name", samples.EVERY)
+def test_the_page_can_be_read_by_a_screen_reader(name: str) -> None:
+    read = Reader(samples.page(name))
+    levels = [int(tag[1]) for tag in read.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert [read.tags.count(tag) for tag in ("main", "header", "title")] == [1, 1, 1]
+    assert ("html", "lang", "en") in read.attributes
+    headings = re.findall(r"<th\b[^>]*>", samples.page(name))
+    assert all("scope=" in tag for tag in headings)
+    for svg in re.findall(r"<svg\b[^>]*>", samples.page(name)):
+        assert re.search(r'role="img" aria-label="[^"]+', svg) or 'aria-hidden="true"' in svg
+
+
+def test_each_code_leads_to_what_it_means() -> None:
+    report, text = samples.EVERY["lite0"](), samples.page("lite0")
+    codes = {cause.code for cause in report.causes} | {each.code for each in report.findings}
+    assert codes
+    for code in codes:
+        assert f'href="#about-{code}"' in text
+        about = text[text.index(f'id="about-{code}"') :].partition("</article>")[0]
+        assert re.search("When (not to use it|it is something else)", about)
+    assert "`" not in re.sub(r"<pre.*?</pre>", "", text.partition('id="about-')[2], flags=re.DOTALL)
