@@ -90,16 +90,17 @@ class Call:
 
     def moments(self) -> Moments:
         """Moments of the input, float64."""
-        wide = self.x.detach().to(torch.float64, copy=True)
-        channels = wide.shape[1]
-        count = wide.numel() // channels if channels else 0
+        x = self.x.detach()
+        channels = x.shape[1]
+        count = x.numel() // channels if channels else 0
         kind = SampleMoments if self.single else Moments
         if not count:
             zeros = torch.zeros(channels, dtype=torch.float64).numpy()
             return kind(0, zeros, zeros)
-        mean, variance = statistics(wide, single=self.single, overwrite=True)
         if self.single:
-            mean, variance = mean.mean(0), variance.mean(0)
+            mean, variance = (each.mean(0) for each in statistics(x.double(), single=True))
+        else:
+            mean, variance = shifted_statistics(self.wide.detach())
         return kind(count, mean.cpu().numpy(), variance.cpu().numpy() * count)
 
     def with_statistics(self, mean: Any, variance: Any) -> Any:
@@ -425,17 +426,34 @@ def stored(module: Any, path: str) -> tuple[Any, Any] | None:
     return mean.detach(), variance_of(module).detach()
 
 
-def statistics(x: Any, *, single: bool = False, overwrite: bool = False) -> tuple[Any, Any]:
+def shifted_statistics(x: Any) -> tuple[Any, Any]:
+    """As :func:`statistics`, in float64, at the price of sums in float32.
+
+    Deviations from a rounded mean are small numbers: their mean is what rounding left of it, so
+    that both moments are off by some 1e-7 of the deviation and of the variance.
+    """
+    axes = _axes(x, single=False)
+    near = x.mean(axes)
+    deviations = x - along(near, x)
+    rest = deviations.mean(axes).double()
+    variance = deviations.square_().mean(axes).double() - rest.square()
+    return near.double() + rest, variance.clamp_min(0.0)
+
+
+def _axes(x: Any, *, single: bool) -> list[int]:
+    return list(range(2, x.ndim)) if single else [axis for axis in range(x.ndim) if axis != 1]
+
+
+def statistics(x: Any, *, single: bool = False) -> tuple[Any, Any]:
     """Mean and biased variance per channel (axis 1) in two passes.
 
     Args:
         x: Channels on axis 1.
         single: Of each sample by itself, shape ``(n, channels)``.
-        overwrite: ``x`` is not needed any more.
     """
-    axes = list(range(2, x.ndim)) if single else [axis for axis in range(x.ndim) if axis != 1]
+    axes = _axes(x, single=single)
     mean = x.mean(axes)
-    deviations = x.sub_(along(mean, x)) if overwrite else x - along(mean, x)
+    deviations = x - along(mean, x)
     # In place where nothing is differentiated: a second tensor costs more than the sum.
     squares = deviations.square() if deviations.requires_grad else deviations.square_()
     return mean, squares.mean(axes)

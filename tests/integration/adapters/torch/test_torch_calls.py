@@ -20,6 +20,7 @@ from torch.nn import functional
 import frostline as fl
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
+from frostline.adapters.torch.calls import Call
 from frostline.data.batches import Batch
 
 X = np.random.default_rng(0).normal(0.5, 2, (12, 3, 8, 8)).astype("float32")
@@ -248,3 +249,16 @@ def test_a_frozen_batch_norm_in_evaluation_mode_is_frozen() -> None:
     model[0].eval()
     fl.assert_frozen(model)
     assert not any(each.undone for each in TorchView(model).facts())
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0, 3e4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_in_float32_are_those_of_float64(offset: float, layout: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, 9, 9, generator=generator) * torch.linspace(0.1, 9, 5).view(-1, 1, 1)
+    x = (x + offset).to(memory_format=layout)
+    found = Call(path="", x=x, training=True, single=False, run=lambda: None).moments()
+    exact = x.double().numpy().transpose(1, 0, 2, 3).reshape(5, -1)
+    off = np.abs(found.mean - exact.mean(1)) / exact.std(1)
+    assert off.max() < 1e-7
+    np.testing.assert_allclose(found.variance, exact.var(1), rtol=1e-6)
