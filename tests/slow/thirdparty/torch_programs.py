@@ -229,7 +229,11 @@ _hugging_face(
 _hugging_face(
     "EfficientNet",
     lambda t: t.EfficientNetConfig(
-        image_size=64, width_coefficient=0.5, depth_coefficient=0.5, num_labels=CLASSES
+        image_size=64,
+        width_coefficient=0.5,
+        depth_coefficient=0.5,
+        hidden_dim=640,
+        num_labels=CLASSES,
     ),
     "EfficientNetForImageClassification",
 )
