@@ -211,13 +211,13 @@ class Reader:
     def _module(self, module: types.ModuleType) -> list[Any]:
         if is_library(module.__name__):
             return [module.__name__, _version(module.__name__)]
-        own = {name: each for name, each in vars(module).items() if not name.startswith("__")}
+        own = {name: value for name, value in vars(module).items() if not name.startswith("__")}
         return self.items(own)
 
     def _code(self, code: types.CodeType) -> str:
         constants = [
-            self._code(each) if isinstance(each, types.CodeType) else self.read(each)
-            for each in code.co_consts
+            self._code(const) if isinstance(const, types.CodeType) else self.read(const)
+            for const in code.co_consts
         ]
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
         names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
@@ -230,13 +230,13 @@ class Reader:
         parts: list[Any] = ["class"]
         for parent in kind.__mro__:
             own = {
-                name: each
-                for name, each in vars(parent).items()
-                if name not in _BESIDE and not isinstance(each, _DESCRIPTORS)
+                name: value
+                for name, value in vars(parent).items()
+                if name not in _BESIDE and not isinstance(value, _DESCRIPTORS)
             }
             if is_library(parent.__module__):
                 parts += [f"{parent.__module__}.{parent.__qualname__}", _version(parent.__module__)]
-                own = {name: each for name, each in own.items() if _is_patched(each)}
+                own = {name: value for name, value in own.items() if _is_patched(value)}
             else:
                 parts.append(parent.__qualname__)
             parts += self.items(own)
@@ -261,7 +261,7 @@ class Reader:
         """Attributes of an object; what C code holds inside it, as far as it can be pickled."""
         kind = type(value)
         own = dict(vars(value)) if hasattr(value, "__dict__") else {}
-        slots = [each.__dict__.get("__slots__", ()) for each in kind.__mro__]
+        slots = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
         for names in slots:
             for name in (names,) if isinstance(names, str) else names:
                 mangled = _mangled(name, kind)
@@ -269,8 +269,8 @@ class Reader:
                     own[mangled] = getattr(value, mangled)
         parts = self.items(own)
         python = any(slots) or hasattr(value, "__dict__")
-        custom = any("__reduce__" in vars(each) for each in kind.__mro__[:-1])
-        in_c = any(not each.__flags__ & _HEAP and each not in _READ_ABOVE for each in kind.__mro__)
+        custom = any("__reduce__" in vars(base) for base in kind.__mro__[:-1])
+        in_c = any(not base.__flags__ & _HEAP and base not in _READ_ABOVE for base in kind.__mro__)
         if not python or in_c or (custom and is_library(kind.__module__)):
             try:
                 reduced = value.__reduce_ex__(2)
@@ -281,7 +281,7 @@ class Reader:
             if isinstance(reduced, str):
                 return [*parts, reduced]
             arguments, state, *iterators = (*reduced[1:], None)[: max(2, len(reduced) - 1)]
-            rest = [None if each is None else list(each) for each in iterators]
+            rest = [None if iterator is None else list(iterator) for iterator in iterators]
             parts += [self.read(arguments), self.read(state), self.read(rest)]
         return parts
 
@@ -357,7 +357,9 @@ def _roots() -> tuple[str, ...]:
     ways = ("stdlib", "platstdlib", "purelib", "platlib")
     found = [sysconfig.get_paths()[way] for way in ways]
     found += [*site.getsitepackages(), site.getusersitepackages()]
-    return tuple({f"{Path(each).resolve()}/" for each in found} | {f"{each}/" for each in found})
+    return tuple(
+        {f"{Path(folder).resolve()}/" for folder in found} | {f"{folder}/" for folder in found}
+    )
 
 
 def is_library(module: str) -> bool:
@@ -394,11 +396,11 @@ def _version(module: str) -> str:
 def _uses(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Globals that code loads, modules that it imports, and all names in it, inner code too."""
     loaded, imported, names = set(), set(), set(code.co_names)
-    for each in dis.get_instructions(code):
-        if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            loaded.add(str(each.argval))
-        elif each.opname == "IMPORT_NAME":
-            imported.add(str(each.argval))
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded.add(str(instruction.argval))
+        elif instruction.opname == "IMPORT_NAME":
+            imported.add(str(instruction.argval))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _uses(constant)

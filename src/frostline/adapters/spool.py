@@ -57,7 +57,7 @@ class _OnDisk:
 
     @classmethod
     def write(cls, file: Path, held: Sequence[Any]) -> _OnDisk:
-        arrays = [np.asarray(each) for each in held]
+        arrays = [np.asarray(tensor) for tensor in held]
         try:
             with file.open("wb") as stream:
                 for array in arrays:
@@ -127,4 +127,4 @@ class Spool:
 
 
 def _bytes(arrays: Sequence[Any]) -> int:
-    return sum(np.asarray(each).nbytes for each in arrays)
+    return sum(np.asarray(array).nbytes for array in arrays)

@@ -61,7 +61,7 @@ class Together:
                 f"rank {self.rank} of {self.size} lost the others ({first_line(error)}). Its model "
                 "is as it was; the process group cannot be used any more"
             ) from error
-        words = [each[: int(head[1])] for each, head in zip(words, heads, strict=True)]
+        words = [word[: int(head[1])] for word, head in zip(words, heads, strict=True)]
         lost = [rank for rank, head in enumerate(heads) if head[0]]
         if lost:
             self._over = True
@@ -145,7 +145,9 @@ class Together:
             head = [kinds.index(type(moments)), moments.count]
             word = np.concatenate([head, moments.mean, moments.m2]).tobytes()
         parts = []
-        for numbers in (np.frombuffer(each, np.float64) for each in self.exchange(word) if each):
+        for numbers in (
+            np.frombuffer(answer, np.float64) for answer in self.exchange(word) if answer
+        ):
             mean, m2 = np.split(numbers[2:], 2)
             parts.append(kinds[int(numbers[0])](int(numbers[1]), mean, m2))
         return functools.reduce(lambda one, other: one.merge(other), parts) if parts else None

@@ -200,18 +200,18 @@ class KeepFrozen(keras.callbacks.Callback):  # type: ignore[misc]
             self.model, parameters=self.parameters, statistics=self.statistics
         )
         kept: dict[tuple[str, str], Array] = {}
-        for each in now:
-            key, value = (each.path, each.name), each.read()
+        for place in now:
+            key, value = (place.path, place.name), place.read()
             before = self._kept.get(key)
             if check and before is not None and before.tobytes() != value.tobytes():
                 text = (
-                    f"'{each.path}' is frozen, but its {each.name} moved by up to "
+                    f"'{place.path}' is frozen, but its {place.name} moved by up to "
                     f"{np.abs(value - before).max():.3g} {' '.join([self._where, when]).strip()} "
                     f"(largest value before: {np.abs(before).max():.3g})"
                 )
                 if self.action == "raise":
                     raise ModelError(f"{text}. `frostline lint` tells why.")
-                each.write(before)
+                place.write(before)
                 self.repaired += 1
                 log.warning("%s; put back", text)
                 value = before

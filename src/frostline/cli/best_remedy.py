@@ -65,7 +65,7 @@ def apply(
         echo(f"nothing to fix: {output} is not written", err=not plain)
         return 0
     if best is None:
-        tried = ", ".join(each.name for each in report.remedies if each.after)
+        tried = ", ".join(remedy.name for remedy in report.remedies if remedy.after)
         sentence = (
             f"none of those measured helps for sure ({tried})" if tried else "there is no remedy"
         )

@@ -34,7 +34,7 @@ def ls(cache: CacheOption = None, format: FormatOption = Format.text) -> int:
     root = folder.resolve(cache)
     found = folder.entries(root)
     if format is Format.json:
-        echo(json.dumps({"folder": str(root), "caches": [_plain(each) for each in found]}))
+        echo(json.dumps({"folder": str(root), "caches": [_plain(entry) for entry in found]}))
         return 0
     for entry in found:
         echo(_line(entry))

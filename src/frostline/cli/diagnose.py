@@ -83,7 +83,7 @@ def diagnose(
         **chosen,
     )
     words = {"MODEL": _model_as_typed(model), "DATA": _data_as_typed(data)}
-    found = replace(found, remedies=tuple(_filled(each, words) for each in found.remedies))
+    found = replace(found, remedies=tuple(_filled(remedy, words) for remedy in found.remedies))
     if target is None:
         return reports.show(found, report, model.model)
     reports.show(found, replace(report, output=None), model.model)

@@ -50,7 +50,7 @@ def merge_statistics(
     room = store("torch" if state else "keras")
     found = [room.read_state_file(path) if state else room.load_model(str(path))
              for path in replicas]  # fmt: skip
-    merged = merged_states([read_state(each) for each in found], share)
+    merged = merged_states([read_state(path) for path in found], share)
     differing = _differing(found, merged) if state else ()
     if state:
         room.write_state({**found[0], **merged}, target.output, overwrite=target.force)
@@ -89,7 +89,7 @@ def _numbers(text: str) -> list[float]:
     from frostline.types import DataError
 
     try:
-        return [float(each) for each in names([text])]
+        return [float(name) for name in names([text])]
     except ValueError:
         raise DataError(
             f"weights are numbers separated by commas. Received: --weights {text}"

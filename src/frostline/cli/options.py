@@ -252,7 +252,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
         return function(**arguments, **values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     return run
 
 

@@ -28,22 +28,22 @@ def rule(
 
     chosen = rules.all_rules() if reference is None else (rules.get(reference),)
     if format is Format.json:
-        echo(json.dumps([_plain(each) for each in chosen], indent=2))
+        echo(json.dumps([_plain(entry) for entry in chosen], indent=2))
     elif reference is None and not every:
-        width = max(len(each.name) for each in chosen)
-        for each in chosen:
-            echo(f"{each.code}  {each.severity:7}  {each.name:{width}}  {each.summary}")
+        width = max(len(entry.name) for entry in chosen)
+        for entry in chosen:
+            echo(f"{entry.code}  {entry.severity:7}  {entry.name:{width}}  {entry.summary}")
     else:
-        echo("\n\n".join(_page(each) for each in chosen))
+        echo("\n\n".join(_page(entry) for entry in chosen))
     return 0
 
 
-def _page(each: Rule) -> str:
-    fix = "" if each.fix is None else f", fix: {each.fix}"
-    head = f"# {each.code} {each.name}\n\n{each.severity}, needs: {each.needs}{fix}"
-    return f"{head}\n\n{each.documentation}"
+def _page(entry: Rule) -> str:
+    fix = "" if entry.fix is None else f", fix: {entry.fix}"
+    head = f"# {entry.code} {entry.name}\n\n{entry.severity}, needs: {entry.needs}{fix}"
+    return f"{head}\n\n{entry.documentation}"
 
 
-def _plain(each: Rule) -> dict[str, object]:
-    facts = {name: value for name, value in asdict(each).items() if name != "check"}
-    return {**facts, "options": each.options, "documentation": each.documentation}
+def _plain(entry: Rule) -> dict[str, object]:
+    facts = {name: value for name, value in asdict(entry).items() if name != "check"}
+    return {**facts, "options": entry.options, "documentation": entry.documentation}

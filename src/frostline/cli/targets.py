@@ -133,7 +133,7 @@ def _shape(model: Any, name: str) -> tuple[int | None, ...] | None:
         return None
     if not isinstance(shape, tuple) or not shape:
         return None
-    return shape if all(each is None or isinstance(each, int) for each in shape) else None
+    return shape if all(size is None or isinstance(size, int) for size in shape) else None
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -58,7 +58,7 @@ def require_memory(nbytes: int, what: str, *, kind: type[FrostlineError] = DataE
 def available_memory() -> int:
     """Return the bytes that this process can still allocate, by the kernel or its control group."""
     limits = [_meminfo(), _control_group()]
-    return min((each for each in limits if each is not None), default=1 << 62)
+    return min((limit for limit in limits if limit is not None), default=1 << 62)
 
 
 def require_sound_zip(
@@ -74,17 +74,17 @@ def require_sound_zip(
     members = archive.infolist()
     if len(members) > _MEMBER_LIMIT:
         raise kind(f"{shown}: {len(members)} members in one archive; at most {_MEMBER_LIMIT}")
-    if len({each.filename for each in members}) < len(members):
+    if len({member.filename for member in members}) < len(members):
         raise kind(f"{shown}: two members of the archive have one name")
-    for each in members:
-        most = each.compress_size
-        if each.compress_type == zipfile.ZIP_DEFLATED:
-            most = each.compress_size * _DEFLATE_LIMIT
-        elif each.compress_type != zipfile.ZIP_STORED:
-            raise kind(f"{shown}: member {each.filename!r} has a compression that is not read")
-        if each.file_size > most:
-            raise kind(f"{shown}: member {each.filename!r} declares more bytes than it can hold")
-    total = sum(each.file_size for each in members)
+    for member in members:
+        most = member.compress_size
+        if member.compress_type == zipfile.ZIP_DEFLATED:
+            most = member.compress_size * _DEFLATE_LIMIT
+        elif member.compress_type != zipfile.ZIP_STORED:
+            raise kind(f"{shown}: member {member.filename!r} has a compression that is not read")
+        if member.file_size > most:
+            raise kind(f"{shown}: member {member.filename!r} declares more bytes than it can hold")
+    total = sum(member.file_size for member in members)
     require_memory(total, f"{shown}: unpacked, it", kind=kind)
 
 

@@ -56,7 +56,7 @@ def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
         session = onnxruntime.InferenceSession(content, options, providers=providers)
     except Exception as problem:  # as above
         raise ModelError(f"ONNX Runtime refuses the graph: {first_line(problem)}") from problem
-    inputs = [(each.name, _dtype(each.type)) for each in session.get_inputs()]
+    inputs = [(entry.name, _dtype(entry.type)) for entry in session.get_inputs()]
 
     def run(batch: Any) -> list[Array]:
         leaves = flat(batch)

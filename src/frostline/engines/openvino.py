@@ -31,7 +31,7 @@ def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
         compiled = core.compile_model(core.read_model(content), "CPU", settings)
     except Exception as problem:  # as above
         raise ModelError(f"OpenVINO refuses the graph: {first_line(problem)}") from problem
-    dtypes = [each.get_element_type().to_dtype() for each in compiled.inputs]
+    dtypes = [port.get_element_type().to_dtype() for port in compiled.inputs]
 
     def run(batch: Any) -> list[Array]:
         leaves = flat(batch)

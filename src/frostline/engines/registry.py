@@ -83,5 +83,5 @@ def flat(batch: Any) -> list[Array]:
     if isinstance(batch, Mapping):
         return [leaf for key in sorted(batch) for leaf in flat(batch[key])]
     if isinstance(batch, (list, tuple)):
-        return [leaf for each in batch for leaf in flat(each)]
+        return [leaf for part in batch for leaf in flat(part)]
     return [np.ascontiguousarray(batch)]

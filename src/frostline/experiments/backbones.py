@@ -155,7 +155,7 @@ def _find(name: str) -> str:
     if found is not None:
         return found
     close = difflib.get_close_matches(_plain(str(name)), list(every), n=3, cutoff=0.5)
-    hint = f"Closest: {', '.join(every[each] for each in close)}. " if close else ""
+    hint = f"Closest: {', '.join(every[word] for word in close)}. " if close else ""
     raise ModelError(
         f"backbone {name!r} is not known. {hint}Choose {', '.join(_LITE)}, {_TINY}, or a "
         f"keras.applications model such as resnet50. Received: {name!r}"

@@ -282,7 +282,7 @@ def _differing(now: Mapping[str, Any], file: Mapping[str, Any]) -> list[str]:
 
 def _read_row(content: Mapping[str, Any]) -> TransferRow:
     number = {None: float("nan")}
-    names = [each.name for each in fields(TransferEpoch)]
+    names = [field.name for field in fields(TransferEpoch)]
     return TransferRow(
         row=ROWS[content["name"]],
         epochs=tuple(

@@ -177,10 +177,10 @@ def remedies(figure: Canvas, report: Report, *, wide: bool) -> None:
     metric = excerpts.remedy_metric(report.remedies)
     shown = excerpts.measured_remedies(report.remedies, metric)[:MOST_ROWS]
     best = excerpts.first_choice(report.remedies)
-    names = [("★ " if each is best else "") + each.name for each in shown]
+    names = [("★ " if remedy is best else "") + remedy.name for remedy in shown]
     ax = _rows(figure, names, wide=wide, right=64)
-    for row, each in enumerate(shown):
-        before, after = each.before[metric], each.after[metric]
+    for row, remedy in enumerate(shown):
+        before, after = remedy.before[metric], remedy.after[metric]
         better = after > before if metric == "accuracy" else after < before
         colour = GOOD if better else BAD
         ax.plot([before, after], [row, row], color=colour, lw=2.4, solid_capstyle="butt", zorder=2)
@@ -188,7 +188,7 @@ def remedies(figure: Canvas, report: Report, *, wide: bool) -> None:
         ax.plot([after], [row], "o", ms=7.5, color=colour, zorder=4)
         ax.annotate(wording.number(after), (1, row), xycoords=("axes fraction", "data"),
                     xytext=(10, 0), textcoords="offset points", va="center",
-                    fontweight="bold" if each is best else "normal")  # fmt: skip
+                    fontweight="bold" if remedy is best else "normal")  # fmt: skip
     _training_line(ax, report, metric)
     ax.grid(axis="x")
     ax.margins(x=0.06)
@@ -209,7 +209,7 @@ def available(report: Report) -> dict[str, Draw]:
         gaps: any(math.isfinite(gap.loss.estimate) for gap in measured.gaps.values()),
         attribution: found is not None and len(found.paths) > 1 and _finite(found.shares),
         groups: found is not None and len(found.groups) > 1 and _finite(found.shares),
-        drift: any(np.isfinite(each).any() for each in excerpts.drift_quantiles(measured)),
+        drift: any(np.isfinite(quantile).any() for quantile in excerpts.drift_quantiles(measured)),
         path: found is not None and len(found.curve) > 1 and _finite(found.curve),
         sweep: sum(math.isfinite(point.batch_loss) for point in measured.sweep) > 1,
         remedies: bool(excerpts.measured_remedies(report.remedies, metric)),
@@ -452,7 +452,7 @@ def _depth_axis(ax: Axes, frozen: Sequence[bool]) -> None:
     ax.set_xlabel("site, in execution order", labelpad=27)
     strip = offset_copy(ax.get_xaxis_transform(), ax.figure.figure, y=-24, units="points")
     width = ax.get_window_extent().width * 72 / ax.figure.dpi
-    for name, start, stop in excerpts.runs(["frozen" if each else "trains" for each in frozen]):
+    for name, start, stop in excerpts.runs(["frozen" if locked else "trains" for locked in frozen]):
         colour = FROZEN if name == "frozen" else TRAINS
         ax.plot([start - 0.4, stop - 0.6], [0, 0], color=colour, lw=3.2, clip_on=False,
                 transform=strip, solid_capstyle="butt")  # fmt: skip

@@ -57,10 +57,10 @@ def _indented(value: Any, indent: str = "") -> str:
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         inner = [
-            f"{deeper}{json.dumps(key)}: {_indented(each, deeper)}" for key, each in value.items()
+            f"{deeper}{json.dumps(key)}: {_indented(item, deeper)}" for key, item in value.items()
         ]
         return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
-        rows = [deeper + _indented(each, deeper) for each in value]
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        rows = [deeper + _indented(item, deeper) for item in value]
         return "[\n" + ",\n".join(rows) + f"\n{indent}]"
     return json.dumps(value, allow_nan=False)

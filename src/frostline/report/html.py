@@ -72,7 +72,7 @@ def environment() -> Environment:
         wording.sentence, wording.certainty, wording.fact, wording.probe, wording.state,
         wording.alike, excerpts.effects, pasted, filled, coded,
     )  # fmt: skip
-    environment.filters |= {each.__name__: each for each in filters}
+    environment.filters |= {filter_.__name__: filter_ for filter_ in filters}
     # autoescape then does for <, > and & what escaping.html does elsewhere.
     environment.finalize = lambda value: escaping.printable(value) if type(value) is str else value
     return environment
@@ -186,9 +186,9 @@ def remedy_of(report: Report, finding: Finding) -> Remedy | None:
     """Return the remedy for a finding: has the same fix, and causes that match it best."""
     codes = {cause.code for cause in report.causes if finding.code in cause.findings}
     if not codes:  # no cause cites it: take causes at the same layers
-        codes = {each.code for each in report.causes if set(each.sites) & set(finding.sites)}
-    fitting = [each for each in report.remedies if each.fix == finding.fix]
-    return min(fitting, key=lambda each: len(set(each.causes) ^ codes), default=None)
+        codes = {cause.code for cause in report.causes if set(cause.sites) & set(finding.sites)}
+    fitting = [remedy for remedy in report.remedies if remedy.fix == finding.fix]
+    return min(fitting, key=lambda remedy: len(set(remedy.causes) ^ codes), default=None)
 
 
 def site_rows(report: Report) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ COLOURS = (
     Colour("--fl-good", "#00795c", "#45c49c", "#00795c"),
     Colour("--fl-bad", "#a8324a", "#f28b9f", "#a8324a"),
 )
-INK, QUIET, RULE, BAND, GROUND, FROZEN, TRAINS, GOOD, BAD = (each.light for each in COLOURS)
+INK, QUIET, RULE, BAND, GROUND, FROZEN, TRAINS, GOOD, BAD = (colour.light for colour in COLOURS)
 
 #: Severity -> colour of its word in a terminal.
 TERMINAL = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -46,7 +46,7 @@ TERMINAL = {"error": "red", "warning": "yellow", "info": "cyan"}
 def stylesheet() -> str:
     """Return the CSS that gives the variables their colours in each medium."""
     light, dark, paper = (
-        "; ".join(f"{each.variable}: {getattr(each, medium)}" for each in COLOURS)
+        "; ".join(f"{colour.variable}: {getattr(colour, medium)}" for colour in COLOURS)
         for medium in ("light", "dark", "paper")
     )
     return (

@@ -64,7 +64,9 @@ def from_dict(kind: type[_Report], plain: Mapping[str, Any]) -> _Report:
 def encode(value: Any) -> Any:
     """Return dataclasses, arrays, tuples and mappings as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: encode(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {
+            field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, np.ndarray):
         return _encode_array(value)
     if isinstance(value, np.generic):
@@ -134,12 +136,12 @@ def _decode_fields(kind: type, plain: Any, where: str) -> Any:
     _demand(isinstance(plain, Mapping), "an object", plain, where)
     hints = _hints(kind)
     values: dict[str, Any] = {}
-    for each in dataclasses.fields(kind):
-        if each.name in plain:
-            inner = plain[each.name]
-            values[each.name] = decode(hints[each.name], inner, where=f"{where}.{each.name}")
-        elif each.default is each.default_factory is dataclasses.MISSING:
-            raise DataError(f"this is not a report: {where} has no {each.name!r}")
+    for field in dataclasses.fields(kind):
+        if field.name in plain:
+            inner = plain[field.name]
+            values[field.name] = decode(hints[field.name], inner, where=f"{where}.{field.name}")
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise DataError(f"this is not a report: {where} has no {field.name!r}")
     return kind(**values)
 
 

@@ -102,8 +102,8 @@ def by_code(findings: Iterable[Finding]) -> list[list[Finding]]:
 def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
     """Return reason -> codes of the rules skipped for it."""
     reasons: dict[str, list[str]] = {}
-    for each in skipped:
-        reasons.setdefault(each.reason, []).append(each.code)
+    for entry in skipped:
+        reasons.setdefault(entry.reason, []).append(entry.code)
     return reasons
 
 

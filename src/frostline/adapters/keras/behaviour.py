@@ -189,7 +189,8 @@ def _watched(
     )
     if call.follows_formula and call.mask is None and outputs.shape == call.x.shape:
         parameters = tuple(
-            None if each is None else ops.convert_to_tensor(each) for each in call.parameters()
+            None if parameter is None else ops.convert_to_tensor(parameter)
+            for parameter in call.parameters()
         )
         entry: Any = _Call(call.x, outputs, before, parameters, moved)
         seen.append(entry if keras.backend.backend() == "jax" else _on_host(entry, handle, middle))
@@ -221,7 +222,7 @@ def _alike(outputs: Any, formula: Any) -> Any:
     """Whether a layer gave what the formula does with the batch's statistics, up to rounding."""
     if outputs.shape != formula.shape:
         return ops.full((), False, "bool")
-    one, other = (ops.cast(each, "float32") for each in (outputs, formula))
+    one, other = (ops.cast(tensor, "float32") for tensor in (outputs, formula))
     return ops.max(ops.abs(one - other)) <= _ALIKE * ops.max(ops.abs(other))
 
 
@@ -229,13 +230,15 @@ def _stored(handle: SiteHandle) -> tuple[Any, Any]:
     """Copies: torch modules update their buffers in place."""
     pair = handle.stored()
     assert pair is not None  # others are not watched
-    mean, variance = (ops.cast(ops.copy(each), "float32") for each in pair)
+    mean, variance = (ops.cast(ops.copy(moment), "float32") for moment in pair)
     return mean, variance
 
 
 def _sums(handle: SiteHandle, outputs: Any, candidates: Sequence[Any]) -> list[Any]:
     """The sums of :class:`CallSums` from ``rr`` to ``batch``."""
-    y, stored, half, batch = (ops.cast(each, "float32") for each in (outputs, *candidates))
+    y, stored, half, batch = (
+        ops.cast(candidate, "float32") for candidate in (outputs, *candidates)
+    )
     pair = handle.stored()
     assert pair is not None
     rank, channels = len(y.shape), pair[0].shape[0]
@@ -258,7 +261,7 @@ def _on_host(entry: Any, handle: SiteHandle, middle: float) -> _Entry:
     """
     if isinstance(entry, _Call):
         x, y = (_rows(tensor, handle.axis) for tensor in (entry.inputs, entry.outputs))
-        mean, variance = (float64(each) for each in entry.stored)
+        mean, variance = (float64(moment) for moment in entry.stored)
         gamma, beta = (None if p is None else float64(p) for p in entry.scale_and_offset)
         sums = sums_of_formula(
             x, y, (mean, variance), (gamma, beta), epsilon=handle.epsilon, middle=middle

@@ -36,8 +36,8 @@ def _copied(dataset: Any) -> Any:
         variant = tf.data.experimental.to_variant(dataset)
         raw = tf.raw_ops.DatasetToGraphV2(input_dataset=variant, external_state_policy=1)
         graph = tf.compat.v1.GraphDef.FromString(raw.numpy())
-        for nodes in (graph.node, *(each.node_def for each in graph.library.function)):
-            for node in [each for each in nodes if each.op == "ShuffleDatasetV3"]:
+        for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+            for node in [entry for entry in nodes if entry.op == "ShuffleDatasetV3"]:
                 # The graph names the original's generator, which a copy would use up.
                 fresh = f"{node.name}/fresh"
                 nodes.add(name=fresh, op="DummySeedGenerator")

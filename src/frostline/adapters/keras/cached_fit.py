@@ -249,7 +249,7 @@ def why_plain(model: Any, *data: Any) -> str | None:
     for name in ("train_step", "test_step", "compute_loss"):
         if not getattr(type(model), name).__module__.startswith("keras."):
             return f"{type(model).__name__} has a {name} of its own, which may read the inputs"
-    if any(isinstance(each, types.GeneratorType) for each in data):
+    if any(isinstance(item, types.GeneratorType) for item in data):
         return "a generator can be read only once"
     if getattr(model, "_distribute_strategy", None) or keras.distribution.distribution():
         return "the model is distributed over several devices"
@@ -337,7 +337,10 @@ def to_be_thawed(model: Any, given: Any) -> list[Place]:
         given = given.callbacks
     every = keras.tree.flatten(given or [])
     return [
-        place for each in every if hasattr(each, "will_thaw") for place in each.will_thaw(model)
+        place
+        for callback in every
+        if hasattr(callback, "will_thaw")
+        for place in callback.will_thaw(model)
     ]
 
 

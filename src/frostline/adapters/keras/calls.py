@@ -12,6 +12,7 @@ does for every model that shares layers with another one.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def record(model: Any, chosen: Mapping[int, str]) -> list[Step] | None:
         if key not in inside:
             below = walk(operation) if isinstance(operation, keras.Layer) else ()
             found = [key, *(id(place.layer) for place in below)]
-            inside[key] = tuple(chosen[each] for each in found if each in chosen)
+            inside[key] = tuple(chosen[layer] for layer in found if layer in chosen)
         return inside[key]
 
     graph = flatten(model, lambda operation: bool(sites(operation)))
@@ -289,23 +290,34 @@ def told_apart(calls: Sequence[Call], taken: Sequence[str] = ()) -> Iterator[Non
     graph, may share one.
     """
     operations = {id(call.operation): call.operation for call in calls}.values()
-    named = [each for each in operations if isinstance(each, keras.Operation)]
-    used = Counter([*(each.name for each in named), *taken])
+    named = [operation for operation in operations if isinstance(operation, keras.Operation)]
+    used = Counter([*(operation.name for operation in named), *taken])
     renamed: list[tuple[Any, str]] = []
     try:
-        for each in named:
-            if used[each.name] > 1:
-                renamed.append((each, each.name))
-                number = 2
-                while f"{each.name}_{number}" in used:
-                    number += 1
-                used[each.name] -= 1
-                used[f"{each.name}_{number}"] = 1
-                each.name = f"{each.name}_{number}"
+        for operation in named:
+            name = operation.name
+            if used[name] > 1:
+                renamed.append((operation, name))
+                fresh = next(f"{name}_{n}" for n in itertools.count(2) if f"{name}_{n}" not in used)
+                used[name] -= 1
+                used[fresh] = 1
+                operation.name = fresh
         yield
     finally:
-        for each, name in renamed:
-            each.name = name
+        for operation, name in renamed:
+            operation.name = name
+
+
+def like_input(tensor: Any) -> Any:
+    """A new input like the one that a symbolic tensor came from."""
+    source = tensor._keras_history.operation
+    return keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        optional=getattr(source, "optional", False),
+        name=source.name,
+    )
 
 
 def position(leaf: Any) -> Slot | None:

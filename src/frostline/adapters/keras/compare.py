@@ -109,7 +109,7 @@ def _fill(model: Any, reference: Any) -> None:
     try:
         if isinstance(reference, (str, os.PathLike)):
             model.load_weights(reference)
-        elif all(isinstance(each, (list, tuple)) for each in reference):
+        elif all(isinstance(entry, (list, tuple)) for entry in reference):
             if len(reference) != len(model.layers):
                 raise ModelError(
                     f"the reference must have one list of arrays for each of {len(model.layers)} "
@@ -202,7 +202,7 @@ def _matched(
         both = zip(mine.items(), theirs.values(), strict=True)
         pairs = {path: (state, reference) for (path, state), reference in both}
     for path, (state, reference) in pairs.items():
-        shapes = [[each.shape for each in side.params] for side in (state, reference)]
+        shapes = [[param.shape for param in side.params] for side in (state, reference)]
         if shapes[0] != shapes[1]:
             raise ModelError(
                 f"the reference has another architecture: layer '{path}' has weights of shapes "
@@ -216,7 +216,7 @@ def _distance(own: _LayerState, other: _LayerState) -> float:
     moved = sum(
         float(np.sum(np.square(a - b))) for a, b in zip(own.params, other.params, strict=True)
     )
-    size = sum(float(np.sum(np.square(each))) for each in other.params)
+    size = sum(float(np.sum(np.square(param))) for param in other.params)
     if not moved:
         return 0.0
     return float(np.sqrt(moved / size)) if size else float("inf")

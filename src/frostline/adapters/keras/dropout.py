@@ -46,7 +46,7 @@ def turn_off(model: Any, chosen: Sequence[Place]) -> int:
         # A recurrent layer's rates are those of its cell; other rates in there are not its own.
         own = dropout_rates(place.layer)
         own += [
-            k for each in walk(place.layer) for k in dropout_rates(each.layer) if k.name in _INNER
+            k for inner in walk(place.layer) for k in dropout_rates(inner.layer) if k.name in _INNER
         ]
         own = [rate for rate in own if not rate.is_off]
         if not own:
@@ -77,8 +77,8 @@ def turn_on(chosen: Sequence[Place]) -> int:
 
 def _in_torch(wrapper: Any) -> list[list[DropoutRate]]:
     drop = sys.modules["torch"].nn.modules.dropout._DropoutNd
-    modules = [each for each in _inside(wrapper) if isinstance(each, drop) and each.p]
-    return [dropout_rates(each) for each in modules]
+    modules = [module for module in _inside(wrapper) if isinstance(module, drop) and module.p]
+    return [dropout_rates(module) for module in modules]
 
 
 def _inside(layer: Any) -> list[Any]:

@@ -131,9 +131,9 @@ def _frozen_here(place: Place, places: tuple[Place, ...], optimized: frozenset[i
         return True
     sites_too = {
         id(variable)
-        for each in places
-        if is_site(each.layer)
-        for variable in each.layer._trainable_variables
+        for entry in places
+        if is_site(entry.layer)
+        for variable in entry.layer._trainable_variables
     }
     for _, known in inner_optimizers(places):
         if trains(known, place.layer) and optimized is not None:
@@ -204,7 +204,7 @@ def _written_training(
     place: Place, places: tuple[Place, ...], nodes: dict[int, list[Any]]
 ) -> bool | None:
     """``training=`` of the layer's own call, else of the nearest container's."""
-    by_path = {each.path: each for each in places}
+    by_path = {entry.path: entry for entry in places}
     at: Place | None = place
     while at is not None:
         for node in nodes.get(id(at.layer), ()):

@@ -145,7 +145,7 @@ def _is_part(name: str, module: Any) -> bool:
         keras.quantizers.Quantizer,
     )  # fmt: skip
     others = getattr(keras.dtype_policies, "DTypePolicyMap", keras.DTypePolicy)
-    refused = tuple(getattr(keras.layers, each, ()) for each in _REFUSED)
+    refused = tuple(getattr(keras.layers, name, ()) for name in _REFUSED)
     return issubclass(found, (*parts, others)) and not issubclass(found, refused)
 
 

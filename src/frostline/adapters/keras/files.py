@@ -150,7 +150,7 @@ def _with_optimizer_state(model: Any, path: Path) -> Any:
     with h5py.File(path) as file:
         if "optimizer_weights" not in file:
             return model
-        values = [np.array(each) for each in load_optimizer_weights_from_hdf5_group(file)]
+        values = [np.array(value) for value in load_optimizer_weights_from_hdf5_group(file)]
     fresh = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     fresh.build(model.trainable_variables)
     if [v.shape for v in values] == [tuple(v.shape) for v in fresh.variables]:

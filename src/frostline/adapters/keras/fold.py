@@ -21,7 +21,7 @@ import numpy as np
 from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import graph_of
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
-from frostline.adapters.keras.rebuild import LINEAR, Rebuild, fed_with, nodes
+from frostline.adapters.keras.rebuild import LINEAR, Rebuild, factors, fed_with, nodes, takes
 from frostline.adapters.protocol import FoldedModel
 from frostline.types import Array, ModelError
 
@@ -56,9 +56,9 @@ def fold(model: Any) -> FoldedModel:
             f"Received: model {model.name!r}"
         )
     containers = _containers(model, paths)
-    factors = {id(site): _factors(site, paths[id(site)]) for site in sites}
+    found = {id(site): _factors(site, paths[id(site)]) for site in sites}
     rebuild = Rebuild(
-        paths, factors, _absorbing(containers), _shapes(containers), _masked(containers)
+        paths, found, _absorbing(containers), _shapes(containers), _masked(containers)
     )
     with _python_random_kept():  # initializers of the copies draw seeds from it
         outcome = rebuild.container(model)
@@ -96,7 +96,7 @@ def _containers(model: Any, paths: Mapping[int, str]) -> list[Any]:
 
 
 def _require_no_site(layer: Any, model: Any, paths: Mapping[int, str]) -> None:
-    inner = next((each.layer for each in walk(layer) if is_site(each.layer)), None)
+    inner = next((place.layer for place in walk(layer) if is_site(place.layer)), None)
     if inner is None:
         return
     path, kind = paths[id(inner)], type(layer).__name__
@@ -127,18 +127,13 @@ def _factors(site: Any, path: str) -> tuple[Array, Array]:
             f"'{path}' has no weights yet: build the model first, for example by calling it once "
             "on a batch. Received: an unbuilt layer"
         )
-    mean, variance = float64(site.moving_mean), float64(site.moving_variance)
-    gamma = np.ones_like(mean) if site.gamma is None else float64(site.gamma)
-    beta = np.zeros_like(mean) if site.beta is None else float64(site.beta)
-    with np.errstate(all="ignore"):
-        scale = gamma / np.sqrt(variance + site.epsilon)
-        shift = beta - mean * scale
+    scale, shift = factors(site)
     bad = int(np.count_nonzero(~np.isfinite(scale) | ~np.isfinite(shift)))
     if bad:
         raise ModelError(
-            f"'{path}' cannot be folded: {bad} of its {len(mean)} channels hold a NaN, an infinity "
+            f"'{path}' cannot be folded: {bad} of {len(scale)} channels hold a NaN, an infinity "
             "or a negative variance. Recalibrate it first. "
-            f"Received: smallest stored variance {variance.min():g}"
+            f"Received: smallest stored variance {float64(site.moving_variance).min():g}"
         )
     return scale, shift
 
@@ -158,9 +153,8 @@ def _absorbing(containers: list[Any]) -> dict[int, Any]:
             for tensor in node.input_tensors:
                 readers.setdefault(id(tensor), []).append(node.operation)
             if isinstance(node.operation, keras.Layer) and graph_of(node.operation) is None:
-                for inner in walk(
-                    node.operation
-                ):  # a composite uses it in ways that cannot be seen
+                # A composite uses them in ways that cannot be seen.
+                for inner in walk(node.operation):
                     followers.setdefault(id(inner.layer), []).append(None)
         for tensor in graph.outputs:
             readers.setdefault(id(tensor), []).append(None)
@@ -169,28 +163,14 @@ def _absorbing(containers: list[Any]) -> dict[int, Any]:
                 continue
             output = node.outputs[0]
             after = readers.get(id(output), [])
-            takes = len(after) == 1 and _fits(node.operation, after[0], len(output.shape))
+            alone = len(after) == 1 and takes(node.operation, after[0], len(output.shape))
             layers[id(node.operation)] = node.operation
-            followers.setdefault(id(node.operation), []).append(after[0] if takes else None)
+            followers.setdefault(id(node.operation), []).append(after[0] if alone else None)
     return {
         key: followers[key][0]
         for key in layers
         if followers[key][0] is not None and all(f is followers[key][0] for f in followers[key])
     }
-
-
-def _fits(layer: Any, site: Any, rank: int) -> bool:
-    """Whether ``site`` normalises the output channels of ``layer``, with nothing in between."""
-    if site is None or not is_site(site):
-        return False
-    channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
-    return (
-        layer.activation is keras.activations.linear
-        and site.axis % rank == (1 if channels_first else rank - 1)
-        and site.compute_dtype == layer.compute_dtype
-        and not getattr(layer, "lora_enabled", False)
-        and getattr(layer, "quantization_mode", None) is None
-    )
 
 
 def _masked(containers: list[Any]) -> bool:

@@ -111,7 +111,7 @@ def sites(model: Any) -> tuple[Site, ...]:
             trained_by = next((name for name, known in inner if trains(known, place.layer)), None)
             found.append({**_keras_site(place, model), "trained_by": trained_by})
         else:
-            found.extend(_torch_site(place, *each) for each in torch_norms(place))
+            found.extend(_torch_site(place, *norm) for norm in torch_norms(place))
     return tuple(Site(index=index, **fields) for index, fields in enumerate(found))
 
 

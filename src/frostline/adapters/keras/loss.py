@@ -219,7 +219,7 @@ class PerSampleLoss(CompileLoss):  # type: ignore[misc]
         """Resolve names to losses for this structure of labels and outputs; outside any trace."""
         super().build(y_true, y_pred)
         self._flat_losses = [
-            each._replace(loss=_Unreduced(each.loss, each.name)) for each in self._flat_losses
+            loss._replace(loss=_Unreduced(loss.loss, loss.name)) for loss in self._flat_losses
         ]
 
     @property

@@ -89,7 +89,7 @@ class MomentRecorder:
             return tuple(keras.tree.flatten(x))
         graph: Any = graph_of(self.model)
         try:
-            arrays = tuple(_to_numpy(each) for each in graph._standardize_inputs(x))
+            arrays = tuple(_to_numpy(leaf) for leaf in graph._standardize_inputs(x))
         except (ValueError, TypeError) as error:
             raise DataError(f"The data do not fit the model's inputs: {error}") from error
         for array, tensor in zip(arrays, graph.inputs, strict=False):
@@ -155,9 +155,9 @@ class MomentRecorder:
             except (ValueError, TypeError) as error:
                 raise DataError(
                     f"the model does not take these data: {first_line(error)} "
-                    f"Received: arrays of shapes {[tuple(np.shape(each)) for each in values]}"
+                    f"Received: arrays of shapes {[tuple(np.shape(value)) for value in values]}"
                 ) from error
-            return tuple(_held(each) for each in outputs), _moments(sums)
+            return tuple(_held(output) for output in outputs), _moments(sums)
 
         return stage
 

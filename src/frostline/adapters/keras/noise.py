@@ -60,7 +60,7 @@ def _kind(layer: Any, leaf: bool) -> str | None:
         return None
     kind = _named(type(layer).__name__)
     seeded = bool(layer._seed_generators) or hasattr(layer, "generator")
-    if kind is None and seeded and not any(hasattr(layer, each) for each in _RECURRENT):
+    if kind is None and seeded and not any(hasattr(layer, name) for name in _RECURRENT):
         return "noise"
     return kind
 

@@ -83,11 +83,11 @@ def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
 
     # On the new objects alone: their class, which others use, stays as it is.
     inside = list(_optimizers_in(optimizer))
-    for each in inside:
-        vars(each)["add_variable_from_reference"] = recording(each.add_variable_from_reference)
+    for part in inside:
+        vars(part)["add_variable_from_reference"] = recording(part.add_variable_from_reference)
     optimizer.build(variables)
-    for each in inside:
-        vars(each).pop("add_variable_from_reference")
+    for part in inside:
+        vars(part).pop("add_variable_from_reference")
     keys: list[Any] = []
     seen: Counter[Any] = Counter()
     owner = 0
@@ -105,6 +105,6 @@ def _optimizers_in(optimizer: Any) -> Iterator[Any]:
     """An optimizer and those that it wraps."""
     yield optimizer
     for value in list(vars(optimizer).values()):
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(each, keras.optimizers.Optimizer):
-                yield from _optimizers_in(each)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, keras.optimizers.Optimizer):
+                yield from _optimizers_in(item)

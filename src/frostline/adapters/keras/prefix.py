@@ -114,19 +114,23 @@ class _Reading:
 
     def _layer(self, layer: Any, reader: Reader) -> list[Any]:
         """Class and attributes of a layer, but for those that every layer has."""
-        own = {name: each for name, each in vars(layer).items() if name not in _of_every_layer()}
+        own = {name: value for name, value in vars(layer).items() if name not in _of_every_layer()}
         if is_library(type(layer).__module__):
             # Its configuration says the rest; what Keras keeps beside it may differ between runs.
             reader = Reader(self.leaf, lenient=True)
             own = {
-                name: each
-                for name, each in own.items()
-                if not isinstance(each, str) and name not in ("seed", "_nodes", "_operations")
+                name: value
+                for name, value in own.items()
+                if not isinstance(value, str) and name not in ("seed", "_nodes", "_operations")
             }
         parts: list[Any] = ["layer", reader.read(type(layer)), *reader.items(own)]
         if isinstance(layer, keras.Function):
-            inner = [each for each in layer.operations if not isinstance(each, keras.Layer)]
-            parts += [reader.read(type(each)) for each in inner]
+            inner = [
+                operation
+                for operation in layer.operations
+                if not isinstance(operation, keras.Layer)
+            ]
+            parts += [reader.read(type(operation)) for operation in inner]
         return parts
 
 
@@ -174,16 +178,16 @@ def _without_names(value: Any, layers: set[tuple[str, str]], scope: Any = None) 
         config.pop("name", None)
         config.pop("trainable", None)
     entries = config.get("layers")
-    if isinstance(entries, list) and all(isinstance(each, dict) for each in entries):
-        names = [each.get("name", each.get("config", {}).get("name")) for each in entries]
+    if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+        names = [entry.get("name", entry.get("config", {}).get("name")) for entry in entries]
         scope_inside = {name: f"layer {place}" for place, name in enumerate(names)}
         inside = layers | {
-            (name, each.get("class_name")) for name, each in zip(names, entries, strict=True)
+            (name, entry.get("class_name")) for name, entry in zip(names, entries, strict=True)
         }
         for end in ("input_layers", "output_layers"):
             if end in config:
                 config[end] = _ends(config[end], scope_inside)
-        config["layers"] = [_without_names(each, inside, scope_inside) for each in entries]
+        config["layers"] = [_without_names(entry, inside, scope_inside) for entry in entries]
         return {**_without_names(outer, layers, scope), "config": config}
     return {
         **_without_names(outer, layers, scope),
@@ -219,10 +223,10 @@ def seeded(layer: Any) -> Callable[[Any, int], Any]:
     """Return ``(x, seed) -> x`` of a Keras augmentation: its seeds are set, then put back."""
     inner = [layer, *(place.layer for place in walk(layer))] if _has_layers(layer) else [layer]
     seeds = {
-        id(each): each
+        id(value): value
         for part in inner
-        for each in vars(part).values()
-        if isinstance(each, keras.random.SeedGenerator)
+        for value in vars(part).values()
+        if isinstance(value, keras.random.SeedGenerator)
     }
     if not seeds:
         raise ModelError(
@@ -231,18 +235,18 @@ def seeded(layer: Any) -> Callable[[Any, int], Any]:
         )
 
     def apply(x: Any, seed: int) -> Any:
-        before = [to_numpy(each.state) for each in seeds.values()]
+        before = [to_numpy(generator.state) for generator in seeds.values()]
         try:
-            for position, each in enumerate(seeds.values()):
-                each.state.assign(np.array([seed, position], dtype=each.state.dtype))
+            for position, generator in enumerate(seeds.values()):
+                generator.state.assign(np.array([seed, position], dtype=generator.state.dtype))
             with without_gradients():
                 return keras.tree.map_structure(
                     lambda leaf: np.asarray(keras.ops.convert_to_numpy(leaf)),
                     layer(x, training=True),
                 )
         finally:
-            for each, state in zip(seeds.values(), before, strict=True):
-                each.state.assign(state)
+            for generator, state in zip(seeds.values(), before, strict=True):
+                generator.state.assign(state)
 
     return apply
 

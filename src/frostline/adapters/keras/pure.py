@@ -36,7 +36,7 @@ def impurity(operation: Any, model: Any, names: Mapping[int, str]) -> Impurity |
     if not isinstance(operation, keras.Layer):
         return None
     layers = [operation, *(place.layer for place in walk(operation))]
-    training = [each for each in layers if any(v.trainable for v in each.weights)]
+    training = [part for part in layers if any(v.trainable for v in part.weights)]
     if model.trainable and training:  # the last one is the innermost
         return Impurity(why="trains", path=names[id(training[-1])], text="it is trainable")
     for layer in layers:
@@ -83,7 +83,7 @@ def _impurity(layer: Any) -> tuple[Why, str] | None:
 
 def _random(layer: Any) -> bool:
     own = [*getattr(layer, "_seed_generators", ()), *vars(layer).values()]
-    if not any(type(each).__name__ == "SeedGenerator" for each in own):
+    if not any(type(value).__name__ == "SeedGenerator" for value in own):
         return False
     return not all_off(layer)  # recurrent layers have a generator in any case
 
@@ -181,10 +181,10 @@ def _batches(graph: Calls, sample: Any) -> tuple[list[Any], list[Any]]:
         rows = [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(sample)]
         if len(rows) != len(tensors):
             raise ModelError(f"the sample has {len(rows)} arrays for {len(tensors)} inputs")
-        if any(len(each) < count + 1 for each in rows):
+        if any(len(row) < count + 1 for row in rows):
             raise ModelError(f"the sample has fewer than {count + 1} rows")
-    first = [each[:count] for each in rows]
-    second = [each[purity.others(len(each), count)] for each in rows]
+    first = [row[:count] for row in rows]
+    second = [row[purity.others(len(row), count)] for row in rows]
     dtypes = [tensor.dtype for tensor in tensors]
     return tuple(  # type: ignore[return-value]
         [keras.ops.convert_to_tensor(x, dtype=d) for x, d in zip(batch, dtypes, strict=True)]

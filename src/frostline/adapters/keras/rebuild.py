@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.arrays import copied, float64
-from frostline.adapters.keras.calls import graph_of
+from frostline.adapters.keras.calls import graph_of, like_input
 from frostline.adapters.keras.graph import is_site, walk
 from frostline.types import Array, ModelError
 from frostline.types.reasons import first_line
@@ -80,7 +80,7 @@ class Rebuild:
         return self.copies[id(model)]
 
     def _functional(self, model: Any) -> Any:
-        inputs = keras.tree.map_structure(_like_input, model._inputs_struct)
+        inputs = keras.tree.map_structure(like_input, model._inputs_struct)
         table = dict(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
         producers: dict[int, Any] = {}
         for node in nodes(model):
@@ -108,7 +108,7 @@ class Rebuild:
                 "with several inputs; write it as a functional model. "
                 f"Received: {len(keras.tree.flatten(struct))} inputs"
             )
-        kept, before = [_like_input(struct)], None
+        kept, before = [like_input(struct)], None
         for layer in model.layers:
             if not is_site(layer):
                 kept.append(self._operation(layer))
@@ -235,14 +235,27 @@ class Rebuild:
         return self.paths.get(id(operation), operation.name)
 
 
-def _like_input(tensor: Any) -> Any:
-    source = tensor._keras_history.operation
-    return keras.Input(
-        batch_shape=tensor.shape,
-        dtype=tensor.dtype,
-        sparse=tensor.sparse,
-        optional=getattr(source, "optional", False),
-        name=source.name,
+def factors(site: Any) -> tuple[Array, Array]:
+    """Scale and shift of a BN layer at its stored statistics, shape ``(channels,)``, float64."""
+    mean, variance = float64(site.moving_mean), float64(site.moving_variance)
+    gamma = np.ones_like(mean) if site.gamma is None else float64(site.gamma)
+    beta = np.zeros_like(mean) if site.beta is None else float64(site.beta)
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + site.epsilon)
+        return scale, beta - mean * scale
+
+
+def takes(layer: Any, site: Any, rank: int) -> bool:
+    """Whether ``site`` normalises the output channels of ``layer``, with nothing in between."""
+    if type(layer) not in LINEAR or site is None or not is_site(site):
+        return False
+    channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
+    return (
+        layer.activation is keras.activations.linear
+        and site.axis % rank == (1 if channels_first else rank - 1)
+        and site.compute_dtype == layer.compute_dtype
+        and not getattr(layer, "lora_enabled", False)
+        and getattr(layer, "quantization_mode", None) is None
     )
 
 

@@ -351,7 +351,7 @@ def batch_statistics(x: Any, axis: int) -> tuple[Any, Any]:
 def reduced(x: Any, axis: int) -> list[int]:
     """All axes but that of the channels."""
     rank = len(x.shape)
-    return [each for each in range(rank) if each != axis % rank]
+    return [position for position in range(rank) if position != axis % rank]
 
 
 def _arguments(

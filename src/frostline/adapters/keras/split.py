@@ -18,6 +18,7 @@ from frostline.adapters.keras.calls import (
     Slot,
     flatten,
     graph_of,
+    like_input,
     restored_on_failure,
     run,
     takes_training,
@@ -178,7 +179,7 @@ def _nodes(calls: Calls, model: Any) -> Graph:
     places = {id(place.layer): place for place in walk(model)}
     names = {key: place.path for key, place in places.items()}
     operations = {id(call.operation): call.operation for call in calls.calls}
-    blames = {key: impurity(each, model, names) for key, each in operations.items()}
+    blames = {key: impurity(operation, model, names) for key, operation in operations.items()}
     return Graph(
         nodes=tuple(
             Node(
@@ -251,7 +252,7 @@ def _build(
     behind = [call for call in graph.calls if id(call) not in ours]
     own: Any = graph_of(model)
     with restored_on_failure(graph.calls):
-        inputs = keras.tree.map_structure(_like, own._inputs_struct)
+        inputs = keras.tree.map_structure(like_input, own._inputs_struct)
         values = dict(zip(graph.inputs, keras.tree.flatten(inputs), strict=True))
         with told_apart(inside, [tensor.name for tensor in values.values()]):
             for call in inside:
@@ -280,16 +281,6 @@ def _build(
     # Losses and metrics are given, and reported, under these names.
     suffix.output_names = list(own.output_names)
     return prefix, suffix
-
-
-def _like(tensor: Any) -> Any:
-    return keras.Input(
-        batch_shape=tensor.shape,
-        dtype=tensor.dtype,
-        sparse=tensor.sparse,
-        optional=getattr(tensor._keras_history.operation, "optional", False),
-        name=tensor._keras_history.operation.name,
-    )
 
 
 def _fresh(name: str, taken: Iterable[str]) -> str:

@@ -69,11 +69,11 @@ def models_in(model: Any) -> list[Any]:
 def variables_of(model: Any) -> list[Any]:
     """Every variable: weights, seeds, metrics, optimizer slots; of nested models as well."""
     found: dict[int, Any] = {}
-    for each in models_in(model):
-        optimizer = getattr(each, "optimizer", None)
+    for inner in models_in(model):
+        optimizer = getattr(inner, "optimizer", None)
         slots = [] if optimizer is None else optimizer.variables
-        unmet = _unmet_metric_variables(each)
-        for variable in [*each.variables, *each.metrics_variables, *slots, *unmet]:
+        unmet = _unmet_metric_variables(inner)
+        for variable in [*inner.variables, *inner.metrics_variables, *slots, *unmet]:
             found.setdefault(id(variable), variable)
     return list(found.values())
 
@@ -90,10 +90,10 @@ def _unmet_metric_variables(model: Any) -> list[Any]:
 def _growing(model: Any) -> list[Any]:
     """Objects below ``compile`` that attach variables to themselves when they meet a batch."""
     found: list[Any] = []
-    for each in models_in(model):
-        found += [x for name in _GROWING if (x := getattr(each, name, None)) is not None]
-    inner = [getattr(each, "inner_optimizer", None) for each in found]
-    return [*found, *(each for each in inner if each is not None)]
+    for inner in models_in(model):
+        found += [x for name in _GROWING if (x := getattr(inner, name, None)) is not None]
+    wrappers = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
+    return [*found, *(wrapped for wrapped in wrappers if wrapped is not None)]
 
 
 def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
@@ -115,8 +115,8 @@ def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
             (m, {k: m.__dict__[k] for k in _COMPILED if k in m.__dict__}) for m in models_in(model)
         ],
         shells=[
-            Attributes.of(each)
-            for each in (
+            Attributes.of(shell)
+            for shell in (
                 *_growing(model),
                 *([*filter(is_site, layers), *models_in(model)] if classes else ()),
             )

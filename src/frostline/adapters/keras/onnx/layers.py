@@ -26,10 +26,10 @@ from frostline.adapters.keras.onnx.writer import (
     Value,
     Writer,
     bias_of,
-    factors,
     require,
     require_float32,
 )
+from frostline.adapters.keras.rebuild import factors
 from frostline.types import ModelError
 
 L = keras.layers
@@ -77,7 +77,7 @@ def _site(writer: Writer, call: Call) -> Value:
     if layer.axis % rank == rank - 1:
         return _scaled(writer, call, *factors(layer))
     require(layer.axis % rank == 1, f"a BN layer along axis {layer.axis}")
-    scale, shift = (each.reshape(-1, *[1] * (rank - 2)) for each in factors(layer))
+    scale, shift = (factor.reshape(-1, *[1] * (rank - 2)) for factor in factors(layer))
     name = writer.add("Mul", [writer.plain(value).name, writer.constant(scale)])
     return writer.made(call, writer.add("Add", [name, writer.constant(shift)]))
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import Call, Graph, Slot
-from frostline.adapters.keras.graph import is_site
-from frostline.adapters.keras.rebuild import LINEAR
+from frostline.adapters.keras.rebuild import factors, takes
 from frostline.types import Array, ModelError
 
 OPSET, IR_VERSION = 17, 9
@@ -70,7 +69,7 @@ class Writer:
         for call in self.graph.calls:
             self._call(call)
         outputs = [self._output(number, slot) for number, slot in enumerate(self.graph.outputs)]
-        size = sum(len(each.raw_data) for each in self.weights)
+        size = sum(len(weight.raw_data) for weight in self.weights)
         if size > _LARGEST:
             raise ModelError(f"an ONNX graph holds 2 GB at most. Received: {size:,} bytes")
         graph = helper.make_graph(self.nodes, name, inputs, outputs, initializer=self.weights)
@@ -187,24 +186,13 @@ class Writer:
         """The BN layer that alone reads a linear layer's output, along its channels."""
         layer = call.operation
         after = self.readers.get(call.writes[0], [])
-        if type(layer) not in LINEAR or len(after) != 1 or after[0] is None:
+        if len(after) != 1 or after[0] is None:
             return None
-        site, rank = after[0].operation, len(self.shape(call.writes[0]))
-        calls = [each.operation for each in self.graph.calls]
-        shared = sum(each is layer or each is site for each in calls) > 2
-        if not is_site(site) or shared or layer.activation is not keras.activations.linear:
-            return None
-        channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
-        return site if site.axis % rank == (1 if channels_first else rank - 1) else None
-
-
-def factors(site: Any) -> tuple[Array, Array]:
-    """Scale and shift of a BN layer at its stored statistics, shape ``(channels,)``, float64."""
-    mean, variance = float64(site.moving_mean), float64(site.moving_variance)
-    gamma = 1.0 if site.gamma is None else float64(site.gamma)
-    beta = 0.0 if site.beta is None else float64(site.beta)
-    scale = gamma / np.sqrt(variance + site.epsilon)
-    return scale, beta - mean * scale
+        site = after[0].operation
+        calls = [entry.operation for entry in self.graph.calls]
+        shared = sum(operation is layer or operation is site for operation in calls) > 2
+        alone = not shared and takes(layer, site, len(self.shape(call.writes[0])))
+        return site if alone else None
 
 
 def bias_of(layer: Any, count: int) -> Array:
