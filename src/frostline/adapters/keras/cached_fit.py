@@ -33,6 +33,7 @@ from frostline.adapters.keras.cached_data import (
 from frostline.adapters.keras.forward_pass import Collected, float32, inference, tensors
 from frostline.adapters.keras.graph import resolve, walk
 from frostline.adapters.keras.noise import noise_layers
+from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.pipeline import own, prepares
 from frostline.adapters.keras.prefix import layer_identity, weights_digest
 from frostline.adapters.keras.rehearsal import (
@@ -48,7 +49,6 @@ from frostline.types import Array, ModelError
 Fetch = Callable[[Any], Sequence[Array]]
 
 _MARK = "frostline features"
-_OVERRIDDEN = ("call", "_assert_input_compatibility")
 
 
 class FeatureAdapter(DataAdapter):  # type: ignore[misc]
@@ -416,8 +416,6 @@ class Guard(keras.callbacks.Callback):  # type: ignore[misc]
 @contextmanager
 def features_accepted(model: Any, suffix: Any, keys: tuple[str, ...]) -> Iterator[None]:
     """While it lasts, ``model`` takes a dict of features for its inputs; on any exit no more."""
-    attributes = vars(model)  # setattr would have Keras track it
-    before = {name: attributes[name] for name in _OVERRIDDEN if name in attributes}
     call, check = model.call, model._assert_input_compatibility
 
     def is_features(inputs: Any) -> bool:
@@ -435,13 +433,9 @@ def features_accepted(model: Any, suffix: Any, keys: tuple[str, ...]) -> Iterato
         if not is_features(inputs):
             check(inputs)
 
-    attributes["call"], attributes["_assert_input_compatibility"] = call_from_frontier, check_inputs
-    try:
+    changes = {"call": call_from_frontier, "_assert_input_compatibility": check_inputs}
+    with overridden((model, name, value) for name, value in changes.items()):
         yield
-    finally:
-        for name in _OVERRIDDEN:
-            attributes.pop(name, None)
-        attributes.update(before)
 
 
 @contextmanager

@@ -105,7 +105,10 @@ def _one_trace_for_all_batch_sizes(function: Any) -> Callable[..., Any]:
 
 
 def _open_specs(*arguments: Any) -> Any:
-    """What ``arguments`` look like with any number of samples in x, labels and weights."""
+    """What ``arguments`` look like with any number of samples in x, labels and weights.
+
+    Labels of another number keep all sizes fixed: the trace then fails, and says what does not fit.
+    """
     import tensorflow as tf
 
     *others, x, y, weight = arguments
@@ -113,6 +116,10 @@ def _open_specs(*arguments: Any) -> Any:
 
     def fixed(leaf: Any) -> Any:
         return None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype)
+
+    labels = keras.tree.flatten((y, weight))
+    if any(leaf is not None and leaf.shape[:1] not in (samples, ()) for leaf in labels):
+        return keras.tree.map_structure(fixed, arguments)
 
     def any_number(leaf: Any) -> Any:
         if leaf is None or leaf.shape[:1] != samples:
@@ -171,8 +178,7 @@ def _on_torch(
         mean = torch.mean(losses)
         if not mean.requires_grad:  # no site on the way to the loss
             return losses, torch.zeros_like(blend)
-        # On this thread: what is computed again on the way back (RematScope) needs the scopes of
-        # this call, which are its thread's own, and an accelerator has a thread of its own.
+        # Run backward on this thread: rematerialised layers read thread-local scopes.
         with torch.autograd.set_multithreading_enabled(False):
             (gradient,) = torch.autograd.grad(mean, blend, allow_unused=True)
         return losses.detach(), torch.zeros_like(blend) if gradient is None else gradient

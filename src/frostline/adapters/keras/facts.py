@@ -9,14 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.graph import (
     inner_optimizers,
     is_site,
     optimized_variables,
     sites,
+    torch_norms,
     trains,
     walk,
-    wrapped_module,
 )
 from frostline.adapters.torch.vocabulary import TORCH
 from frostline.graph.addresses import Place
@@ -69,10 +70,7 @@ def _modules(places: tuple[Place, ...]) -> dict[str, tuple[Place, Any | None]]:
         if is_site(place.layer):
             found[place.path] = (place, None)
             continue
-        module = wrapped_module(place.layer)
-        for name, inner in () if module is None else module.named_modules():
-            path = "/".join([place.path, *name.split(".")]) if name else place.path
-            found[path] = (place, inner)
+        found |= {path: (place, module) for path, module in torch_norms(place)}
     return found
 
 
@@ -115,11 +113,9 @@ def _wrapped(site: Site, wrapper: Any, module: Any, optimized: frozenset[int] | 
 
 
 def _numbers(variable: Any) -> Array | None:
-    """Return a float64 copy; bfloat16 has no numpy dtype of its own, so it goes through float32."""
     if variable is None:
         return None
-    value = keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
-    return np.array(value, dtype=np.float64)
+    return np.array(float64(variable))
 
 
 def _frozen_here(place: Place, places: tuple[Place, ...], optimized: frozenset[int] | None) -> bool:

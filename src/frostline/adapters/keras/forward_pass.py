@@ -15,9 +15,10 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph, state as keras_state
-from frostline.adapters.keras.compile import inlined_functions, without_gradients
+from frostline.adapters.keras.compile import compiled, inlined_functions, without_gradients
+from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.random import seed_states
-from frostline.types import DataError
+from frostline.types import DataError, FrostlineError
 from frostline.types.reasons import first_line
 
 
@@ -25,7 +26,9 @@ def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., 
     """Return ``f(x, y, sample_weight, seeds) -> (outputs, loss)`` for the present flags."""
     states = [variable for variable, _ in seed_states(model)]
 
-    def step(mapping: list[tuple[Any, Any]], x: Any, y: Any, weight: Any) -> tuple[Any, Any]:
+    def step(
+        mapping: Any, _traced: bool, _blend: Any, x: Any, y: Any, weight: Any
+    ) -> tuple[Any, Any]:
         if with_loss:
             # Keras takes the weights that regularizers act on from the scope, never from the
             # variable; and a scope forgets what `add_loss` and activity regularizers add unless
@@ -44,40 +47,9 @@ def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., 
             )
             return outputs, loss
 
-    backend = keras.backend.backend()
-    if backend == "jax":
-        return _compiled_jax(model, states, step)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        def run(x: Any, y: Any, weight: Any, seeds: list[Any]) -> Any:
-            with inlined_functions():
-                return step(list(zip(states, seeds, strict=True)), x, y, weight)
-
-        compiled: Callable[..., Any] = tf.function(run, reduce_retracing=True)
-        return compiled
-
-    def run_eagerly(x: Any, y: Any, weight: Any, seeds: list[Any]) -> tuple[Any, Any]:
-        with without_gradients():
-            outcome: tuple[Any, Any] = step(list(zip(states, seeds, strict=True)), x, y, weight)
-            return outcome
-
-    return run_eagerly
-
-
-def _compiled_jax(model: Any, states: list[Any], step: Callable[..., Any]) -> Callable[..., Any]:
-    import jax
-
-    seeded = {id(state) for state in states}
-    others = [v for v in keras_state.variables_of(model) if id(v) not in seeded]
-
-    def run(values: list[Any], seeds: list[Any], x: Any, y: Any, weight: Any) -> Any:
-        # Variables are arguments: what is read inside is their present value, not a constant.
-        mapping = [*zip(others, values, strict=True), *zip(states, seeds, strict=True)]
-        return step(mapping, x, y, weight)
-
-    compiled: Callable[..., Any] = jax.jit(run)
-    return lambda x, y, weight, seeds: compiled([v.value for v in others], seeds, x, y, weight)
+    variables = keras_state.variables_of(model)
+    run = compiled(step, variables, states, slope=False, eager=False)
+    return lambda x, y, weight, seeds: run(seeds, keras.ops.zeros(()), x, y, weight)
 
 
 def inference(model: Any, x: Any) -> Any:
@@ -112,17 +84,34 @@ class Collected(keras.utils.PyDataset):  # type: ignore[misc]
 @contextmanager
 def readable_labels(model: Any, y: Any) -> Iterator[None]:
     """Turn a loss's complaint about the labels into one line."""
+    with explained(
+        lambda error: (
+            f"model '{model.name}' cannot be run on these inputs and labels: {first_line(error)} "
+            f"Received: label shapes {shapes_of(y)}"
+        )
+    ):
+        yield
+
+
+@contextmanager
+def explained(text: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn what a loss raises on labels of another form into a :class:`DataError` with a text."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
+    except FrostlineError:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
-        if isinstance(problem, RuntimeError) and "must match" not in str(problem):
+        if isinstance(error, RuntimeError) and "must match" not in str(error):
             raise
-        shapes = keras.tree.map_structure(lambda leaf: tuple(np.shape(leaf)), y)
-        raise DataError(
-            f"model '{model.name}' cannot be run on these inputs and labels: {first_line(problem)} "
-            f"Received: label shapes {shapes}"
-        ) from problem
+        raise DataError(text(error)) from error
+
+
+def shapes_of(structure: Any) -> Any:
+    """Shapes in the place of arrays or tensors."""
+    return keras.tree.map_structure(
+        lambda leaf: "none" if leaf is None else tuple(np.shape(leaf)), structure
+    )
 
 
 def tensors(structure: Any) -> Any:
@@ -146,20 +135,13 @@ def float32(tensor: Any) -> Any:
 def forced_phase(model: Any, training: bool) -> Iterator[None]:
     """Every layer that takes ``training`` gets this one, whatever it is called with."""
     layers = {id(layer): layer for layer in (model, *(p.layer for p in keras_graph.walk(model)))}
-    changed = []
-    try:
-        for layer in layers.values():
-            call = getattr(layer, "call", None)
-            if call is None or "training" not in inspect.signature(call).parameters:
-                continue
-            changed.append((layer, vars(layer).get("call")))
-            vars(layer)["call"] = functools.partial(_in_phase, call, training)
+    with overridden(
+        (layer, "call", functools.partial(_in_phase, call, training))
+        for layer in layers.values()
+        if (call := getattr(layer, "call", None)) is not None
+        and "training" in inspect.signature(call).parameters
+    ):
         yield
-    finally:
-        for layer, before in changed:
-            vars(layer).pop("call", None)
-            if before is not None:
-                vars(layer)["call"] = before
 
 
 def _in_phase(call: Callable[..., Any], training: bool, /, *args: Any, **kwargs: Any) -> Any:

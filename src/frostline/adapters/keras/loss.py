@@ -8,8 +8,8 @@ that gives one number per batch is never asked about a single sample.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.trainers.compile_utils import CompileLoss
 
 from frostline.adapters import OutputDistance
+from frostline.adapters.keras.forward_pass import explained, shapes_of
 from frostline.data.batches import leaves
 from frostline.types import DataError, FrostlineError, ModelError
 from frostline.types.reasons import first_line
@@ -264,32 +265,21 @@ class _Unreduced:
         return ops.mean(ops.reshape(values, (rows, -1)), axis=-1)
 
 
-@contextmanager
-def _readable(y: Any, outputs: Any) -> Iterator[None]:
+def _readable(y: Any, outputs: Any) -> AbstractContextManager[None]:
     """Turn a loss's complaint about the labels into one line."""
-    try:
-        yield
-    except FrostlineError:
-        raise
-    except (ValueError, TypeError, KeyError, RuntimeError) as problem:
-        # Torch's word for shapes that do not fit is a RuntimeError, as are many other things.
-        if isinstance(problem, RuntimeError) and "must match" not in str(problem):
-            raise
+
+    def text(error: Exception) -> str:
         if isinstance(outputs, dict) and not isinstance(y, dict):
             name = next(iter(outputs))
-            raise DataError(
+            return (
                 "the model returns a mapping, and labels and losses are told by its names: pass "
                 f"labels {{{name!r}: y}} and loss={{{name!r}: ...}}, or a loss that is a function "
-                f"(labels, outputs). Received: label shapes {_shapes(y)} for outputs "
+                f"(labels, outputs). Received: label shapes {shapes_of(y)} for outputs "
                 f"{', '.join(map(repr, outputs))}"
-            ) from problem
-        raise DataError(
-            f"the loss does not take these labels: {first_line(problem)} "
-            f"Received: label shapes {_shapes(y)} for outputs of shapes {_shapes(outputs)}"
-        ) from problem
+            )
+        return (
+            f"the loss does not take these labels: {first_line(error)} Received: label shapes "
+            f"{shapes_of(y)} for outputs of shapes {shapes_of(outputs)}"
+        )
 
-
-def _shapes(structure: Any) -> Any:
-    return keras.tree.map_structure(
-        lambda leaf: "none" if leaf is None else tuple(leaf.shape), structure
-    )
+    return explained(text)

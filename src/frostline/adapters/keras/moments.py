@@ -23,9 +23,12 @@ import numpy as np
 from keras import ops
 
 from frostline.adapters.keras.calls import graph_of, record
-from frostline.adapters.keras.compile import inlined_functions
+from frostline.adapters.keras.compile import compiled
+from frostline.adapters.keras.forward_pass import tensors
 from frostline.adapters.keras.graph import is_site, walk
+from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.pipeline import prepared
+from frostline.adapters.keras.watch import STATISTICS
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.adapters.together import ALONE, Together
@@ -147,11 +150,11 @@ class MomentRecorder:
                     table |= zip(step.writes, keras.tree.flatten(outputs), strict=False)
             return [table[slot] for slot in program.gives], sums
 
-        compiled = self._compiled(("stage", id(program)), run, self._variables(program))
+        compiled_stage = self._compiled(("stage", id(program)), run, self._variables(program))
 
         def stage(values: Sequence[Any]) -> tuple[tuple[Any, ...], Seen]:
             try:
-                outputs, sums = compiled(list(values))
+                outputs, sums = compiled_stage(values)
             except (ValueError, TypeError) as error:
                 raise DataError(
                     f"the model does not take these data: {first_line(error)} "
@@ -170,11 +173,11 @@ class MomentRecorder:
                 self._call_model(values)
             return sums
 
-        compiled = self._compiled(("batch",), run, self.model.variables)
+        compiled_batch = self._compiled(("batch",), run, self.model.variables)
 
         def run_batch(batch: Batch) -> Seen:
             self._structure = prepared(self.model, batch.x)[0]
-            return _moments(compiled(list(keras.tree.flatten(self._structure))))
+            return _moments(compiled_batch(keras.tree.flatten(self._structure)))
 
         return run_batch
 
@@ -213,22 +216,12 @@ class MomentRecorder:
     def _newly_compiled(
         self, function: Callable[[Any], Any], variables: list[Any], eager: bool
     ) -> Callable[..., Any]:
-        backend = keras.backend.backend()
-        if backend == "jax" and not eager:
-            return _compiled_jax(function, variables)
-
-        def stateless(values: Any) -> Any:
-            values = [ops.convert_to_tensor(value) for value in values]
-            with keras.StatelessScope(collect_losses=True), inlined_functions():
+        def forward(mapping: Any, _traced: bool, _blend: Any, values: Any, *_: None) -> Any:
+            with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
                 return function(values)
 
-        if backend == "tensorflow" and not eager:
-            return _compiled_tensorflow(stateless)
-        if backend == "torch":
-            import torch
-
-            return torch.no_grad()(stateless)  # type: ignore[no-any-return]
-        return stateless
+        run = compiled(forward, variables, [], slope=False, eager=eager)
+        return lambda values: run([], ops.zeros(()), tensors(list(values)), None, None)
 
     # --- what is stored -----------------------------------------------------------------------
 
@@ -282,8 +275,7 @@ class MomentRecorder:
 
 
 def _statistics(layer: Any) -> list[Any]:
-    names = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
-    return [getattr(layer, name) for name in names if getattr(layer, name, None) is not None]
+    return [getattr(layer, name) for name in STATISTICS if getattr(layer, name, None) is not None]
 
 
 def _debias_state(layer: Any) -> list[Any]:
@@ -328,7 +320,6 @@ def _watching(
     layers: Mapping[str, Any], sums: dict[str, list[Any]], *, normalise: bool
 ) -> Iterator[None]:
     """Note the input of each call of the layers; with ``normalise`` use its batch statistics."""
-    before = {path: vars(layer).get("call") for path, layer in layers.items()}
 
     def watch(path: str, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -340,15 +331,10 @@ def _watching(
 
         return watched
 
-    try:
-        for path, layer in layers.items():
-            vars(layer)["call"] = watch(path, layer, layer.call)
+    with overridden(
+        (layer, "call", watch(path, layer, layer.call)) for path, layer in layers.items()
+    ):
         yield
-    finally:
-        for path, layer in layers.items():
-            vars(layer).pop("call", None)
-            if before[path] is not None:
-                vars(layer)["call"] = before[path]
 
 
 def _normalised(layer: Any, x: Any, entry: tuple[Any, ...]) -> Any:
@@ -461,43 +447,6 @@ def _add_up(count: Any, shift: Any, first: Any, second: Any) -> Moments:
     with np.errstate(invalid="ignore", over="ignore"):  # `finite` tells, the caller decides
         m2 = np.maximum(squares - np.square(total) / number, 0.0)
         return Moments(number, shift + total / number, m2)
-
-
-def _compiled_jax(function: Callable[[Any], Any], variables: list[Any]) -> Callable[..., Any]:
-    import jax
-
-    @jax.jit  # type: ignore[untyped-decorator]
-    def pure(state: list[Any], values: Any) -> Any:
-        mapping = list(zip(variables, state, strict=True))
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
-            return function(values)
-
-    def call(values: Any) -> Any:
-        return pure([variable.value for variable in variables], values)
-
-    return call
-
-
-def _compiled_tensorflow(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """One trace for all batch sizes; variables are read when it runs, not when it is traced."""
-    import tensorflow as tf
-
-    traced = tf.function(function, autograph=False)
-    known: dict[Any, Any] = {}
-
-    def call(values: list[Any]) -> Any:
-        values = [tf.convert_to_tensor(value) for value in values]
-        samples = values[0].shape[:1]
-        key = tuple(
-            (value.dtype, (None, *value.shape[1:]) if value.shape[:1] == samples else value.shape)
-            for value in values
-        )
-        if key not in known:
-            specs = [tf.TensorSpec(shape, dtype) for dtype, shape in key]
-            known[key] = traced.get_concrete_function(specs)
-        return known[key](values)
-
-    return call
 
 
 def _held(tensor: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras.arrays import to_numpy
+from frostline.adapters.keras.graph import optimized_variables
+from frostline.adapters.keras.overridden import overridden
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
@@ -25,8 +27,9 @@ def retarget(model: Any, *, always: bool = False) -> None:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return
-    known = {id(variable) for variable in _known(optimizer)}
-    if always or {id(variable) for variable in model.trainable_variables} != known:
+    if always or {id(v) for v in model.trainable_variables} != {
+        *(optimized_variables(model) or ())
+    }:
         try:
             with strategy_scope(model):
                 fresh = _rebuilt(optimizer, model.trainable_variables)
@@ -46,16 +49,12 @@ def strategy_scope(model: Any) -> AbstractContextManager[Any]:
     return scope
 
 
-def _known(optimizer: Any) -> list[Any]:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)  # loss scaling wraps another one
-    return list(inner._trainable_variables)
-
-
 def _rebuilt(optimizer: Any, variables: list[Any]) -> Any:
     """An optimizer of the same settings for other variables; common ones keep their slots."""
     fresh, probe = (type(optimizer).from_config(optimizer.get_config()) for _ in range(2))
     # Building an optimizer of the same kind over the old list tells what each old slot is.
-    old = dict(zip(_slot_keys(probe, _known(optimizer)), optimizer.variables, strict=True))
+    known = list(getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables)
+    old = dict(zip(_slot_keys(probe, known), optimizer.variables, strict=True))
     new = dict(zip(_slot_keys(fresh, variables), fresh.variables, strict=True))
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(optimizer, name):
@@ -82,12 +81,11 @@ def _slot_keys(optimizer: Any, variables: list[Any]) -> list[Any]:
         return recorded
 
     # On the new objects alone: their class, which others use, stays as it is.
-    inside = list(_optimizers_in(optimizer))
-    for part in inside:
-        vars(part)["add_variable_from_reference"] = recording(part.add_variable_from_reference)
-    optimizer.build(variables)
-    for part in inside:
-        vars(part).pop("add_variable_from_reference")
+    name = "add_variable_from_reference"
+    with overridden(
+        (part, name, recording(getattr(part, name))) for part in _optimizers_in(optimizer)
+    ):
+        optimizer.build(variables)
     keys: list[Any] = []
     seen: Counter[Any] = Counter()
     owner = 0

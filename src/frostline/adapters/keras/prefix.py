@@ -213,9 +213,8 @@ def weights_digest(model: Any) -> str:
     """Hash of all weights: kernels, gamma and beta, stored statistics."""
     digest = hashlib.sha256()
     for variable in model.weights:
-        value = np.ascontiguousarray(to_numpy(variable))
         digest.update(f"{variable.shape}|{variable.dtype}|".encode())
-        digest.update(value.reshape(-1).view(np.uint8).data)
+        digest.update(_bytes(variable)[2])
     return digest.hexdigest()
 
 

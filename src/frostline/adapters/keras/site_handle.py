@@ -6,16 +6,17 @@ for Keras layers and one for BN modules inside a ``TorchModuleWrapper``.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import keras
 from keras import ops
 
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.overridden import overridden
 from frostline.layers import BatchNormalization
 from frostline.numerics.blend import mixed
 from frostline.types import ModelError
@@ -88,7 +89,7 @@ class SiteCall:
     def count(self) -> Any:
         """Values per channel."""
         sizes, axes = ops.shape(self.x), reduced(self.x, self.handle.axis)
-        whole = functools.reduce(lambda one, other: one * other, (sizes[axis] for axis in axes))
+        whole = reduce(lambda one, other: one * other, (sizes[axis] for axis in axes))
         return ops.convert_to_tensor(whole, "int32")  # a tensor where a trace leaves a size open
 
     def parameters(self) -> tuple[Any, Any]:
@@ -142,18 +143,11 @@ def replaced(functions: Iterable[tuple[SiteHandle, Replacement]]) -> Iterator[No
         functions: (handle, function) pairs; a function is called as
             ``function(handle, original_call, *args, **kwargs)``.
     """
-    chosen = list(functions)
-    before = [(handle, vars(handle.owner).get(handle.name)) for handle, _ in chosen]
-    try:
-        for handle, function in chosen:
-            original_call = getattr(handle.owner, handle.name)
-            vars(handle.owner)[handle.name] = functools.partial(function, handle, original_call)
+    with overridden(
+        (handle.owner, handle.name, partial(function, handle, getattr(handle.owner, handle.name)))
+        for handle, function in functions
+    ):
         yield
-    finally:
-        for handle, own in before:
-            vars(handle.owner).pop(handle.name, None)
-            if own is not None:
-                vars(handle.owner)[handle.name] = own
 
 
 def blended_call(
@@ -279,17 +273,13 @@ class _KerasCall(SiteCall):
         layer, bound = self.layer, self.bound
         statistics = (layer.moving_mean, layer.moving_variance)
         stored = [ops.convert_to_tensor(variable) for variable in statistics]
-        before = vars(layer).get("_moments")
         try:
             for variable, value in zip(statistics, (mean, variance), strict=True):
                 variable.assign(value)  # seen in the StatelessScope around the pass only
             # For a `call` that insists on training mode.
-            vars(layer)["_moments"] = lambda *_, **__: (mean, variance)
-            return self.original_call(*bound.args, **bound.kwargs)
+            with overridden([(layer, "_moments", lambda *_, **__: (mean, variance))]):
+                return self.original_call(*bound.args, **bound.kwargs)
         finally:
-            vars(layer).pop("_moments", None)
-            if before is not None:
-                vars(layer)["_moments"] = before
             for variable, value in zip(statistics, stored, strict=True):
                 variable.assign(value)
 

@@ -11,6 +11,7 @@ import keras
 from frostline.adapters.keras import state as keras_state
 from frostline.adapters.keras.forward_pass import Collected, readable_labels
 from frostline.adapters.keras.optimizer import retarget
+from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.site_handle import replaced, site_handles, stored_call
 from frostline.types import ModelError
 
@@ -44,14 +45,9 @@ def trial(
         raise ModelError(f"nothing of model '{model.name}' trains: a trial would change nothing")
     collected = Collected(batches)
     history = vars(model).get("history")
-    with keras_state.preserved(model):
-        try:
-            _train(model, collected, epochs)
-            yield
-        finally:
-            vars(model).pop("history", None)
-            if history is not None:
-                vars(model)["history"] = history
+    with keras_state.preserved(model), overridden([(model, "history", history)]):
+        _train(model, collected, epochs)
+        yield
 
 
 def _train(model: Any, collected: Collected, epochs: int) -> None:
@@ -66,20 +62,16 @@ def _train(model: Any, collected: Collected, epochs: int) -> None:
 @contextmanager
 def fresh_step(model: Any) -> Iterator[None]:
     """Let ``fit`` trace its step anew: what has been traced holds other flags and policies."""
-    function, own = model.train_function, vars(model).get("train_step")
-    step = model.train_step
+    function, step = model.train_function, model.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
 
     try:
         model.train_function = None
-        # While another step lives, JAX would answer from its trace: to it two bound methods of one
-        # object are the same function.
-        vars(model)["train_step"] = train_step
-        yield
+        # Use a new closure: to JAX's jit cache two bound methods of one object are one function,
+        # and it would reuse the old trace.
+        with overridden([(model, "train_step", train_step)]):
+            yield
     finally:
         model.train_function = function
-        vars(model).pop("train_step", None)
-        if own is not None:
-            vars(model)["train_step"] = own

@@ -14,7 +14,8 @@ from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.types import Array
 
-_STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
+#: Names of the stored statistics of a BN layer; the last three with ``renorm`` only.
+STATISTICS = ("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev")
 _PARAMETERS = ("gamma", "beta")
 
 
@@ -52,7 +53,7 @@ def frozen_values(model: Any, *, parameters: bool, statistics: bool) -> list[Kep
         if layer.trainable:
             continue
         if is_site(layer):
-            names = [*(_PARAMETERS if parameters else ()), *(_STATISTICS if statistics else ())]
+            names = [*(_PARAMETERS if parameters else ()), *(STATISTICS if statistics else ())]
             found += [
                 _of_variable(place.path, name, layer)
                 for name in names
@@ -108,7 +109,7 @@ def weights_mark(model: Any, sites: Collection[str]) -> int:
         id(getattr(place.layer, name, None))
         for place in walk(model)
         if place.path in sites
-        for name in _STATISTICS
+        for name in STATISTICS
     }
     mark = 0
     for variable in model.weights:
