@@ -13,7 +13,6 @@ from frostline.causes.assignment import (
     explained_by_input,
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
-from frostline.causes.frozen import switched
 from frostline.causes.registry import cause
 from frostline.numerics.averages import OLD_SHARE
 from frostline.types import Certainty
@@ -67,14 +66,7 @@ def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
         yield from _extreme(case, assigned)
 
 
-@cause(
-    CauseCode.STATS_NEVER_UPDATED,
-    rank=120,
-    treated_by=(
-        Fix.RECALIBRATE,
-        Fix.SET_MOMENTUM,
-    ),
-)
+@cause(CauseCode.STATS_NEVER_UPDATED, rank=120, treated_by=(Fix.RECALIBRATE, Fix.SET_MOMENTUM))
 def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Statistics that are still those of the first day, or cannot move.
 
@@ -94,26 +86,24 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     paths = _of(CauseCode.STATS_NEVER_UPDATED, assigned)
     if not paths:
         return
-    verdicts = [assigned[path].number for path in paths]
-    if any("initial" in numbers for numbers in verdicts):
-        text = "mean and variance are the initial values in every channel"
-        if case.untrained:
-            text += ", and so are gamma and beta, as in a network that was never trained"
-    elif any("half_initial" in numbers for numbers in verdicts):
-        text = "one of mean and variance is the initial value in every channel"
-    elif any("updates" in numbers for numbers in verdicts):
-        text = "the layers have counted none"
-    else:
-        text = f"training mode does not move them ({case.decay_text(paths[0])})"
+    untrained = ", and so are gamma and beta, as in a network that was never trained"
+    texts = {
+        "initial": "mean and variance are the initial values in every channel"
+        + (untrained if case.untrained else ""),
+        "half_initial": "one of mean and variance is the initial value in every channel",
+        "updates": "the layers have counted none",
+        "decay": f"training mode does not move them ({case.decay_text(paths[0])})",
+    }
+    decided = {name for path in paths for name in assigned[path].number}
+    text = next(text for name, text in texts.items() if name in decided)
     trained = f" after {count(case.steps, 'step')}" if case.steps else ""
-    amount = _amount(case, paths)
     yield Claim(
         code=CauseCode.STATS_NEVER_UPDATED,
         message=f"the statistics of {count(len(paths), 'site')} were never updated{trained}: "
         f"{text}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
         "deviations away",
         sites=paths,
-        amount=amount,
+        amount=_amount(case, paths),
         standing=0.9,
         certainty="is",
         evidence={"bn_gap": case.bn_gap, "steps": float(case.steps or 0)},
@@ -121,14 +111,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-@cause(
-    CauseCode.MOMENTUM_CONVENTION,
-    rank=130,
-    treated_by=(
-        Fix.RECALIBRATE,
-        Fix.SET_MOMENTUM,
-    ),
-)
+@cause(CauseCode.MOMENTUM_CONVENTION, rank=130, treated_by=(Fix.RECALIBRATE, Fix.SET_MOMENTUM))
 def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """A PyTorch momentum in a Keras layer: the average is the last batch.
 
@@ -147,14 +130,7 @@ def momentum_convention(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _short(case, assigned, CauseCode.MOMENTUM_CONVENTION)
 
 
-@cause(
-    CauseCode.EMA_NOISE,
-    rank=140,
-    treated_by=(
-        Fix.RECALIBRATE,
-        Fix.SET_MOMENTUM,
-    ),
-)
+@cause(CauseCode.EMA_NOISE, rank=140, treated_by=(Fix.RECALIBRATE, Fix.SET_MOMENTUM))
 def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """An average over so few batches that it is as noisy as one of them.
 
@@ -172,14 +148,7 @@ def ema_noise(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _short(case, assigned, CauseCode.EMA_NOISE)
 
 
-@cause(
-    CauseCode.EMA_LAG,
-    rank=190,
-    treated_by=(
-        Fix.RECALIBRATE,
-        Fix.SET_MOMENTUM,
-    ),
-)
+@cause(CauseCode.EMA_LAG, rank=190, treated_by=(Fix.RECALIBRATE, Fix.SET_MOMENTUM))
 def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Averages that have not caught up with the weights or the data.
 
@@ -464,8 +433,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             findings=case.found("FL113"),
         )
         return
-    findings = [finding for finding in case.findings if finding.code == "FL113"]
-    paths = tuple(path for path in case.sites if any(path in finding.sites for finding in findings))
+    findings, paths = case.of_rule("FL113")
     if findings:
         effect = max(float(finding.evidence.get("effect", 0.0)) for finding in findings)
         yield Claim(
@@ -582,7 +550,7 @@ def _other_data_locked(case: Case) -> Iterator[Claim]:
     """Locked sites whose statistics are not those of the data, where that costs loss."""
     locked, gained = case.with_role("locked"), case.locked_gain
     far = max((case.mismatch(path) for path in locked), default=0.0)
-    if not gained or far <= FAR or {*locked} & {*switched(case)}:
+    if not gained or far <= FAR or {*locked} & {*case.of_rule("FL107")[1]}:
         return
     yield Claim(
         code=CauseCode.DOMAIN_STATS,

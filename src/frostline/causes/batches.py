@@ -23,14 +23,7 @@ REORDERED = 1e-3
 REORDERED_HALF = 5e-2
 
 
-@cause(
-    CauseCode.FORCED_TRAIN,
-    rank=20,
-    treated_by=(
-        Fix.INFERENCE_MODE,
-        Fix.RECALIBRATE,
-    ),
-)
+@cause(CauseCode.FORCED_TRAIN, rank=20, treated_by=(Fix.INFERENCE_MODE, Fix.RECALIBRATE))
 def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     """Inference that normalises with the batch at hand.
 
@@ -134,14 +127,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
-@cause(
-    CauseCode.SMALL_BATCH,
-    rank=170,
-    treated_by=(
-        Fix.RECALIBRATE,
-        Fix.LARGER_BATCH,
-    ),
-)
+@cause(CauseCode.SMALL_BATCH, rank=170, treated_by=(Fix.RECALIBRATE, Fix.LARGER_BATCH))
 def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Batches of so few values that the network fits each batch, not the data.
 

@@ -557,29 +557,28 @@ class Case:
     @cached_property
     def moved_from_reference(self) -> Mapping[str, float]:
         """Path -> distance of the stored statistics from the reference's, where they differ."""
-        known = self.reference
-        return (
-            {}
-            if known is None
-            else {
-                path: value
-                for path, value in known.statistics.items()
-                if value > EQUAL or not math.isfinite(value)
-            }
-        )
+        statistics = {} if self.reference is None else self.reference.statistics
+        return {
+            path: value
+            for path, value in statistics.items()
+            if value > EQUAL or not math.isfinite(value)
+        }
 
     def found(self, *codes: str, sites: Iterable[str] | None = None) -> tuple[str, ...]:
         """Which of these codes were found, optionally at some of these sites."""
         wanted = None if sites is None else set(sites)
-        return tuple(
-            sorted(
-                {
-                    finding.code
-                    for finding in self.findings
-                    if finding.code in codes and (wanted is None or wanted & set(finding.sites))
-                }
-            )
-        )
+        found = {
+            finding.code
+            for finding in self.findings
+            if finding.code in codes and (wanted is None or wanted & set(finding.sites))
+        }
+        return tuple(sorted(found))
+
+    def of_rule(self, code: str) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+        """Findings of a rule, and their sites in execution order."""
+        findings = tuple(finding for finding in self.findings if finding.code == code)
+        named = {path for finding in findings for path in finding.sites}
+        return findings, tuple(path for path in self.sites if path in named)
 
 
 def _kinship(first: str, second: str) -> int:

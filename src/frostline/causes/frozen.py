@@ -17,14 +17,7 @@ _QUIET = 0.15
 _SHOWN = 0.95
 
 
-@cause(
-    CauseCode.FROZEN_BATCH_STATS,
-    rank=100,
-    treated_by=(
-        Fix.FREEZE,
-        Fix.RECALIBRATE,
-    ),
-)
+@cause(CauseCode.FROZEN_BATCH_STATS, rank=100, treated_by=(Fix.FREEZE, Fix.RECALIBRATE))
 def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Frozen sites that normalise with the batch in training and with stored numbers afterwards.
 
@@ -61,14 +54,7 @@ def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-@cause(
-    CauseCode.FROZEN_DRIFT,
-    rank=110,
-    treated_by=(
-        Fix.FREEZE,
-        Fix.RECALIBRATE,
-    ),
-)
+@cause(CauseCode.FROZEN_DRIFT, rank=110, treated_by=(Fix.FREEZE, Fix.RECALIBRATE))
 def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Frozen sites whose statistics (or gamma and beta) move, or have moved from a reference.
 
@@ -100,14 +86,7 @@ def frozen_drift(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield from _drift_in_prefix(case, assigned)
 
 
-@cause(
-    CauseCode.MODE_RESET,
-    rank=90,
-    treated_by=(
-        Fix.FREEZE,
-        Fix.RECALIBRATE,
-    ),
-)
+@cause(CauseCode.MODE_RESET, rank=90, treated_by=(Fix.FREEZE, Fix.RECALIBRATE))
 def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Sites frozen by a flag or by eval(), which each training step undoes.
 
@@ -129,7 +108,6 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
     if not paths:
         return
-    amount = case.blame(paths) or None
     replaced = max(1 - case.sites[path].site.decay for path in paths)
     yield Claim(
         code=CauseCode.MODE_RESET,
@@ -137,7 +115,7 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
         "wrapper around) went back to training mode with the model: a step used the batch and "
         f"replaced {replaced:.2g} of the statistics",
         sites=paths,
-        amount=amount,
+        amount=case.blame(paths) or None,
         standing=_QUIET,
         certainty="is",
         evidence={"replaced_per_step": replaced, "bn_gap": case.bn_gap},
@@ -145,14 +123,7 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-@cause(
-    CauseCode.STALE_SWITCH,
-    rank=230,
-    treated_by=(
-        Fix.FREEZE,
-        Fix.RECALIBRATE,
-    ),
-)
+@cause(CauseCode.STALE_SWITCH, rank=230, treated_by=(Fix.FREEZE, Fix.RECALIBRATE))
 def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     """``trainable`` was flipped since the training step was compiled.
 
@@ -166,8 +137,7 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     ## When it is something else
     Loops of your own in eager PyTorch read the flag at every step.
     """
-    findings = [finding for finding in case.findings if finding.code == "FL107"]
-    paths = switched(case)
+    findings, paths = case.of_rule("FL107")
     if not paths:
         return
     amount = case.blame(paths) + case.locked_gain * bool({*paths} & {*case.with_role("locked")})
@@ -184,12 +154,6 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
     )
 
 
-def switched(case: Case) -> tuple[str, ...]:
-    """Sites whose flag was flipped with no effect on the compiled training step."""
-    findings = [finding for finding in case.findings if finding.code == "FL107"]
-    return tuple(path for path in case.sites if any(path in finding.sites for finding in findings))
-
-
 def _is_reset(case: Case, path: str) -> bool:
     return bool(case.sites[path].wrapper_frozen) or case.sites[path].undone
 
@@ -197,7 +161,6 @@ def _is_reset(case: Case, path: str) -> bool:
 def _drift(
     case: Case, paths: tuple[str, ...], moving: tuple[str, ...], drifted: tuple[str, ...]
 ) -> Claim:
-    amount = case.blame(paths) or None
     evidence: dict[str, float | str] = {"bn_gap": case.bn_gap}
     if drifted:
         farthest = max(case.moved_from_reference[path] for path in drifted)
@@ -215,7 +178,7 @@ def _drift(
         code=CauseCode.FROZEN_DRIFT,
         message=f"the statistics of {count(len(paths), 'frozen site')} move: {text}",
         sites=paths,
-        amount=amount,
+        amount=case.blame(paths) or None,
         standing=_SHOWN if drifted else _QUIET,
         certainty="is",
         evidence=evidence,
