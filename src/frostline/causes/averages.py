@@ -6,12 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import (
-    EXTREME,
-    Assigned,
-    began_at_initial,
-    explained_by_input,
-)
+from frostline.causes.assignment import EXTREME, Assigned, began_at_initial, explained_by_input
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.registry import cause
 from frostline.numerics.averages import OLD_SHARE

@@ -7,13 +7,7 @@ from typing import Annotated
 
 import typer
 
-from frostline.cli.options import (
-    BackendOption,
-    ModelArgument,
-    ModelOptions,
-    OutputOptions,
-    command,
-)
+from frostline.cli.options import BackendOption, ModelArgument, ModelOptions, OutputOptions, command
 
 
 class FrozenPolicy(StrEnum):

@@ -22,8 +22,7 @@ def freeze(
     ],
     target: OutputOptions,
     dropout: Annotated[
-        bool,
-        typer.Option("--dropout", help="Also set the rates of frozen dropout to 0, for good."),
+        bool, typer.Option("--dropout", help="Also set the rates of frozen dropout to 0, for good.")
     ] = False,
 ) -> int:
     """Freeze all layers before a boundary, parameters and statistics."""

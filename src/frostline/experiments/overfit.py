@@ -73,9 +73,7 @@ def run_overfit(
         images = networks.load(settings, settings.per_class)
         data, classes = networks.arrays(settings, images), len(images.class_names)
         start = OverfitResult(
-            settings=settings,
-            selection=dict(images.selection),
-            environment=environment.facts(),
+            settings=settings, selection=dict(images.selection), environment=environment.facts()
         )
 
         def measure(row: Row) -> RowResult:

@@ -44,10 +44,7 @@ ROWS: dict[str, Row] = {
             policy="batch",
             meaning="frozen BN uses batch statistics, no update (Keras 2.1.3 to 2.2.4)",
         ),
-        Row(
-            name="inference",
-            meaning="frozen BN uses its stored statistics (the patch, Keras 3)",
-        ),
+        Row(name="inference", meaning="frozen BN uses its stored statistics (the patch, Keras 3)"),
         Row(
             name="inference+debias",
             debias=True,

@@ -211,10 +211,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         state = self._state
         if state is None:
             return []
-        pairs = [
-            (self._trained_gamma, state.held_gamma),
-            (self._trained_beta, state.held_beta),
-        ]
+        pairs = [(self._trained_gamma, state.held_gamma), (self._trained_beta, state.held_beta)]
         return [pair for pair in pairs if pair[0] is not None]
 
     def _track_variables(self) -> None:
@@ -434,13 +431,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         move(self.moving_variance, stored[1] * decay + variance * rest, update)
 
     def _update_debiased(
-        self,
-        mean: Any,
-        variance: Any,
-        update: Any,
-        stored: tuple[Any, Any],
-        decay: Any,
-        rest: Any,
+        self, mean: Any, variance: Any, update: Any, stored: tuple[Any, Any], decay: Any, rest: Any
     ) -> None:
         """Zero-debias: ``b += (batch - b)(1 - decay)``, ``stored = b / (1 - decay**t)``."""
         state = self._require_state()
@@ -486,12 +477,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         moved = read(self.moving_stddev, x.dtype) * decay + stddev * rest
         move(self.moving_stddev, moved, live)
         move(self.moving_variance, ops.relu(moved * moved - self.epsilon), live)
-        return (
-            select(live, mean, stored[0]),
-            select(live, variance, stored[1]),
-            gamma,
-            beta,
-        )
+        return (select(live, mean, stored[0]), select(live, variance, stored[1]), gamma, beta)
 
     # --- a ramp after thawing -----------------------------------------------------------------
 

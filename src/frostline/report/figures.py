@@ -367,10 +367,7 @@ def _frozen(report: Report, paths: Sequence[str]) -> list[bool]:
 def _kinds(frozen: Sequence[bool]) -> list[tuple[Array, str, str]]:
     """Return (positions, marker, colour) of frozen sites and of sites that train."""
     is_frozen = np.array(frozen, dtype=bool)
-    return [
-        (np.flatnonzero(is_frozen), "o", FROZEN),
-        (np.flatnonzero(~is_frozen), "s", TRAINS),
-    ]
+    return [(np.flatnonzero(is_frozen), "o", FROZEN), (np.flatnonzero(~is_frozen), "s", TRAINS)]
 
 
 def _bars(ax: Axes, heights: Array, frozen: Sequence[bool]) -> None:

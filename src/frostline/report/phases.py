@@ -29,9 +29,7 @@ def as_text(table: PhaseTable) -> str:
     cells = [[escaping.printable(cell) for cell in row] for row in _cells(table)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])],
-        ).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in cells
     ]
     return "\n".join([*lines, _caption(table), *map(escaping.printable, table.patterns)])

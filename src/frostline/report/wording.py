@@ -327,15 +327,9 @@ def readings(report: Report) -> list[tuple[str, str]]:
     measured, found = report.measurement, report.attribution
     rows: list[tuple[str, str]] = []
     if measured is not None:
-        rows += [
-            ("gap", _GAP_READING.format(n=measured.samples)),
-            ("interval", _INTERVAL_READING),
-        ]
+        rows += [("gap", _GAP_READING.format(n=measured.samples)), ("interval", _INTERVAL_READING)]
     if found is not None:
-        rows += [
-            ("λ", _BLEND_READING),
-            ("share", _share_reading(found)),
-        ]
+        rows += [("λ", _BLEND_READING), ("share", _share_reading(found))]
     if measured is not None and measured.sites:
         rows += [("shift", _SHIFT_READING), ("variance ratio", _RATIO_READING)]
     if report.causes:

@@ -105,10 +105,7 @@ def between_source_variance_missing(
 
 @rule("FL310", "shared-site-different-sources", severity="warning", needs="data")
 def shared_site_different_sources(
-    measured_sites: Measured,
-    *,
-    max_shift: float = 0.5,
-    max_scale: float = 1.5,
+    measured_sites: Measured, *, max_shift: float = 0.5, max_scale: float = 1.5
 ) -> Iterator[Hit]:
     """One BN layer normalises several tensors that were seen to differ.
 
@@ -169,10 +166,7 @@ def shared_site_different_sources(
 
 @rule("FL313", "channels-dead-on-data", severity="info", needs="data")
 def channels_dead_on_data(
-    measured_sites: Measured,
-    *,
-    max_ratio: float = 1e-3,
-    min_share: float = 0.05,
+    measured_sites: Measured, *, max_ratio: float = 1e-3, min_share: float = 0.05
 ) -> Iterator[Hit]:
     """Channels that were alive when the statistics were taken are constant on the data.
 

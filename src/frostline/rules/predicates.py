@@ -106,10 +106,7 @@ def expected_behaviour(facts: SiteFacts) -> Behaviour:
     stores = site.policy == "batch" or facts.mean is not None
     locked = site.stats_frozen and (site.policy == "inference" or not stores)
     return Behaviour(
-        path=site.path,
-        training=0.0 if locked else 1.0,
-        inference=None,
-        moves=not site.stats_frozen,
+        path=site.path, training=0.0 if locked else 1.0, inference=None, moves=not site.stats_frozen
     )
 
 
