@@ -11,7 +11,9 @@ tensors become numpy by duck typing.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -120,11 +122,13 @@ def take(batch: Batch, rows: Any) -> Batch:
         DataError: The batch is not arrays of one length.
     """
     require_arrays(batch, "the batch")
-    return Batch(
-        map_leaves(lambda leaf: leaf[rows], batch.x),
-        map_leaves(lambda leaf: leaf[rows], batch.y),
-        map_leaves(lambda leaf: leaf[rows], batch.sample_weight),
-    )
+    return _mapped(batch, lambda leaf: leaf[rows])
+
+
+def _mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """Inputs, targets and weights with ``function`` applied to every array."""
+    x, y, weight = (map_leaves(function, v) for v in (batch.x, batch.y, batch.sample_weight))
+    return Batch(x, y, weight)
 
 
 def left_out(batch: Batch) -> str | None:
@@ -293,15 +297,11 @@ def paired(stream: Iterable[Batch]) -> Iterator[Batch]:
     """
     before: Batch | None = None
     for batch in stream:
-        if before is not None and batch.count == 1:
-            if (before.count or 0) > 1 and batch.regular and before.regular and not batch.named:
-                try:
+        if before is not None and batch.count == 1 and (before.count or 0) > 1:
+            if batch.regular and before.regular and not batch.named:
+                with contextlib.suppress(DataError):
                     before = joined([before, batch])
-                    continue
-                except DataError:
-                    continue
-            if (before.count or 0) > 1:
-                continue
+            continue
         if before is not None:
             yield before
         before = batch
@@ -326,7 +326,7 @@ def to_numpy(value: Any) -> Array:
             if "float8" in str(value.dtype) or "bfloat16" in str(value.dtype):
                 value = value.float()
         try:
-            array = np.asarray(value.numpy() if _has_numpy(value) else value)
+            array = np.asarray(value.numpy() if callable(getattr(value, "numpy", None)) else value)
         except Exception as error:
             raise DataError(
                 f"Cannot convert to a rectangular array of numbers ({first_line(error)}). "
@@ -592,16 +592,13 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _cut(whole: Batch, batch_size: int) -> Iterator[Batch]:
     """Cut arrays into batches; lengths are checked before the first one is handed out."""
-    whole = Batch(
-        map_leaves(_sliceable, whole.x),
-        map_leaves(_sliceable, whole.y),
-        map_leaves(_sliceable, whole.sample_weight),
-    )
+    whole = _mapped(whole, _sliceable)
     count = _common_length(whole, "the data")
 
     def cut() -> Iterator[Batch]:
         for start in range(0, count, batch_size):
-            yield _rows(whole, slice(start, start + batch_size))
+            rows = slice(start, start + batch_size)
+            yield _mapped(whole, operator.itemgetter(rows))
 
     return cut()
 
@@ -611,14 +608,6 @@ def _sliceable(value: Any) -> Any:
     if type(value).__module__.split(".")[0] == "pandas" or not _has_shape(value):
         return to_numpy(value)
     return value
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        map_leaves(lambda leaf: leaf[rows], batch.x),
-        map_leaves(lambda leaf: leaf[rows], batch.y),
-        map_leaves(lambda leaf: leaf[rows], batch.sample_weight),
-    )
 
 
 def _checked(
@@ -640,7 +629,7 @@ def _checked(
         weighted = batch.sample_weight is not None
         count = 1 if count is None else count
         if max_samples is not None and seen + count > max_samples and batch.regular:
-            batch = _rows(batch, slice(max_samples - seen))
+            batch = take(batch, slice(max_samples - seen))
             count = len(batch)
         if check_finite:
             _require_finite(batch, where, seen)
@@ -660,17 +649,10 @@ def _converted(batch: Batch, where: str, seen: int) -> Batch:
     alone = len(found) == 1 and batch.x is found[0][1]
     for name, leaf in ((f"x{found[0][0]}", found[0][1]), ("y", batch.y)):
         if (alone or batch.whole is None) and _is_scalar(leaf):
-            raise DataError(
-                f"In {where}: {name} is a single number, not a batch; batch the data first, for "
-                "example with dataset.batch(32)."
-            )
+            raise _not_a_batch(where, name)
     if batch.whole is None:
         try:
-            batch = Batch(
-                map_leaves(to_numpy, batch.x),
-                map_leaves(to_numpy, batch.y),
-                map_leaves(to_numpy, batch.sample_weight),
-            )
+            batch = _mapped(batch, to_numpy)
         except DataError as error:
             raise DataError(f"In {where} (from sample {seen}): {error}") from error
         _common_length(batch, where)
@@ -680,6 +662,13 @@ def _converted(batch: Batch, where: str, seen: int) -> Batch:
         x=batch.x if _one_each(batch.x, batch.y) else _as_arrays(batch.x),
         y=_as_arrays(batch.y),
         sample_weight=_as_arrays(batch.sample_weight),
+    )
+
+
+def _not_a_batch(where: str, name: str) -> DataError:
+    return DataError(
+        f"In {where}: {name} is a single number, not a batch; batch the data first, for example "
+        "with dataset.batch(32)."
     )
 
 
@@ -777,10 +766,7 @@ def _common_length(batch: Batch, where: str) -> int:
         raise DataError(f"In {where}: x holds no array. Received: x={batch.x!r}")
     for name, leaf in named:
         if len(_shape(leaf)) == 0:
-            raise DataError(
-                f"In {where}: {name} is a single number, not a batch; batch the data first, for "
-                "example with dataset.batch(32)."
-            )
+            raise _not_a_batch(where, name)
     lengths = {_shape(leaf)[0] for _, leaf in named}
     if len(lengths) > 1:
         sizes = ", ".join(f"{name}: {_shape(leaf)[0]}" for name, leaf in named)
@@ -872,10 +858,6 @@ def _is_numbers(value: Any) -> bool:
             return True
         value = value[0]
     return isinstance(value, (int, float, complex, str, np.generic))
-
-
-def _has_numpy(value: Any) -> bool:
-    return callable(getattr(value, "numpy", None))
 
 
 def _describe(value: Any) -> str:
