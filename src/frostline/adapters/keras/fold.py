@@ -131,8 +131,8 @@ def _factors(site: Any, path: str) -> tuple[Array, Array]:
     bad = int(np.count_nonzero(~np.isfinite(scale) | ~np.isfinite(shift)))
     if bad:
         raise ModelError(
-            f"'{path}' cannot be folded: {bad} of {len(scale)} channels hold a NaN, an infinity "
-            "or a negative variance. Recalibrate it first. "
+            f"'{path}' cannot be folded: {bad} of its {len(scale)} channels hold a NaN, an "
+            "infinity or a negative variance. Recalibrate it first. "
             f"Received: smallest stored variance {float64(site.moving_variance).min():g}"
         )
     return scale, shift

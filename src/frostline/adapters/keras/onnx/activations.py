@@ -112,11 +112,6 @@ def _softmax(writer: Writer, call: Call) -> Value:
     return writer.made(call, writer.add("Softmax", [value.name], axis=axis))
 
 
-RULES: Rules = {
-    L.Activation: _activation,
-    L.LeakyReLU: _leaky,
-    L.ReLU: _relu,
-    L.Softmax: _softmax,
-}
+RULES: Rules = {L.Activation: _activation, L.LeakyReLU: _leaky, L.ReLU: _relu, L.Softmax: _softmax}
 #: Of operations that are no layers, by the name of their class.
 OPERATIONS: Mapping[str, Rule] = {kind: _by_name(kind) for kind in _BY_NAME}

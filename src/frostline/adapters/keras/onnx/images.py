@@ -20,7 +20,6 @@ from frostline.adapters.keras.onnx.writer import (
     Rules,
     Value,
     Writer,
-    bias_of,
     require,
     require_float32,
 )
@@ -57,36 +56,37 @@ def _pads(
     return {"pads": [t // 2 for t in totals] + [t - t // 2 for t in totals]}
 
 
-def _convolve(
-    writer: Writer, call: Call, kernel: Array, bias: Array, groups: int, dilation: Sequence[int]
-) -> Value:
-    """A convolution with the BN layer behind it, then its activation."""
+def _convolved(
+    writer: Writer, call: Call, kernel: Array, groups: int, bias: Sequence[str] = ()
+) -> tuple[str, bool]:
+    """Name of the output of a convolution as its layer has it, and whether Keras has it last."""
     layer, value = call.operation, writer.entry(call)
     name, last = _images(writer, value, layer)
-    scale, shift = writer.affine(layer, len(bias))
-    size = kernel.shape[2:]
+    size, dilation = kernel.shape[2:], layer.dilation_rate
     name = writer.add(
         "Conv",
-        [
-            name,
-            writer.constant(kernel * scale[:, None, None, None]),
-            writer.constant(bias * scale + shift),
-        ],
+        [name, writer.constant(kernel), *bias],
         strides=list(layer.strides),
         dilations=list(dilation),
         group=groups,
         kernel_shape=list(size),
         **_pads(layer.padding, _sizes(value, last=last), size, layer.strides, dilation),
     )
-    return activated(writer, layer.activation, writer.made(call, name, moved=last))
+    return name, last
+
+
+def _whole(writer: Writer, call: Call, kernel: Array, groups: int) -> Value:
+    """A convolution with the BN layer behind it, then its activation."""
+    scale, bias = writer.affine(call.operation, len(kernel))
+    kernel = kernel * scale[:, None, None, None]
+    name, last = _convolved(writer, call, kernel, groups, [writer.constant(bias)])
+    return activated(writer, call.operation.activation, writer.made(call, name, moved=last))
 
 
 def _conv2d(writer: Writer, call: Call) -> Value:
     layer = call.operation
     kernel = float64(layer.kernel).transpose(3, 2, 0, 1)  # (h, w, in, out) -> (out, in, h, w)
-    return _convolve(
-        writer, call, kernel, bias_of(layer, len(kernel)), layer.groups, layer.dilation_rate
-    )
+    return _whole(writer, call, kernel, layer.groups)
 
 
 def _depthwise_kernel(layer: Any) -> Array:
@@ -96,29 +96,16 @@ def _depthwise_kernel(layer: Any) -> Array:
 
 
 def _depthwise(writer: Writer, call: Call) -> Value:
-    layer = call.operation
-    kernel = _depthwise_kernel(layer)
-    groups = len(kernel) // layer.depth_multiplier
-    return _convolve(writer, call, kernel, bias_of(layer, len(kernel)), groups, layer.dilation_rate)
+    kernel = _depthwise_kernel(call.operation)
+    return _whole(writer, call, kernel, len(kernel) // call.operation.depth_multiplier)
 
 
 def _separable(writer: Writer, call: Call) -> Value:
-    layer, value = call.operation, writer.entry(call)
-    name, last = _images(writer, value, layer)
+    layer = call.operation
     kernel = _depthwise_kernel(layer)
-    size = kernel.shape[2:]
-    name = writer.add(
-        "Conv",
-        [name, writer.constant(kernel)],
-        strides=list(layer.strides),
-        dilations=list(layer.dilation_rate),
-        group=len(kernel) // layer.depth_multiplier,
-        kernel_shape=list(size),
-        **_pads(layer.padding, _sizes(value, last=last), size, layer.strides, layer.dilation_rate),
-    )
+    name, last = _convolved(writer, call, kernel, len(kernel) // layer.depth_multiplier)
     pointwise = float64(layer.pointwise_kernel).transpose(3, 2, 0, 1)
-    scale, shift = writer.affine(layer, len(pointwise))
-    bias = bias_of(layer, len(pointwise)) * scale + shift
+    scale, bias = writer.affine(layer, len(pointwise))
     weights = [writer.constant(pointwise * scale[:, None, None, None]), writer.constant(bias)]
     name = writer.add("Conv", [name, *weights], kernel_shape=[1, 1])
     return activated(writer, layer.activation, writer.made(call, name, moved=last))

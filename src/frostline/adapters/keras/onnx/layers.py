@@ -25,7 +25,6 @@ from frostline.adapters.keras.onnx.writer import (
     Rules,
     Value,
     Writer,
-    bias_of,
     require,
     require_float32,
 )
@@ -131,9 +130,8 @@ def _dense(writer: Writer, call: Call) -> Value:
         "a Dense layer with LoRA or quantization",
     )
     kernel = float64(layer.kernel)
-    scale, shift = writer.affine(layer, kernel.shape[1])
+    scale, bias = writer.affine(layer, kernel.shape[1])
     name = writer.add("MatMul", [value.name, writer.constant(kernel * scale)])
-    bias = bias_of(layer, kernel.shape[1]) * scale + shift
     name = writer.add("Add", [name, writer.constant(bias)])
     return activated(writer, layer.activation, writer.made(call, name))
 

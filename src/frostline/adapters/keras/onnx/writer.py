@@ -137,9 +137,9 @@ class Writer:
         return Value(name=name, shape=self.shape(slot), dtype=dtype, moved=moved)
 
     def affine(self, layer: Any, channels: int) -> tuple[Array, Array]:
-        """Scale and shift of the BN layer that a linear layer takes; 1 and 0 without one."""
-        nothing = (np.ones(channels), np.zeros(channels))
-        return self.folded.get(id(layer), nothing)
+        """What a linear layer's kernel is multiplied with, and its bias, with the BN behind it."""
+        scale, shift = self.folded.get(id(layer), (np.ones(channels), np.zeros(channels)))
+        return scale, shift if layer.bias is None else float64(layer.bias) * scale + shift
 
     # --- the graph ----------------------------------------------------------------------------
 
@@ -193,11 +193,6 @@ class Writer:
         shared = sum(operation is layer or operation is site for operation in calls) > 2
         alone = not shared and takes(layer, site, len(self.shape(call.writes[0])))
         return site if alone else None
-
-
-def bias_of(layer: Any, count: int) -> Array:
-    """The bias of a linear layer, shape ``(count,)``; 0 where it has none."""
-    return np.zeros(count) if layer.bias is None else float64(layer.bias)
 
 
 def require_float32(value: Value) -> None:
