@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -26,11 +27,14 @@ from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.prefix import leaf as read_leaf
 from frostline.adapters.torch.replay import Call, Form, Key, Plan
+from frostline.adapters.torch.replayed_parts import Inputs, ReplayedPrefix
 from frostline.types import ModelError
 
 #: Batches that are answered from the cache and computed as well, to compare.
 _CHECKED = 2
 _DIGEST = 16
+#: Seconds of frozen passes to come from which on exporting the frozen part to an engine pays.
+_EXPORT_PAYS_S = 10.0
 #: An epoch of new samples from a loader that had brought samples before weighs as much as so many
 #: from loaders that had not.
 _AGAIN = 4
@@ -51,6 +55,8 @@ class Memory:
         idle: Grows with every epoch in a row that brought new samples only.
         readers: Loaders (by id) that have brought samples.
         broken: Why the rows are no longer used.
+        engine: Computes rows in the place of the model; ``None``: there is none.
+        seconds: What a sample of the first batch took; ``None`` once an engine was sought.
     """
 
     def __init__(self, identity: str) -> None:
@@ -62,6 +68,8 @@ class Memory:
         self.readers: set[int] = set()
         self.checked = self.idle = 0
         self.broken = ""
+        self.engine: Any = None
+        self.seconds: float | None = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -87,9 +95,21 @@ class Cached:
             ``digests`` of those that it has, and arrays of their rows; ``save(identity, digests,
             arrays)`` takes new ones.
         views: How many seeds of a random augmentation take turns.
+        engine: What computes the frozen part: ``"native"`` is the model itself.
+        accelerate: ``(prefix, batch, samples, engine)`` -> what computes a batch of the prefix
+            faster, on arrays; or ``None``.
     """
 
-    def __init__(self, model: Any, loader: Any, store: Any = None, views: int = 1) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loader: Any,
+        store: Any = None,
+        views: int = 1,
+        engine: str = "native",
+        accelerate: Any = None,
+    ) -> None:
+        self.engine, self.accelerate = engine, accelerate
         self.root = unwrapped(model)
         self.views = views
         if views > 1:
@@ -99,6 +119,7 @@ class Cached:
         self.memories = _MEMORIES.setdefault(self.root, {})
         self.known: dict[Any, tuple[Plan, Memory]] = {}
         self.answered = 0  # samples whose frozen part was skipped
+        self.private = ""  # what keeps rows out of the store
         still = replay.still_modules(self.root)
         if not any(True for module in still.values() for _ in module.parameters()):
             raise ModelError(
@@ -157,6 +178,8 @@ class Cached:
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
         rows = [memory.rows.get(each) for each in digests]
+        if shapes in memory.forms and any(row is None for row in rows):
+            rows = self._by_engine(plan, memory, args, kwargs, digests) or rows
         if shapes not in memory.forms or any(row is None for row in rows):
             return self._recorded(plan, memory, forward, args, kwargs, digests, shapes)
         forms = memory.forms[shapes]
@@ -185,8 +208,17 @@ class Cached:
         found = identity_of(parts, read_leaf)
         identity = found.text
         if found.private:  # part of it cannot be read: tell by its numbers, in this process alone
+            if self.store is not None and not self.private:
+                warnings.warn(
+                    "fl.cached keeps the features in memory only, path= has no effect: the frozen "
+                    f"part holds {found.private}, which cannot be told from another in a later run",
+                    stacklevel=3,
+                )
+            self.private = found.private
             parts[1] = [dict(module.state_dict(keep_vars=True)) for module in parts[1]]
             identity = _PRIVATE + identity_of(parts, read_leaf).text
+        if self.engine != "native":  # its rows differ by rounding
+            identity = f"{identity} {self.engine}"
         memory = self.memories.setdefault(identity, Memory(identity))
         self.known[state] = (plan, memory)
         return self.known[state]
@@ -196,16 +228,53 @@ class Cached:
         digests: list[bytes], shapes: str,
     ) -> Any:  # fmt: skip
         """Run the model as it is and note what the frontier returns."""
+        began = time.perf_counter()
         forms, tensors, made = _noted(plan, len(digests), lambda: forward(*args, **kwargs))
         if forms is None:
             self._give_up("a frozen module returned something else than one row per sample")
             return made
         memory.forms[shapes] = forms
+        if memory.seconds is not None:
+            memory.seconds = (time.perf_counter() - began) / len(digests)
         for number, digest in enumerate(digests):
             if digest not in memory.rows:
                 row = tuple(tensor[number] for tensor in tensors)
                 memory.rows[digest] = memory.unsaved[digest] = row
         return made
+
+    def _by_engine(
+        self, plan: Plan, memory: Memory, args: Any, kwargs: Any, digests: list[bytes]
+    ) -> list[Any] | None:
+        """Rows of a batch, computed by an engine where there is one that pays."""
+        if memory.seconds is not None:
+            seconds, memory.seconds = memory.seconds, None
+            memory.engine = self._engine(plan, args, kwargs, seconds)
+        if memory.engine is None:
+            return None
+        columns = [torch.from_numpy(each) for each in memory.engine([_array(x) for x in args])]
+        for number, digest in enumerate(digests):
+            if digest not in memory.rows:
+                row = tuple(column[number].clone() for column in columns)
+                memory.rows[digest] = memory.unsaved[digest] = row
+        return [memory.rows[each] for each in digests]
+
+    def _engine(self, plan: Plan, args: Any, kwargs: Any, seconds: float) -> Any:
+        """What computes the frozen part faster than the model, from float32 tensors on the CPU."""
+        leaves = [x for form in plan.forms.values() for x in form.leaves if x]
+        plain = all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args)
+        single = all(leaf[1] == torch.float32 and leaf[2].type == "cpu" for leaf in leaves)
+        if self.accelerate is None or kwargs or not plain or not single or any(_casting()):
+            return None
+        count = len(args[0])
+        samples = len(self.loader) * count if hasattr(self.loader, "__len__") else None
+        if self.engine == "auto" and (samples or 0) * seconds < _EXPORT_PAYS_S:
+            return None
+        given, spec = pytree.tree_flatten((args, kwargs))
+        shapes = tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in given)
+        inputs = Inputs(form=Form(spec=spec, leaves=shapes, constants={}), crossing=())
+        prefix = ReplayedPrefix(self.root, plan, inputs)
+        with untouched(self.root):
+            return self.accelerate(prefix, [_array(x) for x in args], samples, self.engine)
 
     def _from_store(self, memory: Memory, digests: list[bytes], leaves: list[Any]) -> None:
         """Take rows that an earlier run has stored."""
@@ -388,6 +457,6 @@ def _bytes(tensor: Any, count: int) -> list[memoryview]:
     return [row.data for row in flat.view(torch.uint8).numpy()]
 
 
-def cached(model: Any, loader: Any, *, store: Any = None, views: int = 1) -> Cached:
-    """See :func:`frostline.cached`."""
-    return Cached(model, loader, store, views)
+def cached(model: Any, loader: Any, **ways: Any) -> Cached:
+    """See :func:`frostline.cached` and :class:`Cached`."""
+    return Cached(model, loader, **ways)

@@ -297,8 +297,8 @@ def test_what_cannot_be_is_said_before_the_loop() -> None:
     with pytest.raises(ModelError, match="Freeze first"):
         fl.cached(ResNet(), loader(Y))
     model = made(ResNet, "layer2")
-    with pytest.raises(ModelError, match="cache_features"):
-        fl.cached(model, loader(Y), engine="onnxruntime")
+    with pytest.raises(ModelError, match="onnxruntime, openvino"):
+        fl.cached(model, loader(Y), engine="tensorrt")
     with pytest.raises(DataError, match="views=0"):
         fl.cached(model, loader(Y), views=0)
 
@@ -330,6 +330,47 @@ def test_single_samples_and_lists_of_images() -> None:
     cached = fl.cached(model, batches[0])
     require_same(trained(model, cached, step), trained(twin, batches[1], step))
     assert cached.answered > len(X[:9])
+
+
+def test_an_engine_computes_what_is_not_known_yet(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def build() -> Any:
+        return made(ResNet, "layer2").float()
+
+    def float_loader() -> Any:
+        generator = torch.Generator().manual_seed(2)
+        return DataLoader(TensorDataset(X.float(), Y), 4, shuffle=True, generator=generator)
+
+    model, twin = build(), build()
+    cached = fl.cached(model, float_loader(), engine="onnxruntime", path=tmp_path)
+    with Seen(model.stem) as seen:
+        trained(model, cached, plain_loss)
+    trained(twin, float_loader(), plain_loss)
+    # The first batch, the last one of another size, checks and export; the first pass has 6.
+    assert cached.answered >= 3 * len(X) - 4 - 1
+    assert seen.sizes.count(4) < 6 + 6
+    theirs = twin.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    other = build()
+    native = fl.cached(other, float_loader(), engine="native", path=tmp_path)
+    with Seen(other.stem) as seen:
+        trained(other, native, plain_loss, 1)
+    assert sum(seen.sizes) >= len(X)  # rows of an engine are not those of the model itself
+
+
+def test_validation_data_beside_the_training_data_are_no_random_augmentation() -> None:
+    model, held = made(ResNet, "layer2"), [(X[:6] + 1, Y[:6])]
+    batches = loader(Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            trained(model, fl.cached(model, batches), plain_loss, 1)
+            for x, _ in (found := fl.cached(model, held)):
+                with torch.no_grad():
+                    model(x)
+    assert found.answered == 6
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -407,7 +448,12 @@ def test_a_frozen_part_that_cannot_be_read_is_cached_in_memory_only(tmp_path: Pa
     model, twin = made(ResNet, "layer2"), made(ResNet, "layer2")
     model.layer1.handle = memoryview(b"no attribute that another process could tell")
     cached = fl.cached(model, loader(Y), path=tmp_path)
-    require_same(trained(model, cached, plain_loss), trained(twin, loader(Y), plain_loss))
+    with pytest.warns(UserWarning, match="in memory only, path= has no effect.*memoryview"):
+        trained(model, cached, plain_loss)
+    require_same(model, trained(twin, loader(Y), plain_loss))
     assert cached.answered > len(X)
-    if all(name.startswith("private") for name in cached.memories):
-        assert not any(tmp_path.iterdir())
+    assert all(name.startswith("private") for name in cached.memories)
+    assert not any(tmp_path.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # without path= there is nothing to say
+        trained(model, fl.cached(model, loader(Y)), plain_loss, 1)
