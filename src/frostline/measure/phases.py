@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import (
     Batch,
+    NoSamplesError,
     batches,
     failure,
     is_reiterable,
@@ -18,6 +20,7 @@ from frostline.data.batches import (
     left_out,
     paired,
 )
+from frostline.measure.ranks import as_rank_0, joined_shares
 from frostline.numerics import stats
 from frostline.types import (
     Array,
@@ -102,6 +105,21 @@ class _Pass:
             name: self._mean(values) for name, values in self.named.items() if len(values) == whole
         }
 
+    def of_all(self, ranks: Together) -> _Pass:
+        """What the phase gave on all ranks."""
+        names = list(vars(self))
+        whole = _Pass()
+        for theirs in ranks.nested([getattr(self, name) for name in names]):
+            for name, value in zip(names, theirs, strict=True):
+                if name == "unit":
+                    whole.unit = "batch" if "batch" in (value, whole.unit) else value
+                elif name == "named":
+                    for each, values in value.items():
+                        whole.named.setdefault(each, []).extend(values)
+                else:
+                    getattr(whole, name).extend(value)
+        return whole
+
     def _mean(self, values: list[float]) -> float:
         return float(np.average(values, weights=self.counts))
 
@@ -114,18 +132,28 @@ def phase_table(
     loss: Any = None,
     step: Any = None,
     batch_size: int = 32,
+    ranks: Together = ALONE,
 ) -> PhaseTable:
-    """Evaluate a model in the dynamic phase, phase 0 and phase 1; see :func:`frostline.phases`."""
+    """Evaluate a model in the dynamic phase, phase 0 and phase 1; see :func:`frostline.phases`.
+
+    With several ``ranks`` the caller has entered ``ranks.collective``.
+    """
     require_one(loss, step)
     if not is_reiterable(data):
-        data = list(_read(adapter, data, batch_size))  # two passes over a one-shot iterator
+        read = _read(adapter, data, batch_size, may_be_empty=ranks.size > 1)
+        data = list(read)  # two passes over a one-shot iterator
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Any] = []
     remarks: list[str] = []
     score: _Scorer | None = None
-    with adapter.preserved():
+    with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
+        stream = joined_shares(
+            ranks,
+            _read(adapter, data, batch_size, may_be_empty=ranks.size > 1),
+            adapter.inputs(),
+        )
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
-        for number, batch in enumerate(paired(_read(adapter, data, batch_size))):
+        for number, batch in enumerate(paired(stream)):
             if score is None:
                 score, remarks = _scorer(adapter, batch, loss, step)
             labels.append(batch.y)
@@ -140,6 +168,12 @@ def phase_table(
             except FrostlineError:  # a model whose own evaluate has no loss has no dynamic phase
                 if passes["0"].known:
                     raise
+    if ranks.size > 1:
+        passes = {phase: done.of_all(ranks) for phase, done in passes.items()}
+        labels = [part for theirs in ranks.nested(labels) for part in theirs]
+        remarks = [str(each) for each in ranks.union(remarks)] + ([apart] if apart else [])
+        if not labels:
+            raise DataError("The data hold no samples, here or on any other rank.")
     loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)
     known = _known_outputs(labels, passes)
     task: Task = "unknown"
@@ -198,8 +232,14 @@ def phase_table(
     )
 
 
-def _read(adapter: Adapter, data: Any, batch_size: int) -> Iterator[Batch]:
-    return batches(data, batch_size=batch_size, inputs=adapter.inputs())
+def _read(
+    adapter: Adapter, data: Any, batch_size: int, *, may_be_empty: bool = False
+) -> Iterator[Batch]:
+    try:
+        yield from batches(data, batch_size=batch_size, inputs=adapter.inputs())
+    except NoSamplesError:
+        if not may_be_empty:
+            raise
 
 
 def require_one(loss: Any, step: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, Literal
 
 from frostline import measure, rules
 from frostline.adapters import Adapter, adapter_of
 from frostline.causes import causes as explain, verdict as verdicts
+from frostline.measure.ranks import as_rank_0, pooled
 from frostline.remedies import remedies as repairs_for
 from frostline.report.sites import Sites
 from frostline.types import FrostlineError, ModelError, PhaseTable, Site
@@ -106,6 +108,7 @@ def diagnose(
     round_trip: bool = False,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Find out why a model behaves differently in training and at inference, and what helps.
 
@@ -114,6 +117,11 @@ def diagnose(
     and each repair that could help is tried, without changing the model: it is left bit for bit as
     it was found, also when interrupted. On an NVIDIA card it is computed in full float32 precision:
     products rounded to TF32 there would differ by 1e-3 from batch size to batch size.
+
+    In a process group of ``torch.distributed`` the call is collective, as
+    :func:`frostline.recalibrate` is: samples are drawn from the data of all ranks, which look at
+    them with the statistics of rank 0, and all return its report. Where one rank raises, or is
+    gone, all raise.
 
     Args:
         model: A Keras 3 model, or a torch module.
@@ -141,6 +149,7 @@ def diagnose(
         round_trip: Also save and load the model, and compare its outputs.
         select: Rules to apply, as for :func:`lint`.
         ignore: Rules to leave out.
+        process_group: As in :func:`frostline.recalibrate`.
 
     Returns:
         A report: ``verdict``, ``gap``, ``causes``, ``remedies``, ``attribution``, ``findings``.
@@ -157,8 +166,24 @@ def diagnose(
     """
     rules.select(select, ignore)  # report a misspelt code before the long part
     adapter = adapter_of(model)
-    known = adapter.facts()
-    with adapter.full_precision(), _progress(verbose) as progress:
+    ranks = adapter.together(process_group)
+    with (
+        ranks.collective("diagnose", max_samples=max_samples, seed=seed, batch_size=batch_size),
+        adapter.full_precision(),
+        as_rank_0(adapter, ranks) as apart,
+        _progress(verbose if ranks.rank == 0 else 0) as shown,
+    ):
+
+        def progress(name: str, done: float) -> None:
+            ranks.exchange(b"")  # one that is gone is noticed here, and not at the end
+            shown(name, done)
+
+        (data, size), (validation, _) = (
+            pooled(ranks, each, max_samples=max_samples, batch_size=batch_size, seed=seed,
+                   whole=step is not None, inputs=adapter.inputs())
+            for each in (data, validation)
+        )  # fmt: skip
+        known = adapter.facts()
         measured, bench = measure.measure(
             adapter,
             data,
@@ -166,7 +191,7 @@ def diagnose(
             loss=loss,
             step=step,
             facts=known,
-            batch_size=batch_size,
+            batch_size=size,
             reference=reference,
             history=history,
             max_samples=max_samples,
@@ -174,22 +199,27 @@ def diagnose(
             round_trip=round_trip,
             progress=progress,
         )
+        if apart:
+            measured = replace(measured, notes=(*measured.notes, apart))
         progress("remedies", 1.0)
         checked = _checked(known, measured, select, ignore, None)
         causes = explain(known, measured, checked["findings"])
         with adapter.preserved():
             remedies = repairs_for(bench, known, measured, causes)
-    return Report(
-        verdict=verdicts.with_unknown(
-            verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
-            known.unknown,
-        ),
-        origin=_origin(adapter, known, samples=measured.samples, seed=seed),
-        causes=causes,
-        remedies=remedies,
-        measurement=measured,
-        **checked,
-    )
+        report = Report(
+            verdict=verdicts.with_unknown(
+                verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
+                known.unknown,
+            ),
+            origin=_origin(adapter, known, samples=measured.samples, seed=seed),
+            causes=causes,
+            remedies=remedies,
+            measurement=measured,
+            **checked,
+        )
+        if ranks.size > 1:
+            report = Report.from_dict(ranks.values(report.as_dict())[0])
+    return report
 
 
 def _checked(
@@ -252,6 +282,7 @@ def phases(
     loss: Any = None,
     step: Any = None,
     batch_size: int = 32,
+    process_group: Any = None,
 ) -> PhaseTable:
     """Compare a model with itself in the dynamic phase, phase 0 and phase 1, on the same data.
 
@@ -274,6 +305,9 @@ def phases(
         step: Instead of a loss, the user's own ``step(model, batch)``, as in :func:`diagnose`.
         batch_size: Samples per batch for data given as arrays. Phase 1 depends on it, as training
             does: use the one that you train with.
+        process_group: As in :func:`frostline.recalibrate`. In a process group each rank passes its
+            own share of the data, which may be empty, and all return the table of all samples;
+            where the ranks store different statistics, those of rank 0 are used.
 
     Returns:
         A table with loss, and accuracy (AUC too for two classes) or MSE and Spearman's rank
@@ -289,6 +323,15 @@ def phases(
         >>> table = fl.phases(model, (x, y))                             # doctest: +SKIP
         >>> table["1"].metrics["accuracy"] - table["0"].metrics["accuracy"]   # doctest: +SKIP
     """
-    return measure.phase_table(
-        adapter_of(model), data, metrics=metrics, loss=loss, step=step, batch_size=batch_size
-    )
+    adapter = adapter_of(model)
+    ranks = adapter.together(process_group)
+    with ranks.collective("phases"):
+        return measure.phase_table(
+            adapter,
+            data,
+            metrics=metrics,
+            loss=loss,
+            step=step,
+            batch_size=batch_size,
+            ranks=ranks,
+        )

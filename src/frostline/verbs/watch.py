@@ -15,8 +15,10 @@ import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
+from frostline.adapters.together import ALONE, Together
 from frostline.data.batches import Batch, batches, failure, leaves, paired
 from frostline.measure.phases import require_one, tried
+from frostline.measure.ranks import pooled
 from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, FrostlineError, ModelError
 from frostline.types.facts import SiteFacts
@@ -74,21 +76,34 @@ class Watch:
     _loss: Any = field(repr=False, default=None)
     _step: Any = field(repr=False, default=None)
     _by_outputs: bool = field(repr=False, default=False)
+    _ranks: Together = field(repr=False, default=ALONE)
     checks: list[Check] = field(default_factory=list)
 
     def check(self) -> Check:
-        """Compare the model with what it was when the watch began; nothing of it changes."""
+        """Compare the model with what it was when the watch began; nothing of it changes.
+
+        In a process group all ranks call this together, and get the largest drift, what moved on
+        any of them, and the gap of rank 0.
+        """
+        with self._ranks.collective("watch"):
+            everyone = self._ranks.values(self._seen())
+        drift = {path: max(theirs[path] for theirs, _, _ in everyone) for path in everyone[0][0]}
+        moved = tuple(path for path in drift if any(path in theirs for _, theirs, _ in everyone))
+        check = Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=everyone[0][2])
+        self.checks.append(check)
+        return check
+
+    def _seen(self) -> tuple[dict[str, float], list[str], float | None]:
+        """Drift, what moved, and the gap, of this process."""
         now = {entry.site.path: entry for entry in self._adapter.facts()}
         drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
-        moved = tuple(
+        moved = [
             path
             for path, before in self._before.items()
             if (before.site.stats_frozen and drift[path] > MOVED)
             or (before.site.params_frozen and _params_moved(before, now[path]))
-        )
-        gap = self._gap() if self._batches else None
-        self.checks.append(Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=gap))
-        return self.checks[-1]
+        ]
+        return drift, moved, self._gap() if self._batches else None
 
     def hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
         """Measure the gap on these data, too; by the outputs where losses cannot be compared.
@@ -203,6 +218,7 @@ def watch(
     step: Any = None,
     max_samples: int = 256,
     batch_size: int = 32,
+    process_group: Any = None,
 ) -> Iterator[Watch]:
     """Watch a model while something trains it.
 
@@ -216,6 +232,8 @@ def watch(
             :func:`frostline.diagnose`.
         max_samples: Samples held.
         batch_size: Samples per batch of the gap; use the one that you train with.
+        process_group: As in :func:`frostline.recalibrate`: the ranks begin, check and end together,
+            and the gap is measured on samples of all of them, with the model of rank 0.
 
     Yields:
         A :class:`Watch`: call ``check()`` when you like, for example after each epoch. One more
@@ -232,10 +250,16 @@ def watch(
         ...         train_one_epoch(model)
         ...         print(seen.check().scalars())
     """
-    watching = watching_of(model)
-    require_one(loss, step)
-    if data is not None:
-        watching.hold(data, loss, step, batch_size=batch_size, max_samples=max_samples)
+    ranks = adapter_of(model).together(process_group)
+    with ranks.collective("watch", max_samples=max_samples, batch_size=batch_size):
+        watching = watching_of(model)
+        watching._ranks = ranks
+        require_one(loss, step)
+        inputs = adapter_of(model).inputs()
+        held, size = pooled(ranks, data, max_samples=max_samples, batch_size=batch_size,
+                            whole=step is not None, inputs=inputs)  # fmt: skip
+        if held is not None:
+            watching.hold(held, loss, step, batch_size=size or batch_size, max_samples=max_samples)
     yield watching
     watching.check()
 

@@ -44,6 +44,16 @@ class ProcessGroup(Together):
         distributed.all_gather(all_of_them, mine, group=self._group)
         return [each.cpu().numpy().tobytes() for each in all_of_them]
 
+    def _leaf(self, value: Any) -> tuple[Any, str]:
+        if not isinstance(value, torch.Tensor):
+            return super()._leaf(value)
+        if value.layout != torch.strided or value.is_nested or value.dtype == torch.bfloat16:
+            return None, ""
+        return value.detach().cpu().numpy(), "torch"
+
+    def _restored(self, array: Any, kind: str) -> Any:
+        return torch.from_numpy(array) if kind == "torch" else array
+
 
 def together(process_group: Any = None) -> Together:
     """The processes that measure together.
