@@ -42,6 +42,21 @@ Follow = Callable[[Callable[[Any], Callable[[Array], Any]]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Caching:
+    """With what features are computed and kept; each field is an argument of :func:`fit`."""
+
+    cache: FeatureCache | str | os.PathLike[str] | None = None
+    engine: str = "auto"
+    views: int = 1
+    augment: Any = None
+    augment_name: str | None = None
+    dtype: str = "float32"
+    max_gb: float | None = None
+    seed: int = 0
+    thaw_later: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """How features are made and kept.
 
@@ -133,11 +148,11 @@ def fit(
         UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs. Or
             ``thaw_later`` cannot be heeded.
     """
-    return trained(
-        model, x, y, arguments_of(**as_keras_fit), cache=cache, engine=engine, views=views,
-        augment=augment, augment_name=augment_name, dtype=dtype, max_gb=max_gb, seed=seed,
-        thaw_later=thaw_later,
+    how = Caching(
+        cache=cache, engine=engine, views=views, augment=augment, augment_name=augment_name,
+        dtype=dtype, max_gb=max_gb, seed=seed, thaw_later=thaw_later,
     )  # fmt: skip
+    return trained(model, x, y, arguments_of(**as_keras_fit), how)
 
 
 def trained(
@@ -145,36 +160,19 @@ def trained(
     x: Any,
     y: Any,
     arguments: dict[str, Any],
-    *,
-    cache: FeatureCache | str | os.PathLike[str] | None,
-    engine: str,
-    views: int = 1,
-    augment: Any = None,
-    augment_name: str | None = None,
-    dtype: str = "float32",
-    max_gb: float | None = None,
-    seed: int = 0,
-    thaw_later: Any = None,
+    how: Caching,
     follow: Follow | None = None,
 ) -> Any:
     """As :func:`fit`, with all of Keras' arguments, and with a callback that knows the features.
 
     Args:
-        follow: Makes a callback: it gets a function that turns validation inputs, as an array,
-            into a function from rows to what the model takes for them while it trains.
-        model: See :func:`fit`, as for the others.
+        model: See :func:`fit`.
         x: Likewise.
         y: Likewise.
         arguments: All arguments of ``Model.fit`` but the data.
-        cache: Likewise.
-        engine: Likewise.
-        views: Likewise.
-        augment: Likewise.
-        augment_name: Likewise.
-        dtype: Likewise.
-        max_gb: Likewise.
-        seed: Likewise.
-        thaw_later: Likewise.
+        how: The other arguments of :func:`fit`.
+        follow: Makes a callback: it gets a function that turns validation inputs, as an array,
+            into a function from rows to what the model takes for them while it trains.
     """
     role = adapter_of(model).train
     if role is None:
@@ -184,15 +182,15 @@ def trained(
             f"parts.suffix on a DataLoader over data. Received: {type(model).__name__}"
         )
     _require_trainable(model)
-    if views > 1 and not is_reiterable(x):
+    if how.views > 1 and not is_reiterable(x):
         raise DataError(
-            f"views={views} reads the data more than once, and a generator can be read only once: "
-            f"pass arrays or a data set. Received: {type(x).__name__}"
+            f"views={how.views} reads the data more than once, and a generator can be read only "
+            f"once: pass arrays or a data set. Received: {type(x).__name__}"
         )
     x = _as_loader(role, x, y, arguments)
-    parts, peeled, reason = _parts(role, model, x, arguments, views)
+    parts, peeled, reason = _parts(role, model, x, arguments, how.views)
     if parts is None:
-        if views > 1 or augment is not None:
+        if how.views > 1 or how.augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
         warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=3)
         if follow is not None:
@@ -201,30 +199,30 @@ def trained(
         return model.fit(x, y, **arguments)
     inference = None
     if peeled is not None:
-        if augment is not None:
+        if how.augment is not None:
             raise ModelError(
                 "the model begins with augmentation of its own, which is cached with views=; a "
                 "second one cannot be put before it: leave augment= out, or take the layers out of "
-                f"the model. Received: augment={augment!r}"
+                f"the model. Received: augment={how.augment!r}"
             )
-        augment, inference = peeled, role.AtInference(peeled)
-    if thaw_later is not None and (augment is not None or dtype != "float32"):
+        how, inference = replace(how, augment=peeled), role.AtInference(peeled)
+    if how.thaw_later is not None and (how.augment is not None or how.dtype != "float32"):
         raise DataError(
             "thaw_later computes features from features, which must be exact and not augmented: "
-            f"leave it out. Received: augment={augment!r}, dtype={dtype!r}"
+            f"leave it out. Received: augment={how.augment!r}, dtype={how.dtype!r}"
         )
-    options = {"augment_name": augment_name, "dtype": dtype, "max_gb": max_gb, "seed": seed,
-               "verbose": arguments["verbose"]}  # fmt: skip
+    kept = ("augment_name", "dtype", "max_gb", "seed")
+    options = {name: getattr(how, name) for name in kept} | {"verbose": arguments["verbose"]}
     with role.randomness_kept():
-        earlier, rest = _on_the_way(role, model, parts, arguments, thaw_later)
+        earlier, rest = _on_the_way(role, model, parts, arguments, how.thaw_later)
         plan = _Plan(
             parts=parts,
             earlier=earlier,
             rest=rest,
-            path=cache.path if isinstance(cache, FeatureCache) else cache,
-            engine=engine,
-            views=views,
-            augment=augment,
+            path=how.cache.path if isinstance(how.cache, FeatureCache) else how.cache,
+            engine=how.engine,
+            views=how.views,
+            augment=how.augment,
             inference=inference,
             options=options,
         )

@@ -9,14 +9,7 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras.calls import Call
-from frostline.adapters.keras.onnx.writer import (
-    Rule,
-    Rules,
-    Value,
-    Writer,
-    require,
-    require_float32,
-)
+from frostline.adapters.keras.onnx.writer import Rule, Rules, Value, Writer, require
 from frostline.types import ModelError
 
 A, L = keras.activations, keras.layers
@@ -68,7 +61,7 @@ def activated(writer: Writer, function: Any, value: Value) -> Value:
         if known is None:
             name = getattr(function, "__name__", type(function).__name__)
             raise ModelError(f"no rule for the activation {name!r}")
-        require_float32(value)
+        value.require_float32()
         name = known(writer, value.name)
     return Value(name=name, shape=value.shape, dtype=value.dtype, moved=value.moved)
 
@@ -86,7 +79,7 @@ def _by_name(kind: str) -> Rule:
 
 def _relu(writer: Writer, call: Call) -> Value:
     layer, value = call.operation, writer.entry(call)
-    require_float32(value)
+    value.require_float32()
     require(layer.threshold == 0, "a ReLU with a threshold")
     name = value.name
     if layer.negative_slope:

@@ -15,14 +15,7 @@ import numpy as np
 from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import Call
 from frostline.adapters.keras.onnx.activations import activated
-from frostline.adapters.keras.onnx.writer import (
-    Rule,
-    Rules,
-    Value,
-    Writer,
-    require,
-    require_float32,
-)
+from frostline.adapters.keras.onnx.writer import Rule, Rules, Value, Writer, require
 from frostline.types import Array
 
 L = keras.layers
@@ -30,7 +23,7 @@ L = keras.layers
 
 def _images(writer: Writer, value: Value, layer: Any) -> tuple[str, bool]:
     """Name of a batch of images with the channels first, and whether Keras has them last."""
-    require_float32(value)
+    value.require_float32()
     last: bool = layer.data_format != "channels_first"
     return (writer.first(value) if last else writer.plain(value)).name, last
 

@@ -20,14 +20,7 @@ from frostline.adapters.keras.onnx import (
     images as keras_onnx_images,
 )
 from frostline.adapters.keras.onnx.activations import activated
-from frostline.adapters.keras.onnx.writer import (
-    Rule,
-    Rules,
-    Value,
-    Writer,
-    require,
-    require_float32,
-)
+from frostline.adapters.keras.onnx.writer import Rule, Rules, Value, Writer, require
 from frostline.adapters.keras.rebuild import factors
 from frostline.types import ModelError
 
@@ -71,7 +64,7 @@ def _scaled(writer: Writer, call: Call, scale: Any, shift: Any) -> Value:
 
 def _site(writer: Writer, call: Call) -> Value:
     layer, value = call.operation, writer.entry(call)
-    require_float32(value)
+    value.require_float32()
     rank = len(value.shape)
     if layer.axis % rank == rank - 1:
         return _scaled(writer, call, *factors(layer))
@@ -84,7 +77,7 @@ def _site(writer: Writer, call: Call) -> Value:
 def _layer_norm(writer: Writer, call: Call) -> Value:
     """Over the last axis alone, which Keras' layout and ONNX then have in common."""
     layer, value = call.operation, writer.plain(writer.entry(call))
-    require_float32(value)
+    value.require_float32()
     rank = len(value.shape)
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     require([axis % rank for axis in axes] == [rank - 1], f"layer normalization along {axes}")
@@ -100,7 +93,7 @@ def _layer_norm(writer: Writer, call: Call) -> Value:
 def _layer_scale(writer: Writer, call: Call) -> Value:
     """ConvNeXt's layer: one factor per channel."""
     value = writer.entry(call)
-    require_float32(value)
+    value.require_float32()
     name = writer.add("Mul", [value.name, writer.along(float64(call.operation.gamma), value)])
     return writer.made(call, name, moved=value.moved)
 
@@ -124,7 +117,7 @@ def _normalization(writer: Writer, call: Call) -> Value:
 
 def _dense(writer: Writer, call: Call) -> Value:
     layer, value = call.operation, writer.plain(writer.entry(call))
-    require_float32(value)
+    value.require_float32()
     require(
         not getattr(layer, "lora_enabled", False) and not getattr(layer, "quantization_mode", None),
         "a Dense layer with LoRA or quantization",
@@ -155,7 +148,7 @@ def _joined(kind: str) -> Rule:
     def rule(writer: Writer, call: Call) -> Value:
         values = _aligned(writer, [writer.values[slot] for slot in _read_in_order(call)])
         for value in values:
-            require_float32(value)
+            value.require_float32()
         name = values[0].name
         for value in values[1:]:
             name = writer.add(kind, [name, value.name])
@@ -184,7 +177,7 @@ def _binary(kind: str) -> Rule:
         slots = [position(operand) for operand in operands]
         values = _aligned(writer, [writer.values[slot] for slot in slots if slot is not None])
         for value in values:
-            require_float32(value)
+            value.require_float32()
         rest = iter(values)
         names = []
         for slot, operand in zip(slots, operands, strict=True):

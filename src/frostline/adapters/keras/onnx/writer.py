@@ -35,6 +35,10 @@ class Value:
     dtype: str
     moved: bool = False
 
+    def require_float32(self) -> None:
+        """Refuse another dtype, with a :class:`ModelError`."""
+        require(self.dtype == "float32", f"only float32 is exported. Received: {self.dtype}")
+
 
 class Writer:
     """Collects nodes and weights while the calls of a graph are followed.
@@ -193,11 +197,6 @@ class Writer:
         shared = sum(operation is layer or operation is site for operation in calls) > 2
         alone = not shared and takes(layer, site, len(self.shape(call.writes[0])))
         return site if alone else None
-
-
-def require_float32(value: Value) -> None:
-    """Refuse another dtype, with a :class:`ModelError`."""
-    require(value.dtype == "float32", f"only float32 is exported. Received: {value.dtype}")
 
 
 def require(condition: bool, reason: str) -> None:
