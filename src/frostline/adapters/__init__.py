@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 from frostline.adapters.protocol import (
@@ -29,10 +28,6 @@ from frostline.types.facts import ModelFacts
 #: Framework -> its room, in the order of asking: on the torch backend every Keras model *is* an
 #: ``nn.Module``, so Keras comes first. A room is asked only once its framework has been imported.
 FRAMEWORKS = {"keras": "frostline.adapters.keras", "torch": "frostline.adapters.torch"}
-
-
-#: What :func:`freezing` gives: what was frozen, and what takes it back early.
-Freezing = AbstractContextManager[tuple[FlagCounts, Callable[[], None]]]
 
 
 class Room(Protocol):
@@ -102,10 +97,10 @@ def store(framework: str) -> Any:
     return importlib.import_module(f"{FRAMEWORKS[framework]}.files")
 
 
-def freezing(target: Any) -> Freezing:
-    """Freeze a model, a layer, a torch module or several of one framework for a block.
+def freezer(target: Any) -> tuple[Callable[[], FlagCounts], Callable[[], None]]:
+    """What freezes a model, a layer, a torch module or several of one framework, and takes it back.
 
-    See :func:`frostline.frozen`.
+    Nothing is frozen before the first is called; see :func:`frostline.frozen`.
 
     Raises:
         ModelError: Something else, or nothing.
@@ -116,7 +111,8 @@ def freezing(target: Any) -> Freezing:
         raise ModelError("expected a model, a layer or a list of layers. Received: an empty list")
     for room in rooms():
         if all(map(room.is_layer, layers)):
-            return cast(Freezing, part(room, "edit").frozen(layers))
+            freeze, back = part(room, "edit").freezer(layers)
+            return freeze, back
     first = room_of(layers[0])
     other = next(layer for layer in layers if first is None or not first.is_layer(layer))
     raise ModelError(_why_not(other))

@@ -440,6 +440,9 @@ class Edit(Protocol):
     def snapshot(self) -> Callable[[], None]:
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
 
+    def surroundings(self) -> Callable[[], None]:
+        """Remember the framework's modes, precision and generators; returns what restores them."""
+
     def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""
 

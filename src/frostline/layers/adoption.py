@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 
+from frostline.atomic import atomically
 from frostline.layers.normalization import BatchNormalization, behaviour
 from frostline.layers.state import WhileTrainable
-from frostline.layers.undo import undone_on_failure
+from frostline.layers.undo import remembered
 from frostline.types import Policy
 
 #: Attributes that a stock layer does not have; `dismiss` takes them away.
@@ -34,8 +35,8 @@ def adopt(
     Raises:
         ValueError: Settings that contradict each other or the layer; the layer is unchanged.
     """
-    with undone_on_failure([layer], layer.variables):
-        _adopt(layer, policy, debias, version)
+    back = remembered([layer], layer.variables)
+    atomically(back, lambda: _adopt(layer, policy, debias, version))
 
 
 def dismiss(layer: BatchNormalization) -> None:
@@ -43,8 +44,7 @@ def dismiss(layer: BatchNormalization) -> None:
 
     If anything fails, the layer is unchanged.
     """
-    with undone_on_failure([layer], layer.variables):
-        _dismiss(layer)
+    atomically(remembered([layer], layer.variables), lambda: _dismiss(layer))
 
 
 def _adopt(layer: Any, policy: Policy, debias: bool, version: str | None) -> None:

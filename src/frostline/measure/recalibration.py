@@ -15,6 +15,7 @@ import numpy as np
 
 from frostline.adapters import Adapter, Meter, Population
 from frostline.adapters.together import ALONE, Together
+from frostline.atomic import to_its_end
 from frostline.data.batches import (
     Batch,
     NoSamplesError,
@@ -204,7 +205,7 @@ def recalibrated(
             f"((a, b), y). Received: {first_line(error)}"
         ) from error
     except BaseException:  # KeyboardInterrupt too: the model is the user's
-        restore()
+        to_its_end(restore)
         raise
     unused = [path for path in paths if path not in found.moments]
     notes = list(found.notes)

@@ -11,13 +11,13 @@ import numpy as np
 
 from frostline.adapters import adapter_of
 from frostline.adapters.together import Together
+from frostline.atomic import atomically
 from frostline.data.batches import leaves, map_leaves
 from frostline.measure.recalibration import Recalibration, recalibrate_adapter
 from frostline.scale import cluster
 from frostline.scale.cluster import Inputs
 from frostline.types import Array, FrostlineError
 from frostline.types.reasons import first_line
-from frostline.verbs.atomic import atomically
 from frostline.verbs.edit import Change
 
 #: A job whose worker died is started again, so often.

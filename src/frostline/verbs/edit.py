@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from frostline.adapters import Adapter, FlagCounts, adapter_of, freezing
-from frostline.adapters.protocol import FreezeRequest, Inspect
+from frostline.adapters import Adapter, FlagCounts, adapter_of, freezer
+from frostline.adapters.protocol import Edit, FreezeRequest, Inspect
+from frostline.atomic import atomically, taken_back, to_its_end
 from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
-from frostline.verbs.atomic import atomically, to_its_end
 from frostline.verbs.momentum import set_site_momentum
 
 
@@ -151,21 +151,20 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
     Raises:
         ModelError: Neither a Keras layer nor a torch module.
     """
-    with freezing(model_or_layers) as (counts, back):
-        try:
-            stock = (
-                f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that "
-                "TensorFlow compiled outside of this block goes on training them; "
-                "frostline.convert makes them live"
-            )
-            yield Change(
-                verb="freeze",
-                text=f"froze {_counted(counts)} for a block",
-                notes=(stock,) if counts.stock_sites else (),
-                _undo=back,
-            )
-        finally:
-            to_its_end(back)
+    freeze, back = freezer(model_or_layers)
+    with taken_back(back):
+        counts = freeze()
+        stock = (
+            f"{counts.stock_sites} of the BN sites are stock Keras layers: a step that TensorFlow "
+            "compiled outside of this block goes on training them; frostline.convert makes them "
+            "live"
+        )
+        yield Change(
+            verb="freeze",
+            text=f"froze {_counted(counts)} for a block",
+            notes=(stock,) if counts.stock_sites else (),
+            _undo=back,
+        )
 
 
 def convert(
@@ -195,12 +194,17 @@ def convert(
         ModelError: No BN layer; a BN layer of a user's own class or one without weights yet, with
             its path; settings that contradict each other. The model is unchanged.
     """
-    if adapter_of(model).convert(version=version, policy=policy, debias=debias) == 0:
-        raise ModelError(
-            "no BatchNormalization layer: there is nothing to convert. "
-            f"Received: model {getattr(model, 'name', model)!r}"
-        )
-    return model
+    adapter = adapter_of(model)
+
+    def edit() -> Any:
+        if adapter.convert(version=version, policy=policy, debias=debias) == 0:
+            raise ModelError(
+                "no BatchNormalization layer: there is nothing to convert. "
+                f"Received: model {getattr(model, 'name', model)!r}"
+            )
+        return model
+
+    return atomically(adapter.snapshot(), edit)
 
 
 def restore(model: Any) -> Any:
@@ -212,8 +216,13 @@ def restore(model: Any) -> Any:
     Returns:
         ``model`` itself.
     """
-    adapter_of(model).restore()
-    return model
+    adapter = adapter_of(model)
+
+    def edit() -> Any:
+        adapter.restore()
+        return model
+
+    return atomically(adapter.snapshot(), edit)
 
 
 def fold(model: Any) -> Any:
@@ -250,7 +259,8 @@ def fold(model: Any) -> Any:
             one inside a subclassed model or a composite layer, of a class of your own, or with
             broken statistics. Or the outcome does not compute what the model computes.
     """
-    folded = adapter_of(model).fold()
+    adapter = adapter_of(model)
+    folded = atomically(adapter.snapshot(), adapter.fold)
     for note in folded.notes:
         warnings.warn(f"fold: {note}", stacklevel=2)
     return folded.model
@@ -329,7 +339,8 @@ def recalibrate(
                 ranks=ranks,
                 step=step,
             )
-        return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=undo)
+        back = undoing(adapter, undo)
+        return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=back)
 
     return atomically(adapter.snapshot(), edit)
 
@@ -356,7 +367,8 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
 
     def edit() -> Change:
         done = set_site_momentum(adapter, momentum, sites=sites)
-        return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=done.undo)
+        back = undoing(adapter, done.undo)
+        return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=back)
 
     return atomically(adapter.snapshot(), edit)
 
@@ -415,8 +427,21 @@ def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Chang
             *_notes(adapter, counts, half=params != statistics, off=frozen and request.dropout),
             *(_by_hand(unknown) if frozen and statistics else ()),
         ),
-        _undo=undo,
+        _undo=undoing(adapter, undo),
     )
+
+
+def undoing(adapter: Edit, undo: Callable[[], None]) -> Callable[[], None]:
+    """An undo that leaves the process as it was, whatever interrupts it."""
+
+    def back() -> None:
+        around = adapter.surroundings()
+        try:
+            undo()
+        finally:
+            around()
+
+    return back
 
 
 def _by_hand(unknown: Mapping[str, str]) -> Iterator[str]:

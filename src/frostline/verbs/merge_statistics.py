@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import adapter_of, store
+from frostline.atomic import atomically
 from frostline.data.batches import to_numpy
 from frostline.numerics.mixture import mixture, shares
 from frostline.numerics.stats import normals_apart
 from frostline.types import DataError, ModelError
-from frostline.verbs.atomic import atomically
-from frostline.verbs.edit import Change
+from frostline.verbs.edit import Change, undoing
 
 #: Last part of a mean's name -> that of its variance.
 PAIRS = {"running_mean": "running_var", "moving_mean": "moving_variance"}
@@ -72,9 +72,10 @@ class MergedStatistics(dict[str, Any]):
         def edit() -> Change:
             for path, (mean, variance) in found.items():
                 meter.store(path, to_numpy(self[mean]), to_numpy(self[variance]))
-            return Change(verb="merge_statistics", text=self.text(), _undo=undo)
+            back = undoing(adapter, undo)
+            return Change(verb="merge_statistics", text=self.text(), _undo=back)
 
-        return atomically(undo, edit)
+        return atomically(adapter.snapshot(), edit)
 
     def text(self) -> str:
         """What was merged, in numbers, in one sentence."""

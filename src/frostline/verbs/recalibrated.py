@@ -13,10 +13,10 @@ import numpy as np
 
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.together import Together
+from frostline.atomic import atomically, taken_back
 from frostline.data.batches import require_reiterable
 from frostline.measure.recalibration import Recalibration, recalibrate_adapter
 from frostline.types import DataError
-from frostline.verbs.atomic import atomically, to_its_end
 
 #: ``samples="auto"`` begins with so many and doubles them,
 FIRST = 64
@@ -103,26 +103,21 @@ def recalibrated(
     adapter = adapter_of(model)
     ranks = adapter.together(process_group)
     generators = _generators(adapter, data)
-    try:
-        options = {"sites": sites, "method": method, "batch_size": batch_size, "step": step}
-        measure = _Measure(adapter, data, ranks, options)
+    options = {"sites": sites, "method": method, "batch_size": batch_size, "step": step}
+    measure = _Measure(adapter, data, ranks, options)
 
-        def edit() -> Recalibrated:
-            with ranks.collective("recalibrated", method=str(method), samples=samples):
-                return measure.enough() if samples == "auto" else measure.once(samples)
-
-        done = atomically(adapter.snapshot(), edit)
-    finally:
-        generators()
+    def edit() -> Recalibrated:
+        with ranks.collective("recalibrated", method=str(method), samples=samples):
+            return measure.enough() if samples == "auto" else measure.once(samples)
 
     def back() -> None:
         measure.undo()
         generators()
 
-    try:
+    with taken_back(back):
+        done = atomically(adapter.snapshot(), edit)
+        generators()
         yield done
-    finally:
-        to_its_end(back)
 
 
 class _Measure:

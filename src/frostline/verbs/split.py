@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline.adapters import adapter_of
+from frostline.atomic import atomically
 from frostline.types import Crossing
 
 
@@ -94,7 +95,8 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
         ModelError: No graph (a subclassed or unbuilt model); nothing or everything is frozen; a
             frozen layer that is not pure, with its path and how it showed.
     """
-    parts = adapter_of(model).split(at, sample=sample)
+    adapter = adapter_of(model)
+    parts = atomically(adapter.snapshot(), lambda: adapter.split(at, sample=sample))
     return Split(
         prefix=parts.prefix, suffix=parts.suffix, frontier=parts.frontier, notes=parts.notes
     )

@@ -16,6 +16,7 @@ import numpy as np
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.adapters.together import ALONE, Together
+from frostline.atomic import atomically
 from frostline.data.batches import Batch, batches, failure, leaves, paired
 from frostline.measure.phases import require_one, tried
 from frostline.measure.ranks import pooled
@@ -86,7 +87,8 @@ class Watch:
         any of them, and the gap of rank 0.
         """
         with self._ranks.collective("watch"):
-            everyone = self._ranks.values(self._seen())
+            mine = atomically(self._adapter.snapshot(), self._seen)
+            everyone = self._ranks.values(mine)
         drift = {path: max(theirs[path] for theirs, _, _ in everyone) for path in everyone[0][0]}
         moved = tuple(path for path in drift if any(path in theirs for _, theirs, _ in everyone))
         check = Check(step=len(self.checks) + 1, drift=drift, moved=moved, gap=everyone[0][2])
@@ -111,6 +113,10 @@ class Watch:
         Raises:
             FrostlineError: Neither can; it is said before the training, not after.
         """
+        ways = {"batch_size": batch_size, "max_samples": max_samples}
+        atomically(self._adapter.snapshot(), lambda: self._hold(data, loss, step, **ways))
+
+    def _hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
         inputs = self._adapter.inputs()
         stream = batches(data, batch_size=batch_size, max_samples=max_samples, inputs=inputs)
         self._batches, self._loss, self._step = list(paired(stream)), loss, step
@@ -306,9 +312,13 @@ def assert_frozen(
     """
     adapter = adapter_of(model)
     ranks = adapter.together(process_group)
-    with ranks.collective("assert_frozen"):
-        mine = _not_frozen(adapter, until, data, step, params=params, statistics=statistics)
-        everyone = ranks.values(mine)
+
+    def look() -> Any:
+        with ranks.collective("assert_frozen"):
+            mine = _not_frozen(adapter, until, data, step, params=params, statistics=statistics)
+            return ranks.values(mine)
+
+    everyone = atomically(adapter.snapshot(), look)
     checked = {path for paths, _ in everyone for path in paths}
     wrong: dict[str, str] = {}
     for rank, (_, theirs) in enumerate(everyone):

@@ -141,7 +141,7 @@ def test_an_undo_that_is_interrupted_completes_and_can_be_repeated(verb: str) ->
 
 @pytest.mark.once
 def test_ctrl_c_in_the_clean_up_waits_for_its_end() -> None:
-    from frostline.verbs.atomic import to_its_end
+    from frostline.atomic import to_its_end
 
     seen = []
 

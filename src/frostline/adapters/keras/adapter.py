@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal
 
 import keras
-import numpy as np
 
 from frostline.adapters.keras import (
     behaviour as keras_behaviour,
@@ -68,6 +67,8 @@ class KerasView:
         self.frozen_prefix = partial(keras_graph.frozen_prefix, model)
         self.noise_layers = partial(keras_noise.noise_layers, model)
         self.preserved = partial(keras_state.preserved, model)
+        self.snapshot = partial(keras_state.all_that_edits_touch, model)
+        self.surroundings = partial(keras_state.surroundings, model)
         self.full_precision = partial(keras_native.full_precision, model)
         self.set_frozen = partial(keras_edit.set_frozen, model)
         self.set_decay = partial(keras_momentum.set_decay, model)
@@ -243,25 +244,6 @@ class KerasView:
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
         return bool(getattr(self.model, "compiled", False))
-
-    def snapshot(self) -> Callable[[], None]:
-        """Remember all that an edit may touch; returns what puts it back and can be repeated."""
-        flags, momenta = keras_edit.flags(self.model), keras_momentum.momenta(self.model)
-        statistics = [
-            (variable, np.array(keras.ops.convert_to_numpy(variable)))
-            for place in keras_graph.walk(self.model)
-            if keras_graph.is_site(place.layer)
-            for variable in place.layer.non_trainable_variables
-        ]
-
-        def undo() -> None:
-            keras_edit.set_flags(flags)
-            for owner, value in momenta:
-                owner.momentum = value
-            for variable, value in statistics:
-                variable.assign(value)
-
-        return undo
 
     # --- the step -----------------------------------------------------------------------------
 

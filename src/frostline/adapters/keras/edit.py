@@ -1,6 +1,6 @@
 """Change a Keras model in place: `trainable` flags, and stock BN layers into ours and back.
 
-Every function leaves the model as it was if it raises. Optimizers keep their state: one that does
+The verbs leave the model as it was if one raises. Optimizers keep their state: one that does
 not know all variables which may train from now on is built again, slot by slot.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from frostline.adapters.keras.optimizer import retarget
 from frostline.adapters.protocol import FlagCounts, FreezeRequest
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
-from frostline.layers.undo import undone_on_failure
 from frostline.types import Boundary, ModelError, Policy
 
 Stock = keras.layers.BatchNormalization
@@ -79,16 +77,12 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     frozen, params, statistics = request.frozen, request.params, request.statistics
     chosen = _with_weights(there) if params or statistics else []
     dropouts = 0
-    try:
-        if request.dropout:
-            turn_off = keras_dropout.turn_off
-            dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
-        changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
-        if not frozen:
-            open_containers(model, places, chosen)
-    except BaseException:
-        undo()
-        raise
+    if request.dropout:
+        turn_off = keras_dropout.turn_off
+        dropouts = turn_off(model, there) if frozen else keras_dropout.turn_on(there)
+    changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
+    if not frozen:
+        open_containers(model, places, chosen)
     return _counts([place.layer for place in changed], params, dropouts), undo
 
 
@@ -199,20 +193,11 @@ def open_containers(model: Any, places: tuple[Place, ...], thawed: list[Place]) 
             layer.trainable = value
 
 
-@contextmanager
-def frozen(targets: Sequence[Any]) -> Iterator[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze layers, and all that they contain, for a block; flags come back as they were.
-
-    Yields:
-        What was frozen, and what takes it back early.
-    """
+def freezer(targets: Sequence[Any]) -> tuple[Callable[[], FlagCounts], Callable[[], None]]:
+    """What freezes layers with all that they contain, and what puts the flags back."""
     before = [flags(target) for target in targets]
 
-    def back() -> None:
-        for held in before:
-            set_flags(held)
-
-    try:
+    def freeze() -> FlagCounts:
         # A layer may be in two of the targets, and is counted once.
         inner = {
             id(layer): layer for target in targets for layer in (target, *_layers_below(target))
@@ -221,9 +206,13 @@ def frozen(targets: Sequence[Any]) -> Iterator[tuple[FlagCounts, Callable[[], No
         changed = [layer for layer in leaves if layer.trainable]
         for target in targets:
             target.trainable = False
-        yield _counts(changed), back
-    finally:
-        back()
+        return _counts(changed)
+
+    def back() -> None:
+        for held in before:
+            set_flags(held)
+
+    return freeze, back
 
 
 def _layers_below(layer: Any) -> list[Any]:
@@ -262,14 +251,14 @@ def convert(model: Any, *, version: str | None, policy: Policy | None, debias: b
                 f"'{place.path}' has no weights yet: build the model first, for example by calling "
                 f"it once on a batch. Received: an unbuilt model {model.name!r}"
             )
-    with _changed(model, [place.layer for place in found]):
-        for place in found:
-            settings = _settings(place.layer, version, policy, debias)
-            try:
-                layers.adopt(place.layer, **settings)
-            except ValueError as problem:
-                raise ModelError(str(problem)) from problem
-        return len(found)
+    for place in found:
+        settings = _settings(place.layer, version, policy, debias)
+        try:
+            layers.adopt(place.layer, **settings)
+        except ValueError as problem:
+            raise ModelError(str(problem)) from problem
+    _renew(model)
+    return len(found)
 
 
 def _settings(
@@ -300,24 +289,16 @@ def to_stock(model: Any) -> int:
     from frostline import layers
 
     found = [place.layer for place in walk(model) if type(place.layer) is layers.BatchNormalization]
-    with _changed(model, found):
-        for layer in found:
-            layers.dismiss(layer)
-        return len(found)
+    for layer in found:
+        layers.dismiss(layer)
+    _renew(model)
+    return len(found)
 
 
-@contextmanager
-def _changed(model: Any, layers: Sequence[Any]) -> Iterator[None]:
-    """Change layers, then drop compiled steps and renew optimizers: all of it or nothing.
-
-    Optimizers know every variable that may train afterwards.
-    """
-    models = keras_state.models_in(model)
-    variables = {id(variable): variable for layer in layers for variable in layer.variables}
-    with undone_on_failure([*layers, *models], variables.values()):
-        yield
-        for owner in models:
-            for name in ("train_function", "test_function", "predict_function"):
-                if getattr(owner, name, None) is not None:
-                    setattr(owner, name, None)
-            retarget(owner)
+def _renew(model: Any) -> None:
+    """Drop compiled steps, and let optimizers know every variable that may train now."""
+    for owner in keras_state.models_in(model):
+        for name in ("train_function", "test_function", "predict_function"):
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, None)
+        retarget(owner)

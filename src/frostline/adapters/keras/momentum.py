@@ -36,13 +36,9 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
         for owner, value in before:
             owner.momentum = value
 
-    try:
-        for path in paths:
-            owner, foreign = owners[path]
-            owner.momentum = 1.0 - decay if foreign else decay
-    except BaseException:
-        undo()
-        raise
+    for path in paths:
+        owner, foreign = owners[path]
+        owner.momentum = 1.0 - decay if foreign else decay
     stock = sum(not (owners[path][1] or hasattr(owners[path][0], "policy")) for path in paths)
     return 0 if keras.backend.backend() == "torch" else stock, undo
 

@@ -13,6 +13,9 @@ import numpy as np
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import copied
 
+#: Where Keras keeps the generator of everything that has no seed.
+_SHARED = "global_seed_generator"
+
 
 def seed_states(model: Any) -> list[tuple[Any, Any]]:
     """(state variable, generator) of every seed generator below the model."""
@@ -35,8 +38,12 @@ def generators(model: Any, data: Any = None) -> Callable[[], None]:
 
     Returns what puts them back.
     """
+    attributes = keras.src.backend.common.global_state
     held = [state for state, _ in seed_states(model)]
-    held.append(keras.src.random.seed_generator.global_seed_generator().state)
+    # Made at its first use, from Python's generator: to ask for it would draw from that one.
+    shared = attributes.get_global_attribute(_SHARED)
+    if shared is not None:
+        held.append(shared.state)
     values = [(state, copied(state)) for state in held]
     back = None
     if "torch" in sys.modules:
@@ -45,6 +52,8 @@ def generators(model: Any, data: Any = None) -> Callable[[], None]:
         back = of_torch(data)
 
     def restore() -> None:
+        if shared is None:
+            attributes.set_global_attribute(_SHARED, None)
         for state, value in values:
             state.assign(value)
         if back is not None:

@@ -8,16 +8,19 @@ Keras does not know, and the global generator that its unseeded dropout draws fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
 
 from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
-from frostline.layers.undo import Attributes
+from frostline.adapters.keras.random import generators
+from frostline.atomic import Attributes, restored, to_its_end
+from frostline.layers.undo import remembered
 from frostline.types import Array
 
 #: What `compile` and the first `fit`, `evaluate` or `predict` attach to a model.
@@ -173,7 +176,74 @@ def preserved(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        restore(state)
+        to_its_end(partial(restore, state))
+
+
+def all_that_edits_touch(model: Any) -> Callable[[], None]:
+    """Remember classes, attributes, flags, the sites' weights and the process around the model.
+
+    Returns:
+        What puts it all back, and can be repeated. Kernels are not copied: no edit writes to them.
+    """
+    models, places = models_in(model), walk(model)
+    owners = {id(each): each for each in [*models, *(place.layer for place in places)]}
+    shells = _growing(model)
+    back = remembered([*owners.values(), *shells], _written_by_edits(model))
+    flags = [(v, v.trainable, getattr(v, "regularizer", None)) for v in model.variables]
+    wrapped = [w for place in places if (w := wrapped_module(place.layer)) is not None]
+    modules = [Attributes.of(module) for w in wrapped for module in w.modules()]
+    parts = [(p, p.requires_grad, p.grad) for w in wrapped for p in w.parameters()]
+    buffers = [(b, b.detach().clone()) for w in wrapped for b in w.buffers()]
+    around = surroundings(model)
+
+    def undo() -> None:
+        around()
+        back()
+        for variable, flag, regularizer in flags:
+            if variable.trainable != flag:
+                variable.trainable = flag
+            if getattr(variable, "regularizer", None) is not regularizer:
+                variable.regularizer = regularizer
+        restored(modules)
+        for parameter, flag, gradient in parts:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for buffer, value in buffers:
+            buffer.detach().copy_(value)
+
+    return undo
+
+
+def _written_by_edits(model: Any) -> list[Any]:
+    found = {id(v): v for p in walk(model) if is_site(p.layer) for v in p.layer.variables}
+    for each in models_in(model):
+        for variable in each.metrics_variables:
+            found.setdefault(id(variable), variable)
+    return list(found.values())
+
+
+def surroundings(model: Any) -> Callable[[], None]:
+    """Remember Keras' scopes and generators, and torch's state where it is there."""
+    tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
+    kept = {name: value for name, value in tracker.items() if "scope" in name}
+    stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
+    drawn, of_torch = generators(model), None
+    if "torch" in sys.modules:
+        from frostline.adapters.torch.surroundings import surroundings as torch_surroundings
+
+        of_torch = torch_surroundings()
+
+    def back() -> None:
+        tracker.update(kept)
+        for name in [name for name in tracker if "scope" in name and name not in kept]:
+            del tracker[name]
+        for stack, content in stacks:
+            stack[:] = content
+        if of_torch is not None:
+            of_torch()
+        drawn()
+
+    return back
 
 
 def _has_policy(layer: Any) -> bool:

@@ -33,6 +33,7 @@ from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
+from frostline.adapters.torch.surroundings import surroundings
 from frostline.data.batches import Batch, leaves
 from frostline.graph import addresses
 from frostline.numerics.compare import relative_difference
@@ -72,6 +73,7 @@ class TorchView:
         self.preserved = partial(torch_edit.preserved, model)
         self.full_precision = partial(torch_prefix.full_precision, model)
         self.snapshot = partial(torch_edit.all_that_edits_touch, model)
+        self.surroundings = surroundings
         self.set_frozen = partial(torch_edit.set_frozen, model)
         self.set_decay = partial(torch_edit.set_decay, model)
         self.fold = partial(torch_fold.fold, model)

@@ -1,4 +1,4 @@
-"""Change a torch module in place: freeze, thaw, momentum. Whatever fails leaves it as it was."""
+"""Change a torch module in place: freeze, thaw, momentum; and what takes all of it back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from frostline.adapters.torch.graph import (
 )
 from frostline.adapters.torch.keeping import by_hand, mean_of
 from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
+from frostline.adapters.torch.surroundings import surroundings
+from frostline.atomic import Attributes, restored, to_its_end
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
@@ -42,49 +44,39 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
     touched = dropouts = 0
-    try:
-        for place in chosen:
-            count = _set_params(place.module, frozen) if request.params else 0
-            keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
-            moved = _set_statistics(place, frozen) if request.statistics and keeps else False
-            touched += count
-            if count or moved:
-                changed.append(place)
-        if request.dropout:
-            turn_off = torch_dropout.turn_off
-            dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
-    except BaseException:
-        undo()
-        raise
+    for place in chosen:
+        count = _set_params(place.module, frozen) if request.params else 0
+        keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
+        moved = _set_statistics(place, frozen) if request.statistics and keeps else False
+        touched += count
+        if count or moved:
+            changed.append(place)
+    if request.dropout:
+        turn_off = torch_dropout.turn_off
+        dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
     sites = sum(is_site(place.module) for place in changed)
     counts = FlagCounts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
     return counts, undo
 
 
-@contextmanager
-def frozen(modules: Sequence[Any]) -> Iterator[tuple[FlagCounts, Callable[[], None]]]:
-    """Freeze modules, and all that they contain, for a block; everything comes back after.
-
-    Yields:
-        What was frozen, and what takes it back early.
-    """
+def freezer(modules: Sequence[Any]) -> tuple[Callable[[], FlagCounts], Callable[[], None]]:
+    """What freezes modules with all that they contain, and what takes it back."""
     restores = [snapshot(module) for module in modules]
+
+    def freeze() -> FlagCounts:
+        whole = FreezeRequest(boundary=Boundary(path=None, index=0), before=True, frozen=True)
+        counts = [set_frozen(module, whole)[0] for module in modules]
+        return FlagCounts(
+            layers=sum(count.layers for count in counts),
+            sites=sum(count.sites for count in counts),
+            parameters=sum(count.parameters for count in counts),
+        )
 
     def undo() -> None:
         for restore in reversed(restores):
             restore()
 
-    whole = FreezeRequest(boundary=Boundary(path=None, index=0), before=True, frozen=True)
-    try:
-        counts = [set_frozen(module, whole)[0] for module in modules]
-        total = FlagCounts(
-            layers=sum(count.layers for count in counts),
-            sites=sum(count.sites for count in counts),
-            parameters=sum(count.parameters for count in counts),
-        )
-        yield total, undo
-    finally:
-        undo()
+    return freeze, undo
 
 
 def _set_params(module: Any, frozen: bool) -> int:
@@ -158,13 +150,9 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
         for module, value in before:
             module.momentum = value
 
-    try:
-        for path in paths:
-            hand = by_hand(owners[path])
-            owners[path].momentum = decay if hand and hand.keeps else 1.0 - decay
-    except BaseException:
-        undo()
-        raise
+    for path in paths:
+        hand = by_hand(owners[path])
+        owners[path].momentum = decay if hand and hand.keeps else 1.0 - decay
     return 0, undo
 
 
@@ -199,42 +187,34 @@ def snapshot(model: Any) -> Callable[[], None]:
 
 
 def all_that_edits_touch(model: Any) -> Callable[[], None]:
-    """As :func:`snapshot`, with statistics and momenta of the sites, hooks and replaced methods."""
+    """Remember modules, hooks, flags, gradients, the sites' statistics and the state of torch.
+
+    Returns:
+        What puts it all back, and can be repeated. Weights are not copied: no edit writes to them.
+    """
     root = unwrapped(model)
-    flags, gradients = snapshot(model), torch.is_grad_enabled()
-    buffers, momenta, replaced = [], [], []
-    for module in root.modules():
-        if is_site(module):
-            buffers += [
-                (buffer, buffer.detach().clone())
-                for buffer in module._buffers.values()
-                if buffer is not None and not _lazy(buffer)
-            ]
-            momenta.append((module, getattr(module, "momentum", None)))
-        hooks = [dict(getattr(module, name)) for name in _HOOKS]
-        replaced.append((module, vars(module).get("forward"), hooks))
+    kept = [Attributes.of(module) for module in root.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in root.parameters()]
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for module in root.modules()
+        if is_site(module)
+        for buffer in module._buffers.values()
+        if buffer is not None and not _lazy(buffer)
+    ]
+    around = surroundings()
 
     def undo() -> None:
-        torch.set_grad_enabled(gradients)
-        for module, forward, hooks in replaced:
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
-            for name, before in zip(_HOOKS, hooks, strict=True):
-                held = getattr(module, name)
-                held.clear()
-                held.update(before)
-        flags()
+        around()
+        restored(kept)
+        for parameter, flag, gradient in parameters:
+            if parameter.requires_grad != flag:  # a lazy one would refuse
+                parameter.requires_grad_(flag)
+            parameter.grad = gradient
         for buffer, value in buffers:
             buffer.detach().copy_(value)
-        for module, momentum in momenta:
-            if hasattr(module, "momentum"):
-                module.momentum = momentum
 
     return undo
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @contextmanager
@@ -247,17 +227,19 @@ def preserved(model: Any) -> Iterator[None]:
         for tensor in [*root.parameters(), *root.buffers()]
         if not _lazy(tensor)
     ]
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in root.parameters()]
+    gradients = [(p.grad, p.grad.clone()) for p in root.parameters() if p.grad is not None]
     momenta = [(m, m.momentum) for m in root.modules() if is_site(m) and hasattr(m, "momentum")]
+
+    def back() -> None:
+        undo()
+        with torch.no_grad():
+            for tensor, value in [*tensors, *gradients]:
+                tensor.copy_(value)
+        for module, momentum in momenta:
+            module.momentum = momentum
+
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        undo()
-        with torch.no_grad():
-            for tensor, value in tensors:
-                tensor.copy_(value)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, momentum in momenta:
-            module.momentum = momentum
+        to_its_end(back)

@@ -82,9 +82,8 @@ def _moves_itself(value: Any) -> bool:
     return callable(getattr(value, "to", None))
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Let no product of float32 numbers be rounded to TF32."""
+def precisions() -> list[tuple[Any, str, Any, Any]]:
+    """The switches for TF32: object, name, present value, value that rounds nothing."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     # Since 2.9 each kind of operation has a word for it. Where a user has set one of those the
     # older switch raises an error; where not, it is kept readable for code inside the block.
@@ -97,6 +96,13 @@ def full_precision() -> Iterator[None]:
         switches.append((products, "fp32_precision", products.fp32_precision, "ieee"))
     else:
         switches.append((products, "allow_tf32", products.allow_tf32, False))
+    return switches
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let no product of float32 numbers be rounded to TF32."""
+    switches = precisions()
     try:
         for switch, name, _, exact in switches:
             setattr(switch, name, exact)

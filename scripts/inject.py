@@ -1,0 +1,576 @@
+"""Interrupt verbs anywhere, and look whether the model and the process are as they were.
+
+    KERAS_BACKEND=torch python scripts/inject.py --framework torch --exceptions 2000 --signals 100
+    KERAS_BACKEND=jax python scripts/inject.py --framework keras --network lite0 --exceptions 200
+
+An exception is raised before a line of Frostline, or at a call of any Python function outside of it
+(the framework and the standard library). Some trials raise a second one while the first is on its
+way. Those that fall into clean-up (``finally``, ``__exit__``, ``undo``) are counted apart. Ctrl-C
+is a real SIGINT, sent by another process at a random time.
+
+With the same seed the places are the same. With ``--keep tests/slow/hostile`` each
+failure becomes a file, as small as it gets, that the tests run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import gc
+import json
+import linecache
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import frostline as fl
+
+SOURCES = str(Path(fl.__file__).parent)
+HERE = str(Path(__file__).parent)
+#: Functions that only put back.
+_BACK = frozenset(["__exit__", "__aexit__", "__del__", "to_its_end", "undo", "restore", "back"])
+
+
+class Interruption(BaseException):
+    """As a signal: no line expects it."""
+
+
+class Fault(Exception):  # noqa: N818 - as an error of a library, out of memory for example
+    """As an error of a library."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One interruption.
+
+    Attributes:
+        framework: ``"torch"`` or ``"keras"``.
+        network: ``"small"`` or ``"lite0"``.
+        verb: A name of ``injected_verbs.verbs``.
+        mode: ``"line"`` of Frostline or ``"call"`` of another function.
+        where: File, function and text of the line.
+        occurrence: Which time, from 1.
+        fault: An ``Exception`` in place of a ``BaseException``.
+        second: Calls after which another one is raised; 0: none.
+    """
+
+    framework: str
+    network: str
+    verb: str
+    mode: str
+    where: str
+    occurrence: int
+    fault: bool = False
+    second: int = 0
+
+
+@dataclass
+class Found:
+    """What a trial showed.
+
+    Attributes:
+        raised: The exception was raised.
+        passed: It came out of the verb.
+        cleaning: It fell into clean-up.
+        changed: What differs in the model.
+        around: What differs in the process.
+        broken: The model does not work any more, or cannot be put back.
+    """
+
+    raised: bool = False
+    passed: bool = False
+    cleaning: bool = False
+    changed: list[str] = field(default_factory=list)
+    around: list[str] = field(default_factory=list)
+    broken: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it shows a fault."""
+        return bool(self.changed or self.around or self.broken)
+
+
+class Injector:
+    """Counts lines or calls, and raises at one of them.
+
+    Args:
+        mode: ``"line"`` or ``"call"``.
+        where: Place to raise at; ``None``: none, and ``places`` notes all.
+        occurrence: At which time.
+        fault: See :class:`Trial`.
+        second: See :class:`Trial`.
+    """
+
+    def __init__(
+        self, mode: str, where: str | None, occurrence: int = 1, fault: bool = False,
+        second: int = 0,
+    ) -> None:  # fmt: skip
+        self.mode, self.where, self.left = mode, where, occurrence
+        self.kind: type[BaseException] = Fault if fault else Interruption
+        self.second = second
+        self.places: list[str] = []
+        self.raised = self.cleaning = False
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run under watch."""
+        before = sys.gettrace()
+        sys.settrace(self._called)
+        try:
+            return call()
+        finally:
+            sys.settrace(before)
+            sys.setprofile(None)
+
+    def _called(self, frame: FrameType, _event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        ours = name.startswith(SOURCES)
+        if self.mode == "line":
+            return self._line if ours else None
+        if not ours and not name.startswith((HERE, "<")):
+            self._at(frame)
+        return None
+
+    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            self._at(frame)
+        return self._line
+
+    def _at(self, frame: FrameType) -> None:
+        if self.raised:
+            return
+        code, number = frame.f_code, frame.f_lineno
+        place = _place(code.co_filename, code.co_qualname, number, self.mode)
+        if self.where is None:
+            self.places.append(place)
+        elif place == self.where:
+            self.left -= 1
+            if not self.left:
+                self.raised, self.cleaning = True, _cleaning(frame)
+                if self.second:
+                    sys.setprofile(self._again)
+                raise self.kind
+
+    def _again(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and not frame.f_code.co_filename.startswith((HERE, "<")):
+            self.second -= 1
+            if not self.second:
+                sys.setprofile(None)
+                self.cleaning = True
+                raise self.kind
+
+
+@functools.cache
+def _place(file: str, function: str, line: int, mode: str) -> str:
+    short = file.partition("site-packages/")[2] or file.removeprefix(
+        str(Path(SOURCES).parent) + "/"
+    )
+    short = short if not short.startswith("/") else Path(file).name
+    text = linecache.getline(file, line).strip() if mode == "line" else ""
+    return f"{short}:{function}: {text}".rstrip(": ")
+
+
+def _cleaning(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith(HERE):
+        if frame.f_code.co_name in _BACK or frame.f_lineno in _ways_back(frame.f_code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.cache
+def _ways_back(file: str) -> frozenset[int]:
+    """Lines of a file that only run to put something back."""
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return frozenset()
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            handlers = [h.body for h in node.handlers if _raises_again(h.body)]
+            for body in [node.finalbody, *handlers]:
+                for each in body:
+                    lines.update(range(each.lineno, (each.end_lineno or each.lineno) + 1))
+    return frozenset(lines)
+
+
+def _raises_again(body: Sequence[ast.stmt]) -> bool:
+    return isinstance(body[-1], ast.Raise) and body[-1].exc is None
+
+
+class Bench:
+    """Runs trials of one verb on one network; it is built anew only when a trial spoilt it."""
+
+    def __init__(self, framework: str, network: str, verb: str) -> None:
+        from injected_verbs import TRAINS, verbs
+
+        self.framework, self.network, self.verb = framework, network, verb
+        self.run = verbs(framework)[verb]
+        self.of_undo = verb.startswith("undo of ")
+        self.trains = verb in TRAINS
+        self._build()
+
+    def _build(self) -> None:
+        from injected_verbs import prepared
+        from model_state import model_state
+
+        self.net = prepared(self.framework, self.network, self.verb)
+        self.before = model_state(self.net.model, self.net.optimizer)
+
+    def places(self, mode: str) -> list[str]:
+        """Every place that the verb passes, in order."""
+        for _ in range(2):  # imports, caches
+            self._finish(self._start()())
+        call, watch = self._start(), Injector(mode, None)
+        self._finish(watch.run(call))
+        if self._changed():
+            self._build()
+        return watch.places
+
+    def _start(self) -> Callable[[], Any]:
+        from injected_verbs import fresh_folder
+
+        net = fresh_folder(self.net)
+        if self.of_undo:
+            self.back = self.run(net)
+            return self.back or (lambda: None)
+        self.back = None
+        return functools.partial(self.run, net)
+
+    def _finish(self, back: Any) -> None:
+        if back is not None and not self.of_undo:
+            back()
+
+    def trial(self, trial: Trial) -> Found:
+        """Interrupt the verb once."""
+        from model_state import changed, surroundings
+
+        found = Found()
+        call = self._start()
+        watch = Injector(trial.mode, trial.where, trial.occurrence, trial.fault, trial.second)
+        around = surroundings()
+        try:
+            back = watch.run(call)
+        except (Interruption, Fault, fl.FrostlineError) as error:
+            found.passed = True
+            traceback.clear_frames(error.__traceback__)
+            del error
+        else:
+            self._finish(back)
+        found.raised, found.cleaning = watch.raised, watch.cleaning
+        gc.collect(0)
+        self._judge(found, lambda: changed(around, surroundings()))
+        return found
+
+    def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
+        from injected_verbs import STAYS
+        from model_state import reset
+
+        if self.of_undo and self.back and found.passed and self._changed():
+            found.cleaning = True  # an undo is nothing else
+            try:
+                self.back()
+            except Exception as error:
+                found.broken = f"undo() again: {error!r}"
+        found.changed = self._changed()
+        if found.passed and (not self.trains or found.cleaning):
+            found.around = around()
+        if not found.passed and self.verb in STAYS:  # it did what it was asked for
+            found.changed = []
+            self._build()
+        if self.trains:
+            found.changed = [each for each in found.changed if not _moves_in_training(each)]
+        if found.changed or self.trains:
+            found.broken = found.broken or self._broken()
+        if found.failed or self.trains:
+            if found.around:
+                reset()
+            self._build()
+
+    def _changed(self) -> list[str]:
+        from model_state import changed, model_state
+
+        return changed(self.before, model_state(self.net.model, self.net.optimizer))
+
+    def _broken(self) -> str:
+        import numpy as np
+
+        try:
+            if not np.isfinite(self.net.forward()).all():
+                return "outputs are not finite"
+            if self.net.optimizer is None:
+                self.net.model.fit(self.net.x, self.net.y, batch_size=4, verbose=0)
+        except Exception as error:
+            return repr(error)
+        return ""
+
+
+def _moves_in_training(name: str) -> bool:
+    return name.startswith("variable ") or name.endswith(
+        (".stop_training", ".train_function", ".test_function", "._jax_state_synced",
+         "._jax_state", ".history", "._compile_metrics", "._loss_tracker", ".steps_per_execution",
+         "._tracker", "._metrics", "model.training",
+         "model._modules")
+    )  # fmt: skip
+
+
+def drawn(bench: Bench, count: int, rng: random.Random) -> list[Trial]:
+    """Trials of a verb: half of them spread over all places, half over all that runs."""
+    found = []
+    share = {"line": (count + 1) // 2, "call": count // 2}
+    for mode, number in share.items():
+        places = bench.places(mode)
+        times = Counter(places)
+        kinds = sorted(times)
+        for _ in range(number if kinds else 0):
+            where = rng.choice(kinds) if rng.random() < 0.5 else rng.choice(places)
+            trial = Trial(
+                framework=bench.framework, network=bench.network, verb=bench.verb, mode=mode,
+                where=where, occurrence=rng.randint(1, times[where]),
+                fault=rng.random() < 0.25, second=rng.randint(1, 40) * (rng.random() < 0.2),
+            )  # fmt: skip
+            found.append(trial)
+    return found
+
+
+@dataclass
+class Outcome:
+    """Counts by verb, and every failure with what it showed."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    failures: list[tuple[Trial | dict[str, Any], Found]] = field(default_factory=list)
+
+    def note(self, trial: Trial, found: Found) -> None:
+        """Count a trial."""
+        row = self.counts[f"{trial.framework} {trial.network}: {trial.verb}"]
+        kind = "in clean-up" if found.cleaning else "exceptions"
+        row[kind if found.raised else "not reached"] += 1
+        if found.failed:
+            self.failures.append((trial, found))
+            if found.cleaning:
+                row["changed in clean-up"] += bool(found.changed or found.around)
+                row["broken in clean-up"] += bool(found.broken)
+            else:
+                row["changed"] += bool(found.changed)
+                row["around"] += bool(found.around)
+                row["broken"] += bool(found.broken)
+
+
+def inject(
+    framework: str, network: str, count: int, seed: int, only: Sequence[str] = (),
+    outcome: Outcome | None = None,
+) -> Outcome:  # fmt: skip
+    """Interrupt each verb ``count`` times in all."""
+    from injected_verbs import verbs
+
+    outcome = outcome or Outcome()
+    names = [name for name in verbs(framework) if not only or name in only]
+    shares = [count // len(names) + (number < count % len(names)) for number in range(len(names))]
+    for name, share in zip(names, shares, strict=True):
+        if share:
+            bench = Bench(framework, network, name)
+            rng = random.Random(f"{seed} {framework} {network} {name}")
+            for trial in drawn(bench, share, rng):
+                outcome.note(trial, bench.trial(trial))
+    return outcome
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def signalled(
+    framework: str, network: str, count: int, seed: int, only: Sequence[str] = (),
+    outcome: Outcome | None = None,
+) -> Outcome:  # fmt: skip
+    """Send SIGINT to a process that runs verbs, ``count`` times in all."""
+    from injected_verbs import verbs
+
+    outcome, rng = outcome or Outcome(), random.Random(f"signals {seed}")
+    names = [name for name in verbs(framework) if not only or name in only]
+    shares = [count // len(names) + (number < count % len(names)) for number in range(len(names))]
+    plan = {name: share for name, share in zip(names, shares, strict=True) if share}
+    command = [sys.executable, __file__, "--child", json.dumps([framework, network, plan])]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout as lines:
+        outcome = _heard(child, lines, (framework, network), rng, outcome)
+    if child.wait():
+        raise RuntimeError(f"the child ended with {child.returncode}")
+    return outcome
+
+
+def _heard(
+    child: subprocess.Popen[str], lines: Any, place: tuple[str, str], rng: random.Random,
+    outcome: Outcome,
+) -> Outcome:  # fmt: skip
+    for line in lines:
+        said = json.loads(line)
+        if "seconds" in said:
+            time.sleep(rng.uniform(0, 1.05 * said["seconds"]))
+            child.send_signal(signal.SIGINT)
+            continue
+        found = Found(**said["found"])
+        row = outcome.counts[f"{place[0]} {place[1]}: {said['verb']}"]
+        row["signals" if found.passed else "signals too late"] += 1
+        row["signals changed"] += bool(found.changed)
+        row["signals around"] += bool(found.around)
+        row["signals broken"] += bool(found.broken)
+        if found.failed:
+            outcome.failures.append((said, found))
+    return outcome
+
+
+def _child(framework: str, network: str, plan: dict[str, int]) -> None:
+    """Run verbs; before each, say how long it takes; after it, what the signal did."""
+    from model_state import changed, surroundings
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    say = functools.partial(print, flush=True)
+    for verb, rounds in plan.items():
+        bench = Bench(framework, network, verb)
+        bench.places("line")
+        started = time.perf_counter()
+        bench._finish(bench._start()())
+        seconds = time.perf_counter() - started
+        bench._build()
+        for _ in range(rounds):
+            call, found, trace = bench._start(), Found(raised=True), ""
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            around, back = surroundings(), None
+            say(json.dumps({"seconds": seconds}))
+            try:
+                try:
+                    back = call()
+                    finished = True
+                except KeyboardInterrupt as error:
+                    finished = False
+                    frames = traceback.extract_tb(error.__traceback__)
+                    trace = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1])
+                    innermost = frames[-1].filename.startswith(HERE)
+                    found.passed = not innermost
+                    traceback.clear_frames(error.__traceback__)
+                    del error
+                if finished:
+                    time.sleep(60)
+            except KeyboardInterrupt:
+                pass  # it came when the verb was over
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            now = surroundings()
+            now["handlers"] = around["handlers"]
+            if finished:
+                bench._finish(back)
+            gc.collect(0)
+            bench._judge(found, lambda: changed(around, now))  # noqa: B023
+            say(json.dumps({"verb": verb, "found": asdict(found), "trace": trace}))
+
+
+# --- files and tables -----------------------------------------------------------------------------
+
+
+def smallest(trial: Trial) -> Trial:
+    """The same failure on the small network and without a second exception, where it shows so."""
+    best = trial
+    for simpler in (
+        {"network": "small"}, {"second": 0}, {"fault": False}, {"occurrence": 1},
+    ):  # fmt: skip
+        candidate = Trial(**{**asdict(best), **simpler})
+        if candidate != best and again(candidate).failed:
+            best = candidate
+    return best
+
+
+def again(trial: Trial) -> Found:
+    """Run one trial by itself."""
+    bench = Bench(trial.framework, trial.network, trial.verb)
+    bench.places(trial.mode)
+    return bench.trial(trial)
+
+
+def keep(trial: Trial, found: Found, folder: Path) -> Path:
+    """Write a failure as a file that the tests run again."""
+    name = "".join(c if c.isalnum() else "_" for c in f"{trial.verb} {trial.where}")[:80]
+    path = folder / f"inject_{trial.framework}_{name.strip('_').lower()}.json"
+    content = {"trial": asdict(trial), "showed": asdict(found)}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+COLUMNS = ("exceptions", "changed", "around", "broken", "in clean-up", "changed in clean-up",
+           "broken in clean-up", "not reached", "signals", "signals changed", "signals around",
+           "signals broken", "signals too late")  # fmt: skip
+
+
+def table(outcome: Outcome) -> str:
+    """Counts as text."""
+    rows = {**outcome.counts, "all": sum(outcome.counts.values(), Counter())}
+    width = max(map(len, rows))
+    shown = [name for name in COLUMNS if rows["all"][name]]
+    lines = [" " * width + "  " + "  ".join(shown)]
+    for name, row in rows.items():
+        numbers = "  ".join(str(row[column]).rjust(len(column)) for column in shown)
+        lines.append(f"{name.ljust(width)}  {numbers}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the options, run, print the table, and keep the failures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--framework", choices=["torch", "keras"], default="torch")
+    parser.add_argument("--network", choices=["small", "lite0"], default="small")
+    parser.add_argument("--exceptions", type=int, default=0)
+    parser.add_argument("--signals", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verb", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--json", type=Path, help="also put the counts into this file")
+    parser.add_argument("--keep", type=Path, help="folder for failures, to run them again")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda _: None
+    if options.child:
+        _child(*json.loads(options.child))
+        return 0
+    started, outcome = time.perf_counter(), Outcome()
+    place = (options.framework, options.network)
+    inject(*place, options.exceptions, options.seed, options.verb, outcome)
+    if options.signals:
+        signalled(*place, options.signals, options.seed, options.verb, outcome)
+    print(table(outcome))
+    for trial, found in outcome.failures:
+        if isinstance(trial, Trial):
+            print("FAILED", asdict(trial), asdict(found))
+        else:
+            print("FAILED", trial)
+    distinct = {t.where: t for t, _ in outcome.failures if isinstance(t, Trial)}
+    for trial in distinct.values() if options.keep else ():
+        short = smallest(trial)
+        print("kept", keep(short, again(short), options.keep))
+    if options.json:
+        backend = os.environ.get("KERAS_BACKEND", "")
+        content = {
+            "command": f"KERAS_BACKEND={backend} python scripts/inject.py " + " ".join(
+                f"--{name} {getattr(options, name)}"
+                for name in ("framework", "network", "exceptions", "signals", "seed")
+            ),
+            "seconds": round(time.perf_counter() - started),
+            "counts": {name: dict(row) for name, row in outcome.counts.items()},
+            "failures": len(outcome.failures),
+        }  # fmt: skip
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return bool(outcome.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Change a model wholly or not at all: what interrupts a verb takes all of it back first.
+
+Every verb runs inside :func:`atomically`. What puts back is a list of small steps, each of which
+sets something to what it was and can be repeated: :class:`Attributes` for objects,
+:func:`surroundings` for the process, and what an adapter adds for its framework. Ctrl-C waits for
+the end of a way back.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
+    """Run an edit; if anything at all interrupts it, put the model back before that goes on.
+
+    Args:
+        back: Puts the model back as it was before the edit; can be repeated.
+        edit: Changes the model and returns what the user gets, its text included.
+    """
+    around = surroundings()
+
+    def whole() -> None:
+        back()
+        around()
+
+    try:
+        return edit()
+    except BaseException:
+        try:
+            to_its_end(whole)
+        except BaseException:
+            to_its_end(whole)
+            raise
+        raise
+
+
+@contextmanager
+def taken_back(back: Callable[[], Any]) -> Iterator[None]:
+    """Put something back on any exit from a block; once more, if that was interrupted."""
+    whole = False
+    try:
+        try:
+            yield
+        finally:
+            to_its_end(back)
+            whole = True
+    finally:
+        if not whole:
+            to_its_end(back)
+
+
+def to_its_end(back: Callable[[], Any]) -> None:
+    """Put something back, whatever interrupts it; Ctrl-C waits until it is done."""
+    held = _Held()
+    try:
+        try:
+            try:
+                held.acquire()
+            finally:
+                _again_if_interrupted(back)
+        finally:
+            held.release()
+    finally:
+        held.release()  # the first one may have been interrupted
+
+
+def _again_if_interrupted(back: Callable[[], Any]) -> None:
+    try:
+        back()
+    except BaseException:
+        try:
+            back()
+        except BaseException:
+            back()
+            raise
+        raise
+
+
+class _Held:
+    """Holds SIGINT back, in the thread that gets signals."""
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._before: Any = None
+
+    def acquire(self) -> None:
+        """Note a signal from now on."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.getsignal(signal.SIGINT)
+            if self._before is not None:
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._noted = True
+
+    def release(self) -> None:
+        """Put the handler back and hand it what was noted; can be repeated."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        noted, self._noted = self._noted, False
+        if noted:
+            signal.raise_signal(signal.SIGINT)
+
+
+def surroundings() -> Callable[[], None]:
+    """Remember Python's and NumPy's generators, NumPy's errors and the filters of warnings.
+
+    Returns:
+        What puts them back; can be repeated.
+    """
+    import numpy as np
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
+    filters, shown = warnings.filters, warnings.showwarning
+    kept, errors = list(filters), np.geterr()
+
+    def back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        np.seterr(**errors)
+        warnings.filters, warnings.showwarning = filters, shown
+        if filters != kept:
+            filters[:] = kept  # type: ignore[index]
+        warnings._filters_mutated()  # type: ignore[attr-defined]
+
+    return back
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """An object's class and attributes, and what the containers among them held."""
+
+    owner: Any
+    kind: type
+    values: dict[str, Any]
+    contents: list[tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, owner: Any) -> Attributes:
+        """Read them."""
+        values = dict(vars(owner))
+        tracker = values.get("_tracker")  # Keras': has a set of ids per kind of object
+        containers = [*values.values(), *getattr(tracker, "stored_ids", {}).values()]
+        kept = [c for c in containers if isinstance(c, (list, dict, set))]
+        return cls(owner, type(owner), values, [(c, _plain(c)) for c in kept])
+
+    def restore(self) -> None:
+        """Put them back; every object stays the one it is."""
+        if type(self.owner) is not self.kind:
+            self.owner.__class__ = self.kind
+        held = vars(self.owner)
+        held.update(self.values)
+        for name in held.keys() - self.values.keys():
+            held.pop(name, None)
+        for container, content in self.contents:
+            _refill(container, content)
+
+
+def restored(kept: Sequence[Attributes]) -> None:
+    """Put several objects back."""
+    for attributes in kept:
+        attributes.restore()
+
+
+def _plain(container: Any) -> Any:
+    return _kind(container)(container)
+
+
+def _kind(container: Any) -> Any:
+    return next(each for each in (list, dict, set) if isinstance(container, each))
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its content back; untouched if it has it."""
+    if _identities(_plain(container)) == _identities(content):
+        return
+    kind = _kind(container)
+    add = "extend" if kind is list else "update"
+    if type(container).__module__.startswith("keras."):
+        # Keras' tracked containers would track all of it again: the plain methods do not.
+        kind.clear(container)
+        getattr(kind, add)(container, content)
+    else:
+        container.clear()
+        getattr(container, add)(content)
+
+
+def _identities(content: Any) -> Any:
+    # Variables compare by value, element by element; what matters here is which they are.
+    if isinstance(content, set):
+        return content
+    if isinstance(content, dict):
+        return [(key, id(value)) for key, value in content.items()]
+    return [id(value) for value in content]
