@@ -448,14 +448,13 @@ def _child(framework: str, network: str, plan: dict[str, int]) -> None:
         for _ in range(rounds):
             call, found, trace = bench._start(), Found(raised=True), ""
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            around, back = surroundings(), None
-            say(json.dumps({"seconds": seconds}))
+            around, back, finished = surroundings(), None, False
             try:
+                say(json.dumps({"seconds": seconds}))
                 try:
                     back = call()
                     finished = True
                 except KeyboardInterrupt as error:
-                    finished = False
                     frames = traceback.extract_tb(error.__traceback__)
                     trace = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1])
                     innermost = frames[-1].filename.startswith(HERE)
@@ -465,7 +464,7 @@ def _child(framework: str, network: str, plan: dict[str, int]) -> None:
                 if finished:
                     time.sleep(60)
             except KeyboardInterrupt:
-                pass  # it came when the verb was over
+                pass  # it came before the verb began, or when it was over
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             now = surroundings()
             now["handlers"] = around["handlers"]

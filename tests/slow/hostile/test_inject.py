@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from inject import Injector, Interruption, Outcome, Trial, again, inject, signalled
+from inject import Injector, Interruption, Outcome, Trial, again, inject
 
 KEPT = sorted(Path(__file__).parent.glob("inject_*.json"))
 on_torch = pytest.mark.skipif(
@@ -34,13 +34,6 @@ def test_an_exception_anywhere_leaves_a_torch_module_and_the_process_as_they_wer
 def test_an_exception_anywhere_leaves_a_keras_model_and_the_process_as_they_were() -> None:
     verbs = ["convert", "restore", "freeze", "undo of freeze", "set_momentum"]
     assert sound(inject("keras", "small", 40, seed=15, only=verbs)) > 30
-
-
-@on_torch
-@pytest.mark.filterwarnings("ignore")
-def test_ctrl_c_at_any_time_leaves_a_torch_module_as_it_was() -> None:
-    verbs = ["freeze", "recalibrate", "split"]
-    sound(signalled("torch", "small", 12, seed=15, only=verbs))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
