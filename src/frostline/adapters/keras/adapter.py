@@ -253,10 +253,7 @@ class KerasView:
         self._build(x)
         with_loss = y is not None and self.compiled() and self.own_loss() is not None
         # A compiled step holds these flags as constants, so other flags need another step.
-        flags = tuple(
-            (bool(place.layer.trainable), getattr(place.layer, "policy", None))
-            for place in keras_graph.walk(model)
-        )
+        flags = keras_graph.flags_of(model)
         objective = getattr(model, "_compile_loss", None) if with_loss else None
         key = (training, objective, weight is not None, flags)
         if key not in self._steps:

@@ -237,10 +237,7 @@ class BlendForward:
         # A trace fixes these as well as shapes: our layers read gamma and beta by `trainable`.
         settings: tuple[Any, ...] = tuple((x.trainable, x.epsilon) for x in self._handles.values())
         if kind.startswith("own"):  # the layers' own calls go by the flags of every layer
-            settings = tuple(
-                (bool(place.layer.trainable), getattr(place.layer, "policy", None))
-                for place in keras_graph.walk(self.model)
-            )
+            settings = keras_graph.flags_of(self.model)
         eager = self._step is not None or bool(getattr(self.model, "run_eagerly", False))
         key = (kind, dropout, record, eager, settings, tuple(map(id, variables)))
         if key not in self._compiled:

@@ -183,17 +183,27 @@ def wrapped_module(layer: Any) -> Any | None:
     return getattr(layer, "module", None)
 
 
-def torch_norms(place: Place) -> list[tuple[str, Any]]:
-    """(path, module) of every BN module inside a ``TorchModuleWrapper``; else empty."""
+def torch_modules(place: Place) -> list[tuple[str, Any]]:
+    """(path, module) of all that a ``TorchModuleWrapper`` holds; empty for any other layer."""
     module = wrapped_module(place.layer)
-    if module is None:
-        return []
-    norm = sys.modules["torch"].nn.modules.batchnorm._BatchNorm
     return [
         ("/".join([place.path, *name.split(".")]) if name else place.path, inner)
-        for name, inner in module.named_modules()
-        if isinstance(inner, norm)
+        for name, inner in (() if module is None else module.named_modules())
     ]
+
+
+def torch_norms(place: Place) -> list[tuple[str, Any]]:
+    """Those of them that are BN."""
+    found = torch_modules(place)
+    norm = sys.modules["torch"].nn.modules.batchnorm._BatchNorm if found else ()
+    return [(path, module) for path, module in found if isinstance(module, norm)]
+
+
+def flags_of(model: Any) -> tuple[tuple[bool, Any], ...]:
+    """`trainable` and policy of every layer: what a compiled pass holds as constants."""
+    return tuple(
+        (bool(place.layer.trainable), getattr(place.layer, "policy", None)) for place in walk(model)
+    )
 
 
 def _torch_site(place: Place, path: str, module: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.adapters.keras.graph import is_site, torch_modules, walk
 from frostline.types import ModelError
 
 
@@ -52,12 +52,9 @@ def _owners(model: Any) -> dict[str, tuple[Any, bool]]:
     """Path -> (what has the momentum, whether in torch's convention); paths as in `sites`."""
     owners: dict[str, tuple[Any, bool]] = {}
     for place in walk(model):
-        module = wrapped_module(place.layer)
         if is_site(place.layer):
             owners[place.path] = (place.layer, False)
-        elif module is not None:
-            for name, inner in module.named_modules():
-                path = "/".join([place.path, *name.split(".")]) if name else place.path
-                if hasattr(inner, "running_mean") and hasattr(inner, "momentum"):
-                    owners[path] = (inner, True)
+        for path, module in torch_modules(place):
+            if hasattr(module, "running_mean") and hasattr(module, "momentum"):
+                owners[path] = (module, True)
     return owners

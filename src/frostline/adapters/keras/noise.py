@@ -34,9 +34,9 @@ def noise_layers(model: Any) -> dict[str, str]:
         layer = place.layer
         if keras_graph.is_site(layer) or place.parent in found:  # a cell in its recurrent layer
             continue
-        module = keras_graph.wrapped_module(layer)
-        if module is not None:
-            found |= _torch_modules(place.path, module)
+        if modules := keras_graph.torch_modules(place):
+            drop = sys.modules["torch"].nn.modules.dropout._DropoutNd
+            found |= {p: "dropout" for p, m in modules if isinstance(m, drop) and m.p > 0}
         elif (kind := _kind(layer, place.leaf)) is not None:
             found[place.path] = kind
     return found
@@ -82,12 +82,3 @@ def drops(layer: Any) -> bool:
 def _named(name: str) -> str | None:
     lower = name.lower()
     return next((kind for kind, words in _WORDS if any(w in lower for w in words)), None)
-
-
-def _torch_modules(path: str, module: Any) -> dict[str, str]:
-    drop = sys.modules["torch"].nn.modules.dropout._DropoutNd
-    return {
-        "/".join([path, *name.split(".")]) if name else path: "dropout"
-        for name, inner in module.named_modules()
-        if isinstance(inner, drop) and inner.p > 0
-    }

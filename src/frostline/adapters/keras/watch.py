@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.arrays import copied
-from frostline.adapters.keras.graph import is_site, walk, wrapped_module
+from frostline.adapters.keras.graph import is_site, torch_modules, walk
 from frostline.types import Array
 
 #: Names of the stored statistics of a BN layer; the last three with ``renorm`` only.
@@ -49,7 +49,7 @@ def frozen_values(model: Any, *, parameters: bool, statistics: bool) -> list[Kep
     """
     found: list[Kept] = []
     for place in walk(model):
-        layer, module = place.layer, wrapped_module(place.layer)
+        layer = place.layer
         if layer.trainable:
             continue
         if is_site(layer):
@@ -59,8 +59,8 @@ def frozen_values(model: Any, *, parameters: bool, statistics: bool) -> list[Kep
                 for name in names
                 if getattr(layer, name, None) is not None
             ]
-        elif module is not None:
-            found += _of_module(place.path, module, parameters, statistics)
+        for path, module in torch_modules(place):
+            found += _of_module(path, module, parameters, statistics)
     return found
 
 
@@ -76,21 +76,12 @@ def _of_variable(path: str, name: str, layer: Any) -> Kept:
 
 
 def _of_module(path: str, module: Any, parameters: bool, statistics: bool) -> list[Kept]:
-    found = []
-    for name, inner in module.named_modules():
-        if not hasattr(inner, "running_mean") or inner.running_mean is None:
-            continue
-        mine = "/".join([path, *name.split(".")]) if name else path
-        wanted = {
-            "weight": inner.weight if parameters else None,
-            "bias": inner.bias if parameters else None,
-            "running_mean": inner.running_mean if statistics else None,
-            "running_var": inner.running_var if statistics else None,
-        }
-        found += [
-            _of_tensor(mine, key, tensor) for key, tensor in wanted.items() if tensor is not None
-        ]
-    return found
+    if getattr(module, "running_mean", None) is None:
+        return []
+    names = [*(("weight", "bias") if parameters else ())]
+    names += ("running_mean", "running_var") if statistics else ()
+    tensors = {name: getattr(module, name) for name in names}
+    return [_of_tensor(path, key, tensor) for key, tensor in tensors.items() if tensor is not None]
 
 
 def _of_tensor(path: str, name: str, tensor: Any) -> Kept:
