@@ -24,7 +24,10 @@ def console(width: int | None = None, *, stderr: bool = False) -> Console:
     """
     from rich.console import Console
 
-    return Console(width=width, stderr=stderr, highlight=False, markup=False, emoji=False)
+    return Console(
+        width=width, stderr=stderr, highlight=False, markup=False, emoji=False,
+        force_jupyter=False,  # in a notebook rich would show the text instead of writing it
+    )  # fmt: skip
 
 
 def render(renderable: RenderableType, *, width: int = 80, color: bool = False) -> str:
@@ -44,6 +47,7 @@ def render(renderable: RenderableType, *, width: int = 80, color: bool = False) 
         markup=False,
         emoji=False,
         legacy_windows=False,
+        force_jupyter=False,
     )
     out.print(renderable, crop=False)
     return "".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines())

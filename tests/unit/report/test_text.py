@@ -186,3 +186,11 @@ def test_gap_is_training_minus_inference_of_common_numbers() -> None:
 )  # fmt: skip
 def test_numbers(value: float | None, shown: str) -> None:
     assert text.number(value) == shown
+
+
+def test_in_a_notebook_text_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rich.console
+
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    assert "backbone/block0/bn" in text.render(sites.sites_table(SITES, boundary=None))
+    assert not text.console().is_jupyter
