@@ -1,7 +1,7 @@
 """Change a model wholly or not at all: what interrupts a verb takes all of it back first.
 
-Every verb runs inside :func:`atomically`. What puts back is a list of small steps, each of which
-sets something to what it was and can be repeated: :class:`Attributes` for objects,
+Verbs run inside :func:`atomically` or ``verbs/whole.py``. What puts back is a list of small steps,
+each of which sets something to what it was and can be repeated: :class:`Attributes` for objects,
 :func:`surroundings` for the process, and what an adapter adds for its framework. Ctrl-C waits for
 the end of a way back.
 """
@@ -29,19 +29,24 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
         edit: Changes the model and returns what the user gets, its text included.
     """
     around = surroundings()
-
-    def whole() -> None:
-        back()
-        around()
-
     try:
         return edit()
     except BaseException:
-        try:
-            to_its_end(whole)
-        except BaseException:
-            to_its_end(whole)
-            raise
+        undone(back, around)
+        raise
+
+
+def undone(*backs: Callable[[], None]) -> None:
+    """Put things back, one after the other, in the face of an exception that goes on after it."""
+
+    def whole() -> None:
+        for back in backs:
+            back()
+
+    try:
+        to_its_end(whole)
+    except BaseException:
+        to_its_end(whole)
         raise
 
 

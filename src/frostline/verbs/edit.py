@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from frostline.adapters import Adapter, FlagCounts, adapter_of, freezer
 from frostline.adapters.protocol import Edit, FreezeRequest, Inspect
-from frostline.atomic import atomically, taken_back, to_its_end
+from frostline.atomic import taken_back, to_its_end
 from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
 from frostline.verbs.momentum import set_site_momentum
+from frostline.verbs.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Change:
         return "\n".join([self.text, *(f"note: {note}" for note in self.notes)])
 
 
+@whole
 def freeze(
     model: Any,
     until: Any = None,
@@ -96,6 +98,7 @@ def freeze(
     return _switch(model, until, sites, frozen=True, **what)
 
 
+@whole
 def unfreeze(
     model: Any,
     since: Any = None,
@@ -167,6 +170,7 @@ def frozen(model_or_layers: Any) -> Iterator[Change]:
         )
 
 
+@whole
 def convert(
     model: Any,
     *,
@@ -194,19 +198,15 @@ def convert(
         ModelError: No BN layer; a BN layer of a user's own class or one without weights yet, with
             its path; settings that contradict each other. The model is unchanged.
     """
-    adapter = adapter_of(model)
-
-    def edit() -> Any:
-        if adapter.convert(version=version, policy=policy, debias=debias) == 0:
-            raise ModelError(
-                "no BatchNormalization layer: there is nothing to convert. "
-                f"Received: model {getattr(model, 'name', model)!r}"
-            )
-        return model
-
-    return atomically(adapter.snapshot(), edit)
+    if adapter_of(model).convert(version=version, policy=policy, debias=debias) == 0:
+        raise ModelError(
+            "no BatchNormalization layer: there is nothing to convert. "
+            f"Received: model {getattr(model, 'name', model)!r}"
+        )
+    return model
 
 
+@whole
 def restore(model: Any) -> Any:
     """Turn every BN layer of ours, in place, back into the stock layer, with its present weights.
 
@@ -216,15 +216,11 @@ def restore(model: Any) -> Any:
     Returns:
         ``model`` itself.
     """
-    adapter = adapter_of(model)
-
-    def edit() -> Any:
-        adapter.restore()
-        return model
-
-    return atomically(adapter.snapshot(), edit)
+    adapter_of(model).restore()
+    return model
 
 
+@whole
 def fold(model: Any) -> Any:
     """Fold every BN layer into the layer before it: an inference network of plain layers.
 
@@ -259,13 +255,13 @@ def fold(model: Any) -> Any:
             one inside a subclassed model or a composite layer, of a class of your own, or with
             broken statistics. Or the outcome does not compute what the model computes.
     """
-    adapter = adapter_of(model)
-    folded = atomically(adapter.snapshot(), adapter.fold)
+    folded = adapter_of(model).fold()
     for note in folded.notes:
-        warnings.warn(f"fold: {note}", stacklevel=2)
+        warnings.warn(f"fold: {note}", stacklevel=3)
     return folded.model
 
 
+@whole
 def recalibrate(
     model: Any,
     data: Any,
@@ -327,24 +323,21 @@ def recalibrate(
     """
     adapter = adapter_of(model)
     ranks = adapter.together(process_group)
-
-    def edit() -> Change:
-        with ranks.collective("recalibrate", method=str(method)):
-            done, undo = recalibrate_adapter(
-                adapter,
-                data,
-                sites=sites,
-                method=method,
-                batch_size=batch_size,
-                ranks=ranks,
-                step=step,
-            )
-        back = undoing(adapter, undo)
-        return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=back)
-
-    return atomically(adapter.snapshot(), edit)
+    with ranks.collective("recalibrate", method=str(method)):
+        done, undo = recalibrate_adapter(
+            adapter,
+            data,
+            sites=sites,
+            method=method,
+            batch_size=batch_size,
+            ranks=ranks,
+            step=step,
+        )
+    back = undoing(adapter, undo)
+    return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=back)
 
 
+@whole
 def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
     """Set how much of the old statistics an update keeps, in place and without rebuilding.
 
@@ -364,13 +357,9 @@ def set_momentum(model: Any, momentum: float, *, sites: Any = "all") -> Change:
         ModelError: Not a number between 0 and 1, or no such site.
     """
     adapter = adapter_of(model)
-
-    def edit() -> Change:
-        done = set_site_momentum(adapter, momentum, sites=sites)
-        back = undoing(adapter, done.undo)
-        return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=back)
-
-    return atomically(adapter.snapshot(), edit)
+    done = set_site_momentum(adapter, momentum, sites=sites)
+    back = undoing(adapter, done.undo)
+    return Change(verb="set_momentum", text=done.text, notes=done.notes, _undo=back)
 
 
 def _switch(
@@ -405,7 +394,7 @@ def _switch(
         dropout=dropout,
         paths=None if sites is None else frozenset(s.path for s in select(adapter.sites(), sites)),
     )
-    return atomically(adapter.snapshot(), lambda: _switched(adapter, request, reference))
+    return _switched(adapter, request, reference)
 
 
 def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Change:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from frostline.adapters import adapter_of
-from frostline.atomic import atomically
 from frostline.types import Crossing
+from frostline.verbs.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ def _layers(part: Any) -> int:
     return len(part.layers if called is None else called())
 
 
+@whole
 def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
     """Cut a model where its frozen part ends, at the tensors that are smallest to store.
 
@@ -95,8 +96,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
         ModelError: No graph (a subclassed or unbuilt model); nothing or everything is frozen; a
             frozen layer that is not pure, with its path and how it showed.
     """
-    adapter = adapter_of(model)
-    parts = atomically(adapter.snapshot(), lambda: adapter.split(at, sample=sample))
+    parts = adapter_of(model).split(at, sample=sample)
     return Split(
         prefix=parts.prefix, suffix=parts.suffix, frontier=parts.frontier, notes=parts.notes
     )

@@ -24,6 +24,7 @@ from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, FrostlineError, ModelError
 from frostline.types.facts import SiteFacts
 from frostline.types.measured import Behaviour
+from frostline.verbs.whole import whole
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
 #: a checkpoint in half precision keeps three digits.
@@ -279,6 +280,7 @@ def watching_of(model: Any) -> Watch:
     return Watch(adapter, found)
 
 
+@whole
 def assert_frozen(
     model: Any,
     until: Any = None,
@@ -312,13 +314,9 @@ def assert_frozen(
     """
     adapter = adapter_of(model)
     ranks = adapter.together(process_group)
-
-    def look() -> Any:
-        with ranks.collective("assert_frozen"):
-            mine = _not_frozen(adapter, until, data, step, params=params, statistics=statistics)
-            return ranks.values(mine)
-
-    everyone = atomically(adapter.snapshot(), look)
+    with ranks.collective("assert_frozen"):
+        mine = _not_frozen(adapter, until, data, step, params=params, statistics=statistics)
+        everyone = ranks.values(mine)
     checked = {path for paths, _ in everyone for path in paths}
     wrong: dict[str, str] = {}
     for rank, (_, theirs) in enumerate(everyone):

@@ -1,0 +1,31 @@
+"""A verb that is interrupted, by an error, by Ctrl-C or by anything else, has changed nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from frostline.adapters import adapter_of
+from frostline.atomic import surroundings, undone
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def whole(verb: Verb) -> Verb:
+    """Let a verb, whose first argument is the model, do all or nothing.
+
+    This is the last frame before the user's own, so that a signal that arrives when the work is
+    done, and the verb about to return, still takes all of it back.
+    """
+
+    @functools.wraps(verb)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        back, around = adapter_of(model).snapshot(), surroundings()
+        try:
+            return verb(model, *args, **kwargs)
+        except BaseException:
+            undone(back, around)
+            raise
+
+    return cast(Verb, run)
