@@ -10,6 +10,9 @@ How far it is, it says on standard error.
 - ``schedule``: head epochs, then fine-tuning epochs, with validation: stock ``fit`` / ``fl.fit``,
   whose first call keeps the features of the second on the way (``thaw_later``);
   and ``head``: the first part of it, the head alone, which keeps nothing for later.
+- ``schedule / limit``, ``head / limit``: ``fl.fit`` / what it cannot go below, measured in the same
+  round: one pass of the engine that ``auto`` takes over the frozen part, features in memory, and
+  the training of the rest on them, compiling included (DESIGN: close to the limit).
 - ``epoch``: a cached epoch / training the suffix on features in memory (the physical limit).
 - ``prefix``: ``predict`` / the engine that ``auto`` takes, seconds for the same batch.
 - ``memory``: peak memory of building a cache of 4 n samples / of n samples, in processes of their
@@ -152,16 +155,57 @@ def ours(settings: argparse.Namespace) -> tuple[float, float]:
     return seconds[0][0], seconds[1][1]
 
 
-def against_stock(settings: argparse.Namespace, number: int) -> list[tuple[float, float]]:
-    """Seconds of stock ``fit`` and of ``fl.fit``: head, whole schedule.
+def limit(settings: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of the head alone and of the whole schedule, with nothing but the work itself.
 
-    The one that comes first is the other one in every other round.
+    The engine is chosen before the clock starts; features never touch a disk.
+    """
+    model = build(settings)
+    (x, y), (xv, yv) = (
+        labelled(settings.train, settings, 1),
+        labelled(settings.validation, settings, 2),
+    )
+    since = default_boundary(settings.backbone)
+    fl.freeze(model, since)
+    early = fl.split(model)
+    fl.freeze(model, "head")
+    between = fl.split(early.suffix)
+    engine = engines.choose(early.prefix, x[: settings.batch], engine=settings.engine)
+    started = time.perf_counter()
+    at_boundary = [passed(engine.run, each, settings.batch) for each in (x, xv)]
+    ways = {"batch_size": settings.batch, "verbose": 0}
+
+    def fit(suffix: Any, optimizer: Any, epochs: int, features: Any) -> None:
+        (mine, held), loss = features, "sparse_categorical_crossentropy"
+        suffix.compile(optimizer, loss=loss, metrics=["accuracy"])
+        suffix.fit(mine, y, validation_data=(held, yv), epochs=epochs, **ways)
+
+    at_head = [between.prefix.predict(each, **ways) for each in at_boundary]
+    fit(between.suffix, keras.optimizers.RMSprop(1e-3), settings.head_epochs, at_head)
+    head = time.perf_counter() - started
+    fl.unfreeze(model, since=since)
+    sgd = keras.optimizers.SGD(1e-4, momentum=0.9)
+    fit(early.suffix, sgd, settings.epochs, at_boundary)
+    return head, time.perf_counter() - started
+
+
+def passed(run: Callable[[Any], Any], x: Any, batch: int) -> Any:
+    """Features of all samples, in memory."""
+    parts = [run(x[i : i + batch]) for i in range(0, len(x), batch)]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return columns[0] if len(columns) == 1 else columns
+
+
+def against_stock(settings: argparse.Namespace, number: int) -> dict[str, tuple[float, float]]:
+    """Seconds of head and whole schedule: stock ``fit``, ``fl.fit``, and the limit.
+
+    Of the first two the one that comes first is the other one in every other round.
     """
     seconds = {}
-    for way in (stock, ours)[:: 1 - number % 2 * 2]:
-        head, whole = seconds[way] = way(settings)
+    for way in (*(stock, ours)[:: 1 - number % 2 * 2], limit):
+        head, whole = seconds[way.__name__] = way(settings)
         tell(f"round {number + 1}, {way.__name__}: head {head:.1f} s, schedule {whole:.1f} s")
-    return list(zip(seconds[stock], seconds[ours], strict=True))
+    return seconds
 
 
 def tell(text: str) -> None:
@@ -276,8 +320,11 @@ def measured(case: str, settings: argparse.Namespace) -> Iterator[dict[str, dict
         rounds = []
         for number in range(settings.rounds):
             rounds.append(against_stock(settings, number))
-            head, whole = zip(*rounds, strict=True)
-            yield {"schedule": figure(list(whole)), "head": figure(list(head))}
+            yield {
+                name + suffix: figure([(each[one][place], each[other][place]) for each in rounds])
+                for suffix, one, other in (("", "stock", "ours"), (" / limit", "ours", "limit"))
+                for place, name in ((1, "schedule"), (0, "head"))
+            }
     if case == "epoch":
         yield {case: figure(one_epoch(settings))}
     if case == "memory":

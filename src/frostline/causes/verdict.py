@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from frostline.numerics.stats import paired_bootstrap
 from frostline.types import Finding, Site
 from frostline.types.codes import CauseCode
-from frostline.types.measured import Cause, Interval, Measurement, Remedy
+from frostline.types.measured import Cause, Interval, Measurement, Probe, Remedy
 
 #: With fewer samples than this the verdict adds how uncertain the gap is.
 FEW = 64
@@ -149,3 +152,26 @@ def _effect(remedy: Remedy) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def first(probes: Mapping[str, Probe], *, seed: int = 0) -> str:
+    """What the first three passes say, in one line, while the rest is measured.
+
+    Args:
+        probes: ``inference``, ``training`` and, where there is BN, ``batch``.
+        seed: Of the interval.
+    """
+    inference, training = probes["inference"], probes["training"]
+    sound = np.isfinite(inference.losses) & np.isfinite(training.losses)
+    if not sound.any():
+        return "first look: no loss is finite"
+    gap = paired_bootstrap(training.losses[sound], inference.losses[sound], seed=seed)
+    shown = (
+        f"first look: loss {inference.loss:.4g} at inference, {training.loss:.4g} in training mode"
+    )
+    if not gap.excludes_zero:
+        return f"{shown}: no certain gap ({gap.low:+.3g} to {gap.high:+.3g})"
+    text = f"{shown}: a gap of {gap.estimate:+.3g} ({gap.low:+.3g} to {gap.high:+.3g})"
+    if "batch" in probes:
+        text += f"; {probes['batch'].loss - inference.loss:+.3g} with batch statistics everywhere"
+    return text

@@ -66,6 +66,7 @@ def measure(
     seed: int = 0,
     round_trip: bool = False,
     progress: Progress | None = None,
+    first: Callable[[Mapping[str, Probe]], None] | None = None,
 ) -> tuple[Measurement, Bench]:
     """Run every probe on the same samples of the data.
 
@@ -87,6 +88,7 @@ def measure(
         seed: Of the draw and of all intervals.
         round_trip: Save and load the model, and compare the outputs.
         progress: Called before each step.
+        first: Called with the probes of the first three passes, while the rest is to come.
 
     Returns:
         The measurement, and the bench on which remedies can be tried.
@@ -113,7 +115,7 @@ def measure(
             seed=seed,
         )
         run = _Run(bench, behaviour, facts, seed=seed, max_samples=max_samples)
-        run.steps(validation, reference, round_trip, progress)
+        run.steps(validation, reference, round_trip, progress, first)
     return replace(run.measurement(), history=past, notes=tuple(notes)), bench
 
 
@@ -142,7 +144,12 @@ class _Run:
         self.recorded_noisy: tuple[Mapping[str, Any], ...] = ()
 
     def steps(
-        self, validation: Any, reference: Any, round_trip: bool, progress: Progress | None
+        self,
+        validation: Any,
+        reference: Any,
+        round_trip: bool,
+        progress: Progress | None,
+        first: Callable[[Mapping[str, Probe]], None] | None = None,
     ) -> None:
         """Run all measurements; what cannot be made, or would tell nothing, is noted."""
         steps: list[tuple[str, Callable[[], None]]] = [
@@ -182,6 +189,8 @@ class _Run:
                 self.skipped[name] = first_line(error)
             else:
                 self.bench.cost.setdefault(name, time.perf_counter() - begin)
+            if name == "batch" and first is not None:
+                first(dict(self.probes))
 
     # --- the model's own passes -----------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -171,7 +171,7 @@ def diagnose(
         ranks.collective("diagnose", max_samples=max_samples, seed=seed, batch_size=batch_size),
         adapter.full_precision(),
         as_rank_0(adapter, ranks) as apart,
-        _progress(verbose if ranks.rank == 0 else 0) as shown,
+        _progress(verbose if ranks.rank == 0 else 0) as (shown, say),
     ):
 
         def progress(name: str, done: float) -> None:
@@ -198,6 +198,7 @@ def diagnose(
             seed=seed,
             round_trip=round_trip,
             progress=progress,
+            first=lambda probes: say(verdicts.first(probes, seed=seed)),
         )
         if apart:
             measured = replace(measured, notes=(*measured.notes, apart))
@@ -253,25 +254,29 @@ def _origin(adapter: Adapter, known: ModelFacts, **more: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _progress(verbose: Any) -> Iterator[measure.Progress]:
-    """What is called before each step of a diagnosis."""
+def _progress(verbose: Any) -> Iterator[tuple[measure.Progress, Callable[[str], None]]]:
+    """What is called before each step of a diagnosis, and what prints a line meanwhile."""
     if verbose not in ("auto", 0, 1, 2):
         raise FrostlineError(f"verbose must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}")
     from rich.console import Console
 
     console = Console(stderr=True)
     if verbose == 0 or (verbose == "auto" and not console.is_terminal):
-        yield lambda name, done: None  # noqa: ARG005
+        yield lambda name, done: None, lambda text: None  # noqa: ARG005
         return
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if verbose == 2:
-        yield lambda name, done: console.print(f"{done:4.0%} {name}", markup=False, highlight=False)
+        yield lambda name, done: say(f"{done:4.0%} {name}"), say
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("samples", total=1.0)
-        yield lambda name, done: bar.update(task, description=name, completed=done)
+        yield lambda name, done: bar.update(task, description=name, completed=done), say
 
 
 def phases(

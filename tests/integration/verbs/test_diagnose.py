@@ -318,3 +318,14 @@ def test_losses_that_layers_add_count_as_in_evaluate() -> None:
         assert table["0"].loss == pytest.approx(expected, rel=1e-5)
         outputs = model.predict(X[:64], verbose=0)
         assert expected > cross_entropy(Y[:64], outputs) + 0.05  # the regularizers do add
+
+
+def test_a_first_look_is_shown_while_the_rest_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fl.diagnose(trained(), (X, Y[:, None]), verbose=2, max_samples=64)
+    lines = capsys.readouterr().err.splitlines()
+    looks = [number for number, line in enumerate(lines) if line.startswith("first look: loss")]
+    assert len(looks) == 1
+    assert lines[looks[0] - 1].endswith(" batch")  # after three passes
+    assert any(line.endswith("attribution") for line in lines[looks[0] :])

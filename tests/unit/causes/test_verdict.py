@@ -100,3 +100,24 @@ def test_few_samples_are_told() -> None:
     assert told.endswith(f"; {note}")
     told = verdicts.of_measurement(measured(0, 0, samples=16), [cause("OVERFIT")], (), 0)
     assert "tell little" not in told  # the same losses sample by sample, however few
+
+
+def probes(training: Any, inference: Any, batch: Any) -> dict[str, Probe]:
+    given = {"training": training, "inference": inference, "batch": batch}
+    return {name: Probe(name=name, losses=np.asarray(losses)) for name, losses in given.items()}
+
+
+def test_the_first_look_says_a_certain_gap_and_what_batch_statistics_have_of_it() -> None:
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0.1, 0.2, 100)
+    text = verdicts.first(probes(low, low + 1, low + 0.25))
+    assert text.startswith("first look: loss 1.155 at inference, 0.1548 in training mode")
+    assert "a gap of -1 (-1 to -1); -0.75 with batch statistics everywhere" in text
+
+
+def test_the_first_look_claims_no_gap_that_its_interval_does_not_show() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 50))
+    assert "no certain gap (" in verdicts.first(probes(one, other, one))
+    broken = np.full(4, np.nan)
+    assert verdicts.first(probes(broken, broken, broken)) == "first look: no loss is finite"
