@@ -97,6 +97,12 @@ def store(framework: str) -> Any:
     return importlib.import_module(f"{FRAMEWORKS[framework]}.files")
 
 
+def data_set(cache: Any, labels: Any, *, view: int) -> Any:
+    """Cached features as a data set of torch, which is loaded."""
+    room = importlib.import_module(f"{FRAMEWORKS['torch']}.cached_data")
+    return room.FeatureDataset(cache, labels, view=view)
+
+
 def freezer(target: Any) -> tuple[Callable[[], FlagCounts], Callable[[], None]]:
     """What freezes a model, a layer, a torch module or several of one framework, and takes it back.
 

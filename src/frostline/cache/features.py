@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from frostline.cache import shards
 from frostline.cache.build import Manifest
 from frostline.cache.files import DamagedError, StoredArray
 from frostline.cache.shards import Collection, Tensor
-from frostline.types import Array, DataError
+from frostline.types import Array, BackendError, DataError, OutputError
 
 #: Files that are open at a time.
 _OPEN_FILES = 128
@@ -148,3 +149,70 @@ class FeatureCache:
                 f"{np.asarray(indices).ravel()[:5]}"
             )
         return self.views[view].rows(wanted)
+
+    def to_parquet(
+        self, path: str | os.PathLike[str], labels: Any = None, *, view: int = 0,
+        overwrite: bool = False,
+    ) -> Path:  # fmt: skip
+        """Write the features as a table, one row per sample, a thousand in memory at a time.
+
+        Columns are ``features`` (``features_0``, ... where several tensors cross the frontier),
+        nested lists of fixed length, and ``id`` and ``label`` where there are some.
+
+        Args:
+            path: A ``.parquet`` file, or an ``.arrow`` file in Arrow's streaming format.
+            labels: One per sample, shape ``(n, ...)``.
+            view: Which augmented view.
+            overwrite: Whether a file that is there may be replaced.
+
+        Returns:
+            The file.
+
+        Raises:
+            OutputError: The file cannot be written; nothing is left behind.
+            DataError: Labels for another number of samples.
+            BackendError: pyarrow is not installed.
+        """
+        from frostline.cache import export
+
+        return export.write(self, Path(path), labels, view=view, overwrite=overwrite)
+
+    def to_dataset(
+        self, path: str | os.PathLike[str], labels: Any = None, *, view: int = 0,
+        overwrite: bool = False,
+    ) -> Any:  # fmt: skip
+        """A ``datasets.Dataset`` of Hugging Face, which maps the file and loads nothing.
+
+        Args:
+            path: The ``.arrow`` file to write; the data set reads it as long as it lives.
+            labels: As in :meth:`to_parquet`.
+            view: As there.
+            overwrite: As there.
+
+        Raises:
+            OutputError: As there.
+            DataError: As there.
+            BackendError: ``datasets`` is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise BackendError("to_dataset needs datasets: pip install datasets") from error
+        from frostline.cache import export
+
+        if Path(path).suffix != ".arrow":
+            raise OutputError(f"to_dataset writes an .arrow file. Received: {path}")
+        written = export.write(self, Path(path), labels, view=view, overwrite=overwrite)
+        return datasets.Dataset.from_file(str(written))
+
+    def to_torch(self, labels: Any = None, *, view: int = 0) -> Any:
+        """A ``torch.utils.data.Dataset``: sample i is ``(features, label)``, read when asked for.
+
+        Args:
+            labels: One per sample, an array of shape ``(n, ...)`` or a structure of such;
+                ``None``: sample i is its features alone.
+            view: Which augmented view.
+        """
+        from frostline.adapters import data_set
+
+        return data_set(self, labels, view=view)

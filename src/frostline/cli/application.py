@@ -195,13 +195,19 @@ def spread_values(words: list[str]) -> list[str]:
 
     >>> spread_values(["--classes", "cat", "dog", "--seed", "1"])
     ['--classes', 'cat', '--classes', 'dog', '--seed', '1']
+    >>> spread_values(["--ray", "--export", "f.parquet"])
+    ['--ray', 'local', '--export', 'f.parquet']
     >>> spread_values(["--classes", "cat,dog", "model.keras"])
     ['--classes', 'cat,dog', 'model.keras']
     """
     spread: list[str] = []
     current: str | None = None
     values = 0
-    for word in words:
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        if word == "--ray" and following.startswith("-"):  # its address may be left out
+            spread += [word, "local"]
+            current = None
+            continue
         if word in _SEVERAL:
             current, values = word, 0
         elif word.startswith("-") and word != "-":

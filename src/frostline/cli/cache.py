@@ -1,15 +1,25 @@
-"""``cache ls|verify|rm``: what is in the feature cache, is it whole, away with it."""
+"""``cache build|ls|verify|rm``: fill the feature cache, look into it, check it, empty it."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frostline.cli.options import CacheOption, Format, FormatOption
+from frostline.cli.options import (
+    BatchSizeOption,
+    CacheOption,
+    DataOptions,
+    ForceOption,
+    Format,
+    FormatOption,
+    ModelOptions,
+    boundary,
+    command,
+)
 from frostline.cli.terminal import echo
 from frostline.types import DataError
 
@@ -17,12 +27,82 @@ if TYPE_CHECKING:
     from frostline.cache.folder import Entry
 
 app = typer.Typer(
-    no_args_is_help=True, help="Features that fit keeps on disk: list, check, remove."
+    no_args_is_help=True, help="Features that fit keeps on disk: build, list, check, remove."
 )
 
 IdArgument = Annotated[
     list[str] | None, typer.Argument(metavar="ID...", help="First letters of an id, as ls shows.")
 ]
+
+
+@app.command()
+@command
+def build(
+    options: ModelOptions,
+    data: DataOptions,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Where to cut: layer, index or share; else where freezing ends."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
+    cache: CacheOption = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Compute on Ray: HOST:PORT of a cluster, auto for the one on this machine, or "
+            "nothing to start Ray here. DATA and the cache must be where all nodes find them.",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Workers of Ray; else as many as there is room for.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write the features: a .parquet or .arrow file.")
+    ] = None,
+    force: ForceOption = False,
+    batch_size: BatchSizeOption = 32,
+) -> int:
+    """Compute the features of the frozen part of MODEL, here or on a Ray cluster."""
+    from frostline.cache import cache_features, export as tables
+    from frostline.cache.progress import in_bytes
+    from frostline.cli import model_files, samples
+    from frostline.data import files
+    from frostline.verbs.split import split
+
+    if export is not None:
+        files.check_output(export, tables.SUFFIXES, "a table of features", force=force)
+    library = None if ray is None else _connected(ray)
+    loaded = model_files.open_model(options)
+    place = None if at is None else boundary(at)
+    kept: dict[str, Any] = {"engine": engine, "batch_size": batch_size}
+    if library is None:
+        x, labels = samples.read_samples(data, loaded, labelled=False)
+        made = cache_features(split(loaded, place, sample=x[:2]).prefix, x, cache, **kept)
+        found = getattr(made, "cache", made)  # a torch data set has it inside
+    else:
+        from frostline import scale
+
+        first, dataset, labels = samples.read_with_ray(data, loaded)
+        prefix = split(loaded, place, sample=first).prefix
+        found = scale.cache_features(prefix, dataset, cache, actors=actors, **kept)
+    echo(
+        f"{found.path}: {len(found)} samples, {in_bytes(found.nbytes)}, computed by "
+        f"{found.engine}, id {found.keys[0][:12]}"
+    )
+    if export is not None:
+        found.to_parquet(export, labels, overwrite=force)
+        echo(f"{export}: {len(found)} rows")
+    return 0
+
+
+def _connected(address: str) -> Any:
+    """Ray, with its own bars off: the cache shows how far it is."""
+    from frostline import scale
+
+    library = scale.connect(None if address == "local" else address)
+    library.data.DataContext.get_current().enable_progress_bars = False
+    return library
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,44 @@ def read_samples(
             x = _channels_moved(x, model, options.data)
             targets.check_inputs(x, model, options.data)
             return x, targets.checked(y, model, loss, options.data) if labelled else y
-    found = image_sets.load(
-        options.data,
-        split=options.split.value,
-        classes=names(options.classes) or None,
-        per_class=options.per_class,
-        image_size=options.image_size or _input_size(model),
-        seed=options.seed,
-    )
-    x = _preprocessed(found.images, options.preprocess)
-    if adapter_of(model).channel_axis == 1:
-        x = _channels_first(x)
+    found = image_sets.load(options.data, **_selection(options, model))
+    x = _prepared(found.images, options.preprocess, adapter_of(model).channel_axis)
     targets.check_inputs(x, model, options.data)
     return x, targets.of_labels(found.labels, model, loss) if labelled else found.labels
+
+
+def read_with_ray(options: DataOptions, model: Any) -> tuple[Array, Any, Array]:
+    """The first two samples, a Ray data set of ``id`` and ``image``, and the labels by id.
+
+    Images are read, resized and prepared by the workers, as :func:`read_samples` does it; an
+    ``.npz`` is read here. An id is the number of the sample in the order of :func:`read_samples`.
+    """
+    from frostline.scale import sources
+
+    if Path(options.data).suffix == ".npz":
+        x, labels = read_samples(options, model, labelled=False)
+        return x[:2], sources.of_arrays(x), labels
+    chosen = image_sets.choose(options.data, **_selection(options, model))
+    axis = adapter_of(model).channel_axis
+    prepare = functools.partial(_prepared, how=options.preprocess, channel_axis=axis)
+    first, dataset = sources.of_images(chosen, prepare)
+    targets.check_inputs(first, model, options.data)
+    return first, dataset, chosen.labels
+
+
+def _selection(options: DataOptions, model: Any) -> dict[str, Any]:
+    return {
+        "split": options.split.value,
+        "classes": names(options.classes) or None,
+        "per_class": options.per_class,
+        "image_size": options.image_size or _input_size(model),
+        "seed": options.seed,
+    }
+
+
+def _prepared(images: Array, how: str | None, channel_axis: int) -> Array:
+    x = _preprocessed(images, how)
+    return _channels_first(x) if channel_axis == 1 else x
 
 
 def _channels_first(x: Array) -> Array:

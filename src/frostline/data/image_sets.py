@@ -58,6 +58,61 @@ class ImageSet:
         return len(self.labels)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Chosen:
+    """Which images of a source are meant; none of them is decoded.
+
+    Attributes:
+        source: As given.
+        split: As given.
+        catalogue: Reads the source.
+        rows: Row of each image there, shape ``(n,)``, in a seeded random order.
+        labels: Their labels.
+        class_names: One per label.
+        size: Height and width to resize to; ``None``: as they are.
+    """
+
+    source: str
+    split: Split
+    catalogue: Catalogue
+    rows: Labels
+    labels: Labels
+    class_names: tuple[str, ...]
+    size: tuple[int, int] | None
+
+
+def choose(
+    source: str,
+    *,
+    split: Split = "train",
+    classes: Sequence[str | int] | None = None,
+    per_class: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Chosen:
+    """Choose images as :func:`load` does, and decode none."""
+    source = str(source)
+    if split not in ("train", "test", "all"):
+        raise DataError(f"split must be 'train', 'test' or 'all'. Received: {split!r}")
+    if per_class is not None and per_class < 1:
+        raise DataError(f"per_class must be at least 1. Received: {per_class}")
+    if seed < 0:
+        raise DataError(f"seed must be 0 or more. Received: {seed}")
+    size = None if image_size is None else _height_width(image_size)
+    catalogue = open_source(source, split)
+    chosen = _class_indices(catalogue.class_names, classes, source)
+    rows, labels = _select(catalogue, chosen, split, per_class, seed, source)
+    return Chosen(
+        source=source, split=split, catalogue=catalogue, rows=rows, labels=labels,
+        class_names=tuple(catalogue.class_names[index] for index in chosen), size=size,
+    )  # fmt: skip
+
+
+def decoded(catalogue: Catalogue, rows: Sequence[int], size: Any, source: str) -> Array:
+    """Some images of a source, uint8, shape ``(n, h, w, 3)``."""
+    return _stack(catalogue.decode(list(rows), _Prepare(size)), source)
+
+
 def load(
     source: str,
     *,
@@ -98,24 +153,15 @@ def load(
         >>> pair.images.shape, pair.class_names
         ((20, 8, 8, 3), ('3', '8'))
     """
-    source = str(source)
-    if split not in ("train", "test", "all"):
-        raise DataError(f"split must be 'train', 'test' or 'all'. Received: {split!r}")
-    if per_class is not None and per_class < 1:
-        raise DataError(f"per_class must be at least 1. Received: {per_class}")
-    if seed < 0:
-        raise DataError(f"seed must be 0 or more. Received: {seed}")
-    if image_size is not None:
-        _height_width(image_size)  # report a wrong size before the decoding, not after
-    catalogue = open_source(source, split)
-    chosen = _class_indices(catalogue.class_names, classes, source)
-    rows, labels = _select(catalogue, chosen, split, per_class, seed, source)
-    size = None if image_size is None else _height_width(image_size)
+    found = choose(
+        source, split=split, classes=classes, per_class=per_class, image_size=image_size, seed=seed
+    )
+    source, size, rows, labels = found.source, found.size, found.rows, found.labels
+    names = found.class_names
     if size is not None:
         what = f"{len(rows)} images of {size[0]} x {size[1]} pixels"
         require_memory(3 * math.prod(size) * len(rows), what)
-    images = _stack(catalogue.decode(rows.tolist(), _Prepare(size)), source)
-    names = tuple(catalogue.class_names[index] for index in chosen)
+    images = decoded(found.catalogue, rows.tolist(), size, source)
     digest = hashlib.blake2b(images.tobytes(), digest_size=16)
     digest.update(labels.tobytes())
     selection = {

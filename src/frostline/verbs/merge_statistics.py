@@ -11,10 +11,11 @@ import numpy as np
 
 from frostline.adapters import adapter_of, store
 from frostline.atomic import atomically
+from frostline.data import files
 from frostline.data.batches import to_numpy
 from frostline.numerics.mixture import mixture, shares
 from frostline.numerics.stats import normals_apart
-from frostline.types import DataError, ModelError
+from frostline.types import BackendError, DataError, ModelError
 from frostline.verbs.edit import Change, undoing
 
 #: Last part of a mean's name -> that of its variance.
@@ -76,6 +77,27 @@ class MergedStatistics(dict[str, Any]):
             return Change(verb="merge_statistics", text=self.text(), _undo=back)
 
         return atomically(adapter.snapshot(), edit)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the statistics by name as ``.safetensors``: a sidecar to a file with weights.
+
+        ``merge_statistics([model]).save(path)`` keeps those of one model, and
+        ``merge_statistics([path]).load_into(model)`` puts them back.
+
+        Raises:
+            OutputError: Another ending, or a file that cannot be written; nothing is left behind.
+            BackendError: safetensors is not installed.
+        """
+        try:
+            from safetensors.numpy import save
+        except ImportError as error:
+            raise BackendError("a sidecar needs safetensors: pip install safetensors") from error
+        target = Path(path)
+        files.check_output(target, (".safetensors",), "a sidecar", force=overwrite)
+        # An array of shape () is no tensor for its writer.
+        arrays = {name: np.atleast_1d(to_numpy(value)) for name, value in self.items()}
+        plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        return files.write(target, memoryview(save(plain)))
 
     def text(self) -> str:
         """What was merged, in numbers, in one sentence."""
@@ -186,6 +208,8 @@ def read_state(source: Any) -> Mapping[str, Any]:
         return source
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
+        if path.suffix == ".safetensors" and (held := _sidecar(path)) is not None:
+            return held
         if path.suffix in _KERAS_FILES:
             return read_state(store("keras").load_model(str(path)))
         if path.suffix in _STATE_FILES:
@@ -205,6 +229,17 @@ def read_state(source: Any) -> Mapping[str, Any]:
             found[f"{facts.site.path}/moving_mean"] = facts.mean
             found[f"{facts.site.path}/moving_variance"] = facts.variance
     return found
+
+
+def _sidecar(path: Path) -> Mapping[str, Any] | None:
+    """What :meth:`MergedStatistics.save` wrote of a Keras model; ``None``: torch reads it."""
+    try:
+        from safetensors.numpy import load_file
+
+        held: Mapping[str, Any] = load_file(path)
+    except Exception:  # not installed, dtypes that numpy lacks, no such file: torch's reader tells
+        return None
+    return held if any(name.endswith("/moving_mean") for name in held) else None
 
 
 def _sites(state: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
