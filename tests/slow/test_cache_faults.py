@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import damage_caches as damages
 import kill_cache_builds as kills
 import numpy as np
 import pytest
@@ -136,3 +137,18 @@ def test_a_quota_leaves_a_cache_that_can_go_on(tmp_path: Path) -> None:
     cache = kills.build(tmp_path / "cache", tmp_path / "again")
     x = kills.samples()
     np.testing.assert_array_equal(cache.rows(np.arange(len(x)))[0], x * x)
+
+
+def test_no_damage_before_or_while_a_cache_is_used_gives_a_wrong_feature() -> None:
+    outcome = damages.damaged(2 * len(damages.KINDS), seed=5)
+    assert {
+        f"{kind}, {moment}" for kind in damages.KINDS for moment in ("before", "while used")
+    } == {*outcome}
+    assert {name: row for name, row in outcome.items() if row["WRONG"]} == {}
+    assert sum(row["right again"] for row in outcome.values()) >= 14  # links are refused
+
+
+def test_a_disk_that_is_full_after_any_number_of_bytes_leaves_nothing_and_can_go_on() -> None:
+    found = damages.full_disks(step=499)
+    assert found["refused"] == found["builds"] - 1 > 5
+    assert (found["WRONG"], found["left behind"]) == (0, 0)
