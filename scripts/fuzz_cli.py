@@ -72,6 +72,9 @@ def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
     net.save(folder / "net.h5")
     net.compile("sgd", "categorical_crossentropy")
     net.save(folder / "onehot.keras")
+    net.get_layer("conv").trainable = net.get_layer("bn").trainable = False
+    net.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    net.save(folder / "frozen.keras")
     small = keras.Sequential(
         [keras.Input((4,)), layers.BatchNormalization(name="bn"), layers.Dense(1, name="out")]
     )
@@ -89,6 +92,7 @@ def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
     (folder / "modules.py").write_text(MODULES)
     _write_torch(folder)
     _write_hostile(folder)
+    _write_reports(folder)
     kinds = (".keras", ".h5", ".pt", ".pt2", ".safetensors")
     models = [path.name for path in folder.iterdir() if path.suffix in kinds]
     models += ["leaves:build", "nowhere:build", "missing.keras", ".", "/dev/null", "/dev/zero", ""]
@@ -181,6 +185,21 @@ def _write_hostile(folder: Path) -> None:
                     config["config"]["layers"].append(layer)
                     content = json.dumps(config).encode()
                 new.writestr(member, content)
+
+
+def _write_reports(folder: Path) -> None:
+    """Write a report, half of it, and one with other types and a name to be obeyed inside."""
+    import keras
+
+    import frostline as fl
+
+    fl.lint(keras.models.load_model(folder / "net.keras")).save(folder / "report.json")
+    text = (folder / "report.json").read_text()
+    (folder / "half.json").write_text(text[: len(text) // 2])
+    plain = json.loads(text)
+    (folder / "odd.json").write_text(json.dumps(plain | {"findings": 3, "causes": [NASTY]}))
+    for name in plain:  # each part in the place of another type
+        (folder / f"odd_{name}.json").write_text(json.dumps(plain | {name: [NASTY]}))
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
@@ -299,9 +318,18 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
     model = rng.choice(models) if rng.random() < 0.5 else rng.choice(models[:6])
     command = rng.choice(
         ["sites", "lint", "phases", "diagnose", "recalibrate", "set-momentum", "freeze", "convert",
-         "fold", "fit", "rule", "cache", "env", "merge-statistics", NASTY]
+         "fold", "fit", "rule", "cache", "env", "merge-statistics", "compare", "report",
+         "experiment", NASTY]
     )  # fmt: skip
     words = [command]
+    if command == "report":
+        odd = sorted(path.name for path in Path().glob("odd*.json"))
+        reports = ["report.json", "half.json", "missing.json", "fifo.npz", "/dev/zero", *odd]
+        return [*words, "compare", rng.choice(reports), rng.choice(reports)]
+    if command == "experiment":
+        words += [rng.choice(["overfit", "transfer", NASTY]), "--data", rng.choice(data)]
+        words += ["--classes", rng.choice(["0,no_such", NASTY]), "-o", "runs", "--weights", "none"]
+        return [*words, "--image-size", rng.choice(["8", "9", "200000", "x"]), "--per-class", "1"]
     if command == "merge-statistics":
         words += rng.choices(models, k=rng.choice([1, 2, 2, 2, 3]))
         words += rng.choice([[], ["--weights", rng.choice(["1,2", "0,0", "-1,2", "nan,1", "x"])]])
@@ -313,7 +341,7 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
     if command == "env":
         return words
     words.append(model)
-    if command in ("phases", "diagnose", "recalibrate", "fit"):
+    if command in ("phases", "diagnose", "recalibrate", "fit", "compare"):
         words.append(rng.choice(data))
     if command == "set-momentum":
         words.append(rng.choice(["0.9", "1", "0", "-1", "nan", "inf", "x", "1e-400"]))
@@ -351,6 +379,12 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
         "--max-gb": ["1", "0", "nan", "-1"],
         "--thaw-later": ["bn", "0", "9", NASTY],
     }
+    options |= {
+        "--until": ["head", "bn", "x", NASTY],
+        "--treatments": ["thawed", "all-bn-frozen", "x", NASTY],
+        "--seeds": ["1", "0", "99999999999"],
+        "--metric": ["accuracy", "loss", "x"],
+    }
     known = {
         "lint": ["--format", "--select", "--ignore"],
         "sites": ["--format"],
@@ -366,10 +400,14 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
                          "--reference", "--history"]  # fmt: skip
     known["fit"] = ["--batch-size", "--seed", "--validation-split", "--learning-rate", "--epochs",
                     "--dtype", "--engine", "--max-gb", "--thaw-later"]  # fmt: skip
+    known["compare"] = [*known["fit"][:5], "--loss", "--engine", "--until", "--treatments",
+                        "--seeds", "--metric", "--format", "--validation"]  # fmt: skip
     allowed = known.get(command, [])
+    if command == "compare":
+        words += ["--epochs", "1", "--seeds", "1"]
     for option in rng.sample(allowed, min(len(allowed), rng.choice([0, 0, 1, 1, 2]))):
         words += [option, rng.choice(options[option])]
-    if command == "fit":
+    if command in ("fit", "compare"):
         words += ["--cache", "c"]
     return words
 

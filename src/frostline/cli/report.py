@@ -42,9 +42,12 @@ def _read(path: Path) -> Report:
     Raises:
         DataError: Not a file, not JSON, or not a report.
     """
+    from frostline.data.reading import require_file, require_memory
     from frostline.types import DataError
     from frostline.types.report import Report
 
+    require_file(path)
+    require_memory(8 * path.stat().st_size, f"the objects in {path}")
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(plain, dict):
