@@ -194,7 +194,8 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         evidence["steps"] = float(updates)
         text = f"{lag}with momentum=None they are the plain mean over all updates "
         text += f"({updates}), those of earlier weights too"
-    if ways and not max(shares.values(), default=0.0) > OLD_SHARE:
+    plain_mean = case.sites[paths[0]].cumulative  # its first update left nothing of 0 and 1
+    if ways and not plain_mean and not max(shares.values(), default=0.0) > OLD_SHARE:
         evidence["way_from_initial"] = min(ways)
         text = f"{lag}they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
     yield Claim(

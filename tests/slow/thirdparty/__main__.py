@@ -131,7 +131,51 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
     absent = [name for name in table if "verbs" not in results.get(name, {})]
     if absent:
         lines += ["", f"Not asked this time: {', '.join(absent)}."]
-    return "\n".join([*lines, "", *(["## What is refused, and why", "", *notes] if notes else [])])
+    told = ["", "## What is refused, and why", "", *notes] if notes else []
+    return "\n".join([*lines, *told, *beside(results)])
+
+
+def small() -> dict[str, Any]:
+    """What the small programs of ``situations.py`` were answered before anything was mended."""
+    first = ROOT / "docs" / "results" / "situations-first.json"
+    return dict(json.loads(first.read_text(encoding="utf-8"))) if first.exists() else {}
+
+
+def words(counts: dict[str, int]) -> str:
+    """Counts in words."""
+    return ", ".join(f"{number} {word}" for word, number in counts.items())
+
+
+def beside(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What the small programs were answered at first, and the sweep over timm."""
+    lines: list[str] = []
+    if first := small():
+        asked = {n: results[n] for n in first["situations"] if n in results}
+        others = {n: results[n] for n in results if n not in asked}
+        lines += [
+            "",
+            "## Small programs",
+            "",
+            f"{len(first['situations'])} rows are of `tests/slow/thirdparty/situations.py`: forms",
+            "of batches, losses and BN that libraries have in common. They were written, and what",
+            "was answered was committed (`docs/results/situations-first.json`), before anything",
+            f"was mended for them: {words(first['score'])}. Now: {words(counted(asked))}.",
+            f"All other rows alone: {words(counted(others))}.",
+        ]
+    sweep = ROOT / "docs" / "results" / "timm-sweep.json"
+    if sweep.exists():
+        known = json.loads(sweep.read_text(encoding="utf-8"))
+        lines += [
+            "",
+            "## timm, frozen and thawed",
+            "",
+            "`python -m tests.slow.timm_sweep` freezes networks that have BN and build within a",
+            "second, asks `fl.assert_frozen(model, data=...)`, which must be silent, and again",
+            "after a thaw of one layer, which must raise an error. Of all networks of timm",
+            f"{known['timm']} it has come to {len(known['networks'])} so far:",
+            f"{words(known['counts'])} (no BN, more than a second, or no such images).",
+        ]
+    return lines
 
 
 def kept(path: Path | None, table: dict[str, Entry], chosen: list[str]) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
     if isinstance(sample, Mapping):
         values = [sample.get(str(node.target)) for node in network.inputs]
     else:
-        values = list(sample) if isinstance(sample, (tuple, list)) else [sample]
+        several = isinstance(sample, (tuple, list)) and not hasattr(sample, "to")
+        values = list(sample) if several else [sample]
     found = [each for _, each in leaves([v for v in values if v is not None])]
     if not all(isinstance(each, np.ndarray) or _dense(each) for each in found):
         raise ModelError(

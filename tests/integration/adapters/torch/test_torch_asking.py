@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -366,3 +367,114 @@ class Dropping(nn.Module):
 def test_functional_dropout_is_seen_in_the_code(rate: float) -> None:
     found = noise_layers(nn.Sequential(nn.Linear(3, 3), Dropping(rate), nn.Dropout(0.2)))
     assert found == ({"1": "dropout"} if rate else {}) | {"2": "dropout"}
+
+
+class Encoding(collections.UserDict):  # type: ignore[type-arg]
+    """As Hugging Face's: a mapping that is no ``dict``, read by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
+
+
+def pooled(rows: Any) -> nn.Module:
+    """BN on the mean over time of whatever ``rows`` makes of the inputs."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 2)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.norm(rows(x)))
+
+    torch.manual_seed(0)
+    return Pooled()
+
+
+def both(model: Any, loss: Callable[[Any], Any]) -> tuple[float, float]:
+    with torch.no_grad():
+        return tuple(float(loss(copy.deepcopy(model).train(mode))) for mode in (False, True))
+
+
+def test_a_mapping_of_any_class_reaches_the_step_as_it_is() -> None:
+    model = pooled(lambda x: x)
+    batch = Encoding(x=torch.randn(6, 3) + 2, y=torch.arange(6) % 2)
+
+    def step(m: Any, b: Any) -> Any:
+        return functional.cross_entropy(m(b.x), b.y)
+
+    table = fl.phases(model, [batch], step=step)
+    assert (table["0"].loss, table["1"].loss) == pytest.approx(
+        both(model, lambda m: step(m, batch))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_packed_and_nested_and_sparse_inputs_stay_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2 + i % 3, 3, generator=generator) + 1 for i in range(6)]
+    y = torch.arange(6) % 2
+
+    def unpacked(x: Any) -> Any:
+        padded, lengths = nn.utils.rnn.pad_packed_sequence(x, batch_first=True)
+        return padded.sum(1) / lengths[:, None]
+
+    kinds = (
+        (nn.utils.rnn.pack_sequence(rows, enforce_sorted=False), unpacked),
+        (torch.nested.nested_tensor(rows), lambda x: x.to_padded_tensor(0.0).mean(1)),
+        (torch.eye(6, 3).to_sparse(), lambda x: x.to_dense() * 3 + 1),
+    )
+    for x, rows_of in kinds:
+        model = pooled(rows_of)
+        table = fl.phases(model, [(x, y)], loss=functional.cross_entropy)
+        wanted = both(model, lambda m, x=x: functional.cross_entropy(m(x), y))
+        assert (table["0"].loss, table["1"].loss) == pytest.approx(wanted, rel=1e-5)
+        fl.recalibrate(model, [(x, y)])
+        torch.testing.assert_close(model.norm.running_mean, rows_of(x).mean(0))
+        fl.freeze(model)
+        fl.assert_frozen(model, data=[(x, y)])
+        assert fl.diagnose(model, [(x, y)], loss=functional.cross_entropy, verbose=0).verdict
+
+
+def test_a_module_that_returns_its_loss_in_both_modes_is_asked_with_labels() -> None:
+    class Judge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pooled(lambda x: x)
+
+        def forward(self, x: Any, y: Any) -> Any:
+            return functional.cross_entropy(self.net(x), y)
+
+    model, x, y = Judge(), torch.randn(6, 3) + 2, torch.arange(6) % 2
+    table = fl.phases(model, [(x, y)])
+    assert (table["0"].loss, table["1"].loss) == pytest.approx(both(model, lambda m: m(x, y)))
+    assert fl.diagnose(model, [(x, y)], verbose=0).verdict
+
+
+def test_a_branch_that_no_batch_takes_is_not_blamed() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm1d(3, momentum=0.01) for _ in range(3))
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Any, domain: Any) -> Any:
+            return self.head(self.norms[int(domain[0])](x))
+
+    torch.manual_seed(0)
+    model, y = Branches(), torch.arange(16) % 2
+    batches = [
+        (torch.randn(16, 3) * 2 + 5 * (y * 2 - 1)[:, None] + 9, torch.full((16,), i % 2), y)
+        for i in range(4)
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(10):
+        for x, domain, labels in batches:
+            optimizer.zero_grad()
+            functional.cross_entropy(model.train()(x, domain), labels).backward()
+            optimizer.step()
+    report = fl.diagnose(model, batches, loss=functional.cross_entropy, verbose=0)
+    assert report.causes[0].code == "EMA_LAG"
+    assert not any("norms/2" in cause.sites for cause in report.causes)
