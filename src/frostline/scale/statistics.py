@@ -18,7 +18,7 @@ from frostline.scale import cluster
 from frostline.scale.cluster import Inputs
 from frostline.types import Array, FrostlineError
 from frostline.types.reasons import first_line
-from frostline.verbs.edit import Change
+from frostline.verbs.edit import Change, undoing
 
 #: A job whose worker died is started again, so often.
 ATTEMPTS = 3
@@ -167,7 +167,12 @@ def recalibrate(
         before = meter.snapshot()
         for path, (mean, variance) in found.items():
             meter.store(path, np.array(mean), np.array(variance))  # Ray's cannot be written to
-        return Change(verb="recalibrate", text=done.text(), notes=done.remarks(), _undo=before)
+        return Change(
+            verb="recalibrate",
+            text=done.text(),
+            notes=done.remarks(),
+            _undo=undoing(adapter, before),
+        )
 
     return atomically(undo, edit)
 
