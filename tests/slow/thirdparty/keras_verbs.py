@@ -74,7 +74,8 @@ def recalibrate(program: Program, model: Any) -> str:
 def freeze(program: Program, model: Any) -> str:
     x, y = program.batches[0]
     known = norms(model)
-    fl.freeze(model, known[-1].name if len(known) > 1 else None)
+    last = fl.sites(model)[-1].path  # Keras flattens nested models from their end
+    fl.freeze(model, last if len(known) > 1 else None)
     frozen = [layer for layer in known if not layer.trainable]
     require(bool(frozen), "no layer is frozen")
     before = [np.array(w) for layer in frozen for w in layer.get_weights()]
