@@ -40,11 +40,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.once
+@pytest.mark.timeout(1200)  # the first of these builds the site
 def test_every_link_leads_somewhere_and_nothing_comes_from_outside(site: Path) -> None:
     assert list(check_site.problems(site)) == []
 
 
 @pytest.mark.once
+@pytest.mark.timeout(1200)  # the first of these builds the site
 def test_every_rule_cause_and_remedy_has_a_page_with_what_was_measured(site: Path) -> None:
     pages = site_pages.code_pages()
     assert len(pages) > 70
@@ -59,6 +61,7 @@ def test_every_rule_cause_and_remedy_has_a_page_with_what_was_measured(site: Pat
 
 
 @pytest.mark.once
+@pytest.mark.timeout(1200)  # the first of these builds the site
 def test_the_overview_names_all_that_is_public(site: Path) -> None:
     import frostline as fl
 

@@ -57,7 +57,7 @@ def _adopt(layer: Any, policy: Policy, debias: bool, version: str | None) -> Non
             layer._offer_to_optimizer()
         return
     chosen = behaviour(policy, debias, version)
-    if layer.renorm and chosen != ("inference", False, None):
+    if getattr(layer, "renorm", False) and chosen != ("inference", False, None):
         BatchNormalization._behave(layer, policy, debias, version)  # raises with the reason
     attributes = layer.__dict__
     for stock, ours in _MOVED.items():

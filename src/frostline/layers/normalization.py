@@ -80,6 +80,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         >>> layer.momentum = 0.9               # live as well
     """
 
+    renorm = False  # of Keras 3.12, which has no such argument
+
     def __init__(
         self,
         axis: int = -1,

@@ -77,7 +77,7 @@ def _modules(places: tuple[Place, ...]) -> dict[str, tuple[Place, Any | None]]:
 def _stock(site: Site, layer: Any, optimized: frozenset[int] | None) -> SiteFacts:
     own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
     shadow = None
-    if layer.renorm and layer.built:
+    if getattr(layer, "renorm", False) and layer.built:  # Keras 3.12 has no renorm
         stddev = _numbers(layer.moving_stddev)
         shadow = None if stddev is None else np.maximum(stddev**2 - layer.epsilon, 0.0)
     return SiteFacts(
