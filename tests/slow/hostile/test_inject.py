@@ -30,6 +30,7 @@ def test_an_exception_anywhere_leaves_a_torch_module_and_the_process_as_they_wer
     assert sound(inject("torch", "small", 200, seed=15)) > 190
 
 
+@on_torch  # the other backends compile for minutes; by hand
 @pytest.mark.filterwarnings("ignore")
 def test_an_exception_anywhere_leaves_a_keras_model_and_the_process_as_they_were() -> None:
     verbs = ["convert", "restore", "freeze", "undo of freeze", "set_momentum"]
