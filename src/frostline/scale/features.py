@@ -255,7 +255,7 @@ def cache_features(
 
     What is written is the store of :func:`frostline.cache_features`, found by ``fl.fit`` and by
     torch training as if one machine had written it: the same key, the same checks, the same
-    features. Workers write shards; the driver needs about 150 bytes per sample (id, digest, place).
+    features. Workers write shards; the driver needs about 230 bytes per sample (id, digest, place).
 
     Samples whose features are there are read and hashed, not computed. A worker that dies is
     started again by Ray, and its batch is computed again; what it wrote counts. So a sample may be
