@@ -30,6 +30,8 @@ _EXAMPLE = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(r"[+−-]?\d[\d.,]*(?:e[+−-]?\d+)?")
+#: What a version says of its build, after its numbers: ``2.13.0+cpu``.
+_BUILD = re.compile(r"#\+[a-z]\w*")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 def words(output: str) -> str:
     """An output without its numbers and line breaks: what every machine prints alike."""
-    return " ".join(_NUMBER.sub("#", output).split())
+    return " ".join(_BUILD.sub("#", _NUMBER.sub("#", output)).split())
 
 
 def _wrapped(line: str) -> list[str]:

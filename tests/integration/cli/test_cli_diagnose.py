@@ -116,7 +116,10 @@ CLEAN = Report(verdict="fine")
 @pytest.mark.parametrize("form", ["text", "json", "html", "github"])
 def test_forms(form: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.txt"
-    assert reports.show(CLEAN, ReportOptions(format=ReportFormat(form), output=path)) == 0
+    assert (
+        reports.show(CLEAN, ReportOptions(format=ReportFormat(form), output=path), "model.keras")
+        == 0
+    )
     out = capsys.readouterr().out
     starts = {"text": "fine\n", "json": "{\n", "html": "<!DOCTYPE html>", "github": ""}
     assert out.startswith(starts[form])
@@ -128,8 +131,8 @@ def test_exit_zero(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--select", "FL1"]) == 0
     report = Report(verdict="bad", findings=fl.lint(_frozen_untouched()).findings)
     github = ReportOptions(format=ReportFormat.github)
-    assert reports.show(report, github) == 1
-    assert reports.show(report, replace(github, exit_zero=True)) == 0
+    assert reports.show(report, github, "model.keras") == 1
+    assert reports.show(report, replace(github, exit_zero=True), "model.keras") == 0
     assert "::error title=FL204" in capsys.readouterr().out
 
 

@@ -388,7 +388,8 @@ def test_progress_is_on_stderr(verbose: Any, capsys: pytest.CaptureFixture[str])
     fl.diagnose(model, (x[:32], y[:32]), verbose=verbose, max_samples=32)
     out, err = capsys.readouterr()
     assert out == ""
-    assert ("training" in err) == (verbose == 2)
+    assert ("% training" in err) == (verbose == 2)
+    assert ("first look: loss" in err) == (verbose > 0)
     assert verbose != 0 or err == ""
 
 

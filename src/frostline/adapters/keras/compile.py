@@ -15,6 +15,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from frostline.atomic import taken_back
+
 Pass = Callable[..., Any]
 
 
@@ -145,11 +147,9 @@ def inlined_functions() -> Iterator[None]:
     import tensorflow as tf
 
     before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
+    with taken_back(functools.partial(tf.config.run_functions_eagerly, before)):
+        tf.config.run_functions_eagerly(True)
         yield
-    finally:
-        tf.config.run_functions_eagerly(before)
 
 
 def _on_torch(

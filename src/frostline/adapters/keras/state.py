@@ -223,11 +223,12 @@ def _written_by_edits(model: Any) -> list[Any]:
 
 
 def surroundings(model: Any) -> Callable[[], None]:
-    """Remember Keras' scopes and generators, and torch's state where it is there."""
+    """Remember Keras' scopes and generators, and TensorFlow's and torch's if they are there."""
     tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
     kept = {name: value for name, value in tracker.items() if "scope" in name}
     stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
     drawn, of_torch = generators(model), None
+    eager = _eager_functions()
     if "torch" in sys.modules:
         from frostline.adapters.torch.surroundings import surroundings as torch_surroundings
 
@@ -241,9 +242,20 @@ def surroundings(model: Any) -> Callable[[], None]:
             stack[:] = content
         if of_torch is not None:
             of_torch()
+        eager()
         drawn()
 
     return back
+
+
+def _eager_functions() -> Callable[[], None]:
+    """Remember whether TensorFlow runs its functions eagerly."""
+    if keras.backend.backend() != "tensorflow":
+        return lambda: None
+    import tensorflow as tf
+
+    before = tf.config.functions_run_eagerly()
+    return lambda: tf.config.run_functions_eagerly(before)
 
 
 def _has_policy(layer: Any) -> bool:
