@@ -185,6 +185,8 @@ def test_native_is_compared_in_full_precision(
     x = {"a": normal(2, 4), "z": normal(2, 8, 8, 3)}
     want = prefix.predict(x, verbose=0)
     monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
+    # Loaded before: a room that is first loaded now would keep the other device for good.
+    importlib.import_module("frostline.adapters.keras.prefix")
     monkeypatch.setattr("frostline.adapters.keras.native.device", lambda _: "gpu")
     before = precision()
     seen: list[Any] = []

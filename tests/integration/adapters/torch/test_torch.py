@@ -178,8 +178,10 @@ def test_recorded_moments_are_those_of_the_inputs() -> None:
     _, seen = TorchView(model).blend_forward().outputs(Batch(X), Condition(0.0, record=True))
     with torch.no_grad():
         inner = model.stem[0](torch.as_tensor(X)).double().numpy()
-    np.testing.assert_allclose(seen["stem/1"].mean, inner.mean((0, 2, 3)), rtol=1e-9)
-    np.testing.assert_allclose(seen["stem/1"].variance, inner.var((0, 2, 3)), rtol=1e-9)
+    # Sums in float32 over deviations from a rounded mean: off by 1e-7 deviations, and 1e-6.
+    spread = inner.std((0, 2, 3)).min()
+    np.testing.assert_allclose(seen["stem/1"].mean, inner.mean((0, 2, 3)), 0, atol=1e-7 * spread)
+    np.testing.assert_allclose(seen["stem/1"].variance, inner.var((0, 2, 3)), rtol=1e-6)
     assert seen["stem/1"].count == inner.size // 6
 
 
