@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import logging
 import os
 import signal
@@ -203,7 +204,7 @@ def spread_values(words: list[str]) -> list[str]:
     spread: list[str] = []
     current: str | None = None
     values = 0
-    for word, following in zip(words, [*words[1:], "-"], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="-"):
         if word == "--ray" and following.startswith("-"):  # its address may be left out
             spread += [word, "local"]
             current = None

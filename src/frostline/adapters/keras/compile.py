@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -144,12 +145,40 @@ def inlined_functions() -> Iterator[None]:
     if keras.backend.backend() != "tensorflow":
         yield
         return
-    import tensorflow as tf
-
-    before = tf.config.functions_run_eagerly()
-    with taken_back(functools.partial(tf.config.run_functions_eagerly, before)):
-        tf.config.run_functions_eagerly(True)
+    inside = object()
+    with taken_back(functools.partial(_EAGER.end, inside)):
+        _EAGER.begin(inside)
         yield
+
+
+class _EagerFunctions:
+    """TensorFlow's switch, which all threads share: the first block turns it, the last one back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: set[object] = set()
+        self._before = False
+
+    def begin(self, block: object) -> None:
+        import tensorflow as tf
+
+        with self._lock:
+            if not self._blocks:
+                self._before = tf.config.functions_run_eagerly()
+            self._blocks.add(block)
+            tf.config.run_functions_eagerly(True)
+
+    def end(self, block: object) -> None:
+        """End a block, if it has begun; can be repeated."""
+        import tensorflow as tf
+
+        with self._lock:
+            if self._blocks == {block}:
+                tf.config.run_functions_eagerly(self._before)
+            self._blocks.discard(block)
+
+
+_EAGER = _EagerFunctions()
 
 
 def _on_torch(
