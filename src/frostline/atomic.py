@@ -183,7 +183,7 @@ def _plain(container: Any) -> Any:
 
 
 def _kind(container: Any) -> Any:
-    return next(each for each in (list, dict, set) if isinstance(container, each))
+    return next(kind for kind in (list, dict, set) if isinstance(container, kind))
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -93,8 +93,8 @@ class _Index:
         for sample in lost:
             if self.places.get(sample, -1) >> _ROW_BITS == ordinal:
                 del self.places[sample]
-        for other, each in enumerate(self.shards):
-            for row, digest in enumerate(() if each is None else each.samples):
+        for other, kept in enumerate(self.shards):
+            for row, digest in enumerate(() if kept is None else kept.samples):
                 if (sample := digest.tobytes()) in lost:
                     self.places.setdefault(sample, (other << _ROW_BITS) | row)
 

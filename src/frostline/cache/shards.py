@@ -251,7 +251,7 @@ def write_shard(collection: Collection, samples: Array, features: Sequence[Array
     )
     write_sealed(
         collection.shards / f"{name}.json",
-        {"samples": samples.tobytes().hex(), "files": [list(each) for each in files]},
+        {"samples": samples.tobytes().hex(), "files": [list(file) for file in files]},
     )
     return Shard(name=name, samples=samples, files=files)
 

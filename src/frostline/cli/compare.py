@@ -133,7 +133,7 @@ def compare(
         (x, y),
         validation=held,
         treatments=names(treatments) or None,
-        boundaries=[boundary(each) for each in names(boundaries)],
+        boundaries=[boundary(name) for name in names(boundaries)],
         epochs=epochs,
         batch_size=batch_size,
         seeds=seeds,

@@ -346,7 +346,7 @@ class Bench:
         finally:
             restore()
         moments = found.moments.items()
-        return {path: (each.mean, each.variance) for path, each in moments}, found.stages
+        return {path: (moment.mean, moment.variance) for path, moment in moments}, found.stages
 
     def _repeated(self, chosen: tuple[str, ...]) -> tuple[dict[str, tuple[Array, Array]], float]:
         """Repeat inference with the moments of the previous pass until they stop moving."""

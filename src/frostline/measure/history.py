@@ -59,7 +59,11 @@ def _from_columns(table: Mapping[Any, Any]) -> dict[str, tuple[float, ...]]:
         columns[str(name)] = tuple(_number(value) for value in listed)
     most = max(map(len, columns.values()), default=0)
     nothing = float("nan")
-    return {name: each + (nothing,) * (most - len(each)) for name, each in columns.items() if each}
+    return {
+        name: column + (nothing,) * (most - len(column))
+        for name, column in columns.items()
+        if column
+    }
 
 
 def _from_rows(rows: list[Mapping[Any, Any]]) -> dict[str, tuple[float, ...]]:

@@ -90,7 +90,7 @@ def quotient(site: SiteMeasurement) -> float:
 
 def _mean_variance(seen: Sequence[Moments]) -> Array:
     """Mean over batches of the variance within one."""
-    return np.asarray(np.mean([each.variance for each in seen], axis=0), np.float64)
+    return np.asarray(np.mean([moments.variance for moments in seen], axis=0), np.float64)
 
 
 def _settled(seen: Sequence[Moments]) -> tuple[Array, Array]:
@@ -102,7 +102,7 @@ def _noise(seen: Sequence[Moments], whole: Moments, epsilon: float) -> float:
     """Deviation of batch means over population deviations; NaN with one batch."""
     if len(seen) < 2:
         return float("nan")
-    deviations = np.std([each.mean for each in seen], axis=0, ddof=1)
+    deviations = np.std([moments.mean for moments in seen], axis=0, ddof=1)
     return float(np.median(deviations / np.sqrt(whole.variance + epsilon)))
 
 
@@ -203,9 +203,9 @@ def shared_uses(bench: Bench, meter: Any) -> dict[str, tuple[tuple[Array, Array]
     found = {}
     for path in shared:
         uses = [seen[path] for seen in per_batch if seen.get(path)]
-        if len({len(each) for each in uses}) != 1:
+        if len({len(moments) for moments in uses}) != 1:
             continue  # not used, or not equally often in each batch
         columns = zip(*uses, strict=True)
         merged = [functools.reduce(Moments.merge, column) for column in columns]
-        found[path] = tuple((each.mean, each.variance) for each in merged)
+        found[path] = tuple((moments.mean, moments.variance) for moments in merged)
     return found

@@ -276,7 +276,9 @@ class _Run:
 
     def stored(self) -> None:
         """λ = 0 everywhere: inference, unless a layer uses the batch in inference as well."""
-        uses_stored = all(each.inference in (0.0, None) for each in self.behaviour.values())
+        uses_stored = all(
+            behaviour.inference in (0.0, None) for behaviour in self.behaviour.values()
+        )
         if uses_stored:
             self.bench.remember(self.bench.condition(0.0), self.probes["inference"])
         self.probes["stored"] = self.bench.probe("stored")
@@ -377,7 +379,7 @@ class _Run:
             blend,
             training=training,
             stored=stored,
-            quotient=max((located.quotient(each) for each in sites.values()), default=1.0),
+            quotient=max((located.quotient(site) for site in sites.values()), default=1.0),
         )
 
     def sweep(self) -> None:
@@ -385,7 +387,7 @@ class _Run:
         if self.facts.batch is not None:
             raise _Skip(f"the model takes batches of {self.facts.batch} samples only")
         self._require_other_batches()
-        stored = all(each.inference == 0.0 for each in self.behaviour.values())
+        stored = all(behaviour.inference == 0.0 for behaviour in self.behaviour.values())
         self.found["sweep"] = sweep.sweep(self.bench, self.outputs, stored=stored)
 
     def neighbours(self) -> None:

@@ -114,8 +114,8 @@ class _Pass:
                 if name == "unit":
                     whole.unit = "batch" if "batch" in (value, whole.unit) else value
                 elif name == "named":
-                    for each, values in value.items():
-                        whole.named.setdefault(each, []).extend(values)
+                    for key, values in value.items():
+                        whole.named.setdefault(key, []).extend(values)
                 else:
                     getattr(whole, name).extend(value)
         return whole
@@ -171,7 +171,7 @@ def phase_table(
     if ranks.size > 1:
         passes = {phase: done.of_all(ranks) for phase, done in passes.items()}
         labels = [part for theirs in ranks.nested(labels) for part in theirs]
-        remarks = [str(each) for each in ranks.union(remarks)] + ([apart] if apart else [])
+        remarks = [str(remark) for remark in ranks.union(remarks)] + ([apart] if apart else [])
         if not labels:
             raise DataError("The data hold no samples, here or on any other rank.")
     loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)

@@ -95,11 +95,11 @@ def joined_shares(ranks: Together, stream: Iterator[Batch], inputs: int = 1) -> 
     head = list(itertools.islice(stream, 2))
     lone = len(head) == 1 and head[0].count == 1
     everyone = ranks.nested([head[0].given] if lone else bool(head))
-    taker = next((rank for rank, each in enumerate(everyone) if each is True), None)
+    taker = next((rank for rank, answer in enumerate(everyone) if answer is True), None)
     if lone and taker is not None:
         return
     yield from itertools.chain(head, stream)
-    given = [each[0] for each in everyone if isinstance(each, list)]
+    given = [answer[0] for answer in everyone if isinstance(answer, list)]
     if ranks.rank == taker and given:
         yield from batches(Pooled(given), inputs=inputs)
 
@@ -128,7 +128,7 @@ def as_rank_0(adapter: Adapter, ranks: Together) -> Iterator[str]:
             continue
         epsilon = meter.epsilon(path)
         apart[path] = max(
-            float(np.max(mean_shift(each, mean, variance, epsilon=epsilon))) for each in means
+            float(np.max(mean_shift(other, mean, variance, epsilon=epsilon))) for other in means
         )
     text = ""
     if apart:

@@ -185,7 +185,7 @@ def _slope(forward: Any, bench: Bench, part: Sequence[int], blend: Array) -> tup
         *(forward.gradient(batches[number], Condition(blend, number=number)) for number in part),
         strict=True,
     )
-    return float(np.mean([each.mean() for each in losses])), np.mean(slopes, axis=0)
+    return float(np.mean([batch.mean() for batch in losses])), np.mean(slopes, axis=0)
 
 
 def _without(bench: Bench, part: Sequence[int], blend: Array, site: int) -> float:

@@ -58,7 +58,7 @@ def environment() -> Environment:
     import jinja2
 
     folder = resources.files("frostline.report")
-    names = [each.name for each in folder.iterdir() if each.name.endswith(".jinja")]
+    names = [template.name for template in folder.iterdir() if template.name.endswith(".jinja")]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(texts),

@@ -406,7 +406,7 @@ def _plain(ids: Any) -> Array:
         DataError: They are neither.
     """
     array = np.asarray(ids)
-    if array.dtype == object and all(isinstance(each, str) for each in array):
+    if array.dtype == object and all(isinstance(value, str) for value in array):
         array = array.astype(np.str_)
     if array.ndim != 1 or array.dtype.kind not in "iuU":
         raise DataError(

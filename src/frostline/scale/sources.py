@@ -44,7 +44,7 @@ def of_arrays(x: Array) -> Any:
 
     parts = np.array_split(np.arange(len(x)), max(1, len(x) // _ROWS))
     columns = [{"id": ids, "image": ArrowTensorArray.from_numpy(x[ids])} for ids in parts]
-    return ray.data.from_arrow([pyarrow.table(each) for each in columns])
+    return ray.data.from_arrow([pyarrow.table(column) for column in columns])
 
 
 @functools.cache

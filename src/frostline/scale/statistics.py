@@ -39,7 +39,7 @@ class _Meeting:
             all_here.set()
             self._turns.pop(turn - 1, None)  # whoever is here has left that one
         await all_here.wait()
-        return [words[each] for each in range(self._size)]
+        return [words[rank] for rank in range(self._size)]
 
 
 class _Cluster(Together):
@@ -211,8 +211,8 @@ def _all(
                 # The one who raised first, not those who were told of it.
                 raise min(problems, key=lambda error: type(error.cause) is FrostlineError)
         finally:
-            for each in pending:
-                ray.cancel(each, force=True)
+            for future in pending:
+                ray.cancel(future, force=True)
             ray.kill(meeting)
     assert isinstance(lost, RayError)
     raise FrostlineError(

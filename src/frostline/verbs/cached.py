@@ -124,7 +124,7 @@ class _Store:
         if found is None:
             return [], []
         view, places = found
-        names = [each.tobytes() for each in shards.sample_digests(leaves(_column(digests)))]
+        names = [digest.tobytes() for digest in shards.sample_digests(leaves(_column(digests)))]
         here = [number for number, name in enumerate(names) if name in places]
         return here, view.rows(np.array([places[names[number]] for number in here], np.int64))
 
@@ -139,13 +139,16 @@ class _Store:
             return None
         if not known:
             return None
-        rows = [np.arange(len(each.samples), dtype=np.uint64) for each in known]
+        rows = [np.arange(len(shard.samples), dtype=np.uint64) for shard in known]
         pointers = np.concatenate(
-            [(np.uint64(number) << np.uint64(32)) | each for number, each in enumerate(rows)]
+            [
+                (np.uint64(number) << np.uint64(32)) | positions
+                for number, positions in enumerate(rows)
+            ]
         )
-        names = (digest.tobytes() for each in known for digest in each.samples)
+        names = (digest.tobytes() for shard in known for digest in shard.samples)
         manifest = Manifest(
-            fingerprint="", shards=tuple(each.name for each in known), pointers=pointers
+            fingerprint="", shards=tuple(shard.name for shard in known), pointers=pointers
         )
         view = View(collection=collection, manifest=manifest)
         return view, {name: row for row, name in enumerate(names)}

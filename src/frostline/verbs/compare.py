@@ -158,8 +158,8 @@ def compare(
         stop_early=stop_early,
         progress=Progress("compare", None, verbose),
     )
-    for each in wanted:
-        contest.enter(each)
+    for treatment in wanted:
+        contest.enter(treatment)
     return contest.result()
 
 
@@ -244,9 +244,9 @@ class _Contest:
                 break
 
     def _note(self, caught: Sequence[warnings.WarningMessage]) -> None:
-        for each in caught:
-            if issubclass(each.category, UserWarning) and str(each.message) not in self.notes:
-                self.notes.append(str(each.message))
+        for warning in caught:
+            if issubclass(warning.category, UserWarning) and str(warning.message) not in self.notes:
+                self.notes.append(str(warning.message))
 
     def _follower(self, entry: _Entry, run: _Run) -> Callable[[list[Batch], list[Outcome]], bool]:
         """What is told of the validation data after each epoch; ``True``: give up."""
@@ -308,7 +308,7 @@ class _Contest:
         """Rank what was trained."""
         stopped = {e.treatment.name: e.stopped for e in self.entries if e.stopped is not None}
         values = {e.treatment.name: e.values() for e in self.entries}
-        full = {name: each for name, each in values.items() if name not in stopped}
+        full = {name: measured for name, measured in values.items() if name not in stopped}
         found = ranking.standing(full, higher=self.higher, level=_LEVEL)
         best = next(e for e in self.entries if e.treatment.name == found.order[0])
         leads = dict(found.leads)
@@ -470,7 +470,7 @@ class _KerasTrainings(_Trainings):
         del sites
         self.caches = path is not None
         now = adapter.boundary(path).index if path is not None else 0
-        before = [(adapter.boundary(each).index, each) for each in boundaries]
+        before = [(adapter.boundary(boundary).index, boundary) for boundary in boundaries]
         sooner = [pair for pair in before if pair[0] < now]
         if sooner:
             self.earliest = min(sooner, key=lambda pair: pair[0])[1]
@@ -581,7 +581,7 @@ class _TorchTrainings(_Trainings):
                 adapter.set_decay(moving, treated.momentum(done))
 
         optimizer = self.optimizer(
-            [each for each in adapter.model.parameters() if each.requires_grad]
+            [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
         )
         follow(self.held, list(self._judged()))
         read = self._through(self.data)

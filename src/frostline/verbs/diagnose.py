@@ -179,9 +179,9 @@ def diagnose(
             shown(name, done)
 
         (data, size), (validation, _) = (
-            pooled(ranks, each, max_samples=max_samples, batch_size=batch_size, seed=seed,
+            pooled(ranks, source, max_samples=max_samples, batch_size=batch_size, seed=seed,
                    whole=step is not None, inputs=adapter.inputs())
-            for each in (data, validation)
+            for source in (data, validation)
         )  # fmt: skip
         known = adapter.facts()
         measured, bench = measure.measure(
@@ -233,12 +233,12 @@ def _checked(
     """What rules say, as fields of a report."""
     chosen = rules.select(select, ignore)
     findings, skipped = rules.check(known, chosen, measurement=measured, options=options)
-    left_out = {each.code for each in skipped}
+    left_out = {probe.code for probe in skipped}
     skipped += rules.ignored(select, ignore)
     return {
         "findings": findings,
-        "sites": tuple(each.site for each in known),
-        "rules": tuple(each.code for each in chosen if each.code not in left_out),
+        "sites": tuple(handle.site for handle in known),
+        "rules": tuple(rule.code for rule in chosen if rule.code not in left_out),
         "skipped": tuple(sorted(skipped, key=lambda each: each.code)),
     }
 

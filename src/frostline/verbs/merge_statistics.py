@@ -184,7 +184,7 @@ def merged_states(
             for number, (state, found) in enumerate(zip(states, sites, strict=True), 1)
         ]
         for number, pair in enumerate(pairs, 1):
-            if [each.shape for each in pair] != [each.shape for each in pairs[0]]:
+            if [array.shape for array in pair] != [array.shape for array in pairs[0]]:
                 raise ModelError(
                     f"not the same model: '{path}' has shape {pairs[0][0].shape} in number 1 and "
                     f"{pair[0].shape} in number {number}"
@@ -199,7 +199,7 @@ def merged_states(
         counts = [state[counter] for state in states if counter in state]
         if counts and counter in states[0]:
             values[counter] = max(counts, key=int)
-    return MergedStatistics(values, tuple(float(each) for each in share), apart)
+    return MergedStatistics(values, tuple(float(fraction) for fraction in share), apart)
 
 
 def read_state(source: Any) -> Mapping[str, Any]:

@@ -146,7 +146,7 @@ class _Measure:
             done = self._run(wanted)
             whole = done.samples < wanted or done.samples == read
             if read and done.samples > read:
-                moved = max(_moved(each.mean, each.variance) for each in done.shifts)
+                moved = max(_moved(shift.mean, shift.variance) for shift in done.shifts)
                 curve.append((done.samples, moved))
                 whole = whole or moved <= SETTLED
             if whole:

@@ -186,7 +186,7 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
         What puts it all back, and can be repeated. Kernels are not copied: no edit writes to them.
     """
     models, places = models_in(model), walk(model)
-    owners = {id(each): each for each in [*models, *(place.layer for place in places)]}
+    owners = {id(owner): owner for owner in [*models, *(place.layer for place in places)]}
     shells = _growing(model)
     back = remembered([*owners.values(), *shells], _written_by_edits(model))
     flags = [(v, v.trainable, getattr(v, "regularizer", None)) for v in model.variables]
@@ -216,8 +216,8 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
 
 def _written_by_edits(model: Any) -> list[Any]:
     found = {id(v): v for p in walk(model) if is_site(p.layer) for v in p.layer.variables}
-    for each in models_in(model):
-        for variable in each.metrics_variables:
+    for inner in models_in(model):
+        for variable in inner.metrics_variables:
             found.setdefault(id(variable), variable)
     return list(found.values())
 

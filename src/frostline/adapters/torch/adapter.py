@@ -146,7 +146,9 @@ class TorchView:
             twin = copy.deepcopy(torch_graph.unwrapped(self.model))
             twin.load_state_dict(torch.load(stream, weights_only=True))
         after = TorchView(twin).forward(x, training=False)
-        return relative_difference(*([a for _, a in leaves(each)] for each in (after, before)))
+        return relative_difference(
+            *([a for _, a in leaves(outputs)] for outputs in (after, before))
+        )
 
     def trial(
         self, batches: Iterable[Any], *, policy: str = "inference", epochs: int = 1

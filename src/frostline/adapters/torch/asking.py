@@ -65,7 +65,7 @@ def _told(batch: Batch) -> Iterator[None]:
 def _called(root: Any, batch: Batch, move: Callable[[Any], Any], targets: bool) -> Any:
     x = move(batch.x)
     parameters = inspect.signature(root.forward).parameters
-    places = [each for each in parameters.values() if each.kind in _PLACES]
+    places = [parameter for parameter in parameters.values() if parameter.kind in _PLACES]
     if isinstance(x, Mapping):
         every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         named = {key: value for key, value in x.items() if key in parameters}
@@ -98,16 +98,16 @@ def inputs_of(root: Any) -> int:
     """How many arguments ``forward`` needs: so many first items of a longer batch are inputs."""
     places = inspect.signature(root.forward).parameters.values()
     needed = [
-        each.name
-        for each in places
-        if each.kind in _PLACES and each.default is inspect.Parameter.empty
+        parameter.name
+        for parameter in places
+        if parameter.kind in _PLACES and parameter.default is inspect.Parameter.empty
     ]
     return max(1, sum(name not in _LABELS for name in needed))
 
 
 def _one(x: Any, batch: Batch, places: list[Any]) -> bool:
     """Whether a list is one argument, such as the images of a detector."""
-    needed = sum(each.default is inspect.Parameter.empty for each in places)
+    needed = sum(parameter.default is inspect.Parameter.empty for parameter in places)
     if not places or len(x) < needed or needed > 1:
         return False
     beside = isinstance(batch.y, (list, tuple)) and len(batch.y) == len(x)

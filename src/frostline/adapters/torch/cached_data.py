@@ -54,7 +54,7 @@ class FeatureDataset(torch_data.Dataset):  # type: ignore[misc]
         if ((wanted < -count) | (wanted >= count)).any():
             raise IndexError(f"samples are numbered from 0 to {count - 1}. Received: {indices}")
         wanted = wanted % count
-        columns = [torch.from_numpy(each) for each in self.cache.rows(wanted, view=self.view)]
+        columns = [torch.from_numpy(array) for array in self.cache.rows(wanted, view=self.view)]
         one = len(columns) == 1
         samples = []
         for row, index in enumerate(wanted):

@@ -164,8 +164,8 @@ class Cached:
             for identity, memory in self.memories.items():
                 new, memory.unsaved = memory.unsaved, {}
                 if new and not memory.broken and not identity.startswith(_PRIVATE):
-                    columns = [torch.stack(each) for each in zip(*new.values(), strict=True)]
-                    self.store.save(identity, list(new), [_array(each) for each in columns])
+                    columns = [torch.stack(rows) for rows in zip(*new.values(), strict=True)]
+                    self.store.save(identity, list(new), [_array(column) for column in columns])
 
     def call(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """What the model returns for a call."""
@@ -177,7 +177,7 @@ class Cached:
         if self.store is not None and not memory.identity.startswith(_PRIVATE):
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
-        rows = [memory.rows.get(each) for each in digests]
+        rows = [memory.rows.get(digest) for digest in digests]
         if shapes in memory.forms and any(row is None for row in rows):
             rows = self._by_engine(plan, memory, args, kwargs, digests) or rows
         if shapes not in memory.forms or any(row is None for row in rows):
@@ -251,12 +251,12 @@ class Cached:
             memory.engine = self._engine(plan, args, kwargs, seconds)
         if memory.engine is None:
             return None
-        columns = [torch.from_numpy(each) for each in memory.engine([_array(x) for x in args])]
+        columns = [torch.from_numpy(array) for array in memory.engine([_array(x) for x in args])]
         for number, digest in enumerate(digests):
             if digest not in memory.rows:
                 row = tuple(column[number].clone() for column in columns)
                 memory.rows[digest] = memory.unsaved[digest] = row
-        return [memory.rows[each] for each in digests]
+        return [memory.rows[digest] for digest in digests]
 
     def _engine(self, plan: Plan, args: Any, kwargs: Any, seconds: float) -> Any:
         """What computes the frozen part faster than the model, from float32 tensors on the CPU."""
@@ -278,7 +278,7 @@ class Cached:
 
     def _from_store(self, memory: Memory, digests: list[bytes], leaves: list[Any]) -> None:
         """Take rows that an earlier run has stored."""
-        wanted = [each for each in digests if each not in memory.rows.keys() | memory.sought]
+        wanted = [digest for digest in digests if digest not in memory.rows.keys() | memory.sought]
         memory.sought.update(wanted)
         places, arrays = self.store.find(memory.identity, wanted) if wanted else ([], [])
         columns = [torch.from_numpy(array).view(leaf[1]) for array, leaf in zip(
@@ -407,9 +407,9 @@ def digested(args: Any, kwargs: Any) -> tuple[list[bytes], str]:
     head = repr(shared).encode()
     hashes = [hashlib.blake2b(head, digest_size=_DIGEST) for _ in range(count)]
     for column in columns:
-        for each, row in zip(hashes, column, strict=True):
-            each.update(row)
-    return [each.digest() for each in hashes], head.decode()
+        for digest, row in zip(hashes, column, strict=True):
+            digest.update(row)
+    return [digest.digest() for digest in hashes], head.decode()
 
 
 def _read(value: Any, count: int, shared: list[Any], columns: list[Any]) -> None:

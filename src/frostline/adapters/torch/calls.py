@@ -98,7 +98,7 @@ class Call:
             zeros = torch.zeros(channels, dtype=torch.float64).numpy()
             return kind(0, zeros, zeros)
         if self.single:
-            mean, variance = (each.mean(0) for each in statistics(x.double(), single=True))
+            mean, variance = (moment.mean(0) for moment in statistics(x.double(), single=True))
         else:
             mean, variance = shifted_statistics(self.wide.detach())
         return kind(count, mean.cpu().numpy(), variance.cpu().numpy() * count)

@@ -42,7 +42,7 @@ class ProcessGroup(Together):
         mine = torch.from_numpy(np.frombuffer(word, np.uint8).copy()).to(self._device)
         all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
         distributed.all_gather(all_of_them, mine, group=self._group)
-        return [each.cpu().numpy().tobytes() for each in all_of_them]
+        return [gathered.cpu().numpy().tobytes() for gathered in all_of_them]
 
     def _leaf(self, value: Any) -> tuple[Any, str]:
         if not isinstance(value, torch.Tensor):
@@ -128,7 +128,9 @@ def require_same_model(ranks: Together, model: Any, chosen: Sequence[str]) -> No
         theirs = {name: rest for name, *rest in other}
         odd = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if odd:
-            shapes = [each[odd[0]][0] if odd[0] in each else "missing" for each in (mine, theirs)]
+            shapes = [
+                layout[odd[0]][0] if odd[0] in layout else "missing" for layout in (mine, theirs)
+            ]
             what = "has other values" if shapes[0] == shapes[1] else f"is {shapes[1]}"
             raise ModelError(
                 f"the ranks hold different models: '{odd[0]}' {what} on rank {rank} ({len(odd)} "

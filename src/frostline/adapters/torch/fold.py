@@ -227,7 +227,7 @@ def _takes_all(graph: Any, root: Any) -> bool:
     """Whether a graph has an input for each argument of ``forward``."""
     kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     parameters = inspect.signature(root.forward).parameters.values()
-    own = [each for each in parameters if each.kind not in kinds]
+    own = [parameter for parameter in parameters if parameter.kind not in kinds]
     return len([node for node in graph.nodes if node.op == "placeholder"]) >= len(own)
 
 
@@ -270,7 +270,7 @@ def _run(module: Any, batch: Any) -> list[Any]:
     twin = twin.to(batch.dtype) if batch.is_floating_point() else twin
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return [each for each in flat(twin(batch.clone())) if each.is_floating_point()]
+        return [leaf for leaf in flat(twin(batch.clone())) if leaf.is_floating_point()]
 
 
 def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:

@@ -349,9 +349,9 @@ def _calls_dropout(kind: Any) -> bool:
         value = known.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before is not None:
             value = getattr(before, str(step.argval), None)
-        if any(value is each for each in SWITCHED):
+        if any(value is module for module in SWITCHED):
             return True
-        before = value if any(value is each for each in (torch, nn, nn.functional)) else None
+        before = value if any(value is module for module in (torch, nn, nn.functional)) else None
     return False
 
 

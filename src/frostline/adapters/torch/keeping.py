@@ -216,7 +216,7 @@ def _looked_into(module: Any) -> ByHand | None:
     momentum = getattr(module, "momentum", None)
     keeps = None
     if isinstance(momentum, float):
-        near = [abs(each - decay) < 1e-3 for each in (momentum, 1.0 - momentum)]
+        near = [abs(weight - decay) < 1e-3 for weight in (momentum, 1.0 - momentum)]
         keeps = near[0] if any(near) else None
     return ByHand(axes=axes, unbiased=unbiased, decay=decay, keeps=keeps)
 
@@ -243,7 +243,7 @@ def _normalises(module: Any, x: Any, axis: int) -> tuple[bool, float] | None:
         Whether the variance in training is the unbiased one, and the decay of its mean; ``None``:
         it is no BN of this input.
     """
-    rest = [each for each in range(x.ndim) if each != axis]
+    rest = [dimension for dimension in range(x.ndim) if dimension != axis]
     try:
         for gradients in (False, True):  # a class may tell its phase by them
             trained, new = _run(module, x, training=True, gradients=gradients)

@@ -125,13 +125,13 @@ class _Pass:
 
     def note(self, made: Any) -> None:
         """Remember a tensor that the pass has made, as long as it lives."""
-        for each in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(each, torch.Tensor):
-                self._made.append(weakref.ref(each))
+        for item in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(item, torch.Tensor):
+                self._made.append(weakref.ref(item))
 
     def weigh(self, known: frozenset[int]) -> None:
         """Set ``size`` to the bytes of its living tensors that are not the model's own."""
-        alive = [tensor for each in self._made if (tensor := each()) is not None]
+        alive = [tensor for reference in self._made if (tensor := reference()) is not None]
         self._made = [weakref.ref(tensor) for tensor in alive]
         sizes = dict(_storage(tensor) for tensor in alive) if self.running else {}
         held = [] if self.batch is None else [leaf for _, leaf in leaves(self.batch.x)]
@@ -194,12 +194,12 @@ def population(
         if turn == MAX_PASSES and max(moved.values(), default=0) > TOLERANCE:
             notes = (unsettled(moved),)
             break
-        if all(each <= TOLERANCE for each in moved.values()):
+        if all(shift <= TOLERANCE for shift in moved.values()):
             break
         fixed = found
     return Population(
         moments={path: run.moments[path] for path in chosen if path in run.moments},
-        batches=ranks.total(sum(not each.dropped for each in run.passes)),
+        batches=ranks.total(sum(not forward.dropped for forward in run.passes)),
         skipped=run.skipped,
         passes=reads,
         stages=tuple((path,) for path in run.closed),
@@ -210,7 +210,7 @@ def population(
 def _shift(old: Moments | None, new: Moments, site: Any) -> float:
     if old is None:
         return math.inf
-    pairs = [(each.mean, each.variance) for each in (old, new)]
+    pairs = [(moments.mean, moments.variance) for moments in (old, new)]
     return shift(pairs[0], pairs[1], float(getattr(site, "eps", 1e-5)))
 
 
@@ -275,12 +275,12 @@ class _Round:
                     self._close(site)
                 self._settle()
             finally:
-                for each in self.passes:
-                    each.end()
+                for forward in self.passes:
+                    forward.end()
 
     def _next(self) -> str | None:
         """The first site that a pass of any process waits at; ``None``: all are at their end."""
-        mine = [self.rank[each.site] for each in self.passes if each.site is not None]
+        mine = [self.rank[forward.site] for forward in self.passes if forward.site is not None]
         first = self.ranks.union([min(mine)] if mine else [])
         return list(self.rank)[min(first)] if first else None
 
@@ -320,8 +320,8 @@ class _Round:
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""
         latest.weigh(self._known)
-        running = [each for each in self.passes if each.running]
-        total = sum(each.size for each in self.passes)
+        running = [forward for forward in self.passes if forward.running]
+        total = sum(forward.size for forward in self.passes)
         while len(running) > 1 and (total > self.limit or len(running) > self.most):
             newest = running.pop()
             total -= newest.size
@@ -333,7 +333,7 @@ class _Round:
 
     def _close(self, site: str) -> None:
         """Merge what all that wait at a site saw there, and let them go on."""
-        there = [each for each in self.passes if each.site == site]
+        there = [forward for forward in self.passes if forward.site == site]
         for own in there:
             own.recorded[site] = 1
             if own.moments is not None:
@@ -429,7 +429,7 @@ def _keeps_nothing(module: Any) -> bool:
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and all(each is None or _keeps_nothing(each) for each in module._modules.values())
+        and all(child is None or _keeps_nothing(child) for child in module._modules.values())
     )
 
 

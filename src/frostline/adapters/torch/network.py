@@ -308,7 +308,7 @@ def _without_defaults(graph: Any, names: Collection[str]) -> Any:
     gone: list[Any] = []
     for node in graph.nodes:
         default = node.op == "placeholder" and node.target.rpartition("_")[0] in names
-        if default or (gone and any(each in gone for each in node.all_input_nodes)):
+        if default or (gone and any(read in gone for read in node.all_input_nodes)):
             gone.append(node)
     for node in reversed(gone):
         graph.erase_node(node)
@@ -323,7 +323,7 @@ def _twins(graph: Any, other: Any) -> dict[Any, Any]:
         waiting.setdefault(key, []).append(node)
     found: dict[Any, Any] = {}
     for node in graph.nodes:
-        reads = tuple(found.get(each) for each in node.all_input_nodes)
+        reads = tuple(found.get(read) for read in node.all_input_nodes)
         same = waiting.get((node.op, str(node.target), reads), [])
         if same and _alike_in_kind(node, same[0]):
             found[node] = same.pop(0)

@@ -239,10 +239,10 @@ def _attach(suffix: Any, graph: Any) -> None:
 def _hold(part: Any, name: str, value: Any) -> None:
     """Register a module or tensor under a dotted name."""
     *path, leaf = name.split(".")
-    for each in path:
-        if not hasattr(part, each):
-            part.add_module(each, nn.Module())
-        part = getattr(part, each)
+    for parent in path:
+        if not hasattr(part, parent):
+            part.add_module(parent, nn.Module())
+        part = getattr(part, parent)
     if getattr(part, leaf, None) is value:
         return
     if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):

@@ -50,7 +50,7 @@ def identity(module: Any) -> Identity:
     hooks = [
         getattr(nn.modules.module, f"_global_forward_{name}") for name in ("hooks", "pre_hooks")
     ]
-    return identity_of([unwrapped(module), *(list(each.values()) for each in hooks)], leaf)
+    return identity_of([unwrapped(module), *(list(hook.values()) for hook in hooks)], leaf)
 
 
 #: Of any module: the same.
@@ -141,7 +141,9 @@ def _graph(module: Any, reader: Reader) -> list[Any]:
         elif node.op == "get_attr":
             parts.append(reader.read(attribute(module, node.target)))
         arguments = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
-        parts += reader.each(each for each in arguments if not isinstance(each, fx.Node))
+        parts += reader.each(
+            argument for argument in arguments if not isinstance(argument, fx.Node)
+        )
     return parts
 
 

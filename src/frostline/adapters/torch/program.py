@@ -57,7 +57,7 @@ class ProgramView:
 
     def sites(self) -> tuple[Site, ...]:
         """Every BN layer, in execution order (TorchScript: of registration)."""
-        return tuple(each.site for each in self.facts())
+        return tuple(fact.site for fact in self.facts())
 
     def frozen_prefix(self) -> tuple[int | None, str | None]:
         """All of it: nothing trains."""
@@ -77,7 +77,7 @@ class ProgramView:
             words=TORCH,
             mode=False,
             sites=tuple(found),
-            order={each.site.path: index for index, each in enumerate(found)},
+            order={fact.site.path: index for index, fact in enumerate(found)},
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -118,7 +118,7 @@ def _calls(program: Any) -> Iterator[ExportedCall]:
         operator = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2]
         if node.op != "call_function" or operator not in OPERATORS:
             continue
-        owned = [names.get(getattr(each, "name", "")) for each in node.args[1:5]]
+        owned = [names.get(getattr(argument, "name", "")) for argument in node.args[1:5]]
         epsilon = next((a for a in reversed(node.args) if isinstance(a, float)), 1e-5)
         call = exported_call(owned, tensors.get, epsilon)
         if call is not None:
@@ -127,10 +127,10 @@ def _calls(program: Any) -> Iterator[ExportedCall]:
 
 def _exported(calls: Iterable[ExportedCall]) -> list[SiteFacts]:
     found: dict[str, SiteFacts] = {}
-    for each in calls:
-        count = 1 + (found[each.path].site.calls if each.path in found else 0)
-        found[each.path] = _facts(
-            each.path, each.numbers, kind="batch_norm", epsilon=each.epsilon, calls=count
+    for call in calls:
+        count = 1 + (found[call.path].site.calls if call.path in found else 0)
+        found[call.path] = _facts(
+            call.path, call.numbers, kind="batch_norm", epsilon=call.epsilon, calls=count
         )
     return list(found.values())
 

@@ -133,15 +133,15 @@ def _weights(archive: zipfile.ZipFile, root: str, name: str) -> Callable[[str], 
 
 def _calls(module: Mapping[str, Any], tensor: Callable[[str], Any]) -> Iterator[ExportedCall]:
     names: dict[str, str] = {}
-    for each in module["signature"]["input_specs"]:
+    for entry in module["signature"]["input_specs"]:
         for kind, key in (("parameter", "parameter_name"), ("buffer", "buffer_name")):
-            if kind in each:
-                names[each[kind]["arg"]["name"]] = each[kind][key]
+            if kind in entry:
+                names[entry[kind]["arg"]["name"]] = entry[kind][key]
     for node in module["graph"]["nodes"]:
         operator = str(node["target"]).removeprefix("torch.ops.aten.").partition(".")[0]
         if operator not in OPERATORS:
             continue
-        given = {each["name"]: each["arg"] for each in node["inputs"]}
+        given = {entry["name"]: entry["arg"] for entry in node["inputs"]}
         owned = [
             names.get(given.get(key, {}).get("as_tensor", {}).get("name"))
             for key in ("weight", "bias", "running_mean", "running_var")

@@ -47,8 +47,8 @@ class Flags:
         if training:
             path = self._path(training[-1], node)
             return Impurity(why="trains", path=path, text="it is trainable")
-        for each in inner:
-            found = self._module(each, self._path(each, node))
+        for item in inner:
+            found = self._module(item, self._path(item, node))
             if found is not None:
                 return found
         if node.target in network.varying:
@@ -166,8 +166,8 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
     else:
         several = isinstance(sample, (tuple, list)) and not hasattr(sample, "to")
         values = list(sample) if several else [sample]
-    found = [each for _, each in leaves([v for v in values if v is not None])]
-    if not all(isinstance(each, np.ndarray) or _dense(each) for each in found):
+    found = [leaf for _, leaf in leaves([v for v in values if v is not None])]
+    if not all(isinstance(leaf, np.ndarray) or _dense(leaf) for leaf in found):
         raise ModelError(
             "the sample of a split is arrays or tensors with a first axis of samples: what the "
             "frozen part computes is stored in rows. Pass such inputs, or train with fl.cached. "
@@ -179,10 +179,10 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
             f"the sample has {len(found)} arrays for {len(network.inputs)} inputs ({names}). "
             f"Received: sample of type {type(sample).__name__}"
         )
-    arrays = [each.detach().cpu().numpy() if hasattr(each, "detach") else each for each in found]
-    if any(len(each) < 2 for each in arrays):
+    arrays = [leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf for leaf in found]
+    if any(len(array) < 2 for array in arrays):
         raise ModelError("the sample needs at least two rows. Received: fewer")
-    made: tuple[Any, ...] = tensors(tuple(np.asarray(each) for each in arrays), network.root)
+    made: tuple[Any, ...] = tensors(tuple(np.asarray(array) for array in arrays), network.root)
     return made
 
 
@@ -200,8 +200,8 @@ def _observed(
     named: bool,
 ) -> Trial:
     count = max(1, min(ROWS, len(rows[0]) - 1))
-    one = tuple(each[:count] for each in rows)
-    other = tuple(each[purity.others(len(each), count)] for each in rows)
+    one = tuple(column[:count] for column in rows)
+    other = tuple(column[purity.others(len(column), count)] for column in rows)
     first, second, third = (
         dict(zip(network.inputs, (value.clone() for value in batch), strict=True))
         for batch in (one, other, one)

@@ -128,7 +128,7 @@ def _epsilons(places: Any, module: Any) -> dict[str, tuple[float, float]]:
 
 def _outputs(model: Any, module: Any, x: Any) -> float:
     found, wanted = (
-        [array for _, array in leaves(arrays(run(each, x, training=False)))]
-        for each in (model, module)
+        [array for _, array in leaves(arrays(run(root, x, training=False)))]
+        for root in (model, module)
     )
     return relative_difference(found, wanted)

@@ -66,7 +66,7 @@ class Form:
         All rows are one number in memory, unless they must be ``dense`` to be written to.
         """
         rows = [_blank((count, *leaf[0]), *leaf[1:]) for leaf in self.leaves if leaf]
-        return self.filled([each.contiguous() if dense else each for each in rows])
+        return self.filled([row.contiguous() if dense else row for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def still_modules(root: Any) -> dict[str, Any]:
     hooked = {name for name, module in root.named_modules() if _hooks(module)}
 
     def within(names: set[str], name: str) -> bool:
-        return any(each.startswith(f"{name}.") for each in names)
+        return any(other.startswith(f"{name}.") for other in names)
 
     return {
         name: module
@@ -211,15 +211,15 @@ def _count(value: Any) -> int | None:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return next((found for each in value if (found := _count(each)) is not None), None)
+        return next((found for item in value if (found := _count(item)) is not None), None)
     return None
 
 
 def is_samples(value: Any) -> bool:
     """Whether a list holds one entry per sample: images, or mappings of what is in them."""
     return isinstance(value, list) and bool(value) and all(
-        (isinstance(each, torch.Tensor) and each.ndim == 3) or isinstance(each, Mapping)
-        for each in value
+        (isinstance(item, torch.Tensor) and item.ndim == 3) or isinstance(item, Mapping)
+        for item in value
     )  # fmt: skip
 
 

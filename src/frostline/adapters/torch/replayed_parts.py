@@ -301,8 +301,8 @@ def _checked(root: Any, prefix: Any, suffix: Any, args: Any, kwargs: Any) -> tup
         features = prefix(*args, **kwargs)
         features = features if isinstance(features, tuple) else (features,)
         cut = suffix(*[x.clone() for x in features])
-    pair = ([x for x in pytree.tree_leaves(each) if isinstance(x, torch.Tensor)]
-            for each in (whole, cut))  # fmt: skip
+    pair = ([x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+            for outputs in (whole, cut))  # fmt: skip
     if not same(*pair):
         raise ModelError(
             "the two parts together do not compute what the model computes at inference. Cut "

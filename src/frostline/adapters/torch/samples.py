@@ -39,7 +39,7 @@ def guesses(root: Any, modules: Any = None) -> list[Any]:
         drawn = rng.integers(0, first.num_embeddings, (2 * ROWS, 16))
         return [tensors(drawn, root)]
     drawn_rows = [rng.normal(size=(2 * ROWS, *shape)).astype(np.float32) for shape in shapes]
-    return [tensors(each, root) for each in drawn_rows]
+    return [tensors(rows, root) for rows in drawn_rows]
 
 
 def flat(value: Any) -> list[Any]:

@@ -70,8 +70,10 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
 def _hides_frozen(net: Network) -> bool:
     """Whether a module that is kept whole holds frozen weights before some that train."""
     kept = [list(net.root.get_submodule(name).parameters()) for name in net.whole]
-    return any(each and not each[0].requires_grad and any(p.requires_grad for p in each)
-               for each in kept)  # fmt: skip
+    return any(
+        weights and not weights[0].requires_grad and any(p.requires_grad for p in weights)
+        for weights in kept
+    )
 
 
 def _cut(net: Network, model: Any, at: Any, sample: Any) -> SplitModel:
@@ -115,7 +117,7 @@ def _nodes(net: Network, model: Any, constant: frozenset[Any]) -> Graph:
             call=node,
             path=net.name(node),
             kind=kind if module is None else type(module).__name__,
-            reads=tuple(mine.get(each, each) for each in node.all_input_nodes),
+            reads=tuple(mine.get(read, read) for read in node.all_input_nodes),
             writes=(node,),
             blame=blame,
             layer=module is not None,
@@ -135,7 +137,7 @@ def _nodes(net: Network, model: Any, constant: frozenset[Any]) -> Graph:
     return Graph(
         nodes=(*both, *rest),
         inputs=net.inputs,
-        outputs=tuple(mine.get(n, n) for each in returned for n in each.all_input_nodes),
+        outputs=tuple(mine.get(n, n) for read in returned for n in read.all_input_nodes),
         word="module",
         received=type(net.root).__name__,
         trains=any(_trains(net, node.call) for node in (*both, *rest)),
