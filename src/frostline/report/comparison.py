@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,13 @@ def cells(result: Comparison, row: TreatmentRow) -> list[str]:
 
 
 def _give_or_take(value: Interval) -> str:
-    half = (value.high - value.low) / 2
-    return f"{wording.number(value.estimate, digits=4)} ± {wording.number(half, digits=4)}"
+    """The estimate with half its interval, or with both ends where it is not in the middle."""
+    below, above = value.estimate - value.low, value.high - value.estimate
+    estimate = wording.number(value.estimate, digits=4)
+    if math.isclose(below, above, rel_tol=1e-6):
+        return f"{estimate} ± {wording.number((below + above) / 2, digits=4)}"
+    low, high = (wording.number(end, digits=4) for end in (value.low, value.high))
+    return f"{estimate} [{low}, {high}]"
 
 
 def facts(result: Comparison) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ class TreatmentRow:
         meaning: What it does, in one sentence.
         line: What to write before the training, ready to paste.
         value: The metric on the validation data after the last epoch, mean over samples and seeds,
-            with its own interval.
+            with its own interval: Wilson's for an accuracy, else Student's.
         loss: Mean loss on the validation data after the last epoch.
         behind: How far the best treatment is ahead of this one in the metric, positive, with an
             interval that holds for all rows together; ``None`` for the best one itself.

@@ -371,11 +371,13 @@ def _row(entry: _Entry, behind: Any) -> TreatmentRow:
     values = entry.values()
     lengths = min(len(run.scores) for run in entry.runs)
     curve = [float(entry.values(epoch).mean()) for epoch in range(lengths)]
+    shares = ranking.are_hits(values)
+    interval = ranking.proportion_interval if shares else ranking.crossed_interval
     return TreatmentRow(
         name=entry.treatment.name,
         meaning=entry.treatment.meaning,
         line=entry.line,
-        value=ranking.crossed_interval(values, level=_LEVEL),
+        value=interval(values, level=_LEVEL),
         loss=float(np.mean([run.scores[-1].loss for run in entry.runs])),
         behind=behind,
         curve=tuple(curve),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,15 @@ def test_the_text_has_every_row_what_is_certain_and_what_to_paste(result: Compar
     assert "\x1b" not in str(result)
     assert "ramp: no ramp here" in lines
     assert lines[-1] == "fl.do('a')"
+
+
+def test_an_interval_that_is_wider_on_one_side_is_shown_by_its_ends() -> None:
+    wide = replace(row("w", 0.9, None), value=Interval(0.9, 0.5, 0.95, 0.95))
+    result = Comparison(
+        verdict="", winner=None, tied=(), metric="accuracy", rows=(wide,), skipped={}, samples=9,
+        epochs=1, cache_seconds=0.0,
+    )  # fmt: skip
+    assert "0.9000 [0.5000, 0.9500]" in str(result)
 
 
 def test_json_reads_back_with_what_json_cannot_say_in_words(result: Comparison) -> None:
