@@ -8,14 +8,15 @@ by local processes, both equal byte for byte; ``kills`` of random actors while a
 ``ranks``: a recalibration by gloo ranks and by actors; ``paper``: 10⁹ images, computed, not
 measured. The images are the test set of CIFAR-10, the prefix EfficientNet-Lite0 behind its pooling.
 
-Prediction: two actors take at most 1.15 times as long as two processes, once they run; starting Ray's
-actors costs seconds, whatever the number of images. The driver's memory grows by 230 bytes per row.
-A kill costs the batch in flight and the start of an actor, and loses nothing.
+Prediction: two actors take at most 1.15 times as long as two processes that start afresh, and as
+much more of the processor. The driver's memory grows by 230 bytes per row. A kill costs the batch
+in flight and the start of an actor, and loses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -38,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-SIDE, STARTING = 64, 64
+SIDE = 64
 #: Rows of a batch while actors are killed: short, so that many are in flight in turn.
 KILLED_ROWS = 128
 
@@ -114,31 +115,64 @@ def start(processors: int = 3) -> Any:
     return ray
 
 
-def built(sizes: Sizes, actors: int, path: Any, made: Any, count: int | None = None) -> Any:
-    """A cache by actors of Ray, and its seconds."""
+class Spent:
+    """A block's seconds, and the processor seconds of this process and all that it started."""
+
+    def __enter__(self) -> Spent:
+        self._most: dict[str, float] = {}
+        self._done = threading.Event()
+        self._before = self._look()
+        self._watch = threading.Thread(target=self._poll)
+        self._watch.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self._done.set()
+        self._watch.join()
+        self.processor = self._look() - self._before
+
+    def _poll(self) -> None:
+        while not self._done.wait(0.2):  # what has ended meanwhile is counted as last seen
+            self._look()
+
+    def _look(self) -> float:
+        parents, seconds = {}, {}
+        for each in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (each / "stat").read_text().rpartition(")")[2].split()
+                parents[each.name] = fields[1]
+                seconds[each.name] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for pid, spent in seconds.items():
+            above = pid
+            while above in parents and above != str(os.getpid()):
+                above = parents[above]
+            if above == str(os.getpid()):
+                self._most[pid] = spent
+        return sum(self._most.values())
+
+
+def built(sizes: Sizes, actors: int, path: Any, made: Any) -> Any:
+    """A cache by actors of Ray."""
     from frostline import scale
     from frostline.scale import sources
 
-    began = time.perf_counter()
-    _, dataset = sources.of_images(chosen(sizes, count), prepared)
-    cache = scale.cache_features(
+    _, dataset = sources.of_images(chosen(sizes), prepared)
+    return scale.cache_features(
         made, dataset, path, actors=actors, engine="native", verbose=0, batch_size=32
     )
-    return cache, time.perf_counter() - began
 
 
-def local(sizes: Sizes, processes: int, folder: Path, count: int | None = None) -> float:
-    """Caches of equal shares by fresh processes, one each; seconds until the last has ended."""
-    words = [sys.executable, __file__, "--data", sizes.data, "--images",
-             str(count or sizes.images)]  # fmt: skip
-    began = time.perf_counter()
+def local(sizes: Sizes, processes: int, folder: Path) -> None:
+    """Caches of equal shares by fresh processes, one each."""
+    words = [sys.executable, __file__, "--data", sizes.data, "--images", str(sizes.images)]
     started = [
         subprocess.Popen([*words, "--share", f"{number}/{processes}", "--folder", str(folder)])
         for number in range(processes)
     ]
     if any(each.wait() for each in started):
         raise RuntimeError("a local process failed")
-    return time.perf_counter() - began
 
 
 def local_share(sizes: Sizes, share: str, folder: Path) -> None:
@@ -162,45 +196,41 @@ def throughput(sizes: Sizes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as path:
         whole = fl.cache_features(made, in_memory(sizes), path, engine="native", verbose=0)
         expected = whole.rows(range(len(whole)))[0]
-    equal, starting = [], {}
-    for how in ("processes", "actors"):
-        with tempfile.TemporaryDirectory() as path:
-            starting[how] = (
-                local(sizes, 2, Path(path), STARTING // 10 * 10)
-                if how == "processes"
-                else built(sizes, 2, path, made, STARTING // 10 * 10)[1]
-            )
+    equal = []
     for turn in range(sizes.rounds):
-        for count in (1, 2):
+        for count in (1, 2) if turn == 0 else (2,):
             with tempfile.TemporaryDirectory() as path:
-                rows.append(_row("processes", count, turn, local(sizes, count, Path(path))))
+                with Spent() as spent:
+                    local(sizes, count, Path(path))
+                rows.append(_row("processes", count, turn, spent))
             with tempfile.TemporaryDirectory() as path:
-                cache, seconds = built(sizes, count, path, made)
+                with Spent() as spent:
+                    cache = built(sizes, count, path, made)
+                rows.append(_row("actors", count, turn, spent))
                 found = cache.rows(range(len(cache)))[0]
                 equal.append(found.tobytes() == expected.tobytes())
-                rows.append(_row("actors", count, turn, seconds))
             print(rows[-2:], flush=True)
     return {
         "images": len(expected),
         "features": list(expected.shape[1:]),
         "byte for byte equal": all(equal),
-        "starting_s": starting,
         "rows": rows,
-        "overhead at two": _ratio(rows, dict.fromkeys(starting, 0.0)),
-        "overhead at two, once they run": _ratio(rows, starting),
+        "overhead at two": {name: _ratio(rows, name) for name in ("seconds", "processor_s")},
     }
 
 
-def _row(how: str, count: int, turn: int, seconds: float) -> dict[str, Any]:
-    return {"how": how, "count": count, "round": turn, "seconds": round(seconds, 2)}
+def _row(how: str, count: int, turn: int, spent: Spent) -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 1)
+    return {"how": how, "count": count, "round": turn, "seconds": round(spent.seconds, 1),
+            "processor_s": round(spent.processor, 1), "load": load}  # fmt: skip
 
 
-def _ratio(rows: Sequence[dict[str, Any]], off: dict[str, float]) -> float:
+def _ratio(rows: Sequence[dict[str, Any]], name: str) -> float:
     """Median over the rounds of what two actors take by what two processes take."""
     turns: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["count"] == 2:
-            turns.setdefault(row["round"], {})[row["how"]] = row["seconds"] - off[row["how"]]
+            turns.setdefault(row["round"], {})[row["how"]] = row[name]
     return round(statistics.median(t["actors"] / t["processes"] for t in turns.values()), 3)
 
 
@@ -247,7 +277,9 @@ def kills(sizes: Sizes) -> dict[str, Any]:
             killer = threading.Thread(target=_kill, args=(choice, done, victims, left))
             killer.start()
             try:
-                cache, seconds = built(sizes, 2, path, counted)
+                began = time.perf_counter()
+                cache = built(sizes, 2, path, counted)
+                seconds = time.perf_counter() - began
             finally:
                 done.set()
                 killer.join()
@@ -288,7 +320,7 @@ def _in_whole_batches(count: int, size: int = 32) -> int:
 
 
 def _kill(choice: random.Random, done: threading.Event, victims: list[int], most: int) -> None:
-    while len(victims) < most and not done.wait(choice.uniform(0.5, 8.0)):
+    while len(victims) < most and not done.wait(choice.uniform(2.0, 20.0)):
         there = workers()
         if there:
             victim = choice.choice(there)
@@ -388,9 +420,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     import frostline as fl
 
     model, x = network(), np.load(Path(folder, "x.npy"), mmap_mode="r")
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world
-    )
+    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
     distributed.barrier()
     began = time.perf_counter()
     fl.recalibrate(model, np.array(x[rank::world]), sites="all", method="batch")

@@ -142,6 +142,26 @@ def distributed_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Run with {versions}."])
 
 
+def ranks_table(results: Sequence[list[dict[str, Any]]]) -> str:
+    """One line per network and number of processes: how far they are from one process."""
+    rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in results[0]:
+        rows.setdefault((row["network"], row["processes"]), {})[row["method"]] = row
+    lines = [
+        "| network | processes | shards | ranks bit-identical | `sequential` | `batch` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (network, processes), found in rows.items():
+        one = next(iter(found.values()))
+        same = all(row["all ranks bit-identical"] for row in found.values())
+        cells = [f"{network}, {one['image side']}²", str(processes),
+                 ", ".join(map(str, one["shards"])), "yes" if same else "**no**"]  # fmt: skip
+        cells += [f"{found[m]['largest relative difference']:.1e}" for m in ("sequential", "batch")]
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = "The last columns are the largest relative difference from one process, per method."
+    return "\n".join([*lines, "", caption])
+
+
 def casebook_table(results: Sequence[dict[str, Any]]) -> str:
     """One line per case of the casebook: expected and given causes, layers, and the remedy."""
     found = results[0]
@@ -353,6 +373,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit": overfit_table,
     "layer": layer_table,
     "distributed": distributed_table,
+    "ranks": ranks_table,
     "merge": merge_table,
     "peers": peers_table,
     "freezers": freezers_table,

@@ -7,7 +7,7 @@ inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from frostline.graph.addresses import Layers, Place, is_within
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 #: Largest difference, as a share of the largest value, that rounding may make.
 _ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
@@ -222,6 +223,16 @@ class NotRunError(Exception):
         super().__init__(path, problem)
         self.path = path
         self.problem = problem
+
+
+def sample_refused(failure: NotRunError, shapes: Iterable[Any], model: str) -> ModelError:
+    """What to raise where a model does not take the sample of a split, of these shapes."""
+    given = ", ".join(str(tuple(shape)) for shape in shapes)
+    return ModelError(
+        f"the model fails on the sample at {failure.path!r} ({first_line(failure.problem)}). Pass "
+        "sample=, a batch of inputs as the model takes them. "
+        f"Received: sample of shape {given} for {model}"
+    )
 
 
 #: ``run(node, values, training)`` computes one node and puts its outputs into ``values``; returns

@@ -16,6 +16,7 @@ from frostline.adapters.dropout_rate import TURN_OFF, all_off
 from frostline.adapters.keras.calls import Graph as Calls, run, takes_training
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.noise import drops
+from frostline.data.batches import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed, Why
 from frostline.types import Array, ModelError
@@ -121,7 +122,8 @@ def observe(calls: Calls, graph: Graph, nodes: Sequence[Node], sample: Any = Non
             )
     except NotRunError as failure:
         if sample is not None:
-            raise failure.problem from None
+            shapes = (np.shape(value) for _, value in leaves(sample))
+            raise purity.sample_refused(failure, shapes, "a Keras model") from failure
         reason = " ".join(str(failure.problem).split())[:120]
         return Observed(shapes=None, reason=f"'{failure.path}' takes no random inputs ({reason})")
 

@@ -155,7 +155,7 @@ def build(
     """
     front = _Writer(constant)
     for node in net.inputs:
-        front.known[node] = front.graph.node_copy(node)
+        front.copy(node)
     for node in inside:
         front.copy(node)
     leaves = tuple(front.known[node] for node in crossing)
@@ -208,8 +208,9 @@ class _Writer:
 
     def copy(self, node: Any) -> Any:
         """Copy a node whose inputs are known, or can be made."""
-        self.known[node] = self.graph.node_copy(node, self.value)
-        return self.known[node]
+        copied = self.known[node] = self.graph.node_copy(node, self.value)
+        copied.type = None  # an annotation may be text, which does not pickle
+        return copied
 
     def value(self, node: Any) -> Any:
         """The copy of a node."""
@@ -264,7 +265,6 @@ def _plain(
     made.output(made.graph_copy(graph, {}))
     added: dict[str, Any] = {}
     for node in list(made.nodes):
-        node.type = None  # an annotation may be text, which does not pickle
         if node.name in drops:
             rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             added[f"{node.name}_module"] = nn.Dropout(rate)

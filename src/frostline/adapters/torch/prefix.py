@@ -117,8 +117,10 @@ def _module(module: Any, reader: Reader) -> list[Any]:
         with_kwargs = getattr(module, f"{kind_of_hook}_with_kwargs")
         for number, hook in getattr(module, kind_of_hook).items():
             parts += [kind_of_hook, str(number in with_kwargs), reader.read(hook)]
-    for name, child in module._modules.items():
-        parts += [name, reader.read(child)]
+    # A graph names its children, and their order changes when it is pickled; others iterate.
+    graph = isinstance(module, fx.GraphModule)
+    for name in sorted(module._modules) if graph else module._modules:
+        parts += [name, reader.read(module._modules[name])]
     return parts
 
 

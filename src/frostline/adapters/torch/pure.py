@@ -142,15 +142,17 @@ def observe(network: Network, graph: Graph, nodes: Sequence[Node], sample: Any =
     """
     named = isinstance(sample, Mapping)
     if sample is not None:
+        rows = _given(network, sample)
         try:
-            return _observed(network, graph, nodes, _given(network, sample), False, named)
+            return _tried(network, graph, nodes, rows, False, named)
         except NotRunError as failure:
-            raise failure.problem from None
+            shapes, model = (row.shape for row in rows), type(network.root).__name__
+            raise purity.sample_refused(failure, shapes, model) from failure
     problem: Exception | None = None
     modules = [inner for node in network.calls for inner in network.modules(node)]
-    for rows in guesses(network.root, modules) if len(network.inputs) == 1 else ():
+    for guess in guesses(network.root, modules) if len(network.inputs) == 1 else ():
         try:
-            return _observed(network, graph, nodes, (rows,), True, named)
+            return _tried(network, graph, nodes, (guess,), True, named)
         except NotRunError as failure:  # the model does not take such inputs: try others
             problem = failure.problem
     reason = "" if problem is None else f" ({' '.join(str(problem).split())[:100]})"
@@ -158,6 +160,23 @@ def observe(network: Network, graph: Graph, nodes: Sequence[Node], sample: Any =
         f"what this model takes cannot be read off its layers{reason}: pass a batch of its inputs, "
         f"fl.split(model, sample=x). Received: {type(network.root).__name__}, sample=None"
     )
+
+
+def _tried(
+    network: Network, graph: Graph, nodes: Sequence[Node], rows: tuple[Any, ...], *how: bool
+) -> Trial:
+    """Run the pure nodes, and the whole model: what is behind them may take other inputs.
+
+    Raises:
+        NotRunError: One of them does not take these rows.
+    """
+    trial = _observed(network, graph, nodes, rows, *how)
+    with untouched(network.root) as root, torch.no_grad(), phase(list(root.modules()), None):
+        try:
+            trial.called(root)
+        except Exception as problem:  # whatever the model's own code raises
+            raise NotRunError(type(root).__name__, problem) from problem
+    return trial
 
 
 def _given(network: Network, sample: Any) -> tuple[Any, ...]:

@@ -454,3 +454,13 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: Any) -> None
     now = {p.path: (len(p.layer._inbound_nodes), p.layer.name) for p in walk(model)}
     assert now == records
     assert model.get_config() == config
+
+
+def test_a_sample_that_the_model_does_not_take_is_told_in_our_words() -> None:
+    inputs = keras.Input((None, None, 3))
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3, name="conv")(inputs))
+    outputs = keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, outputs)
+    fl.freeze(model, until=-1)
+    with pytest.raises(ModelError, match=r"fails on the sample at 'conv'.*shape \(4, 9, 9, 5\)"):
+        fl.split(model, sample=np.zeros((4, 9, 9, 5), "float32"))

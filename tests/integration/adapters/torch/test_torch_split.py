@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import pickle
 import warnings
 from collections import OrderedDict
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
+from frostline.adapters import prefix as prefixes
 from frostline.types import ModelError
 
 
@@ -256,8 +258,9 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(monkeypatch: Any)
         return nn.Conv2d.forward(model.layer2.conv1, x)
 
     monkeypatch.setattr(model.layer2.conv1, "forward", failing)
-    with pytest.raises(RuntimeError, match="in the middle"):
+    with pytest.raises(ModelError, match=r"at 'layer2.conv1'.*in the middle") as raised:
         fl.split(model, sample=images())
+    assert isinstance(raised.value.__cause__.problem, RuntimeError)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -458,6 +461,46 @@ def test_a_sample_that_the_model_does_not_take_is_refused_with_the_way_out() -> 
     with pytest.raises(ModelError, match=r"fails on the sample.*Pass sample=.*Received: .*list"):
         fl.split(model, sample=images)
     assert [module.training for module in model.modules()] == modes
+
+
+class OneSize(nn.Module):
+    """Behind its convolution it takes images of one side."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.last = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4 * (side - 2) ** 2, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.last(self.body(x)).flatten(1))
+
+
+def one_size(side: int) -> Any:
+    torch.manual_seed(0)
+    model = OneSize(side).eval()
+    fl.freeze(model, "head")
+    return model
+
+
+def test_a_size_that_only_the_rest_refuses_is_told_in_our_words() -> None:
+    """The frozen part takes any size, so the trial of it alone shows nothing."""
+    with pytest.raises(ModelError, match=r"cannot be read off its layers.*sample=None"):
+        fl.split(one_size(9))
+    with pytest.raises(ModelError, match=r"fails on the sample.*shape \(4, 3, 8, 8\) for OneSize"):
+        fl.split(one_size(9), sample=torch.zeros(4, 3, 8, 8))
+    assert fl.split(one_size(9), sample=torch.zeros(4, 3, 9, 9)).frontier
+    guessed = fl.split(one_size(32))  # one of the sizes that are tried, though not the first
+    assert "3x32x32" in guessed.notes[-1]
+
+
+def test_a_prefix_is_known_again_in_another_process() -> None:
+    """Unpickling puts the modules of a graph into the order of their use."""
+    prefix = fl.split(one_size(32)).prefix
+    with prefixes.exactly(prefix):
+        copied = pickle.loads(pickle.dumps(prefix))  # our own bytes
+    assert list(copied._modules) != list(prefix._modules)
+    assert prefixes.identity(copied) == prefixes.identity(prefix)
 
 
 class Named(nn.Module):
