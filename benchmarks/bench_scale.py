@@ -292,11 +292,9 @@ def kills(sizes: Sizes) -> dict[str, Any]:
                 "lost": len(set(range(len(expected))) - set(ids)),
                 "duplicates": len(ids) - len(set(ids)),
                 "equal": cache.rows(range(len(cache)))[0].tobytes() == expected.tobytes(),
-                "computed again": computed - _in_whole_batches(len(expected)),
+                "computed": computed,
             })  # fmt: skip
             print(builds[-1], flush=True)
-    disturbed = builds[1:]
-    spent = sum(each["seconds"] - builds[0]["seconds"] for each in disturbed)
     return {
         "images": len(expected),
         "rows of a batch": KILLED_ROWS,
@@ -304,19 +302,22 @@ def kills(sizes: Sizes) -> dict[str, Any]:
         "lost": sum(each["lost"] for each in builds),
         "duplicates": sum(each["duplicates"] for each in builds),
         "all equal": all(each["equal"] for each in builds),
-        "computed again": sum(each["computed again"] for each in disturbed),
-        "at most the batches in flight": all(
-            each["computed again"] <= each["kills"] * KILLED_ROWS for each in disturbed
-        ),
-        "seconds lost per kill": round(spent / max(1, killed), 2),
+        **_cost_of_kills(builds),
         "builds": builds,
     }
 
 
-def _in_whole_batches(count: int, size: int = 32) -> int:
-    """Samples that the prefix sees of so many, the last batch of 32 filled up."""
-    whole, rest = divmod(count, KILLED_ROWS)
-    return whole * KILLED_ROWS + -(-rest // size) * size
+def _cost_of_kills(builds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the builds took beyond the undisturbed one, which is the first."""
+    quiet, *disturbed = builds
+    again = [build["computed"] - quiet["computed"] for build in disturbed]
+    most = [build["kills"] * KILLED_ROWS for build in disturbed]
+    spent = sum(build["seconds"] - quiet["seconds"] for build in disturbed)
+    return {
+        "computed again": sum(again),
+        "at most the batches in flight": all(a <= m for a, m in zip(again, most, strict=True)),
+        "seconds lost per kill": round(spent / max(1, sum(b["kills"] for b in disturbed)), 2),
+    }
 
 
 def _kill(choice: random.Random, done: threading.Event, victims: list[int], most: int) -> None:

@@ -154,6 +154,16 @@ class TestCacheFeatures:
             scale.cache_features(prefix, ray.data.from_numpy(X[:8]), tmp_path)
         with pytest.raises(fl.FrostlineError, match=r"room for 2 workers.*actors=99"):
             scale.cache_features(prefix, ray.data.from_numpy(X[:8]), tmp_path, actors=99)
+        with pytest.raises(fl.DataError, match=r"does not take these inputs.*shape \(2, 8, 8\)"):
+            scale.cache_features(prefix, rows_of(X[:64, :2]), tmp_path, engine="native")
+
+    def test_what_the_users_own_function_raises_is_named(self, ray, prefix, tmp_path):
+        def broken(row):
+            raise KeyError("no such file") if row["id"] == 3 else AssertionError("not here")
+
+        data = ray.data.from_items([{"id": 3}] * 8).map(broken)
+        with pytest.raises(fl.FrostlineError, match=r"a worker of Ray failed: KeyError: .*no such"):
+            scale.cache_features(prefix, data, tmp_path, engine="native")
 
 
 class TestFeatures:
@@ -283,6 +293,23 @@ class TestWithoutACluster:
             scale.connect("127.0.0.1:1")
         with pytest.raises(fl.FrostlineError, match="no HOST:PORT"):
             scale.connect("somewhere")
+        with pytest.raises(fl.FrostlineError, match=r"is text, HOST:PORT.*Received: 5"):
+            scale.connect(5)
+
+    def test_what_is_no_data_set_or_no_number(self):
+        library = pytest.importorskip("ray")
+        pytest.importorskip("ray.data")
+        with pytest.raises(fl.DataError, match=r"are a ray\.data\.Dataset.*Received: ndarray"):
+            scale.cache_features(nn.Linear(3, 3), X)
+        with pytest.raises(fl.DataError, match=r"are a ray\.data\.Dataset.*Received: list"):
+            scale.recalibrate(network(), [X])
+        for name, value in (("samples", 0), ("actors", "two"), ("batch_size", True)):
+            with pytest.raises(fl.DataError, match=f"{name} must be a whole number"):
+                cluster.require_counts(**{name: value})
+        with pytest.raises(fl.DataError, match="num_gpus must be a number"):
+            cluster.workers(library, 1, -1)
+        with pytest.raises(fl.DataError, match="inputs names the columns"):
+            cluster.input_columns(["id", "image"], 3)
 
     def test_importing_the_room_loads_no_ray(self):
         import subprocess

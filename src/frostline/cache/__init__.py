@@ -31,6 +31,7 @@ from frostline.cache.shards import Collection, Shard, Tensor
 from frostline.cache.through import Through, start as start_through
 from frostline.data.batches import Batch, batches, is_reiterable, leaves, require_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
 BATCH_SIZE = 32
@@ -489,7 +490,16 @@ class _Lazy:
         if self.known is not None:
             return self.known
         digests = shards.sample_digests(leaves(self.first))
-        trial = self.run(self.first, digests)
+        try:
+            trial = self.run(self.first, digests)
+        except FrostlineError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:  # as frameworks say it
+            shapes = ", ".join(str(leaf.shape[1:]) for _, leaf in leaves(self.first))
+            raise DataError(
+                f"the frozen part does not take these inputs ({first_line(error)}). Pass them as "
+                f"the model takes them. Received: samples of shape {shapes}"
+            ) from error
         self._trial = (digests.tobytes(), trial)
         dtype, prefix = self.order.dtype, self.start.prefix
         tensors = tuple(

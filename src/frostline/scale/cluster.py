@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,9 @@ IDS = ("id", "path")
 INPUTS = ("image", "x", "data")
 #: Seconds in which something must answer at the address of a cluster.
 _ANSWER_S = 5.0
+
+#: How a traceback ends, other than with an error of Ray's own.
+_RAISED = re.compile(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception)\b")
 
 #: Name or names of columns; a mapping from names of the model's inputs to columns.
 Inputs = str | Sequence[str] | Mapping[str, str]
@@ -43,8 +48,9 @@ def connect(address: str | None = None) -> Any:
     """Connect to Ray, for a script that does not call ``ray.init`` itself.
 
     Args:
-        address: ``None``: what this process is connected to already, else Ray on this machine
-            alone; ``"auto"``: the cluster that runs on this machine; ``HOST:PORT``: its head.
+        address: ``None``: what this process is connected to already, else the variable
+            ``RAY_ADDRESS``, else Ray on this machine alone; ``"auto"``: the cluster that runs on
+            this machine; ``HOST:PORT``: its head.
 
     Returns:
         The module ``ray``.
@@ -54,13 +60,18 @@ def connect(address: str | None = None) -> Any:
         FrostlineError: Nothing answers there.
     """
     ray = require_ray()
+    if not (address is None or isinstance(address, str)):
+        raise FrostlineError(
+            f"the address of a cluster is text, HOST:PORT or 'auto'. Received: {address!r}"
+        )
     if ray.is_initialized():
         return ray
     if address is not None and address != "auto":
         _require_answer(address)
+    alone = address is None and not os.environ.get("RAY_ADDRESS")
     try:
         ray.init(
-            address=address,
+            address="local" if alone else address,
             logging_level=logging.ERROR,
             log_to_driver=False,
             include_dashboard=False if address is None else None,
@@ -86,6 +97,32 @@ def _require_answer(address: str) -> None:
             f"no Ray cluster answers at {plain} ({first_line(error)}). 'ray start --head' prints "
             f"the address of one. Received: {address!r}"
         ) from error
+
+
+def require_dataset(ray: Any, dataset: Any) -> None:
+    """Raise for what is no data set of Ray's.
+
+    Raises:
+        DataError: It is none.
+    """
+    if not isinstance(dataset, ray.data.Dataset):
+        raise DataError(
+            "the data are a ray.data.Dataset, for example ray.data.read_images(folder, "
+            "include_paths=True); arrays in memory go to fl.cache_features and fl.recalibrate. "
+            f"Received: {type(dataset).__name__}"
+        )
+
+
+def require_counts(**counts: Any) -> None:
+    """Raise for what is no whole number of at least one; ``None`` is allowed.
+
+    Raises:
+        DataError: One is something else.
+    """
+    for name, count in counts.items():
+        whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+        if count is not None and not (whole and count >= 1):
+            raise DataError(f"{name} must be a whole number of at least 1. Received: {count!r}")
 
 
 # --- columns --------------------------------------------------------------------------------------
@@ -123,7 +160,14 @@ def input_columns(columns: Sequence[str], inputs: Inputs | None, ids: str | None
                 f"Received: inputs=None, columns {', '.join(columns) or 'none'}"
             )
         return known[0] if known else left[0]
-    missing = [name for name in names_of(inputs) if name not in columns]
+    several = isinstance(inputs, Mapping | Sequence)
+    names = names_of(inputs) if several else [inputs]
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(
+            "inputs names the columns: text, a list of it, or a mapping from the model's inputs. "
+            f"Received: inputs={inputs!r}"
+        )
+    missing = [name for name in names if name not in columns]
     if missing:
         raise DataError(
             f"the data set has no column {missing[0]!r}. "
@@ -194,8 +238,12 @@ def workers(ray: Any, actors: int | None, gpus: float | None) -> tuple[int, floa
     """How many workers, and GPUs for each: one where the cluster has some.
 
     Raises:
+        DataError: No numbers.
         FrostlineError: The cluster has not as many.
     """
+    require_counts(actors=actors)
+    if gpus is not None and not (isinstance(gpus, int | float) and gpus >= 0):
+        raise DataError(f"num_gpus must be a number of at least 0. Received: {gpus!r}")
     has = ray.cluster_resources()
     each = (1.0 if has.get("GPU") else 0.0) if gpus is None else gpus
     most = int(has.get("CPU", 1)) if not each else int(has.get("GPU", 0) / each)
@@ -223,7 +271,8 @@ def plain_errors() -> Iterator[None]:
                 raise type(cause)(str(cause)) from error
             cause = getattr(cause, "cause", None) or cause.__cause__
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1].strip(" .") if lines else type(error).__name__
+        raised = [line for line in lines if _RAISED.match(line)]  # by the user's own code, first
+        reason = [*raised[:1], *lines[-1:], type(error).__name__][0].strip(" .")
         raise FrostlineError(
             f"a worker of Ray failed: {reason}. What was complete is kept; run it again and it "
             "goes on from there"

@@ -290,6 +290,8 @@ def cache_features(
         FrostlineError: A worker has another version of Frostline, or does not see the folder.
     """
     ray = cluster.require_ray()
+    cluster.require_dataset(ray, dataset)
+    cluster.require_counts(batch_size=batch_size)
     count, gpus = cluster.workers(ray, actors, num_gpus)
     with cluster.plain_errors():
         try:

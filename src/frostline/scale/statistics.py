@@ -147,6 +147,8 @@ def recalibrate(
         FrostlineError: Workers died three times.
     """
     ray = cluster.require_ray()
+    cluster.require_dataset(ray, dataset)
+    cluster.require_counts(batch_size=batch_size, samples=samples)
     inputs = cluster.input_columns(dataset.columns() or [], inputs)
     size, gpus = cluster.workers(ray, actors, num_gpus)
     adapter = adapter_of(model)

@@ -261,3 +261,11 @@ def test_on_a_card_products_are_not_rounded(monkeypatch: pytest.MonkeyPatch, cho
     finally:
         torch.set_float32_matmul_precision("highest")
         convolutions.fp32_precision, products.fp32_precision = first
+
+
+def test_inputs_that_the_frozen_part_does_not_take_are_told_in_our_words(tmp_path: Path) -> None:
+    part = prefix_of(resnet())
+    with pytest.raises(
+        DataError, match=r"does not take these inputs \(RuntimeError.*\(5, 16, 16\)"
+    ):
+        fl.cache_features(part, np.zeros((8, 5, 16, 16), "float32"), tmp_path, verbose=0)
