@@ -234,7 +234,7 @@ def surroundings(adapter: Adapter) -> dict[str, Any]:
     return {"runtime_env": {"env_vars": {"KERAS_BACKEND": adapter.backend}}}
 
 
-def workers(ray: Any, actors: int | None, gpus: float | None) -> tuple[int, float]:
+def workers(ray: Any, actors: Any, gpus: Any) -> tuple[int, float]:
     """How many workers, and GPUs for each: one where the cluster has some.
 
     Raises:
