@@ -29,7 +29,13 @@ OUTCOMES = ("works", "refused", "wrong", "crash")
 
 def load() -> dict[str, Entry]:
     """The table; frameworks are imported here."""
-    from . import keras_programs, situations, torch_programs  # noqa: F401
+    from . import (  # noqa: F401
+        keras_programs,
+        keras_unseen,
+        situations,
+        torch_programs,
+        unseen,
+    )
 
     return ENTRIES
 
@@ -189,7 +195,7 @@ def kept(path: Path | None, table: dict[str, Entry], chosen: list[str]) -> dict[
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(prog="python -m tests.slow.thirdparty", description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of names; all without")
+    parser.add_argument("names", nargs="*", help="parts of names, or kinds; all without")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
@@ -198,7 +204,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given.one:
         print(json.dumps(answers(table[given.one])))
         return 0
-    chosen = [n for n in table if not given.names or any(w in n for w in given.names)]
+    chosen = [
+        name
+        for name, entry in table.items()
+        if not given.names or any(word in name or word == entry.kind for word in given.names)
+    ]
     results = kept(given.json, table, chosen)
     for index, name in enumerate(chosen, 1):
         result = results[name] = apart(name)

@@ -23,6 +23,10 @@ class Program:
         exported: An exported program: its calls are below what a function mode sees.
         lags: Its averages lag, so that inference is worse than training: BN is to blame.
         more_in_training: In training it returns more than at inference, and its loss adds it up.
+        healthy: Its averages have caught up: nothing of BN may be blamed.
+        own_ways: What it does at a pass depends on the passes before it, or is random: its loss is
+            the library's to within a fifth.
+        recompile: ``(model) -> None``: how its user compiles it again; Keras.
     """
 
     model: Any
@@ -35,6 +39,9 @@ class Program:
     exported: bool = False
     lags: bool = False
     more_in_training: bool = False
+    healthy: bool = False
+    own_ways: bool = False
+    recompile: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
