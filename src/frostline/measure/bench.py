@@ -328,7 +328,7 @@ class Bench:
             if known is not None and _depend_on_none_but(chosen, known[1]):
                 found = {path: known[0][path] for path in chosen if path in known[0]}
                 self._populations[chosen] = found, known[1]
-            elif self._meter() is None:
+            elif self.meter() is None:
                 found, passes = self._repeated(chosen)
                 self._populations[chosen] = found, ()
             else:
@@ -338,7 +338,7 @@ class Bench:
         return self._populations[chosen][0]
 
     def _measured(self, chosen: tuple[str, ...]) -> tuple[Statistics, Stages]:
-        meter = self._meter()
+        meter = self.meter()
         restore = meter.snapshot()
         try:
             source = FiniteBatches(list(self.batches), self.batch_size)
@@ -367,7 +367,7 @@ class Bench:
             run = self.blended(0.0, statistics=found, record=True)
         return found, passes
 
-    def _meter(self) -> Any:
+    def meter(self) -> Any:
         """One for all groups of sites and all trials: what it has compiled serves each of them.
 
         ``None``: only the user's step can run the model, and not a meter.

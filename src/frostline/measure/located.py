@@ -44,10 +44,11 @@ def site_measurements(
         noisy: Moments per batch of a training-mode pass with dropout; empty without.
     """
     sites = {site.path: site for site in bench.adapter.sites()}
-    meter = bench.adapter.meter(bench.paths)
+    runs = bench.meter()  # calls the model as the user's step does
+    meter = runs or bench.adapter.meter(bench.paths)
     within = within_classes(bench, recorded)
     calls = bench.calls
-    uses = shared_uses(bench, meter)
+    uses = {} if runs is None else shared_uses(bench, runs)
     apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
     found = {}
     for path in bench.paths:

@@ -154,8 +154,8 @@ def _shared() -> Program:
 
     x, y = images()
     other = np.random.default_rng(2).permutation(48)
-    data = ([x, x[other]], (y == y[other]).astype("float32")[:, None])
-    return trained(make, compiled, data, lags=True)
+    data = ((x, x[other]), (y == y[other]).astype("float32")[:, None])
+    return trained(make, compiled, data)
 
 
 def pydataset() -> Any:

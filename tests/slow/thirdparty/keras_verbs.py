@@ -129,8 +129,7 @@ def _hooked(program: Program, model: Any) -> dict[int, list[Any]]:
 def recalibrate(program: Program, model: Any) -> str:
     before = weights(model)
     sizes = {k: v for k, v in ways(program).items() if k == "batch_size"}
-    data = program.batches[0]
-    data = data[0] if isinstance(data, tuple) else data
+    data = program.batches[0]  # labels and weights are not looked at
     change = fl.recalibrate(model, data, sites="all", **sizes)
     once = weights(model)
     require(all(np.isfinite(a).all() for a in once), "statistics that are not finite")
@@ -183,8 +182,7 @@ def freeze(program: Program, model: Any) -> str:
 
 
 def assert_frozen(program: Program, model: Any) -> str:
-    data = program.batches[0]
-    data = data[0] if isinstance(data, tuple) else data
+    data = program.batches[0]  # labels and weights are not looked at
     fl.freeze(model)
     fl.assert_frozen(model, data=data)
     fl.unfreeze(model, since=fl.sites(model)[-1].path)

@@ -132,12 +132,15 @@ def _detector(name: str, **options: Any) -> None:
             batches=batches,
             ask=lambda m, b: sum(m(*b).values()),
             call=lambda m, b: m(b[0]),
-            sample=list(x[:2]),
+            sample=(list(x[:2]), target[:2]),
             in_training_mode=True,
         )
 
 
-_detector("fasterrcnn_mobilenet_v3_large_320_fpn", min_size=96, max_size=96)
+_detector(  # few proposals: without compiled operators their pooling takes seconds
+    "fasterrcnn_mobilenet_v3_large_320_fpn", min_size=96, max_size=96,
+    rpn_post_nms_top_n_train=32, rpn_post_nms_top_n_test=32, box_detections_per_img=10,
+)  # fmt: skip
 _detector("retinanet_resnet50_fpn", min_size=96, max_size=96)
 _detector("ssdlite320_mobilenet_v3_large")
 

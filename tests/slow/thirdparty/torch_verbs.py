@@ -83,6 +83,7 @@ def norms(model: Any) -> list[tuple[str, Any]]:
         (name, m)
         for name, m in model.named_modules()
         if isinstance(getattr(m, "running_mean", None), torch.Tensor)
+        and isinstance(getattr(m, "running_var", None), torch.Tensor)
     ]
 
 
@@ -126,12 +127,21 @@ def untouched(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def rows_of(batch: Any) -> int:
+    """Samples of a batch: a last one may be short."""
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)) and not isinstance(batch, torch.Tensor):
+        return len(batch) if isinstance(batch[0], Mapping) else rows_of(batch[0])
+    return len(batch) if isinstance(batch, torch.Tensor) and batch.layout == torch.strided else 1
+
+
 def own_loss(program: Program, model: Any, *, training: bool) -> float | None:
     """Mean of the library's own loss over the batches, in a phase without dropout."""
     if program.ask is None:
         return None
     with untouched(model), torch.no_grad():
-        total = 0.0
+        total, samples = 0.0, 0
         for batch in program.batches:
             with contextlib.suppress(Exception):
                 model.train(training)
@@ -142,8 +152,9 @@ def own_loss(program: Program, model: Any, *, training: bool) -> float | None:
                         "Dropout" in type(module).__name__
                     ):
                         module.eval()
-            total += float(program.ask(model, batch))
-        return total / len(program.batches)
+            count = rows_of(batch)
+            total, samples = total + count * float(program.ask(model, batch)), samples + count
+        return total / samples
 
 
 def outputs(program: Program, model: Any) -> list[Any]:
@@ -213,13 +224,17 @@ def phases(program: Program, model: Any) -> str:
 def recalibrate(program: Program, model: Any) -> str:
     before = state(model)
     change = fl.recalibrate(model, program.batches, sites="all", **step_of(program))
+    others = [k for k in before if not _KEPT.search(k) and not k.endswith("num_batches_tracked")]
+    moved = difference({k: before[k] for k in others}, {k: state(model)[k] for k in others})
+    require(not moved, f"recalibrate changed {moved}")
     if not program.exported:
         seen, hooked = Seen(), {}
         kept = kept_pairs(model)
         for name, module, *_ in kept:  # classes that compute by hand
             took = functools.partial(lambda n, _, x: hooked.setdefault(n, []).append(x[0]), name)
             module.register_forward_pre_hook(took)
-        with untouched(model), torch.no_grad(), seen:
+        eager = torch.compiler.set_stance("force_eager")  # a compiled call is seen by no mode
+        with untouched(model), torch.no_grad(), seen, eager:
             model.eval()
             for batch in program.batches:
                 (program.ask if step_of(program) else program.call)(model, batch)
@@ -227,6 +242,9 @@ def recalibrate(program: Program, model: Any) -> str:
             mean, variance = (getattr(module, each).double().flatten() for each in names)
             inputs = seen.inputs.get(getattr(module, names[0]).data_ptr())
             inputs = inputs or [x.double() for x in hooked.get(name, [])]
+            if program.own_ways:  # what it is given depends on the passes before
+                require(bool(mean.isfinite().all() and variance.isfinite().all()), f"{name}")
+                continue
             if not inputs:
                 same = torch.equal(before[f"{name}.{names[0]}"], getattr(module, names[0]))
                 require(same, f"{name} is not used, and changed")

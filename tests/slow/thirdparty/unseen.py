@@ -424,7 +424,7 @@ def _detector() -> Program:
         targets.append({"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)})
     batches = [(images[r], targets[r]) for r in rows(24, 8)]
     return situation(
-        Detector, batches, lambda m, b: sum(m(*b).values()), sample=images[:4],
+        Detector, batches, lambda m, b: sum(m(*b).values()), sample=(images[:4], targets[:4]),
         in_training_mode=True,
     )  # fmt: skip
 
@@ -455,8 +455,9 @@ def _tasks() -> Program:
         return F.cross_entropy(out, b["y"]) if b["task"] == "sort" else F.mse_loss(out, b["y"])
 
     return situation(
-        Tasks, batches, step, options={"step": step}, call=lambda m, b: m(b["x"], b["task"])
-    )
+        Tasks, batches, step, options={"step": step}, call=lambda m, b: m(b["x"], b["task"]),
+        sample={"x": x[:4], "task": "sort"},
+    )  # fmt: skip
 
 
 class Graphs:
@@ -500,7 +501,9 @@ def _graphs() -> Program:
     def step(m: Any, b: Any) -> Any:
         return F.cross_entropy(m(b), b.y)
 
-    return situation(Net, batches, step, options={"step": step}, call=lambda m, b: m(b))
+    return situation(
+        Net, batches, step, options={"step": step}, call=lambda m, b: m(b), sample=batches[0]
+    )
 
 
 # --- wrappers -----------------------------------------------------------------------------------
@@ -831,21 +834,20 @@ def _flow() -> Program:
 
     x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
     x = torch.cat([x[:, :2] * 2 + 1, x[:, :2].square() + 0.3 * x[:, 2:]], 1)
-    batches = [x[r] for r in rows(256, 128)]
+    batches = [(x[r],) for r in rows(256, 128)]
 
     def step(m: Any, b: Any) -> Any:
-        return -m.log_prob(b)
+        return -m.log_prob(b[0])
 
     return settled(
-        Flow, batches, lambda m, b: step(m, b).mean(), options={"step": step},
-        call=lambda m, b: m(b), sample=x[:4],
+        Flow, batches, lambda m, b: step(m, b).mean(), options={"step": step}, sample=x[:4],
     )  # fmt: skip
 
 
 class BatchRenorm(nn.Module):
     """Batch renormalisation, as it is found in many repositories: a running deviation."""
 
-    def __init__(self, channels: int, momentum: float = 0.1) -> None:
+    def __init__(self, channels: int, momentum: float = 0.5) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_std", torch.ones(channels))

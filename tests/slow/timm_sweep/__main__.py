@@ -20,7 +20,7 @@ from typing import Any
 
 BUILDS_WITHIN_S = 1.0
 #: Images that are tried, smallest first.
-SIDES = (64, 96, 128, 224)
+SIDES = (64, 96, 128, 224, 256)
 #: Larger ones are the same designs as smaller ones of their families, and take long.
 LARGEST_M = 60
 

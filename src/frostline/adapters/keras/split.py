@@ -273,8 +273,9 @@ def _build(
         with told_apart(behind, [entry.name for entry in entries]):
             for call in behind:
                 run(call, values)
-            leaves = iter([values[slot] for slot in graph.outputs])
-            outputs = keras.tree.map_structure(lambda _: next(leaves), own._outputs_struct)
+            # map_structure would visit a mapping in its own order, flatten sorts by key.
+            leaves = [values[slot] for slot in graph.outputs]
+            outputs = keras.tree.pack_sequence_as(own._outputs_struct, leaves)
             suffix = keras.Model(
                 entries[0] if len(entries) == 1 else entries, outputs, name=model.name
             )

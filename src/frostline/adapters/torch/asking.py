@@ -48,7 +48,9 @@ def call(
     with _told(batch):
         if step is not None:
             return step(root, move(batch.given))
-        return _called(root, batch, move, targets)
+        outputs = _called(root, batch, move, targets)
+        # A generator runs the model while it is read: here, not where nobody looks any more.
+        return list(outputs) if isinstance(outputs, Iterator) else outputs
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.samples import flat, guesses
 from frostline.types import ModelError
+from frostline.types.reasons import first_line
 
 #: BN classes that do nothing but normalise.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -83,7 +84,10 @@ class _Fold:
         self.sites = site_modules(twin)
         self.paths = {id(module): path for path, module in self.sites.items()}
         self.names = Counter(id(m) for _, m in twin.named_modules(remove_duplicate=False))
-        reasons = {path: _more_than_affine(module) for path, module in self.sites.items()}
+        reasons = {
+            path: _read_by_parent(twin, path) or _more_than_affine(module)
+            for path, module in self.sites.items()
+        }
         #: Path of each site that cannot be folded -> why.
         self.left: dict[str, str] = {path: why for path, why in reasons.items() if why}
         self.absorbed: list[str] = []
@@ -231,6 +235,17 @@ def _takes_all(graph: Any, root: Any) -> bool:
     return len([node for node in graph.nodes if node.op == "placeholder"]) >= len(own)
 
 
+def _read_by_parent(root: Any, path: str) -> str:
+    """Why a site has to stay what it is for the module around it; "" where it need not."""
+    parent = type(root.get_submodule(path.rpartition("/")[0].replace("/", ".")))
+    if parent.__module__.startswith("torch.ao.nn.intrinsic.qat"):
+        return (
+            f"is read by {parent.__name__}, which folds it itself: "
+            "torch.ao.quantization.convert(model.eval())"
+        )
+    return ""
+
+
 def _more_than_affine(site: Any) -> str:
     """Why a site is not ``x * scale + shift`` along axis 1 at inference; "" where it is."""
     if mean_of(site) is None:
@@ -278,6 +293,11 @@ def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
         found = _run(made, batch)
     except AssertionError:  # a Linear layer was folded for other inputs than these
         return
+    except Exception as problem:  # whatever a model raises that misses a BN layer
+        raise ModelError(
+            f"the folded module fails where the model does not ({first_line(problem)}): something "
+            f"reads a BN layer beside calling it. Received: {type(made).__name__}"
+        ) from problem
     for one, other in zip(found, wanted, strict=True):
         scale = float(other.abs().max()) if other.numel() else 0.0
         close = one.shape == other.shape and torch.allclose(

@@ -6,7 +6,7 @@ import dataclasses
 import dis
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -229,7 +229,7 @@ def _tensors_kept(root: Any) -> Callable[[], None]:
     plain attributes.
     """
     kept = [
-        (holder, name, value, value.detach().clone())
+        (holder, name, value, value.detach().clone(), _counter(value))
         for module in root.modules()
         for holder in (module._buffers, vars(module))
         for name, value in holder.items()
@@ -238,13 +238,45 @@ def _tensors_kept(root: Any) -> Callable[[], None]:
 
     def restore() -> None:
         with torch.no_grad():
-            for holder, name, tensor, value in kept:
+            for holder, name, tensor, value, counter in kept:
                 holder[name] = tensor
-                # Not when nothing moved: autograd counts writes to what it has saved.
                 if not _same(tensor, value):
-                    tensor.copy_(value)
+                    with counter:
+                        tensor.copy_(value)
 
     return restore
+
+
+@contextmanager
+def frozen_parameters_kept(model: Any) -> Iterator[None]:
+    """Put the values of parameters that need no gradient back on exit.
+
+    A momentum encoder (MoCo, BYOL) moves its own while it is called.
+    """
+    kept = [
+        (tensor, tensor.data, tensor.data.clone())
+        for tensor in unwrapped(model).parameters()
+        if not tensor.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for tensor, data, value in kept:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not _same(data, value):
+                data.copy_(value)
+
+
+def _counter(tensor: Any) -> Any:
+    """Set the count of writes to a tensor back on exit to what it is now.
+
+    Autograd refuses a backward pass through a tensor that was written to since it was saved. One
+    that holds its value again is as it was.
+    """
+    if tensor.is_inference():
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tensor)
 
 
 def own_generators(data: Any) -> list[Any]:

@@ -13,7 +13,13 @@ from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, answered, stored
 from frostline.adapters.torch.distributed import require_same_model
-from frostline.adapters.torch.forward_pass import arrays, mover, set_inference, untouched
+from frostline.adapters.torch.forward_pass import (
+    arrays,
+    frozen_parameters_kept,
+    mover,
+    set_inference,
+    untouched,
+)
 from frostline.adapters.torch.graph import site_modules
 from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.lockstep import KINDS, population
@@ -74,6 +80,10 @@ class TorchMoments:
 
     def _in_a_mode(self, source: Source, found: Callable[[], Population]) -> Population:
         """Run in evaluation mode; a step that fails there is run in training mode."""
+        with frozen_parameters_kept(self.model):
+            return self._in_either(source, found)
+
+    def _in_either(self, source: Source, found: Callable[[], Population]) -> Population:
         try:
             return found()
         except ModelError:

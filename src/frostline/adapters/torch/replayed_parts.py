@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -172,6 +173,15 @@ class ReplayedSuffix(_Part):
         return replayed(self._plan, self._plan.forms, list(features[own:]), count, call)
 
 
+def _fits(root: Any, given: list[Any]) -> bool:
+    """Whether ``forward`` has a place for each item; the images of a detector are one argument."""
+    try:
+        inspect.signature(root.forward).bind(*given)
+    except TypeError:
+        return False
+    return True
+
+
 def split(model: Any, at: Any, sample: Any) -> SplitModel:
     """Cut ``model`` by record and replay.
 
@@ -186,7 +196,8 @@ def split(model: Any, at: Any, sample: Any) -> SplitModel:
     root = unwrapped(model)
     given = mover(root)(sample)
     named = dict(given) if isinstance(given, Mapping) else {}
-    placed = tuple(given) if isinstance(given, (tuple, list)) else () if named else (given,)
+    several = isinstance(given, tuple) or (isinstance(given, list) and _fits(root, given))
+    placed = tuple(given) if several else () if named else (given,)
     with modes_kept(root):
         if not root.training:
             root.train()

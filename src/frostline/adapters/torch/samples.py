@@ -14,6 +14,7 @@ from frostline.adapters.torch.graph import is_site
 
 ROWS = 3  # samples in a trial batch
 _SIZES = (64, 224, 32, 28, 128, 16)  # sides of images that are tried
+_VOLUMES = (16, 32, 64)  # of volumes, whose cost grows with the cube
 
 
 def guesses(root: Any, modules: Any = None) -> list[Any]:
@@ -31,7 +32,8 @@ def guesses(root: Any, modules: Any = None) -> list[Any]:
         shapes = [(first.in_features,), (8, first.in_features)]
     elif isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         axes = len(first.kernel_size)
-        shapes = [(first.in_channels, *[side] * axes) for side in _SIZES]
+        sides = _SIZES if axes < 3 else _VOLUMES
+        shapes = [(first.in_channels, *[side] * axes) for side in sides]
     elif first is not None and is_site(first):
         channels = len(first.weight)
         shapes = [(channels,), (channels, 16), (channels, 16, 16)]

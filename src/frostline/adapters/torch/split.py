@@ -56,9 +56,13 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     """
     try:
         net = network(model, input_names(model, sample))
-    except ModelError:
+    except ModelError as problem:
         if sample is None:
-            raise
+            text, _, received = str(problem).rpartition(" Received: ")
+            raise ModelError(
+                f"{text} Or pass sample=, one batch as forward takes it in training: a tuple of "
+                f"its arguments, or a mapping by name. Received: {received}"
+            ) from problem
         return replayed_parts.split(model, at, sample)
     starred = any(str(node.target).startswith("*") for node in net.inputs)
     if sample is not None and (starred or _hides_frozen(net)):

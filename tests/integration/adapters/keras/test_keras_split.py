@@ -464,3 +464,23 @@ def test_a_sample_that_the_model_does_not_take_is_told_in_our_words() -> None:
     fl.freeze(model, until=-1)
     with pytest.raises(ModelError, match=r"fails on the sample at 'conv'.*shape \(4, 9, 9, 5\)"):
         fl.split(model, sample=np.zeros((4, 9, 9, 5), "float32"))
+
+
+def test_outputs_of_a_mapping_keep_their_names() -> None:
+    """A mapping in another order than that of its keys: Keras sorts it where it flattens."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), name="rows")
+    x = BN()(L.Dense(6, name="first")(inputs))
+    sort = L.Dense(3, name="sort")(x)
+    model = keras.Model(inputs, {"sort": sort, "age": L.Dense(3, name="age")(x)})
+    speak(model)
+    fl.freeze(model, "sort")
+    parts = fl.split(model)
+    rows = normal(5, 4)
+    whole, found = (
+        model.predict(rows, verbose=0),
+        parts.suffix.predict(parts.prefix.predict(rows, verbose=0), verbose=0),
+    )
+    assert whole.keys() == found.keys()
+    for name, values in whole.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-5)

@@ -478,3 +478,56 @@ def test_a_branch_that_no_batch_takes_is_not_blamed() -> None:
     report = fl.diagnose(model, batches, loss=functional.cross_entropy, verbose=0)
     assert report.causes[0].code == "EMA_LAG"
     assert not any("norms/2" in cause.sites for cause in report.causes)
+
+
+class Scales(nn.Module):
+    """Yields its outputs, as code for pyramids does: nothing runs before they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = body()[:5], nn.Linear(6, 4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.body(x)
+        yield self.head(x)
+        yield self.head(x).tanh()
+
+
+def test_outputs_that_are_yielded_are_read_where_the_sites_are_seen() -> None:
+    model = Scales().train()
+
+    def loss(outputs: Any, y: Any) -> Any:
+        return sum(functional.cross_entropy(each, y) for each in outputs)
+
+    table = fl.phases(model, [(IMAGES, LABELS)], loss=loss)
+    for phase, training in (("0", False), ("1", True)):
+        with torch.no_grad():
+            own = float(loss(copy.deepcopy(model).train(training)(IMAGES), LABELS))
+        assert table[phase].loss == pytest.approx(own, rel=1e-4)
+    fl.recalibrate(model, [(IMAGES, LABELS)])
+    with torch.no_grad():
+        seen = model.body[0](IMAGES)
+    np.testing.assert_allclose(model.body[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_sites_of_a_model_that_only_a_step_can_call_are_measured() -> None:
+    class Both(nn.Module):
+        """One layer, called on two sources; no key of a batch is a name of its arguments."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, momentum=0.01)
+
+        def forward(self, real: Any, made: Any) -> Any:
+            return self.norm(real), self.norm(made)
+
+    x = torch.randn(32, 3) * 2 + 3
+    batches = [{"A": x[i : i + 16], "B": 1 - x[i : i + 16]} for i in (0, 16)]
+
+    def step(m: Any, b: Any) -> Any:
+        one, two = m(b["A"], b["B"])
+        return (one.square() - 1).square().mean() + (two.square() - 1).square().mean()
+
+    report = fl.diagnose(Both(), batches, step=step, verbose=0)
+    assert report.causes[0].is_bn
+    assert list(report.measurement.sites) == ["norm"]

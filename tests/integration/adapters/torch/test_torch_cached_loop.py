@@ -457,3 +457,29 @@ def test_a_frozen_part_that_cannot_be_read_is_cached_in_memory_only(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # without path= there is nothing to say
         trained(model, fl.cached(model, loader(Y)), plain_loss, 1)
+
+
+def test_a_step_that_calls_the_model_twice_trains_as_without_the_cache() -> None:
+    """What the cache compares in between must not count as a write to what autograd has saved."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8),
+        nn.Linear(8, 1),
+    ).double()  # fmt: skip
+    fl.freeze(plain, "3")
+    x = torch.randn(32, 3, dtype=torch.float64)
+    batches = [(x[:16], x[:16] - 1), (x[16:], x[16:] + 1)]
+    losses = []
+    for model, loader in ((copy.deepcopy(plain), batches), (plain, fl.cached(plain, batches))):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        for _ in range(3):
+            for real, made in loader:
+                loss = (
+                    functional.softplus(-model(real)).mean()
+                    + functional.softplus(model(made)).mean()
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+    assert losses[:6] == pytest.approx(losses[6:], rel=1e-9)

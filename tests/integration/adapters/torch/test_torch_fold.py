@@ -258,3 +258,29 @@ def test_bn_that_stands_behind_no_linear_layer_is_exchanged_where_nothing_can_be
     torch.save(folded.conv, stream)
     torch.save(folded.norm, stream)
     assert b"frostline" not in stream.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about its own future
+def test_bn_inside_of_a_quantisation_aware_module_is_left_to_torch() -> None:
+    import torch.ao.quantization as quantization
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Any) -> Any:
+            return self.relu(self.bn(self.conv(x)))
+
+    model = Net().train()
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.fuse_modules_qat(model, [["conv", "bn", "relu"]], inplace=True)
+    quantization.prepare_qat(model, inplace=True)
+    with pytest.raises(ModelError, match=r"ConvBnReLU2d.*torch\.ao\.quantization\.convert"):
+        fl.fold(model)
+
+
+def test_volumes_are_tried_at_a_size_that_ends() -> None:
+    model = settled(nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU())).eval()
+    x = torch.randn(2, 1, 8, 8, 8)
+    torch.testing.assert_close(fl.fold(model)(x), model(x), rtol=1e-4, atol=1e-4)

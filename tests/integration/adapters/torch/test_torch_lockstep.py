@@ -287,3 +287,30 @@ def test_a_lazy_model_stays_lazy_and_is_told_so() -> None:
         with pytest.raises(ModelError, match="'3' is lazy"):
             ask()
         assert model[3].has_uninitialized_params()
+
+
+def test_a_momentum_encoder_that_moves_in_forward_is_put_back() -> None:
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = (
+                nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)
+            )
+            self.key.requires_grad_(False)
+
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                for ours, theirs in zip(
+                    self.query.parameters(), self.key.parameters(), strict=True
+                ):
+                    theirs.data = 0.9 * theirs.data + 0.1 * ours.data
+            return self.query(x), self.key(x)
+
+    torch.manual_seed(0)
+    model = Momentum()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(24, 3) * 2 + 1
+    fl.recalibrate(model, [(x[:12],), (x[12:],)])
+    moved = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert moved
+    assert all("running" in name for name in moved)

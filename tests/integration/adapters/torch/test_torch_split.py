@@ -520,3 +520,40 @@ def test_a_mapping_stays_of_its_class() -> None:
     found = parts.suffix(parts.prefix(x))
     assert type(found) is OrderedDict
     torch.testing.assert_close(found["out"], model.eval()(x)["out"])
+
+
+def test_a_list_that_forward_has_no_places_for_is_one_argument() -> None:
+    class Pictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, images: Any) -> Any:
+            if any(i.shape[1] < 3 for i in images):
+                raise ValueError
+            return self.head(self.body(torch.stack(images)))
+
+    model = Pictures()
+    fl.freeze(model, "head")
+    images = list(torch.randn(4, 3, 8, 8))
+    parts = fl.split(model, sample=images)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(parts.suffix.eval()(parts.prefix.eval()(images)), model(images))
+
+
+def test_a_model_without_a_graph_names_the_sample_that_would_help() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.ModuleDict({"a": nn.BatchNorm1d(3)})
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, x: Any, name: Any) -> Any:
+            return self.head(self.norm[name](x))
+
+    model = ByName()
+    fl.freeze(model, "head")
+    with pytest.raises(ModelError, match=r"Or pass sample=.*Received: ByName"):
+        fl.split(model)
