@@ -6,7 +6,8 @@ random: there is a BN gap with causes, so every probe, the attribution and the r
 case has a process of its own, in which ``evaluate`` comes first and the peak of the resident memory
 is read after it and after the diagnosis.
 
-``units`` is the time of a diagnosis divided by that of a warm ``evaluate``; ``passes`` what it
+``units`` is the time of a diagnosis divided by that of a warm ``evaluate``, ``units_processor`` the
+same in time of the processor, which other programs on the machine change less; ``passes`` what it
 would cost if nothing had to be compiled and nothing but passes took time (a derivative counts
 three). The difference is what a backend compiles, and the overhead.
 
@@ -36,6 +37,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +90,38 @@ def measured(case: str, samples: int, size: int, batch: int) -> dict[str, Any]:
     x = rng.normal(0.5, 2.0, size=(samples, size, size, 3)).astype("float32")
     y = rng.integers(0, 10, size=samples)
 
-    def evaluate() -> float:
-        start = time.perf_counter()
-        model.evaluate(x, y, batch_size=batch, verbose=0)
-        return time.perf_counter() - start
+    def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
+        """Seconds on the clock, seconds of the processor, and what came back."""
+        clock, processor = time.perf_counter(), time.process_time()
+        found = run()
+        return time.perf_counter() - clock, time.process_time() - processor, found
 
-    first = evaluate()
-    warm, before = float(np.median([evaluate() for _ in range(3)])), peak()
-    start = time.perf_counter()
-    report = fl.diagnose(model, (x, y), batch_size=batch, max_samples=samples, verbose=0)
-    seconds = time.perf_counter() - start
+    def evaluate() -> tuple[float, float]:
+        return timed(lambda: model.evaluate(x, y, batch_size=batch, verbose=0))[:2]
+
+    first, _ = evaluate()
+    rounds = [evaluate() for _ in range(3)]
+    warm, warm_processor = (float(np.median(each)) for each in zip(*rounds, strict=True))
+    before = peak()
+    seconds, processor, report = timed(
+        lambda: fl.diagnose(model, (x, y), batch_size=batch, max_samples=samples, verbose=0)
+    )
     cost = report.measurement.cost
-    passes = sum(value for name, value in cost.items() if name.endswith("(passes)"))
+    by_kind = {
+        name.removesuffix(" (passes)"): value
+        for name, value in cost.items()
+        if name.endswith(" (passes)")
+    }
+    passes = sum(by_kind.values())
     return {
         "sites": len(report.sites),
         "evaluate_first_s": first,
         "evaluate_s": warm,
         "diagnose_s": seconds,
         "units": seconds / warm,
+        "units_processor": processor / warm_processor,
         "passes": passes,
+        "passes_by_kind": by_kind,
         "peak_evaluate_mib": before,
         "peak_diagnose_mib": peak(),
         "memory": peak() / before,
@@ -131,7 +146,7 @@ def main() -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     how = {name: getattr(settings, name) for name in ("samples", "size", "batch")}
     print(f"backend {backend}, cpus {len(os.sched_getaffinity(0))}, {how}")
-    print(f"{'case':20} {'sites':>5} {'evaluate':>9} {'units':>7} {'passes':>7} "
+    print(f"{'case':20} {'sites':>5} {'evaluate':>9} {'units':>7} {'of cpu':>7} {'passes':>7} "
           f"{'memory':>7}  causes")  # fmt: skip
     figures = {}
     for case in settings.cases:
@@ -140,7 +155,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         one = figures[case] = json.loads(done.stdout.splitlines()[-1])
         print(f"{case:20} {one['sites']:5} {one['evaluate_s']:7.2f} s {one['units']:7.1f} "
-              f"{one['passes']:7.1f} {one['memory']:7.2f}  "
+              f"{one['units_processor']:7.1f} {one['passes']:7.1f} {one['memory']:7.2f}  "
               f"{', '.join(one['causes'])}", flush=True)  # fmt: skip
         if settings.json:
             content = {

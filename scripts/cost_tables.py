@@ -22,16 +22,18 @@ CACHED_CASES = {
 def diagnosis_cost(results: Sequence[dict[str, Any]]) -> str:
     """One line per backend and network: a diagnosis in units of ``evaluate``, and its memory."""
     lines = [
-        "| backend | network | sites | `evaluate` | diagnosis, in `evaluate`s | passes | memory |",
-        "|---|---|---|---|---|---|---|",
+        "| backend | network | sites | `evaluate` | in `evaluate`s | of cpu | passes | memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         what = f"{result['samples']} samples at {result['size']}²"
         for case, found in result["figures"].items():
             backend = result["backend"] + (" without fusion" if result.get("xla_flags") else "")
+            processor = found.get("units_processor")
             cells = [
                 backend, f"{case}, {what}", str(found["sites"]),
-                f"{found['evaluate_s']:.2f} s", f"{found['units']:.0f}", f"{found['passes']:.0f}",
+                f"{found['evaluate_s']:.2f} s", f"{found['units']:.0f}",
+                "" if processor is None else f"{processor:.0f}", f"{found['passes']:.0f}",
                 f"{found['memory']:.1f}×",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")

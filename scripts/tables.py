@@ -114,6 +114,32 @@ def freezers_table(results: Sequence[dict[str, Any]]) -> str:
     return peers_table(results, part="freezing")
 
 
+def treatments_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per data set: what ``fl.compare`` says, and what full trainings say."""
+    (found,) = results
+    heads = ("data", "images", "`fl.compare`", "not told from it", "given up", "full trainings",
+             "not told from it", "", "seconds of cpu")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in found["sets"]:
+        cells = [f"{row['data']}", f"{row['train']} + {row['validation']}"]
+        for part in (row["compare"], row["full"]):
+            won = ", winner" if part["winner"] else ""
+            accuracy = part["accuracy"][part["leader"]]
+            cells.append(f"`{part['leader']}`, {accuracy:.1%}{won}")
+            cells.append(", ".join(f"`{name}`" for name in part["tied"]) or "–")
+            if "given up" in part:
+                cells.append(", ".join(f"`{name}`" for name in part["given up"]) or "–")
+        seconds = row["processor_s"]
+        cells.append("same" if row["same"] else "**not the same**")
+        cells.append(f"{seconds['compare']:.0f} / {seconds['full']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = (
+        f"{found['epochs']} epochs, {found['seeds']} seeds, PyTorch {found['torch']}; images: of "
+        "training and of validation."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def merge_table(results: Sequence[dict[str, Any]]) -> str:
     """Averages of two networks, measured here, beside what REPAIR reports for its own networks."""
     # Jordan et al. 2022: the aligned average, then with new statistics.
@@ -380,6 +406,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "engines": engines_table,
     "fold": fold_table,
     "transfer": transfer_table,
+    "treatments": treatments_table,
     "casebook": casebook_table,
     "casebook-scores": casebook_scores,
     "casebook-misses": casebook_misses,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from frostline.adapters import Adapter
-from frostline.data.batches import leaves
+from frostline.adapters import Adapter, Outcome
+from frostline.data.batches import Batch, leaves
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
@@ -46,6 +46,9 @@ SAME = 1e-4
 
 #: Samples on which encodings of the inputs are tried; the best is then judged on all of them.
 TRIAL_SAMPLES = 32
+
+#: Of batches sorted by class every fourth is tried first, where that makes at least eight.
+TRIED_FIRST, FEWEST_TRIED = 4, 8
 
 #: Validation data are a check, not the subject: so many of ``max_samples``.
 VALIDATION_PART = 2
@@ -344,9 +347,43 @@ class _Run:
         if len(bench.batches) < 2 or len(np.unique(keys)) < 2:
             raise _Skip("one batch, or one class: sorting changes nothing")
         order = np.argsort(keys, kind="stable")
-        batches = rebatched(bench.samples, bench.batch_size, order)
-        probe = bench.probe("sorted", blend=1.0, batches=batches)
+        size, losses, run = bench.batch_size, [], bench.blended(1.0)
+        parts = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        first = len(parts[::TRIED_FIRST])
+        order = np.concatenate(parts[::TRIED_FIRST] + [
+            part for number, part in enumerate(parts) if number % TRIED_FIRST
+        ])  # fmt: skip
+
+        def noted(batch: Batch, number: int) -> Outcome:
+            losses.append((outcome := run(batch, number)).losses)
+            return outcome
+
+        def promising() -> Iterator[Batch]:
+            for number, batch in enumerate(rebatched(bench.samples, size, order)):
+                if number == first >= FEWEST_TRIED and self._worse(np.concatenate(losses), order):
+                    return
+                yield batch
+
+        probe, _, _ = bench.passes("sorted", noted, promising())
+        if len(known := probe.losses) < len(order):
+            raise _Skip(
+                f"batches of one class do worse for certain on the first {len(known)} samples: "
+                f"loss {probe.loss:.3g}, against "
+                f"{self.probes['batch'].losses[order[: len(known)]].mean():.3g} in mixed batches"
+            )
         self.probes["sorted"] = in_order(probe, np.argsort(order))
+
+    def _worse(self, losses: Array, order: Array) -> bool:
+        """Losses of the first samples of an order are higher for certain than in mixed batches.
+
+        Higher than those of inference, too: batches of one class explain something only where
+        they do better.
+        """
+        names = [name for name in ("batch", "inference") if name in self.probes]
+        known = order[: len(losses)]
+        return len(names) == 2 and all(
+            self._better(self.probes[name].losses[known], losses) for name in names
+        )
 
     # --- sites ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from fake_view import EPSILON, FakeView, data
 
 from frostline.adapters.protocol import Condition
 from frostline.measure import measure
-from frostline.measure.samples import draw
+from frostline.measure.samples import draw, rebatched
 from frostline.measure.shares import part_for
 from frostline.types import DataError, ModelError
 from frostline.types.measured import Measurement
@@ -140,6 +140,30 @@ class TestProbesAndGaps:
         assert found.gaps["sorted"].loss.estimate > 0.2
         one_class = measured(FakeView(), (data()[0], np.zeros(200, int)))
         assert "sorting changes nothing" in one_class.skipped["sorted"]
+
+    def test_class_sorted_batches_that_do_worse_for_certain_are_given_up_after_a_quarter(
+        self,
+    ) -> None:
+        given = data(800, shift=1.5)
+        view = FakeView()
+        found = measured(view, given)
+        assert "do worse for certain on the first 200 samples" in found.skipped["sorted"]
+        assert "sorted" not in found.probes
+        assert found.cost["sorted (passes)"] == 0.25
+
+    def test_class_sorted_batches_that_promise_something_are_all_tried_once(self) -> None:
+        """Labels at random: nothing tells them from mixed batches."""
+        x, y = data(800, shift=1.5)
+        given = x, np.random.default_rng(2).permutation(y)
+        found, bench = measure(FakeView(), given, batch_size=25)  # type: ignore[arg-type]
+        assert found.cost["sorted (passes)"] == 1
+        assert bench.labels is not None
+        order = np.argsort(bench.labels, kind="stable")
+        again = bench.probe("again", blend=1.0, batches=rebatched(bench.samples, 25, order))
+        np.testing.assert_array_equal(found.probes["sorted"].losses[order], again.losses)
+        hits = found.probes["sorted"].hits
+        assert hits is not None
+        np.testing.assert_array_equal(hits[order], again.hits)
 
     def test_the_interval_says_how_little_16_samples_tell(self) -> None:
         few, many = (measured(FakeView(), data(n, shift=0.05), batch_size=16) for n in (16, 800))
@@ -390,3 +414,14 @@ def test_cost_is_counted_in_passes_over_the_samples() -> None:
     assert counted - statistics - found.cost["attribution (passes)"] == pytest.approx(seen - nodes)
     assert found.cost["attribution (passes)"] == pytest.approx(3 * nodes)
     assert found.cost["sorted (passes)"] == 1
+
+
+def test_a_diagnosis_of_1024_samples_goes_through_the_network_at_most_18_times() -> None:
+    """Counted by the network itself, derivatives and the passes for statistics included."""
+    view = FakeView(frozen=["first"])
+    found = measured(view, data(1024, shift=1.5), batch_size=32)
+    forward = sum(n for kind, n in view.calls if kind in ("own", "outcome")) / 1024
+    assert found.attribution is not None
+    assert 8 < forward <= 18
+    by_kind = {name: n for name, n in found.cost.items() if name.endswith("(passes)")}
+    assert sum(by_kind.values()) <= 18, by_kind
