@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cost_tables
+import scale_tables
 
 
 def overfit_table(results: Sequence[dict[str, Any]]) -> str:
@@ -412,4 +413,5 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "casebook-misses": casebook_misses,
     "casebook-first": casebook_first,
     **cost_tables.KINDS,
+    **scale_tables.KINDS,
 }

@@ -117,3 +117,18 @@ def test_folds_per_network_and_backend() -> None:
         "",
         caption,
     ]
+
+
+def test_work_on_ray_and_by_ranks() -> None:
+    kinds = load().tables.KINDS
+    row = {"network": "small", "image side": 12, "processes": 2, "shards": [5, 0],
+           "all ranks bit-identical": True, "largest relative difference": 2e-15}  # fmt: skip
+    rows = [{**row, "method": "sequential"},
+            {**row, "method": "batch", "all ranks bit-identical": False}]  # fmt: skip
+    assert "| small, 12² | 2 | 5, 0 | **no** | 2.0e-15 | 2.0e-15 |" in kinds["ranks"]([rows])
+    found = {"images": 1000, "rows of a batch": 128, "kills": 3, "lost": 1, "duplicates": 0,
+             "all equal": False, "computed again": 130, "seconds lost per kill": 4.4}  # fmt: skip
+    made = kinds["scale-kills"]([{"kills": found}])
+    assert "| samples lost | 1 |" in made
+    assert "| 130 of at most 384 in flight |" in made
+    assert "undisturbed build | **no** |" in made
