@@ -78,7 +78,7 @@ def test_costs_per_backend_and_case() -> None:
     assert "`fl.fit` | 2.00 [1.50, 2.50] |" in kinds["cached-training"]([cached])
     case = {"sites": 3, "evaluate_s": 0.5, "units": 20.0, "passes": 18.0, "memory": 1.25}
     diagnosed = {"backend": "torch", "samples": 8, "size": 32, "figures": {"small": case}}
-    row = "| torch | small, 8 samples at 32² | 3 | 0.50 s | 20 | 18 | 1.2× |"
+    row = "| torch | small, 8 samples at 32² | 3 | 0.50 s | 20 |  | 18 | 1.2× |"
     assert row in kinds["diagnosis-cost"]([diagnosed])
     figure = {"warm_ratio": [1.5, 1.25], "first_s": [4.0, 0.0], "growth_mib": 3.0}
     plain = {**figure, "first_s": [2.0, 0.0]}
