@@ -392,11 +392,31 @@ def killed_builds(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{settings}, seed {found['seed']}."])
 
 
+def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
+    """What pairs of different prefixes showed, a line per framework."""
+    columns = {
+        "one key": "same_key", "of these, let pass": "passed",
+        "let pass by the comparison alone": "forged_passed", "refused": "refused",
+        "built again, not found": "not_shared",
+        "in another process": "not_shared_elsewhere",
+    }  # fmt: skip
+    lines = [
+        f"| framework | pairs | kept for one process | {' | '.join(columns)} |",
+        "|---|" + "---:|" * (len(columns) + 2),
+    ]
+    for name, row in results[0].items():
+        counts = [row["pairs"], row["private"], *(len(row[key]) for key in columns.values())]
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+    kinds = sorted({kind for row in results[0].values() for kind in row["same_key"]})
+    return "\n".join([*lines, "", f"Different, but with one key: {', '.join(kinds) or 'none'}."])
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit-diagnosis": overfit_diagnosis_table,
     "cached-fit": cached_fit_table,
     "killed-builds": killed_builds,
+    "prefix-pairs": prefix_pairs,
     "overfit": overfit_table,
     "layer": layer_table,
     "distributed": distributed_table,

@@ -7,8 +7,10 @@ included. What is printed is what passed; a row that cannot be installed says so
     python scripts/version_matrix.py                                  # all: an hour, gigabytes
     python scripts/version_matrix.py --rows jax-lowest jax-newest --folder /tmp/matrix
     python scripts/version_matrix.py --json docs/results/version-matrix.json
+    python scripts/version_matrix.py --rows torch-lowest --keep /tmp/environments
 
-An environment is removed when its row is done. ``--json`` adds the rows that ran to those in the
+An environment is removed when its row is done; with ``--keep`` it stays, and the next run installs
+only what has changed there. ``--json`` adds the rows that ran to those in the
 file.
 """
 
@@ -87,8 +89,8 @@ class Outcome:
         return f"{self.row:18} {counts} in {self.seconds:.0f} s ({held})"
 
 
-def run(row: Row, wheel: Path, folder: Path) -> Outcome:
-    """Make the environment of a row, run its tests, and remove it."""
+def run(row: Row, wheel: Path, folder: Path, *, keep: bool = False) -> Outcome:
+    """Make the environment of a row, or bring it up to date, and run its tests."""
     start = time.monotonic()
     place = folder / row.name
     python = place / "bin" / "python"
@@ -102,8 +104,11 @@ def run(row: Row, wheel: Path, folder: Path) -> Outcome:
         )  # fmt: skip
 
     try:
+        make = [sys.executable, "-m", "venv", str(place)]
+        if python.exists():  # the wheel has the version that is there
+            make = [str(python), "-m", "pip", "uninstall", "--yes", "--quiet", "frostline"]
         for command in (
-            [sys.executable, "-m", "venv", str(place)],
+            make,
             [str(python), "-m", "pip", "install", "--no-cache-dir", "--quiet", *requirements],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,6 +119,7 @@ def run(row: Row, wheel: Path, folder: Path) -> Outcome:
         junit = place / "results.xml"
         # The wheel is tested, not src/: tests are copied beside it.
         copy = place / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
         ignored = shutil.ignore_patterns("__pycache__")
         for name in ("tests", "scripts"):
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
@@ -131,7 +137,8 @@ def run(row: Row, wheel: Path, folder: Path) -> Outcome:
         failures = tuple(line[:200] for line in lines if line.startswith(("FAILED", "ERROR")))
         return outcome(**asdict(counts), failures=failures[:20])
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _environment() -> dict[str, str]:
@@ -166,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [row.name for row in ROWS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--folder", type=Path, help="where environments are made, for a time")
+    parser.add_argument("--keep", type=Path, help="where environments are, and stay")
     parser.add_argument("--json", type=Path, help="file that the outcomes are added to")
     options = parser.parse_args(arguments)
     known: dict[str, object] = {}
@@ -178,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in ROWS:
             if row.name not in options.rows:
                 continue
-            found = run(row, wheel, folder)
+            found = run(row, wheel, options.keep or folder, keep=options.keep is not None)
             print(found, flush=True)
             print("".join(f"    {line}\n" for line in found.failures), end="", flush=True)
             good = good and found.problem is None and found.failed == 0

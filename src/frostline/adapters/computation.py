@@ -14,14 +14,16 @@ import dis
 import enum
 import functools
 import hashlib
+import itertools
 import logging
 import secrets
 import site
 import sys
 import sysconfig
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,11 @@ _BESIDE = frozenset(
     }
 )  # fmt: skip
 #: Types that hold nothing a computation reads.
-_EMPTY = ("_thread.lock", "_thread.RLock", "_thread._local", "_abc._abc_data")
+_EMPTY = ("_thread.lock", "_thread.RLock", "_abc._abc_data")
 #: A model whose state goes beyond this many Python objects is not read to its end.
 _MOST = 500_000
+#: Instructions that read a member of what was loaded before.
+_MEMBER = ("LOAD_ATTR", "LOAD_METHOD")
 #: Set in the flags of a class that Python code defines.
 _HEAP = 1 << 9
 
@@ -74,10 +78,11 @@ class Reader:
 
     Args:
         leaf: Reads the values of a framework.
-        lenient: Know an instance of a library's class by its class alone.
+        lenient: Packages whose instances are known by their class alone, but for those that a
+            user's function or object holds.
     """
 
-    def __init__(self, leaf: Leaf | None = None, *, lenient: bool = False) -> None:
+    def __init__(self, leaf: Leaf | None = None, *, lenient: frozenset[str] = frozenset()) -> None:
         self.leaf = leaf
         self.lenient = lenient
         self._open: list[int] = []
@@ -118,10 +123,14 @@ class Reader:
         return [part for name in left for part in (name, self.read(values[name]))]
 
     def _parts(self, value: Any) -> list[Any]:
+        kind = type(value)
+        if self.lenient and _is_users(value):
+            strict = Reader(self.leaf)
+            strict._open = self._open[:-1]
+            return [strict.read(value)]
         parts = None if self.leaf is None else self.leaf(value, self)
         if parts is not None:
             return list(parts)
-        kind = type(value)
         if isinstance(value, enum.Enum):
             return ["enum", self.read(kind), value.name, self.read(value.value)]
         if isinstance(value, (np.ndarray, np.generic)):
@@ -180,30 +189,31 @@ class Reader:
 
     def _globals(self, function: types.FunctionType) -> list[str]:
         """Values of the globals, and of what is imported inside, that the code may use."""
-        loaded, imported, names = _uses(function.__code__)
+        loaded, imported, *names = _uses(function.__code__)
         parts: list[str] = []
         for name in sorted(loaded - {"__file__", "__builtins__", "__spec__"}):
             if name in function.__globals__:
-                parts += [name, self._used(function.__globals__[name], names)]
+                parts += [name, self._used(name, function.__globals__[name], names)]
             elif name not in vars(builtins):
                 parts += [name, "undefined"]
         for name in sorted(imported):
             if name in sys.modules:
-                parts += [name, self._used(sys.modules[name], names)]
+                parts += [name, self._used(name, sys.modules[name], names)]
         return parts
 
-    def _used(self, value: Any, names: frozenset[str]) -> str:
-        """A global; of a user's module only what the code may name."""
+    def _used(self, name: str, value: Any, names: Sequence[frozenset[str]]) -> str:
+        """A global; of a user's module what the code may name, all of it where it is handed on."""
         if not isinstance(value, types.ModuleType) or is_library(value.__name__):
             return self.read(value)
         if id(value) in self._open:
             return "above"
         self._open.append(id(value))
         try:
-            used = {name: vars(value)[name] for name in names if name in vars(value)}
-            if not used:  # it is handed on
+            known, (named, handed_on) = vars(value), names
+            if name in handed_on or known.keys().isdisjoint(named):
                 return hashed(*self._module(value))
-            own = (part for name in sorted(used) for part in (name, self._used(used[name], names)))
+            used = sorted(known.keys() & named)
+            own = (part for each in used for part in (each, self._used(each, known[each], names)))
             return hashed("module", *own)
         finally:
             self._open.pop()
@@ -227,7 +237,10 @@ class Reader:
 
     def _class(self, kind: type) -> list[Any]:
         """Members of a class and its parents; of a library's class, those that are not its own."""
+        made_by = type(kind)
         parts: list[Any] = ["class"]
+        if not is_library(made_by.__module__):
+            parts.append(self.read(made_by))
         for parent in kind.__mro__:
             own = {
                 name: value
@@ -247,8 +260,10 @@ class Reader:
     def _instance(self, value: Any) -> list[Any]:
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if name in _EMPTY or (self.lenient and is_library(kind.__module__)):
+        if name in _EMPTY or kind.__module__.partition(".")[0] in self.lenient:
             return ["instance", name]
+        if isinstance(value, threading.local):
+            return ["of a thread", self.read(kind), *self.items(vars(value))]
         if isinstance(value, logging.Logger):
             return ["logger", value.name]
         if isinstance(value, weakref.ref):
@@ -371,6 +386,13 @@ def is_library(module: str) -> bool:
     return file is not None and file.startswith(_roots())
 
 
+def _is_users(value: Any) -> bool:
+    """Whether a value is a function or an object of code that no package holds."""
+    if isinstance(value, types.FunctionType):
+        return not is_library_code(value.__code__)
+    return not is_library(type(value).__module__)
+
+
 def is_library_code(code: types.CodeType) -> bool:
     """Whether a function's code stands in a file of Python or of an installed package."""
     return code.co_filename.startswith((*_roots(), "<frozen"))
@@ -393,21 +415,43 @@ def _version(module: str) -> str:
 
 
 @functools.cache
-def _uses(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Globals that code loads, modules that it imports, and all names in it, inner code too."""
-    loaded, imported, names = set(), set(), set(code.co_names)
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            loaded.add(str(instruction.argval))
-        elif instruction.opname == "IMPORT_NAME":
-            imported.add(str(instruction.argval))
+def _uses(code: types.CodeType) -> tuple[frozenset[str], ...]:
+    """Globals that code loads, modules it imports, all names, names it reads no member of."""
+    loaded, imported, names, handed_on = set(), set(), set(code.co_names), set()
+    steps = list(dis.get_instructions(code))
+    for step, following in itertools.zip_longest(steps, steps[1:]):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded.add(str(step.argval))
+        elif step.opname == "IMPORT_NAME":
+            imported.add(str(step.argval))
+        member = following is not None and following.opname in _MEMBER
+        if step.opname.startswith("LOAD_") and step.opname != "LOAD_CONST" and not member:
+            handed_on.add(str(step.argval))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            inner = _uses(constant)
-            loaded |= inner[0]
-            imported |= inner[1]
-            names |= inner[2]
-    return frozenset(loaded), frozenset(imported), frozenset(names)
+            here = (loaded, imported, names, handed_on)
+            for found, inner in zip(here, _uses(constant), strict=True):
+                found |= inner
+    return frozenset(loaded), frozenset(imported), frozenset(names), frozenset(handed_on)
+
+
+def read_of_self(kind: type, beside: frozenset[str]) -> frozenset[str]:
+    """Attributes that methods of a user's class, but for some, read of their first argument."""
+    found: set[str] = set()
+    for parent in kind.__mro__:
+        if is_library(parent.__module__):
+            continue
+        for name, member in vars(parent).items():
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if name in beside or not isinstance(function, types.FunctionType):
+                continue
+            itself = function.__code__.co_varnames[:1]
+            steps = list(dis.get_instructions(function.__code__))
+            for before, step in itertools.pairwise(steps):
+                reads = before.opname.startswith("LOAD_FAST") and (before.argval,) == itself
+                if reads and step.opname in _MEMBER:
+                    found.add(str(step.argval))
+    return frozenset(found)
 
 
 def _mangled(name: str, kind: type) -> str:

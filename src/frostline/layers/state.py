@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from keras import ops
+from keras import ops, regularizers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class State:
         return [variable for variable in every if variable is not None]
 
 
-class WhileTrainable:
+class WhileTrainable(regularizers.Regularizer):  # type: ignore[misc]
     """A regularizer that counts only while its layer is trainable, as in a stock frozen layer.
 
     Args:

@@ -253,6 +253,8 @@ class _Unreduced:
         self.name = name
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        if y_true is None:  # JAX before 0.5 would make NaN of it
+            raise ValueError("labels are missing.")
         values = self.loss(y_true, y_pred, sample_weight)
         samples = keras.tree.flatten(y_pred)[0].shape[0]  # None: a trace leaves it open
         if len(values.shape) == 0 or values.shape[0] != samples:

@@ -15,7 +15,14 @@ import keras
 import numpy as np
 from keras.metrics import Metric
 
-from frostline.adapters.computation import Identity, Reader, hashed, identity_of, is_library
+from frostline.adapters.computation import (
+    Identity,
+    Reader,
+    hashed,
+    identity_of,
+    is_library,
+    read_of_self,
+)
 from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import without_gradients
@@ -61,7 +68,8 @@ def layer_identity(model: Any) -> Identity:
     ]
     if len(names) == 1 or any(name.startswith(_NUMBERED) for name in names):
         names = []  # Keras finds an input by its name where there are several
-    head = (keras.__version__, keras.backend.floatx(), text, *names, weights_digest(model))
+    settings = (keras.config.floatx(), keras.config.image_data_format(), keras.config.epsilon())
+    head = (keras.__version__, repr(settings), text, *names, weights_digest(model))
     found = identity_of(_Whole(reading), reading.leaf)
     return replace(found, text=hashed(*head, found.text))
 
@@ -114,29 +122,67 @@ class _Reading:
 
     def _layer(self, layer: Any, reader: Reader) -> list[Any]:
         """Class and attributes of a layer, but for those that every layer has."""
-        own = {name: value for name, value in vars(layer).items() if name not in _of_every_layer()}
-        if is_library(type(layer).__module__):
+        beside = _of_every_model() if isinstance(layer, keras.Model) else _of_every_layer()
+        own = {name: value for name, value in vars(layer).items() if name not in beside}
+        parts: list[Any] = ["layer", reader.read(type(layer)), str(layer.autocast)]
+        package = type(layer).__module__.partition(".")[0]
+        if is_library(package):
             # Its configuration says the rest; what Keras keeps beside it may differ between runs.
-            reader = Reader(self.leaf, lenient=True)
+            reader = Reader(self.leaf, lenient=_FRAMEWORKS | {package})
             own = {
                 name: value
                 for name, value in own.items()
                 if not isinstance(value, str) and name not in ("seed", "_nodes", "_operations")
             }
-        parts: list[Any] = ["layer", reader.read(type(layer)), *reader.items(own)]
+            if hasattr(layer, "get_vocabulary"):  # kept in a table of TensorFlow's
+                parts.append(reader.read(layer.get_vocabulary()))
+        else:
+            used = read_of_self(type(layer), beside=_ON_THE_WAY)
+            parts += [f"{name}={getattr(layer, name)}" for name in _NAMED if name in used]
+            parts.append(str(getattr(layer.dtype_policy, "name", "")))
+        parts += reader.items(own)
         if isinstance(layer, keras.Function):
-            inner = [
-                operation
-                for operation in layer.operations
-                if not isinstance(operation, keras.Layer)
-            ]
-            parts += [reader.read(type(operation)) for operation in inner]
+            parts += self._operations(layer, reader)
         return parts
+
+    def _operations(self, graph: Any, reader: Reader) -> list[Any]:
+        """Operations that are no layers, and the functions that any of them is called with."""
+        parts: list[Any] = []
+        for operation in graph.operations:
+            if not isinstance(operation, keras.Layer):
+                library = is_library(type(operation).__module__)
+                own = {
+                    name: value
+                    for name, value in vars(operation).items()
+                    if name not in _of_every_layer() and (callable(value) or not library)
+                }
+                parts += [reader.read(type(operation)), *reader.items(own)]
+        calls = [node for _, nodes in sorted(graph._nodes_by_depth.items()) for node in nodes]
+        for node in calls:
+            given = (node.arguments.args, node.arguments.kwargs)
+            parts += reader.each(leaf for leaf in keras.tree.flatten(given) if callable(leaf))
+        return parts
+
+
+#: Their instances inside a layer of Keras' are told by its configuration.
+_FRAMEWORKS = frozenset({"keras", "tensorflow", "jax", "jaxlib", "torch", "threading"})
+#: What a user's class may read of itself though it says nothing to others.
+_NAMED = ("name", "trainable")
+#: Methods that do not compute.
+_ON_THE_WAY = frozenset(
+    {"__init__", "__repr__", "build", "compute_output_shape", "compute_output_spec", "get_config"}
+)
 
 
 @functools.cache
 def _of_every_layer() -> frozenset[str]:
-    """Attributes of a bare layer and of a bare model, compiled or not."""
+    """Attributes of a bare layer."""
+    return frozenset({*vars(keras.layers.Layer()), KEPT_RATES})
+
+
+@functools.cache
+def _of_every_model() -> frozenset[str]:
+    """Attributes of a bare model, compiled or not."""
 
     class Bare(keras.Model):  # type: ignore[misc]
         def call(self, inputs: Any) -> Any:
@@ -146,8 +192,8 @@ def _of_every_layer() -> frozenset[str]:
     model.compile("sgd", "mse")
     graph = keras.Sequential([keras.Input((1,)), keras.layers.Flatten()])
     functional = vars(getattr(graph, "_functional", graph))
-    known = {*vars(keras.layers.Layer()), *vars(model), *vars(graph), *functional}
-    return frozenset({*known, KEPT_RATES, "history", "stop_training", "validation_data", "_layers"})
+    known = {*_of_every_layer(), *vars(model), *vars(graph), *functional}
+    return frozenset({*known, "history", "stop_training", "validation_data", "_layers"})
 
 
 def _without_names(value: Any, layers: set[tuple[str, str]], scope: Any = None) -> Any:

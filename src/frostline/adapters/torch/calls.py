@@ -405,8 +405,18 @@ def _uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # Before torch 2.6: what a compiled call switches on stays off.
+    frames = sys.modules["torch._dynamo.eval_frame"]
+    switch = vars(frames)["set_eval_frame"]
+    vars(frames)["set_eval_frame"] = lambda _: None
+    try:
         yield
+    finally:
+        vars(frames)["set_eval_frame"] = switch
 
 
 def stored(module: Any, path: str) -> tuple[Any, Any] | None:

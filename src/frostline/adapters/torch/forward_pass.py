@@ -240,7 +240,7 @@ def _tensors_kept(root: Any) -> Callable[[], None]:
         with torch.no_grad():
             for holder, name, tensor, value, counter in kept:
                 holder[name] = tensor
-                if not _same(tensor, value):
+                if not same_values(tensor, value):
                     with counter:
                         tensor.copy_(value)
 
@@ -307,7 +307,9 @@ def generators(data: Any = None) -> Callable[[], None]:
     return restore
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two tensors of one shape hold the same; NaN equals NaN, sparse ones are filled."""
+    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (a, b))
     if torch.equal(a, b):
         return True
     nan = a.isnan()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from frostline.adapters.torch.forward_pass import same_values
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
@@ -282,7 +283,7 @@ def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
     ]
 
     def moved() -> str | None:
-        return next((name for name, now, was in before if not torch.equal(now, was)), None)
+        return next((name for name, now, was in before if not same_values(now, was)), None)
 
     try:
         yield moved

@@ -60,7 +60,9 @@ layer_identity = identity
 def leaf(value: Any, reader: Reader) -> list[Any] | None:
     """Read a value of torch's; see :class:`frostline.adapters.computation.Reader`."""
     if isinstance(value, torch.Tensor):
-        return _tensor(value)
+        kind = type(value)
+        own = [] if kind in _TENSORS else [reader.read(kind)]
+        return [*_tensor(value), *own, *reader.items(vars(value))]
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UnreadableError("a TorchScript program")
     if isinstance(value, ReplayedPrefix):
@@ -74,6 +76,7 @@ def leaf(value: Any, reader: Reader) -> list[Any] | None:
     return None
 
 
+_TENSORS = (torch.Tensor, nn.Parameter, getattr(nn, "Buffer", None))
 _NAMED = (
     torch.dtype,
     torch.device,

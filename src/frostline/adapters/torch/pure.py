@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.dropout_rate import TURN_OFF
-from frostline.adapters.torch.forward_pass import noise_layers, tensors, untouched
+from frostline.adapters.torch.forward_pass import noise_layers, same_values, tensors, untouched
 from frostline.adapters.torch.graph import is_site, sites
 from frostline.adapters.torch.network import Network, attribute, phase
 from frostline.adapters.torch.samples import ROWS, guesses
@@ -231,7 +231,7 @@ def _observed(
         held = [(b, b.clone()) for m in inner for b in m.buffers(recurse=False)] if training else []
         with phase(inner, network.modes if training else None):
             values[node.call] = network.run(node.call, values, training=training)
-        moved = not all(torch.equal(now, was) for now, was in held)
+        moved = not all(same_values(now, was) for now, was in held)
         return "it changes its buffers in every training step" if moved else None
 
     with untouched(network.root), torch.no_grad():
