@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -283,7 +284,9 @@ def _dynamic(k: float) -> Any:
     model = after(nn.Flatten(), nn.Linear(64, 8))
     with torch.no_grad():
         model[2].weight.mul_(k)
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will move it
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
 def _cast(dtype: Any) -> Any:

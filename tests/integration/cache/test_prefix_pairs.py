@@ -19,7 +19,7 @@ KERAS = [
     "flag that is read",
     "autocast",
 ]
-TORCH = ["tensor of a user's class", "parametrization", "pre-hook, inside"]
+TORCH = ["quantized", "tensor of a user's class", "parametrization", "pre-hook, inside"]
 CHOSEN = [("keras", kind) for kind in KERAS]
 if os.environ["KERAS_BACKEND"] == "torch":
     CHOSEN += [("torch", kind) for kind in TORCH]

@@ -264,7 +264,7 @@ def frozen_parameters_kept(model: Any) -> Iterator[None]:
         for tensor, data, value in kept:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
-            if not _same(data, value):
+            if not same_values(data, value):
                 data.copy_(value)
 
 

@@ -65,6 +65,12 @@ def leaf(value: Any, reader: Reader) -> list[Any] | None:
         return [*_tensor(value), *own, *reader.items(vars(value))]
     if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise UnreadableError("a TorchScript program")
+    if isinstance(value, torch.ScriptObject):  # weights of a quantized layer, packed
+        try:
+            state = value.__getstate__()
+        except (RuntimeError, AttributeError):
+            raise UnreadableError("an object that torch keeps in C++") from None
+        return ["script object", str(value._type()), reader.read(state)]
     if isinstance(value, ReplayedPrefix):
         return _replayed(value, reader)
     if isinstance(value, nn.Module):
@@ -93,6 +99,7 @@ def _tensor(tensor: Any) -> list[Any]:
         raise UnreadableError("a tensor without values")
     try:
         dense = tensor.detach().resolve_conj().resolve_neg()
+        dense = dense.dequantize() if dense.is_quantized else dense
         flat = dense.to_dense() if dense.layout != torch.strided else dense
         content = flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     except (RuntimeError, TypeError, NotImplementedError) as error:
