@@ -13,7 +13,7 @@ import pytest
 keras = pytest.importorskip("keras")
 
 KERAS = [
-    "function in ops.map",
+    "function as an argument",
     "operation of a user",
     "name that is read",
     "flag that is read",
