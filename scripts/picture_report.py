@@ -77,13 +77,11 @@ def picture(page: Path) -> Any:
     """Return two columns: the top of the page, and from "Where" on, in the dark theme."""
     columns = []
     with chromium.Browser() as browser:
-        for heading, dark in (("h1", False), ("h2", True)):
+        for dark in (False, True):
             visit = browser.open(page, width=WIDTH, dark=dark)
-            start = f"[...document.querySelectorAll({heading!r})]"
-            wanted = "true" if heading == "h1" else "e.innerText === 'Where'"
-            top = browser.evaluate(
-                visit, f"{start}.find(e => {wanted}).getBoundingClientRect().top + scrollY - 60"
-            )
+            where = "[...document.querySelectorAll('h2')].find(e => e.innerText === 'Where')"
+            top = f"{where}.getBoundingClientRect().top + scrollY - 60" if dark else "0"
+            top = browser.evaluate(visit, top)
             shot = browser.screenshot(visit, top=max(0, top), height=HEIGHT, scale=SCALE)
             columns.append(Image.open(io.BytesIO(shot)).convert("RGB"))
     wide, high = columns[0].size

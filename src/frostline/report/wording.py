@@ -279,12 +279,7 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
             beside = "" if found.accuracy is None else f"accuracy {number(found.accuracy)}"
             shown.append((f"loss, {label}", number(found.loss), beside))
     if gap_found is not None:
-        ends = (
-            interval(gap_found.loss)
-            .partition("(")[2]
-            .rstrip(")")
-            .replace(" ", "\N{NO-BREAK SPACE}")
-        )
+        ends = interval(gap_found.loss).partition("(")[2].rstrip(")")
         sure = "" if gap_found.loss.excludes_zero else ", may be 0"
         estimate = number(gap_found.loss.estimate, signed=True)
         shown.append(("gap in loss", estimate, f"{gap_found.loss.level:.0%}: {ends}{sure}"))
