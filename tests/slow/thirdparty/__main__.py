@@ -141,9 +141,16 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
     return "\n".join([*lines, *told, *beside(results)])
 
 
-def small() -> dict[str, Any]:
-    """What the small programs of ``situations.py`` were answered before anything was mended."""
-    first = ROOT / "docs" / "results" / "situations-first.json"
+#: Programs that were asked before anything was mended for them: their file, what was answered.
+FIRST = {
+    "situations.py": "situations-first.json",
+    "unseen.py` and `keras_unseen.py": "unseen-first.json",
+}
+
+
+def answered_first(name: str) -> dict[str, Any]:
+    """What small programs were answered before anything was mended."""
+    first = ROOT / "docs" / "results" / name
     return dict(json.loads(first.read_text(encoding="utf-8"))) if first.exists() else {}
 
 
@@ -155,18 +162,31 @@ def words(counts: dict[str, int]) -> str:
 def beside(results: dict[str, dict[str, Any]]) -> list[str]:
     """What the small programs were answered at first, and the sweep over timm."""
     lines: list[str] = []
-    if first := small():
+    others = set(results)
+    for source, name in FIRST.items():
+        if not (first := answered_first(name)):
+            continue
         asked = {n: results[n] for n in first["situations"] if n in results}
-        others = {n: results[n] for n in results if n not in asked}
+        others -= set(asked)
         lines += [
+            "",
+            f"{len(first['situations'])} rows are of `tests/slow/thirdparty/{source}`. They were",
+            "written, and what was answered was committed",
+            f"(`docs/results/{name}`), before anything was mended for",
+            f"them: {words(first['score'])}. Now, {len(asked)} rows: {words(counted(asked))}.",
+        ]
+    if lines:
+        rest = counted({n: results[n] for n in others})
+        lines = [
             "",
             "## Small programs",
             "",
-            f"{len(first['situations'])} rows are of `tests/slow/thirdparty/situations.py`: forms",
-            "of batches, losses and BN that libraries have in common. They were written, and what",
-            "was answered was committed (`docs/results/situations-first.json`), before anything",
-            f"was mended for them: {words(first['score'])}. Now: {words(counted(asked))}.",
-            f"All other rows alone: {words(counted(others))}.",
+            "Forms of batches, losses, loops and BN that libraries have in common; those of the",
+            "second file are as people write them, a third of them healthy, in which nothing of BN",
+            "may be blamed.",
+            *lines,
+            "",
+            f"All other rows alone: {words(rest)}.",
         ]
     sweep = ROOT / "docs" / "results" / "timm-sweep.json"
     if sweep.exists():
@@ -177,11 +197,36 @@ def beside(results: dict[str, dict[str, Any]]) -> list[str]:
             "",
             "`python -m tests.slow.timm_sweep` freezes networks that have BN and build within a",
             "second, asks `fl.assert_frozen(model, data=...)`, which must be silent, and again",
-            "after a thaw of one layer, which must raise an error. Of all networks of timm",
-            f"{known['timm']} it has come to {len(known['networks'])} so far:",
-            f"{words(known['counts'])} (no BN, more than a second, or no such images).",
+            "after a thaw of one layer, which must raise an error. Of the",
+            f"{len(known['networks'])} networks of timm {known['timm']}: {words(known['counts'])}.",
+            f"Left out: {words(left_out(known['networks']))}.",
+        ]
+    recalibrated = ROOT / "docs" / "results" / "recalibrate-models.json"
+    if recalibrated.exists():
+        found = json.loads(recalibrated.read_text(encoding="utf-8"))
+        lines += [
+            "",
+            "## Recalibration",
+            "",
+            "`python -m tests.slow.thirdparty.recalibration`: processor time of `fl.recalibrate`",
+            "on eight small batches, in passes of the model at inference over them, and how far",
+            "a second one moves what the first stored (deviations; relative for variances).",
+            "",
+            "| model | finite | moved by a second | passes |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {'yes' if row['finite'] else 'no'} | {row['moved_by_a_second']:.1g} "
+                f"| {row['passes']} |"
+                for name, row in found.items()
+            ),
         ]
     return lines
+
+
+def left_out(networks: dict[str, str]) -> dict[str, int]:
+    """Reason -> how many networks were left out for it."""
+    told = [text.partition(": ")[2] for text in networks.values() if text.startswith("left out")]
+    return {reason: told.count(reason) for reason in dict.fromkeys(told)}
 
 
 def kept(path: Path | None, table: dict[str, Entry], chosen: list[str]) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Cost and fixed point of ``fl.recalibrate``: ``python -m tests.slow.thirdparty.recalibration``.
+
+On models of other libraries that ``torch.fx`` cannot carry from site to site: processor time in
+passes of the model at inference over the same batches, and how far a second recalibration moves
+what the first stored, in standard deviations (means) or relative (variances).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAMES = (
+    "timm ghostnet_100",
+    "torchvision shufflenet_v2_x0_5",
+    "torchvision retinanet_resnet50_fpn",
+    "torchvision fasterrcnn_mobilenet_v3_large_320_fpn",
+    "Ultralytics YOLOv8n, its own loss",
+)
+TIMES = 3
+
+
+def took(run: Callable[[], object]) -> float:
+    """The shortest processor time of a few runs, in seconds."""
+    found = []
+    for _ in range(TIMES):
+        begin = time.process_time()
+        run()
+        found.append(time.process_time() - begin)
+    return min(found)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One model: finite, fixed point, passes."""
+    import torch
+
+    import frostline as fl
+
+    from .__main__ import load
+
+    program = load()[name].build()
+    model = program.model.eval()
+    batches = [program.batches[i % len(program.batches)] for i in range(8)]
+
+    def inference() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                program.call(model, batch)
+
+    passes = took(inference)
+    cost = took(lambda: fl.recalibrate(model, batches, sites="all").undo())
+    fl.recalibrate(model, batches, sites="all")
+    once = copy.deepcopy(model.state_dict())
+    fl.recalibrate(model, batches, sites="all")
+    worst = 0.0
+    for key, mean in once.items():
+        if key.endswith("running_mean"):
+            variance = once[key.replace("mean", "var")].double()
+            moved = (model.state_dict()[key].double() - mean.double()).abs()
+            ratio = model.state_dict()[key.replace("mean", "var")].double() / variance
+            off = (moved / (variance + 1e-5).sqrt()).max(), (ratio - 1).abs()[variance > 1e-6]
+            worst = max(worst, float(off[0]), float(off[1].max()) if off[1].numel() else 0.0)
+    finite = all(bool(v.isfinite().all()) for v in once.values() if v.is_floating_point())
+    return {
+        "finite": finite,
+        "moved_by_a_second": worst,
+        "inference_s": round(passes, 3),
+        "recalibrate_s": round(cost, 3),
+        "passes": round(cost / passes, 2),
+    }
+
+
+def main() -> int:
+    """Measure, print, write; 1 where one is not finite or no fixed point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.slow.thirdparty.recalibration", description=__doc__
+    )
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    known: dict[str, Any] = {}
+    if given.json and given.json.exists():
+        known = json.loads(given.json.read_text(encoding="utf-8"))
+    for name in given.names:
+        known[name] = measured(name)
+        print(name, known[name], flush=True)  # noqa: T201
+        if given.json:
+            given.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return int(not all(r["finite"] and r["moved_by_a_second"] < 1e-5 for r in known.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
