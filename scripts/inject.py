@@ -32,7 +32,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import frostline as fl
@@ -122,6 +122,7 @@ class Injector:
         self.second = second
         self.places: list[str] = []
         self.raised = self.cleaning = False
+        self._seen: dict[Any, bool] = {}
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Run under watch."""
@@ -134,13 +135,25 @@ class Injector:
             sys.setprofile(None)
 
     def _called(self, frame: FrameType, _event: str, _: Any) -> Any:
-        name = frame.f_code.co_filename
-        ours = name.startswith(SOURCES)
+        code = frame.f_code
+        meant = self._seen.get(code)
+        if meant is None:
+            meant = self._seen[code] = self._meant(code)
+        if not meant:
+            return None
         if self.mode == "line":
-            return self._line if ours else None
-        if not ours and not name.startswith((HERE, "<")):
-            self._at(frame)
+            return self._line
+        self._at(frame)
         return None
+
+    def _meant(self, code: CodeType) -> bool:
+        """Whether it can hold the place; other functions run at almost full speed."""
+        name = code.co_filename
+        ours = name.startswith(SOURCES)
+        if ours != (self.mode == "line") or (not ours and name.startswith((HERE, "<"))):
+            return False
+        function = _place(name, code.co_qualname, 0, "call")
+        return self.where is None or (self.where + ":").startswith(function + ":")
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line":
@@ -214,12 +227,12 @@ class Bench:
     """Runs trials of one verb on one network; it is built anew only when a trial spoilt it."""
 
     def __init__(self, framework: str, network: str, verb: str) -> None:
-        from injected_verbs import TRAINS, verbs
+        from injected_verbs import STAYS, TRAINS, verbs
 
         self.framework, self.network, self.verb = framework, network, verb
         self.run = verbs(framework)[verb]
         self.of_undo = verb.startswith("undo of ")
-        self.trains = verb in TRAINS
+        self.trains, self.stays = verb in TRAINS, verb in STAYS
         self._build()
 
     def _build(self) -> None:
@@ -263,7 +276,9 @@ class Bench:
         around = surroundings()
         try:
             back = watch.run(call)
-        except (Interruption, Fault, fl.FrostlineError) as error:
+        except BaseException as error:  # or what the first one led to
+            if not watch.raised:
+                raise
             found.passed = True
             traceback.clear_frames(error.__traceback__)
             del error
@@ -275,7 +290,7 @@ class Bench:
         return found
 
     def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
-        from injected_verbs import STAYS
+        from injected_verbs import PREPARES
         from model_state import reset
 
         if self.of_undo and self.back and found.passed and self._changed():
@@ -287,17 +302,24 @@ class Bench:
         found.changed = self._changed()
         if found.passed and (not self.trains or found.cleaning):
             found.around = around()
-        if not found.passed and self.verb in STAYS:  # it did what it was asked for
+        if not found.passed and self.stays:  # it did what it was asked for
             found.changed = []
             self._build()
-        if self.trains:
-            found.changed = [each for each in found.changed if not _moves_in_training(each)]
+        if self.trains or self.verb in PREPARES:
+            found.changed = [each for each in found.changed if not self._moves(each)]
         if found.changed or self.trains:
             found.broken = found.broken or self._broken()
         if found.failed or self.trains:
             if found.around:
                 reset()
             self._build()
+
+    def _moves(self, name: str) -> bool:
+        return _noted_in_training(name) or (self.trains and name.startswith("variable "))
+
+    def fresh(self) -> bool:
+        """Whether the verb can run on it again, after it ran to its end."""
+        return not self.stays and not self._changed()
 
     def _changed(self) -> list[str]:
         from model_state import changed, model_state
@@ -317,8 +339,8 @@ class Bench:
         return ""
 
 
-def _moves_in_training(name: str) -> bool:
-    return name.startswith("variable ") or name.endswith(
+def _noted_in_training(name: str) -> bool:
+    return name.endswith(
         (".stop_training", ".train_function", ".test_function", "._jax_state_synced",
          "._jax_state", ".history", "._compile_metrics", "._loss_tracker", ".steps_per_execution",
          "._tracker", "._metrics", "model.training",
@@ -345,6 +367,11 @@ def drawn(bench: Bench, count: int, rng: random.Random) -> list[Trial]:
     return found
 
 
+def _named(framework: str, network: str) -> str:
+    on = f"/{os.environ.get('KERAS_BACKEND')}" if framework == "keras" else ""
+    return f"{framework}{on} {network}"
+
+
 @dataclass
 class Outcome:
     """Counts by verb, and every failure with what it showed."""
@@ -354,7 +381,7 @@ class Outcome:
 
     def note(self, trial: Trial, found: Found) -> None:
         """Count a trial."""
-        row = self.counts[f"{trial.framework} {trial.network}: {trial.verb}"]
+        row = self.counts[f"{_named(trial.framework, trial.network)}: {trial.verb}"]
         kind = "in clean-up" if found.cleaning else "exceptions"
         row[kind if found.raised else "not reached"] += 1
         if found.failed:
@@ -418,11 +445,11 @@ def _heard(
     for line in lines:
         said = json.loads(line)
         if "seconds" in said:
-            time.sleep(rng.uniform(0, 1.05 * said["seconds"]))
+            time.sleep(rng.uniform(0, max(2 * said["seconds"], 0.01)))
             child.send_signal(signal.SIGINT)
             continue
         found = Found(**said["found"])
-        row = outcome.counts[f"{place[0]} {place[1]}: {said['verb']}"]
+        row = outcome.counts[f"{_named(*place)}: {said['verb']}"]
         row["signals" if found.passed else "signals too late"] += 1
         row["signals changed"] += bool(found.changed)
         row["signals around"] += bool(found.around)
@@ -433,46 +460,72 @@ def _heard(
 
 
 def _child(framework: str, network: str, plan: dict[str, int]) -> None:
-    """Run verbs; before each, say how long it takes; after it, what the signal did."""
-    from model_state import changed, surroundings
-
+    """Run verbs until the signal hits each of them so many times; say what it did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    say = functools.partial(print, flush=True)
     for verb, rounds in plan.items():
         bench = Bench(framework, network, verb)
         bench.places("line")
         started = time.perf_counter()
         bench._finish(bench._start()())
         seconds = time.perf_counter() - started
-        bench._build()
-        for _ in range(rounds):
-            call, found, trace = bench._start(), Found(raised=True), ""
+        if not bench.fresh():
+            bench._build()
+        inside = late = 0
+        while inside < rounds and late < 3 * rounds + 10:
+            found, trace = _hit(bench, seconds)
+            inside, late = inside + found.passed, late + (not found.passed)
+            said = {"verb": verb, "found": asdict(found), "trace": trace}
+            print(json.dumps(said), flush=True)
+
+
+def _hit(bench: Bench, seconds: float) -> tuple[Found, str]:
+    """Run a verb again and again until SIGINT comes while it runs."""
+    from model_state import changed, surroundings
+
+    asked = 0.0
+    missed: list[int] = []
+
+    def ask() -> None:
+        nonlocal asked
+        missed.clear()
+        asked = time.monotonic()
+        print(json.dumps({"seconds": seconds}), flush=True)
+
+    signal.signal(signal.SIGINT, lambda *_: missed.append(1))
+    ask()
+    while True:
+        call, found, trace = bench._start(), Found(raised=True), ""
+        if missed or time.monotonic() - asked > 5 + 10 * seconds:
+            ask()  # it came between two runs, or something swallowed it
+        noting = signal.getsignal(signal.SIGINT)
+        around, left = surroundings(), None
+        try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            around, back, finished = surroundings(), None, False
             try:
-                say(json.dumps({"seconds": seconds}))
-                try:
-                    back = call()
-                    finished = True
-                except KeyboardInterrupt as error:
-                    frames = traceback.extract_tb(error.__traceback__)
-                    trace = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1])
-                    innermost = frames[-1].filename.startswith(HERE)
-                    found.passed = not innermost
-                    traceback.clear_frames(error.__traceback__)
-                    del error
-                if finished:
-                    time.sleep(60)
-            except KeyboardInterrupt:
-                pass  # it came before the verb began, or when it was over
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            now = surroundings()
-            now["handlers"] = around["handlers"]
-            if finished:
-                bench._finish(back)
-            gc.collect(0)
-            bench._judge(found, lambda: changed(around, now))  # noqa: B023
-            say(json.dumps({"verb": verb, "found": asdict(found), "trace": trace}))
+                back = call()
+            except KeyboardInterrupt as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                trace = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1])
+                found.passed = not frames[-1].filename.startswith(HERE)
+                left = signal.getsignal(signal.SIGINT)
+                traceback.clear_frames(error.__traceback__)
+                del error
+                break
+            finally:
+                signal.signal(signal.SIGINT, noting)
+        except KeyboardInterrupt:
+            break  # it came before the verb began, or when it was over
+        bench._finish(back)
+        if not bench.fresh():
+            bench._build()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not found.passed:
+        bench._build()
+        return found, trace
+    around["handlers"], now = signal.default_int_handler, {**surroundings(), "handlers": left}
+    gc.collect(0)
+    bench._judge(found, lambda: changed(around, now))
+    return found, trace
 
 
 # --- files and tables -----------------------------------------------------------------------------
@@ -532,7 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--signals", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verb", action="append", default=[], help="only this one; repeatable")
-    parser.add_argument("--json", type=Path, help="also put the counts into this file")
+    parser.add_argument("--json", type=Path, help="also add the counts to this file")
     parser.add_argument("--keep", type=Path, help="folder for failures, to run them again")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -558,15 +611,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("kept", keep(short, again(short), options.keep))
     if options.json:
         backend = os.environ.get("KERAS_BACKEND", "")
-        content = {
+        run = {
             "command": f"KERAS_BACKEND={backend} python scripts/inject.py " + " ".join(
                 f"--{name} {getattr(options, name)}"
                 for name in ("framework", "network", "exceptions", "signals", "seed")
-            ),
+            ) + "".join(f" --verb '{name}'" for name in options.verb),
             "seconds": round(time.perf_counter() - started),
             "counts": {name: dict(row) for name, row in outcome.counts.items()},
             "failures": len(outcome.failures),
         }  # fmt: skip
+        earlier = (
+            json.loads(options.json.read_text("utf-8"))["runs"] if options.json.exists() else []
+        )
+        content = {"runs": [*earlier, run]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return bool(outcome.failures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -213,6 +214,39 @@ def _fit(net: Network) -> Back:
     return None
 
 
+class Begins(Exception):  # noqa: N818 - no error: the training is about to begin
+    """Ends a verb where its training begins."""
+
+
+def _prepare_fit(net: Network) -> Back:
+    keras = sys.modules["keras"]
+
+    class Stop(keras.callbacks.Callback):  # type: ignore[misc, name-defined]
+        def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002 - Keras passes it
+            raise Begins
+
+    with contextlib.suppress(Begins):
+        fl.fit(net.model, net.x, net.y, cache=net.folder, engine="native", batch_size=4, verbose=0,
+               callbacks=[Stop()])  # fmt: skip
+    return None
+
+
+def _compare(net: Network) -> Back:
+    own: dict[str, Any] = {}
+    if net.optimizer is not None:
+        sgd = sys.modules["torch"].optim.SGD
+        own = {"loss": _loss(net), "optimizer": lambda p: sgd(p, 0.01)}
+    fl.compare(net.model, (net.x, net.y), validation=(net.x, net.y), epochs=1, seeds=1,
+               batch_size=4, treatments=["recalibrated"], cache=net.folder, engine="native",
+               verbose=0, **own)  # fmt: skip
+    return None
+
+
+def _cache_features(net: Network) -> Back:
+    fl.cache_features(net.model, net.x, net.folder, engine="native", batch_size=4, verbose=0)
+    return None
+
+
 def _silent(run: Callable[[Network], Any], net: Network) -> Back:
     run(net)
     return None
@@ -234,11 +268,25 @@ EVERYWHERE: dict[str, Verb] = {
     "merge_statistics": _merge,
     "split": functools.partial(_silent, lambda net: fl.split(net.model, sample=net.x)),
     "fold": functools.partial(_silent, lambda net: fl.fold(net.model)),
+    "compare": _compare,
+    "cache_features": _cache_features,
+    "sites": functools.partial(_silent, lambda net: fl.sites(net.model)),
+    "lint": functools.partial(_silent, lambda net: fl.lint(net.model)),
+    "phases": functools.partial(
+        _silent, lambda net: fl.phases(net.model, (net.x, net.y), loss=_loss(net), batch_size=4)
+    ),
+    "diagnose": functools.partial(
+        _silent,
+        lambda net: fl.diagnose(
+            net.model, (net.x, net.y), loss=_loss(net), batch_size=4, verbose=0
+        ),
+    ),
 }
 TORCH: dict[str, Verb] = {"cached": _cached}
 KERAS: dict[str, Verb] = {
     "convert": lambda net: _converted(net),
     "restore": lambda net: _restored(net),
+    "prepare fit": _prepare_fit,
     "fit": _fit,
 }
 #: Verbs that need a frozen part, or one of our layers, before they begin.
@@ -247,12 +295,17 @@ _BEFORE: dict[str, Callable[[Network], Any]] = {
     "split": lambda net: fl.freeze(net.model, net.cut, dropout=True),
     "cached": lambda net: fl.freeze(net.model, net.cut, dropout=True),
     "fit": lambda net: _frozen_and_compiled(net),
+    "prepare fit": lambda net: _frozen_and_compiled(net),
+    "compare": lambda net: _frozen_for_compare(net),
+    "cache_features": lambda net: fl.freeze(net.model, dropout=True),
     "restore": lambda net: fl.convert(net.model),
 }
 #: Verbs with a change to take back.
 UNDONE = ("freeze", "unfreeze", "set_momentum", "recalibrate", "merge_statistics")
 #: Verbs whose work stays when they are done.
 STAYS = ("convert", "restore", "fit")
+#: Verbs that are about to train: Keras notes that, but no weight has moved.
+PREPARES = ("prepare fit",)
 #: Verbs that train: weights may have moved, as after any interrupted training.
 TRAINS = ("fit",)
 
@@ -265,6 +318,13 @@ def _frozen_and_compiled(net: Network) -> None:
     )
     net.model.fit(net.x, net.y, batch_size=4, verbose=0)
     net.model.predict_on_batch(net.x)
+
+
+def _frozen_for_compare(net: Network) -> None:
+    if net.optimizer is None:
+        _frozen_and_compiled(net)
+    else:
+        fl.freeze(net.model, net.cut, dropout=True)
 
 
 def _converted(net: Network) -> Back:

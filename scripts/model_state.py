@@ -120,6 +120,12 @@ def _torch_surroundings(torch: Any) -> dict[str, Any]:
             torch._C._len_torch_dispatch_stack(),
         ),
         "torch functions": torch._C._is_torch_function_enabled(),
+        "torch fx": _tracing(torch),
+        "torch hooks": [
+            sorted(hooks)
+            for name, hooks in vars(torch.nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(hooks, dict)
+        ],
         "torch autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
         "torch precision": (
             torch.get_float32_matmul_precision(),
@@ -129,6 +135,16 @@ def _torch_surroundings(torch: Any) -> dict[str, Any]:
             torch.backends.mkldnn.deterministic,
         ),
     }
+
+
+def _tracing(torch: Any) -> Any:
+    fx = sys.modules.get("torch.fx._symbolic_trace")
+    patched = {} if fx is None else fx._wrapped_fns_to_patch
+    return (
+        [id(vars(torch.nn.Module)[name]) for name in ("__call__", "__getattr__")],
+        fx is not None and (fx._is_fx_tracing_flag, fx.CURRENT_PATCHER is not None),
+        [id(frame.get(name)) for (_, name), frame in patched.items()],
+    )
 
 
 def _keras_surroundings(keras: Any) -> dict[str, Any]:

@@ -32,7 +32,11 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
     try:
         return edit()
     except BaseException:
-        undone(back, around)
+        try:
+            undone(back, around)
+        except BaseException:
+            undone(back, around)  # the first one may not have reached its first line
+            raise
         raise
 
 

@@ -31,6 +31,7 @@ from frostline.cache.shards import Collection, Shard, Tensor
 from frostline.cache.through import Through, start as start_through
 from frostline.data.batches import Batch, batches, is_reiterable, leaves, require_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.arguments import checked
 from frostline.types.reasons import first_line
 
 #: Samples per pass of the prefix. Part of the key: another size rounds differently.
@@ -57,6 +58,7 @@ class _Order:
     through: Through | None
 
 
+@checked
 def cache_features(
     prefix: Any,
     data: Any,
@@ -544,7 +546,10 @@ def _augmenter(order: _Order, view: int) -> Callable[[Any, Array], Any] | None:
 
     def augmented(x: Any, digests: Array) -> Any:
         digest = sha256("seed", str(order.seed), str(view), digests.tobytes())
-        return apply(x, int(digest[:8], 16) & 0x7FFFFFFF)
+        made = apply(x, int(digest[:8], 16) & 0x7FFFFFFF)
+        if made is None:
+            raise DataError("augment must return the batch that it made. Received: augment -> None")
+        return made
 
     return augmented
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.types import Array, DataError, ModelError
+from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.reasons import first_line
 
 _ACCEPTED = (
@@ -206,7 +206,7 @@ def batches(
             f"The data never end; bound them, for example with dataset.take(n). "
             f"Received: {_describe(data)}"
         )
-    return _checked(_raw(data, batch_size, inputs), data, max_samples, check_finite, inputs)
+    return _checked(_read(data, batch_size, inputs), data, max_samples, check_finite, inputs)
 
 
 def is_reiterable(data: Any) -> bool:
@@ -418,6 +418,32 @@ def collation_of(data: Any, inputs: int = 1) -> Collation | None:
     else:
         indices = list(sampler)
     return Collation(dataset, indices, data.collate_fn, data.batch_size, inputs)
+
+
+def _read(data: Any, batch_size: int, inputs: int) -> Iterator[Any]:
+    """What :func:`_raw` yields; what the user's own code raises meanwhile is said as such."""
+    try:
+        stream = _raw(data, batch_size, inputs)
+    except (FrostlineError, MemoryError):
+        raise
+    except Exception as error:
+        raise _broken(error, data) from error
+    return _going_on(stream, data)
+
+
+def _going_on(stream: Iterator[Any], data: Any) -> Iterator[Any]:
+    try:
+        yield from stream
+    except (FrostlineError, MemoryError):
+        raise
+    except Exception as error:
+        raise _broken(error, data) from error
+
+
+def _broken(error: Exception, data: Any) -> DataError:
+    return DataError(
+        f"Reading the data raised {first_line(error).rstrip('.')}. Received: {_describe(data)}"
+    )
 
 
 def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:

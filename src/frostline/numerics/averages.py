@@ -6,6 +6,7 @@ import math
 import operator
 
 from frostline.types import DataError, ModelError
+from frostline.types.arguments import checked
 from frostline.types.facts import SiteFacts
 
 #: Share of the old statistics above which an average has not caught up (FL203, FL306, EMA_LAG).
@@ -88,6 +89,7 @@ def is_short(facts: SiteFacts, lowest: float = SHORTEST_DECAY) -> bool:
     return facts.site.decay < lowest and not facts.cumulative
 
 
+@checked
 def suggest_momentum(steps: int, learning_rate_ratio: float = 1.0) -> float:
     """Suggest a Keras momentum for a planned number of training steps.
 

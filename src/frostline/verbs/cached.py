@@ -17,8 +17,10 @@ from frostline.cache.features import View
 from frostline.cache.files import DamagedError
 from frostline.data.batches import leaves
 from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.arguments import checked
 
 
+@checked
 def cached(
     model: Any,
     loader: Any,

@@ -19,10 +19,12 @@ from frostline.measure.bench import joined_arrays, only, task_of
 from frostline.measure.phases import judge, loss_name_of, require_one
 from frostline.numerics import ranking
 from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.arguments import checked
 from frostline.types.comparison import Comparison, TreatmentRow
 from frostline.verbs import fit as cached_fit
 from frostline.verbs.cached import cached
 from frostline.verbs.treatments import Setting, Treated, Treatment, chosen
+from frostline.verbs.whole import whole
 
 #: Seeds where the frozen part is cached, so that a training is cheap; else one.
 CHEAP_SEEDS = 3
@@ -32,6 +34,8 @@ _LEVEL = 0.95
 _ERRORS = ("loss", "error", "mse", "mae")
 
 
+@whole
+@checked
 def compare(
     model: Any,
     data: Any,
@@ -585,6 +589,11 @@ class _TorchTrainings(_Trainings):
         optimizer = self.optimizer(
             [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
         )
+        if not (hasattr(optimizer, "step") and hasattr(optimizer, "zero_grad")):
+            raise ModelError(
+                "optimizer must return an optimizer of torch for the parameters it is given. "
+                f"Received: optimizer -> {type(optimizer).__name__}"
+            )
         follow(self.held, list(self._judged()))
         read = self._through(self.data)
         for _ in range(self.epochs):

@@ -15,11 +15,14 @@ from frostline.measure.ranks import as_rank_0, pooled
 from frostline.remedies import remedies as repairs_for
 from frostline.report.sites import Sites
 from frostline.types import FrostlineError, ModelError, PhaseTable, Site
+from frostline.types.arguments import checked
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
 from frostline.types.report import Report
+from frostline.verbs.whole import whole
 
 
+@whole
 def sites(model: Any) -> Sites:
     """List every BN layer of a model.
 
@@ -50,6 +53,8 @@ def require_sites(found: Sequence[Site]) -> None:
         raise ModelError("no BatchNormalization layer: BN cannot be the cause")
 
 
+@whole
+@checked
 def lint(
     model: Any,
     *,
@@ -92,6 +97,8 @@ def lint(
     )
 
 
+@whole
+@checked
 def diagnose(
     model: Any,
     data: Any,
@@ -279,6 +286,8 @@ def _progress(verbose: Any) -> Iterator[tuple[measure.Progress, Callable[[str], 
         yield lambda name, done: bar.update(task, description=name, completed=done), say
 
 
+@whole
+@checked
 def phases(
     model: Any,
     data: Any,

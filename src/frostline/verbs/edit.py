@@ -18,6 +18,7 @@ from frostline.atomic import taken_back, to_its_end
 from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
+from frostline.types.arguments import checked
 from frostline.verbs.momentum import set_site_momentum
 from frostline.verbs.whole import whole
 
@@ -54,6 +55,7 @@ class Change:
 
 
 @whole
+@checked
 def freeze(
     model: Any,
     until: Any = None,
@@ -99,6 +101,7 @@ def freeze(
 
 
 @whole
+@checked
 def unfreeze(
     model: Any,
     since: Any = None,
@@ -262,6 +265,7 @@ def fold(model: Any) -> Any:
 
 
 @whole
+@checked
 def recalibrate(
     model: Any,
     data: Any,
@@ -424,11 +428,8 @@ def undoing(adapter: Edit, undo: Callable[[], None]) -> Callable[[], None]:
     """An undo that leaves the process as it was, whatever interrupts it."""
 
     def back() -> None:
-        around = adapter.surroundings()
-        try:
+        with taken_back(adapter.surroundings()):
             undo()
-        finally:
-            around()
 
     return back
 

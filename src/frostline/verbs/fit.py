@@ -6,16 +6,19 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from frostline.adapters import adapter_of
+from frostline.atomic import atomically
 from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
 from frostline.data.batches import Batch, is_reiterable, leaves, map_leaves
 from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types.arguments import checked
 from frostline.types.reasons import first_line
 from frostline.verbs.split import Split, split
 
@@ -83,6 +86,7 @@ class _Plan:
     rest: Any = None
 
 
+@checked
 def fit(
     model: Any,
     x: Any = None,
@@ -174,13 +178,27 @@ def trained(
         follow: Makes a callback: it gets a function that turns validation inputs, as an array,
             into a function from rows to what the model takes for them while it trains.
     """
-    role = adapter_of(model).train
-    if role is None:
+    adapter = adapter_of(model)
+    if adapter.train is None:
         raise ModelError(
             "fl.fit runs Keras' own fit, and the training loop of a torch module is yours: "
             "parts = fl.split(model), data = fl.cache_features(parts.prefix, dataset), then train "
             f"parts.suffix on a DataLoader over data. Received: {type(model).__name__}"
         )
+    ready = partial(_prepared, adapter.train, model, x, y, arguments, how, follow)
+    return atomically(adapter.snapshot(), ready)()
+
+
+def _prepared(
+    role: Any,
+    model: Any,
+    x: Any,
+    y: Any,
+    arguments: dict[str, Any],
+    how: Caching,
+    follow: Follow | None,
+) -> Callable[[], Any]:
+    """Cut the model and compute its features; what comes back trains."""
     _require_trainable(model)
     if how.views > 1 and not is_reiterable(x):
         raise DataError(
@@ -192,11 +210,11 @@ def trained(
     if parts is None:
         if how.views > 1 or how.augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
-        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=3)
+        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=6)
         if follow is not None:
             after = follow(lambda held: lambda rows: map_leaves(lambda leaf: leaf[rows], held))
             arguments["callbacks"] = role.with_callback(arguments["callbacks"], after)
-        return model.fit(x, y, **arguments)
+        return partial(model.fit, x, y, **arguments)
     inference = None
     if peeled is not None:
         if how.augment is not None:
@@ -235,7 +253,7 @@ def trained(
             return lambda rows: dict(zip(train.keys, found.rows(rows), strict=True))
 
         arguments["callbacks"] = role.with_callback(arguments["callbacks"], follow(features))
-    return _train(model, role, plan, train, validation, arguments, guard)
+    return partial(_train, model, role, plan, train, validation, arguments, guard)
 
 
 def _as_loader(role: Any, x: Any, y: Any, arguments: dict[str, Any]) -> Any:
@@ -301,7 +319,7 @@ def _on_the_way(
         if rest.frontier == parts.frontier:
             return later.prefix, rest.prefix
         reason = "what it leaves frozen does not lead to the frontier of this call"
-    warnings.warn(f"thaw_later={since!r} is not heeded: {reason}", UserWarning, stacklevel=3)
+    warnings.warn(f"thaw_later={since!r} is not heeded: {reason}", UserWarning, stacklevel=7)
     return None, None
 
 

@@ -16,6 +16,7 @@ from frostline.data.batches import to_numpy
 from frostline.numerics.mixture import mixture, shares
 from frostline.numerics.stats import normals_apart
 from frostline.types import BackendError, DataError, ModelError
+from frostline.types.arguments import checked
 from frostline.verbs.edit import Change, undoing
 
 #: Last part of a mean's name -> that of its variance.
@@ -109,6 +110,7 @@ class MergedStatistics(dict[str, Any]):
         )
 
 
+@checked
 def merge_statistics(
     models_or_states: Sequence[Any], weights: Sequence[float] | None = None
 ) -> MergedStatistics:

@@ -17,6 +17,7 @@ from frostline.atomic import atomically, taken_back
 from frostline.data.batches import require_reiterable
 from frostline.measure.recalibration import Recalibration, recalibrate_adapter
 from frostline.types import DataError
+from frostline.types.arguments import checked
 
 #: ``samples="auto"`` begins with so many and doubles them,
 FIRST = 64
@@ -47,6 +48,7 @@ class Recalibrated:
         return "\n".join([self.text, *(f"note: {note}" for note in self.notes)])
 
 
+@checked
 @contextmanager
 def recalibrated(
     model: Any,

@@ -22,6 +22,7 @@ from frostline.measure.phases import require_one, tried
 from frostline.measure.ranks import pooled
 from frostline.numerics.stats import mean_shift, variance_ratio
 from frostline.types import Array, FrostlineError, ModelError
+from frostline.types.arguments import checked
 from frostline.types.facts import SiteFacts
 from frostline.types.measured import Behaviour
 from frostline.verbs.whole import whole
@@ -216,6 +217,7 @@ class Watch:
         return "\n".join(lines)
 
 
+@checked
 @contextmanager
 def watch(
     model: Any,
@@ -281,6 +283,7 @@ def watching_of(model: Any) -> Watch:
 
 
 @whole
+@checked
 def assert_frozen(
     model: Any,
     until: Any = None,

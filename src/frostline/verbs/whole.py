@@ -25,7 +25,11 @@ def whole(verb: Verb) -> Verb:
         try:
             return verb(model, *args, **kwargs)
         except BaseException:
-            undone(back, around)
+            try:
+                undone(back, around)
+            except BaseException:
+                undone(back, around)  # the first one may not have reached its first line
+                raise
             raise
 
     return cast(Verb, run)

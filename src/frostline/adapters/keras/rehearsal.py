@@ -14,6 +14,7 @@ from frostline.adapters.keras.cached_data import randomness_kept
 from frostline.adapters.keras.optimizer import retarget
 from frostline.adapters.keras.random import generators, seed_states, seeds
 from frostline.adapters.keras.trial import fresh_step
+from frostline.atomic import taken_back
 from frostline.types import ModelError
 
 #: Keras' own seed, and the generator that follows from it.
@@ -31,18 +32,19 @@ def rehearsal(model: Any, seed: int, data: Any = None) -> Iterator[None]:
     """
     state, back = keras_state.snapshot(model, classes=True), generators(model, data)
     kept = {name: global_state.get_global_attribute(name) for name in _GLOBAL}
-    with randomness_kept():
-        try:
-            keras.utils.set_random_seed(seed)
-            moved = seeds(model, seed)
-            for (variable, _), value in zip(seed_states(model), moved, strict=True):
-                variable.assign(value)
-            yield
-        finally:
-            keras_state.restore(state)
-            for name, value in kept.items():
-                global_state.set_global_attribute(name, value)
-            back()
+
+    def whole() -> None:
+        keras_state.restore(state)
+        for name, value in kept.items():
+            global_state.set_global_attribute(name, value)
+        back()
+
+    with randomness_kept(), taken_back(whole):
+        keras.utils.set_random_seed(seed)
+        moved = seeds(model, seed)
+        for (variable, _), value in zip(seed_states(model), moved, strict=True):
+            variable.assign(value)
+        yield
 
 
 @contextmanager

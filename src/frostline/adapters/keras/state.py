@@ -19,7 +19,7 @@ import keras
 from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.random import generators
-from frostline.atomic import Attributes, restored, to_its_end
+from frostline.atomic import Attributes, restored, taken_back
 from frostline.layers.undo import remembered
 from frostline.types import Array
 
@@ -33,6 +33,8 @@ _COMPILED = (
     "_run_eagerly",
     "steps_per_execution",
     "stop_training",
+    "stop_evaluating",
+    "stop_predicting",
     "train_function",
     "test_function",
     "predict_function",
@@ -47,6 +49,11 @@ _COMPILED = (
 _GROWING = ("optimizer", "_compile_loss", "_compile_metrics")
 
 
+#: Where a Keras model on torch keeps its variables as a module's parameters; Keras makes this
+#: anew when it first evaluates or trains.
+_REGISTERED = "_torch_params"
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What :func:`restore` needs; values are copies, everything else are the objects themselves."""
@@ -58,6 +65,7 @@ class Snapshot:
     policies: list[tuple[Any, Any]]
     compiled: list[tuple[Any, dict[str, Any]]]
     shells: list[Attributes]
+    parameters: list[tuple[Any, Any]]
     buffers: list[tuple[Any, Any]]
     modes: list[tuple[Any, bool]]
     generators: Any
@@ -88,6 +96,11 @@ def _unmet_metric_variables(model: Any) -> list[Any]:
         return []
     given = keras.tree.flatten([compiled._user_metrics, compiled._user_weighted_metrics])
     return [v for m in given if isinstance(m, keras.metrics.Metric) for v in m.variables]
+
+
+def _registered(model: Any) -> Any:
+    """Its variables as parameters of a torch module; ``None`` on other backends."""
+    return getattr(model, "_modules", {}).get(_REGISTERED)
 
 
 def _growing(model: Any) -> list[Any]:
@@ -124,6 +137,7 @@ def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
                 *([*filter(is_site, layers), *models_in(model)] if classes else ()),
             )
         ],
+        parameters=[(m, known) for m in models_in(model) if (known := _registered(m)) is not None],
         buffers=[(b, b.detach().clone()) for w in wrapped for b in w.buffers()],
         modes=[(module, module.training) for module in modules],
         generators=None if torch is None else _generators(torch),
@@ -158,6 +172,10 @@ def restore(state: Snapshot) -> None:
             del model.__dict__[name]
     for shell in state.shells:
         shell.restore()
+    for model, known in state.parameters:
+        now = _registered(model)
+        if now is not known and dict(now or {}).keys() == dict(known).keys():
+            model._modules[_REGISTERED] = known
     for variable, value in state.values:
         if keras.ops.convert_to_numpy(variable).tobytes() != value.tobytes():
             variable.assign(value)
@@ -172,11 +190,8 @@ def restore(state: Snapshot) -> None:
 @contextmanager
 def preserved(model: Any) -> Iterator[None]:
     """Restore the whole state of ``model`` on any exit."""
-    state = snapshot(model)
-    try:
+    with taken_back(partial(restore, snapshot(model))):
         yield
-    finally:
-        to_its_end(partial(restore, state))
 
 
 def all_that_edits_touch(model: Any) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from frostline.adapters.torch.graph import is_frozen_kind
 from frostline.adapters.torch.keeping import ByHand, by_hand, holding, mean_of, names, variance_of
 from frostline.adapters.torch.locked import is_locked
+from frostline.atomic import taken_back
 from frostline.numerics.stats import Moments
 from frostline.types import ModelError
 
@@ -384,15 +385,17 @@ def _distributed() -> bool:
 def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another ``forward`` for a while."""
     before = [(module, vars(module).get("forward")) for module in changes]
-    try:
-        for module, forward in changes.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
+
+    def back() -> None:
         for module, forward in before:
             vars(module).pop("forward", None)
             if forward is not None:
                 vars(module)["forward"] = forward
+
+    with taken_back(back):
+        for module, forward in changes.items():
+            vars(module)["forward"] = forward
+        yield
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from frostline.adapters.torch.graph import (
 from frostline.adapters.torch.keeping import by_hand, mean_of
 from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
 from frostline.adapters.torch.surroundings import surroundings
-from frostline.atomic import Attributes, restored, to_its_end
+from frostline.atomic import Attributes, restored, taken_back
 from frostline.graph import addresses
 from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
@@ -238,8 +238,5 @@ def preserved(model: Any) -> Iterator[None]:
         for module, momentum in momenta:
             module.momentum = momentum
 
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        to_its_end(back)
+    with taken_back(back), torch.random.fork_rng():
+        yield

@@ -16,6 +16,7 @@ from torch import nn
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
+from frostline.atomic import taken_back
 from frostline.data.batches import Batch
 from frostline.types import Array, DataError, ModelError
 
@@ -214,12 +215,9 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                 "Received: an uninitialised module"
             )
     restore = _tensors_kept(root)
-    with modes_kept(root), torch.random.fork_rng():
+    with modes_kept(root), torch.random.fork_rng(), taken_back(restore):
         torch.manual_seed(number)
-        try:
-            yield root
-        finally:
-            restore()
+        yield root
 
 
 def _tensors_kept(root: Any) -> Callable[[], None]:

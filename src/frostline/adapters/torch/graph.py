@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch.keeping import by_hand, calls_norm, keeps_any, mean_of
 from frostline.adapters.torch.locked import is_locked
+from frostline.atomic import taken_back
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
 from frostline.types import Boundary, Site
@@ -224,14 +225,16 @@ def modes_kept(model: Any) -> Iterator[None]:
     root = unwrapped(model)
     modes = [(module, module.training) for module in root.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+    with taken_back(back):
+        yield
 
 
 def layers(model: Any) -> Layers:

@@ -15,6 +15,7 @@ import functools
 import graphlib
 import itertools
 import math
+import queue
 import threading
 import types
 import weakref
@@ -78,7 +79,9 @@ class _Pass:
 
     def start(self, run: Callable[[], Any]) -> None:
         """Run in a new thread up to the first site to wait at."""
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        # Of C, so that Ctrl-C while one waits is a KeyboardInterrupt: between the lines of a
+        # threading.Semaphore it becomes "release unlocked lock".
+        self._go, self._back = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         self._ending, self.site, self.uses = False, None, {}
         self._thread = threading.Thread(target=self._body, args=(run,), daemon=True)
         self._thread.start()
@@ -86,7 +89,7 @@ class _Pass:
         self.go_on()
 
     def _body(self, run: Callable[[], Any]) -> None:
-        self._go.acquire()
+        self._go.get()
         try:
             if not self._ending:
                 run()
@@ -98,20 +101,20 @@ class _Pass:
             if not self._ending:
                 self.site = self.moments = None
             self.running = False
-            self._back.release()
+            self._back.put(None)
 
     def wait(self, site: str, moments: Moments) -> None:
         """Called in the pass: wait until someone lets it go on."""
         self.site, self.moments = site, moments
-        self._back.release()
-        self._go.acquire()
+        self._back.put(None)
+        self._go.get()
         if self._ending:
             raise _Ended
 
     def go_on(self) -> None:
         """Let it run to the next site to wait at, or to its end."""
-        self._go.release()
-        self._back.acquire()
+        self._go.put(None)
+        self._back.get()
         if self._problem is not None:
             raise self._problem
 
@@ -119,7 +122,7 @@ class _Pass:
         """Give it up; it remembers where it waited and what it saw there."""
         if self.running:
             self._ending = True
-            self._go.release()
+            self._go.put(None)
             self._thread.join()
         self._made.clear()
 

@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from frostline.adapters.torch.forward_pass import same_values
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
+from frostline.atomic import taken_back
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
@@ -147,13 +148,15 @@ def training_modes(model: Any) -> Modes:
 def phase(modules: Any, modes: Modes | None) -> Iterator[None]:
     """Put modules into the modes of a phase (``None``: inference) for a while."""
     before = [(module, module.training) for module in modules]
-    try:
+
+    def back() -> None:
+        for module, mode in before:
+            module.training = mode
+
+    with taken_back(back):
         for module, _ in before:
             module.training = modes is not None and modes[module]
         yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def network(model: Any, given: Collection[str] | None = None) -> Network:

@@ -80,6 +80,10 @@ class ProgramView:
             order={fact.site.path: index for index, fact in enumerate(found)},
         )
 
+    def snapshot(self) -> Callable[[], None]:
+        """Nothing changes it, so there is nothing to put back."""
+        return lambda: None
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)

@@ -24,6 +24,7 @@ from frostline.adapters.torch.forward_pass import (
     untouched,
 )
 from frostline.adapters.torch.graph import site_modules, unwrapped
+from frostline.atomic import taken_back
 from frostline.data.batches import Batch, batches, leaves, map_leaves
 
 
@@ -37,18 +38,19 @@ def rehearsal(model: Any, seed: int, data: Any = None) -> Iterator[None]:
         data: The loader.
     """
     back, python, numbers = generators(data), random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with preserved(model):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 - the user's draws
-            for generator in own_generators(data):
-                generator.manual_seed(seed)
-            yield
-    finally:
+
+    def whole() -> None:
         np.random.set_state(numbers)  # noqa: NPY002
         random.setstate(python)
         back()
+
+    with taken_back(whole), preserved(model):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the user's draws
+        for generator in own_generators(data):
+            generator.manual_seed(seed)
+        yield
 
 
 def as_loader(data: Any, batch_size: int) -> Any:

@@ -1,0 +1,100 @@
+"""Every public function refuses arguments of a wrong type by their names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import frostline as fl
+from frostline.types.arguments import _DOORS, checked, shown
+
+#: Public functions, and how many arguments they cannot do without.
+FIRST: dict[str, int] = {
+    "assert_frozen": 1, "cache_features": 2, "cached": 2, "compare": 2, "diagnose": 2, "fit": 1,
+    "freeze": 1, "lint": 1, "merge_statistics": 1, "phases": 2, "recalibrate": 2,
+    "recalibrated": 2, "suggest_momentum": 1, "unfreeze": 1, "watch": 1,
+}  # fmt: skip
+WRONG: dict[str, Any] = {"history": "a\0b", "path": b"folder", "cache": b"folder"}
+SCALARS = ("dtype", "engine", "method", "samples", "verbose")
+
+
+def cases() -> list[tuple[str, str]]:
+    found = []
+    for name in sorted(FIRST):
+        parameters = inspect.signature(getattr(fl, name)).parameters
+        found += [(name, each) for each in parameters if each in _DOORS]
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+
+
+@pytest.mark.parametrize(("verb", "argument"), cases(), ids="-".join)
+def test_a_wrong_type_is_refused_by_name(verb: str, argument: str, model: Any) -> None:
+    wrong = np.array(["a", "b"]) if argument in SCALARS else WRONG.get(argument, object())
+    function = getattr(fl, verb)
+    names = list(inspect.signature(function).parameters)[: FIRST[verb]]
+    given = dict(zip(names, [model, (np.zeros((4, 3)), np.zeros(4))], strict=False))
+    if verb == "compare":
+        given["validation"] = (np.zeros((4, 3)), np.zeros(4))
+    if verb == "cached":
+        given["loader"] = []
+    if verb == "merge_statistics":
+        given["models_or_states"] = [model, model]
+    given[argument] = wrong
+    with pytest.raises(fl.FrostlineError, match=rf"^{argument} must be .*Received: {argument}="):
+        function(**given)
+
+
+def test_every_argument_of_the_table_belongs_to_a_public_function() -> None:
+    assert {argument for _, argument in cases()} == set(_DOORS)
+
+
+def test_what_is_a_number_to_numpy_is_one_here() -> None:
+    @checked
+    def verb(batch_size: int = 1, params: bool = True, path: str | None = None) -> Any:
+        return batch_size, params, path
+
+    assert verb(np.int64(3), params=np.bool_(True))[0] == 3
+    assert verb(path=None)[0] == 1
+    for wrong in (True, 2.0, "3", np.array([3]), 0, -1, 10**30):
+        with pytest.raises(fl.DataError, match="batch_size must be"):
+            verb(wrong)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        verb(batches=3)
+
+
+def test_a_value_that_cannot_show_itself() -> None:
+    class Silent:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert shown(Silent()) == "<Silent>"
+    assert len(shown("x" * 1000)) < 100
+
+
+def test_a_generator_that_raises_is_said_to_be_the_data() -> None:
+    def broken() -> Iterator[Any]:
+        yield np.zeros((2, 3), "float32")
+        raise RuntimeError("the disk is gone")
+
+    made = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    before = made.get_weights()
+    with pytest.raises(fl.DataError, match="the disk is gone"):
+        fl.recalibrate(made, broken(), method="batch")
+    assert all(np.array_equal(a, b) for a, b in zip(before, made.get_weights(), strict=True))
+
+
+def test_an_augmentation_that_returns_nothing(tmp_path: Any) -> None:
+    made = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    with pytest.raises(fl.DataError, match="augment must return"):
+        fl.cache_features(
+            made, np.zeros((4, 3), "float32"), tmp_path, augment=lambda _x, _seed: None, views=2
+        )
