@@ -56,8 +56,18 @@ def _keras_state(model: Any) -> dict[str, Any]:
     for number, variable in enumerate(variables_of(model)):
         found[f"variable {number} {variable.path}"] = (
             *(id(variable), bool(variable.trainable), id(getattr(variable, "regularizer", None))),
-            sys.modules["keras"].ops.convert_to_numpy(variable).tobytes(),
+            _bytes_of(variable),
         )
+    return found
+
+
+def _bytes_of(variable: Any) -> bytes:
+    if getattr(variable, "_value", None) is None:  # as JAX leaves them when a step is interrupted
+        return b"lost"
+    try:
+        found: bytes = sys.modules["keras"].ops.convert_to_numpy(variable).tobytes()
+    except RuntimeError:  # given away
+        return b"lost"
     return found
 
 

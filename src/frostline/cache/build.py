@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -426,7 +427,8 @@ def write_manifest(collection: Collection, manifest: Manifest) -> None:
             and np.array_equal(found.pointers, manifest.pointers)
             and _same_ids(found, manifest)
         ):
-            path.touch()
+            with contextlib.suppress(OSError):  # of a disk that is read-only
+                path.touch()
             return
     except DamagedError:
         pass

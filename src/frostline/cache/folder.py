@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -21,6 +22,8 @@ from frostline.cache.shards import Collection
 from frostline.types import DataError, FrostlineError, OutputError
 
 _HEX = set("0123456789abcdef")
+#: What the system says of a place that cannot be written.
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,9 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
 def locked(folder: Path, progress: Progress, *, timeout: float | None = None) -> Iterator[None]:
     """Hold the lock of one collection; the system frees it when the process dies.
 
+    Where nothing can be written (a disk that is read-only, a folder of someone else) there is
+    nothing to lock: what is complete can be read, and the first write fails by itself.
+
     Args:
         folder: The collection's folder; made when missing.
         progress: Told when it has to wait.
@@ -98,6 +104,9 @@ def locked(folder: Path, progress: Progress, *, timeout: float | None = None) ->
                 f"another process is writing to the cache {folder} and did not finish within "
                 f"{timeout:g} s; wait for it, or choose another folder"
             ) from None
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise
     try:
         yield
     finally:
@@ -197,15 +206,20 @@ def remove(folder: Path, progress: Progress) -> None:
         OutputError: Another process is writing to it, or it cannot be removed.
     """
     with locked(folder, progress, timeout=0):
-        # Remove the description first: if we are killed, the remains are not taken for a cache.
-        (folder / "collection.json").unlink(missing_ok=True)
         try:
+            # The description first: if we are killed, the remains are not taken for a cache.
+            (folder / "collection.json").unlink(missing_ok=True)
             for path in (folder / "shards", folder / "manifests"):
                 if path.exists():
                     shutil.rmtree(path)
         except OSError as error:
             raise OutputError(f"cannot remove {folder}: {error.strerror or error}") from error
+        _remove_lock(folder)  # still held, so that nobody else's is removed
+    if os.name == "nt":  # where an open file cannot be removed
+        _remove_lock(folder)
+
+
+def _remove_lock(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / "lock").unlink()
-    with contextlib.suppress(OSError):
         folder.rmdir()

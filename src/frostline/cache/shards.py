@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,22 +133,25 @@ class Collection:
 
 
 def create(collection: Collection) -> None:
-    """Make the folder; only while holding its lock."""
+    """Make the folder; only while holding its lock. What is there and right is not written."""
     for folder in (collection.shards, collection.manifests):
         require_no_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
     sweep(collection.folder)
-    write_sealed(
-        collection.folder / "collection.json",
-        {
-            "key": collection.key,
-            "tensors": [[list(t.shape), t.dtype] for t in collection.tensors],
-            "engine": collection.engine,
-            "batch_size": collection.batch_size,
-            "about": collection.about,
-        },
-    )
+    path = collection.folder / "collection.json"
+    content = {
+        "key": collection.key,
+        "tensors": [[list(t.shape), t.dtype] for t in collection.tensors],
+        "engine": collection.engine,
+        "batch_size": collection.batch_size,
+        "about": collection.about,
+    }
+    with contextlib.suppress(DamagedError):
+        there = read_sealed(path)
+        if {name: there.get(name) for name in content} == json.loads(json.dumps(content)):
+            return
+    write_sealed(path, content)
 
 
 def discard(folder: Path) -> None:

@@ -421,10 +421,13 @@ def collation_of(data: Any, inputs: int = 1) -> Collation | None:
 
 
 def _read(data: Any, batch_size: int, inputs: int) -> Iterator[Any]:
-    """What :func:`_raw` yields; what the user's own code raises meanwhile is said as such."""
+    """What :func:`_raw` yields; what the user's own code raises meanwhile is said as such.
+
+    What the system says (no memory, no disk) goes through as it is.
+    """
     try:
         stream = _raw(data, batch_size, inputs)
-    except (FrostlineError, MemoryError):
+    except (FrostlineError, MemoryError, OSError):
         raise
     except Exception as error:
         raise _broken(error, data) from error
@@ -434,7 +437,7 @@ def _read(data: Any, batch_size: int, inputs: int) -> Iterator[Any]:
 def _going_on(stream: Iterator[Any], data: Any) -> Iterator[Any]:
     try:
         yield from stream
-    except (FrostlineError, MemoryError):
+    except (FrostlineError, MemoryError, OSError):
         raise
     except Exception as error:
         raise _broken(error, data) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -21,7 +24,7 @@ from frostline.cache import (
     judge,
     shards,
 )
-from frostline.cache.progress import in_bytes
+from frostline.cache.progress import Progress, in_bytes
 from frostline.types import DataError, ModelError, OutputError
 
 pytestmark = pytest.mark.once
@@ -634,3 +637,46 @@ def test_what_another_process_is_writing_is_no_shard(x: Any, tmp_path: Path) -> 
     (entry,) = folder.entries(tmp_path)
     assert (entry.problem, entry.data_sets) == (None, 1)
     assert len(list(shards.known_shards(shards.load(home)))) > 0
+
+
+def test_a_complete_cache_on_a_disk_that_is_read_only_serves(
+    x: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.array(make(Prefix(), x, tmp_path).rows(np.arange(100))[0])
+    opened, writes = os.open, os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def read_only(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & writes:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *args, **kwargs)
+
+    def no_times(path: Any, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "utime", no_times)
+    prefix = Prefix()
+    cache = make(prefix, x, tmp_path)
+    np.testing.assert_array_equal(cache.rows(np.arange(100))[0], rows)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        make(Prefix(), x + 1, tmp_path)  # these are not there
+
+
+def test_rm_holds_the_lock_until_everything_is_gone(
+    x: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(Prefix(), x, tmp_path)
+    (home,) = folder.collections(tmp_path)
+    held: list[bool] = []
+    removed = shutil.rmtree
+
+    def watched(path: Any) -> None:
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(home / "lock", is_singleton=False).acquire(timeout=0)
+        held.append(True)
+        removed(path)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    folder.remove(home, Progress("", None, 0))
+    assert held == [True, True]
+    assert not home.exists()
