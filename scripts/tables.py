@@ -411,12 +411,50 @@ def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Different, but with one key: {', '.join(kinds) or 'none'}."])
 
 
+def interruptions(results: Sequence[dict[str, Any]]) -> str:
+    """What interrupting verbs showed, by framework and network; of `scripts/inject.py`."""
+    rows: dict[str, dict[str, int]] = {}
+    for run in results[0]["runs"]:
+        command = run["command"].split()
+        options = dict(zip(command[3::2], command[4::2], strict=False))
+        backend = command[0].partition("=")[2]
+        on = f" on {backend}" if options["--framework"] == "keras" else ""
+        row = rows.setdefault(f"{options['--framework']}{on}, {options['--network']}", {})
+        for counts in run["counts"].values():
+            for name, count in counts.items():
+                row[name] = row.get(name, 0) + count
+    rows["all"] = {
+        name: sum(row.get(name, 0) for row in rows.values())
+        for name in sorted({name for row in rows.values() for name in row})
+    }
+    lines = [
+        "| model | exceptions: changed | in clean-up: changed, broken | Ctrl-C: changed |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        exceptions, cleaning, signals = (
+            sum(row.get(each, 0) for each in names)
+            for names in (
+                ("changed", "around", "broken"),
+                ("changed in clean-up",),
+                ("signals changed", "signals around", "signals broken"),
+            )
+        )
+        lines.append(
+            f"| {name} | {row.get('exceptions', 0):,}: {exceptions} | "
+            f"{row.get('in clean-up', 0):,}: {cleaning}, {row.get('broken in clean-up', 0)} | "
+            f"{row.get('signals', 0):,}: {signals} |"
+        )
+    return "\n".join(lines)
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit-diagnosis": overfit_diagnosis_table,
     "cached-fit": cached_fit_table,
     "killed-builds": killed_builds,
     "prefix-pairs": prefix_pairs,
+    "interruptions": interruptions,
     "overfit": overfit_table,
     "layer": layer_table,
     "distributed": distributed_table,
