@@ -96,7 +96,8 @@ def _amount(value: Any) -> str | None:
 
 
 def _ratio(value: Any) -> str | None:
-    return None if _number(value) else "a number"
+    plain = type(value) is not bool and isinstance(value, Real)
+    return None if plain else "a number"
 
 
 def _flag(value: Any) -> str | None:
