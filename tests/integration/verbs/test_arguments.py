@@ -93,8 +93,13 @@ def test_a_generator_that_raises_is_said_to_be_the_data() -> None:
 
 
 def test_an_augmentation_that_returns_nothing(tmp_path: Any) -> None:
-    made = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    class Prefix:
+        identity = "0" * 64
+
+        def __call__(self, x: Any) -> list[Any]:
+            return [x]
+
     with pytest.raises(fl.DataError, match="augment must return"):
         fl.cache_features(
-            made, np.zeros((4, 3), "float32"), tmp_path, augment=lambda _x, _seed: None, views=2
+            Prefix(), np.zeros((4, 3)), tmp_path, augment=lambda _x, _seed: None, views=2
         )
