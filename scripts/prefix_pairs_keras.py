@@ -172,6 +172,10 @@ class Constant(L.Layer):  # type: ignore[misc]
 class Called(L.Layer):  # type: ignore[misc]
     """Takes a function when it is called."""
 
+    def compute_output_spec(self, x: Any, function: Any = None) -> Any:  # noqa: ARG002
+        """As what goes in; JAX cannot trace a function that is given."""
+        return keras.KerasTensor(x.shape, x.dtype)
+
     def call(self, x: Any, function: Any = None) -> Any:
         """Apply it."""
         return function(x)

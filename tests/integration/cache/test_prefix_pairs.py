@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,8 @@ if os.environ["KERAS_BACKEND"] == "torch":
     CHOSEN.append(("keras", "torch module in a wrapper"))
 if os.environ["KERAS_BACKEND"] == "tensorflow":
     CHOSEN.append(("keras", "vocabulary"))
+if os.environ["KERAS_BACKEND"] != "torch":
+    CHOSEN.append(("keras", "compiled function"))
 
 
 @pytest.mark.parametrize(("framework", "kind"), CHOSEN)
@@ -56,6 +59,15 @@ def test_a_number_counts_wherever_it_is_held(form: str, place: str) -> None:
     layers.rename()
     assert key(1.0).text != key(2.0).text
     assert key(1.0).text == key(1.0).text
+
+
+def test_features_of_a_model_whose_call_takes_no_phase(tmp_path: Path) -> None:
+    import prefix_pairs_keras as networks
+
+    prefix = networks._subclassed(networks.L.ReLU())
+    x = networks.x(prefix)
+    stored = prefix_pairs.stored(prefix, x, str(tmp_path))
+    assert prefix_pairs.difference(stored, networks.features(prefix, x)) < 1e-5
 
 
 @pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "torch", reason="a module of torch")

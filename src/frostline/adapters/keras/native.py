@@ -6,6 +6,7 @@ compiled function (TensorFlow, JAX) or the model itself (torch) is called on eac
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,8 +116,13 @@ def _traced(model: Any) -> Callable[[Any], Any]:
 def _jitted(model: Any) -> Callable[[Any], Any]:
     import jax
 
+    taken = inspect.signature(model.call).parameters.values()
+    named = any(each.name == "training" or each.kind is each.VAR_KEYWORD for each in taken)
+    # A model that takes no phase is asked for none: this calls its own `call`, unlike `model(x)`.
+    phase = {"training": False} if named else {}
+
     def step(trained: Any, others: Any, batch: Any) -> Any:
-        outputs, _ = model.stateless_call(trained, others, batch, training=False)
+        outputs, _ = model.stateless_call(trained, others, batch, **phase)
         return outputs
 
     compiled = jax.jit(step)

@@ -111,7 +111,14 @@ class _Reading:
             return [type(value).__name__]
         if keras.ops.is_tensor(value):
             return ["constant", *_bytes(value)]
-        library = is_library(type(value).__module__)
+        package = type(value).__module__.partition(".")[0]
+        if package in ("tensorflow", "jax", "jaxlib") and not isinstance(value, type):
+            compiled = getattr(value, "python_function", None) or getattr(
+                value, "__wrapped__", None
+            )
+            if compiled is not None:
+                return [type(value).__name__, reader.read(compiled)]
+        library = is_library(package)
         if library and not isinstance(value, type) and callable(getattr(value, "get_config", None)):
             return [type(value).__name__, reader.read(value.get_config())]
         if "torch" in sys.modules:
