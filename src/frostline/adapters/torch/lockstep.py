@@ -436,6 +436,17 @@ def _keeps_nothing(module: Any) -> bool:
     )
 
 
+def _without_finalizer(kind: type) -> type:
+    """The class, or where it has a ``__del__`` one of its kind that does without it.
+
+    What ``__del__`` releases, hooks for example, belongs to the object that was copied.
+    """
+    if not hasattr(kind, "__del__"):
+        return kind
+    members = {"__del__": lambda _: None, "__module__": kind.__module__}
+    return types.new_class(kind.__name__, (kind,), {}, lambda space: space.update(members))
+
+
 def replica(root: Any) -> Any:
     """A module with the same parameters and buffers, but with attributes of its own.
 
@@ -456,7 +467,7 @@ def replica(root: Any) -> Any:
         if isinstance(value, nn.Module) and _keeps_nothing(value):
             return value
         if isinstance(value, nn.Module) or id(value) in holders:
-            twin = made[id(value)] = object.__new__(type(value))
+            twin = made[id(value)] = object.__new__(_without_finalizer(type(value)))
             vars(twin).update({name: copied(item) for name, item in vars(value).items()})
             return twin
         if isinstance(value, types.MethodType):

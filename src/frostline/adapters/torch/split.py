@@ -27,6 +27,7 @@ from frostline.adapters.torch.samples import flat
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import Graph, Impurity, Node, before, notes, pure_nodes, require_frozen
 from frostline.types import Crossing, ModelError
+from frostline.types.reasons import first_line
 
 #: Modules that cost next to nothing beside a convolution: where that makes the frontier smaller,
 #: the suffix computes them again.
@@ -206,8 +207,15 @@ def _require_same(net: Network, prefix: Any, suffix: Any, trial: Trial) -> None:
     parts = [*net.root.modules(), *suffix.modules()]
     with untouched(net.root) as root, torch.no_grad(), phase(parts, None):
         whole = trial.called(root)
-        features = trial.called(prefix)
-        cut = suffix(*features) if isinstance(features, tuple) else suffix(features)
+        try:
+            features = trial.called(prefix)
+            cut = suffix(*features) if isinstance(features, tuple) else suffix(features)
+        except Exception as problem:  # whatever a model raises that misses what was cut away
+            raise ModelError(
+                f"the two parts fail where the model does not ({first_line(problem)}): something "
+                "passes between its modules beside their inputs and outputs. Cut elsewhere "
+                f"(at=...), or train with fl.cached. Received: {type(root).__name__}"
+            ) from problem
     for one, other in zip(flat(whole), flat(cut), strict=True):
         scale = float(one.double().abs().max()) if one.numel() else 0.0
         if one.shape != other.shape or not torch.allclose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,37 @@ def test_what_a_model_keeps_on_itself_stays_with_its_batch() -> None:
     fl.recalibrate(model, [(batch,) for batch in batches])
     assert_same(model, twin)
     assert model.kept is None  # the model itself was not run
+
+
+def test_the_end_of_a_copy_does_not_release_what_the_model_holds() -> None:
+    # As fastai's DynamicUnet, whose ``__del__`` removes the hooks that feed its decoder.
+    class Kept:
+        def __init__(self, module: Any) -> None:
+            self.handle, self.value = module.register_forward_hook(self.keep), None
+
+        def keep(self, _module: Any, _args: Any, output: Any) -> None:
+            self.value = output
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+            self.kept = [Kept(self.encoder)]
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Any) -> Any:
+            self.encoder(x)
+            return self.norm(self.kept[0].value)
+
+        def __del__(self) -> None:
+            self.kept[0].handle.remove()
+
+    model = Decoder()
+    x = torch.randn(32, 3) * 3 + 1
+    fl.recalibrate(model, [(x[:16],), (x[16:],)])
+    gc.collect()
+    assert len(model.encoder._forward_hooks) == 1
+    torch.testing.assert_close(model.norm.running_mean, model.encoder(x).mean(0))
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])

@@ -557,3 +557,28 @@ def test_a_model_without_a_graph_names_the_sample_that_would_help() -> None:
     fl.freeze(model, "head")
     with pytest.raises(ModelError, match=r"Or pass sample=.*Received: ByName"):
         fl.split(model)
+
+
+def test_what_modules_tell_each_other_beside_their_outputs_is_named() -> None:
+    # As the blocks of fastai, which hang a layer's input on its output.
+    class Hung(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), Reads()
+
+        def forward(self, x: Any) -> Any:
+            y = self.norm(self.first(x))
+            y.origin = x
+            return self.last(y)
+
+    class Reads(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+
+        def forward(self, x: Any) -> Any:
+            return super().forward(x + x.origin if hasattr(x, "shape") and x.dim() else x.origin)
+
+    model = Hung()
+    fl.freeze(model, until="last")
+    with pytest.raises(fl.FrostlineError, match="beside their inputs and outputs"):
+        fl.split(model, sample=torch.randn(4, 3))
