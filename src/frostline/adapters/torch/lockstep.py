@@ -436,7 +436,7 @@ def _keeps_nothing(module: Any) -> bool:
     )
 
 
-def _without_finalizer(kind: type) -> type:
+def _without_finalizer(kind: type[Any]) -> type[Any]:
     """The class, or where it has a ``__del__`` one of its kind that does without it.
 
     What ``__del__`` releases, hooks for example, belongs to the object that was copied.
@@ -467,7 +467,8 @@ def replica(root: Any) -> Any:
         if isinstance(value, nn.Module) and _keeps_nothing(value):
             return value
         if isinstance(value, nn.Module) or id(value) in holders:
-            twin = made[id(value)] = object.__new__(_without_finalizer(type(value)))
+            twin: Any = object.__new__(_without_finalizer(type(value)))
+            made[id(value)] = twin
             vars(twin).update({name: copied(item) for name, item in vars(value).items()})
             return twin
         if isinstance(value, types.MethodType):
