@@ -186,6 +186,9 @@ def test_evaluate_is_the_models_own_and_leaves_metrics_alone() -> None:
     seen = adapter_of(model).evaluate([(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])])
     assert same(before, state(model))
     assert model.test_function is step
+    # Keras on JAX knows the losses of layers by id() and keeps the ids of an earlier trace: where a
+    # new loss happens to get one of them, its own evaluate leaves that loss out.
+    model._clear_losses()
     wanted = model.evaluate(X, Y, batch_size=4, verbose=0, return_dict=True)
     assert seen == pytest.approx(wanted, rel=1e-5)
 
