@@ -388,6 +388,28 @@ def numbers(draw: random.Random) -> tuple[float, float]:
     return one, one * draw.choice([0.5, 0.7, 1.5, 2.0])
 
 
+def pair(model: Callable[[float], Any]) -> Way:
+    """A model of a number: two numbers."""
+
+    def way(draw: random.Random) -> Make:
+        both = numbers(draw)
+        return lambda which: model(both[which])
+
+    return way
+
+
+def in_chain(
+    chain: Callable[[random.Random], Callable[[Any], Any]], part: Callable[[float], Any]
+) -> Way:
+    """A part that is made of a number, in a prefix of one of the kinds that ``chain`` draws."""
+
+    def way(draw: random.Random) -> Make:
+        both, model = numbers(draw), chain(draw)
+        return lambda which: model(lambda: part(both[which]))
+
+    return way
+
+
 def held(base: type, chain: Callable[[random.Random], Callable[[Any], Any]]) -> Way:
     """A number in one form at one place, in a layer of class ``base``."""
 

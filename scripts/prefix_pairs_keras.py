@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers as L, ops  # noqa: N812
-from prefix_pairs import Augmented, Make, Way, held, numbers, settings
+from prefix_pairs import Augmented, Way, held, in_chain, pair, settings
 
 import frostline as fl
 
@@ -112,20 +112,9 @@ def after(*parts: Any) -> Any:
 # --- what can be changed --------------------------------------------------------------------------
 
 
-def _pair(model: Callable[[float], Any]) -> Way:
-    def way(draw: random.Random) -> Make:
-        both = numbers(draw)
-        return lambda which: model(both[which])
-
-    return way
-
-
 def _in_chain(part: Callable[[float], Any]) -> Way:
-    def way(draw: random.Random) -> Make:
-        both, model = numbers(draw), chain(draw)
-        return lambda which: model(lambda: part(both[which]))
-
-    return way
+    """A part that is made of a number, in one of the ways of :func:`chain`."""
+    return in_chain(chain, part)
 
 
 def _function(k: float) -> Callable[[Any], Any]:
@@ -373,50 +362,50 @@ def ways() -> dict[str, Way]:
         "name that is read": settings(lambda n: after(Named(name=n)), n=["relu", "tanh"]),
         "flag that is read": settings(_flag, flag=[True, False]),
         "permutation": settings(lambda d: after(L.Permute(d)), d=[(1, 2, 3), (2, 1, 3)]),
-        "operation on a constant": _pair(lambda k: after(lambda t: t * k)),
-        "operation on an array": _pair(lambda k: after(lambda t: t + np.full(4, k, np.float32))),
-        "clip": _pair(lambda k: after(lambda t: ops.clip(t, -0.2 * k, 0.2 * k))),
-        "operation of a user": _pair(lambda k: after(Power(k))),
-        "function in ops.map": _pair(lambda k: after(lambda t: ops.map(_function(k), t))),
-        "function in ops.vectorized_map": _pair(
+        "operation on a constant": pair(lambda k: after(lambda t: t * k)),
+        "operation on an array": pair(lambda k: after(lambda t: t + np.full(4, k, np.float32))),
+        "clip": pair(lambda k: after(lambda t: ops.clip(t, -0.2 * k, 0.2 * k))),
+        "operation of a user": pair(lambda k: after(Power(k))),
+        "function in ops.map": pair(lambda k: after(lambda t: ops.map(_function(k), t))),
+        "function in ops.vectorized_map": pair(
             lambda k: after(lambda t: ops.vectorized_map(_function(k), t))
         ),
-        "function as an argument": _pair(
+        "function as an argument": pair(
             lambda k: after(lambda t: Called()(t, function=_function(k)))
         ),
-        "object as an argument": _pair(lambda k: after(lambda t: Called()(t, function=Scale(k)))),
+        "object as an argument": pair(lambda k: after(lambda t: Called()(t, function=Scale(k)))),
         "body of a lambda": settings(_lambda, number=[0, 1, 2]),
-        "closure of a lambda": _pair(lambda k: after(L.Lambda(_function(k)))),
-        "object in a lambda": _pair(lambda k: after(L.Lambda(Scale(k)))),
-        "polynomial in a lambda": _pair(lambda k: _of_library(np.poly1d([k, 0.1]))),
-        "arguments of a lambda": _pair(
+        "closure of a lambda": pair(lambda k: after(L.Lambda(_function(k)))),
+        "object in a lambda": pair(lambda k: after(L.Lambda(Scale(k)))),
+        "polynomial in a lambda": pair(lambda k: _of_library(np.poly1d([k, 0.1]))),
+        "arguments of a lambda": pair(
             lambda k: after(L.Lambda(lambda t, by: t * by, arguments={"by": k}))
         ),
-        "function in an activation": _pair(lambda k: after(L.Activation(_function(k)))),
-        "object in an activation": _pair(lambda k: after(L.Activation(Scale(k)))),
-        "function in a dense layer": _pair(lambda k: _dense(activation=_function(k))),
-        "cell of a user": _pair(_cells),
-        "function in TimeDistributed": _pair(
+        "function in an activation": pair(lambda k: after(L.Activation(_function(k)))),
+        "object in an activation": pair(lambda k: after(L.Activation(Scale(k)))),
+        "function in a dense layer": pair(lambda k: _dense(activation=_function(k))),
+        "cell of a user": pair(_cells),
+        "function in TimeDistributed": pair(
             lambda k: after(L.TimeDistributed(L.Lambda(_function(k))))
         ),
-        "replaced method of a stock layer": _pair(_patched),
+        "replaced method of a stock layer": pair(_patched),
         "weight": _in_chain(lambda k: Weighted(k, tracked=True)),
         "variable that is not tracked": _in_chain(lambda k: Weighted(k, tracked=False)),
         "tensor": _in_chain(Constant),
-        "rescaling": _pair(lambda k: after(L.Rescaling(k))),
-        "mean of Normalization": _pair(lambda k: after(L.Normalization(mean=k, variance=1.0))),
-        "quantized": _pair(_quantized),
-        "augmentation": _pair(lambda k: Augmented(after(ops.relu), lambda t, _: t * np.float32(k))),
-        "global of an installed package": _pair(_of_package),
+        "rescaling": pair(lambda k: after(L.Rescaling(k))),
+        "mean of Normalization": pair(lambda k: after(L.Normalization(mean=k, variance=1.0))),
+        "quantized": pair(_quantized),
+        "augmentation": pair(lambda k: Augmented(after(ops.relu), lambda t, _: t * np.float32(k))),
+        "global of an installed package": pair(_of_package),
     }
     for field in ("gamma", "beta", "moving_mean", "moving_variance"):
-        kinds[f"{field} of BN"] = _pair(_bn(field))
+        kinds[f"{field} of BN"] = pair(_bn(field))
     if keras.backend.backend() == "torch":
-        kinds["torch module in a wrapper"] = _pair(_wrapped)
+        kinds["torch module in a wrapper"] = pair(_wrapped)
     if keras.backend.backend() == "jax":
-        kinds["compiled function"] = _pair(lambda k: after(L.Activation(_jitted(k))))
+        kinds["compiled function"] = pair(lambda k: after(L.Activation(_jitted(k))))
     if keras.backend.backend() == "tensorflow":
-        kinds["compiled function"] = _pair(lambda k: after(L.Activation(_traced(k))))
+        kinds["compiled function"] = pair(lambda k: after(L.Activation(_traced(k))))
         kinds["vocabulary"] = settings(_vocabulary, way=[0, 1])
     return kinds
 

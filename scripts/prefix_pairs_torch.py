@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from prefix_pairs import Augmented, Make, Way, held, numbers, settings
+from prefix_pairs import Augmented, Way, held, in_chain, pair, settings
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -77,24 +77,9 @@ def after(*parts: Any) -> Any:
 # --- what can be changed --------------------------------------------------------------------------
 
 
-def _pair(model: Callable[[float], Any]) -> Way:
-    """A model of a number: two numbers."""
-
-    def way(draw: random.Random) -> Make:
-        both = numbers(draw)
-        return lambda which: model(both[which])
-
-    return way
-
-
 def _in_chain(part: Callable[[float], Any]) -> Way:
-    """A part that is made of a number, in one of three kinds of prefix."""
-
-    def way(draw: random.Random) -> Make:
-        both, model = numbers(draw), chain(draw)
-        return lambda which: model(lambda: part(both[which]))
-
-    return way
+    """A part that is made of a number, in one of the ways of :func:`chain`."""
+    return in_chain(chain, part)
 
 
 class Buffered(nn.Module):  # type: ignore[misc]
@@ -373,7 +358,7 @@ def ways() -> dict[str, Way]:
         "dtype of a cast": settings(_cast, dtype=[torch.float16, torch.bfloat16, torch.int8]),
     }
     for name in ("running_mean", "running_var", "weight", "bias"):
-        kinds[f"{name} of BN"] = _pair(_statistics(name))
+        kinds[f"{name} of BN"] = pair(_statistics(name))
     for place in ("hook", "hook with keywords", "pre-hook", "method of an object", "forward"):
         for deep in (False, True):
             kinds[f"{place}, {'inside' if deep else 'on the part'}"] = _in_chain(
@@ -398,23 +383,23 @@ def ways() -> dict[str, Way]:
                 torch.tensor([k, 2 * k], dtype=torch.bfloat16)[1:], lambda t: t.float()
             )
         ),
-        "tensor of a user's class": _pair(lambda k: after(_scaled(k))),
+        "tensor of a user's class": pair(lambda k: after(_scaled(k))),
         "module that is no child": _in_chain(lambda k: Tensor([Times(k)], lambda m: m[0](1.0))),
-        "parametrization": _pair(_parametrized),
-        "weight norm, old": _pair(_normed(nn.utils.weight_norm)),
-        "weight norm": _pair(_normed(nn.utils.parametrizations.weight_norm)),
-        "function with a gradient": _pair(lambda k: after(_custom_function(k))),
-        "vmap": _pair(lambda k: after(Acts(torch.vmap(lambda t: t * k)))),
-        "traced by fx": _pair(_fx),
-        "quantized": _pair(_dynamic),
-        "TorchScript": _pair(
+        "parametrization": pair(_parametrized),
+        "weight norm, old": pair(_normed(nn.utils.weight_norm)),
+        "weight norm": pair(_normed(nn.utils.parametrizations.weight_norm)),
+        "function with a gradient": pair(lambda k: after(_custom_function(k))),
+        "vmap": pair(lambda k: after(Acts(torch.vmap(lambda t: t * k)))),
+        "traced by fx": pair(_fx),
+        "quantized": pair(_dynamic),
+        "TorchScript": pair(
             lambda k: torch.jit.trace(after(Times(k)).eval(), torch.from_numpy(x(None)))
         ),
-        "compiled function": _pair(
+        "compiled function": pair(
             lambda k: after(Acts(torch.compile(lambda t: t * k, backend="eager")))
         ),
-        "augmentation": _pair(_augmented),
-        "global of an installed package": _pair(_of_package),
+        "augmentation": pair(_augmented),
+        "global of an installed package": pair(_of_package),
     }
     return kinds
 
