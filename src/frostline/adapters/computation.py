@@ -213,7 +213,7 @@ class Reader:
             if name in handed_on or known.keys().isdisjoint(named):
                 return hashed(*self._module(value))
             used = sorted(known.keys() & named)
-            own = (part for each in used for part in (each, self._used(each, known[each], names)))
+            own = (part for key in used for part in (key, self._used(key, known[key], names)))
             return hashed("module", *own)
         finally:
             self._open.pop()

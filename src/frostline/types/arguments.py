@@ -33,7 +33,7 @@ def checked(function: Function) -> Function:
         DataError: It names the argument, what it may be, and what was received.
     """
     signature = inspect.signature(function)
-    defaults = {name: each.default for name, each in signature.parameters.items()}
+    defaults = {name: known.default for name, known in signature.parameters.items()}
     doors = {name: _DOORS[name] for name in defaults if name in _DOORS}
 
     @functools.wraps(function)
@@ -141,7 +141,7 @@ def _names(value: Any) -> str | None:
     # An iterator would be used up by a look.
     listed = isinstance(value, Iterable) and not hasattr(value, "__next__")
     try:
-        return None if listed and all(isinstance(each, str) for each in value) else words
+        return None if listed and all(isinstance(word, str) for word in value) else words
     except Exception:
         return words
 
@@ -163,7 +163,7 @@ def _options(value: Any) -> str | None:
 
 
 def _metrics(value: Any) -> str | None:
-    sound = isinstance(value, Mapping) and all(callable(each) for each in value.values())
+    sound = isinstance(value, Mapping) and all(callable(metric) for metric in value.values())
     return None if sound else "a mapping: name -> function of labels and outputs"
 
 
@@ -171,7 +171,7 @@ def _weights(value: Any) -> str | None:
     words = "a number for each of the models"
     listed = isinstance(value, Sequence) or _is_array(value)
     try:
-        return None if listed and all(_number(each) for each in value) else words
+        return None if listed and all(_number(weight) for weight in value) else words
     except Exception:
         return words
 

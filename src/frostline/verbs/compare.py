@@ -312,7 +312,7 @@ class _Contest:
         """Rank what was trained."""
         stopped = {e.treatment.name: e.stopped for e in self.entries if e.stopped is not None}
         values = {e.treatment.name: e.values() for e in self.entries}
-        full = {name: measured for name, measured in values.items() if name not in stopped}
+        full = {name: scores for name, scores in values.items() if name not in stopped}
         found = ranking.standing(full, higher=self.higher, level=_LEVEL)
         best = next(e for e in self.entries if e.treatment.name == found.order[0])
         leads = dict(found.leads)

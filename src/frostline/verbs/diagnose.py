@@ -240,13 +240,13 @@ def _checked(
     """What rules say, as fields of a report."""
     chosen = rules.select(select, ignore)
     findings, skipped = rules.check(known, chosen, measurement=measured, options=options)
-    left_out = {probe.code for probe in skipped}
+    left_out = {rule.code for rule in skipped}
     skipped += rules.ignored(select, ignore)
     return {
         "findings": findings,
-        "sites": tuple(handle.site for handle in known),
+        "sites": tuple(fact.site for fact in known),
         "rules": tuple(rule.code for rule in chosen if rule.code not in left_out),
-        "skipped": tuple(sorted(skipped, key=lambda each: each.code)),
+        "skipped": tuple(sorted(skipped, key=lambda rule: rule.code)),
     }
 
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.arrays import to_numpy
+from frostline.adapters.keras.calls import takes_training
 from frostline.adapters.keras.compile import without_gradients
 from frostline.types import Array
 
@@ -117,7 +118,7 @@ def _jitted(model: Any) -> Callable[[Any], Any]:
     import jax
 
     taken = inspect.signature(model.call).parameters.values()
-    named = any(each.name == "training" or each.kind is each.VAR_KEYWORD for each in taken)
+    named = takes_training(model) or any(place.kind is place.VAR_KEYWORD for place in taken)
     # A model that takes no phase is asked for none: this calls its own `call`, unlike `model(x)`.
     phase = {"training": False} if named else {}
 

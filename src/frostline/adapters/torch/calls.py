@@ -415,11 +415,9 @@ def _uncompiled() -> Iterator[None]:
     # Before torch 2.6: what a compiled call switches on stays off.
     frames = sys.modules["torch._dynamo.eval_frame"]
     switch = vars(frames)["set_eval_frame"]
-    vars(frames)["set_eval_frame"] = lambda _: None
-    try:
+    with taken_back(lambda: vars(frames).update(set_eval_frame=switch)):
+        vars(frames)["set_eval_frame"] = lambda _: None
         yield
-    finally:
-        vars(frames)["set_eval_frame"] = switch
 
 
 def stored(module: Any, path: str) -> tuple[Any, Any] | None:

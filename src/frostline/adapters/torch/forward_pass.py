@@ -256,14 +256,16 @@ def frozen_parameters_kept(model: Any) -> Iterator[None]:
         for tensor in unwrapped(model).parameters()
         if not tensor.requires_grad
     ]
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         for tensor, data, value in kept:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
             if not same_values(data, value):
                 data.copy_(value)
+
+    with taken_back(back):
+        yield
 
 
 def _counter(tensor: Any) -> Any:
@@ -381,7 +383,7 @@ def _calls_dropout(kind: Any) -> bool:
         value = known.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before is not None:
             value = getattr(before, str(step.argval), None)
-        if any(value is module for module in SWITCHED):
+        if any(value is function for function in SWITCHED):
             return True
         before = value if any(value is module for module in (torch, nn, nn.functional)) else None
     return False

@@ -197,7 +197,7 @@ def population(
         if turn == MAX_PASSES and max(moved.values(), default=0) > TOLERANCE:
             notes = (unsettled(moved),)
             break
-        if all(shift <= TOLERANCE for shift in moved.values()):
+        if all(distance <= TOLERANCE for distance in moved.values()):
             break
         fixed = found
     return Population(

@@ -50,7 +50,7 @@ def identity(module: Any) -> Identity:
     hooks = [
         getattr(nn.modules.module, f"_global_forward_{name}") for name in ("hooks", "pre_hooks")
     ]
-    return identity_of([unwrapped(module), *(list(hook.values()) for hook in hooks)], leaf)
+    return identity_of([unwrapped(module), *(list(known.values()) for known in hooks)], leaf)
 
 
 #: Of any module: the same.

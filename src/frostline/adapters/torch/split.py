@@ -142,7 +142,7 @@ def _nodes(net: Network, model: Any, constant: frozenset[Any]) -> Graph:
     return Graph(
         nodes=(*both, *rest),
         inputs=net.inputs,
-        outputs=tuple(mine.get(n, n) for read in returned for n in read.all_input_nodes),
+        outputs=tuple(mine.get(n, n) for node in returned for n in node.all_input_nodes),
         word="module",
         received=type(net.root).__name__,
         trains=any(_trains(net, node.call) for node in (*both, *rest)),
