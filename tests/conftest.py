@@ -30,16 +30,20 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 
 
 SLOW = Path(__file__).parent / "slow"
+UNIT = Path(__file__).parent / "unit"
 #: Seconds that a test outside of ``tests/slow`` may take before the summary names it.
 LONG = 2.0
 _durations: dict[str, float] = {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what lies in ``tests/slow``."""
+    """Mark what lies in ``tests/slow``, and in ``tests/unit``, which loads no framework."""
     for item in items:
         if SLOW in item.path.parents:
             item.add_marker(pytest.mark.slow)
+        if UNIT in item.path.parents:
+            item.add_marker(pytest.mark.once)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

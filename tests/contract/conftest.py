@@ -280,7 +280,7 @@ def framework(request: pytest.FixtureRequest) -> Any:
     return FRAMEWORKS[request.param]()
 
 
-@pytest.fixture(params=["fake", *FRAMEWORKS])
+@pytest.fixture(params=[pytest.param("fake", marks=pytest.mark.once), *FRAMEWORKS])
 def network(request: pytest.FixtureRequest) -> Any:
     """A network with two sites in each framework and in numpy, and what it computes by itself."""
     if request.param == "torch" and os.environ["KERAS_BACKEND"] != "torch":

@@ -11,6 +11,8 @@ import pytest
 
 import frostline
 
+pytestmark = pytest.mark.once
+
 
 def test_all_is_the_sorted_list_of_exports() -> None:
     assert frostline.__all__ == sorted([*frostline._EXPORTS, "__version__"])

@@ -107,14 +107,14 @@ class TestSummary:
 
 class TestSelectedBackends:
     def test_all_by_default(self) -> None:
-        assert run_tests.selected_backends({}) == ("tensorflow", "jax", "torch")
+        assert run_tests.selected_backends({}) == ("torch", "tensorflow", "jax")
 
     def test_named_ones_in_their_order_and_once(self) -> None:
         selected = run_tests.selected_backends({"FROSTLINE_TEST_BACKENDS": "torch, jax,torch"})
         assert selected == ("torch", "jax")
 
     def test_unknown_one_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"tensorflow, jax, torch.*Received: theano"):
+        with pytest.raises(ValueError, match=r"torch, tensorflow, jax.*Received: theano"):
             run_tests.selected_backends({"FROSTLINE_TEST_BACKENDS": "jax,theano"})
 
 

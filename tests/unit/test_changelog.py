@@ -10,8 +10,6 @@ import pytest
 
 import frostline
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[2]
 ENTRY = re.compile(r"^## \[(?P<version>[^\]]+)\] - (?P<date>\S+)$", re.MULTILINE)
 

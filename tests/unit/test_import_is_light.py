@@ -10,10 +10,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.once
-
 FRAMEWORKS = {"keras", "tensorflow", "torch", "jax", "ray"}
 SLOW = {"scipy", "sklearn", "matplotlib", "rich", "typer", "jinja2", "pyarrow", "PIL", "filelock"}
 

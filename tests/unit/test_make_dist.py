@@ -7,10 +7,7 @@ import tomllib
 from pathlib import Path
 
 import make_dist
-import pytest
 import version_matrix
-
-pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 DATED = "# Changelog\n\n## [0.2.0] - 2027-01-05\n\n## [0.1.0] - 2026-12-01\n"

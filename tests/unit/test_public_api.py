@@ -10,8 +10,6 @@ from public_api import surface
 
 LISTED = Path(__file__).parent / "public_api.json"
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def now():

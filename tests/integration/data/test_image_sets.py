@@ -20,6 +20,7 @@ PIL_Image = pytest.importorskip("PIL.Image")
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.once
 
 CIFAR = Path(__file__).parents[3].parent / "shared" / "data"
 needs_cifar = pytest.mark.skipif(

@@ -27,8 +27,6 @@ from frostline.cache import (
 from frostline.cache.progress import Progress, in_bytes
 from frostline.types import DataError, ModelError, OutputError
 
-pytestmark = pytest.mark.once
-
 #: Samples that are computed again to compare them where features are reused.
 JUDGED = judge.AT_FIRST + judge.FROM_ALL
 

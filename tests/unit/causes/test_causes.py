@@ -26,8 +26,6 @@ from frostline.causes.case import Case
 from frostline.types.facts import LayerFacts, ModelFacts, Vocabulary
 from frostline.types.measured import BN_CAUSES, Cause, Difference, InputMoments, SweepPoint
 
-pytestmark = pytest.mark.once
-
 GAP = {
     "inference": (1.0, 0.7),
     "training": (0.1, 0.97),

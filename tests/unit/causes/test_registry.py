@@ -10,8 +10,6 @@ from frostline.causes.registry import all_causes, cause, treated_by
 from frostline.remedies.registry import all_repairs, remedy, verb_of
 from frostline.types.codes import BN_CAUSES, OTHER_CAUSES, CauseCode, Fix, probe_name
 
-pytestmark = pytest.mark.once
-
 
 def test_every_code_has_one_explanation_and_every_treatment_one_repair() -> None:
     entries = all_causes()

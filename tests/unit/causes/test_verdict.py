@@ -11,8 +11,6 @@ import pytest
 from frostline.causes import verdict as verdicts
 from frostline.types.measured import Cause, Gap, Interval, Measurement, Probe, Remedy
 
-pytestmark = pytest.mark.once
-
 
 def measured(
     low: float = -1.2, high: float = -0.8, samples: int = 400, broken: int = 0

@@ -20,8 +20,6 @@ from frostline.data.batches import (
 from frostline.measure.samples import draw, rebatched
 from frostline.types import DataError
 
-pytestmark = pytest.mark.once
-
 X = np.arange(36, dtype=np.float32).reshape(12, 3)
 Y = np.arange(12) % 3
 

@@ -11,8 +11,6 @@ from frostline.experiments import run
 from frostline.experiments.results import Result
 from frostline.experiments.settings import Settings
 
-pytestmark = pytest.mark.once
-
 
 class Tells(run.Silent):
     """Writes down what it is told."""

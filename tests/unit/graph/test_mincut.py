@@ -6,14 +6,11 @@ import itertools
 
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 from hypothesis import given
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from frostline.graph.mincut import later_cut
-
-pytestmark = pytest.mark.once
 
 GRAPHS = st.lists(
     st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=24

@@ -13,8 +13,6 @@ from frostline.measure import Bench, draw
 from frostline.measure.samples import size_near
 from frostline.types import DataError, ModelError
 
-pytestmark = pytest.mark.once
-
 
 def bench(view: FakeView, n: int = 200, batch_size: int = 25, **how: Any) -> Bench:
     samples = draw(data(n, **how), max_samples=n, batch_size=batch_size)

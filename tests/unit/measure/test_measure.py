@@ -16,8 +16,6 @@ from frostline.measure.shares import part_for
 from frostline.types import DataError, ModelError
 from frostline.types.measured import Measurement
 
-pytestmark = pytest.mark.once
-
 
 def measured(view: FakeView, given: Any = None, **how: Any) -> Measurement:
     how = {"batch_size": 25, **how}

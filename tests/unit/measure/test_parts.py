@@ -15,9 +15,6 @@ from frostline.measure.history import parse
 from frostline.numerics.attribution import path_integral
 from frostline.types import DataError
 
-pytestmark = pytest.mark.once
-
-
 WANTED = {"loss": (2.0, 1.0), "val_loss": (3.0, 2.5)}
 
 

@@ -13,8 +13,6 @@ from frostline.numerics import attribution
 from frostline.numerics.attribution import path_integral
 from frostline.types import DataError
 
-pytestmark = pytest.mark.once
-
 
 def test_a_product_is_split_by_its_exponents() -> None:
     # L = λ₁³ λ₂ λ₃²: ∂L/∂λᵢ along the diagonal is kᵢ t⁵, the shares are kᵢ / 6.

@@ -9,8 +9,6 @@ from hypothesis import given, settings, strategies as st
 from frostline.numerics.mixture import mixture, shares
 from frostline.types import DataError
 
-pytestmark = pytest.mark.once
-
 
 @settings(deadline=None, max_examples=50)
 @given(

@@ -16,8 +16,6 @@ from frostline.remedies import remedies
 from frostline.types import ModelError
 from frostline.types.measured import Cause, Difference, Measurement, Probe, Remedy
 
-pytestmark = pytest.mark.once
-
 BAD = {"inference": (1.0, 0.7), "training blend": (0.1, 0.97), "batch": (0.1, 0.97)}
 FROZEN = {"params_frozen": True, "stats_frozen": True}
 

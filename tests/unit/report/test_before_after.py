@@ -14,8 +14,6 @@ from frostline.cli.options import Format
 from frostline.report import before_after
 from frostline.types import DataError
 
-pytestmark = pytest.mark.once
-
 
 def test_a_report_and_itself() -> None:
     report = samples.EVERY["lite0"]()

@@ -7,7 +7,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 import sample_reports as samples
 from hypothesis import given, settings, strategies as st
 
@@ -16,8 +15,6 @@ from frostline.report import escaping, github, html, phases, terminal, text
 from frostline.report.sites import Sites
 from frostline.types import PhaseRow, PhaseTable, Skipped
 from frostline.types.report import Report
-
-pytestmark = pytest.mark.once
 
 #: What a careless renderer obeys: escape sequences, bells, line ends, marks of direction, markup.
 PIECES = st.sampled_from(

@@ -20,8 +20,6 @@ from matplotlib import colors
 from frostline.report import figures, html, palette, vector, wording
 from frostline.types import OutputError
 
-pytestmark = pytest.mark.once
-
 VOID = {"meta", "link", "br"}
 
 

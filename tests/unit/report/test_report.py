@@ -14,8 +14,6 @@ from frostline.report import github, schema, terminal, text
 from frostline.types import DataError, Finding, OutputError, Site, Skipped
 from frostline.types.report import Report
 
-pytestmark = pytest.mark.once
-
 
 def finding(code: str = "FL101", **changes: Any) -> Finding:
     facts: dict[str, Any] = {

@@ -30,8 +30,6 @@ from frostline.types.measured import (
 )
 from frostline.types.report import Report
 
-pytestmark = pytest.mark.once
-
 WORDS = ("NaN", "Infinity", "-Infinity")
 NUMBERS = st.floats()
 NAMES = st.text(max_size=8)

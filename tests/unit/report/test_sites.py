@@ -9,8 +9,6 @@ import pytest
 from frostline.report.sites import Sites
 from frostline.types import Site
 
-pytestmark = pytest.mark.once
-
 SITE = Site(path="a", name="a", kind="BatchNormalization", index=0, channels=3, axis=-1, decay=0.9,
             epsilon=1e-3, params_frozen=True, stats_frozen=True, policy="inference")  # fmt: skip
 PAIR = (SITE, replace(SITE, path="<b>", index=1, params_frozen=False, stats_frozen=False))

@@ -9,8 +9,6 @@ import sample_reports as samples
 
 from frostline.report import github, terminal, text
 
-pytestmark = pytest.mark.once
-
 
 def test_order_and_numbers() -> None:
     shown = str(samples.lite0())

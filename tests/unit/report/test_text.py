@@ -10,8 +10,6 @@ import pytest
 from frostline.report import phases, sites, text
 from frostline.types import PhaseRow, PhaseTable, Site
 
-pytestmark = pytest.mark.once
-
 
 def site(index: int, **changes: Any) -> Site:
     facts: dict[str, Any] = {

@@ -21,8 +21,6 @@ from frostline.types.measured import (
     SiteMeasurement,
 )
 
-pytestmark = pytest.mark.once
-
 MEAN, VARIANCE = np.array([0.5, -1.0, 2.0, 0.2]), np.array([1.0, 4.0, 0.25, 2.0])
 
 

@@ -19,8 +19,6 @@ from frostline.types import FrostlineError, Site
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.types.measured import Measurement
 
-pytestmark = pytest.mark.once
-
 HEADINGS = (
     "What it does",
     "Why is this bad?",
