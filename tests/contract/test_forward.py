@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import DataError
 
 Y = np.arange(8) % 4

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.measure.recalibration import recalibrated
 
 RNG = np.random.default_rng(1)

@@ -20,7 +20,7 @@ from frostline.adapters import adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.data import image_sets
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.experiments import backbones
 from frostline.measure.recalibration import recalibrated
 from frostline.numerics.attribution import path_integral

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from frostline.adapters.together import ALONE, Together
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
 from frostline.types import (
@@ -222,7 +223,7 @@ class SplitModel:
 class Forward(Protocol):
     """Forward passes with λ and the stored statistics as arguments; the model never changes.
 
-    ``batch`` is a :class:`frostline.data.batches.Batch`.
+    ``batch`` is a :class:`frostline.data.batch.Batch`.
     """
 
     @property

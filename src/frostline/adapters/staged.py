@@ -17,7 +17,7 @@ import numpy as np
 from frostline.adapters.protocol import Population, Source, StagedMeter
 from frostline.adapters.spool import Spool, Workspace
 from frostline.adapters.together import ALONE, Together
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.graph.schedule import Program
 from frostline.numerics.stats import Moments
 from frostline.types import Array

@@ -29,7 +29,9 @@ from frostline.cache.lookup import Lookup
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Shard, Tensor
 from frostline.cache.through import Through, start as start_through
-from frostline.data.batches import Batch, batches, is_reiterable, leaves, require_reiterable
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
+from frostline.data.batches import batches, is_reiterable, require_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.arguments import checked
 from frostline.types.reasons import first_line
@@ -525,7 +527,7 @@ def _full(x: Any, size: int) -> Any:
 
 
 def _map_rows(x: Any, rows: Array) -> Any:
-    from frostline.data.batches import map_leaves
+    from frostline.data.arrays import map_leaves
 
     return map_leaves(lambda leaf: np.asarray(leaf)[rows], x)
 

@@ -25,7 +25,7 @@ from frostline.cache.files import (
 from frostline.cache.judge import Judge
 from frostline.cache.progress import Progress, in_bytes
 from frostline.cache.shards import Collection, Shard
-from frostline.data.batches import leaves, map_leaves
+from frostline.data.arrays import leaves, map_leaves
 from frostline.types import Array, DataError, OutputError
 
 #: ``run(x, digests)``: features of one full batch; the digests seed an augmentation.

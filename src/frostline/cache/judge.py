@@ -15,7 +15,7 @@ from frostline import engines
 from frostline.adapters import prefix as prefixes
 from frostline.cache import shards
 from frostline.cache.shards import Collection, Shard
-from frostline.data.batches import map_leaves
+from frostline.data.arrays import map_leaves
 from frostline.types import Array
 
 #: Samples compared when the first stored ones are met, and drawn from all that follow.
@@ -184,7 +184,7 @@ def _row(x: Any, number: int) -> Any:
 
 
 def _joined(rows: Sequence[Any]) -> Any:
-    from frostline.data.batches import leaves
+    from frostline.data.arrays import leaves
 
     columns = zip(*([leaf for _, leaf in leaves(row)] for row in rows), strict=True)
     whole = iter([np.concatenate(column) for column in columns])

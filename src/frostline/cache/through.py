@@ -9,7 +9,7 @@ from typing import Any
 from frostline import engines
 from frostline.adapters import prefix as prefixes
 from frostline.cache.features import FeatureCache
-from frostline.data.batches import map_leaves
+from frostline.data.arrays import map_leaves
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, DataError, ModelError
 

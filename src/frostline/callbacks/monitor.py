@@ -10,7 +10,8 @@ import keras
 from frostline.adapters import Forward, adapter_of
 from frostline.adapters.keras import graph as keras_graph
 from frostline.callbacks.sites import keras_sites
-from frostline.data.batches import Batch, batches, paired
+from frostline.data.batch import Batch
+from frostline.data.batches import batches, paired
 from frostline.measure.phases import require_one
 from frostline.types import ModelError
 from frostline.verbs.monitor import bn_numbers

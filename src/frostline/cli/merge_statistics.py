@@ -71,7 +71,7 @@ def _differing(states: list[Any], merged: Any) -> tuple[str, ...]:
     """Names of what is no statistic and not the same in all states."""
     import numpy as np
 
-    from frostline.data.batches import to_numpy
+    from frostline.data.arrays import to_numpy
 
     def same(name: str) -> bool:
         first = to_numpy(states[0][name])

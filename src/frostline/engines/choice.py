@@ -11,7 +11,7 @@ from typing import Any
 
 from frostline import engines
 from frostline.adapters import prefix as prefixes
-from frostline.data.batches import map_leaves
+from frostline.data.arrays import map_leaves
 from frostline.engines.registry import ENGINES, Engine, Run
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, BackendError, FrostlineError, ModelError

@@ -12,7 +12,8 @@ import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.graph.selection import GROUPS
 from frostline.measure.phases import infer_task, judge
 from frostline.measure.recalibration import FiniteBatches, measured

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Array
 from frostline.types.measured import InputMoments

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.batches import Batch, take
+from frostline.data.batch import Batch, take
 from frostline.measure.bench import Bench, Statistics
 from frostline.numerics import stats
 from frostline.numerics.stats import Moments

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters import Adapter, Outcome
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse

@@ -10,16 +10,9 @@ import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
 from frostline.adapters.together import ALONE, Together
-from frostline.data.batches import (
-    Batch,
-    NoSamplesError,
-    batches,
-    failure,
-    is_reiterable,
-    leaves,
-    left_out,
-    paired,
-)
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch, NoSamplesError, failure, left_out
+from frostline.data.batches import batches, is_reiterable, paired
 from frostline.measure.ranks import as_rank_0, joined_shares
 from frostline.numerics import stats
 from frostline.types import (

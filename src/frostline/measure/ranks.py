@@ -12,7 +12,8 @@ import numpy as np
 
 from frostline.adapters import Adapter
 from frostline.adapters.together import Together
-from frostline.data.batches import Batch, NoSamplesError, batches
+from frostline.data.batch import Batch, NoSamplesError
+from frostline.data.batches import batches
 from frostline.measure.samples import draw
 from frostline.numerics.stats import mean_shift
 from frostline.types import DataError

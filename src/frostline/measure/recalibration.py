@@ -16,13 +16,9 @@ import numpy as np
 from frostline.adapters import Adapter, Meter, Population
 from frostline.adapters.together import ALONE, Together
 from frostline.atomic import to_its_end
-from frostline.data.batches import (
-    Batch,
-    NoSamplesError,
-    batches,
-    leaves,
-    require_reiterable,
-)
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch, NoSamplesError
+from frostline.data.batches import batches, require_reiterable
 from frostline.graph.selection import GROUPS, select
 from frostline.types import Array, DataError, ModelError
 from frostline.types.reasons import first_line

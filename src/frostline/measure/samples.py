@@ -14,17 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from frostline.data.batches import (
-    Batch,
-    Collation,
-    batches,
-    collation_of,
-    joined,
-    leaves,
-    left_out,
-    paired,
-    take,
-)
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch, joined, left_out, take
+from frostline.data.batches import Collation, batches, collation_of, paired
 from frostline.types import Array, DataError
 
 #: A stream is read up to so many times the samples that are wanted: a generator may never end.

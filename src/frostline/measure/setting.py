@@ -10,7 +10,8 @@ import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, failure, leaves, take
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch, failure, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import (
     class_labels,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import Samples
 from frostline.numerics.attribution import MAX_NODES, path_integral

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from frostline.adapters import Outcome
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import rebatched
 from frostline.numerics.compare import relative_difference

@@ -281,6 +281,6 @@ def plain_errors() -> Iterator[None]:
 
 def rows(value: Any, chosen: Array) -> Any:
     """Rows of the inputs, copied: what Ray hands out cannot be written to."""
-    from frostline.data.batches import map_leaves
+    from frostline.data.arrays import map_leaves
 
     return map_leaves(lambda leaf: np.asarray(leaf)[chosen], value)

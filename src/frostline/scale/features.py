@@ -18,7 +18,7 @@ from frostline.cache.features import View
 from frostline.cache.files import DamagedError
 from frostline.cache.lookup import Lookup
 from frostline.cache.shards import DIGEST_BYTES, Collection, Shard
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.scale import cluster
 from frostline.scale.cluster import Inputs
 from frostline.types import Array, DataError, FrostlineError, ModelError

@@ -12,7 +12,7 @@ import numpy as np
 from frostline.adapters import adapter_of
 from frostline.adapters.together import Together
 from frostline.atomic import atomically
-from frostline.data.batches import leaves, map_leaves
+from frostline.data.arrays import leaves, map_leaves
 from frostline.measure.recalibration import Recalibration, recalibrate_adapter
 from frostline.scale import cluster
 from frostline.scale.cluster import Inputs

@@ -15,7 +15,7 @@ from frostline.cache import BATCH_SIZE, build, cache_features, folder, shards
 from frostline.cache.build import Manifest
 from frostline.cache.features import View
 from frostline.cache.files import DamagedError
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.arguments import checked
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from frostline.adapters import Adapter, Outcome, adapter_of
 from frostline.cache.progress import Progress
-from frostline.data.batches import Batch, batches, collect, require_reiterable, take
+from frostline.data.batch import Batch, take
+from frostline.data.batches import batches, collect, require_reiterable
 from frostline.measure.bench import joined_arrays, only, task_of
 from frostline.measure.phases import judge, loss_name_of, require_one
 from frostline.numerics import ranking

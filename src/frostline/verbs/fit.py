@@ -16,7 +16,9 @@ from frostline.atomic import atomically
 from frostline.cache import FeatureCache, Through, cache_features
 from frostline.cache.files import sha256
 from frostline.cache.shards import Tensor, sample_digests
-from frostline.data.batches import Batch, is_reiterable, leaves, map_leaves
+from frostline.data.arrays import leaves, map_leaves
+from frostline.data.batch import Batch
+from frostline.data.batches import is_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.arguments import checked
 from frostline.types.reasons import first_line

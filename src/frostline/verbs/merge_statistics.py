@@ -12,7 +12,7 @@ import numpy as np
 from frostline.adapters import adapter_of, store
 from frostline.atomic import atomically
 from frostline.data import files
-from frostline.data.batches import to_numpy
+from frostline.data.arrays import to_numpy
 from frostline.numerics.mixture import mixture, shares
 from frostline.numerics.stats import normals_apart
 from frostline.types import BackendError, DataError, ModelError

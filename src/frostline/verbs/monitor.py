@@ -9,7 +9,8 @@ import numpy as np
 
 from frostline.adapters import Forward, adapter_of
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch, batches, paired
+from frostline.data.batch import Batch
+from frostline.data.batches import batches, paired
 from frostline.measure.phases import require_one
 from frostline.numerics import stats
 from frostline.numerics.stats import Moments

@@ -17,7 +17,9 @@ from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.adapters.together import ALONE, Together
 from frostline.atomic import atomically
-from frostline.data.batches import Batch, batches, failure, leaves, paired
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch, failure
+from frostline.data.batches import batches, paired
 from frostline.measure.phases import require_one, tried
 from frostline.measure.ranks import pooled
 from frostline.numerics.stats import mean_shift, variance_ratio

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from frostline.data.batches import (
-    Batch,
-    batches,
-    collect,
-    is_reiterable,
-    leaves,
-    require_reiterable,
-    to_numpy,
-)
+from frostline.data.arrays import leaves, to_numpy
+from frostline.data.batch import Batch
+from frostline.data.batches import batches, collect, is_reiterable, require_reiterable
 from frostline.types import DataError
 
 X = np.arange(30, dtype=np.float32).reshape(10, 3)

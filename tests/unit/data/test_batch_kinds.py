@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.data.batches import (
-    Batch,
-    batches,
-    collect,
-    left_out,
-    paired,
-    require_arrays,
-    take,
-)
+from frostline.data.batch import Batch, left_out, require_arrays, take
+from frostline.data.batches import batches, collect, paired
 from frostline.measure.samples import draw, rebatched
 from frostline.types import DataError
 

@@ -13,7 +13,7 @@ import numpy as np
 from frostline.adapters import Outcome
 from frostline.adapters.protocol import Condition
 from frostline.adapters.staged import in_stages
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import DataError, ModelError, Site
 from frostline.types.facts import ModelFacts, SiteFacts

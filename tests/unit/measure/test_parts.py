@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.measure import inputs, shares
 from frostline.measure.history import parse
 from frostline.numerics.attribution import path_integral

@@ -44,7 +44,7 @@ from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.pipeline import all_prepared, prepared
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.adapters.together import ALONE, Together
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import Boundary, ModelError
 from frostline.types.measured import Behaviour, Difference
 

@@ -30,7 +30,7 @@ from frostline.adapters.keras.site_handle import (
     replaced,
     site_handles,
 )
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.numerics.behaviour import CallSums, observed_blend, sums_of_formula
 from frostline.types import Array
 from frostline.types.measured import Behaviour

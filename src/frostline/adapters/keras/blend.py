@@ -35,7 +35,7 @@ from frostline.adapters.keras.site_handle import (
     stored_call,
 )
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.graph.addresses import Place, ancestors
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, as_float64

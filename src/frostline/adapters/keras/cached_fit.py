@@ -41,7 +41,7 @@ from frostline.adapters.keras.rehearsal import (
     trains_anew as trains_anew,
 )
 from frostline.adapters.keras.split import peel as peel
-from frostline.data.batches import to_numpy
+from frostline.data.arrays import to_numpy
 from frostline.graph.addresses import Place
 from frostline.types import Array, ModelError
 

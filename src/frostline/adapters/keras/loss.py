@@ -20,7 +20,7 @@ from keras.src.trainers.compile_utils import CompileLoss
 
 from frostline.adapters import OutputDistance
 from frostline.adapters.keras.forward_pass import explained, shapes_of
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.types import DataError, FrostlineError, ModelError
 from frostline.types.reasons import first_line
 

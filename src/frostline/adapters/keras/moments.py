@@ -32,7 +32,7 @@ from frostline.adapters.keras.watch import STATISTICS
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.adapters.together import ALONE, Together
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.graph.schedule import Program, Slot, Step, closed, schedule
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64

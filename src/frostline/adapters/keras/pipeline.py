@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from frostline.data.batches import to_numpy
+from frostline.data.arrays import to_numpy
 
 
 def prepares(model: Any) -> bool:

@@ -16,7 +16,7 @@ from frostline.adapters.dropout_rate import TURN_OFF, all_off
 from frostline.adapters.keras.calls import Graph as Calls, run, takes_training
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.noise import drops
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed, Why
 from frostline.types import Array, ModelError

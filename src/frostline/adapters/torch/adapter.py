@@ -34,7 +34,8 @@ from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
 from frostline.adapters.torch.surroundings import surroundings
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.graph import addresses
 from frostline.numerics.compare import relative_difference
 from frostline.types import Boundary, ModelError, Policy

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
-from frostline.data.batches import Batch, failure
+from frostline.data.batch import Batch, failure
 from frostline.types import DataError, FrostlineError, ModelError
 
 #: Names of labels, as keys of a mapping and as arguments of a ``forward``.

@@ -13,7 +13,7 @@ from frostline.adapters.torch.calls import Call, answered
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.adapters.torch.keeping import tensors_of
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import ModelError
 from frostline.types.measured import Behaviour
 
@@ -27,7 +27,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
     Args:
         model: A torch module.
-        batches: ``(x, y, ...)`` tuples, or :class:`frostline.data.batches.Batch`.
+        batches: ``(x, y, ...)`` tuples, or :class:`frostline.data.batch.Batch`.
         step: The user's ``step(model, batch)``, which runs the module instead.
     """
     sites, move = site_modules(model), mover(model)

@@ -35,7 +35,7 @@ from frostline.adapters.torch.forward_pass import (
 )
 from frostline.adapters.torch.graph import set_mode, site_modules
 from frostline.adapters.torch.loss import Judged
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.numerics.blend import mixed
 from frostline.numerics.stats import Moments
 from frostline.types import ModelError, as_float64

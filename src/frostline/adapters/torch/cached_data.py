@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import data as torch_data
 
-from frostline.data.batches import leaves, map_leaves
+from frostline.data.arrays import leaves, map_leaves
 from frostline.types import Array, DataError
 
 

@@ -17,7 +17,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
 from frostline.atomic import taken_back
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import Array, DataError, ModelError
 
 
@@ -325,7 +325,7 @@ def run(model: Any, x: Any, *, training: bool, number: int = 0) -> Any:
 
     Args:
         model: A torch module.
-        x: Its inputs, or a :class:`~frostline.data.batches.Batch`.
+        x: Its inputs, or a :class:`~frostline.data.batch.Batch`.
         training: The phase.
         number: Seed of all that is random inside.
     """

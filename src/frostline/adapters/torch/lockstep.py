@@ -35,7 +35,8 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
 from frostline.adapters.torch.keeping import mean_of, variance_of
-from frostline.data.batches import Batch, leaves
+from frostline.data.arrays import leaves
+from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import DataError
 

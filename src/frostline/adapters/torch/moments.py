@@ -23,7 +23,7 @@ from frostline.adapters.torch.forward_pass import (
 from frostline.adapters.torch.graph import site_modules
 from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.lockstep import KINDS, population
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, as_float64
 

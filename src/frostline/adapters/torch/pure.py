@@ -15,7 +15,7 @@ from frostline.adapters.torch.forward_pass import noise_layers, same_values, ten
 from frostline.adapters.torch.graph import is_site, sites
 from frostline.adapters.torch.network import Network, attribute, phase
 from frostline.adapters.torch.samples import ROWS, guesses
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed
 from frostline.types import Array, ModelError

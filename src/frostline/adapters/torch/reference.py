@@ -14,7 +14,7 @@ from torch import nn
 from frostline.adapters.torch.forward_pass import arrays, run
 from frostline.adapters.torch.graph import site_places, unwrapped
 from frostline.adapters.torch.keeping import is_statistic, names
-from frostline.data.batches import leaves
+from frostline.data.arrays import leaves
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
 from frostline.types.measured import Difference

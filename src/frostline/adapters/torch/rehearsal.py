@@ -25,7 +25,9 @@ from frostline.adapters.torch.forward_pass import (
 )
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.atomic import taken_back
-from frostline.data.batches import Batch, batches, leaves, map_leaves
+from frostline.data.arrays import leaves, map_leaves
+from frostline.data.batch import Batch
+from frostline.data.batches import batches
 
 
 @contextmanager

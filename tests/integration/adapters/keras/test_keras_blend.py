@@ -17,7 +17,7 @@ from frostline.adapters import adapter_of
 from frostline.adapters.keras.blend import BlendForward
 from frostline.adapters.keras.site_handle import site_handles
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.numerics.attribution import path_integral
 from frostline.types import DataError, ModelError
 

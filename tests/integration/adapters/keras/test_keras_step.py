@@ -13,7 +13,7 @@ import frostline as fl
 from frostline.adapters import OutputDistance
 from frostline.adapters.keras.blend import BlendForward
 from frostline.adapters.protocol import Condition
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import DataError, FrostlineError, ModelError
 
 RNG = np.random.default_rng(0)

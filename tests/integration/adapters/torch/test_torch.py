@@ -22,7 +22,7 @@ from frostline.adapters.protocol import Condition, FreezeRequest
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.loss import as_callable, judged
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import DataError, ModelError
 
 RNG = np.random.default_rng(0)

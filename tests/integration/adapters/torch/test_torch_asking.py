@@ -23,7 +23,7 @@ import frostline as fl
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.forward_pass import noise_layers
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 from frostline.types import DataError, ModelError
 
 RNG = np.random.default_rng(0)

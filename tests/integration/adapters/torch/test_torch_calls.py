@@ -21,7 +21,7 @@ import frostline as fl
 from frostline.adapters.protocol import Condition
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.calls import Call
-from frostline.data.batches import Batch
+from frostline.data.batch import Batch
 
 X = np.random.default_rng(0).normal(0.5, 2, (12, 3, 8, 8)).astype("float32")
 
