@@ -80,6 +80,21 @@ class TestCountResults:
         assert run_tests.count_results(tmp_path / "results.xml") == Counts()
 
 
+class TestSlowestFiles:
+    def test_seconds_of_a_file_are_those_of_its_tests_and_classes(self, tmp_path: Path) -> None:
+        cases = [("tests.slow.test_a", 1.5), ("tests.test_b.TestMore", 2), ("tests.test_b", 0.25)]
+        lines = [f'<testcase classname="{name}" name="x" time="{t}"/>' for name, t in cases]
+        junit = write(tmp_path, "results.xml", f"<testsuite>{''.join(lines)}</testsuite>")
+        assert run_tests.slowest_files(junit) == [
+            (2.25, "tests.test_b"),
+            (1.5, "tests.slow.test_a"),
+        ]
+        assert run_tests.slowest_files(junit, most=1) == [(2.25, "tests.test_b")]
+
+    def test_nothing_where_the_results_are_cut_off(self, tmp_path: Path) -> None:
+        assert run_tests.slowest_files(write(tmp_path, "results.xml", "<testsuite>")) == []
+
+
 class TestJudge:
     @pytest.mark.parametrize("exit_code", [2, 3, 4, 5, 70, -9, -11, None])
     def test_process_that_did_not_end_by_itself_is_a_failure(self, exit_code: int | None) -> None:
