@@ -232,6 +232,8 @@ def backend_environment(backend: str, scratch: Path) -> dict[str, str]:
         # What JAX compiled, however quickly, serves the other process and the next run.
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A test compiles for longer than it runs: LLVM need not look for the fastest code.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
 
