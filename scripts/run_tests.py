@@ -229,7 +229,7 @@ def backend_environment(backend: str, scratch: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TF_NUM_INTRAOP_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "1",
-        # What JAX compiled, however quickly, serves the other process and the next run.
+        # What JAX compiled, however quickly, serves later tests and the next run.
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # A test compiles for longer than it runs: LLVM need not look for the fastest code.

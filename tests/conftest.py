@@ -20,6 +20,9 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    # One folder for each process: JAX writes a program in place, and half a file warns its reader.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += os.sep + os.environ.get("PYTEST_XDIST_WORKER", "")
 
 # The same examples in every run: a failure in CI can be repeated. HYPOTHESIS_PROFILE=explore
 # looks for new ones. No deadline: a first call compiles.
