@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Literal
-
-Verbose = Literal["auto", 0, 1, 2]
+from typing import Any
 
 #: Seconds between two lines where there is no terminal to draw on.
 _QUIET_SECONDS = 10.0

@@ -262,7 +262,9 @@ def test_sites_of_a_file(models: Path, tmp_path: Path) -> None:
     assert "boundary" not in done.stdout
 
 
-def test_sites_of_a_function_in_the_current_folder(tmp_path: Path) -> None:
+def test_sites_of_a_function_in_the_current_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.py").write_text(
         "import keras\n"
         "def build():\n"
@@ -276,11 +278,11 @@ def test_sites_of_a_function_in_the_current_folder(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert [site["path"] for site in found["sites"]] == ["norm"]
     assert found["boundary"] is None
-    failed = frostline("sites", "mine:broken", cwd=tmp_path)
-    assert failed.returncode == 2
-    assert failed.stderr.count("\n") == 1
-    assert failed.stderr.startswith("error: ")
-    assert "first line" in failed.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert "first line" in one_error("sites", "mine:broken", capsys=capsys)
+    del sys.modules["mine"]
 
 
 def test_freeze_draws_the_boundary_and_keeps_the_original(
@@ -515,23 +517,19 @@ def test_bad_data(
 
 
 @pytest.mark.once
-def test_an_experiment_checks_its_folder_before_any_work(tmp_path: Path) -> None:
+def test_an_experiment_checks_its_folder_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "runs", Path("/proc/runs")):
-        done = frostline("experiment", "overfit", "-o", folder, cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert done.stderr.count("\n") == 1  # no row was begun
-        assert done.stderr.startswith(f"error: cannot write into {folder}")
+        told = one_error("experiment", "overfit", "-o", folder, capsys=capsys)  # no row was begun
+        assert told.startswith(f"error: cannot write into {folder}")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "results.json").write_text("{}")
-    done = frostline("experiment", "overfit", "-o", "old", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--force" in done.stderr
+    assert "--force" in one_error("experiment", "overfit", "-o", "old", capsys=capsys)
     assert (tmp_path / "old" / "results.json").read_text() == "{}"
-    done = frostline("experiment", "overfit", "--data", "nowhere", "-o", "new/run", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    one_error("experiment", "overfit", "--data", "nowhere", "-o", "new/run", capsys=capsys)
     assert not (tmp_path / "new").exists()
 
 
