@@ -255,7 +255,8 @@ def _trained_on_smaller(case: Case) -> Iterator[Claim]:
     paths = case.few_values(best.batch_size)
     others = [p.batch_loss for p in sound if p.batch_size >= 4 * best.batch_size]
     rivals = [inference, *others, *([] if population is None else [population])]
-    amount = min(rivals) - best.batch_loss
+    # A loss of the whole batch may depend on its size, with stored statistics as well.
+    amount = min(*rivals, best.inference_loss) - best.batch_loss
     # One number per batch size, without an interval: only a large difference counts.
     if not paths or not others or amount < max(BEYOND * inference, 5 * case.floor):
         return

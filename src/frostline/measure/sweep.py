@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,10 @@ SIZES = (2, 8)
 
 #: The largest size: enough for good statistics, and not much more memory than the model needs.
 LARGE, TIMES = 64, 2
+
+#: How far a loss per sample may differ between sizes, of its smallest, where the loss is a sum over
+#: the batch. A mean differs by the ratio of the sizes, which is at least two.
+ADDED = 0.2
 
 #: Batches that are mixed anew to look at neighbours.
 NEIGHBOUR_BATCHES = 4
@@ -49,9 +54,29 @@ def sweep(bench: Bench, outputs: Outputs, *, stored: bool = False) -> tuple[Swee
     if stored and bench.paths and len(sizes(len(part), bench.batch_size)) > 1:
         inference = bench.blended(0.0)
         _, outputs, _ = bench.passes("sweep", inference, part.batches, keep=len(part))
-    return tuple(
+    points = tuple(
         _point(bench, size, len(part), inference, outputs)
         for size in sizes(len(part), bench.batch_size)
+    )
+    return points if bench.unit == "sample" else per_sample(points, bench.batch_size)
+
+
+def per_sample(points: tuple[SweepPoint, ...], batch_size: int) -> tuple[SweepPoint, ...]:
+    """Losses that are sums over their batch, as those of so many samples; others as they are.
+
+    The model's own inference tells: it answers alike in batches of any size, so that its loss is
+    proportional to the size where it is a sum.
+    """
+    rates = [point.inference_loss / point.batch_size for point in points]
+    if len(rates) < 2 or not max(rates) - min(rates) <= ADDED * abs(min(rates, key=abs)):
+        return points
+    return tuple(
+        replace(
+            point,
+            batch_loss=point.batch_loss * batch_size / point.batch_size,
+            inference_loss=point.inference_loss * batch_size / point.batch_size,
+        )
+        for point in points
     )
 
 

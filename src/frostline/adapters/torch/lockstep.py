@@ -7,10 +7,15 @@ earlier ones at their new values, and needs no graph.
 
 What waits at a site is the live part of a batch. Where that does not fit, the newest passes are
 given up and made again from the beginning for each site that they come to.
+
+Passes side by side must not see each other. Each has a copy of the modules, but what a program
+keeps elsewhere (the activations that a hook puts into a dictionary) they share. So the first batch
+runs once more at the end, alone; where it then sees other inputs, every batch is made by itself.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import graphlib
 import itertools
@@ -21,7 +26,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +47,15 @@ from frostline.types import DataError
 
 #: Most threads of all passes together, those that torch starts for each included.
 MOST_THREADS = 512
+
+#: How far what a batch sees may move when none runs beside it, in standard deviations: rounding.
+ALIKE = 1e-3
+
+#: What a result says where it moves further.
+APART = (
+    "forward passes side by side disturb each other, since the program keeps something of a batch "
+    "outside of the model; each batch ran by itself, up to every site anew"
+)
 
 #: What the moments of a call may be.
 KINDS = (Moments, SampleMoments)
@@ -64,10 +78,12 @@ class _Pass:
         size: Bytes that wait.
         running: It has a thread; else it has ended, or was given up and must be made again.
         dropped: Something in it is not finite.
+        seen: What it saw at each use of each site.
     """
 
-    def __init__(self, number: int, batch: Batch | None) -> None:
-        self.number, self.batch = number, batch
+    def __init__(self, number: int, batch: Batch | None, *, alone: bool = False) -> None:
+        self.number, self.batch, self._alone = number, batch, alone
+        self.seen: dict[tuple[str, int], Moments] = {}
         self.site: str | None = None
         self.moments: Moments | None = None
         self.uses: dict[str, int] = {}
@@ -79,12 +95,18 @@ class _Pass:
         self._made: list[weakref.ref[Any]] = []
 
     def start(self, run: Callable[[], Any]) -> None:
-        """Run in a new thread up to the first site to wait at."""
+        """Run in a new thread up to the first site to wait at; alone, run and end there."""
+        if self._alone:
+            self.site, self.uses = None, {}
+            with suppress(_Ended):
+                run()
+            return
         # Of C, so that Ctrl-C while one waits is a KeyboardInterrupt: between the lines of a
         # threading.Semaphore it becomes "release unlocked lock".
         self._go, self._back = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         self._ending, self.site, self.uses = False, None, {}
-        self._thread = threading.Thread(target=self._body, args=(run,), daemon=True)
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._body, run), daemon=True)
         self._thread.start()
         self.running = True  # from here on there is something to end
         self.go_on()
@@ -107,6 +129,8 @@ class _Pass:
     def wait(self, site: str, moments: Moments) -> None:
         """Called in the pass: wait until someone lets it go on."""
         self.site, self.moments = site, moments
+        if self._alone:
+            raise _Ended
         self._back.put(None)
         self._go.get()
         if self._ending:
@@ -182,12 +206,21 @@ def population(
     looped: set[str] = set()
     notes: tuple[str, ...] = ()
     reads = turn = 0
+    apart = checked = False
     while True:
         with untouched(model) as root:
             set_inference(root, sites, trains=trains)
-            run = _Round(root, sites, order, fixed, looped, source, memory_limit, ranks, step)
+            run = _Round(
+                root, sites, order, fixed, looped, source, memory_limit, ranks, step, apart
+            )
             run.all()
-        reads, turn = reads + run.reads, turn + 1
+            mixed = not checked and any(ranks.values(run.mixed()))
+        reads, turn, checked = reads + run.reads, turn + 1, True
+        if mixed:  # nothing that this round found holds
+            source.require_again("running each batch by itself, as this program needs,")
+            apart, turn = True, 0
+            notes = (APART,)
+            continue
         if run.late and not learned:
             order, learned = run.learned_order(), True
             if order:
@@ -196,7 +229,7 @@ def population(
         found = {path: run.moments[path] for path in chosen if path in looped & run.moments.keys()}
         moved = {path: _shift(fixed.get(path), found[path], sites[path]) for path in found}
         if turn == MAX_PASSES and max(moved.values(), default=0) > TOLERANCE:
-            notes = (unsettled(moved),)
+            notes = (*notes, unsettled(moved))
             break
         if all(distance <= TOLERANCE for distance in moved.values()):
             break
@@ -241,8 +274,9 @@ class _Round:
         memory_limit: int,
         ranks: Together,
         step: Any,
+        apart: bool,
     ) -> None:
-        self.ranks, self.step = ranks, step
+        self.ranks, self.step, self.apart = ranks, step, apart
         self.root, self.sites, self.looped, self.source = root, sites, looped, source
         self.rank = {path: index for index, path in enumerate(order)}
         self.limit = memory_limit
@@ -255,9 +289,15 @@ class _Round:
         self.skipped: dict[int, str] = {}
         self.reads = 0
         self.passes: list[_Pass] = []
+        self.first: Batch | None = None
         self._here = threading.local()
         self._move = mover(root)
         self._default = torch.get_default_device()
+        kinds = {"cpu", *(tensor.device.type for tensor in root.parameters())}
+        self._casts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in sorted(kinds & {"cpu", "cuda", "xpu"})
+        ]
         self._known = frozenset(
             _storage(tensor)[0] for tensor in itertools.chain(root.parameters(), root.buffers())
         )
@@ -272,7 +312,9 @@ class _Round:
         with answerable(self.sites, self._answer):
             try:
                 for number, batch in self._read():
-                    own = _Pass(number, batch if once else None)
+                    own = _Pass(number, batch if once else None, alone=self.apart)
+                    if not self.passes:
+                        self.first = batch
                     self.passes.append(own)
                     self._start(own, batch)
                 while (site := self._next()) is not None:
@@ -281,6 +323,21 @@ class _Round:
             finally:
                 for forward in self.passes:
                     forward.end()
+
+    def mixed(self) -> bool:
+        """Whether the first batch sees something else when no other runs beside it."""
+        if self.apart or len(self.passes) < 2 or self.first is None or self.passes[0].dropped:
+            return False
+        own, alone = self.passes[0], _Pass(0, None, alone=True)
+        drawn = torch.get_rng_state()
+        with answerable(self.sites, self._answer_again):
+            alone.start(functools.partial(self._forward, alone, self.first, self._answer_again))
+        if not torch.equal(drawn, torch.get_rng_state()):  # it never sees the same twice
+            return False
+        return alone.seen.keys() != own.seen.keys() or any(
+            _shift(own.seen[use], moments, self.sites[use[0]]) > ALIKE
+            for use, moments in alone.seen.items()
+        )
 
     def _next(self) -> str | None:
         """The first site that a pass of any process waits at; ``None``: all are at their end."""
@@ -307,18 +364,21 @@ class _Round:
         own.start(functools.partial(self._forward, own, batch))
         self._make_room(own)
 
-    def _forward(self, own: _Pass, batch: Batch) -> None:
+    def _forward(self, own: _Pass, batch: Batch, answer: Any = None) -> None:
         """What the thread of a pass runs."""
         self._here.own = own
+        answer = answer or self._answer
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            for cast in self._casts:  # which a new thread does not inherit
+                stack.enter_context(torch.autocast(*cast, cache_enabled=False))
             if self._default.type != "cpu":
                 stack.enter_context(self._default)
             if self.step is None:
                 batch = replace(batch, x=self._move(batch.x))
                 for _, leaf in leaves(batch.x):
                     own.note(leaf)
-            stack.enter_context(Calls(self.sites, self._answer, made=own.note, quiet=True))
+            stack.enter_context(Calls(self.sites, answer, made=own.note, quiet=True))
             call(replica(self.root), batch, self._move, step=self.step)
 
     def _make_room(self, latest: _Pass) -> None:
@@ -397,6 +457,8 @@ class _Round:
             self.reused.add(path)
         if use > own.recorded.get(path, 0):
             moments = call.moments()
+            if own is self.passes[0]:
+                own.seen[path, use] = moments
             if not self._fits(path, moments):
                 own.dropped = True
                 self.skipped[own.number] = f"the input of '{path}' is not finite"
@@ -412,6 +474,15 @@ class _Round:
                     self.closed[path] = self._tensors(path, moments)
         return call.with_statistics(*self.closed[path])
 
+    def _answer_again(self, call: Call) -> Any:
+        """Note what a pass sees, which gets the statistics that all passes got."""
+        path, own = call.path, self._here.own
+        if path not in self.closed or not call.x.numel():
+            return call.run()
+        use = own.uses[path] = own.uses.get(path, 0) + 1
+        own.seen[path, use] = call.moments()
+        return call.with_statistics(*self.closed[path])
+
     def learned_order(self) -> list[str]:
         """An order in which every pass used the sites; empty: there is none."""
         before: dict[str, list[str]] = {path: [] for path in self.rank}
@@ -422,19 +493,6 @@ class _Round:
             return list(graphlib.TopologicalSorter(before).static_order())
         except graphlib.CycleError:
             return []
-
-
-def _keeps_nothing(module: Any) -> bool:
-    """Whether a module of torch, with all inside, may run in several threads as it is."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    return (
-        type(module).__module__.startswith("torch.nn.modules.")
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and all(child is None or _keeps_nothing(child) for child in module._modules.values())
-    )
 
 
 def _without_finalizer(kind: type[Any]) -> type[Any]:
@@ -451,7 +509,8 @@ def _without_finalizer(kind: type[Any]) -> type[Any]:
 def replica(root: Any) -> Any:
     """A module with the same parameters and buffers, but with attributes of its own.
 
-    A ``forward`` may keep activations on ``self``, and passes side by side must not mix them.
+    A ``forward`` may keep activations on ``self``, or exchange parameters of a layer for the time
+    of a call, as ``torch.func.functional_call`` does, and passes side by side must not mix them.
     """
     holders = {
         id(owner)
@@ -465,7 +524,7 @@ def replica(root: Any) -> Any:
     def copied(value: Any) -> Any:
         if id(value) in made:
             return made[id(value)]
-        if isinstance(value, nn.Module) and _keeps_nothing(value):
+        if isinstance(value, torch.jit.ScriptModule):
             return value
         if isinstance(value, nn.Module) or id(value) in holders:
             twin: Any = object.__new__(_without_finalizer(type(value)))

@@ -1,8 +1,8 @@
 """Losses of a torch model: of each sample where that is what a loss means, else of the batch.
 
 torch losses are callables ``(outputs, targets)`` that average over the batch. Paired comparisons
-need one number per sample, but only where their mean is what the callable itself gives: a loss of
-the whole batch (contrastive, correlation, Dice) is never computed on one sample.
+need one number per sample, but only where their mean or sum is what the callable itself gives: a
+loss of the whole batch (contrastive, correlation, Dice) is never computed on one sample.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def judged(loss: Loss, outputs: Any, targets: Any, sliced: bool | None) -> tuple
         loss: From :func:`as_callable`.
         outputs: Of the model.
         targets: Labels, as tensors; ``None``: there are none.
-        sliced: A loss that gives one number is the mean of those of single samples; ``None``: not
-            known yet.
+        sliced: A loss that gives one number is the mean or sum of those of single samples;
+            ``None``: not known yet.
 
     Returns:
         The losses, and whether such a loss was taken sample by sample.
@@ -193,9 +193,9 @@ def judged(loss: Loss, outputs: Any, targets: Any, sliced: bool | None) -> tuple
         ) from problem
     if values is None and sliced and (_count(outputs) or 0) > 1:
         raise DataError(
-            "the losses of single samples do not average to the loss of this batch, as they did "
-            "before; pass a loss that gives one number per sample, or step=. Received: a batch "
-            f"with the loss {float(found.losses[0]):.6g}"
+            "the losses of single samples do not average or add up to the loss of this batch, as "
+            "they did before; pass a loss that gives one number per sample, or step=. Received: a "
+            f"batch with the loss {float(found.losses[0]):.6g}"
         )
     if values is None:
         return found, False
@@ -215,9 +215,13 @@ def _with_long(targets: Any) -> Any:
 
 
 def _unreduced(loss: Any, outputs: Any, targets: Any, reduced: Any) -> Any | None:
-    """One loss per sample with the mean ``reduced``; ``None``: it is a loss of the whole batch."""
+    """One loss per sample with the mean or sum ``reduced``; ``None``: one of the whole batch.
+
+    A sum over the batch grows with it, and so is taken apart: the mean over the samples is that of
+    what each of them adds.
+    """
     count = _count(outputs)
-    if count is None:
+    if not count:
         return None
     alone: Any = None
     if isinstance(loss, nn.Module) and getattr(loss, "reduction", None) in ("mean", "sum"):
@@ -230,8 +234,11 @@ def _unreduced(loss: Any, outputs: Any, targets: Any, reduced: Any) -> Any | Non
         if isinstance(values, torch.Tensor) and values.ndim and values.shape[0] == count:
             values = _flat(values)
             torchs = (getattr(loss, "__module__", None) or "").startswith("torch.nn")
+            if not torchs:
+                return _checked(values, reduced)
             # Class weights and ignored labels make the mean another one than that over the samples.
-            return _scaled(values, reduced) if torchs else _checked(values, reduced)
+            added = getattr(loss, "reduction", None) == "sum"
+            return _scaled(values, reduced / count if added else reduced)
     if _count(targets) not in (None, count):
         return None
     parts = []
@@ -254,9 +261,13 @@ def _scaled(values: Any, reduced: Any) -> Any:
 
 
 def _checked(values: Any, reduced: Any) -> Any | None:
-    """The values, if their mean is the loss of the batch."""
+    """The values, if their mean or sum is the loss of the batch."""
+    values = values.reshape(-1)
     mean, wanted = float(values.detach().double().mean()), float(reduced.detach())
-    alike = math.isclose(mean, wanted, rel_tol=1e-4, abs_tol=1e-7)
+    alike = any(
+        math.isclose(total, wanted, rel_tol=1e-4, abs_tol=1e-7)
+        for total in (mean, mean * len(values))
+    )
     return values if alike or (not math.isfinite(wanted) and not math.isfinite(mean)) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 from typing import Any
@@ -224,6 +225,41 @@ def test_losses_average_to_what_the_callable_gives(loss: Any) -> None:
     assert found.unit == "sample"
     assert found.losses.shape == (24,)
     assert float(found.losses.mean()) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5, 3.0]), reduction="sum"),
+        lambda outputs, targets: functional.cross_entropy(outputs, targets, reduction="sum"),
+    ],
+)
+def test_losses_that_are_sums_are_of_samples(loss: Any) -> None:
+    outputs, targets = torch.randn(24, 4), torch.as_tensor(Y)
+    found, _ = judged(as_callable(loss), outputs, targets, None)
+    assert found.unit == "sample"
+    for index in (0, 7, 23):
+        alone = loss(outputs[index : index + 1], targets[index : index + 1])
+        assert float(found.losses[index]) == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_a_sum_over_the_batch_does_not_make_small_batches_better() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    x, y = torch.randn(64, 3), torch.randint(4, (64,))
+    data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+
+    def step(root: Any, batch: Any, reduction: str) -> Any:
+        return functional.cross_entropy(root(batch[0]), batch[1], reduction=reduction)
+
+    found = {
+        reduction: fl.diagnose(model, data, step=functools.partial(step, reduction=reduction))
+        for reduction in ("sum", "mean")
+    }
+    codes = {name: [cause.code for cause in report.causes] for name, report in found.items()}
+    assert codes["sum"] == codes["mean"]
+    for point, other in zip(*(r.measurement.sweep for r in found.values()), strict=True):
+        assert point.batch_loss == pytest.approx(16 * other.batch_loss, rel=1e-4)
 
 
 def test_a_loss_says_what_it_does_not_take() -> None:

@@ -90,7 +90,7 @@ def test_a_loss_that_stops_being_one_of_samples_is_an_error() -> None:
 
     forward = TorchView(body()).blend_forward(loss=moody)
     assert forward.outcome(Batch(X, Y), Condition(0.0)).unit == "sample"
-    with pytest.raises(DataError, match="do not average to the loss of this batch"):
+    with pytest.raises(DataError, match="do not average or add up to the loss of this batch"):
         forward.outcome(Batch(X[:5], Y[:5]), Condition(0.0))
 
 

@@ -84,7 +84,7 @@ def test_sixty_layers_that_cannot_be_traced() -> None:
     twin = by_hooks(model, names, [X[:8], X[8:16], X[16:]])
     calls.clear()
     fl.recalibrate(model, X, batch_size=8)
-    assert len(calls) == 3  # every batch went through once
+    assert len(calls) == 3 + 1  # every batch went through once, and the first again, alone
     assert_same(model, twin, rtol=1e-3)
     with torch.no_grad():
         assert bool(torch.isfinite(model.eval()(torch.as_tensor(X))).all())
@@ -194,6 +194,116 @@ def test_what_a_model_keeps_on_itself_stays_with_its_batch() -> None:
     fl.recalibrate(model, [(batch,) for batch in batches])
     assert_same(model, twin)
     assert model.kept is None  # the model itself was not run
+
+
+class Hyper(nn.Module):
+    """Each batch has parameters of its own, put into the layers for the time of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.network = nn.Sequential(*parts)
+
+    def forward(self, x: Any) -> Any:
+        named = self.network.named_parameters()
+        scaled = {name: value * x.std() for name, value in named if value.ndim == 4}
+        return torch.func.functional_call(self.network, scaled, (x,))
+
+
+class Stored(nn.Module):
+    """Its decoder reads what a hook put outside of the model."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.store = store
+        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.last = nn.BatchNorm2d(4)
+        self.stem.register_forward_hook(lambda _, __, output: store(output))
+
+    def forward(self, x: Any) -> Any:
+        return self.last(functional.relu(self.norm(self.stem(x))) + 3 * self.store())
+
+
+def in_a_dictionary() -> Any:
+    kept: dict[str, Any] = {}
+
+    def store(output: Any = None) -> Any:
+        return kept.setdefault("stem", output) if output is None else kept.update(stem=output)
+
+    return store
+
+
+def of_the_thread() -> Any:
+    kept = threading.local()
+    kept.scale = 2.0
+    return lambda output=None: getattr(kept, "scale", 0.0) if output is None else None
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "told"),
+    [
+        (Hyper(), ["network.1", "network.3"], False),
+        (Stored(in_a_dictionary()), ["norm", "last"], True),
+        (Stored(of_the_thread()), ["norm", "last"], True),
+    ],
+)
+@pytest.mark.parametrize("again", [True, False])
+def test_batches_do_not_see_each_other(
+    model: Any, names: list[str], told: bool, again: bool
+) -> None:
+    model = copy.deepcopy(model) if not told else model
+    batches = [X[:8], X[8:16] * 3, X[16:] * 0.5]
+    twin = by_hooks_in_place(model, names, batches)
+    data = [(batch,) for batch in batches]
+    if told and not again:
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(DataError, match="running each batch by itself"):
+            fl.recalibrate(model, iter(data))
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+        return
+    change = fl.recalibrate(model, data if again else iter(data))
+    assert_same(model, twin)
+    assert ("outside of the model" in str(change)) == told
+    change.undo()
+
+
+def by_hooks_in_place(model: Any, names: Sequence[str], batches: Sequence[Any]) -> Any:
+    """:func:`by_hooks` for a model whose copy would still use what it keeps outside."""
+    before = copy.deepcopy(model.state_dict())
+    was = [module.training for module in model.modules()]
+    model.eval()
+    for name in names:
+        module, seen = model.get_submodule(name), []
+        hook = module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].double()))
+        with torch.no_grad():
+            for batch in batches:
+                model(torch.as_tensor(batch))
+        hook.remove()
+        flat = torch.cat([part.movedim(1, -1).reshape(-1, part.shape[1]) for part in seen])
+        module.running_mean.copy_(flat.mean(0))
+        module.running_var.copy_(flat.var(0, correction=0))
+    twin = nn.Module()
+    found = copy.deepcopy(model.state_dict())
+    twin.state_dict = lambda: found  # type: ignore[method-assign,assignment,misc]
+    model.load_state_dict(before)
+    for module, mode in zip(model.modules(), was, strict=True):
+        module.training = mode
+    return twin
+
+
+def test_a_pass_of_its_own_thread_rounds_as_autocast_asks() -> None:
+    model = Hyper().network
+    batches = [X[:12], X[12:] * 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        twin = by_hooks_in_place(model, ["1", "3"], batches)
+        change = fl.recalibrate(model, [(batch,) for batch in batches])
+    assert_same(model, twin, rtol=1e-5)
+    change.undo()
+    fl.recalibrate(model, [(batch,) for batch in batches])
+    with pytest.raises(AssertionError):
+        assert_same(model, twin, rtol=1e-5)
 
 
 def test_the_end_of_a_copy_does_not_release_what_the_model_holds() -> None:
