@@ -29,15 +29,19 @@ class KerasTraining:
     """Trained by ``fit`` with SGD."""
 
     tolerance = 2e-5  # float32
+    #: After an epoch, which all tests of a process share: each would compile it anew.
+    weights: Any = None
 
     def made(self, framework: Any) -> Any:
         """A model with a frozen part, compiled."""
         import keras
 
         model = framework.build(LAYOUT)
-        x = X.astype(np.float32)
-        model.compile("sgd", framework.cross_entropy())
-        model.fit(x, Y, epochs=1, verbose=0)
+        if KerasTraining.weights is None:
+            model.compile("sgd", framework.cross_entropy())
+            model.fit(X.astype(np.float32), Y, epochs=1, verbose=0)
+            KerasTraining.weights = model.get_weights()
+        model.set_weights(KerasTraining.weights)
         fl.freeze(model, "d1")
         model.compile(keras.optimizers.SGD(RATE, momentum=0.9), framework.cross_entropy())
         return model
