@@ -30,6 +30,12 @@ def scale_table(results: Sequence[dict[str, Any]]) -> str:
         f"{found['features'][0]} features each, byte for byte those of one process: "
         f"{'yes' if same else '**no**'}."
     )
+    peaks = results[0].get("memory", {}).get("driver MB by rows", {})
+    if peaks:
+        text = " and ".join(
+            f"{peak:.0f} MB with {int(rows):,} rows" for rows, peak in peaks.items()
+        )
+        caption += f" Another driver, of small rows, peaked at {text}."
     return "\n".join([*lines, "", caption])
 
 
@@ -57,7 +63,8 @@ def ranks_speed(results: Sequence[dict[str, Any]]) -> str:
     lines = ["| who | seconds | images per second |", "|---|---|---|"]
     for row in found["rows"]:
         speed = found["images"] / row["seconds"]
-        lines.append(f"| {row['count']} {row['how']} | {row['seconds']:.1f} | {speed:.0f} |")
+        who = row["how"] if row["count"] > 1 else row["how"].replace("s", "", 1)
+        lines.append(f"| {row['count']} {who} | {row['seconds']:.1f} | {speed:.0f} |")
     return "\n".join(lines)
 
 

@@ -10,8 +10,9 @@ included. What is printed is what passed; a row that cannot be installed says so
     python scripts/version_matrix.py --rows torch-lowest --keep /tmp/environments
 
 An environment is removed when its row is done; with ``--keep`` it stays, and the next run installs
-only what has changed there. ``--json`` adds the rows that ran to those in the
-file.
+only what has changed there. ``--json`` adds the rows that ran to those in the file. What a row
+leaves open ``--pin`` settles, for example ``torch==2.13.0+cpu``, where pip would take gigabytes for
+graphics cards.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ class Outcome:
         return f"{self.row:18} {counts} in {self.seconds:.0f} s ({held})"
 
 
-def run(row: Row, wheel: Path, folder: Path, *, keep: bool = False) -> Outcome:
+def run(
+    row: Row, wheel: Path, folder: Path, *, pins: Sequence[str] = (), keep: bool = False
+) -> Outcome:
     """Make the environment of a row, or bring it up to date, and run its tests."""
     start = time.monotonic()
     place = folder / row.name
     python = place / "bin" / "python"
-    requirements = [f"frostline[{row.extra}] @ {wheel.as_uri()}", *row.pins, *TOOLS]
+    requirements = [f"frostline[{row.extra}] @ {wheel.as_uri()}", *row.pins, *pins, *TOOLS]
 
     def outcome(problem: str | None = None, **found: object) -> Outcome:
         return Outcome(
@@ -173,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [row.name for row in ROWS]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--folder", type=Path, help="where environments are made, for a time")
+    parser.add_argument("--pin", nargs="+", default=[], help="versions for all these rows")
     parser.add_argument("--keep", type=Path, help="where environments are, and stay")
     parser.add_argument("--json", type=Path, help="file that the outcomes are added to")
     options = parser.parse_args(arguments)
@@ -186,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in ROWS:
             if row.name not in options.rows:
                 continue
-            found = run(row, wheel, options.keep or folder, keep=options.keep is not None)
+            place, keep = options.keep or folder, options.keep is not None
+            found = run(row, wheel, place, pins=options.pin, keep=keep)
             print(found, flush=True)
             print("".join(f"    {line}\n" for line in found.failures), end="", flush=True)
             good = good and found.problem is None and found.failed == 0

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import frostline as fl
 
@@ -135,6 +137,19 @@ def work(rank: int, world: int, folder: str, kill: bool) -> None:
     notes["drawn"] = report.measurement.samples
     notes["notes"] = list(report.measurement.notes)
     notes["as before"] = same(state(model), before)
+
+    spread = fully_shard(network(), mesh=init_device_mesh("cpu", (world,)))
+    spread[1].running_mean.fill_(0.1 * rank)
+    table = fl.phases(spread, shard, loss=losses)
+    notes["phase 0 sharded"] = [table["0"].loss, table["0"].metrics["accuracy"]]
+    other = fl.diagnose(spread, shard, loss=losses, max_samples=128, verbose=0)
+    notes["report sharded"] = plain(other)
+    with fl.watch(spread, shard, loss=losses, max_samples=64) as watching:
+        notes["watch sharded"] = watching.check().gap
+    with fl.recalibrated(spread, shard):
+        pass
+    notes["sharded as before"] = same(list(spread.buffers()), list(model.buffers()))
+    notes["still sharded"] = sorted({type(p).__name__ for p in spread.parameters()})
 
     bad = failing(shard, unreadable) if rank == 0 else shard
     notes["raise phases"] = refused(lambda: fl.phases(model, bad, loss=losses))

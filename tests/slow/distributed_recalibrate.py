@@ -110,6 +110,43 @@ def agreeing(make: Any, shape: tuple[int, ...], method: str, rank: int, world: i
     return float(((found - wanted).abs() / (wanted.abs() + 1e-3)).max())
 
 
+def sharded(make: Any, world: int) -> Any:
+    """A model that FSDP2 has spread over all ranks: a layer of its own, then the rest."""
+    model = seeded(make)
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model[3], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def agreeing_when_sharded(method: Any, rank: int, world: int) -> float:
+    """As :func:`agreeing`, of a model that FSDP2 has sharded; asserts that it is so afterwards."""
+    parts = data((2, 8, 8), SHARDS[world])
+    model, alone = sharded(chain, world), seeded(chain)
+    kinds = [type(module) for module in model.modules()]
+    for each in (model, alone):
+        for step in range(2):
+            each(parts[0][:4] + step).sum().backward()
+    change = fl.recalibrate(model, batches_of(parts[rank], 8 - rank), method=method)
+    found = statistics(model)
+    assert same_everywhere(found), f"sharded {method}: the ranks disagree"
+    everything = [b for index, part in enumerate(parts) for b in batches_of(part, 8 - index)]
+    fl.recalibrate(alone, everything, method=method, process_group=False)
+    wanted = statistics(alone)
+    assert [type(module) for module in model.modules()] == kinds
+    assert {type(p).__name__ for p in model.parameters()} == {"DTensor"}
+    for each in (model, alone):
+        each(parts[0][:4]).sum().backward()
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+    change.undo()
+    assert {type(value).__name__ for value in model.buffers()} == {"Tensor"}
+    return float(((found - wanted).abs() / (wanted.abs() + 1e-3)).max())
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """By its name the first FSDP, which cannot gather its parameters for a forward pass."""
+
+
 class Failing:
     """Batches of which one cannot be read on one rank."""
 
@@ -139,6 +176,23 @@ def refused(call: Any) -> str:
     except OSError as error:
         return f"OSError: {error}"
     return "nothing was raised"
+
+
+def exchanged(call: Any) -> set[torch.dtype]:
+    """What the ranks send each other during a call."""
+    library: Any = distributed
+    plain, seen = library.all_gather, set()
+
+    def gather(out: Any, mine: Any, **more: Any) -> None:
+        seen.add(mine.dtype)
+        plain(out, mine, **more)
+
+    library.all_gather = gather
+    try:
+        call()
+    finally:
+        library.all_gather = plain
+    return seen
 
 
 def work(rank: int, world: int, folder: str, kill: bool) -> None:
@@ -181,10 +235,23 @@ def work(rank: int, world: int, folder: str, kill: bool) -> None:
     notes["other options"] = refused(lambda: fl.recalibrate(model, shard, method=method))
     notes["nothing"] = refused(lambda: fl.recalibrate(model, []))
     notes["not a group"] = refused(lambda: fl.recalibrate(model, shard, process_group="all"))
-    sharded = seeded(chain)
-    fully_shard(sharded[3], mesh=init_device_mesh("cpu", (world,)))
-    notes["sharded"] = refused(lambda: fl.recalibrate(sharded, shard))
+    for method in ("sequential", "batch"):
+        notes[f"sharded {method}"] = agreeing_when_sharded(method, rank, world)
+    spread = sharded(chain, world)
+    failing = Failing(shard, 3 if rank == 1 else None, unreadable)
+    notes["raise sharded"] = refused(lambda: fl.recalibrate(spread, failing))
+    assert {type(p).__name__ for p in spread.parameters()} == {"DTensor"}
+    notes["as before sharded"] = torch.equal(statistics(spread), before)
+    notes["sharded alone"] = refused(lambda: fl.recalibrate(spread, shard, process_group=False))
+    first = FullyShardedDataParallel(*seeded(chain))
+    notes["first FSDP"] = refused(lambda: fl.recalibrate(first, shard))
+    carried = exchanged(lambda: fl.recalibrate(model, shard).undo())
+    assert carried == {torch.uint8}, carried  # float64 arrives on a backend without it as well
     pair = distributed.new_group([0, 1])
+    if world > 2 and rank < 2:
+        notes["sharded in a pair"] = refused(
+            lambda: fl.recalibrate(spread, shard, process_group=pair)
+        )
     if rank > 1:
         notes["outside"] = refused(lambda: fl.recalibrate(model, shard, process_group=pair))
     else:

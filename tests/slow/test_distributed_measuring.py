@@ -37,6 +37,11 @@ def test_all_ranks_return_what_one_process_finds(processes: int, tmp_path: Path)
         assert 112 <= notes["drawn"] <= 128
         assert any("1 of 2 BN layers, means up to" in text for text in notes["patterns"])
         assert any("those of rank 0 are looked at" in text for text in notes["notes"])
+        assert notes["phase 0 sharded"] == pytest.approx(notes["phase 0"][0], rel=1e-6)
+        assert notes["report sharded"] == notes["report"]
+        assert notes["watch sharded"] == notes["watch"][1]
+        assert notes["sharded as before"] is True
+        assert notes["still sharded"] == ["DTensor"]
         assert notes["phases as before"] is notes["as before"] is notes["still as before"] is True
         own = "OSError: the disk of this rank is gone"
         other = f"FrostlineError: rank 0 of {processes} raised {own}"

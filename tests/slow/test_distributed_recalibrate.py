@@ -29,19 +29,25 @@ def ranks(processes: int, folder: Path, *words: str) -> list[Any]:
 def test_all_ranks_store_the_statistics_of_all_the_data(processes: int, tmp_path: Path) -> None:
     found = ranks(processes, tmp_path)  # that the ranks are equal bit for bit is asserted in there
     for rank, notes in enumerate(found):
-        for name in ("chain sequential", "chain batch", "Branches batch"):
+        names = ("chain sequential", "chain batch", "Branches batch", "sharded sequential",
+                 "sharded batch")  # fmt: skip
+        for name in names:
             assert notes[name] < 1e-11, (rank, name)
         assert notes["Branches sequential"] < 1e-6, rank  # settles to 1e-6
-        for at in ("raise 0", "raise 3"):
+        for at in ("raise 0", "raise 3", "raise sharded"):
             own = "OSError: the disk of this rank is gone"
             other = f"FrostlineError: rank 1 of {processes} raised {own}"
             assert notes[at].startswith(own if rank == 1 else other), rank
-        assert notes["as before 0"] is notes["as before 3"] is notes["as before"] is True
+        for state in ("as before 0", "as before 3", "as before sharded", "as before"):
+            assert notes[state] is True, (rank, state)
         assert "'3.weight' has other values on rank" in notes["other weights"]
         assert "'0.weight' is [" in notes["other shapes"]
         assert "method='batch' on rank 1" in notes["other options"]
         assert "hold no samples, here or on any other rank" in notes["nothing"]
-        assert "'3' is sharded over the ranks (FSDP)" in notes["sharded"]
+        assert "must make this call together" in notes["sharded alone"]
+        if "sharded in a pair" in notes:
+            assert f"over the ranks {list(range(processes))}" in notes["sharded in a pair"]
+        assert "sharded over the ranks by the first FSDP" in notes["first FSDP"]
         assert notes["frozen"].startswith("NotFrozenError: 4 of 4 BN layers are not frozen")
         assert "on rank 1" in notes["frozen"]
         assert notes["all frozen"] == "nothing was raised"

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -295,6 +296,18 @@ class TestWithoutACluster:
             scale.connect("somewhere")
         with pytest.raises(fl.FrostlineError, match=r"is text, HOST:PORT.*Received: 5"):
             scale.connect(5)
+
+    def test_another_address_than_that_of_this_process(self, monkeypatch):
+        library = pytest.importorskip("ray")
+        here = types.SimpleNamespace(gcs_address="127.0.0.1:6379")
+        monkeypatch.setattr(library, "is_initialized", lambda: True)
+        monkeypatch.setattr(library, "get_runtime_context", lambda: here)
+        for address in (None, "auto", "127.0.0.1:6379", "localhost:6379", "ray://localhost:10001"):
+            assert scale.connect(address) is library
+        for address in ("localhost:1", "192.0.2.1:6379", "ray://192.0.2.1:10001", "somewhere"):
+            with pytest.raises(fl.FrostlineError, match=r"127\.0\.0\.1:6379 already") as error:
+                scale.connect(address)
+            assert str(error.value).endswith(f"ray.shutdown() first. Received: {address!r}")
 
     def test_what_is_no_data_set_or_no_number(self):
         library = pytest.importorskip("ray")

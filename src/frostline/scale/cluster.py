@@ -49,15 +49,15 @@ def connect(address: str | None = None) -> Any:
 
     Args:
         address: ``None``: what this process is connected to already, else the variable
-            ``RAY_ADDRESS``, else Ray on this machine alone; ``"auto"``: the cluster that runs on
-            this machine; ``HOST:PORT``: its head.
+            ``RAY_ADDRESS``, else Ray on this machine alone; ``"auto"``: what it is connected to,
+            else the cluster that runs on this machine; ``HOST:PORT``: its head.
 
     Returns:
         The module ``ray``.
 
     Raises:
         BackendError: Ray is not installed.
-        FrostlineError: Nothing answers there.
+        FrostlineError: Nothing answers there, or this process is connected to another cluster.
     """
     ray = require_ray()
     if not (address is None or isinstance(address, str)):
@@ -65,6 +65,8 @@ def connect(address: str | None = None) -> Any:
             f"the address of a cluster is text, HOST:PORT or 'auto'. Received: {address!r}"
         )
     if ray.is_initialized():
+        if address not in (None, "auto"):
+            _require_connected(ray, address)
         return ray
     if address is not None and address != "auto":
         _require_answer(address)
@@ -82,6 +84,32 @@ def connect(address: str | None = None) -> Any:
             f"leave the address out for this machine alone. Received: {address!r}"
         ) from error
     return ray
+
+
+def _require_connected(ray: Any, address: str) -> None:
+    """Refuse another cluster than the one of this process, which has one connection at a time."""
+    here = ray.get_runtime_context().gcs_address
+    host, port = _place(here)
+    wanted, other = _place(address)
+    client = address.startswith("ray://")  # a door of the same head, with a port of its own
+    if host == wanted and (client or port == other):
+        return
+    raise FrostlineError(
+        f"this process is connected to Ray at {here} already, and has one connection at a time: "
+        f"leave the address out to use it, or call ray.shutdown() first. Received: {address!r}"
+    )
+
+
+def _place(address: str) -> tuple[str, str]:
+    """Host, by its number, and port; all names of this machine are one."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host = host.strip("[]")
+    with contextlib.suppress(OSError):
+        host = socket.gethostbyname(host)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as door:
+            door.bind((host, 0))  # only an address of this machine can be bound
+            host = "127.0.0.1"
+    return host, port
 
 
 def _require_answer(address: str) -> None:

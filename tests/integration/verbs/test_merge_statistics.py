@@ -80,6 +80,9 @@ def test_keras_models_and_their_files(tmp_path: Path, capsys: Any) -> None:
     files = [tmp_path / f"{i}.keras" for i in range(2)]
     for model, file in zip(models, files, strict=True):
         model.save(file)
+    read = fl.merge_statistics(files)
+    np.testing.assert_allclose(read["bn/moving_mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(read["bn/moving_variance"], variance, rtol=1e-6)
     out = tmp_path / "merged.keras"
     assert cli.main(["merge-statistics", *map(str, files), "-o", str(out)]) == 0
     assert "1 site from 2 replicas" in capsys.readouterr().out
@@ -181,6 +184,8 @@ if os.environ["KERAS_BACKEND"] == "torch":
         written = load(out)
         assert torch.equal(written["0.weight"], models[0][0].weight)
         wanted = fl.merge_statistics(models, [1, 2, 3])
+        read = fl.merge_statistics(files, [1, 2, 3])
+        assert torch.equal(read["1.running_var"], wanted["1.running_var"])
         assert torch.equal(written["1.running_var"], wanted["1.running_var"])
         assert cli.main(words) == 2
         assert "exists" in capsys.readouterr().err

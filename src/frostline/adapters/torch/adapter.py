@@ -69,7 +69,7 @@ class TorchView:
         self.noise_layers = partial(torch_pass.noise_layers, model)
         self.behaviour = partial(behaviour, model)
         self.meter = partial(TorchMoments, model)
-        self.together = torch_distributed.together
+        self.together = partial(torch_distributed.together, model)
         self.difference = partial(torch_reference.difference, model)
         self.preserved = partial(torch_edit.preserved, model)
         self.full_precision = partial(torch_prefix.full_precision, model)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.utils import _pytree as pytree
 
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.keeping import is_statistic
-from frostline.types import ModelError
+from frostline.atomic import undone
+from frostline.types import FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
-#: Classes that hold only a part of a parameter on each rank, by name: they may be missing in torch.
-_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+#: Tables of a module that hold hooks of FSDP2.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 class ProcessGroup(Together):
@@ -27,10 +38,12 @@ class ProcessGroup(Together):
 
     Args:
         group: A process group; ``None``: the default one.
+        model: What they measure; FSDP2 may have sharded it.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, model: Any = None) -> None:
         super().__init__()
+        self._model = model
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self._group = group
         backend = str(distributed.get_backend(group))
@@ -44,6 +57,20 @@ class ProcessGroup(Together):
         distributed.all_gather(all_of_them, mine, group=self._group)
         return [gathered.cpu().numpy().tobytes() for gathered in all_of_them]
 
+    @contextmanager
+    def collective(self, verb: str, **options: Any) -> Iterator[None]:
+        """As of :class:`Together`, with the parameters of a sharded model whole on every rank."""
+        with super().collective(verb, **options), ExitStack() as stack:
+            try:
+                stack.enter_context(gathered(self._model))
+            except RuntimeError as error:  # torch has no class of its own for a lost peer
+                self._over = True
+                raise FrostlineError(
+                    f"rank {self.rank} of {self.size} could not gather the parameters of the model "
+                    f"({first_line(error)}). It is as it was"
+                ) from error
+            yield
+
     def _leaf(self, value: Any) -> tuple[Any, str]:
         if not isinstance(value, torch.Tensor):
             return super()._leaf(value)
@@ -55,18 +82,141 @@ class ProcessGroup(Together):
         return torch.from_numpy(array) if kind == "torch" else array
 
 
-def together(process_group: Any = None) -> Together:
+@contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Make a module that FSDP2 has sharded a plain one for a block: each rank has all parameters.
+
+    Its forward pass then needs no other rank, so shares of the data may differ in length. For the
+    block the hooks and classes of FSDP2 are taken off; casts of its ``MixedPrecisionPolicy`` stay.
+    What is written to parameters inside is lost; buffers are not sharded.
+    """
+    modules = list(unwrapped(model).modules())
+    sharded = [module for module in modules if _is_sharded(module)]
+    if not sharded:
+        yield
+        return
+    copies = _copies(modules, sharded)
+    kinds = [(module, type(module)) for module in sharded]
+    tables = [(table, dict(table)) for each in modules for table in _tables(each)]
+    casts: list[Any] = []
+
+    def back() -> None:
+        for cast in casts:
+            cast.remove()
+        for module, kind in kinds:
+            module.__class__ = kind
+        for table, content in tables:
+            table.clear()
+            table.update(content)
+
+    try:
+        for table, content in tables:
+            for key, held in content.items():
+                if _is_of_fsdp(held):
+                    del table[key]
+        for module, whole in zip(modules, copies, strict=True):
+            module._parameters.update(whole)
+        for module, kind in kinds:
+            casts += _casts(module)
+            if kind.__bases__[0].__name__ == "FSDPModule":
+                module.__class__ = kind.__bases__[-1]
+        yield
+    finally:
+        undone(back)
+
+
+def _copies(modules: Sequence[Any], sharded: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of each module the sharded parameters by name, whole; those of FSDP2 cannot be lent.
+
+    It frees their memory, which fails once numpy has seen it.
+    """
+    names = [[name for name, p in each._parameters.items() if _is_dtensor(p)] for each in modules]
+    if torch.cuda.is_available():  # an optimizer may be at work on the parameters still
+        torch.cuda.synchronize()
+    made: dict[Any, Any] = {}
+    found = []
+    try:
+        for module in sharded:
+            module.reshard()  # what is whole may be older than the shards
+            module.unshard()
+        for module, here in zip(modules, names, strict=True):
+            whole = {name: module._parameters[name] for name in here}
+            for value in whole.values():
+                if value not in made:
+                    copied = value.detach().clone()
+                    made[value] = nn.Parameter(copied, requires_grad=value.requires_grad)
+            found.append({name: made[value] for name, value in whole.items()})
+    finally:
+        for module in sharded:
+            module.reshard()
+    return found
+
+
+def _is_sharded(module: Any) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _is_dtensor(value: Any) -> bool:
+    return type(value).__name__ == "DTensor"
+
+
+def _tables(module: Any) -> list[dict[Any, Any]]:
+    return [getattr(module, name) for name in ("_parameters", *_HOOKS)]
+
+
+def _is_of_fsdp(held: Any) -> bool:
+    """Whether it is a hook of FSDP2."""
+    if isinstance(held, torch.Tensor):
+        return False
+    inner = getattr(held, "hook", held)  # torch wraps some
+    return ".fsdp" in (getattr(getattr(inner, "func", inner), "__module__", "") or "")
+
+
+def _casts(module: Any) -> list[Any]:
+    """Let a module cast its inputs and outputs as FSDP2's policy says; handles of the hooks."""
+    policy = module._get_fsdp_state()._mp_policy
+    handles = []
+    if policy.cast_forward_inputs and policy.param_dtype:
+        hook: Any = functools.partial(_cast_inputs, policy.param_dtype)
+        handles.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
+    if policy.output_dtype:
+        hook = functools.partial(_cast_outputs, policy.output_dtype)
+        handles.append(module.register_forward_hook(hook))
+    return handles
+
+
+def _cast_inputs(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    return _cast(dtype, args), _cast(dtype, kwargs)
+
+
+def _cast_outputs(dtype: torch.dtype, _: nn.Module, __: Any, outputs: Any) -> Any:
+    return _cast(dtype, outputs)
+
+
+def _cast(dtype: torch.dtype, values: Any) -> Any:
+    def one(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    return pytree.tree_map(one, values)
+
+
+def together(model: Any, process_group: Any = None) -> Together:
     """The processes that measure together.
 
     Args:
+        model: What they measure.
         process_group: ``None``: all of the default group where one is initialised, else this
             process alone. ``False``: this process alone.
 
     Raises:
-        ModelError: A group is asked for and there is none, or this process is not in it.
+        ModelError: A group is asked for and there is none, or this process is not in it; or FSDP2
+            has sharded the model over more processes than these.
     """
     ready = distributed.is_available() and distributed.is_initialized()
     if process_group is False or (process_group is None and not ready):
+        if ready:
+            _require_shards(model, {distributed.get_rank()}, process_group)
         return ALONE
     if not ready:
         raise ModelError(
@@ -85,7 +235,24 @@ def together(process_group: Any = None) -> Together:
             "this process is not in the group that it was given. "
             f"Received: rank {distributed.get_rank()}, process_group={process_group!r}"
         )
-    return ALONE if distributed.get_world_size(process_group) == 1 else ProcessGroup(process_group)
+    _require_shards(model, set(distributed.get_process_group_ranks(process_group)), process_group)
+    alone = distributed.get_world_size(process_group) == 1
+    return ALONE if alone else ProcessGroup(process_group, model)
+
+
+def _require_shards(model: Any, ranks: set[int], process_group: Any) -> None:
+    """Raise unless these ranks hold all shards: a forward pass would wait for the others."""
+    root = unwrapped(model)
+    if not any(map(_is_sharded, root.modules())):
+        return
+    meshes = [p.device_mesh.mesh.flatten().tolist() for p in root.parameters() if _is_dtensor(p)]
+    holding = {rank for mesh in meshes for rank in mesh}
+    if not holding <= ranks:
+        raise ModelError(
+            f"fully_shard has spread the model over the ranks {sorted(holding)}, so all of them "
+            "must make this call together: leave process_group out, or pass a group that has them "
+            f"all. Received: process_group={process_group!r}"
+        )
 
 
 def require_same_model(ranks: Together, model: Any, chosen: Sequence[str]) -> None:
@@ -104,15 +271,16 @@ def require_same_model(ranks: Together, model: Any, chosen: Sequence[str]) -> No
     ranks.require_alike(sites=list(chosen))
     root = unwrapped(model)
     for name, module in root.named_modules():
-        if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ModelError(
-                f"'{name or type(root).__name__}' is sharded over the ranks (FSDP), so no rank can "
-                "run batches that the others do not have: load the full state_dict into a plain "
-                "module and recalibrate that. Received: a module wrapped by FSDP"
+                f"'{name or type(root).__name__}' is sharded over the ranks by the first FSDP, so "
+                "no rank can run batches that the others do not have: use fully_shard (FSDP2), or "
+                "load the full state_dict into a plain module and recalibrate that. "
+                "Received: a FullyShardedDataParallel"
             )
     free = tuple(f"{name}." for name in chosen if name)
     state = root.state_dict()
-    if any(type(value).__name__ == "DTensor" for value in state.values()):
+    if any(_is_dtensor(value) for value in state.values()):
         raise ModelError("parameters are sharded over the ranks (DTensor): gather them first")
     known = [
         [
