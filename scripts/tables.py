@@ -7,6 +7,7 @@ the named JSON files, in order, and returns Markdown; every number in it comes f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import cost_tables
@@ -281,6 +282,27 @@ def engines_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def precision_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per model, backend and engine: what bfloat16 is worth, and what it costs."""
+    heads = ("prefix of", "backend", "engine", "`predict` / float32", "`predict` / bfloat16",
+             "float32 / bfloat16, median [smallest, largest]", "error")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for result in results:
+        for row in result["rows"]:
+            for name, found in row["engines"].items():
+                if "over_float32" not in found:
+                    continue
+                engine = name.removesuffix(" in bfloat16")
+                ratios = found["over_float32"]
+                spread = f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+                lines.append(
+                    f"| {row['model']} at {row['image_size']}², batch {row['batch_size']} | "
+                    f"{result['backend']} | {engine} | {row['engines'][engine]['ratio']:.2f} | "
+                    f"{found['ratio']:.2f} | {spread} | {found['error']:.1e} |"
+                )
+    return "\n".join(lines)
+
+
 def _measured(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["model"], row["image_size"], row["batch_size"]
 
@@ -463,6 +485,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "peers": peers_table,
     "freezers": freezers_table,
     "engines": engines_table,
+    "precision": precision_table,
     "fold": fold_table,
     "transfer": transfer_table,
     "treatments": treatments_table,

@@ -37,6 +37,15 @@ _DISTRIBUTIONS = ("frostline", "keras", "numpy", "scipy", "tensorflow", "tensorf
                   "torch", "scikit-learn", "matplotlib")  # fmt: skip
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16; where it does not say so: no."""
+    try:
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(said)
+
+
 def installed_backends() -> tuple[str, ...]:
     """Return the Keras backends that can be imported here; empty without Keras itself."""
     if not _importable("keras"):

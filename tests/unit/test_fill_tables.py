@@ -131,3 +131,15 @@ def test_work_on_ray_and_by_ranks() -> None:
     assert "| samples lost | 1 |" in made
     assert "| 130 of at most 384 in flight |" in made
     assert "undisturbed build | **no** |" in made
+
+
+def test_bfloat16_stands_beside_float32() -> None:
+    engines = {
+        "openvino": {"ratio": 4.0, "error": 2e-6},
+        "openvino in bfloat16": {"ratio": 9.0, "error": 0.012, "over_float32": [2.0, 2.25, 3.0]},
+        "native in bfloat16": {"reason": "none"},
+    }
+    row = {"model": "resnet50", "image_size": 224, "batch_size": 16, "engines": engines}
+    made = load().tables.KINDS["precision"]([{"backend": "jax", "rows": [row]}])
+    figures = "4.00 | 9.00 | 2.25 [2.00, 3.00] | 1.2e-02"
+    assert made.splitlines()[2:] == [f"| resnet50 at 224², batch 16 | jax | openvino | {figures} |"]

@@ -51,9 +51,20 @@ def function_identity(function: Any) -> Identity:
     return found
 
 
-def native(prefix: Any) -> Callable[[Any], list[Array]]:
-    """Return what runs a prefix on its own framework: a batch of inputs -> arrays."""
-    run: Callable[[Any], list[Array]] = _role(prefix).native(prefix)
+def native(prefix: Any, precision: str = "float32") -> Callable[[Any], list[Array]]:
+    """Return what runs a prefix on its own framework: a batch of inputs -> arrays.
+
+    Args:
+        prefix: As for :func:`identity`.
+        precision: ``"float32"`` is what the prefix computes in by itself; or ``"bfloat16"``.
+
+    Raises:
+        ModelError: Its framework, or its dtype, has no ``"bfloat16"`` to offer.
+        BackendError: The processor has not.
+    """
+    role = _role(prefix)
+    make = role.native if precision == "float32" else role.lower
+    run: Callable[[Any], list[Array]] = make(prefix)
     return run
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class _Order:
 
     root: Path
     engine: str
+    precision: str
     dtype: str
     augment: Any
     augmentation: str
@@ -67,6 +69,7 @@ def cache_features(
     path: str | os.PathLike[str] | None = None,
     *,
     engine: str = "auto",
+    precision: str = "float32",
     dtype: str = "float32",
     views: int = 1,
     augment: Any = None,
@@ -96,6 +99,10 @@ def cache_features(
         engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
             ``"auto"``: the fastest of those that are installed and agree with native to 1e-4
             (:func:`frostline.engines.choose`); native where two batches are all there is.
+        precision: What the engine computes in: ``"float32"``, as the prefix does; or
+            ``"bfloat16"``, on processors with AMX or AVX512-BF16, by OpenVINO or by torch. How far
+            that is from float32 is measured on the first batch, shown, and kept in
+            :attr:`FeatureCache.error`; more than 0.1 of the largest value is refused.
         dtype: ``"float32"`` keeps features exactly as computed; ``"float16"`` and ``"bfloat16"``
             halve the disk and round.
         views: How many augmented views to store of every sample.
@@ -123,8 +130,16 @@ def cache_features(
             ``views`` > 1; a folder of another version.
         OutputError: No room on the disk or within ``max_gb``: before the work where it can be
             foreseen, and always with what is complete kept.
-        ModelError: A prefix that is neither a Keras model nor a torch module.
+        ModelError: A prefix that is neither a Keras model nor a torch module; ``"bfloat16"``
+            where no engine has it.
+        BackendError: ``"bfloat16"`` of one engine, on a processor without.
     """
+    engines.require_precision(precision)
+    if precision != "float32" and prefixes.is_callable_prefix(prefix):
+        raise ModelError(
+            "a prefix that is a function computes in a precision of its own: leave precision= out. "
+            f"Received: precision={precision!r}"
+        )
     _check(views=views, augment=augment, batch_size=batch_size, max_gb=max_gb)
     if through is not None and (augment is not None or dtype != "float32"):
         raise DataError(
@@ -136,6 +151,7 @@ def cache_features(
     order = _Order(
         root=folder.resolve(path),
         engine=engine,
+        precision=precision,
         dtype=shards.require_dtype(dtype),
         augment=augment,
         augmentation="" if augment is None else augmentation_identity(augment, augment_name),
@@ -195,14 +211,14 @@ def _view(
         return _key(identity, replace(order, engine=engine), forms, augmented)
 
     key = key_with(order.engine)
-    known_by = (identity.text, repr(forms))
+    known_by = (identity.text, repr(forms), order.precision)
     small = expected is not None and expected <= _FEW_BATCHES * order.batch_size
     tried = (
         (order.root / key).exists()
         or engines.remembered(prefix, known_by, order.engine) is not None
         or (order.through is not None and order.through.cache.engine != "native")
     )
-    if order.engine == "auto" and small and not tried:
+    if order.engine == "auto" and order.precision == "float32" and small and not tried:
         # Trying engines would take longer than the work itself.
         order = replace(order, engine="native")
         key = key_with("native")
@@ -245,8 +261,10 @@ def _forms(x: Any) -> list[Any]:
 
 def _key(identity: Identity, order: _Order, forms: list[Any], augmented: Any = ()) -> str:
     """Of a collection: what computes, and the forms of what it takes."""
+    # Features in float32 keep the key that they had before there was another precision.
+    lower = () if order.precision == "float32" else (order.precision,)
     return build.collection_key(
-        identity.text, order.engine, order.dtype, order.batch_size, forms, augmented
+        identity.text, order.engine, order.dtype, order.batch_size, forms, augmented, *lower
     )
 
 
@@ -302,7 +320,8 @@ def opened(
         ModelError: The prefix cannot be told from another in another process.
     """
     _check(views=1, augment=None, batch_size=batch_size, max_gb=None)
-    order = _Order(root=folder.resolve(path), engine=engine, dtype=shards.require_dtype(dtype),
+    order = _Order(root=folder.resolve(path), engine=engine, precision="float32",
+                   dtype=shards.require_dtype(dtype),
                    augment=None, augmentation="", batch_size=batch_size, max_bytes=None,
                    lock_timeout=lock_timeout, verbose=verbose, seed=0, title=title,
                    through=None)  # fmt: skip
@@ -316,7 +335,8 @@ def opened(
     forms, progress = _forms(first), Progress(title, None, verbose)
     home = order.root / (key := _key(identity, order, forms))
     with folder.locked(home, progress, timeout=lock_timeout):
-        start = _Start(prefix, (identity.text, repr(forms)), order, progress, None)
+        known_by = (identity.text, repr(forms), order.precision)
+        start = _Start(prefix, known_by, order, progress, None)
         collection = _Lazy(start, first, 0, _known(home)).collection(home, key)
         shards.create(collection)
         there = tuple(whole(collection))
@@ -389,37 +409,41 @@ class _Start:
 
     Attributes:
         prefix: The frozen part.
-        known_by: Its identity, and the forms of its inputs.
+        known_by: Its identity, the forms of its inputs, and the precision.
         order: What was asked for.
         progress: Told what was chosen and why.
         expected: Samples to come; ``None`` when not known.
     """
 
     prefix: Any
-    known_by: tuple[str, str]
+    known_by: tuple[str, str, str]
     order: _Order
     progress: Progress
     expected: int | None
 
-    def run(self, first: Any, known: Collection | None) -> tuple[str, Any]:
-        """Name and function of what computes: for an earlier build, the engine that it took."""
+    def run(self, first: Any, known: Collection | None) -> engines.Engine:
+        """What computes: for an earlier build, the engine that it took."""
         if prefixes.is_callable_prefix(self.prefix):
-            return "callable", self.prefix
+            return engines.Engine(name="callable", device="", _run=self.prefix)
         wanted = self.order.engine if known is None else known.engine
         chosen = engines.remembered(self.prefix, self.known_by, wanted)
         if chosen is None:
             chosen = self._choose(first, wanted)
             engines.remember(self.prefix, self.known_by, self.order.engine, chosen)
-        return chosen.name, chosen.run
+        return chosen
 
     def _choose(self, first: Any, wanted: str) -> engines.Engine:
+        choose = partial(
+            engines.choose, self.prefix, first, samples=self.expected,
+            precision=self.order.precision,
+        )  # fmt: skip
         try:
-            chosen = engines.choose(self.prefix, first, wanted, samples=self.expected)
+            chosen = choose(wanted)
         except FrostlineError as problem:
             if self.order.engine != "auto" or wanted == "auto":
                 raise
             self.progress.say(f"{self.order.title}: {problem}; going on with native")
-            chosen = engines.choose(self.prefix, first, "native")
+            chosen = choose("native")
         self.tell(chosen)
         return chosen
 
@@ -427,10 +451,15 @@ class _Start:
         """Say what computes, and why."""
         for note in chosen.notes:
             self.progress.say(f"{self.order.title}: {note}")
-        if chosen.name != "native" or chosen.rates:
+        lower = chosen.precision != "float32"
+        if chosen.name != "native" or chosen.rates or lower:
             rates = [f"{name} {rate:.3g}/s" for name, rate in chosen.rates.items()]
             measured = f"; on the first batch {', '.join(rates)}" if rates else ""
-            self.progress.say(f"{self.order.title}: computed by {chosen.name}{measured}")
+            how = (
+                f" in {chosen.precision}, {chosen.error:.1e} of the largest value from float32"
+                if lower else ""
+            )  # fmt: skip
+            self.progress.say(f"{self.order.title}: computed by {chosen.name}{how}{measured}")
 
 
 class _Lazy:
@@ -443,6 +472,7 @@ class _Lazy:
         self.view = view
         self.known = known
         self.engine = self.order.engine
+        self.error = 0.0
         self._run: build.Run | None = None
         self._trial: tuple[bytes, Any] | None = None
         #: Key of the earlier frontier that features are computed from; empty: from the samples.
@@ -459,9 +489,9 @@ class _Lazy:
 
     def _straight(self) -> build.Run:
         """Compute from the samples."""
-        self.engine, run = self.start.run(self.first, self.known)
-        self.through = ""
-        return _augmented(run, self.order, self.view)
+        chosen = self.start.run(self.first, self.known)
+        self.engine, self.error, self.through = chosen.name, chosen.error, ""
+        return _augmented(chosen.run, self.order, self.view)
 
     def _through(self) -> build.Run | None:
         """Compute from an earlier frontier, if that is asked for and right.
@@ -476,16 +506,17 @@ class _Lazy:
             chosen, run = start_through(
                 through,
                 start.prefix,
-                start.known_by[0],
+                start.known_by,
                 self.first,
                 shards.sample_digests(leaves(self.first)),
                 engine=self.order.engine if self.known is None else self.known.engine,
                 samples=start.expected,
+                precision=self.order.precision,
             )
         except FrostlineError as problem:
             start.progress.say(f"{self.order.title}: {problem}; computed from the samples")
             return None
-        self.engine, self.through = chosen.name, through.key
+        self.engine, self.error, self.through = chosen.name, chosen.error, through.key
         start.tell(chosen)
         return run
 
@@ -517,6 +548,8 @@ class _Lazy:
             "augmented": bool(self.order.augmentation),
             "through": self.through,
         }
+        if self.order.precision != "float32":
+            about |= {"precision": self.order.precision, "error": self.error}
         return Collection(folder=home, key=key, tensors=tensors, engine=self.engine,
                           batch_size=self.order.batch_size, about=about)  # fmt: skip
 

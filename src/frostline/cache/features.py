@@ -127,6 +127,16 @@ class FeatureCache:
         return self.views[0].collection.engine
 
     @property
+    def precision(self) -> str:
+        """What it computed in: ``"float32"``, as the prefix does, or ``"bfloat16"``."""
+        return str(self.views[0].collection.about.get("precision", "float32"))
+
+    @property
+    def error(self) -> float:
+        """How far a few features are from float32, as a share of the largest; 0 in float32."""
+        return float(self.views[0].collection.about.get("error", 0.0))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of features, all views."""
         return sum(len(view) * view.collection.row_bytes for view in self.views)

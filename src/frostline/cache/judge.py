@@ -22,6 +22,9 @@ from frostline.types import Array
 AT_FIRST, FROM_ALL = 2, 4
 #: Largest difference as a share of the largest value: engines agree with native to a third of it.
 TOLERANCE = 3e-4
+#: What features in bfloat16 may differ by, in multiples of the error that was measured when they
+#: were computed, and whatever that was: it is known of two samples only.
+_LOWER, _LOWER_LEAST = 4.0, 2.0**-7
 #: What rounding to 16 bits adds.
 _STORED = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 #: Values below this count as zero.
@@ -155,6 +158,9 @@ class Judge:
         error = _difference(expected, stored)
         kinds = [_STORED.get(tensor.dtype, 0.0) for tensor in self.collection.tensors]
         allowed = TOLERANCE + max(kinds, default=0.0)
+        about = self.collection.about
+        if about.get("precision", "float32") != "float32":
+            allowed += _LOWER * float(about.get("error", 0.0)) + _LOWER_LEAST
         if error > allowed and not prefixes.is_callable_prefix(self.prefix):
             allowed += 2 * engines.rounding(self.prefix, x, outputs)
         if not error <= allowed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from frostline import engines
@@ -35,30 +35,32 @@ class Through:
 def start(
     through: Through,
     prefix: Any,
-    identity: str,
+    known_by: Any,
     first: Any,
     digests: Array,
     *,
     engine: str,
     samples: int | None,
+    precision: str,
 ) -> tuple[engines.Engine, Callable[[Any, Array], Any]]:
     """Get what lies between two frontiers going, and compare both parts with the whole prefix.
 
     Args:
         through: The earlier frontier.
         prefix: The frozen part up to the later frontier.
-        identity: Of the prefix.
+        known_by: Changes whenever the prefix or the precision does.
         first: The first batch of its inputs.
         digests: Digests of these samples.
         engine: As for :func:`frostline.engines.choose`.
         samples: Likewise.
+        precision: Likewise.
 
     Returns:
         The engine, and ``run(x, digests)`` that reads samples' earlier features.
 
     Raises:
         ModelError: Earlier features and what lies between do not give what the prefix gives, to a
-            relative error of 1e-4.
+            relative error of 1e-4, or of what the precision allows.
         DataError: A sample is none of those of the earlier cache.
     """
     rows = {digest.tobytes(): row for row, digest in enumerate(through.cache.views[0].digests())}
@@ -74,20 +76,22 @@ def start(
         return arrays[0] if len(arrays) == 1 else arrays
 
     given = features(digests)
-    chosen = engines.remembered(through.rest, identity, engine)
+    chosen = engines.remembered(through.rest, known_by, engine)
     if chosen is None:
-        chosen = engines.choose(through.rest, given, engine, samples=samples)
-        engines.remember(through.rest, identity, engine, chosen)
+        chosen = engines.choose(through.rest, given, engine, samples=samples, precision=precision)
+        engines.remember(through.rest, known_by, engine, chosen)
     count = len(digests)
     if prefixes.takes_any_number(prefix):
         count = min(count, engines.COMPARED_SAMPLES)
     few = map_leaves(lambda leaf: leaf[:count], first)
     expected = prefixes.reference(prefix)(few)
     error = relative_difference([array[:count] for array in chosen.run(given)], expected)
-    allowed = engines.TOLERANCE + 2 * engines.rounding(prefix, few, expected)
+    allowed = engines.TOLERANCES[precision] + 2 * engines.rounding(prefix, few, expected)
     if not error <= allowed:
         raise ModelError(
             f"features computed from an earlier frontier differ by {error:.1e} from those of the "
             f"whole frozen part, allowed is {allowed:.0e}"
         )
-    return chosen, lambda _, wanted: chosen.run(features(wanted))
+    # Of the whole way, which rounds twice.
+    whole = replace(chosen, errors={**chosen.errors, chosen.name: error})
+    return whole, lambda _, wanted: chosen.run(features(wanted))

@@ -17,6 +17,8 @@ from frostline.cli.options import (
     Format,
     FormatOption,
     ModelOptions,
+    Precision,
+    PrecisionOption,
     boundary,
     command,
 )
@@ -45,6 +47,7 @@ def build(
         typer.Option(help="Where to cut: layer, index or share; else where freezing ends."),
     ] = None,
     engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
+    precision: PrecisionOption = Precision.float32,
     cache: CacheOption = None,
     ray: Annotated[
         str | None,
@@ -72,12 +75,18 @@ def build(
 
     if export is not None:
         files.check_output(export, tables.SUFFIXES, "a table of features", force=force)
+    if ray is not None and precision is not Precision.float32:
+        raise DataError(
+            "nodes of a cluster may have other processors, so features in bfloat16 are computed "
+            f"here only: leave --ray or --precision out. Received: --precision {precision.value}"
+        )
     library = None if ray is None else _connected(ray)
     loaded = model_files.open_model(options)
     place = None if at is None else boundary(at)
     kept: dict[str, Any] = {"engine": engine, "batch_size": batch_size}
     if library is None:
         x, labels = samples.read_samples(data, loaded, labelled=False)
+        kept["precision"] = precision.value
         made = cache_features(split(loaded, place, sample=x[:2]).prefix, x, cache, **kept)
         found = getattr(made, "cache", made)  # a torch data set has it inside
     else:
@@ -86,9 +95,11 @@ def build(
         first, dataset, labels = samples.read_with_ray(data, loaded)
         prefix = split(loaded, place, sample=first).prefix
         found = scale.cache_features(prefix, dataset, cache, actors=actors, **kept)
+    lower = precision is not Precision.float32
+    how = f" in {found.precision} ({found.error:.1e} from float32)" if lower else ""
     echo(
         f"{found.path}: {len(found)} samples, {in_bytes(found.nbytes)}, computed by "
-        f"{found.engine}, id {found.keys[0][:12]}"
+        f"{found.engine}{how}, id {found.keys[0][:12]}"
     )
     if export is not None:
         found.to_parquet(export, labels, overwrite=force)
@@ -188,6 +199,8 @@ def _line(entry: Entry) -> str:
         return f"{head}  {entry.problem}"
     about = entry.collection.about
     view = f", view {about.get('view')}" if about.get("augmented") else ""
+    if "precision" in about:
+        view = f" in {about['precision']}{view}"
     sets = f"{entry.data_sets} complete data set(s)" if entry.data_sets else "incomplete"
     return (
         f"{head}  {about.get('model')}, {about.get('dtype')}, {entry.collection.engine}{view}: "

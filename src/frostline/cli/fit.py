@@ -15,6 +15,8 @@ from frostline.cli.options import (
     DataOptions,
     ModelArgument,
     OutputOptions,
+    Precision,
+    PrecisionOption,
     boundary,
     command,
 )
@@ -42,6 +44,7 @@ def fit(
         float, typer.Option(min=0.0, max=0.99, help="Last share of the data, to validate.")
     ] = 0.0,
     engine: Annotated[str, typer.Option(help="What runs the frozen part.")] = "auto",
+    precision: PrecisionOption = Precision.float32,
     dtype: Annotated[Storage, typer.Option(help="How features are stored.")] = Storage.float32,
     cache: CacheOption = None,
     max_gb: Annotated[
@@ -93,6 +96,7 @@ def fit(
             batch_size=batch_size,
             validation_split=validation_split,
             engine=engine,
+            precision=precision.value,
             dtype=dtype.value,
             cache=cache,
             max_gb=max_gb,
@@ -106,4 +110,7 @@ def fit(
     model_files.save(loaded, target)
     last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in history.history.items())
     echo(f"{target.output}: {len(x)} samples, {len(history.epoch)} epoch(s): {last}")
+    if "precision_error" in history.params:
+        error = history.params["precision_error"]
+        echo(f"the frozen part was computed in {precision.value}, {error:.1e} from float32")
     return 0

@@ -43,6 +43,13 @@ class ReportFormat(StrEnum):
     junit = "junit"
 
 
+class Precision(StrEnum):
+    """What the frozen part is computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Split(StrEnum):
     """Part of a data source."""
 
@@ -87,6 +94,10 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds every
 CacheOption = Annotated[
     Path | None,
     typer.Option("--cache", help="Cache folder; else FROSTLINE_CACHE_DIR or the user's own."),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(help="What the frozen part is computed in; bfloat16 where the processor has it."),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 #: Of the experiments.

@@ -11,10 +11,12 @@ from frostline.engines.choice import (
     COMPARED_SAMPLES,
     NAMES,
     TOLERANCE,
+    TOLERANCES,
     TRIAL_SAMPLES,
     choose,
     remember,
     remembered,
+    require_precision,
     rounding,
 )
 from frostline.engines.registry import Engine, engine
@@ -23,11 +25,13 @@ __all__ = [
     "COMPARED_SAMPLES",
     "NAMES",
     "TOLERANCE",
+    "TOLERANCES",
     "TRIAL_SAMPLES",
     "Engine",
     "choose",
     "engine",
     "remember",
     "remembered",
+    "require_precision",
     "rounding",
 ]

@@ -19,6 +19,9 @@ from frostline.types.reasons import first_line
 
 #: Largest difference from the native output, as a share of its largest value.
 TOLERANCE = 1e-4
+#: The same by precision. Eight bits are 4e-3 for one product; what an engine computes wrongly is
+#: off by more than what they add up to in deep networks.
+TOLERANCES = {"float32": TOLERANCE, "bfloat16": 1e-1}
 #: Samples of the first batch on which engines are tried, where the model takes any number of them:
 #: on whole batches of a large network the choice would cost more than it saves on a processor.
 TRIAL_SAMPLES = 8
@@ -60,7 +63,14 @@ def remember(prefix: Any, known_by: Any, asked: str, engine: Engine) -> None:
     _CHOSEN[prefix] = (known_by, asked, engine)
 
 
-def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None = None) -> Engine:
+def choose(
+    prefix: Any,
+    batch: Any,
+    engine: str = "auto",
+    *,
+    samples: int | None = None,
+    precision: str = "float32",
+) -> Engine:
     """Choose how to run a prefix.
 
     ``"auto"`` runs every installed engine on some samples of the batch and takes the fastest
@@ -71,6 +81,10 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     name, that one is taken if it agrees, and an error says why not otherwise. Where native runs on
     an accelerator, engines that have none are not tried, and it is always timed.
 
+    In ``"bfloat16"`` every engine that has it is timed, native as well where that is torch, and how
+    far each is from native in float32 is in ``errors``; ONNX Runtime, TensorFlow and JAX themselves
+    are asked for float32 only.
+
     Engines get as many threads as ``OMP_NUM_THREADS`` says, or one per core of this process. ONNX
     Runtime takes TensorRT, or CUDA without TF32, where its package and the machine have them.
 
@@ -80,53 +94,62 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
         batch: The first batch, in the structure of the model's inputs, shape ``(n, ...)`` each.
         engine: ``"auto"``, ``"native"``, ``"onnxruntime"`` or ``"openvino"``.
         samples: How many there are to compute, at most; ``None``: not known, maybe many.
+        precision: ``"float32"``: as the prefix computes; or ``"bfloat16"``, which rounds factors to
+            eight bits, on processors with AMX or AVX512-BF16.
 
     Returns:
         The engine, with what was measured.
 
     Raises:
-        ModelError: Unknown engine, or one asked for by name that cannot run the model or disagrees.
-        BackendError: One asked for by name that is not installed.
+        ModelError: Unknown engine or precision; an engine asked for by name that cannot run the
+            model, disagrees or lacks the precision; no engine that has it.
+        BackendError: One asked for by name that is not installed, or a processor without bfloat16.
     """
+    require_precision(precision)
     if engine not in ("auto", *NAMES):
         allowed = ", ".join(("auto", *NAMES))
         raise ModelError(f"engine must be one of {allowed}. Received: engine={engine!r}")
     native = prefixes.native(prefix)
-    if engine == "native":
+    lower = precision != "float32"
+    if engine == "native" and not lower:
         return Engine(name="native", device=_backend(prefix), _run=native)
     few = batch
-    wanted: tuple[str, ...] = NAMES[1:] if engine == "auto" else (engine,)
+    every = NAMES if lower else NAMES[1:]
+    wanted: tuple[str, ...] = every if engine == "auto" else (engine,)
     accelerator = prefixes.accelerator(prefix)
     if prefixes.takes_any_number(prefix):
         few = map_leaves(lambda leaf: leaf[:COMPARED_SAMPLES], batch)
         # A card is idle with a few samples, and soon done with a batch.
         batch = batch if accelerator else map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
     notes: list[str] = []
-    if engine == "auto" and accelerator and not any(there() for _, there in ENGINES.values()):
+    if engine == "auto" and accelerator and not any(e.accelerated() for e in ENGINES.values()):
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")
-        wanted = ()
+        wanted = wanted[:1] if lower else ()
     expected = prefixes.reference(prefix)(few) if wanted else []
     found: dict[str, tuple[Run, str]] = {}
     errors: dict[str, float] = {}
-    for name, outcome in _candidates(prefix, wanted, few):
+    most = TOLERANCES[precision]
+    for name, outcome in _candidates(prefix, wanted, few, precision):
         try:
             run, device = outcome()
             errors[name] = error = relative_difference(_attempt(run, few), expected)
-            if not error <= TOLERANCE:
-                raise ModelError(
-                    f"it differs from native by {error:.1e}, allowed is {TOLERANCE:.0e}"
-                )
+            if not error <= most:
+                raise ModelError(f"it differs from native by {error:.1e}, allowed is {most:.0e}")
             found[name] = (run, device)
         except FrostlineError as problem:
             if engine != "auto":
                 kind = BackendError if isinstance(problem, BackendError) else ModelError
-                raise kind(f"engine {name} cannot run this prefix: {problem}") from problem
+                text = f"engine {name} cannot run this prefix: {problem}"
+                raise kind(f"{text}. {_WAYS}" if lower else text) from problem
             notes.append(f"{name} is not used: {problem}")
     rates = (
         {} if engine != "auto" else {name: _rate(run, batch) for name, (run, _) in found.items()}
     )
     long = samples is None or samples > NATIVE_PAYS_S * max(rates.values(), default=0.0)
-    if engine == "auto" and (accelerator or long or not found):
+    if lower and not found:
+        raise ModelError(f"nothing here computes this prefix in {precision}: {'; '.join(notes)}. "
+                         f"{_WAYS}")  # fmt: skip
+    if not lower and engine == "auto" and (accelerator or long or not found):
         found["native"] = (native, _backend(prefix))
         if rates:
             native(batch)  # compiles
@@ -134,8 +157,20 @@ def choose(prefix: Any, batch: Any, engine: str = "auto", *, samples: int | None
     chosen = max(found, key=lambda name: rates.get(name, 0.0))
     run, device = found[chosen]
     return Engine(
-        name=chosen, device=device, rates=rates, errors=errors, notes=tuple(notes), _run=run
-    )
+        name=chosen, device=device, rates=rates, errors=errors, notes=tuple(notes),
+        precision=precision, _run=run,
+    )  # fmt: skip
+
+
+def require_precision(precision: str) -> None:
+    """Refuse a precision that no engine has.
+
+    Raises:
+        ModelError: It is none of those in ``TOLERANCES``.
+    """
+    if precision not in TOLERANCES:
+        names = " or ".join(map(repr, TOLERANCES))
+        raise ModelError(f"precision must be {names}. Received: precision={precision!r}")
 
 
 def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
@@ -174,8 +209,12 @@ def _backend(prefix: Any) -> str:
     return adapter_of(prefix).backend
 
 
+#: What works where bfloat16 does not.
+_WAYS = "Leave precision= out (float32), or write engine='auto' with openvino installed"
+
+
 def _candidates(
-    prefix: Any, wanted: Sequence[str], batch: Any
+    prefix: Any, wanted: Sequence[str], batch: Any, precision: str
 ) -> list[tuple[str, Callable[[], tuple[Run, str]]]]:
     """Engines to try; the graph is written once for all of them."""
     written: list[bytes] = []
@@ -185,4 +224,11 @@ def _candidates(
             written.append(prefixes.to_onnx(prefix, batch))
         return written[0]
 
-    return [(name, lambda name=name: ENGINES[name][0](graph)) for name in wanted]  # type: ignore[misc]
+    def started(name: str) -> tuple[Run, str]:
+        if name == "native":
+            return prefixes.native(prefix, precision), _backend(prefix)
+        if precision not in ENGINES[name].precisions:
+            raise ModelError(f"it has no {precision}")
+        return ENGINES[name].start(graph, precision)
+
+    return [(name, lambda name=name: started(name)) for name in wanted]  # type: ignore[misc]

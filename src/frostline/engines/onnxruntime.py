@@ -39,8 +39,8 @@ def _on_nvidia() -> bool:
 
 
 @engine("onnxruntime", accelerated=_on_nvidia)
-def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
-    """Start a session on the fastest device of package and machine."""
+def start(graph: Callable[[], bytes], precision: str) -> tuple[Run, str]:  # noqa: ARG001
+    """Start a session on the fastest device of package and machine, in float32."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError('onnxruntime is not installed: pip install "frostline[onnx]"')
     import onnxruntime

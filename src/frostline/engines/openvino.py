@@ -10,20 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from frostline.engines.registry import Run, engine, flat, threads
+from frostline.engines.registry import NO_BFLOAT16, Run, engine, flat, threads
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
 
-@engine("openvino")
-def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
-    """Compile the graph for the processor, in float32."""
+@engine("openvino", precisions=("float32", "bfloat16"))
+def start(graph: Callable[[], bytes], precision: str) -> tuple[Run, str]:
+    """Compile the graph for the processor; inputs and outputs are float32 in any case."""
     if importlib.util.find_spec("openvino") is None:
         raise BackendError('openvino is not installed: pip install "frostline[openvino]"')
     openvino = _quiet_openvino()
+    if precision == "bfloat16" and "BF16" not in _capabilities(openvino):
+        raise BackendError(NO_BFLOAT16)
     content = graph()
-    # Some processors would compute in bfloat16 by default.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    # Without the hint some processors would compute in bfloat16 by default.
+    hint = "bf16" if precision == "bfloat16" else "f32"
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads():
         settings["INFERENCE_NUM_THREADS"] = threads()
     try:
@@ -40,6 +43,11 @@ def start(graph: Callable[[], bytes]) -> tuple[Run, str]:
         return [np.array(value) for value in compiled(feed).values()]
 
     return run, "CPU"
+
+
+def _capabilities(openvino: Any) -> list[str]:
+    """What the processor computes in, in OpenVINO's words."""
+    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def _quiet_openvino() -> Any:

@@ -11,26 +11,50 @@ import numpy as np
 
 from frostline.types import Array
 
-Run = Callable[[Any], list[Array]]
-#: ``start(graph)``: from what writes an ONNX graph, a function that runs it and its device's name.
-Start = Callable[[Callable[[], bytes]], tuple[Run, str]]
+#: Why a processor refuses bfloat16.
+NO_BFLOAT16 = "this processor has no instructions for bfloat16 (AMX or AVX512-BF16)"
 
-#: Name -> what starts it, and whether it may run on an accelerator on this machine.
-ENGINES: dict[str, tuple[Start, Callable[[], bool]]] = {}
+Run = Callable[[Any], list[Array]]
+#: ``start(graph, precision)``: from what writes an ONNX graph, a function that runs it and its
+#: device's name.
+Start = Callable[[Callable[[], bytes], str], tuple[Run, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """An engine as it is registered.
+
+    Attributes:
+        start: Starts it.
+        accelerated: Whether it may run on an accelerator on this machine.
+        precisions: What it can compute in, on some machine.
+    """
+
+    start: Start
+    accelerated: Callable[[], bool]
+    precisions: tuple[str, ...]
+
+
+#: By the name that users write.
+ENGINES: dict[str, Registered] = {}
 
 
 def engine(
-    name: str, *, accelerated: Callable[[], bool] = lambda: False
+    name: str,
+    *,
+    accelerated: Callable[[], bool] = lambda: False,
+    precisions: tuple[str, ...] = ("float32",),
 ) -> Callable[[Start], Start]:
     """Register what starts an engine.
 
     Args:
         name: As users write it.
         accelerated: Whether it may run on an accelerator here; asked only where native does.
+        precisions: What it can be asked to compute in; ``start`` says where a machine cannot.
     """
 
     def registered(start: Start) -> Start:
-        ENGINES[name] = (start, accelerated)
+        ENGINES[name] = Registered(start=start, accelerated=accelerated, precisions=precisions)
         return start
 
     return registered
@@ -47,6 +71,7 @@ class Engine:
         errors: Engine -> largest difference from native in full precision, as a share of the
             largest value.
         notes: Why engines were not taken.
+        precision: What it computes in: ``"float32"``, as its framework does, or ``"bfloat16"``.
     """
 
     name: str
@@ -54,7 +79,13 @@ class Engine:
     rates: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    precision: str = "float32"
     _run: Run = field(repr=False, default=lambda _: [])
+
+    @property
+    def error(self) -> float:
+        """Largest difference from native in full precision, as a share of the largest value."""
+        return self.errors.get(self.name, 0.0)
 
     def run(self, batch: Any) -> list[Array]:
         """Compute one batch.

@@ -27,6 +27,7 @@ def cached(
     *,
     path: str | os.PathLike[str] | None = None,
     engine: str = "auto",
+    precision: str = "float32",
     views: int = 1,
 ) -> Any:
     """Go through a loader's batches while the frozen part of the model answers from a cache.
@@ -40,10 +41,11 @@ def cached(
     A sample is known by its bytes as ``model(...)`` gets them. What changes in every epoch
     (augmentation) is computed anew in every epoch; ``views`` makes it repeat.
 
-    Before anything is skipped the frozen part is checked by behaviour on the first batch: in
-    another order and with one sample less, with another seed and with other trainable weights it
-    returns the same, and the whole model with the cache returns what it returns without. The first
-    two batches that come from the cache are computed as well and compared. The model is left
+    Before anything is skipped the frozen part is checked by behaviour on four samples of the first
+    batch: in another order and with one sample less, with another seed and with other trainable
+    weights it returns the same, and the whole model with the cache returns what it returns without.
+    Of the first two batches that come from the cache four samples are computed as well, alone, and
+    compared. Where the model does not take so few, whole batches are. The model is left
     untouched after the loop, after ``break`` and after any exception. Frozen weights are read anew
     in every epoch; when they change, or more is frozen or thawed, the cache begins anew.
 
@@ -59,6 +61,10 @@ def cached(
             and OpenVINO that agrees to 1e-4, where the model is called with float32 tensors on
             the processor and so much is to be computed that exporting pays; else native. Or one
             of these by name.
+        precision: What computes the frozen part: ``"float32"``, as the model does; or
+            ``"bfloat16"``, on processors with AMX or AVX512-BF16, by OpenVINO or by torch, for
+            models called as ``engine`` says. The rest trains as it is. How far that is from
+            float32 on the first batch is in ``precision_error`` of what is returned.
         views: How many versions of a random augmentation to train with: in epoch e every sample
             of a ``DataLoader`` is drawn with the seed of view ``e % views``. With 1 the loader is
             taken as it is.
@@ -68,7 +74,8 @@ def cached(
 
     Raises:
         ModelError: A Keras model (:func:`frostline.fit` does this); nothing is frozen; or, at the
-            first batch, a frozen part that depends on more than the sample.
+            first batch, a frozen part that depends on more than the sample, or that no engine
+            computes in ``"bfloat16"``.
         DataError: ``views`` without a ``DataLoader`` over a data set with indices, or below 1.
 
     Example:
@@ -83,6 +90,8 @@ def cached(
     known = ("auto", *engines.NAMES)
     if engine not in known:
         raise ModelError(f"engine is one of {', '.join(known)}. Received: engine={engine!r}")
+    engines.require_precision(precision)
+    plain = precision == "float32"
     if views < 1:
         raise DataError(f"views must be at least 1. Received: views={views!r}")
     through = getattr(adapter_of(model), "cached", None)
@@ -96,19 +105,23 @@ def cached(
         store=None if path is None else _Store(path),
         views=views,
         engine=engine,
-        accelerate=None if engine == "native" else _accelerated,
+        accelerate=None if engine == "native" and plain else _accelerated,
+        precision=precision,
+        bound=None if plain else engines.TOLERANCES[precision],
     )
 
 
-def _accelerated(prefix: Any, batch: Any, samples: int | None, engine: str) -> Any:
+def _accelerated(prefix: Any, batch: Any, samples: int | None, engine: str, precision: str) -> Any:
     """What runs a prefix faster than torch does; ``None``: nothing that agrees with it."""
     try:
-        chosen = engines.choose(prefix, batch, engine, samples=samples)
+        chosen = engines.choose(prefix, batch, engine, samples=samples, precision=precision)
     except FrostlineError as problem:
+        if precision != "float32":
+            raise
         if engine != "auto":
             warnings.warn(f"fl.cached runs the frozen part itself: {problem}", stacklevel=2)
         return None
-    return None if chosen.name == "native" else chosen.run
+    return None if chosen.name == "native" and precision == "float32" else chosen
 
 
 class _Store:

@@ -52,6 +52,18 @@ def test_features_of_a_file_are_kept_and_exported(model_file, tmp_path, capsys):
     assert "f.parquet exists" in capsys.readouterr().err
 
 
+def test_a_precision_that_the_engine_has_not(model_file, tmp_path, capsys):
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 8, 8, 3), np.float32))
+    words = ["cache", "build", str(model_file), str(tmp_path / "data.npz"), "--cache",
+             str(tmp_path / "cache"), "--engine", "onnxruntime", "--precision", "bfloat16",
+             "--at", "cut"]  # fmt: skip
+    assert main(words) == 2
+    assert "it has no bfloat16. Leave precision= out" in capsys.readouterr().err
+    assert main([*words, "--ray"]) == 2
+    assert "features in bfloat16 are computed here only" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").glob("*/shards"))
+
+
 def test_an_address_where_no_cluster_answers(model_file, tmp_path, capsys, monkeypatch):
     library = pytest.importorskip("ray")
     monkeypatch.setattr(library, "is_initialized", lambda: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -228,8 +229,9 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
     assert tried[2:] == [engines.TRIAL_SAMPLES]
     monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
-    start = choice.ENGINES["onnxruntime"][0]
-    monkeypatch.setitem(choice.ENGINES, "onnxruntime", (start, lambda: True))
+    registered = choice.ENGINES["onnxruntime"]
+    there = dataclasses.replace(registered, accelerated=lambda: True)
+    monkeypatch.setitem(choice.ENGINES, "onnxruntime", there)
     tried.clear()
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
     assert tried == [32, 32]  # whole batches, and native is timed as well
@@ -247,7 +249,7 @@ def test_beside_an_accelerator_no_engine_of_the_processor_is_tried(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: package)
     monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
     asked: list[str] = []
-    monkeypatch.setattr(choice, "_candidates", lambda _, wanted, __: asked.extend(wanted) or [])
+    monkeypatch.setattr(choice, "_candidates", lambda _, wanted, *__: asked.extend(wanted) or [])
     engine = engines.choose(prefix, {"a": normal(2, 4), "z": normal(2, 8, 8, 3)})
     assert engine.name == "native"
     assert asked == engine_names

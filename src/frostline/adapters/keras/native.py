@@ -17,7 +17,7 @@ import numpy as np
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.calls import takes_training
 from frostline.adapters.keras.compile import without_gradients
-from frostline.types import Array
+from frostline.types import Array, ModelError
 
 
 def native(model: Any) -> Callable[[Any], list[Array]]:
@@ -63,6 +63,25 @@ def uncompiled(model: Any) -> Callable[[Any], list[Array]]:
             return [to_numpy(y) for y in keras.tree.flatten(outputs)]
 
     return run
+
+
+def lower(model: Any) -> Callable[[Any], list[Array]]:
+    """As :func:`native`, in bfloat16 where the backend can be asked for it; outputs are float32.
+
+    Raises:
+        ModelError: The backend, or a model that is not in float32, cannot.
+        BackendError: The device cannot.
+    """
+    backend = keras.backend.backend()
+    if backend != "torch":
+        raise ModelError(f"Keras on {backend} computes it in the dtype of its layers")
+    odd = {v.dtype for v in model.variables if "float" in v.dtype} - {"float32"}
+    if odd:
+        raise ModelError(f"bfloat16 is for a model in float32. Received: a model in {min(odd)}")
+    from frostline.adapters.torch.prefix import in_bfloat16, require_bfloat16
+
+    require_bfloat16(device(model))
+    return in_bfloat16(uncompiled(model), device(model))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import without_gradients
 from frostline.adapters.keras.graph import walk
-from frostline.adapters.keras.native import device, full_precision, native, uncompiled
+from frostline.adapters.keras.native import device, full_precision, lower, native, uncompiled
 from frostline.types import ModelError
 
 #: A Keras data set keeps its own labels.
@@ -337,6 +337,7 @@ __all__ = [
     "handed_out",
     "identity",
     "layer_identity",
+    "lower",
     "native",
     "readable",
     "seeded",

@@ -32,6 +32,8 @@ from frostline.types import ModelError
 
 #: Batches that are answered from the cache and computed as well, to compare.
 _CHECKED = 2
+#: So many of their samples are, and of the batch on which the frozen part is checked.
+_SAMPLES = 4
 _DIGEST = 16
 #: Seconds of frozen passes to come from which on exporting the frozen part to an engine pays.
 _EXPORT_PAYS_S = 10.0
@@ -56,6 +58,7 @@ class Memory:
         readers: Loaders (by id) that have brought samples.
         broken: Why the rows are no longer used.
         engine: Computes rows in the place of the model; ``None``: there is none.
+        error: How far the engine is from what the model computes.
         seconds: What a sample of the first batch took; ``None`` once an engine was sought.
     """
 
@@ -69,6 +72,7 @@ class Memory:
         self.checked = self.idle = 0
         self.broken = ""
         self.engine: Any = None
+        self.error = 0.0
         self.seconds: float | None = 0.0
 
     @property
@@ -81,6 +85,8 @@ class Memory:
 _MEMORIES: weakref.WeakKeyDictionary[Any, dict[str, Memory]] = weakref.WeakKeyDictionary()
 #: Model -> its flags -> what answers; a plan holds modules of the model, but not the model.
 _PLANS: weakref.WeakKeyDictionary[Any, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+#: Model -> whether whole batches are checked, since a few samples would not do.
+_WHOLE: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 #: Model -> loader -> how often it was gone through.
 _EPOCHS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
 
@@ -96,8 +102,11 @@ class Cached:
             arrays)`` takes new ones.
         views: How many seeds of a random augmentation take turns.
         engine: What computes the frozen part: ``"native"`` is the model itself.
-        accelerate: ``(prefix, batch, samples, engine)`` -> what computes a batch of the prefix
-            faster, on arrays; or ``None``.
+        accelerate: ``(prefix, batch, samples, engine, precision)`` -> what computes a batch of the
+            prefix faster, on arrays, with its error; or ``None``.
+        precision: What computes it: ``"float32"`` is the model's own.
+        bound: How far rows may be from the model's own, as a share of the largest; ``None``: as far
+            as rounding takes them.
     """
 
     def __init__(
@@ -108,8 +117,11 @@ class Cached:
         views: int = 1,
         engine: str = "native",
         accelerate: Any = None,
+        precision: str = "float32",
+        bound: float | None = None,
     ) -> None:
         self.engine, self.accelerate = engine, accelerate
+        self.precision, self.bound = precision, bound
         self.root = unwrapped(model)
         self.views = views
         if views > 1:
@@ -129,6 +141,11 @@ class Cached:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    @property
+    def precision_error(self) -> float:
+        """How far the first batch is from what the model computes, as a share of the largest."""
+        return max((memory.error for memory in self.memories.values()), default=0.0)
 
     def __iter__(self) -> Iterator[Any]:
         self.known = {}  # weights are read anew in every epoch
@@ -178,7 +195,8 @@ class Cached:
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
         rows = [memory.rows.get(digest) for digest in digests]
-        if shapes in memory.forms and any(row is None for row in rows):
+        unknown = any(row is None for row in rows)
+        if shapes in memory.forms and unknown:
             rows = self._by_engine(plan, memory, args, kwargs, digests) or rows
         if shapes not in memory.forms or any(row is None for row in rows):
             return self._recorded(plan, memory, forward, args, kwargs, digests, shapes)
@@ -186,7 +204,7 @@ class Cached:
         tensors = _stacked(rows, plan, forms)
         if memory.checked < _CHECKED:
             memory.checked += 1
-            if not self._same(plan, forward, args, kwargs, tensors):
+            if not self._same(plan, forward, args, kwargs, shapes, tensors):
                 return forward(*args, **kwargs)
         self.answered += len(digests)
         return replay.replayed(plan, forms, tensors, len(digests), lambda: forward(*args, **kwargs))
@@ -201,7 +219,7 @@ class Cached:
         if flags not in plans:
             if replay.row_count((args, kwargs)) < 2:
                 return None
-            plans[flags] = replay.planned(self.root, forward, args, kwargs)
+            plans[flags] = self._checked(forward, args, kwargs)
         plan = plans[flags]
         answered = sorted({name for name, _ in plan.forms})
         parts = [answered, [plan.still[name] for name in answered], repr((plan.frontier, flags[2]))]
@@ -219,6 +237,8 @@ class Cached:
             identity = _PRIVATE + identity_of(parts, read_leaf).text
         if self.engine != "native":  # its rows differ by rounding
             identity = f"{identity} {self.engine}"
+        if self.precision != "float32":
+            identity = f"{identity} {self.precision}"
         memory = self.memories.setdefault(identity, Memory(identity))
         self.known[state] = (plan, memory)
         return self.known[state]
@@ -231,11 +251,16 @@ class Cached:
         began = time.perf_counter()
         forms, tensors, made = _noted(plan, len(digests), lambda: forward(*args, **kwargs))
         if forms is None:
-            self._give_up("a frozen module returned something else than one row per sample")
+            if _WHOLE.get(self.root):
+                self._give_up("a frozen module returned something else than one row per sample")
+            else:  # what looked like rows of a few samples is none
+                self._with_whole_batches(forward, args, kwargs, digests, shapes)
             return made
         memory.forms[shapes] = forms
         if memory.seconds is not None:
             memory.seconds = (time.perf_counter() - began) / len(digests)
+        if self.precision != "float32":  # its samples are the engine's when they come again
+            return made
         for number, digest in enumerate(digests):
             if digest not in memory.rows:
                 row = tuple(tensor[number] for tensor in tensors)
@@ -249,9 +274,12 @@ class Cached:
         if memory.seconds is not None:
             seconds, memory.seconds = memory.seconds, None
             memory.engine = self._engine(plan, args, kwargs, seconds)
+            memory.error = 0.0 if memory.engine is None else memory.engine.error
         if memory.engine is None:
             return None
-        columns = [torch.from_numpy(array) for array in memory.engine([_array(x) for x in args])]
+        columns = [
+            torch.from_numpy(array) for array in memory.engine.run([_array(x) for x in args])
+        ]
         for number, digest in enumerate(digests):
             if digest not in memory.rows:
                 row = tuple(column[number].clone() for column in columns)
@@ -263,18 +291,27 @@ class Cached:
         leaves = [x for form in plan.forms.values() for x in form.leaves if x]
         plain = all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args)
         single = all(leaf[1] == torch.float32 and leaf[2].type == "cpu" for leaf in leaves)
+        exact = self.precision == "float32"
         if self.accelerate is None or kwargs or not plain or not single or any(_casting()):
+            if not exact:
+                raise ModelError(
+                    "fl.cached computes the frozen part in bfloat16 for a model that is called "
+                    "with float32 tensors by position, on the processor, without autocast. Leave "
+                    f"precision= out. Received: precision={self.precision!r}"
+                )
             return None
         count = len(args[0])
         samples = len(self.loader) * count if hasattr(self.loader, "__len__") else None
-        if self.engine == "auto" and (samples or 0) * seconds < _EXPORT_PAYS_S:
+        if exact and self.engine == "auto" and (samples or 0) * seconds < _EXPORT_PAYS_S:
             return None
         given, spec = pytree.tree_flatten((args, kwargs))
         shapes = tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in given)
         inputs = Inputs(form=Form(spec=spec, leaves=shapes, constants={}), crossing=())
         prefix = ReplayedPrefix(self.root, plan, inputs)
         with untouched(self.root):
-            return self.accelerate(prefix, [_array(x) for x in args], samples, self.engine)
+            return self.accelerate(
+                prefix, [_array(x) for x in args], samples, self.engine, self.precision
+            )
 
     def _from_store(self, memory: Memory, digests: list[bytes], leaves: list[Any]) -> None:
         """Take rows that an earlier run has stored."""
@@ -286,12 +323,57 @@ class Cached:
         for number, place in enumerate(places):
             memory.rows[wanted[place]] = tuple(column[number] for column in columns)
 
-    def _same(self, plan: Plan, forward: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
-        """Whether stored rows are what the frozen part computes for this batch."""
-        with untouched(self.root), torch.no_grad():
-            count = len(tensors[0])
-            _, fresh, _ = _noted(plan, count, lambda: forward(*args, **kwargs))
-        if replay.same([x.cpu() for x in tensors], fresh):
+    def _checked(self, forward: Any, args: Any, kwargs: Any) -> Plan:
+        """The plan, found with a few samples of the batch if the model takes so few."""
+        few = self._few(args, kwargs, digested(args, kwargs)[1])
+        if few is not None:
+            try:
+                return replay.planned(self.root, forward, *few[0])
+            except Exception:  # whatever the model's own code says to another size
+                _WHOLE[self.root] = True
+        return replay.planned(self.root, forward, args, kwargs)
+
+    def _few(self, args: Any, kwargs: Any, shapes: str) -> tuple[Any, list[int]] | None:
+        """Some samples of a batch and their numbers; ``None``: all are to be taken.
+
+        Samples that alone are padded to another size are not what they are in the batch.
+        """
+        count = replay.row_count((args, kwargs))
+        if count < 2 * _SAMPLES or _WHOLE.get(self.root):
+            return None
+        # From all parts of the batch, both ends included.
+        chosen = [round(number * (count - 1) / (_SAMPLES - 1)) for number in range(_SAMPLES)]
+        taken = replay.taken((args, kwargs), chosen, count)
+        return (taken, chosen) if digested(*taken)[1] == shapes else None
+
+    def _with_whole_batches(
+        self, forward: Any, args: Any, kwargs: Any, digests: list[bytes], shapes: str
+    ) -> None:
+        """Begin anew with a plan that is found on a whole batch, and note what it returns."""
+        _WHOLE[self.root] = True
+        _PLANS.pop(self.root, None)
+        self.known = {}
+        found = self._plan(forward, args, kwargs)
+        if found is not None:
+            with untouched(self.root), torch.no_grad():
+                self._recorded(*found, forward, args, kwargs, digests, shapes)
+
+    def _same(
+        self, plan: Plan, forward: Any, args: Any, kwargs: Any, shapes: str, tensors: list[Any]
+    ) -> bool:
+        """Whether stored rows are what the frozen part computes now, of a few samples alone."""
+
+        def compared(given: Any, wanted: list[Any]) -> bool:
+            with untouched(self.root), torch.no_grad():
+                _, fresh, _ = _noted(plan, len(wanted[0]), lambda: forward(*given[0], **given[1]))
+            return replay.same([x.cpu() for x in wanted], fresh, share=self.bound)
+
+        few = self._few(args, kwargs, shapes)
+        try:
+            alike = few is not None and compared(few[0], [x[few[1]] for x in tensors])
+        except Exception:  # as above
+            few = None
+        if alike if few is not None else compared((args, kwargs), tensors):
             return True
         self._give_up("the frozen part computes something else for a sample in another batch")
         return False

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from frostline import environment
 from frostline.adapters.computation import Identity, Reader, UnreadableError, identity_of
 from frostline.adapters.dropout_rate import KEPT_RATES
 from frostline.adapters.torch import forward_pass as torch_pass
@@ -199,6 +201,44 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
 
 #: For a few samples too: nothing is compiled.
 uncompiled = native
+
+
+def lower(module: Any) -> Callable[[Any], list[Array]]:
+    """As :func:`native`, with what torch's autocast rounds in bfloat16; outputs are float32.
+
+    Raises:
+        ModelError: The module is not in float32.
+        BackendError: Its device has no bfloat16.
+    """
+    kind, dtype = device(module), torch_pass.floating_dtype(unwrapped(module))
+    if dtype != torch.float32:
+        raise ModelError(f"bfloat16 is for a model in float32. Received: a model in {dtype}")
+    require_bfloat16(kind)
+    return in_bfloat16(native(module), kind)
+
+
+def require_bfloat16(kind: str) -> None:
+    """Refuse a kind of device that computes bfloat16 no faster than float32, or not at all.
+
+    Raises:
+        BackendError: It is one.
+    """
+    able = environment.has_bfloat16() if kind == "cpu" else (
+        kind == "cuda" and torch.cuda.is_bf16_supported()
+    )  # fmt: skip
+    if not able:
+        raise BackendError(f"bfloat16 is not what this device ({kind}) computes in")
+
+
+def in_bfloat16(run: Callable[[Any], list[Array]], kind: str) -> Callable[[Any], list[Array]]:
+    """``run`` under torch's autocast."""
+
+    def rounded(batch: Any) -> list[Array]:
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            made = run(batch)
+        return [y.astype(np.float32) if y.dtype.name == "bfloat16" else y for y in made]
+
+    return rounded
 
 
 def full_precision(module: Any) -> AbstractContextManager[None]:

@@ -299,8 +299,8 @@ class _Trial:
         index = self.order
         other_args, other_kwargs = taken((args, kwargs), index, self.count)
         for _ in range(_ROUNDS):
-            known = len(self.excluded)
             first, specs = self._recorded(args, kwargs, 0)
+            known = len(self.excluded)  # what this pass excluded it has opened already
             with perturbed(self.root):
                 second, _ = self._recorded(other_args, other_kwargs, 1)
             forms = {}
@@ -476,19 +476,19 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _close(one: Any, other: Any) -> bool:
+def _close(one: Any, other: Any, share: float | None = None) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not (one.is_floating_point() or one.is_complex()):
         return bool(torch.equal(one, other))
-    bound = {torch.float64: 1e-10, torch.float32: 1e-4}.get(one.dtype, 2e-2)
+    bound = share or {torch.float64: 1e-10, torch.float32: 1e-4}.get(one.dtype, 2e-2)
     finite = one[torch.isfinite(one)].double() if not one.is_complex() else one.abs().double()
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     return bool(torch.allclose(one, other, rtol=0.0, atol=bound * scale, equal_nan=True))
 
 
-def same(one: list[Any] | None, other: list[Any] | None) -> bool:
-    """Whether two lists of tensors agree up to rounding."""
+def same(one: list[Any] | None, other: list[Any] | None, *, share: float | None = None) -> bool:
+    """Whether two lists of tensors agree up to rounding, or up to a share of the largest value."""
     if one is None or other is None or len(one) != len(other):
         return False
-    return all(_close(a, b) for a, b in zip(one, other, strict=True))
+    return all(_close(a, b, share) for a, b in zip(one, other, strict=True))
