@@ -7,14 +7,19 @@ per-round ratios, with the smallest and largest beside them. Networks have rando
 - ``prefix``: eager ``forward`` of the frozen prefix (``inference_mode``) / each engine, seconds for
   one batch: ResNet50 up to its last stage, and EfficientNet-Lite0 up to its 12th block.
 - ``training``: the head of a ResNet50 alone, all epochs: a plain loop over the whole model / a loop
-  over cached features; building the cache counts.
+  over cached features; building the cache counts. ``training / limit``: that loop / what it cannot
+  go below: one pass of the engine that ``auto`` took before the clock began, and the same training
+  on features in memory. ``training bfloat16``, where the processor has it: the plain loop / the one
+  over features in bfloat16.
 - ``step``: a training step with the trunk frozen by ``fl.freeze`` / by hand (``requires_grad``,
   ``eval``).
 
 Prediction, written before the first run, 2 cores at 224²: prefix on the best engine 2 times eager
 for ResNet50 (bound by arithmetic that eager torch does well) and 4 times for EfficientNet-Lite0
-(many small depthwise layers); the native engine 1.3; training 8 with 10 epochs; step 1.00. What was
-measured: ``docs/results/bench-torch-prefix.json``.
+(many small depthwise layers); the native engine 1.3; training 8 with 10 epochs; step 1.00. Before
+the limit was measured: 1.2 with 64 images, since the graph is exported and engines are tried; a
+training in bfloat16 1.3 times as fast as in float32 there. What was measured:
+``docs/results/bench-torch-prefix.json``.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from torch.nn import functional
 from torch.utils import data as torch_data
 
 import frostline as fl
-from frostline import engines
+from frostline import engines, environment
 
 CASES = ("prefix", "training", "step")
 
@@ -183,17 +188,47 @@ def training(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
         loader = torch_data.DataLoader(dataset, settings.batch, shuffle=True)
         trained(model, model, model.fc, loader, settings.epochs)
 
-    def cached() -> None:
+    def cached(precision: str = "float32") -> None:
         model, _ = resnet50()
         fl.freeze(model.to(settings.device), "fc")
         parts = fl.split(model, sample=x[:2])
         with tempfile.TemporaryDirectory() as folder:
-            features = fl.cache_features(parts.prefix, dataset, folder, verbose=0)
+            features = fl.cache_features(
+                parts.prefix, dataset, folder, precision=precision, verbose=0
+            )
             loader = torch_data.DataLoader(features, settings.batch, shuffle=True)
             trained(parts.suffix, parts.suffix, model.fc, loader, settings.epochs)
 
-    pairs = [(timed(plain), timed(cached)) for _ in range(max(1, settings.rounds // 5))]
-    return {"training": figure(pairs)}
+    def limit() -> float:
+        model, _ = resnet50()
+        fl.freeze(model.to(settings.device), "fc")
+        parts = fl.split(model, sample=x[:2])
+        batches = [part.numpy() for part in x.split(settings.batch)]
+        run = engines.choose(parts.prefix, batches[0]).run
+
+        def all_of_it() -> None:
+            held = torch.from_numpy(np.concatenate([run(batch)[0] for batch in batches]))
+            features = torch_data.TensorDataset(held, dataset.tensors[1])
+            loader = torch_data.DataLoader(features, settings.batch, shuffle=True)
+            trained(parts.suffix, parts.suffix, model.fc, loader, settings.epochs)
+
+        return timed(all_of_it)
+
+    ways: dict[str, Callable[[], float]] = {
+        "plain": lambda: timed(plain), "ours": lambda: timed(cached), "limit": limit
+    }  # fmt: skip
+    if environment.has_bfloat16() and settings.device == "cpu":
+        ways["lower"] = lambda: timed(lambda: cached("bfloat16"))
+    rounds = [
+        {way: run() for way, run in ways.items()} for _ in range(max(1, settings.rounds // 5))
+    ]
+    found = {
+        "training": figure([(each["plain"], each["ours"]) for each in rounds]),
+        "training / limit": figure([(each["ours"], each["limit"]) for each in rounds]),
+    }
+    if "lower" in ways:
+        found["training bfloat16"] = figure([(each["plain"], each["lower"]) for each in rounds])
+    return found
 
 
 def steps(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:

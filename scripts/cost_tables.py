@@ -105,6 +105,22 @@ def torch_prefix(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def cached_anywhere(results: Sequence[dict[str, Any]]) -> str:
+    """One line per model and run of bench_cached_anywhere.py, with its settings."""
+    lines = ["| model | run | stock / ours | ours / limit | parameters, float64 | float32 | "
+             "one bit moved |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for result in results:
+        how = result["settings"]
+        run = f"{how['samples']} images at {how['size']}², rounds: {how['rounds']}"
+        for model, found in result["figures"].items():
+            limit = f"{found['ours / limit']:.2f}" if "ours / limit" in found else ""
+            apart = [f"{found[name]:.0e}" for name in ("float64", "float32")]
+            moved = f"{found['float32, one bit moved']:.0e}"
+            cells = [model, run, f"{found['stock / ours']:.2f}", limit, *apart, moved]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _ratio(found: Mapping[str, Any]) -> str:
     low, high = found["range"]
     engine = f" {found['engine']}" if "engine" in found else ""
@@ -117,4 +133,5 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "recalibration-cost": recalibration_cost,
     "cached-training": cached_training,
     "torch-prefix": torch_prefix,
+    "cached-anywhere": cached_anywhere,
 }

@@ -209,7 +209,7 @@ _DOORS: dict[str, Door] = {
     "optimizer": _function,
     "options": _options,
     "params": _flag,
-    "precision": _word,
+    "precision": _text,
     "path": _folder,
     "round_trip": _flag,
     "samples": _word,

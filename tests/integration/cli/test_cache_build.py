@@ -53,7 +53,7 @@ def test_features_of_a_file_are_kept_and_exported(model_file, tmp_path, capsys):
 
 
 def test_a_precision_that_the_engine_has_not(model_file, tmp_path, capsys):
-    np.savez(tmp_path / "data.npz", x=np.zeros((4, 8, 8, 3), np.float32))
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 8, 8, 3), np.float32), y=np.zeros(4))
     words = ["cache", "build", str(model_file), str(tmp_path / "data.npz"), "--cache",
              str(tmp_path / "cache"), "--engine", "onnxruntime", "--precision", "bfloat16",
              "--at", "cut"]  # fmt: skip
