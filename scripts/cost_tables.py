@@ -107,8 +107,9 @@ def torch_prefix(results: Sequence[dict[str, Any]]) -> str:
 
 def cached_anywhere(results: Sequence[dict[str, Any]]) -> str:
     """One line per model and run of bench_cached_anywhere.py, with its settings."""
-    lines = ["| model | run | stock / ours | ours / limit | parameters, float64 | float32 | "
-             "one bit moved |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("model", "run", "stock / ours", "ours / limit", "parameters, float64", "float32",
+             "one bit moved")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
         how = result["settings"]
         run = f"{how['samples']} images at {how['size']}², rounds: {how['rounds']}"
