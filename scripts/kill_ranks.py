@@ -1,8 +1,8 @@
 """Kill, or let raise, one of several gloo processes at a random moment, again and again.
 
-    python scripts/kill_ranks.py --runs 50 --json docs/results/killed_ranks.json
+    python scripts/kill_ranks.py --runs 56 --json docs/results/killed_ranks.json
 
-Each run is a recalibration or a look at a model by 2, 4 or 8 processes. Counted are how long the
+Each run is one of the collective verbs, in turn, by 2, 4 or 8 processes. Counted are how long the
 others take to raise, whether their models are as they were, and whether one hangs.
 """
 
@@ -26,7 +26,10 @@ from torch import distributed, nn
 import frostline as fl
 
 TIMEOUT = 15.0
-VERBS = ("recalibrate sequential", "recalibrate batch", "phases", "diagnose")
+VERBS = (
+    "recalibrate sequential", "recalibrate batch", "recalibrated", "phases", "diagnose", "watch",
+    "assert_frozen",
+)  # fmt: skip
 
 
 def network() -> Any:
@@ -64,8 +67,19 @@ def call(verb: str, model: Any, data: Any) -> None:
     name, _, method = verb.partition(" ")
     if name == "recalibrate":
         fl.recalibrate(model, data, method=method)  # type: ignore[arg-type]
+    elif name == "recalibrated":
+        with fl.recalibrated(model, data):
+            pass
     elif name == "phases":
         fl.phases(model, data, loss=losses)
+    elif name == "watch":
+        with fl.watch(model, data, loss=losses) as watching:
+            for _ in range(10):
+                time.sleep(0.1)
+                watching.check()
+    elif name == "assert_frozen":
+        for _ in range(10):
+            fl.assert_frozen(model, data=data)
     else:
         fl.diagnose(model, data, loss=losses, max_samples=128, verbose=0)
 
@@ -78,6 +92,8 @@ def work(rank: int, world: int, folder: str, verb: str, raises_at: int | None) -
         timeout=timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     model = network()
+    if verb == "assert_frozen":
+        fl.freeze(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Path(folder, f"{rank}.began").touch()
     began, raised = time.monotonic(), ""
@@ -92,9 +108,9 @@ def work(rank: int, world: int, folder: str, verb: str, raises_at: int | None) -
     os._exit(0)  # the group is broken: leaving it would wait for the one that is gone
 
 
-def run(choice: random.Random) -> dict[str, Any]:
+def run(choice: random.Random, verb: str) -> dict[str, Any]:
     """One run, and what came of it."""
-    world, verb = choice.choice((2, 2, 4, 8)), choice.choice(VERBS)
+    world = choice.choice((2, 2, 4, 8))
     how, victim = choice.choice(("raise", "kill")), choice.randrange(world)
     raises_at = choice.randrange(20) if how == "raise" else None
     delay = choice.uniform(0, 1.5)
@@ -147,14 +163,14 @@ def run(choice: random.Random) -> dict[str, Any]:
 def main() -> None:
     """Run, print a line per run, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     choice = random.Random(options.seed)
     runs = []
     for number in range(options.runs):
-        runs.append(run(choice))
+        runs.append(run(choice, VERBS[number % len(VERBS)]))
         print(number, runs[-1], flush=True)
     mixed = [
         each

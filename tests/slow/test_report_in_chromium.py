@@ -51,6 +51,21 @@ TYPE = """Math.min(...[...document.querySelectorAll('svg text')].filter(
   e => e.getClientRects().length).map(e => parseFloat(getComputedStyle(e).fontSize) *
   Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b)), 99)"""
 
+#: What has the focus: its place in the document, its name, whether a ring and itself are seen.
+FOCUS = """(() => {
+  const e = document.activeElement;
+  if (!e || e === document.body) return null;
+  const style = getComputedStyle(e), box = e.getBoundingClientRect();
+  return [[...document.querySelectorAll('*')].indexOf(e), e.outerHTML.slice(0, 80),
+    style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1,
+    box.width > 0 && box.bottom > 0 && box.top < innerHeight] })()"""
+
+#: Places in the document of all that a keyboard must reach.
+REACHED = """(() => {
+  const all = [...document.querySelectorAll('*')];
+  return all.filter(e => e.matches('a[href], summary, [tabindex="0"]') && e.checkVisibility())
+    .map(e => all.indexOf(e)) })()"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[chromium.Browser]:
@@ -96,6 +111,36 @@ def test_a_page_is_quiet_offline_and_legible(
                    "e => e.textContent.startsWith('<script>alert'))")  # fmt: skip
     assert visit.errors == []
     assert visit.requests == [path.resolve().as_uri()]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_keyboard_reaches_everything_in_order_and_is_seen(
+    width: int, browser: chromium.Browser, folder: Path
+) -> None:
+    visit = browser.open(folder / "lite0.html", width=width)
+
+    def press(key: str, code: int, **more: Any) -> Any:
+        given = {"key": key, "code": key, "windowsVirtualKeyCode": code, **more}
+        for kind in ("keyDown", "keyUp"):
+            browser.send("Input.dispatchKeyEvent", visit.session, type=kind, **given)
+        return browser.evaluate(visit, FOCUS)
+
+    walked = []
+    while (at := press("Tab", 9)) is not None and len(walked) < 300:
+        walked.append(at)
+    assert all(ring for _, _, ring, _ in walked), [e for _, e, ring, _ in walked if not ring]
+    assert all(seen for *_, seen in walked), [e for _, e, _, seen in walked if not seen]
+    places = [place for place, *_ in walked]
+    assert places == sorted(set(places))
+    reached = browser.evaluate(visit, REACHED)
+    assert len(reached) > 3
+    assert set(reached) <= set(places)
+
+    closed = "[...document.querySelectorAll('details')].filter(e => !e.open).length"
+    before = browser.evaluate(visit, closed)
+    browser.evaluate(visit, "document.querySelector('details:not([open]) summary').focus()")
+    press("Enter", 13, text="\r")
+    assert browser.evaluate(visit, closed) == before - 1
 
 
 def test_the_client_sees_errors_and_requests(browser: chromium.Browser, tmp_path: Path) -> None:
