@@ -128,6 +128,52 @@ def _ratio(found: Mapping[str, Any]) -> str:
     return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]{engine}"
 
 
+def many_layers(results: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds of looks at a file of many BN layers, beside those of the framework."""
+    found = results[0]
+    columns = ("framework's own process", "`sites`", "`lint`", "most beyond",
+               "`fl.sites`, `fl.lint`", "report drawn in")  # fmt: skip
+    lines = [f"| file | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for row in found["looks"]:
+        calls = "-"
+        if "api sites" in row:
+            calls = f"{row['api sites']:.2f}, {row['api lint']:.2f}"
+        beyond = max(row["sites"], row["lint"]) - row["framework"]
+        drawn = f"{row['report']['seconds']:.1f}" if "seconds" in row["report"] else "-"
+        lines.append(
+            f"| `.{row['kind']}` | {row['framework']:.1f} | {row['sites']:.1f} | "
+            f"{row['lint']:.1f} | {beyond:+.1f} | {calls} | {drawn} |"
+        )
+    place = found["environment"]
+    layers = ", ".join(sorted({f"{row['layers']:,}" for row in found["looks"]}))
+    rounds = ", ".join(sorted({str(row["rounds"]) for row in found["looks"]}))
+    caption = (
+        f"Seconds; {layers} BN layers; the smallest of {rounds} rounds; Keras "
+        f"{place['versions']['keras']} on {place['backend']}, torch {place['versions']['torch']}, "
+        f"{place['cores']} cores."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def many_samples(results: Sequence[Mapping[str, Any]]) -> str:
+    """Peak memory of a process by the number of samples that a generator gave."""
+    rows = results[0]["memory"]
+    counts = sorted({row["samples"] for row in rows})
+    lines = [
+        "| verb | " + " | ".join(f"{count:,} samples" for count in counts) + " |",
+        "|---|" + "---:|" * len(counts),
+    ]
+    for framework, verb in dict.fromkeys((row["framework"], row["verb"]) for row in rows):
+        peaks = {
+            row["samples"]: f"{row['megabytes']:.0f} MB"
+            for row in rows
+            if (row["framework"], row["verb"]) == (framework, verb)
+        }
+        cells = " | ".join(peaks.get(count, "-") for count in counts)
+        lines.append(f"| `{verb}`, {framework} | {cells} |")
+    return "\n".join(lines)
+
+
 #: Kind of a table -> what makes it from the contents of its files.
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "diagnosis-cost": diagnosis_cost,
@@ -135,4 +181,6 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "cached-training": cached_training,
     "torch-prefix": torch_prefix,
     "cached-anywhere": cached_anywhere,
+    "many-layers": many_layers,
+    "many-samples": many_samples,
 }

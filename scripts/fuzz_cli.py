@@ -1,35 +1,51 @@
 """Run many command lines on broken, hostile and ordinary input, and count what must not happen.
 
-    python scripts/fuzz_cli.py --runs 1000 --seed 0
+    KERAS_BACKEND=torch python scripts/fuzz_cli.py --runs 10000 --seed 0 --json fuzz.json
 
 Counted are tracebacks, errors that nobody foresaw ("unexpected"), runs over 30 seconds or 2 GB,
-files left behind by a run that failed (in the folder for temporary files by any run), characters
-that a terminal would obey, and payloads that ran. Each failure is printed as a command line; with
-the same seed the inputs are the same.
+crashes, files left behind by a run that failed (in the folder for temporary files by any run),
+inputs that were changed, characters that a terminal would obey, and payloads that ran. Each failure
+is printed as a command line; with the same seed the inputs are the same.
+
+Commands and options are read off the program, so that a new one is tried without being named here.
+A third of the lines is sound, a third has something odd now and then, a third in every second
+place. Each line runs in a process of its own, which is forked from one that has imported what
+command lines import and has computed nothing: so a line costs what it does, its output is what a
+terminal would get, C libraries' included, and memory, crashes and files are its own. Seconds are
+those that the process ran or slept, not those that it waited for a processor.
+
+``--found FOLDER`` shortens each line that failed, and writes it to a file there;
+``tests/slow/hostile`` runs those in its folder ``found`` again.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import atexit
+import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import pickle
 import random
-import resource
+import select
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
+import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -38,16 +54,24 @@ MOST_KILOBYTES = 2 << 20
 NASTY = "a\x1b[31mred\x1b]0;t\x07\u202eb\r[bold]"
 TRAP = "trap"
 TEMPORARY = "temporary"
+CACHE = "c"
 #: TensorFlow writes such files while it traces and removes them when the process ends.
 OF_TENSORFLOW = "__autograph_generated_file"
+#: Exit code of a run that an exception left.
+ESCAPED = 70
 
 
 @dataclass
 class Outcome:
-    """What the runs showed: exit codes, and each kind of failure with its command lines."""
+    """What the runs showed: exit codes, costs, and each kind of failure with its command lines."""
 
     runs: int = 0
     codes: Counter[int] = field(default_factory=Counter)
+    #: Command -> how many lines, and how many of these ended with 0 or 1.
+    commands: Counter[str] = field(default_factory=Counter)
+    completed: Counter[str] = field(default_factory=Counter)
+    longest_seconds: float = 0.0
+    most_megabytes: int = 0
     failures: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -90,7 +114,8 @@ def write_inputs(folder: Path) -> tuple[list[str], list[str]]:
     (folder / f"{NASTY}.keras").write_bytes(whole)
     (folder / "leaves.py").write_text("import sys\ndef build():\n    sys.exit(0)\n")
     (folder / "modules.py").write_text(MODULES)
-    _write_torch(folder)
+    if importlib.util.find_spec("torch") is not None:
+        _write_torch(folder)
     _write_hostile(folder)
     _write_reports(folder)
     kinds = (".keras", ".h5", ".pt", ".pt2", ".safetensors")
@@ -253,6 +278,7 @@ def _write_data(folder: Path) -> list[str]:
     nan = np.where(y == 1, np.nan, y)
     arrays: dict[str, tuple[Any, Any]] = {
         "good": (x, y),
+        "channels_first": (np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y),
         "flat": (flat, flat[:, :1]),
         "big_endian": (x.astype(">f4"), y.astype(">i8")),
         "half": (x.astype("f2"), y.astype("u1")),
@@ -313,202 +339,489 @@ def _write_images(folder: Path) -> None:
     )
 
 
+#: Models with data that they take.
+PAIRS = (
+    ("net.keras", "good.npz"),
+    ("net.keras", "images"),
+    ("frozen.keras", "good.npz"),
+    ("net.h5", "good.npz"),
+    ("onehot.keras", "one_hot.npz"),
+    ("regression.keras", "flat.npz"),
+    ("modules:net", "channels_first.npz"),
+)
+
+#: Option or argument -> values that are sound, and values that are not.
+VALUES: dict[str, tuple[list[str], list[str]]] = {
+    "--actors": (["1"], ["0", "x"]),
+    "--at": (["bn", "0.5"], ["head", "x", NASTY]),
+    "--backend": ([os.environ.get("KERAS_BACKEND", "torch")], ["x", NASTY]),
+    "--batch-size": (["2", "5", "32"], ["1", "100000000000", "0", "x"]),
+    "--boundaries": (["bn", "conv,bn"], ["x", NASTY, ""]),
+    "--classes": (["0,1", "a,b"], ["0", "1,2", "x", NASTY]),
+    "--data": (["digits"], ["images", "good.npz", "missing.npz", NASTY]),
+    "--dtype": (["float32", "float16"], ["bfloat16", "x"]),
+    "--engine": (["keras", "auto"], ["onnx", "openvino", "x", NASTY]),
+    "--epochs": (["1"], ["0", "x"]),
+    "--export": (["out.parquet"], ["no/out.parquet", "/dev/full", "net.keras", NASTY]),
+    "--format": (["text", "json"], ["html", "github", "sarif", "x"]),
+    "--history": ([], ["leaves.py", "missing.csv", ".", "report.json", "fifo.npz"]),
+    "--ignore": (["FL2", "FL204"], ["x", NASTY]),
+    "--image-size": (["8", "9"], ["1", "200000", "x"]),
+    "--learning-rate": (["0.1"], ["0", "nan", "inf", "-1"]),
+    "--loss": (
+        ["sparse_categorical_crossentropy", "mse"],
+        ["hinge", "no_such", NASTY, "a:b", "leaves:build", ""],
+    ),
+    "--max-gb": (["1"], ["0", "nan", "-1"]),
+    "--max-samples": (["5", "12"], ["2", "1", "99999999999"]),
+    "--method": (["batch", "sequential"], ["other"]),
+    "--metric": (["accuracy", "loss"], ["x", NASTY]),
+    "--optimizer": (["sgd", "adam"], ["x", NASTY, "leaves:build"]),
+    "--per-class": (["2", "3"], ["1", "999999999999"]),
+    "--policy": (["batch", "inference"], ["update", "x"]),
+    "--preprocess": (["unit", "none"], ["resnet50", "x", NASTY]),
+    "--reference": (["net.keras"], ["regression.keras", "half.keras", "payload.pt", "fifo.npz"]),
+    "--rows": ([], ["x", NASTY]),
+    "--seed": (["0", "7"], ["99999999999999999999", "-1"]),
+    "--seeds": (["1"], ["0", "99999999999", "x"]),
+    "--select": (["FL1", "FL204"], ["x", NASTY]),
+    "--sites": (["all", "bn"], ["frozen", "unfrozen", "*", NASTY, ""]),
+    "--split": (["all"], ["train", "test", "x"]),
+    "--state": ([], ["state.pt", "payload.pt", "nan.pt", "net.keras", "/dev/zero", "missing.pt"]),
+    "--thaw-later": ([], ["bn", "0", "9", NASTY]),
+    "--treatments": (["thawed", "all-bn-frozen"], ["x", NASTY]),
+    "--until": (["head", "bn"], ["0.5", "99", "-1", "nan", "inf", "x", NASTY]),
+    "--validation": (["good.npz"], ["one_hot.npz", "missing.npz"]),
+    "--validation-split": (["0.25", "0.5"], ["0.99", "nan", "-1"]),
+    "--version": (["2.2.4", "2.15"], ["9.9", NASTY]),
+    "--weights": (["1,2"], ["0,0", "-1,2", "nan,1", "x"]),
+    "after": (["report.json"], ["half.json", "missing.json", "fifo.npz", "/dev/zero"]),
+    "before": (["report.json"], ["half.json", "missing.json", "fifo.npz", "/dev/zero"]),
+    "ids": (["x"], [NASTY, "..", "/", ""]),
+    "momentum": (["0.9", "0.5"], ["1", "0", "-1", "nan", "inf", "x", "1e-400"]),
+    "reference": (["FL203", "FL204"], ["FL999", NASTY, ""]),
+}
+#: What the two experiments are asked for: they stop before they train, which takes minutes.
+OF_EXPERIMENTS = {
+    "--classes": ([], ["0,no_such", NASTY]),
+    "--weights": (["none"], ["missing.h5", NASTY]),
+    "--backbone": ([], ["x", NASTY, "leaves:build"]),
+}
+#: What an option without values of its own is tried with.
+ANY: tuple[list[str], list[str]] = ([], ["1", "0", "x", "-1", "nan", NASTY, ""])
+#: Where commands write, by what they write.
+OUTPUTS = {
+    "model": ["out.keras", "out.h5", "out.pt"],
+    "report": ["out.json", "out.html"],
+    "folder": ["out"],
+}
+REPORTS = ("lint", "diagnose", "compare", "report compare")
+FOLDERS = ("demo", "experiment overfit", "experiment transfer")
+ODD_OUTPUTS = ["out.txt", "no/out.keras", "images", NASTY + ".keras", "out.safetensors",
+               "/dev/full", "loop.keras", "net.keras", "half.json"]  # fmt: skip
+#: Options of commands that start servers of their own, which outlive the line.
+LEFT_OUT = ("--ray", "--help")
+#: Command -> its share of the lines, where that is not 1: these train.
+SHARES = {"compare": 0.5, "demo": 0.02, "experiment overfit": 0.3, "experiment transfer": 0.3}
+#: What makes training short; an odd value may follow and win.
+SHORT = {"fit": ["--epochs", "1"], "compare": ["--epochs", "1", "--seeds", "1"]}
+
+
+@cache
+def commands() -> dict[str, list[Any]]:
+    """Command, as it is typed -> its parameters, read off the program."""
+    import typer
+
+    from frostline.cli import app
+
+    def leaves(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, list[Any]]]:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield " ".join(path), list(command.params)
+            return
+        for name, each in sorted(inner.items()):
+            yield from leaves(each, (*path, name))
+
+    return dict(leaves(typer.main.get_command(app), ()))
+
+
 def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
     """Return the words of one command line."""
-    model = rng.choice(models) if rng.random() < 0.5 else rng.choice(models[:6])
-    command = rng.choice(
-        ["sites", "lint", "phases", "diagnose", "recalibrate", "set-momentum", "freeze", "convert",
-         "fold", "fit", "rule", "cache", "env", "merge-statistics", "compare", "report",
-         "experiment", NASTY]
-    )  # fmt: skip
-    words = [command]
-    if command == "report":
-        odd = sorted(path.name for path in Path().glob("odd*.json"))
-        reports = ["report.json", "half.json", "missing.json", "fifo.npz", "/dev/zero", *odd]
-        return [*words, "compare", rng.choice(reports), rng.choice(reports)]
-    if command == "experiment":
-        words += [rng.choice(["overfit", "transfer", NASTY]), "--data", rng.choice(data)]
-        words += ["--classes", rng.choice(["0,no_such", NASTY]), "-o", "runs", "--weights", "none"]
-        return [*words, "--image-size", rng.choice(["8", "9", "200000", "x"]), "--per-class", "1"]
-    if command == "merge-statistics":
-        words += rng.choices(models, k=rng.choice([1, 2, 2, 2, 3]))
-        words += rng.choice([[], ["--weights", rng.choice(["1,2", "0,0", "-1,2", "nan,1", "x"])]])
-        return [*words, "-o", rng.choice(["out.pt", "out.keras", "out.safetensors", "images"])]
-    if command == "rule":
-        return [*words, *rng.sample(["FL203", "FL999", NASTY, "--all", "--format", "json"], 2)]
-    if command == "cache":
-        return [*words, rng.choice(["ls", "verify", "rm"]), "--cache", rng.choice(["c", NASTY])]
-    if command == "env":
-        return words
-    words.append(model)
-    if command in ("phases", "diagnose", "recalibrate", "fit", "compare"):
-        words.append(rng.choice(data))
-    if command == "set-momentum":
-        words.append(rng.choice(["0.9", "1", "0", "-1", "nan", "inf", "x", "1e-400"]))
-    if command in ("recalibrate", "set-momentum", "freeze", "convert", "fold", "fit"):
-        targets = ["out.keras", "out.h5", "out.txt", "no/out.keras", "images", NASTY + ".keras",
-                   "out.pt", "/dev/full", "loop.keras", "net.keras"]  # fmt: skip
-        words += ["-o", rng.choice(targets)]
-    if command == "freeze":
-        words += ["--until", rng.choice(["head", "bn", "0.5", "99", "-1", "nan", "inf", NASTY])]
-    options = {
-        "--batch-size": ["1", "2", "5", "100000000000", "0", "x"],
-        "--seed": ["0", "7", "99999999999999999999", "-1"],
-        "--sites": ["all", "frozen", "unfrozen", "bn", "*", NASTY, ""],
-        "--method": ["batch", "sequential", "other"],
-        "--loss": ["mse", "hinge", "no_such", NASTY, "sparse_categorical_crossentropy", "a:b", ""],
-        "--format": ["text", "json", "html", "github", "x"],
-        "--select": ["FL1", "FL204", "x", NASTY],
-        "--ignore": ["FL2", "x"],
-        "--max-samples": ["2", "5", "1", "99999999999"],
-        "--per-class": ["1", "2", "999999999999"],
-        "--image-size": ["8", "1", "200000"],
-        "--classes": ["0", "1,2", "x", NASTY],
-        "--preprocess": ["unit", "none", "resnet50", "x", NASTY],
-        "--split": ["train", "test", "all", "x"],
-        "--validation": ["good.npz", "one_hot.npz", "missing.npz"],
-        "--reference": ["net.keras", "regression.keras", "half.keras"],
-        "--history": ["leaves.py", "missing.csv", "."],
-        "--version": ["2.2.4", "9.9", NASTY],
-        "--policy": ["batch", "inference", "update", "x"],
-        "--validation-split": ["0.1", "0.99", "nan", "-1"],
-        "--learning-rate": ["0.1", "0", "nan", "inf", "-1"],
-        "--epochs": ["1", "0"],
-        "--dtype": ["float16", "bfloat16", "x"],
-        "--engine": ["keras", "x", NASTY],
-        "--max-gb": ["1", "0", "nan", "-1"],
-        "--thaw-later": ["bn", "0", "9", NASTY],
-    }
-    options |= {
-        "--until": ["head", "bn", "x", NASTY],
-        "--treatments": ["thawed", "all-bn-frozen", "x", NASTY],
-        "--seeds": ["1", "0", "99999999999"],
-        "--metric": ["accuracy", "loss", "x"],
-    }
-    known = {
-        "lint": ["--format", "--select", "--ignore"],
-        "sites": ["--format"],
-        "phases": ["--batch-size", "--seed", "--loss", "--format", "--per-class", "--image-size",
-                   "--classes", "--preprocess", "--split"],
-        "convert": ["--version", "--policy"],
-        "set-momentum": ["--sites"],
-        "freeze": ["--seed"],
-        "fold": ["--format"],
-    }  # fmt: skip
-    known["recalibrate"] = [*known["phases"], "--sites", "--method"]
-    known["diagnose"] = [*known["phases"], *known["lint"], "--max-samples", "--validation",
-                         "--reference", "--history"]  # fmt: skip
-    known["fit"] = ["--batch-size", "--seed", "--validation-split", "--learning-rate", "--epochs",
-                    "--dtype", "--engine", "--max-gb", "--thaw-later"]  # fmt: skip
-    known["compare"] = [*known["fit"][:5], "--loss", "--engine", "--until", "--treatments",
-                        "--seeds", "--metric", "--format", "--validation"]  # fmt: skip
-    allowed = known.get(command, [])
-    if command == "compare":
-        words += ["--epochs", "1", "--seeds", "1"]
-    for option in rng.sample(allowed, min(len(allowed), rng.choice([0, 0, 1, 1, 2]))):
-        words += [option, rng.choice(options[option])]
-    if command in ("fit", "compare"):
-        words += ["--cache", "c"]
+    oddness = rng.choice([0.0, 0.1, 0.5])
+
+    def odd() -> bool:
+        return rng.random() < oddness
+
+    def of(sound: list[str], strange: list[str]) -> str:
+        return rng.choice(strange if not sound or (strange and odd()) else sound)
+
+    names = sorted(commands())
+    (command,) = rng.choices(names, [SHARES.get(name, 1.0) for name in names])
+    if rng.random() < oddness / 10:
+        return [NASTY, command]
+    model, matching = rng.choice(PAIRS)
+    if odd():
+        model = rng.choice(models)
+    if odd():
+        matching = rng.choice(data)
+    table = VALUES | (OF_EXPERIMENTS if command.startswith("experiment") else {})
+    kind = "report" if command in REPORTS else "folder" if command in FOLDERS else "model"
+    table["-o"] = (OUTPUTS[kind], ODD_OUTPUTS)
+    table["model"] = ([model], [])
+    table["data"] = ([matching], [])
+    if command.startswith("report"):
+        broken = sorted(path.name for path in Path().glob("odd*.json"))
+        table["before"] = table["after"] = (["report.json"], [*table["before"][1], *broken])
+    words = command.split()
+    words += SHORT.get(command, [])
+    options = []
+    for each in commands()[command]:
+        name = each.opts[0]
+        if each.param_type_name == "argument":
+            if name == "replicas":
+                words += [of(["net.keras", "frozen.keras"], models) for _ in range(of_two(rng))]
+            elif each.required or rng.random() < 0.5:
+                words.append(of(*table.get(name, ANY)))
+        elif each.required:
+            words += [] if rng.random() < oddness / 5 else [name, of(*table.get(name, ANY))]
+        elif name == "--cache":
+            words += [name, of([CACHE], [NASTY, "images", "good.npz", "/dev/null"])]
+        elif name not in LEFT_OUT:
+            options.append(each)
+    if command.startswith("experiment"):
+        words += ["--weights", "none", "-o", "out"]
+        words += ["--classes", rng.choice(["0,no_such", NASTY])]
+    for each in rng.sample(options, min(len(options), rng.choice([0, 0, 1, 1, 2, 3]))):
+        name = each.opts[0]
+        sound, strange = table.get(name, ANY)
+        if getattr(each, "is_flag", False):
+            words.append(name)
+        elif sound or oddness:
+            words += [name, of(sound, strange)]
     return words
 
 
-def run(words: list[str], outcome: Outcome) -> None:
-    """Run one command line in this process, in the current folder, and judge it."""
-    from frostline import cli
+def of_two(rng: random.Random) -> int:
+    """How many files: mostly two."""
+    return rng.choice([1, 2, 2, 2, 3])
 
+
+# --- one line, in a process of its own ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one line did."""
+
+    code: int
+    text: str
+    last: str
+    kinds: tuple[str, ...]
+    seconds: float
+    megabytes: int
+
+
+def run(words: list[str]) -> Run:
+    """Run one command line in the current folder, judge it, and remove what it wrote."""
     before = _files()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out, err = io.StringIO(), io.StringIO()
-    started = time.perf_counter()
-    code: int | None = None
-    said: list[str] = []
+    with tempfile.TemporaryFile("w+b", dir="/tmp") as out, \
+         tempfile.TemporaryFile("w+b", dir="/tmp") as err:  # fmt: skip
+        process = _forked(lambda: _command(words), out.fileno(), err.fileno())
+        status, seconds, kilobytes, late = _waited(process)
+        said = []
+        for stream in (out, err):
+            stream.seek(0)
+            said.append(stream.read().decode(errors="backslashreplace"))
+    text = "".join(said)
+    after = _files()
+    left = {name for name in after if name not in before}
+    changed = {name for name in before if after.get(name) != before[name]}
+    code = os.waitstatus_to_exitcode(status)
+    kinds = {
+        "hang": late,
+        "crash": code < 0 and not late,
+        "escaped": code == ESCAPED,
+        "over 2 GB": kilobytes > MOST_KILOBYTES,
+        "traceback": "Traceback" in text,
+        "unexpected": "(unexpected" in text,
+        "raw escape": any(not c.isprintable() and c not in "\n\xa0" for c in text),
+        "files left": bool(_not_wanted(left, code)),
+        "input changed": any(Path(name).parts[0] != CACHE for name in changed)
+        and "--force" not in words,
+        "payload ran": TRAP in left,
+    }
+    _tidy(before)
+    last = (said[1].strip().splitlines() or [""])[-1]
+    found = tuple(kind for kind, there in kinds.items() if there)
+    return Run(code, text, last[:300], found, seconds, kilobytes >> 10)
+
+
+def _command(words: list[str]) -> int:
+    from frostline.cli import application
+
+    sys.argv = ["frostline", *words]
+    return application.run()
+
+
+def _forked(act: Callable[[], int], out: int, err: int) -> int:
+    """Run ``act`` in a child whose output goes to two files, and return its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _ended(act, out, err)
+    return child
+
+
+def _ended(act: Callable[[], int], out: int, err: int) -> NoReturn:
+    """In the child: act, clean up as the interpreter does when it ends, and end."""
+    code = ESCAPED
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited():
-            code = cli.main(words)
-    except TimeoutError:
-        said.append("hang")
-    except BaseException as error:
-        said.append(f"escaped: {type(error).__name__}")
-    text = out.getvalue() + err.getvalue()
-    left = _files() - before
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > max(peak, MOST_KILOBYTES):
-        said.append("over 2 GB")
-    if "Traceback" in text:
-        said.append("traceback")
-    if "(unexpected" in text:
-        said.append("unexpected")
-    if time.perf_counter() - started > LONGEST:
-        said.append("hang")
-    if any(not c.isprintable() and c not in "\n\xa0" for c in text):
-        said.append("raw escape")
-    cache = {name for name in left if Path(name).parts[0] == "c"}
-    if (code not in (0, 1) and left - cache) or any(
-        name.startswith(TEMPORARY) and OF_TENSORFLOW not in name for name in left
-    ):
-        said.append("files left")
-    if TRAP in left:
-        said.append("payload ran")
-    outcome.runs += 1
-    outcome.codes[-1 if code is None else code] += 1
-    last = (err.getvalue().strip().splitlines() or [""])[-1]
-    for kind in said:
-        outcome.failures.setdefault(kind, []).append(f"{shlex.join(words)}\n      {last[:300]!r}")
-    for name in left - cache:
-        Path(name).unlink(missing_ok=True)
-
-
-def _files() -> set[str]:
-    """Return the files below the current folder, the temporary ones included."""
-    return {os.path.relpath(Path(top, name)) for top, _, names in os.walk(".") for name in names}
-
-
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def late(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(LONGEST)
-    try:
-        yield
+        atexit._clear()  # what the parent has to clean up is not ours
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+        weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+        for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
+            os.dup2(target, number)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        code = act()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        code = ESCAPED
+        with suppress(Exception):
+            os.write(2, traceback.format_exc().encode())
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        os._exit(code)
 
 
-def fuzz(runs: int, seed: int) -> Outcome:
-    """Run ``runs`` command lines in a temporary folder; the same ones for the same seed."""
+def _waited(process: int) -> tuple[int, float, int, bool]:
+    """Wait for a process; return its status, seconds, kilobytes, and whether it was too late."""
+    started = time.monotonic()
+    descriptor = os.pidfd_open(process)
+    seconds, late = 0.0, False
+    try:
+        while True:
+            ended = select.select([descriptor], [], [], 1.0)[0]
+            seconds = time.monotonic() - started - _unscheduled(process)
+            if ended:
+                break
+            if seconds > LONGEST and not late:
+                late = True
+                os.kill(process, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
+    _, status, usage = os.wait4(process, 0)
+    return status, seconds, usage.ru_maxrss, late or seconds > LONGEST
+
+
+def _unscheduled(process: int) -> float:
+    """Seconds that a process could have run, but others had the processor."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _files() -> dict[str, tuple[int, int]]:
+    """Files below the current folder, with size and time of change; links are not followed."""
+    found = {}
+    for top, _, names in os.walk("."):
+        for name in names:
+            path = Path(top, name)
+            with suppress(FileNotFoundError):
+                facts = path.lstat()
+                found[os.path.relpath(path)] = (facts.st_size, facts.st_mtime_ns)
+    return found
+
+
+def _not_wanted(left: set[str], code: int) -> set[str]:
+    """Files that should not be there."""
+    return {
+        name
+        for name in left
+        if (name.startswith(TEMPORARY) and OF_TENSORFLOW not in name)
+        or (code not in (0, 1) and Path(name).parts[0] != CACHE)
+    }
+
+
+def _tidy(before: dict[str, tuple[int, int]]) -> None:
+    """Remove what a line wrote; the cache stays, so that the next line finds it."""
+    for name in _files().keys() - before.keys():
+        if Path(name).parts[0] != CACHE:
+            Path(name).unlink(missing_ok=True)
+    for top, folders, names in os.walk(".", topdown=False):
+        if not folders and not names and Path(top).parts[:1] not in ((), (CACHE,), (TEMPORARY,)):
+            shutil.rmtree(top, ignore_errors=True)
+
+
+# --- many of them ---------------------------------------------------------------------------------
+
+
+def fuzz(
+    runs: int,
+    seed: int,
+    *,
+    found: Path | None = None,
+    told: Callable[[Outcome], None] = lambda _: None,
+) -> Outcome:
+    """Run ``runs`` command lines in a temporary folder; the same ones for the same seed.
+
+    Args:
+        runs: How many.
+        seed: Of the lines.
+        found: Folder for lines that failed, shortened, one file each.
+        told: Is given the outcome so far now and then, and at the end.
+    """
     outcome = Outcome()
-    came_from, path = Path.cwd(), list(sys.path)
+    with hostile_folder() as (models, data):
+        rng = random.Random(seed)
+        for _ in range(runs):
+            words = draw(rng, models, data)
+            kept = {name: Path(name).read_bytes() for name in ("net.keras", "half.json")}
+            ran = run(words)
+            if "--force" in words:  # it may have replaced an input
+                for name, content in kept.items():
+                    Path(name).write_bytes(content)
+            _count(outcome, words, ran)
+            if found is not None:
+                for kind in ran.kinds:
+                    _write_found(shortened(words, kind), kind, found)
+            if outcome.runs % 50 == 0:
+                told(outcome)
+    told(outcome)
+    return outcome
+
+
+@contextmanager
+def hostile_folder() -> Iterator[tuple[list[str], list[str]]]:
+    """Be in a folder with models and data, whole and broken, which this process has not touched."""
+    came_from = Path.cwd()
+    caches = os.environ.get("FROSTLINE_CACHE_DIR")
     with tempfile.TemporaryDirectory() as name:
-        models, data = write_inputs(Path(name))
         os.chdir(name)
         try:
-            rng = random.Random(seed)
+            listed = Path(name, "listed.json")
+            modules = Path(name, "modules.json")
+            _there(lambda: listed.write_text(json.dumps(write_inputs(Path()))) and 0)
+            _there(lambda: modules.write_text(json.dumps(_imported())) and 0)
+            for module in json.loads(modules.read_text()):
+                with suppress(Exception):
+                    importlib.import_module(module)
+            models, data = json.loads(listed.read_text())
+            listed.unlink()
+            modules.unlink()
             Path(TEMPORARY).mkdir()
+            os.environ["FROSTLINE_CACHE_DIR"] = str(Path(CACHE).resolve())
             tempfile.tempdir = str(Path(TEMPORARY).resolve())
-            for _ in range(runs):
-                run(draw(rng, sorted(models), sorted(data)), outcome)
+            yield sorted(models), sorted(data)
         finally:
             tempfile.tempdir = None
+            os.environ.pop("FROSTLINE_CACHE_DIR", None)
+            if caches is not None:
+                os.environ["FROSTLINE_CACHE_DIR"] = caches
             os.chdir(came_from)
-            sys.path[:] = path
-    return outcome
+
+
+def _there(act: Callable[[], int]) -> None:
+    """Do something in a child, so that this process computes nothing."""
+    with tempfile.TemporaryFile("w+") as said:
+        _, status = os.waitpid(_forked(act, said.fileno(), said.fileno()), 0)
+        if status:
+            said.seek(0)
+            code = os.waitstatus_to_exitcode(status)
+            raise RuntimeError(f"could not prepare (exit code {code}): {said.read()[-2000:]}")
+
+
+def _imported() -> list[str]:
+    """Modules that usual lines import, in their order; the lines write nothing."""
+    known = set(sys.modules)
+    for words in (
+        ["phases", "net.keras", "good.npz"], ["diagnose", "net.keras", "digits"],
+        ["sites", "net.h5"], ["phases", "modules:net", "channels_first.npz"],
+        ["sites", "net.pt2"], ["sites", "whole.pt"], ["lint", "modules:net"],
+        ["fit", "missing.keras", "good.npz", "-o", "x.keras"], ["env"],
+    ):  # fmt: skip
+        _command(words)
+    return [name for name in sys.modules if name not in known and name not in ("modules", "leaves")]
+
+
+def _count(outcome: Outcome, words: list[str], ran: Run) -> None:
+    outcome.runs += 1
+    outcome.codes[ran.code] += 1
+    name = next((each for each in commands() if words[: len(each.split())] == each.split()), "none")
+    outcome.commands[name] += 1
+    outcome.completed[name] += ran.code in (0, 1)
+    outcome.longest_seconds = max(outcome.longest_seconds, round(ran.seconds, 2))
+    outcome.most_megabytes = max(outcome.most_megabytes, ran.megabytes)
+    for kind in ran.kinds:
+        outcome.failures.setdefault(kind, []).append(f"{shlex.join(words)}\n      {ran.last!r}")
+
+
+def shortened(words: list[str], kind: str) -> list[str]:
+    """The line without every word, and pair of words, that the failure does not need."""
+    for at in reversed(range(1, len(words))):
+        for width in (2, 1):
+            fewer = words[:at] + words[at + width :]
+            if kind in run(fewer).kinds:
+                words = fewer
+                break
+    return words
+
+
+def _write_found(words: list[str], kind: str, folder: Path) -> None:
+    text = json.dumps({"kind": kind, "words": words}, indent=2) + "\n"
+    name = f"{kind.replace(' ', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
 
 
 def main() -> int:
     """Fuzz, print, and return 1 when anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the counts, written while it runs")
+    parser.add_argument("--found", type=Path, help="folder for failures, shortened")
     options = parser.parse_args()
-    outcome = fuzz(options.runs, options.seed)
+    found = None if options.found is None else options.found.resolve()
+    place = None if options.json is None else options.json.resolve()
+
+    def write(outcome: Outcome) -> None:
+        if place is not None:
+            place.write_text(json.dumps(_record(outcome, options.seed), indent=2) + "\n")
+
+    outcome = fuzz(options.runs, options.seed, found=found, told=write)
     print(f"{outcome.runs} runs, exit codes {dict(sorted(outcome.codes.items()))}")
+    print(f"longest {outcome.longest_seconds} s, largest {outcome.most_megabytes} MB")
     for kind, lines in outcome.failures.items():
         print(f"{kind}: {len(lines)}")
         for line in lines:
             print(f"    {line}")
     return int(bool(outcome.failures))
+
+
+def _record(outcome: Outcome, seed: int) -> dict[str, Any]:
+    from frostline import environment
+
+    facts = environment.facts()
+    return {
+        "backend": os.environ.get("KERAS_BACKEND"),
+        "python": facts["python"],
+        "versions": facts["versions"],
+        "runs": outcome.runs,
+        "seed": seed,
+        "codes": {str(code): count for code, count in sorted(outcome.codes.items())},
+        "commands": {
+            name: {"lines": count, "ended with 0 or 1": outcome.completed[name]}
+            for name, count in sorted(outcome.commands.items())
+        },
+        "longest_seconds": outcome.longest_seconds,
+        "most_megabytes": outcome.most_megabytes,
+        "failures": {kind: len(lines) for kind, lines in outcome.failures.items()},
+        "lines": outcome.failures,
+    }
 
 
 if __name__ == "__main__":

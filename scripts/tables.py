@@ -471,12 +471,53 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
 
 
 #: Kind of a table -> what makes it from the contents of its files.
+#: Kinds of `scripts/fuzz_cli.py`, with the words of the table.
+_FUZZED = {
+    "traceback": "traceback", "unexpected": "inner error", "escaped": "escaped exception",
+    "crash": "crash", "hang": "over 30 s", "over 2 GB": "over 2 GB", "files left": "files left",
+    "input changed": "input changed", "raw escape": "raw escape", "payload ran": "payload ran",
+}  # fmt: skip
+
+
+def fuzzed(results: Sequence[dict[str, Any]]) -> str:
+    """One line per run of the fuzzer: versions, lines, and how many of each kind of failure."""
+    columns = ("lines", "ended with 0 or 1", *_FUZZED.values(), "longest", "most")
+    lines = [f"| versions | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for found in results:
+        versions, backend = found["versions"], found["backend"]
+        library = next(name for name in (backend, f"{backend}-cpu") if name in versions)
+        done = found["codes"].get("0", 0) + found["codes"].get("1", 0)
+        counts = " | ".join(str(found["failures"].get(kind, 0)) for kind in _FUZZED)
+        lines.append(
+            f"| Keras {versions['keras']}, {library} {versions[library]} | {found['runs']:,} | "
+            f"{done:,} | {counts} | {found['longest_seconds']:.1f} s | "
+            f"{found['most_megabytes']:,} MB |"
+        )
+    return "\n".join(lines)
+
+
+def probed(results: Sequence[dict[str, Any]]) -> str:
+    """One line per framework: calls with a wrong argument, and how they ended."""
+    columns = ("calls", "worked", "refused in words", "of these, without the argument's name",
+               "other errors, and hangs")  # fmt: skip
+    lines = [f"| models | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for found in results:
+        name = f"Keras on {found['backend']}" if found["framework"] == "keras" else "torch"
+        lines.append(
+            f"| {name} | {found['calls']:,} | {found['succeeded']:,} | {found['refused']:,} | "
+            f"{len(found['unnamed'])} | {len(found['faults'])} |"
+        )
+    return "\n".join(lines)
+
+
 KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "overfit-diagnosis": overfit_diagnosis_table,
     "cached-fit": cached_fit_table,
     "killed-builds": killed_builds,
     "prefix-pairs": prefix_pairs,
     "interruptions": interruptions,
+    "fuzzed": fuzzed,
+    "probed": probed,
     "overfit": overfit_table,
     "layer": layer_table,
     "distributed": distributed_table,

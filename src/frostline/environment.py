@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ BACKENDS = {
 HOW_TO_INSTALL = "no Keras backend is installed. Install one of: " + ", ".join(
     f'pip install "frostline[{name}]"' for name in BACKENDS
 )
+
+#: The oldest Keras that Frostline works with; in older ones files can run code.
+OLDEST_KERAS = (3, 12)
 
 #: Distributions whose versions matter when a number has to be reproduced.
 _DISTRIBUTIONS = ("frostline", "keras", "numpy", "scipy", "tensorflow", "tensorflow-cpu", "jax",
@@ -66,11 +70,13 @@ def choose_backend(requested: str | None = None) -> str:
         The backend's name.
 
     Raises:
-        BackendError: If none is installed, the wanted one is not, or Keras is already running
-            on another one.
+        BackendError: If none is installed, the wanted one is not, Keras is too old, or it is
+            already running on another one.
     """
     name, origin = _wanted(requested)
     available = installed_backends()
+    if available and "keras" in (known := versions()):
+        refuse_old_keras(known["keras"])
     if not available:
         raise BackendError(HOW_TO_INSTALL)
     if name is None:
@@ -89,6 +95,24 @@ def choose_backend(requested: str | None = None) -> str:
         raise BackendError(f"Keras already runs on {running!r} in this process; wanted {name!r}")
     os.environ["KERAS_BACKEND"] = name
     return name
+
+
+def refuse_old_keras(version: str) -> None:
+    """Refuse a Keras in which a model file can run code.
+
+    Args:
+        version: Of the Keras at hand, as in ``keras.__version__``.
+
+    Raises:
+        BackendError: It is older than :data:`OLDEST_KERAS`.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_KERAS:
+        oldest = ".".join(map(str, OLDEST_KERAS))
+        raise BackendError(
+            f"Keras {version} is too old: Frostline needs {oldest} or newer, because a model file "
+            f'can run code in older ones: pip install --upgrade "keras>={oldest}"'
+        )
 
 
 def how_backend_is_chosen() -> str:

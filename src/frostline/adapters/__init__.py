@@ -23,6 +23,7 @@ from frostline.adapters.protocol import (
     SplitModel,
 )
 from frostline.types import Array, ModelError
+from frostline.types.arguments import listed
 from frostline.types.facts import ModelFacts
 
 #: Framework -> its room, in the order of asking: on the torch backend every Keras model *is* an
@@ -112,7 +113,8 @@ def freezer(target: Any) -> tuple[Callable[[], FlagCounts], Callable[[], None]]:
         ModelError: Something else, or nothing.
     """
     # torch containers can be iterated and are modules nevertheless.
-    layers = tuple(target) if isinstance(target, (list, tuple, Iterator)) else (target,)
+    several = isinstance(target, (list, tuple, Iterator))
+    layers = tuple(listed(target, "model_or_layers")) if several else (target,)
     if not layers:
         raise ModelError("expected a model, a layer or a list of layers. Received: an empty list")
     for room in rooms():

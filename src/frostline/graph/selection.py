@@ -8,6 +8,7 @@ from typing import Any
 
 from frostline.graph.addresses import closest
 from frostline.types import ModelError, Site
+from frostline.types.arguments import listed
 
 GROUPS = ("all", "unfrozen", "frozen")
 
@@ -25,6 +26,7 @@ def select(sites: Sequence[Site], wanted: Any) -> tuple[Site, ...]:
 
     Raises:
         ModelError: The model has no site, nothing is chosen, or a name or pattern fits no site.
+        DataError: Reading the list raised an error.
     """
     if not sites:
         raise ModelError("the model has no BN layer.")
@@ -43,7 +45,7 @@ def select(sites: Sequence[Site], wanted: Any) -> tuple[Site, ...]:
     if not isinstance(entries, Iterable):
         raise ModelError(_kinds(wanted))
     found: set[str] = set()
-    entries = list(entries)
+    entries = listed(entries, "sites")
     for entry in entries:
         found.update(_fitting(sites, entry))
     if not found:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from frostline.types import DataError
+from frostline.types.arguments import listed
 
 #: Columns of a log that count, and are no metric.
 _COUNTERS = ("epoch", "step", "steps", "batch")
@@ -42,7 +43,7 @@ def parse(history: Any) -> dict[str, tuple[float, ...]]:
     if isinstance(history, Mapping):
         return _from_columns(history)
     if isinstance(history, Iterable):
-        rows = list(history)
+        rows = listed(history, "history")
         if all(isinstance(row, Mapping) for row in rows):
             return _from_rows(rows)
     raise DataError(f"{_ACCEPTED} Received: {type(history).__name__}")

@@ -20,6 +20,8 @@ from frostline.types.errors import DataError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+Item = TypeVar("Item")
+
 #: Longest value that a message repeats.
 _SHOWN = 80
 
@@ -52,6 +54,21 @@ def checked(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return cast(Function, run)
+
+
+def listed(value: Iterable[Item], name: str) -> list[Item]:
+    """The content of an argument that is iterated once.
+
+    Raises:
+        DataError: Iterating it raised an error.
+    """
+    try:
+        return list(value)
+    except Exception as error:
+        raise DataError(
+            f"{name} cannot be read to its end ({type(error).__name__}: {error}). "
+            f"Received: {name}={shown(value)}"
+        ) from error
 
 
 def shown(value: Any) -> str:
@@ -139,11 +156,20 @@ def _names(value: Any) -> str | None:
     if isinstance(value, str):
         return None
     # An iterator would be used up by a look.
-    listed = isinstance(value, Iterable) and not hasattr(value, "__next__")
+    several = isinstance(value, Iterable) and not hasattr(value, "__next__")
     try:
-        return None if listed and all(isinstance(word, str) for word in value) else words
+        return None if several and all(isinstance(word, str) for word in value) else words
     except Exception:
         return words
+
+
+def _of_numbers(value: Any) -> str | None:
+    """Refuses NumPy's arrays of words and objects, wherever they are inside."""
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (list, tuple, Mapping)):
+        return next(filter(None, map(_of_numbers, inner)), None)
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    return None if kind in "biufcV" else "a batch of numbers, as the model takes it"
 
 
 def _listed(words: str) -> Door:
@@ -169,9 +195,10 @@ def _metrics(value: Any) -> str | None:
 
 def _weights(value: Any) -> str | None:
     words = "a number for each of the models"
-    listed = isinstance(value, Sequence) or _is_array(value)
+    several = isinstance(value, Sequence) or _is_array(value)
     try:
-        return None if listed and all(_number(weight) for weight in value) else words
+        sound = several and not isinstance(value, (str, bytes))
+        return None if sound and all(_number(weight) for weight in value) else words
     except Exception:
         return words
 
@@ -212,6 +239,7 @@ _DOORS: dict[str, Door] = {
     "precision": _text,
     "path": _folder,
     "round_trip": _flag,
+    "sample": _of_numbers,
     "samples": _word,
     "seed": _whole(0),
     "seeds": _COUNT,

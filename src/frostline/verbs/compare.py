@@ -20,7 +20,7 @@ from frostline.measure.bench import joined_arrays, only, task_of
 from frostline.measure.phases import judge, loss_name_of, require_one
 from frostline.numerics import ranking
 from frostline.types import Array, DataError, FrostlineError, ModelError
-from frostline.types.arguments import checked
+from frostline.types.arguments import checked, shown
 from frostline.types.comparison import Comparison, TreatmentRow
 from frostline.verbs import fit as cached_fit
 from frostline.verbs.cached import cached
@@ -442,7 +442,7 @@ class _Trainings:
         """Steps of one epoch; the data are read once where they do not say."""
         try:
             self.steps = len(data)
-        except TypeError:
+        except Exception:  # code of the user's own may raise anything
             self.steps = sum(1 for _ in batches(data, batch_size=self.batch_size))
 
 
@@ -587,9 +587,14 @@ class _TorchTrainings(_Trainings):
             if treated.momentum is not None:
                 adapter.set_decay(moving, treated.momentum(done))
 
-        optimizer = self.optimizer(
-            [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
-        )
+        weights = [each for each in adapter.model.parameters() if each.requires_grad]
+        try:
+            optimizer = self.optimizer(weights)
+        except Exception as error:
+            raise ModelError(
+                f"optimizer, given a list of parameters, raised {type(error).__name__}: {error} "
+                f"Received: optimizer={shown(self.optimizer)}"
+            ) from error
         if not (hasattr(optimizer, "step") and hasattr(optimizer, "zero_grad")):
             raise ModelError(
                 "optimizer must return an optimizer of torch for the parameters it is given. "

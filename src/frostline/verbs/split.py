@@ -7,6 +7,7 @@ from typing import Any
 
 from frostline.adapters import adapter_of
 from frostline.types import Crossing
+from frostline.types.arguments import checked
 from frostline.verbs.whole import whole
 
 
@@ -52,6 +53,7 @@ def _layers(part: Any) -> int:
 
 
 @whole
+@checked
 def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
     """Cut a model where its frozen part ends, at the tensors that are smallest to store.
 

@@ -16,13 +16,15 @@ import sys
 import time
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from frostline import cli
+import frostline as fl
+from frostline import cli, environment
 
 keras = pytest.importorskip("keras")
 h5py = pytest.importorskip("h5py")
@@ -191,6 +193,37 @@ def test_h5_files_hold_no_code(
         file.attrs["training_config"] = json.dumps(config)
     assert cli.main(["sites", "loss.h5"]) == 0
     assert not (here / "trap").exists()
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "3.8.0", "3.11.3"])
+def test_a_keras_in_which_files_run_code_is_refused_at_the_door(
+    version: str, sound: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: version if name == "keras" else installed(name)
+    )
+    monkeypatch.setattr(
+        keras.saving, "load_model", lambda *_, **__: Path("trap").touch() or pytest.fail("read")
+    )
+    data = sound / "data.npz"
+    for words in (["sites"], ["lint"], ["phases", data], ["fit", data, "-o", "out.keras"]):
+        line = refused(capsys, words[0], sound / "net.keras", *words[1:])
+        assert f"Keras {version} is too old" in line
+        assert "3.12 or newer" in line
+    monkeypatch.undo()
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    monkeypatch.setattr(keras, "__version__", version)
+    with pytest.raises(fl.BackendError, match=f"Keras {version} is too old"):
+        fl.sites(model)
+
+
+def test_the_oldest_keras_is_the_one_that_is_installed_with_frostline() -> None:
+    wanted = ".".join(map(str, environment.OLDEST_KERAS))
+    known = [line for line in metadata.requires("frostline") or () if line.startswith("keras")]
+    assert known
+    assert all(line.startswith(f"keras>={wanted};") for line in known)
+    assert environment.refuse_old_keras(keras.__version__) is None
 
 
 def test_weights_that_lie_elsewhere(sound: Path, here: Path, capsys: Any) -> None:

@@ -17,10 +17,10 @@ from frostline.types.arguments import _DOORS, checked, shown
 FIRST: dict[str, int] = {
     "assert_frozen": 1, "cache_features": 2, "cached": 2, "compare": 2, "diagnose": 2, "fit": 1,
     "freeze": 1, "lint": 1, "merge_statistics": 1, "phases": 2, "recalibrate": 2,
-    "recalibrated": 2, "suggest_momentum": 1, "unfreeze": 1, "watch": 1,
+    "recalibrated": 2, "split": 1, "suggest_momentum": 1, "unfreeze": 1, "watch": 1,
 }  # fmt: skip
 WRONG: dict[str, Any] = {"history": "a\0b", "path": b"folder", "cache": b"folder"}
-SCALARS = ("dtype", "engine", "method", "samples", "verbose")
+SCALARS = ("dtype", "engine", "method", "sample", "samples", "verbose")
 
 
 def cases() -> list[tuple[str, str]]:
@@ -90,6 +90,22 @@ def test_a_generator_that_raises_is_said_to_be_the_data() -> None:
     with pytest.raises(fl.DataError, match="the disk is gone"):
         fl.recalibrate(made, broken(), method="batch")
     assert all(np.array_equal(a, b) for a, b in zip(before, made.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("argument", ["sites", "history", "model_or_layers"])
+def test_a_list_that_cannot_be_read_to_its_end_is_named(argument: str, model: Any) -> None:
+    def broken() -> Iterator[Any]:
+        yield from ()
+        raise RuntimeError("the disk is gone")
+
+    data = (np.zeros((4, 3), "float32"), np.zeros((4, 3), "float32"))
+    calls = {
+        "sites": lambda: fl.set_momentum(model, 0.5, sites=broken()),
+        "history": lambda: fl.diagnose(model, data, loss="mse", history=broken()),
+        "model_or_layers": lambda: fl.frozen(broken()).__enter__(),
+    }
+    with pytest.raises(fl.DataError, match=rf"^{argument} cannot be read .*the disk is gone"):
+        calls[argument]()
 
 
 def test_an_augmentation_that_returns_nothing(tmp_path: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,94 @@ def test_ctrl_c_in_the_clean_up_waits_for_its_end() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def struck(run: Callable[[], Any], at: int, since: Callable[[], bool] = lambda: True) -> int:
+    """Run with a real SIGINT where Python looks for one: as a function of ours is entered.
+
+    It is the ``at``-th entry since ``since`` holds; returns how many there were. Generators are
+    left out: one that is closed on its way out swallows what is raised in it.
+    """
+    met = 0
+
+    def called(frame: Any, _event: str, _: Any) -> None:
+        nonlocal met
+        ours = frame.f_code.co_filename.startswith(SOURCES)
+        if ours and not frame.f_code.co_flags & inspect.CO_GENERATOR and since():
+            met += 1
+            if met == at + 1:
+                signal.raise_signal(signal.SIGINT)
+
+    before = sys.gettrace()
+    sys.settrace(called)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return met
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as in a fresh interpreter."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_anywhere_in_a_verb_takes_all_of_it_back() -> None:
+    verb = VERBS["set_momentum"]
+    verb(module())  # imports happen now
+    entries = struck(lambda: verb(module()), -1)
+    assert entries > 20
+    for at in range(0, entries, 1 + entries // 40):
+        model = module()
+        before = state(model)
+        with pytest.raises(KeyboardInterrupt):
+            struck(lambda: verb(model), at)  # noqa: B023 - it runs at once
+        assert state(model) == before, at
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_anywhere_in_the_way_back_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is changed, something fails, and the signal comes while the change is taken back."""
+    failed = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        failed.append(model[1].momentum)
+        raise Injected
+
+    monkeypatch.setattr("frostline.verbs.edit.Change", fails)
+    seen = []
+    for at in range(0, 1000, 5):
+        failed.clear()
+        model = module()
+        before = state(model)
+        with pytest.raises((KeyboardInterrupt, Injected)) as caught:
+            struck(lambda: VERBS["set_momentum"](model), at, lambda: bool(failed))  # noqa: B023
+        assert failed == [0.5]
+        assert state(model) == before, at
+        seen.append(caught.type)
+        if caught.type is Injected:  # the way back was over before the signal
+            break
+    assert len(seen) > 5
+    assert seen == [KeyboardInterrupt] * (len(seen) - 1) + [Injected]
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_anywhere_in_an_undo_waits_for_its_end() -> None:
+    count = struck(VERBS["set_momentum"](module()).undo, -1)
+    assert count > 5
+    for at in range(count):
+        model = module()
+        before = state(model)
+        change = VERBS["set_momentum"](model)
+        with pytest.raises(KeyboardInterrupt):
+            struck(change.undo, at)
+        if state(model) != before:  # it had not begun, or says that it is not done
+            change.undo()
+        assert state(model) == before, at

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from frostline import environment
 from frostline.adapters.protocol import Adapter
 
 
@@ -24,7 +25,12 @@ def is_model(value: Any) -> bool:
 
 
 def adapter_of(model: Any) -> Adapter:
-    """The adapter of a Keras model."""
+    """The adapter of a Keras model.
+
+    Raises:
+        BackendError: The Keras of this process is too old.
+    """
+    environment.refuse_old_keras(sys.modules["keras"].__version__)
     from frostline.adapters.keras.adapter import KerasView
 
     return KerasView(model)

@@ -55,6 +55,12 @@ def fold(model: Any) -> FoldedModel:
     sites = site_modules(root)
     if not sites:
         raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # older torch copies none
+            raise ModelError(
+                f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
+                "model on one batch first. Received: an uninitialised module"
+            )
     twin = copy.deepcopy(root).eval()
     work = _Fold(twin)
     wanted = next(filter(None, (work.outputs(batch) for batch in guesses(twin))), None)

@@ -284,3 +284,9 @@ def test_volumes_are_tried_at_a_size_that_ends() -> None:
     model = settled(nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU())).eval()
     x = torch.randn(2, 1, 8, 8, 8)
     torch.testing.assert_close(fl.fold(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lazy_module_that_has_seen_no_data_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(fl.ModelError, match="lazy and has seen no data yet"):
+        fl.fold(model)
