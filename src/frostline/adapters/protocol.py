@@ -466,7 +466,7 @@ class Cut(Protocol):
     def split(self, at: Any = None, *, sample: Any = None) -> SplitModel:
         """Cut the model into its frozen prefix and the rest, which share its layers."""
 
-    def fold(self) -> FoldedModel:
+    def fold(self, *, sample: Any = None) -> FoldedModel:
         """Fold every BN layer at its stored statistics into a new model."""
 
 

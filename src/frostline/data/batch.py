@@ -40,6 +40,7 @@ class Batch:
         sample_weight: Shape ``(n,)``, nested like ``y`` may be; ``None`` when there are none.
         whole: Exactly what the loader yielded; ``None`` for batches that are cut from arrays.
         inputs: So many first items of ``whole`` are what ``x`` holds.
+        single: It is cut from tuples ``(x,)``, and a step gets one.
     """
 
     x: Any
@@ -47,6 +48,7 @@ class Batch:
     sample_weight: Any = None
     whole: Any = None
     inputs: int = 1
+    single: bool = False
 
     @property
     def count(self) -> int | None:
@@ -101,7 +103,7 @@ class Batch:
         if self.whole is not None:
             return self.whole
         if self.y is None:
-            return self.x
+            return (self.x,) if self.single else self.x
         pair = (self.x, self.y)
         return pair if self.sample_weight is None else (*pair, self.sample_weight)
 
@@ -119,7 +121,13 @@ def take(batch: Batch, rows: Any) -> Batch:
 def mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
     """Inputs, targets and weights with ``function`` applied to every array."""
     x, y, weight = (map_leaves(function, v) for v in (batch.x, batch.y, batch.sample_weight))
-    return Batch(x, y, weight)
+    return Batch(x, y, weight, single=_in_tuples(batch))
+
+
+def _in_tuples(batch: Batch) -> bool:
+    """Whether the loader yields ``(x,)``, which a step reads as such."""
+    whole = batch.whole
+    return batch.single or (isinstance(whole, tuple) and len(whole) == 1)
 
 
 def left_out(batch: Batch) -> str | None:
@@ -163,6 +171,7 @@ def joined(parts: list[Batch]) -> Batch:
         _concatenate([part.x for part in parts], "x"),
         _concatenate([part.y for part in parts], "y"),
         _concatenate([part.sample_weight for part in parts], "sample_weight"),
+        single=all(map(_in_tuples, parts)),
     )
 
 

@@ -224,7 +224,7 @@ def restore(model: Any) -> Any:
 
 
 @whole
-def fold(model: Any) -> Any:
+def fold(model: Any, *, sample: Any = None) -> Any:
     """Fold every BN layer into the layer before it: an inference network of plain layers.
 
     Every site is folded at its stored statistics, frozen or not: what comes back computes what
@@ -241,14 +241,16 @@ def fold(model: Any) -> Any:
     as it moves when its weights move by their last bit (``docs/fold.md``); in half precision as far
     as the layer's own rounding goes. Do not train the outcome: nothing is left that normalises.
 
-    A torch module comes back as plain torch, too. What cannot be folded there stays as it is and is
-    named in a warning: a BN class that does more than normalise, a BN layer that keeps no
-    statistics, one inside a module that ``torch.fx`` cannot follow. The outcome is compared with
-    the model on random inputs where these can be guessed.
+    A torch module comes back as plain torch, too. What cannot be folded stays as it is and is named
+    in a warning: a BN class that does more than normalise and call the modules that it holds, a BN
+    layer that keeps no statistics; in Keras one inside a layer of your own. The outcome is compared
+    with the model on ``sample``; a torch module on random inputs where these can be guessed.
 
     Args:
         model: A built functional or sequential Keras model; nested models and shared layers are
             fine. Or a torch module. It is not changed.
+        sample: A batch of inputs: a tuple of the arguments, or a mapping by name. A torch module
+            that ``torch.fx`` cannot follow and whose inputs cannot be guessed needs it.
 
     Returns:
         A new model, not compiled, with the names of the old layers.
@@ -258,7 +260,7 @@ def fold(model: Any) -> Any:
             one inside a subclassed model or a composite layer, of a class of your own, or with
             broken statistics. Or the outcome does not compute what the model computes.
     """
-    folded = adapter_of(model).fold()
+    folded = adapter_of(model).fold(sample=sample)
     for note in folded.notes:
         warnings.warn(f"fold: {note}", stacklevel=3)
     return folded.model

@@ -46,6 +46,8 @@ def main() -> int:
         else:
             mark = "right" if row.right else "WRONG"
             print(f"{row.number}: {mark}: {', '.join(row.answers)}", file=sys.stderr, flush=True)
+        if arguments.json is not None:  # a run that is cut keeps what it has
+            write(arguments.json, arguments, rows, runner)
     print(table(rows))
     scores = runner.score(rows)
     for name, value in scores.items():
@@ -53,7 +55,7 @@ def main() -> int:
     for number, reason in runner.NOT_COVERED.items():
         print(f"not covered: {number}: {reason}")
     if arguments.json is not None:
-        write(arguments.json, arguments, rows, runner)
+        print(f"wrote {arguments.json}")
     return 0 if all(row.right and not row.blamed for row in rows) else 1
 
 
@@ -80,7 +82,6 @@ def write(path: Path, arguments: argparse.Namespace, rows: Iterable, runner: Any
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-    print(f"wrote {path}")
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 Each model runs in a process of its own, which may crash or hang without taking the others with it.
 ``--json FILE`` keeps the answers, beside those of models that are not asked now; ``--page FILE``
-writes the table for the documentation.
+writes the table for the documentation. ``--verbs fold,split`` asks these alone, ``--blank`` those
+that a model was not asked with before; its other answers stay. ``--together`` keeps to one process,
+which is quicker where many small models of one framework are asked.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .program import ENTRIES, Entry
+from .program import ENTRIES, VERBS, Entry
 
 ROOT = Path(__file__).parents[3]
-LIMIT_S = 600
+LIMIT_S = 1200
 #: What an answer may begin with, in the order of the summary.
 OUTCOMES = ("works", "refused", "wrong", "crash")
 
@@ -40,8 +42,8 @@ def load() -> dict[str, Entry]:
     return ENTRIES
 
 
-def answers(entry: Entry) -> dict[str, Any]:
-    """Build one model and ask every verb, in this process."""
+def answers(entry: Entry, verbs: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Build one model and ask these verbs, in this process; an empty set: every one."""
     warnings.simplefilter("ignore")
     from frostline.types import FrostlineError
 
@@ -53,11 +55,13 @@ def answers(entry: Entry) -> dict[str, Any]:
     except (ImportError, metadata.PackageNotFoundError) as problem:
         return {"missing": f"{type(problem).__name__}: {problem}"}
     if entry.framework == "keras":
-        from .keras_verbs import VERBS
+        from .keras_verbs import VERBS as known
     else:
-        from .torch_verbs import VERBS  # type: ignore[assignment]
+        from .torch_verbs import VERBS as known  # type: ignore[assignment]
     found: dict[str, Any] = {}
-    for name, verb in VERBS.items():
+    for name, verb in known.items():
+        if verbs and name not in verbs:
+            continue
         begin = time.perf_counter()
         print(name, file=sys.stderr, flush=True)  # told where the process does not end
         try:
@@ -79,9 +83,10 @@ def answers(entry: Entry) -> dict[str, Any]:
     return {"version": version, "verbs": found}
 
 
-def apart(name: str) -> dict[str, Any]:
+def apart(name: str, verbs: frozenset[str]) -> dict[str, Any]:
     """The same in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.slow.thirdparty", "--one", name]
+    command += ["--verbs", ",".join(sorted(verbs))] if verbs else []
     try:
         run = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -128,7 +133,7 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
         for verb in verbs:
             told, _ = result["verbs"].get(verb, ["", 0.0])
             outcome = told.partition(":")[0]
-            cells.append(signs.get(outcome, ""))
+            cells.append(signs.get(outcome, "" if verb in VERBS[entry.framework] else "–"))
             if outcome not in ("works", ""):
                 notes.append(f"- {name}, `{verb}`: {told[:300]}")
         lines.append(
@@ -220,6 +225,31 @@ def beside(results: dict[str, dict[str, Any]]) -> list[str]:
                 for name, row in found.items()
             ),
         ]
+    cost = ROOT / "docs" / "results" / "diagnose-models.json"
+    if cost.exists():
+        found = json.loads(cost.read_text(encoding="utf-8"))
+        passes = sorted(row["evaluations"] for row in found.values())
+        lines += [
+            "",
+            "## A diagnosis beside an evaluation",
+            "",
+            "`python -m tests.slow.thirdparty.diagnosing`: processor time of `fl.diagnose`, and of",
+            "one evaluation as the program's user writes it, by the same process. Most of these",
+            "programs are a few small layers on some dozens of samples, where what a diagnosis",
+            "costs beside its passes weighs most; [benchmarks.md](benchmarks.md) has networks of a",
+            "usual size.",
+            "",
+            f"Of {len(passes)} programs it takes {passes[len(passes) // 2]:.0f} evaluations in the",
+            f"middle, {passes[0]:.0f} at least, {passes[-1]:.0f} at most.",
+            "",
+            "| model | evaluation, ms | diagnosis, s | evaluations |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {1000 * row['evaluation_s']:.1f} | {row['diagnosis_s']:.2f} "
+                f"| {row['evaluations']:.0f} |"
+                for name, row in found.items()
+            ),
+        ]
     return lines
 
 
@@ -229,12 +259,12 @@ def left_out(networks: dict[str, str]) -> dict[str, int]:
     return {reason: told.count(reason) for reason in dict.fromkeys(told)}
 
 
-def kept(path: Path | None, table: dict[str, Entry], chosen: list[str]) -> dict[str, Any]:
-    """What an earlier run said of models that are not asked now."""
+def kept(path: Path | None, table: dict[str, Entry]) -> dict[str, Any]:
+    """What earlier runs said."""
     if path is None or not path.exists():
         return {}
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {name: known[name] for name in known if name in table and name not in chosen}
+    return {name: known[name] for name in known if name in table}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,21 +272,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.slow.thirdparty", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names, or kinds; all without")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--verbs", default="", help="these alone, by commas")
+    parser.add_argument("--blank", action="store_true", help="what was not asked before")
+    parser.add_argument("--together", action="store_true", help="all models in this process")
+    parser.add_argument("--but", nargs="*", default=(), help="parts of names to leave out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     given = parser.parse_args(arguments)
     table = load()
+    asked = frozenset(given.verbs.split(",")) - {""}
     if given.one:
-        print(json.dumps(answers(table[given.one])))
+        print(json.dumps(answers(table[given.one], asked)))
         return 0
     chosen = [
         name
         for name, entry in table.items()
-        if not given.names or any(word in name or word == entry.kind for word in given.names)
+        if (not given.names or any(word in name or word == entry.kind for word in given.names))
+        and not any(word in name for word in given.but)
     ]
-    results = kept(given.json, table, chosen)
+    results = kept(given.json, table)
     for index, name in enumerate(chosen, 1):
-        result = results[name] = apart(name)
+        known = results.get(name, {}).get("verbs", {})
+        verbs = asked
+        if given.blank:
+            verbs = frozenset(VERBS[table[name].framework]) - known.keys()
+            if not verbs:
+                continue
+        result = answers(table[name], verbs) if given.together else apart(name, verbs)
+        if "verbs" in result and verbs:
+            result["verbs"] = {**known, **result["verbs"]}
+            result = {**results.get(name, {}), **result}
+        results[name] = result
         if "missing" in result:
             print(f"{index}/{len(chosen)} {name}: left out, {result['missing']}", flush=True)
             continue

@@ -26,6 +26,7 @@ class Program:
         healthy: Its averages have caught up: nothing of BN may be blamed.
         own_ways: What it does at a pass depends on the passes before it, or is random: its loss is
             the library's to within a fifth.
+        until: Where its user freezes; ``None``: in the middle of its BN layers.
         recompile: ``(model) -> None``: how its user compiles it again; Keras.
     """
 
@@ -41,6 +42,7 @@ class Program:
     more_in_training: bool = False
     healthy: bool = False
     own_ways: bool = False
+    until: str | None = None
     recompile: Callable[[Any], None] | None = None
 
 
@@ -64,6 +66,12 @@ class Entry:
 
 
 ENTRIES: dict[str, Entry] = {}
+_BOTH = (
+    "sites", "lint", "phases", "recalibrate", "freeze", "assert_frozen", "watch", "diagnose",
+    "split", "fold",
+)  # fmt: skip
+#: What a model of each framework is asked with: a loop of torch has a cache, Keras has ``fit``.
+VERBS = {"torch": (*_BOTH, "cached"), "keras": (*_BOTH, "fit")}
 
 
 def entry(

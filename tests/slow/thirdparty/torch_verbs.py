@@ -329,7 +329,7 @@ def diagnose(program: Program, model: Any) -> str:
 
 
 def split(program: Program, model: Any) -> str:
-    fl.freeze(model, 0.5)
+    fl.freeze(model, program.until or 0.5)
     before = state(model)
     parts = fl.split(model, sample=program.sample)
     changed = difference(before, state(model))
@@ -357,7 +357,7 @@ def split(program: Program, model: Any) -> str:
 def cached(program: Program, model: Any) -> str:
     """Two epochs of the user's loop, the first half frozen: with the cache and without."""
     paths = [site.path for site in fl.sites(model)]
-    fl.freeze(model, paths[len(paths) // 2])
+    fl.freeze(model, program.until or paths[len(paths) // 2])
     mine, own = copy.deepcopy(model), copy.deepcopy(model)
     train = program.ask or (
         lambda m, b: sum(t.square().mean() for t in tensors(program.call(m, b)))
@@ -392,7 +392,7 @@ def cached(program: Program, model: Any) -> str:
 def fold(program: Program, model: Any) -> str:
     with contextlib.suppress(Exception):
         model.eval()
-    folded = fl.fold(model)
+    folded = fl.fold(model, sample=program.sample)
     worst = close(outputs(program, model), outputs(program, folded))
     require(worst < 1e-2, f"the folded model is {worst:.2g} off")
     left = len(norms(folded))

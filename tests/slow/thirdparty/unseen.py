@@ -927,8 +927,9 @@ def _codebook() -> Program:
         return F.mse_loss(found, b[0]) + 0.25 * commitment
 
     return settled(
-        Net, mixed(), step, options={"step": step}, own_ways=True, sample=pictures()[0][:4]
-    )
+        Net, mixed(), step, options={"step": step}, own_ways=True, sample=pictures()[0][:4],
+        until="quantizer",
+    )  # fmt: skip
 
 
 @entry("healthy: scheduled sampling, the target in training only", "torch", "unseen")
@@ -959,7 +960,7 @@ def _teacher_forcing() -> Program:
 
     return settled(
         Seq2Seq, batches, step, options={"step": step}, more_in_training=True,
-        call=lambda m, b: m(b["source"]), sample={"source": x[:4]},
+        call=lambda m, b: m(b["source"]), sample={"source": x[:4]}, until="decoder",
     )  # fmt: skip
 
 

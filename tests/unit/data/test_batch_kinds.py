@@ -48,6 +48,18 @@ class TestKinds:
         (other,) = read(collections.UserDict(given))
         assert (other.count, other.divisible) == (12, True)
 
+    def test_a_step_gets_tuples_of_one_where_the_loader_yields_these(self) -> None:
+        parts = read((X[:6],), (X[6:],))
+        cut = [
+            take(parts[0], slice(2, 4)),
+            *draw(parts, max_samples=12, batch_size=4, labels=False).batches,
+        ]
+        for batch in cut:
+            assert isinstance(batch.given, tuple)
+            assert batch.given[0].shape[1:] == (3,)
+        (array,) = read(X)
+        assert take(array, slice(2)).given.shape == (2, 3)
+
     def test_lists_of_mappings_and_of_images_of_different_sizes(self) -> None:
         images = [np.zeros((3, 5, 4)), np.zeros((3, 6, 4))]
         targets = [{"boxes": np.zeros((2, 4))}, {"boxes": np.zeros((1, 4))}]

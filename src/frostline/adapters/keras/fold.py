@@ -21,25 +21,41 @@ import numpy as np
 from frostline.adapters.keras.arrays import float64
 from frostline.adapters.keras.calls import graph_of
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
-from frostline.adapters.keras.rebuild import LINEAR, Rebuild, factors, fed_with, nodes, takes
+from frostline.adapters.keras.rebuild import (
+    LINEAR,
+    Rebuild,
+    factors,
+    fed_with,
+    followed,
+    nodes,
+    takes,
+)
 from frostline.adapters.protocol import FoldedModel
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 L = keras.layers
 
 
-def fold(model: Any) -> FoldedModel:
+#: A fold that is off by more than this share of the largest output is wrong; rounding is far below.
+_WRONG = 1e-2
+
+
+def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     """Fold every BN layer of ``model`` at its stored statistics.
+
+    BN layers inside a layer that has no graph to follow stay as they are, and are named.
 
     Args:
         model: A built functional or sequential Keras model, possibly nested; it is not changed.
+        sample: A batch of inputs, on which the outcome is compared with the model.
 
     Returns:
         A new, uncompiled model of Keras' own layers (and the user's), and where the BN layers went.
 
     Raises:
         ModelError: Nothing to fold; a BN layer that cannot be, or a layer that cannot be copied,
-            with its path.
+            with its path; or the outcome does not compute what the model computes.
     """
     places = walk(model)
     paths = {id(place.layer): place.path for place in places}
@@ -55,73 +71,117 @@ def fold(model: Any) -> FoldedModel:
             "torch module nor save it without pickle. Rebuild that part from Keras layers. "
             f"Received: model {model.name!r}"
         )
-    containers = _containers(model, paths)
-    found = {id(site): _factors(site, paths[id(site)]) for site in sites}
+    containers, left = _containers(model, paths)
+    left |= {paths[id(site)]: why for site in sites if (why := _own_class(site))}
+    if all(paths[id(site)] in left for site in sites):
+        path, reason = next(iter(left.items()))
+        raise ModelError(
+            f"no BN layer can be folded: '{path}' {reason}. Received: model {model.name!r}"
+        )
+    found = {
+        id(site): _factors(site, paths[id(site)]) for site in sites if paths[id(site)] not in left
+    }
     rebuild = Rebuild(
-        paths, found, _absorbing(containers), _shapes(containers), _masked(containers)
+        paths, found, _absorbing(containers, found), _shapes(containers), _masked(containers)
     )
     with _python_random_kept():  # initializers of the copies draw seeds from it
         outcome = rebuild.container(model)
         rebuild.write_weights()
+    if sample is not None:
+        _require_same(model, outcome, sample)
     return FoldedModel(
         model=outcome,
         absorbed=tuple(dict.fromkeys(rebuild.absorbed)),
         replaced=tuple(dict.fromkeys(rebuild.replaced)),
+        notes=tuple(f"'{path}' {reason}; it is left" for path, reason in left.items()),
     )
 
 
 # --- what can be folded ---------------------------------------------------------------------------
 
 
-def _containers(model: Any, paths: Mapping[int, str]) -> list[Any]:
-    """The model and every nested model with a graph, each once.
+def _containers(model: Any, paths: Mapping[int, str]) -> tuple[list[Any], dict[str, str]]:
+    """The model and every nested model with a graph, each once; BN layers that are in none -> why.
 
     Raises:
-        ModelError: A BN layer is inside something that has no graph.
+        ModelError: The model itself has no graph.
     """
     found: dict[int, Any] = {}
+    left: dict[str, str] = {}
 
     def visit(layer: Any) -> None:
-        graph = graph_of(layer)
-        if graph is None:
-            _require_no_site(layer, model, paths)
-        elif id(layer) not in found:
-            found[id(layer)] = layer
-            for operation in graph.operations:
-                if isinstance(operation, keras.Layer):
+        inner = followed(layer)
+        if inner is None:
+            left.update(_unseen(layer, model, paths))
+        elif id(inner) not in found:
+            found[id(inner)] = inner
+            for operation in graph_of(inner).operations:  # type: ignore[union-attr]
+                if isinstance(operation, keras.Layer) and not is_site(operation):
                     visit(operation)
 
     visit(model)
-    return list(found.values())
+    return list(found.values()), left
 
 
-def _require_no_site(layer: Any, model: Any, paths: Mapping[int, str]) -> None:
-    inner = next((place.layer for place in walk(layer) if is_site(place.layer)), None)
-    if inner is None:
-        return
-    path, kind = paths[id(inner)], type(layer).__name__
-    if isinstance(layer, keras.Sequential) and not layer.built:
+def _unseen(layer: Any, model: Any, paths: Mapping[int, str]) -> dict[str, str]:
+    """Paths of the BN layers in a layer without a graph -> why they stay.
+
+    Raises:
+        ModelError: It is the model itself, or a model that no call has built yet.
+    """
+    inner = [paths[id(place.layer)] for place in walk(layer) if is_site(place.layer)]
+    kind = type(layer).__name__
+    reason = ""
+    if inner and isinstance(layer, keras.Sequential) and not layer.built:
         reason = f"'{layer.name}' is not built yet: call it once on a batch"
-    elif layer is model:
+    elif inner and layer is model:
         reason = (
             f"{kind} is a subclassed model, which has no graph to follow; write it as a "
             "functional model, or fold the functional models that it holds"
         )
-    else:
-        reason = f"it is inside '{paths[id(layer)]}', a {kind}, which has no graph to follow"
-    raise ModelError(f"'{path}' cannot be folded: {reason}. Received: model {model.name!r}")
+    if reason:
+        raise ModelError(f"'{inner[0]}' cannot be folded: {reason}. Received: model {model.name!r}")
+    why = f"is inside '{paths.get(id(layer))}', a {kind}, which has no graph to follow"
+    return dict.fromkeys(inner, why)
+
+
+def _require_same(model: Any, outcome: Any, sample: Any) -> None:
+    """Compare a folded model with the model at inference.
+
+    Raises:
+        ModelError: The model fails on the sample, or the folded one computes something else.
+    """
+    try:
+        wanted = keras.tree.flatten(model(sample, training=False))
+    except Exception as problem:  # whatever Keras or the user's layers say to it
+        raise ModelError(
+            f"the model fails on the sample ({first_line(problem)}). Pass sample=, a batch of "
+            f"inputs as the model takes them. Received: sample of {type(sample).__name__}"
+        ) from problem
+    found = keras.tree.flatten(outcome(sample, training=False))
+    for one, other in zip(wanted, found, strict=True):
+        a, b = float64(one), float64(other)
+        if not np.allclose(a, b, rtol=0.0, atol=_WRONG * np.abs(a).max(), equal_nan=True):
+            raise ModelError(
+                "the folded model does not compute what the model computes on the sample. "
+                f"Received: model {model.name!r}"
+            )
+
+
+def _own_class(site: Any) -> str:
+    """Why a BN layer of this class is left; "" for those that are known."""
+    from frostline.layers import BatchNormalization
+
+    if type(site) in (L.BatchNormalization, BatchNormalization):
+        return ""
+    return (
+        f"is a {type(site).__name__}, a BN class of your own: fold knows "
+        "keras.layers.BatchNormalization and Frostline's, because yours may compute something else"
+    )
 
 
 def _factors(site: Any, path: str) -> tuple[Array, Array]:
     """Scale and shift of a BN layer at its stored statistics, shape ``(channels,)``, float64."""
-    from frostline.layers import BatchNormalization
-
-    if type(site) not in (L.BatchNormalization, BatchNormalization):
-        raise ModelError(
-            f"'{path}' is a {type(site).__name__}, a BN class of your own: fold knows "
-            "keras.layers.BatchNormalization and Frostline's, because yours may compute something "
-            f"else. Received: {type(site).__module__}.{type(site).__qualname__}"
-        )
     if not site.built:
         raise ModelError(
             f"'{path}' has no weights yet: build the model first, for example by calling it once "
@@ -138,8 +198,8 @@ def _factors(site: Any, path: str) -> tuple[Array, Array]:
     return scale, shift
 
 
-def _absorbing(containers: list[Any]) -> dict[int, Any]:
-    """``id`` of each linear layer that can take a BN layer -> that BN layer.
+def _absorbing(containers: list[Any], found: Mapping[int, Any]) -> dict[int, Any]:
+    """``id`` of each linear layer that can take a BN layer of ``found`` -> that BN layer.
 
     A layer has one kernel, so all its uses, in all containers, must feed the same BN layer and
     nothing else.
@@ -152,7 +212,7 @@ def _absorbing(containers: list[Any]) -> dict[int, Any]:
         for node in nodes(graph):
             for tensor in node.input_tensors:
                 readers.setdefault(id(tensor), []).append(node.operation)
-            if isinstance(node.operation, keras.Layer) and graph_of(node.operation) is None:
+            if isinstance(node.operation, keras.Layer) and followed(node.operation) is None:
                 # A composite uses them in ways that cannot be seen.
                 for inner in walk(node.operation):
                     followers.setdefault(id(inner.layer), []).append(None)
@@ -169,7 +229,7 @@ def _absorbing(containers: list[Any]) -> dict[int, Any]:
     return {
         key: followers[key][0]
         for key in layers
-        if followers[key][0] is not None and all(f is followers[key][0] for f in followers[key])
+        if id(followers[key][0]) in found and all(f is followers[key][0] for f in followers[key])
     }
 
 

@@ -86,7 +86,7 @@ class Rebuild:
         for node in nodes(model):
             if any(id(tensor) not in table for tensor in node.input_tensors):
                 continue
-            if is_site(node.operation):
+            if id(node.operation) in self.factors:
                 source = fed_with(node)
                 taken = self._takes(producers.get(id(source)), node.operation)
                 tensor = table[id(source)]
@@ -110,7 +110,7 @@ class Rebuild:
             )
         kept, before = [like_input(struct)], None
         for layer in model.layers:
-            if not is_site(layer):
+            if id(layer) not in self.factors:
                 kept.append(self._operation(layer))
             elif not self._takes(before, layer):
                 kept.append(self._affine(layer))
@@ -124,11 +124,16 @@ class Rebuild:
         return taken
 
     def _operation(self, operation: Any) -> Any:
-        """The copy of anything but a BN layer."""
-        if graph_of(operation) is not None:
+        """The copy of anything but a BN layer that is folded."""
+        inner = followed(operation)
+        if inner is operation:
             return self.container(operation)
         key = id(operation)
-        if key not in self.copies:
+        if key not in self.copies and inner is not None:
+            self.copies[key] = L.TimeDistributed(
+                self.container(inner), name=operation.name, dtype=operation.dtype_policy
+            )
+        elif key not in self.copies:
             self.copies[key] = self._copy(operation)
             self.originals[key] = operation
         return self.copies[key]
@@ -196,7 +201,7 @@ class Rebuild:
         """Copy all weights into the new layers, folded ones in float64."""
         for key, original in self.originals.items():
             copy = self.copies[key]
-            if is_site(original):
+            if key in self.factors:
                 scale, shift = self.factors[key]
                 kernel = np.diag(scale) if isinstance(copy, L.Dense) else scale
                 copy.kernel.assign(kernel.reshape(copy.kernel.shape))
@@ -233,6 +238,12 @@ class Rebuild:
 
     def _path(self, operation: Any) -> str:
         return self.paths.get(id(operation), operation.name)
+
+
+def followed(operation: Any) -> Any:
+    """The model with a graph that an operation is or calls for each step; ``None``: neither."""
+    inner = operation.layer if type(operation) is L.TimeDistributed else operation
+    return inner if graph_of(inner) is not None else None
 
 
 def factors(site: Any) -> tuple[Array, Array]:

@@ -4,10 +4,12 @@ With ``s = gamma / sqrt(variance + epsilon)``, a linear layer whose output goes 
 alone gets ``weight * s`` and ``(bias - mean) * s + beta``, computed in float64 (Jacob et al. 2018,
 arXiv 1712.05877, section 3.2). Elsewhere a product and a sum take the BN layer's place.
 
-A BN layer that does more than scale and shift (an activation inside its class, batch statistics at
-inference) stays as it is and is named. Inside a module that ``torch.fx`` cannot follow only
-pairs of a convolution and a BN layer are folded, in place. The outcome is compared with the model
-on random inputs wherever these can be guessed.
+Modules that a BN class holds and applies afterwards (timm's ``BatchNormAct2d``) stay behind the
+fold. A BN layer that does anything else (batch statistics at inference, another argument) stays as
+it is and is named. Inside a module that ``torch.fx`` cannot follow pairs of a convolution and a BN
+layer are folded in place, if the outcome can be compared with the model: on a sample, or on random
+inputs where these can be guessed. What fails that comparison is folded another way, each BN layer
+by itself at last.
 """
 
 from __future__ import annotations
@@ -16,44 +18,50 @@ import copy
 import inspect
 import operator
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
 from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
-from frostline.adapters.torch.samples import flat, guesses
+from frostline.adapters.torch.samples import arguments, flat, guesses
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
 #: BN classes that do nothing but normalise.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: From what serves best to what asks the least of a model: along its graph; in place, pairs first;
+#: in place, each BN layer by itself.
+_WAYS = ("graph", "pairs", "alone")
 #: A fold that is off by more than this share of the largest output is wrong; rounding is far below.
 _WRONG = 1e-2
 
 
-def fold(model: Any) -> FoldedModel:
+def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     """Fold every BN layer at its stored statistics.
 
     Args:
         model: A torch module; it is not changed.
+        sample: A batch of inputs, on which the outcome is compared with the model.
 
     Returns:
         A new module, and where the BN layers went. It pickles as plain torch: ``torch.load`` of it
         needs no Frostline, unless a locked BN layer had to stay.
 
     Raises:
-        ModelError: No BN layer, or none that can be folded, with the reason; or the outcome does
-            not compute what the model computes.
+        ModelError: No BN layer, or none that can be folded, with the reason; the model fails on the
+            sample; or no outcome computes what the model computes.
     """
     root = unwrapped(model)
-    sites = site_modules(root)
-    if not sites:
+    if not site_modules(root):
         raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # older torch copies none
@@ -61,25 +69,92 @@ def fold(model: Any) -> FoldedModel:
                 f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
                 "model on one batch first. Received: an uninitialised module"
             )
-    twin = copy.deepcopy(root).eval()
-    work = _Fold(twin)
-    wanted = next(filter(None, (work.outputs(batch) for batch in guesses(twin))), None)
-    made = work.whole(inside=wanted is not None)
-    done = {*work.absorbed, *work.replaced}
-    if not done:
-        path, reason = next(iter(work.left.items()))
-        raise ModelError(
-            f"no BN layer can be folded: '{path}' {reason}. Serve the module as it is in eval(): "
-            f"its stored statistics cost little there. Received: {type(root).__name__}"
+    whole = copy.deepcopy(root).eval()
+    trial = _trial(whole, sample)
+    problem: ModelError | None = None
+    for way in _WAYS[: 1 if trial is None else None]:
+        work = _Fold(copy.deepcopy(whole))
+        made = work.whole(way, tried=trial is not None)
+        if not {*work.absorbed, *work.replaced}:
+            path, reason = next(iter(work.left.items()))
+            raise problem or ModelError(
+                f"no BN layer can be folded: '{path}' {reason}. Serve the module as it is in "
+                "eval(): its stored statistics cost little there. "
+                f"Received: {type(root).__name__}"
+            )
+        try:
+            if trial is not None:
+                _require_same(made, trial)
+        except ModelError as wrong:  # something passes beside the graph, or reads inside a pair
+            problem = problem or wrong
+            continue
+        return FoldedModel(
+            model=made,
+            absorbed=tuple(dict.fromkeys(work.absorbed)),
+            replaced=tuple(dict.fromkeys(work.replaced)),
+            notes=tuple(f"'{path}' {reason}; it is left" for path, reason in work.left.items()),
         )
-    if wanted is not None:
-        _require_same(made, *wanted)
-    return FoldedModel(
-        model=made,
-        absorbed=tuple(dict.fromkeys(work.absorbed)),
-        replaced=tuple(dict.fromkeys(work.replaced)),
-        notes=tuple(f"'{path}' {reason}; it is left" for path, reason in work.left.items()),
-    )
+    assert problem is not None
+    raise problem
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Trial:
+    """What a model is called with, and the tensors that it returns then.
+
+    Attributes:
+        args: By position.
+        kwargs: By name.
+        dtype: Of the model's weights in the trial; ``None``: as they are.
+        wanted: Floating tensors among the outputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: Any
+    wanted: list[Any]
+
+
+def _trial(whole: Any, sample: Any) -> _Trial | None:
+    """A call that the model takes; ``None`` where none can be guessed.
+
+    Raises:
+        ModelError: The model fails on the sample.
+    """
+    calls = [arguments(whole, sample)] if sample is not None else [
+        ((batch,), {}) for batch in guesses(whole)
+    ]  # fmt: skip
+    problem = None
+    for args, kwargs in calls:
+        for dtype in (torch.float64, None):  # in float64 where the model's own code allows that
+            given = pytree.tree_map(lambda x, d=dtype: _as(x, d), (args, kwargs))
+            try:
+                wanted = _run(whole, given[0], given[1], dtype)
+            except ModelError:
+                raise
+            except Exception as refused:  # what the model's own code does not take
+                problem = refused
+                continue
+            if not wanted:
+                break
+            return _Trial(args=given[0], kwargs=given[1], dtype=dtype, wanted=wanted)
+    if sample is not None and problem is not None:
+        raise ModelError(
+            f"the model fails on the sample at inference ({first_line(problem)}). Pass sample=, "
+            "one batch as forward takes it: a tuple of its arguments, or a mapping by name. "
+            f"Received: sample of {type(sample).__name__}"
+        ) from problem
+    return None
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _as(value: Any, dtype: Any) -> Any:
+    """A tensor of floats in another dtype; all else as it is."""
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if floats and dtype is not None else value
 
 
 class _Fold:
@@ -90,34 +165,30 @@ class _Fold:
         self.sites = site_modules(twin)
         self.paths = {id(module): path for path, module in self.sites.items()}
         self.names = Counter(id(m) for _, m in twin.named_modules(remove_duplicate=False))
-        reasons = {
-            path: _read_by_parent(twin, path) or _more_than_affine(module)
-            for path, module in self.sites.items()
-        }
-        #: Path of each site that cannot be folded -> why.
-        self.left: dict[str, str] = {path: why for path, why in reasons.items() if why}
+        #: Path of each site that cannot be folded -> why; of the others -> what stays behind it.
+        self.left: dict[str, str] = {}
+        self.after: dict[str, Any] = {}
+        for path, module in self.sites.items():
+            read = _read_by_parent(twin, path)
+            found = read or _affine(module)
+            if isinstance(found, str):
+                self.left[path] = found
+            else:
+                self.after[path] = found
         self.absorbed: list[str] = []
         self.replaced: list[str] = []
 
-    def outputs(self, batch: Any) -> tuple[Any, list[Any]] | None:
-        """A batch and what the module makes of it before the fold; ``None``: it refuses it.
-
-        In float64 where the module's own code allows that.
-        """
-        for given in (batch.double(), batch) if batch.is_floating_point() else (batch,):
-            try:
-                return given, _run(self.twin, given)
-            except Exception:  # whatever the model's own code raises on what it does not take
-                continue
-        return None
-
-    def whole(self, *, inside: bool) -> Any:
-        """The folded model; ``inside``: also in modules that torch.fx cannot follow."""
+    def whole(self, way: str, *, tried: bool) -> Any:
+        """The folded model; ``tried``: its outputs are compared afterwards."""
         unseen: dict[str, str] = {}
-        try:
-            graph = followed(self.twin, None, unseen)
-        except ModelError as problem:
-            unseen, graph = {"": str(problem)}, None
+        graph = None
+        if way == "graph":
+            try:
+                graph = followed(self.twin, None, unseen)
+            except ModelError as problem:
+                unseen = {"": str(problem)}
+        elif way == "pairs":
+            unseen = {"": "it is folded in place"}
         made: Any = self.twin
         if graph is not None and not _takes_all(graph, self.twin):
             self._pairs_in(self.twin, graph)  # the model's own forward takes more than the graph
@@ -130,25 +201,28 @@ class _Fold:
                 site = self.twin.get_submodule(node.target)
                 path = self.paths[id(site)]
                 if self._absorb(self.twin, graph, node, site):
-                    node.replace_all_uses_with(node.args[0])
+                    _instead(made, graph, node, node.args[0], self.after[path])
                     self.absorbed.append(path)
                 else:
-                    _replace(made, graph, node, site)
+                    _replace(made, graph, node, site, self.after[path])
                     self.replaced.append(path)
                 graph.erase_node(node)
             made.delete_all_unused_submodules()
             made.recompile()
-        for name in unseen if inside else ():
+        for name in unseen if tried else ():
             self._in_place(self.twin.get_submodule(name))
         present = site_modules(made)
         nodes = [] if graph is None or made is not self.twin else self._nodes(graph, self.twin)
         known = {self.paths[id(self.twin.get_submodule(node.target))] for node in nodes}
         for path, site in present.items():
-            if path not in self.left and (inside or path in known):
+            if path not in self.left and (tried or path in known):
                 self._exchange(made, path, site)
-        why = "is called where torch.fx cannot follow it, and does not stand behind a linear layer"
+        why = (
+            "is called where torch.fx cannot follow it, so that the outcome has to be compared "
+            "with the model: pass sample=, one batch as forward takes it"
+        )
         for path in present.keys() - {*self.absorbed, *self.replaced}:
-            self.left.setdefault(path, why)
+            self.left.setdefault(path, "is the model itself" if tried else why)
         self.left = {path: reason for path, reason in self.left.items() if path in present}
         return made
 
@@ -179,8 +253,10 @@ class _Fold:
                 continue
             if self._absorb(part, graph, node, site, asserted=False):
                 holder, _, name = str(node.target).rpartition(".")
-                setattr(part.get_submodule(holder), name, nn.Identity())
-                self.absorbed.append(self.paths[id(site)])
+                path = self.paths[id(site)]
+                after = self.after[path]
+                setattr(part.get_submodule(holder), name, nn.Identity() if after is None else after)
+                self.absorbed.append(path)
 
     def _exchange(self, made: Any, path: str, site: Any) -> None:
         """Put a module of torch that scales and shifts in a site's place, under all its names."""
@@ -192,7 +268,7 @@ class _Fold:
         graph.output(node)
         other = fx.GraphModule(nn.Module(), fx.Graph())
         other.add_module("site", site)
-        _replace(other, graph, node, site)
+        _replace(other, graph, node, site, self.after[path])
         graph.erase_node(node)
         del other.site
         other.graph = graph
@@ -252,16 +328,22 @@ def _read_by_parent(root: Any, path: str) -> str:
     return ""
 
 
-def _more_than_affine(site: Any) -> str:
-    """Why a site is not ``x * scale + shift`` along axis 1 at inference; "" where it is."""
+def _affine(site: Any) -> Any:
+    """What a site applies to ``x * scale + shift`` along axis 1 at inference, if that is all.
+
+    Returns:
+        ``None``: nothing; a module; or a text, why the site does something else.
+    """
     if mean_of(site) is None:
         return "keeps no statistics"
     kind = type(site)
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
-        return ""
+        return None
     scale, shift = _coefficients(site)
     twin = copy.deepcopy(site).double().eval()
     generator = torch.Generator().manual_seed(0)
+    held = [nn.Sequential(*twin.children())] if any(True for _ in twin.children()) else []
+    behind: list[Any] = [None, *held]  # what may stand behind it; the first that fits all shapes
     accepted = False
     hand = by_hand(site)
     for axes in ((), (3,), (3, 3), (2, 2, 2)):
@@ -276,27 +358,60 @@ def _more_than_affine(site: Any) -> str:
         except Exception:  # not the number of axes that it is for
             continue
         wanted = x * scale.reshape(shape) + shift.reshape(shape)
-        same = found.shape == wanted.shape and torch.allclose(
-            found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True
-        )
-        if not same:
+        behind = [module for module in behind if _applied(module, wanted, found)]
+        if not behind:
             return f"is a BN class of its own, which does more than normalise ({kind.__name__})"
         accepted = True
-    return "" if accepted else f"is a BN class of its own that takes no tensor ({kind.__name__})"
+    if not accepted:
+        return f"is a BN class of its own that takes no tensor ({kind.__name__})"
+    return None if behind[0] is None else nn.Sequential(*site.children())
 
 
-def _run(module: Any, batch: Any) -> list[Any]:
-    """Outputs of a copy of a module in the precision of the batch."""
-    twin = copy.deepcopy(module)
-    twin = twin.to(batch.dtype) if batch.is_floating_point() else twin
+def _applied(module: Any, x: Any, wanted: Any) -> bool:
+    """Whether a module, or nothing, makes of ``x`` what is wanted."""
+    try:
+        with torch.no_grad():
+            found = x if module is None else module(x.clone())
+    except Exception:  # modules that are not for this
+        return False
+    return bool(
+        found.shape == wanted.shape
+        and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+    )
+
+
+def _run(module: Any, args: Any, kwargs: Any, dtype: Any) -> list[Any]:
+    """Outputs of a copy of a module, called in this precision.
+
+    Raises:
+        ModelError: The call moves parameters, which a fold would move otherwise.
+    """
+    twin, (args, kwargs) = copy.deepcopy(module), pytree.tree_map(_copied, (args, kwargs))
+    twin = twin if dtype is None else twin.to(dtype)
+    before = [(name, parameter.detach().clone()) for name, parameter in twin.named_parameters()]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return [leaf for leaf in flat(twin(batch.clone())) if leaf.is_floating_point()]
+        outputs = twin(*args, **kwargs)
+        outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
+    after = dict(twin.named_parameters())
+    for name, value in before:
+        if name in after and not torch.equal(after[name], value):
+            raise ModelError(
+                f"the model changes its parameters while it is called ('{name}'), so that a folded "
+                "one would go another way. Fold the part that is served. "
+                f"Received: {type(module).__name__}"
+            )
+    return [leaf for leaf in flat(outputs) if leaf.is_floating_point()]
 
 
-def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
+def _require_same(made: Any, trial: _Trial) -> None:
+    """Compare a folded module with the model.
+
+    Raises:
+        ModelError: It fails, or computes something else.
+    """
     try:
-        found = _run(made, batch)
+        found = _run(made, trial.args, trial.kwargs, trial.dtype)
     except AssertionError:  # a Linear layer was folded for other inputs than these
         return
     except Exception as problem:  # whatever a model raises that misses a BN layer
@@ -304,17 +419,23 @@ def _require_same(made: Any, batch: Any, wanted: list[Any]) -> None:
             f"the folded module fails where the model does not ({first_line(problem)}): something "
             f"reads a BN layer beside calling it. Received: {type(made).__name__}"
         ) from problem
-    for one, other in zip(found, wanted, strict=True):
+    close = len(found) == len(trial.wanted)
+    for one, other in zip(found, trial.wanted, strict=False):
         scale = float(other.abs().max()) if other.numel() else 0.0
-        close = one.shape == other.shape and torch.allclose(
+        close = close and one.shape == other.shape and torch.allclose(
             one, other, rtol=0.0, atol=_WRONG * scale, equal_nan=True
+        )  # fmt: skip
+    if not close:
+        raise ModelError(
+            "the folded module does not compute what the model computes, on "
+            f"{_words(trial)}: something reads a layer between its convolution and its BN. "
+            f"Fold the parts apart. Received: {type(made).__name__}"
         )
-        if not close:
-            raise ModelError(
-                "the folded module does not compute what the model computes, on random inputs of "
-                f"shape {tuple(batch.shape)}: something reads a layer between its convolution and "
-                f"its BN. Fold the parts apart. Received: {type(made).__name__}"
-            )
+
+
+def _words(trial: _Trial) -> str:
+    shapes = [tuple(x.shape) for x in flat([trial.args, trial.kwargs])]
+    return f"inputs of shape {shapes[0]}" if shapes else "the sample"
 
 
 def _coefficients(site: Any) -> tuple[Any, Any]:
@@ -370,8 +491,8 @@ def _scaled(linear: Any, weight: Any, scale: Any) -> Any:
     return (grouped * per_group).reshape(weight.shape)
 
 
-def _replace(made: Any, graph: Any, node: Any, site: Any) -> None:
-    """Put ``x * scale + shift`` along axis 1 in the site's place."""
+def _replace(made: Any, graph: Any, node: Any, site: Any, after: Any) -> None:
+    """Put ``x * scale + shift`` along axis 1 in the site's place, and what stays behind it."""
     dtype = mean_of(site).dtype
     names = []
     for kind, values in zip(("scale", "shift"), _coefficients(site), strict=True):
@@ -385,4 +506,14 @@ def _replace(made: Any, graph: Any, node: Any, site: Any) -> None:
         scaled = graph.call_function(torch.mul, (last, scale))
         moved = graph.call_function(torch.add, (scaled, shift))
         output = graph.call_method("movedim", (moved, -1, 1))
-    node.replace_all_uses_with(output)
+    _instead(made, graph, node, output, after)
+
+
+def _instead(made: Any, graph: Any, node: Any, value: Any, after: Any) -> None:
+    """Let another value, and what stays behind a site, take the place of the site's output."""
+    if after is not None:
+        name = f"{str(node.target).replace('.', '_')}_after"
+        made.add_module(name, after)
+        with graph.inserting_before(node):
+            value = graph.call_module(name, (value,))
+    node.replace_all_uses_with(value)

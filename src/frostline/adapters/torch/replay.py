@@ -192,8 +192,16 @@ def row_count(arguments: Any) -> int:
     """Samples in the arguments of a call.
 
     Raises:
-        ModelError: They hold neither a tensor nor a list of samples.
+        ModelError: They hold neither a tensor nor a list of samples, or a tensor without rows that
+            could be taken one by one.
     """
+    for x in pytree.tree_leaves(arguments):
+        if isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided):
+            raise ModelError(
+                "the samples of a nested or sparse tensor cannot be stored row by row. Give the "
+                "model padded tensors, or train without the cache. "
+                f"Received: a tensor of layout {x.layout}{', nested' if x.is_nested else ''}"
+            )
     found = _count(arguments)
     if found is None:
         raise ModelError(
@@ -417,9 +425,24 @@ class _Trial:
 
 
 def replayed(
-    plan: Plan, forms: Mapping[Key, Form], tensors: list[Any], count: int, call: Any
+    plan: Plan,
+    forms: Mapping[Key, Form],
+    tensors: list[Any],
+    count: int,
+    call: Any,
+    *,
+    strict: bool = True,
 ) -> Any:
     """Run a model whose frontier answers with rows.
+
+    Args:
+        plan: What answers.
+        forms: What each call returns.
+        tensors: The rows of the frontier.
+        count: Samples.
+        call: Calls the model.
+        strict: A call that the plan does not know is an error; else it is run, as a head of which
+            a part works at inference only needs it.
 
     Raises:
         ModelError: The model takes another way through its frozen modules than before.
@@ -435,7 +458,7 @@ def replayed(
             return rows[call.key]
         if call.key in plan.placed and call.key in forms:
             return forms[call.key].placeholder(count, dense=plan.placed[call.key])
-        if call.key in plan.excluded:
+        if call.key in plan.excluded or not (strict or call.key in plan.forms):
             return call.opened()
         raise ModelError(
             f"'{call.key[0]}' is called for this batch and was not for the first one: which frozen "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from frostline.adapters.protocol import SplitModel
-from frostline.adapters.torch.forward_pass import mover, untouched
+from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import layers, modes_kept, unwrapped, walk
 from frostline.adapters.torch.network import phase
 from frostline.adapters.torch.replay import (
@@ -34,6 +33,7 @@ from frostline.adapters.torch.replay import (
     still_modules,
     watched,
 )  # fmt: skip
+from frostline.adapters.torch.samples import arguments
 from frostline.types import Crossing, FrostlineError, ModelError
 from frostline.types.reasons import first_line
 
@@ -170,16 +170,9 @@ class ReplayedSuffix(_Part):
         count, own = len(features[0]), len(self._inputs.crossing)
         args, kwargs = self._inputs.filled(features[:own], count)
         call = lambda: self._root(*args, **kwargs)  # noqa: E731
-        return replayed(self._plan, self._plan.forms, list(features[own:]), count, call)
-
-
-def _fits(root: Any, given: list[Any]) -> bool:
-    """Whether ``forward`` has a place for each item; the images of a detector are one argument."""
-    try:
-        inspect.signature(root.forward).bind(*given)
-    except TypeError:
-        return False
-    return True
+        strict = bool(self._root.training)  # the plan is of training
+        rows = list(features[own:])
+        return replayed(self._plan, self._plan.forms, rows, count, call, strict=strict)
 
 
 def split(model: Any, at: Any, sample: Any) -> SplitModel:
@@ -194,10 +187,7 @@ def split(model: Any, at: Any, sample: Any) -> SplitModel:
         ModelError: Nothing or everything is frozen, or the frozen part is not pure.
     """
     root = unwrapped(model)
-    given = mover(root)(sample)
-    named = dict(given) if isinstance(given, Mapping) else {}
-    several = isinstance(given, tuple) or (isinstance(given, list) and _fits(root, given))
-    placed = tuple(given) if several else () if named else (given,)
+    placed, named = arguments(root, sample)
     with modes_kept(root):
         if not root.training:
             root.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from frostline.adapters.torch.forward_pass import tensors
+from frostline.adapters.torch.forward_pass import mover, tensors
 from frostline.adapters.torch.graph import is_site
 
 ROWS = 3  # samples in a trial batch
@@ -44,6 +46,31 @@ def guesses(root: Any, modules: Any = None) -> list[Any]:
     return [tensors(rows, root) for rows in drawn_rows]
 
 
+def arguments(root: Any, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How ``forward`` is called with a sample: what goes by position, and what by name.
+
+    Args:
+        root: The module.
+        sample: A tuple of its arguments, a mapping by name, or its only argument; a list is either.
+    """
+    given = mover(root)(sample)
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    packed = hasattr(given, "to")  # a PackedSequence is a tuple, and one argument
+    several = isinstance(given, tuple) or (isinstance(given, list) and _fits(root, given))
+    several = several and not packed
+    return (tuple(given) if several else (given,)), {}
+
+
+def _fits(root: Any, given: list[Any]) -> bool:
+    """Whether ``forward`` has a place for each item; the images of a detector are one argument."""
+    try:
+        inspect.signature(root.forward).bind(*given)
+    except TypeError:
+        return False
+    return True
+
+
 def flat(value: Any) -> list[Any]:
     """The tensors in a structure of outputs, in order."""
     if isinstance(value, torch.Tensor):
@@ -52,4 +79,6 @@ def flat(value: Any) -> list[Any]:
         return [leaf for item in value.values() for leaf in flat(item)]
     if isinstance(value, (list, tuple)):
         return [leaf for item in value for leaf in flat(item)]
+    if dataclasses.is_dataclass(value):
+        return [leaf for f in dataclasses.fields(value) for leaf in flat(getattr(value, f.name))]
     return []

@@ -460,6 +460,41 @@ def test_refusals_name_the_layer(build: Callable[[], Any], words: str) -> None:
         fl.fold(build())
 
 
+@pytest.mark.parametrize("own", [Block(name="block"), OwnBN(name="block")], ids=["layer", "class"])
+def test_what_cannot_be_folded_is_left_and_named(own: Any) -> None:
+    model = sequential(BN(name="bn"), type(own)(name="block"), L.Dense(3), BN(name="last"))
+    speak(model)
+    with pytest.warns(UserWarning, match=r"fold: 'block.*it is left"):
+        folded = fl.fold(model)
+    assert [site.path for site in fl.sites(folded)] == [
+        site.path for site in fl.sites(model) if site.path.startswith("block")
+    ]
+    agree(model, folded)
+
+
+def test_a_model_called_for_each_step_is_folded_inside() -> None:
+    frames = keras.Input((3, 6, 6, 2))
+    inner = keras.Sequential(
+        [keras.Input((6, 6, 2)), L.Conv2D(4, 3), BN(name="one"), L.ReLU(), BN(name="two"),
+         L.GlobalAveragePooling2D()]
+    )  # fmt: skip
+    model = speak(keras.Model(frames, L.Dense(2)(L.TimeDistributed(inner, name="steps")(frames))))
+    x = inputs_for(model)
+    result = adapter_of(model).fold(sample=x)
+    assert (len(result.absorbed), len(result.replaced), result.notes) == (1, 1, ())
+    assert fl.sites(result.model) == ()
+    head = model.layers[-1]
+    steps = [keras.ops.convert_to_numpy(inner(x[:, i], training=False)) for i in range(3)]
+    wanted = keras.ops.convert_to_numpy(head(np.stack(steps, 1)))
+    (found,) = run(result.model, x)
+    assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def test_a_sample_that_the_model_does_not_take_is_refused() -> None:
+    with pytest.raises(ModelError, match="the model fails on the sample"):
+        fl.fold(speak(sequential(BN(name="bn"))), sample=np.zeros((2, 5), "float32"))
+
+
 def test_a_torch_module_is_refused(backend: str) -> None:
     if backend != "torch":
         pytest.skip("TorchModuleWrapper exists on the torch backend only")

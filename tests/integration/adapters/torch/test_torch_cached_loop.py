@@ -427,6 +427,55 @@ def test_split_without_a_graph(case: str, tmp_path: Path) -> None:
     assert all(p.grad is not None for p in trains)
 
 
+class Detector(nn.Module):
+    """As YOLO: at inference what it returns is decoded by a module that never trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head, self.decode = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 1, 1, bias=False)
+        self.decode.requires_grad_(False)
+
+    def forward(self, x: Any) -> Any:
+        raw = self.head(self.body(x)) if float(x.detach().sum()) < 1e9 else x
+        return {"raw": raw} if self.training else {"raw": raw, "decoded": self.decode(raw)}
+
+
+def test_a_frozen_module_that_inference_alone_calls_runs_in_the_suffix() -> None:
+    torch.manual_seed(0)
+    model, x = Detector(), torch.randn(6, 3, 7, 7)
+    model(x)
+    fl.freeze(model, "head")
+    parts = fl.split(model, sample=x)
+    for training in (False, True):
+        model.train(training)
+        parts.suffix.train(training)
+        whole, cut = model(x), parts.suffix(*parts.prefix(x))
+        assert whole.keys() == cut.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(cut[name], value)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about nested tensors
+def test_a_nested_tensor_has_no_rows_to_store() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Any) -> Any:
+            return self.last(self.first(x).to_padded_tensor(0.0))
+
+    model = Net()
+    model.first.requires_grad_(False)
+    x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 3)])
+    batches = iter(fl.cached(model, [x]))
+    batch = next(batches)
+    with pytest.raises(ModelError, match=r"nested or sparse.*padded"):
+        model(batch)
+    batches.close()
+
+
 def test_labels_that_a_model_reads_cross_the_frontier() -> None:
     model = made(Mapped, "net/layer2")
     sample = {"pixel_values": X[:6], "labels": Y[:6]}

@@ -171,9 +171,94 @@ def test_pairs_inside_what_cannot_be_followed_are_folded_in_place() -> None:
     agree(model, folded, 3, 8, 8)
 
 
+def test_a_pair_that_is_read_in_between_is_folded_apart() -> None:
+    model = settled(Peeking())
+    folded, x = fl.fold(model), torch.randn(5, 3, 8, 8)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    with torch.no_grad():
+        for one, other in zip(folded(x), model.eval()(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+class Reading(Undecided):
+    """Reads what its BN layer has stored: without that layer it fails."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) + self.bn.running_mean.sum()
+
+
+class Drifting(nn.Module):
+    """As a momentum encoder in ``forward``: each call moves parameters, those of BN as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any, more: Any) -> Any:
+        for parameter in self.parameters():
+            parameter.data = parameter.data * 0.5 + 1
+        return self.norm(self.conv(x + more)) if x.sum() > -1e9 else x
+
+
 def test_a_fold_that_would_be_wrong_is_refused() -> None:
-    with pytest.raises(ModelError, match="does not compute what the model computes"):
-        fl.fold(settled(Peeking()))
+    with pytest.raises(ModelError, match="fails where the model does not"):
+        fl.fold(settled(Reading()))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ModelError, match="changes its parameters while it is called"):
+        fl.fold(settled(Drifting()), sample=(x, x))
+
+
+class ByTask(nn.Module):
+    """Two arguments, one of them no tensor: inputs cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(4), "b": nn.BatchNorm2d(4)})
+
+    def forward(self, x: Any, *, task: str) -> Any:
+        return self.norms[task](self.conv(x)).relu()
+
+
+def test_a_sample_lets_fold_what_cannot_be_followed() -> None:
+    model, x = settled(ByTask()), torch.randn(4, 3, 8, 8)
+    with pytest.raises(ModelError, match="pass sample="):
+        fl.fold(model)
+    folded = fl.fold(model, sample={"x": x, "task": "a"})
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    for task, norm in model.eval().norms.items():  # by the formula
+        y = model.conv(x)
+        mean, variance = norm.running_mean, norm.running_var
+        wanted = (y - mean.view(-1, 1, 1)) / (variance.view(-1, 1, 1) + norm.eps).sqrt()
+        wanted = wanted * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+        torch.testing.assert_close(folded(x, task=task), wanted.relu(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModelError, match="the model fails on the sample"):
+        fl.fold(model, sample={"x": x, "task": "c"})
+
+
+class WithModules(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: what follows is a module that the class holds."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.LeakyReLU(0.2)
+
+    def forward(self, x: Any) -> Any:
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_modules_that_a_class_applies_stay_behind_the_fold(seen: bool) -> None:
+    class Hidden(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    layers = [nn.Conv2d(3, 4, 3), WithModules(4), nn.ReLU(), WithModules(4)]
+    model = settled(nn.Sequential(*layers) if seen else Hidden(*layers))
+    result = TorchView(model).fold()
+    assert (len(result.absorbed), len(result.replaced)) == ((1, 1) if seen else (0, 2))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in result.model.modules())
+    agree(model, result.model, 3, 8, 8)
 
 
 def test_what_is_saved_names_no_class_of_frostline() -> None:
