@@ -18,6 +18,7 @@ import argparse
 import ast
 import functools
 import gc
+import hashlib
 import json
 import linecache
 import os
@@ -286,7 +287,7 @@ class Bench:
             self._finish(back)
         found.raised, found.cleaning = watch.raised, watch.cleaning
         gc.collect(0)
-        self._judge(found, lambda: changed(around, surroundings()))
+        self._judge(found, lambda: changed(around, _settled(around)))
         return found
 
     def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
@@ -337,6 +338,25 @@ class Bench:
         except Exception as error:
             return repr(error)
         return ""
+
+
+def _settled(before: dict[str, Any]) -> dict[str, Any]:
+    """The state of the process when threads that are about to end have ended.
+
+    Keras' list of callbacks starts a pool of threads in each ``fit`` and ``evaluate``. Of one that
+    was interrupted the pool ends when the list is freed, after ``Model.fit`` as after ours.
+    """
+    from model_state import surroundings
+
+    until = time.monotonic() + 5
+    while True:
+        now = surroundings()
+        if not any(name.startswith("thread ") for name in now.keys() ^ before.keys()):
+            return now
+        if time.monotonic() > until:
+            return now
+        gc.collect()
+        time.sleep(0.02)
 
 
 def _noted_in_training(name: str) -> bool:
@@ -522,8 +542,8 @@ def _hit(bench: Bench, seconds: float) -> tuple[Found, str]:
     if not found.passed:
         bench._build()
         return found, trace
-    around["handlers"], now = signal.default_int_handler, {**surroundings(), "handlers": left}
     gc.collect(0)
+    around["handlers"], now = signal.default_int_handler, {**_settled(around), "handlers": left}
     bench._judge(found, lambda: changed(around, now))
     return found, trace
 
@@ -576,6 +596,24 @@ def table(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+def _told(trial: Trial | dict[str, Any], found: Found) -> dict[str, Any]:
+    """A failure in words: where, and what differed."""
+    where = asdict(trial) if isinstance(trial, Trial) else {"signal": trial["verb"], **trial}
+    return {
+        **{name: where[name] for name in ("verb", "mode", "where", "second", "trace") if where.get(name)},
+        "in clean-up": found.cleaning, "differs": [*found.changed, *found.around][:8],
+        "broken": found.broken[:200],
+    }  # fmt: skip
+
+
+def _sources() -> str:
+    """A hash of Frostline's sources, so that runs of one state of the code are known as such."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(SOURCES).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Read the options, run, print the table, and keep the failures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -618,7 +656,8 @@ def main(arguments: list[str] | None = None) -> int:
             ) + "".join(f" --verb '{name}'" for name in options.verb),
             "seconds": round(time.perf_counter() - started),
             "counts": {name: dict(row) for name, row in outcome.counts.items()},
-            "failures": len(outcome.failures),
+            "sources": _sources(),
+            "failures": [_told(*failure) for failure in outcome.failures],
         }  # fmt: skip
         earlier = (
             json.loads(options.json.read_text("utf-8"))["runs"] if options.json.exists() else []

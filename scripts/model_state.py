@@ -105,8 +105,8 @@ def surroundings() -> dict[str, Any]:
         "warnings": [repr(each) for each in warnings.filters],
         "showwarning": warnings.showwarning,
         "handlers": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
-        "threads": sorted(t.name for t in threading.enumerate() if not t.daemon),
         "recursion": sys.getrecursionlimit(),
+        **dict.fromkeys(_threads(), True),
     }
     if (torch := sys.modules.get("torch")) is not None:
         found |= _torch_surroundings(torch)
@@ -115,6 +115,15 @@ def surroundings() -> dict[str, Any]:
     if (jax := sys.modules.get("jax")) is not None:
         found["jax"] = (bool(jax.config.jax_enable_x64), jax._src.core.trace_state_clean())
     return found
+
+
+def _threads() -> list[str]:
+    """Threads that the process waits for at its end, by name and by what they run."""
+    return [
+        f"thread {thread.name} in {getattr(getattr(thread, '_target', None), '__module__', '?')}"
+        for thread in threading.enumerate()
+        if not thread.daemon
+    ]
 
 
 def _torch_surroundings(torch: Any) -> dict[str, Any]:

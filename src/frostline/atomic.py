@@ -28,24 +28,71 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
         back: Puts the model back as it was before the edit; can be repeated.
         edit: Changes the model and returns what the user gets, its text included.
     """
-    around = surroundings()
+    guard = Guard(back)
     try:
         return edit()
     except BaseException:
         try:
-            undone(back, around)
+            guard.undo()
         except BaseException:
-            undone(back, around)  # the first one may not have reached its first line
+            guard.undo()  # the first one may not have reached its first line
             raise
         raise
 
 
-def undone(*backs: Callable[[], None]) -> None:
-    """Put things back, one after the other, in the face of an exception that goes on after it."""
+class Guard:
+    """What is put back if a verb is interrupted from now on.
 
-    def whole() -> None:
-        for back in backs:
-            back()
+    First come the blocks of :func:`taken_back` that were entered since: an exception at the very
+    call of a block's exit leaves it without one.
+
+    Args:
+        back: Puts the model back; can be repeated.
+    """
+
+    def __init__(self, back: Callable[[], None]) -> None:
+        self._backs = (back, surroundings())
+        self._entered = len(_OPEN.blocks)
+
+    def undo(self) -> None:
+        """Put everything back; can be repeated."""
+        blocks = _OPEN.blocks[self._entered :]
+        undone(*(block.back for block in reversed(blocks)), *self._backs)
+        for block in blocks:
+            block.left = True  # when its frame is freed, the model may be another one
+        del _OPEN.blocks[self._entered :]
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block, what its exit puts back, and whether that was done."""
+
+    back: Callable[[], Any]
+    left: bool = False
+
+
+class _Open(threading.local):
+    """Blocks of this thread that were entered and not left, the innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []
+
+
+_OPEN = _Open()
+
+
+def undone(*backs: Callable[[], Any]) -> None:
+    """Put things back in the face of an exception that goes on after it.
+
+    They run one after the other, each of them also where the one before it fails.
+    """
+
+    def whole(first: int = 0) -> None:
+        if first < len(backs):
+            try:
+                backs[first]()
+            finally:
+                whole(first + 1)
 
     try:
         to_its_end(whole)
@@ -57,16 +104,20 @@ def undone(*backs: Callable[[], None]) -> None:
 @contextmanager
 def taken_back(back: Callable[[], Any]) -> Iterator[None]:
     """Put something back on any exit from a block; once more, if that was interrupted."""
-    whole = False
+    block = _Block(back)
     try:
         try:
+            _OPEN.blocks.append(block)
             yield
         finally:
-            to_its_end(back)
-            whole = True
+            if not block.left:
+                to_its_end(back)
+            block.left = True
     finally:
-        if not whole:
+        if not block.left:
             to_its_end(back)
+        if block in _OPEN.blocks:
+            _OPEN.blocks.remove(block)
 
 
 def to_its_end(back: Callable[[], Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from frostline.adapters import adapter_of
-from frostline.atomic import surroundings, undone
+from frostline.atomic import Guard
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -21,14 +21,14 @@ def whole(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-        back, around = adapter_of(model).snapshot(), surroundings()
+        guard = Guard(adapter_of(model).snapshot())
         try:
             return verb(model, *args, **kwargs)
         except BaseException:
             try:
-                undone(back, around)
+                guard.undo()
             except BaseException:
-                undone(back, around)  # the first one may not have reached its first line
+                guard.undo()  # the first one may not have reached its first line
                 raise
             raise
 

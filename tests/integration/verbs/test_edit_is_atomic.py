@@ -249,3 +249,42 @@ def test_ctrl_c_anywhere_in_an_undo_waits_for_its_end() -> None:
         if state(model) != before:  # it had not begun, or says that it is not done
             change.undo()
         assert state(model) == before, at
+
+
+@pytest.mark.once
+def test_a_block_whose_exit_was_never_called_is_taken_back_with_the_verb() -> None:
+    from frostline.atomic import atomically, taken_back
+
+    model, seen = module(), []
+    before = state(model)
+
+    def back() -> None:
+        seen.append("block")
+        vars(model[0])["training"] = True
+
+    def edit() -> None:
+        block = taken_back(back)
+        block.__enter__()
+        model[0].training = False
+        raise Injected  # where `with` would call __exit__
+
+    with pytest.raises(Injected) as kept:
+        atomically(lambda: seen.append("verb"), edit)
+    assert (state(model), seen) == (before, ["block", "verb"])
+    model[0].training = False
+    del kept  # its frames, and with them the block, are freed: the model is another one by now
+    assert not model[0].training and seen == ["block", "verb"]
+
+
+@pytest.mark.once
+def test_a_way_back_that_fails_does_not_keep_the_next_one_from_running() -> None:
+    from frostline.atomic import undone
+
+    seen = []
+
+    def fails() -> None:
+        raise Injected
+
+    with pytest.raises(Injected):
+        undone(fails, lambda: seen.append("next"))
+    assert set(seen) == {"next"}

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from frostline.atomic import taken_back
+
 #: Input of TensorFlow's ``ShuffleDatasetV3`` that holds its generator.
 _SEED_GENERATOR = 4
 
@@ -71,15 +73,17 @@ def randomness_kept() -> Iterator[None]:
     tensors = None if torch is None else torch.get_rng_state()
     seeds = None if tensorflow is None else _eager_seeds()
     state = None if seeds is None else seeds.getstate()
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         random.setstate(python)
         np.random.set_state(arrays)  # noqa: NPY002 - the user's
         if torch is not None and tensors is not None:
             torch.set_rng_state(tensors)
         if seeds is not None:
             seeds.setstate(state)
+
+    with taken_back(back):
+        yield
 
 
 def _eager_seeds() -> Any:

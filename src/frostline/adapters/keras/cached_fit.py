@@ -12,6 +12,7 @@ read as it is, and every sample is found by its content.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import warnings
@@ -25,7 +26,7 @@ from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils, 
 from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from frostline.adapters.keras import edit as keras_edit
+from frostline.adapters.keras import edit as keras_edit, state as keras_state
 from frostline.adapters.keras.cached_data import (
     randomness_kept as randomness_kept,
     untouched as untouched,
@@ -41,6 +42,7 @@ from frostline.adapters.keras.rehearsal import (
     trains_anew as trains_anew,
 )
 from frostline.adapters.keras.split import peel as peel
+from frostline.atomic import taken_back
 from frostline.data.arrays import to_numpy
 from frostline.graph.addresses import Place
 from frostline.types import Array, ModelError
@@ -277,7 +279,8 @@ class AtInference:
 
 def plain_fit(model: Any, data: Any, **arguments: Any) -> Any:
     """Keras' own ``fit``, which a ``fit`` that prepares data would keep from ours."""
-    return keras.Model.fit(model, data, **arguments)
+    with keras_state.values_never_lost(model):
+        return keras.Model.fit(model, data, **arguments)
 
 
 def random_layers(augmentation: Any) -> str:
@@ -352,14 +355,11 @@ def behind(model: Any, since: Any) -> list[Place]:
 @contextmanager
 def as_thawed(model: Any, places: Sequence[Place]) -> Iterator[None]:
     """Let these layers count as thawed for a block; flags come back as they were."""
-    before = keras_edit.flags(model)
-    try:
+    with taken_back(functools.partial(keras_edit.set_flags, keras_edit.flags(model))):
         for place in places:
             keras_edit.set_place(place, False, True, True)
         keras_edit.open_containers(model, walk(model), list(places))
         yield
-    finally:
-        keras_edit.set_flags(before)
 
 
 def seed_everything(seed: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import keras
 
 from frostline.adapters.keras.graph import walk
+from frostline.atomic import taken_back
 from frostline.graph.schedule import Slot as _Place, Step
 
 Slot = int
@@ -292,20 +293,20 @@ def told_apart(calls: Sequence[Call], taken: Sequence[str] = ()) -> Iterator[Non
     operations = {id(call.operation): call.operation for call in calls}.values()
     named = [operation for operation in operations if isinstance(operation, keras.Operation)]
     used = Counter([*(operation.name for operation in named), *taken])
-    renamed: list[tuple[Any, str]] = []
-    try:
-        for operation in named:
-            name = operation.name
+    before = [(operation, operation.name) for operation in named]
+
+    def back() -> None:
+        for operation, name in before:
+            operation.name = name
+
+    with taken_back(back):
+        for operation, name in before:
             if used[name] > 1:
-                renamed.append((operation, name))
                 fresh = next(f"{name}_{n}" for n in itertools.count(2) if f"{name}_{n}" not in used)
                 used[name] -= 1
                 used[fresh] = 1
                 operation.name = fresh
         yield
-    finally:
-        for operation, name in renamed:
-            operation.name = name
 
 
 def like_input(tensor: Any) -> Any:

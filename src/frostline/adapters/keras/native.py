@@ -17,6 +17,7 @@ import numpy as np
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.calls import takes_training
 from frostline.adapters.keras.compile import without_gradients
+from frostline.atomic import taken_back
 from frostline.types import Array, ModelError
 
 
@@ -105,11 +106,9 @@ def full_precision(model: Any) -> Iterator[None]:
 
         switch = tf.config.experimental
         before = switch.tensor_float_32_execution_enabled()
-        switch.enable_tensor_float_32_execution(False)
-        try:
+        with taken_back(lambda: switch.enable_tensor_float_32_execution(before)):
+            switch.enable_tensor_float_32_execution(False)
             yield
-        finally:
-            switch.enable_tensor_float_32_execution(before)
 
 
 def device(model: Any) -> str:

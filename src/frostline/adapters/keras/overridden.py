@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from frostline.atomic import taken_back
+
 _ABSENT = object()
 
 
@@ -18,12 +20,14 @@ def overridden(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """
     changes = list(changes)
     before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            vars(owner)[name] = value
-        yield
-    finally:
+
+    def back() -> None:
         for owner, name, value in before:
             vars(owner).pop(name, None)
             if value is not _ABSENT:
                 vars(owner)[name] = value
+
+    with taken_back(back):
+        for owner, name, value in changes:
+            vars(owner)[name] = value
+        yield

@@ -12,6 +12,7 @@ import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import copied
+from frostline.atomic import taken_back
 
 #: Where Keras keeps the generator of everything that has no seed.
 _SHARED = "global_seed_generator"
@@ -80,12 +81,13 @@ def fixed_randomness(model: Any, step: int) -> Iterator[None]:
     ]
     buffers = [(b, b.detach().clone()) for w in wrapped for b in w.buffers()]
     modes = [(m, m.training) for w in wrapped for m in w.modules()]
-    with torch.random.fork_rng():
+
+    def back() -> None:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, mode in modes:
+            module.training = mode
+
+    with torch.random.fork_rng(), taken_back(back):
         torch.manual_seed(step)
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            for module, mode in modes:
-                module.training = mode
+        yield

@@ -19,7 +19,7 @@ import keras
 from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.random import generators
-from frostline.atomic import Attributes, restored, taken_back
+from frostline.atomic import Attributes, restored, taken_back, undone
 from frostline.layers.undo import remembered
 from frostline.types import Array
 
@@ -192,6 +192,29 @@ def preserved(model: Any) -> Iterator[None]:
     """Restore the whole state of ``model`` on any exit."""
     with taken_back(partial(restore, snapshot(model))):
         yield
+
+
+@contextmanager
+def values_never_lost(model: Any) -> Iterator[None]:
+    """If an exception leaves a variable without a value, put the model back as it was before.
+
+    On JAX Keras gives the values of a model away to the step that runs, and a step that is
+    interrupted does not return them.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    state = snapshot(model)
+
+    def found_again() -> None:
+        if any(map(_lost, variables_of(model))):
+            restore(state)
+
+    try:
+        yield
+    except BaseException:
+        undone(found_again)
+        raise
 
 
 def all_that_edits_touch(model: Any) -> Callable[[], None]:

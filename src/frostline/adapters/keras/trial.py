@@ -13,6 +13,7 @@ from frostline.adapters.keras.forward_pass import Collected, readable_labels
 from frostline.adapters.keras.optimizer import retarget
 from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.site_handle import replaced, site_handles, stored_call
+from frostline.atomic import taken_back
 from frostline.types import ModelError
 
 
@@ -67,11 +68,12 @@ def fresh_step(model: Any) -> Iterator[None]:
     def train_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
 
-    try:
+    def back() -> None:
+        model.train_function = function
+
+    with taken_back(back):
         model.train_function = None
         # Use a new closure: to JAX's jit cache two bound methods of one object are one function,
         # and it would reuse the old trace.
         with overridden([(model, "train_step", train_step)]):
             yield
-    finally:
-        model.train_function = function

@@ -104,13 +104,15 @@ def precisions() -> list[tuple[Any, str, Any, Any]]:
 def full_precision() -> Iterator[None]:
     """Let no product of float32 numbers be rounded to TF32."""
     switches = precisions()
-    try:
+
+    def back() -> None:
+        for switch, name, before, _ in switches:
+            setattr(switch, name, before)
+
+    with taken_back(back):
         for switch, name, _, exact in switches:
             setattr(switch, name, exact)
         yield
-    finally:
-        for switch, name, before, _ in switches:
-            setattr(switch, name, before)
 
 
 def called(root: Any, x: Any) -> Any:

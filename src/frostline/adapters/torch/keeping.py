@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch.locked import unlock
+from frostline.atomic import taken_back
 
 #: A mean that a module keeps; its variance has the same name but for the last word.
 _MEAN = re.compile(r"(\w*_)?(running|moving|stored|ema|avg)_?mean\w*|mean_(ema|avg|running)")
@@ -120,15 +121,17 @@ def holding(module: Any, mean: Any, variance: Any) -> Iterator[None]:
     assert known is not None
     before = [(_holder(module, name), name, getattr(module, name)) for name in known]
     mode = module.training
-    try:
+
+    def back() -> None:
+        module.training = mode
+        for holder, name, own in before:
+            holder[name] = own
+
+    with taken_back(back):
         for (holder, name, own), value in zip(before, (mean, variance), strict=True):
             holder[name] = value.to(own.dtype).reshape(own.shape)
         module.training = False
         yield
-    finally:
-        module.training = mode
-        for holder, name, own in before:
-            holder[name] = own
 
 
 @functools.cache

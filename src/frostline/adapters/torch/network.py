@@ -288,13 +288,14 @@ def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
     def moved() -> str | None:
         return next((name for name, now, was in before if not same_values(now, was)), None)
 
-    try:
-        yield moved
-    finally:
+    def back() -> None:
         if moved() is not None:
             with torch.no_grad():
                 for _, buffer, value in before:
                     buffer.copy_(value)
+
+    with taken_back(back):
+        yield moved
 
 
 def _defaults(root: Any, given: Collection[str]) -> dict[str, Any]:

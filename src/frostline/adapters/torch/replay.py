@@ -29,6 +29,7 @@ from frostline.adapters.torch.forward_pass import noise_layers, untouched
 from frostline.adapters.torch.graph import is_frozen_kind, is_site, keeps_unknown_statistics
 from frostline.adapters.torch.keeping import mean_of
 from frostline.adapters.torch.locked import is_locked
+from frostline.atomic import taken_back
 from frostline.types import ModelError
 
 #: A module by its name, and which of its calls in one pass.
@@ -479,15 +480,17 @@ def perturbed(root: Any) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    try:
+
+    def back() -> None:
+        for held, name, parameter in before:
+            held[name] = parameter
+
+    with taken_back(back):
         for held, name, parameter in before:
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(parameter.detach() * 1.25 + 0.01)
             held[name] = made[id(parameter)]
         yield
-    finally:
-        for held, name, parameter in before:
-            held[name] = parameter
 
 
 def _blank(shape: Any, dtype: Any, device: Any) -> Any:
