@@ -21,6 +21,7 @@ import gc
 import hashlib
 import json
 import linecache
+import math
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -318,6 +319,28 @@ class Bench:
     def _moves(self, name: str) -> bool:
         return _noted_in_training(name) or (self.trains and name.startswith("variable "))
 
+    @functools.cached_property
+    def seconds(self) -> float:
+        """How long the verb takes by itself."""
+        self._finish(self._start()())
+        if not self.fresh():
+            self._build()
+        started = time.perf_counter()
+        self._finish(self._start()())
+        seconds = time.perf_counter() - started
+        if not self.fresh():
+            self._build()
+        return seconds
+
+    def sound(self, trial: Callable[[], Found]) -> Found:
+        """Run a trial; if it cannot even be judged, the model or the process is broken."""
+        try:
+            return trial()
+        except Exception as error:
+            text = "".join(traceback.format_exception(error)[-3:])
+            self._build()
+            return Found(raised=True, passed=True, broken=text)
+
     def fresh(self) -> bool:
         """Whether the verb can run on it again, after it ran to its end."""
         return not self.stays and not self._changed()
@@ -414,92 +437,131 @@ class Outcome:
                 row["around"] += bool(found.around)
                 row["broken"] += bool(found.broken)
 
+    def heard(self, place: str, bench: Bench, rng: random.Random) -> None:
+        """Interrupt a verb with SIGINT, and count it; too late, and it is sent again."""
+        for _ in range(10):
+            trace = ""
+
+            def once() -> Found:
+                nonlocal trace
+                found, trace = _hit(bench, bench.seconds, rng)
+                return found
+
+            found = bench.sound(once)
+            row = self.counts[place]
+            row["signals" if found.passed or found.broken else "signals too late"] += 1
+            for name in ("changed", "around", "broken"):
+                row[f"signals {name}"] += bool(getattr(found, name))
+            if found.failed:
+                self.failures.append(({"verb": bench.verb, "trace": trace}, found))
+            if found.passed or found.broken:
+                return
+
 
 def inject(
-    framework: str, network: str, count: int, seed: int, only: Sequence[str] = (),
-    outcome: Outcome | None = None,
+    framework: str, network: str, exceptions: int, signals: int = 0, *, seed: int = 0,
+    only: Sequence[str] = (), until: float = math.inf,
+    after: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:  # fmt: skip
-    """Interrupt each verb ``count`` times in all."""
+    """Interrupt verbs, all of them in turn.
+
+    Args:
+        framework: See :class:`Trial`.
+        network: Likewise.
+        exceptions: How many, over all verbs.
+        signals: How many SIGINTs that come while a verb runs.
+        seed: Of the places; with ``until`` fewer of them are come to.
+        only: Names of verbs; empty: all.
+        until: ``time.monotonic()`` at which to stop.
+        after: Called with what was found so far, now and then.
+    """
     from injected_verbs import verbs
 
-    outcome = outcome or Outcome()
+    outcome = Outcome()
     names = [name for name in verbs(framework) if not only or name in only]
-    shares = [count // len(names) + (number < count % len(names)) for number in range(len(names))]
-    for name, share in zip(names, shares, strict=True):
-        if share:
-            bench = Bench(framework, network, name)
-            rng = random.Random(f"{seed} {framework} {network} {name}")
-            for trial in drawn(bench, share, rng):
-                outcome.note(trial, bench.trial(trial))
-    return outcome
+    turns = [
+        _turns(Bench(framework, network, name), ours, sent, seed, outcome)
+        for name, ours, sent in zip(
+            names, _shares(exceptions, names), _shares(signals, names), strict=True
+        )
+        if ours or sent
+    ]
+    before = signal.signal(signal.SIGINT, _too_late)
+    try:
+        while turns:
+            for turn in list(turns):
+                if time.monotonic() > until:
+                    return outcome
+                if next(turn, None) is None:
+                    turns.remove(turn)
+                after(outcome)
+        return outcome
+    finally:
+        sender().end()
+        sender.cache_clear()
+        signal.signal(signal.SIGINT, before)
+
+
+def _too_late(*_: Any) -> None:
+    """A SIGINT that comes when no verb runs."""
+
+
+def _shares(count: int, names: Sequence[str]) -> list[int]:
+    return [count // len(names) + (number < count % len(names)) for number in range(len(names))]
+
+
+def _turns(
+    bench: Bench, exceptions: int, signals: int, seed: int, outcome: Outcome
+) -> Iterator[int]:
+    """All trials of a verb, some at a time."""
+    place = f"{_named(bench.framework, bench.network)}: {bench.verb}"
+    rng = random.Random(f"{seed} {bench.framework} {bench.network} {bench.verb}")
+    trials = drawn(bench, exceptions, rng) if exceptions else []
+    rng.shuffle(trials)
+    size = max(1, round(len(trials) / max(signals, 5)))
+    while trials or signals:
+        for trial in trials[:size]:
+            outcome.note(trial, bench.sound(functools.partial(bench.trial, trial)))
+        del trials[:size]
+        if signals:
+            signals -= 1
+            outcome.heard(place, bench, rng)
+        yield len(trials)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
-def signalled(
-    framework: str, network: str, count: int, seed: int, only: Sequence[str] = (),
-    outcome: Outcome | None = None,
-) -> Outcome:  # fmt: skip
-    """Send SIGINT to a process that runs verbs, ``count`` times in all."""
-    from injected_verbs import verbs
+class Sender:
+    """Another process, which sends SIGINT to this one when it is asked to."""
 
-    outcome, rng = outcome or Outcome(), random.Random(f"signals {seed}")
-    names = [name for name in verbs(framework) if not only or name in only]
-    shares = [count // len(names) + (number < count % len(names)) for number in range(len(names))]
-    plan = {name: share for name, share in zip(names, shares, strict=True) if share}
-    command = [sys.executable, __file__, "--child", json.dumps([framework, network, plan])]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    with child.stdout as lines:
-        outcome = _heard(child, lines, (framework, network), rng, outcome)
-    if child.wait():
-        raise RuntimeError(f"the child ended with {child.returncode}")
-    return outcome
+    def __init__(self) -> None:
+        script = f'while read delay; do sleep "$delay"; kill -INT {os.getpid()}; done'
+        self._shell = subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
 
+    def ask(self, delay: float) -> None:
+        """Send one after so many seconds."""
+        assert self._shell.stdin is not None
+        self._shell.stdin.write(f"{delay:.4f}\n")
+        self._shell.stdin.flush()
 
-def _heard(
-    child: subprocess.Popen[str], lines: Any, place: tuple[str, str], rng: random.Random,
-    outcome: Outcome,
-) -> Outcome:  # fmt: skip
-    for line in lines:
-        said = json.loads(line)
-        if "seconds" in said:
-            time.sleep(rng.uniform(0, max(2 * said["seconds"], 0.01)))
-            child.send_signal(signal.SIGINT)
-            continue
-        found = Found(**said["found"])
-        row = outcome.counts[f"{_named(*place)}: {said['verb']}"]
-        row["signals" if found.passed else "signals too late"] += 1
-        row["signals changed"] += bool(found.changed)
-        row["signals around"] += bool(found.around)
-        row["signals broken"] += bool(found.broken)
-        if found.failed:
-            outcome.failures.append((said, found))
-    return outcome
+    def end(self) -> None:
+        """Send what was asked for, and end."""
+        assert self._shell.stdin is not None
+        self._shell.stdin.close()
+        self._shell.wait()
 
 
-def _child(framework: str, network: str, plan: dict[str, int]) -> None:
-    """Run verbs until the signal hits each of them so many times; say what it did."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for verb, rounds in plan.items():
-        bench = Bench(framework, network, verb)
-        bench.places("line")
-        started = time.perf_counter()
-        bench._finish(bench._start()())
-        seconds = time.perf_counter() - started
-        if not bench.fresh():
-            bench._build()
-        inside = late = 0
-        while inside < rounds and late < 3 * rounds + 10:
-            found, trace = _hit(bench, seconds)
-            inside, late = inside + found.passed, late + (not found.passed)
-            said = {"verb": verb, "found": asdict(found), "trace": trace}
-            print(json.dumps(said), flush=True)
+@functools.cache
+def sender() -> Sender:
+    """The one of this process."""
+    return Sender()
 
 
-def _hit(bench: Bench, seconds: float) -> tuple[Found, str]:
-    """Run a verb again and again until SIGINT comes while it runs."""
+def _hit(bench: Bench, seconds: float, rng: random.Random) -> tuple[Found, str]:
+    """Run a verb again and again until SIGINT comes while it runs, or just after."""
     from model_state import changed, surroundings
 
     asked = 0.0
@@ -509,13 +571,13 @@ def _hit(bench: Bench, seconds: float) -> tuple[Found, str]:
         nonlocal asked
         missed.clear()
         asked = time.monotonic()
-        print(json.dumps({"seconds": seconds}), flush=True)
+        sender().ask(rng.uniform(0, max(1.5 * seconds, 0.005)))
 
-    signal.signal(signal.SIGINT, lambda *_: missed.append(1))
+    before = signal.signal(signal.SIGINT, lambda *_: missed.append(1))
     ask()
     while True:
         call, found, trace = bench._start(), Found(raised=True), ""
-        if missed or time.monotonic() - asked > 5 + 10 * seconds:
+        if missed or time.monotonic() - asked > 20 + 10 * seconds:
             ask()  # it came between two runs, or something swallowed it
         noting = signal.getsignal(signal.SIGINT)
         around, left = surroundings(), None
@@ -538,7 +600,7 @@ def _hit(bench: Bench, seconds: float) -> tuple[Found, str]:
         bench._finish(back)
         if not bench.fresh():
             bench._build()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, before)
     if not found.passed:
         bench._build()
         return found, trace
@@ -598,20 +660,47 @@ def table(outcome: Outcome) -> str:
 
 def _told(trial: Trial | dict[str, Any], found: Found) -> dict[str, Any]:
     """A failure in words: where, and what differed."""
-    where = asdict(trial) if isinstance(trial, Trial) else {"signal": trial["verb"], **trial}
+    where = asdict(trial) if isinstance(trial, Trial) else trial
+    names = ("verb", "mode", "where", "second", "trace")
     return {
-        **{name: where[name] for name in ("verb", "mode", "where", "second", "trace") if where.get(name)},
+        **{name: where[name] for name in names if where.get(name)},
         "in clean-up": found.cleaning, "differs": [*found.changed, *found.around][:8],
-        "broken": found.broken[:200],
+        "broken": found.broken[-300:],
     }  # fmt: skip
 
 
+@functools.cache
 def _sources() -> str:
     """A hash of Frostline's sources, so that runs of one state of the code are known as such."""
     digest = hashlib.sha256()
     for path in sorted(Path(SOURCES).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _write(options: argparse.Namespace, outcome: Outcome, seconds: float) -> None:
+    """Add a run to a file, or replace what it had found a minute ago."""
+    backend = os.environ.get("KERAS_BACKEND", "")
+    named = ("framework", "network", "exceptions", "signals", "seed")
+    command = " ".join(
+        [
+            f"KERAS_BACKEND={backend} python scripts/inject.py",
+            *(f"--{name} {getattr(options, name)}" for name in named),
+            *(f"--verb '{name}'" for name in options.verb),
+            *([] if options.minutes == math.inf else [f"--minutes {options.minutes:g}"]),
+        ]
+    )
+    run = {
+        "command": command,
+        "sources": _sources(),
+        "seconds": round(seconds),
+        "counts": {name: dict(row) for name, row in outcome.counts.items()},
+        "failures": [_told(*failure) for failure in outcome.failures],
+    }
+    file: Path = options.json
+    earlier = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
+    runs = [each for each in earlier if (each["command"], each["sources"]) != (command, _sources())]
+    file.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -625,18 +714,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verb", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--json", type=Path, help="also add the counts to this file")
     parser.add_argument("--keep", type=Path, help="folder for failures, to run them again")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _: None
-    if options.child:
-        _child(*json.loads(options.child))
-        return 0
-    started, outcome = time.perf_counter(), Outcome()
-    place = (options.framework, options.network)
-    inject(*place, options.exceptions, options.seed, options.verb, outcome)
-    if options.signals:
-        signalled(*place, options.signals, options.seed, options.verb, outcome)
+    started = time.monotonic()
+    written = started
+
+    def after(found: Outcome) -> None:
+        nonlocal written
+        if options.json and time.monotonic() > written + 60:
+            written = time.monotonic()
+            _write(options, found, written - started)
+
+    outcome = inject(
+        options.framework, options.network, options.exceptions, options.signals,
+        seed=options.seed, only=options.verb, until=started + 60 * options.minutes, after=after,
+    )  # fmt: skip
     print(table(outcome))
     for trial, found in outcome.failures:
         if isinstance(trial, Trial):
@@ -648,22 +742,7 @@ def main(arguments: list[str] | None = None) -> int:
         short = smallest(trial)
         print("kept", keep(short, again(short), options.keep))
     if options.json:
-        backend = os.environ.get("KERAS_BACKEND", "")
-        run = {
-            "command": f"KERAS_BACKEND={backend} python scripts/inject.py " + " ".join(
-                f"--{name} {getattr(options, name)}"
-                for name in ("framework", "network", "exceptions", "signals", "seed")
-            ) + "".join(f" --verb '{name}'" for name in options.verb),
-            "seconds": round(time.perf_counter() - started),
-            "counts": {name: dict(row) for name, row in outcome.counts.items()},
-            "sources": _sources(),
-            "failures": [_told(*failure) for failure in outcome.failures],
-        }  # fmt: skip
-        earlier = (
-            json.loads(options.json.read_text("utf-8"))["runs"] if options.json.exists() else []
-        )
-        content = {"runs": [*earlier, run]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(options, outcome, time.monotonic() - started)
     return bool(outcome.failures)
 
 

@@ -273,7 +273,8 @@ def test_a_block_whose_exit_was_never_called_is_taken_back_with_the_verb() -> No
     assert (state(model), seen) == (before, ["block", "verb"])
     model[0].training = False
     del kept  # its frames, and with them the block, are freed: the model is another one by now
-    assert not model[0].training and seen == ["block", "verb"]
+    assert not model[0].training
+    assert seen == ["block", "verb"]
 
 
 @pytest.mark.once

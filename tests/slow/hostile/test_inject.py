@@ -27,14 +27,14 @@ def sound(outcome: Outcome) -> int:
 @on_torch
 @pytest.mark.filterwarnings("ignore")
 def test_an_exception_anywhere_leaves_a_torch_module_and_the_process_as_they_were() -> None:
-    assert sound(inject("torch", "small", 200, seed=15)) > 190
+    assert sound(inject("torch", "small", 200, 8, seed=15)) > 190
 
 
 @on_torch  # the other backends compile for minutes; by hand
 @pytest.mark.filterwarnings("ignore")
 def test_an_exception_anywhere_leaves_a_keras_model_and_the_process_as_they_were() -> None:
     verbs = ["convert", "restore", "freeze", "undo of freeze", "set_momentum"]
-    assert sound(inject("keras", "small", 40, seed=15, only=verbs)) > 30
+    assert sound(inject("keras", "small", 40, 4, seed=15, only=verbs)) > 30
 
 
 @pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
