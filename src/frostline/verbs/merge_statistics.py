@@ -159,7 +159,11 @@ def merge_statistics(
             "merge_statistics takes a list of models, state_dicts or files. "
             f"Received: {type(models_or_states).__name__}"
         )
-    return merged_states([read_state(source) for source in models_or_states], weights)
+
+    def merged() -> MergedStatistics:
+        return merged_states([read_state(source) for source in models_or_states], weights)
+
+    return atomically(lambda: None, merged)  # of the process alone: no model changes
 
 
 def merged_states(

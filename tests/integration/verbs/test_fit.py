@@ -737,3 +737,35 @@ def test_a_model_with_a_fit_of_its_own() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5)
     with pytest.warns(UserWarning, match="prepares its data in fit"):
         fl.fit(model, X, Y, verbose=0)
+
+
+class Cut(keras.optimizers.SGD):  # type: ignore[misc]
+    """Fails inside the training step, when on JAX the model has given its values away."""
+
+    armed = False
+
+    def _fail(self) -> None:
+        if self.armed:
+            raise KeyboardInterrupt
+
+    def stateless_apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._fail()
+        return super().stateless_apply(*args, **kwargs)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._fail()
+        return super().apply(*args, **kwargs)
+
+
+def test_a_step_that_is_cut_leaves_every_variable_with_a_value() -> None:
+    model = compiled(Cut(0.1))
+    before, outputs = weights(model), model.predict(X, verbose=0)
+    model.optimizer.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        fl.fit(model, X, Y, epochs=1, engine="native", verbose=0)
+    model.optimizer.armed = False
+    np.testing.assert_array_equal(model.predict(X, verbose=0), outputs)
+    fl.fit(model, X, Y, epochs=1, engine="native", verbose=0)
+    trained = weights(model)
+    assert all(np.isfinite(weight).all() for weight in trained)
+    assert any((weight != old).any() for weight, old in zip(trained, before, strict=True))
