@@ -235,6 +235,7 @@ class Bench:
         self.run = verbs(framework)[verb]
         self.of_undo = verb.startswith("undo of ")
         self.trains, self.stays = verb in TRAINS, verb in STAYS
+        self.warm = False
         self._build()
 
     def _build(self) -> None:
@@ -246,13 +247,18 @@ class Bench:
 
     def places(self, mode: str) -> list[str]:
         """Every place that the verb passes, in order."""
-        for _ in range(2):  # imports, caches
-            self._finish(self._start()())
+        self._warm()
         call, watch = self._start(), Injector(mode, None)
         self._finish(watch.run(call))
         if self._changed():
             self._build()
         return watch.places
+
+    def _warm(self) -> None:
+        """Run the verb until it imports and caches nothing more."""
+        for _ in range(0 if self.warm else 2):
+            self._finish(self._start()())
+        self.warm = True
 
     def _start(self) -> Callable[[], Any]:
         from injected_verbs import fresh_folder
@@ -322,7 +328,7 @@ class Bench:
     @functools.cached_property
     def seconds(self) -> float:
         """How long the verb takes by itself."""
-        self._finish(self._start()())
+        self._warm()
         if not self.fresh():
             self._build()
         started = time.perf_counter()
@@ -480,7 +486,7 @@ def inject(
     outcome = Outcome()
     names = [name for name in verbs(framework) if not only or name in only]
     turns = [
-        _turns(Bench(framework, network, name), ours, sent, seed, outcome)
+        _turns((framework, network, name), ours, sent, seed, outcome)
         for name, ours, sent in zip(
             names, _shares(exceptions, names), _shares(signals, names), strict=True
         )
@@ -511,9 +517,10 @@ def _shares(count: int, names: Sequence[str]) -> list[int]:
 
 
 def _turns(
-    bench: Bench, exceptions: int, signals: int, seed: int, outcome: Outcome
+    of: tuple[str, str, str], exceptions: int, signals: int, seed: int, outcome: Outcome
 ) -> Iterator[int]:
     """All trials of a verb, some at a time."""
+    bench = Bench(*of)
     place = f"{_named(bench.framework, bench.network)}: {bench.verb}"
     rng = random.Random(f"{seed} {bench.framework} {bench.network} {bench.verb}")
     trials = drawn(bench, exceptions, rng) if exceptions else []

@@ -207,3 +207,15 @@ if os.environ["KERAS_BACKEND"] == "torch":
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(fl.ModelError, match="pip install safetensors"):
             fl.merge_statistics([file, file])
+
+
+def test_what_interrupts_it_leaves_numpy_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(_: Any) -> Any:
+        np.seterr(divide="raise")  # a block of np.errstate whose exit was never called
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("frostline.verbs.merge_statistics.read_state", cut)
+    before = np.geterr()
+    with pytest.raises(KeyboardInterrupt):
+        fl.merge_statistics([state([0.0], [1.0])])
+    assert np.geterr() == before
