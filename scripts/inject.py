@@ -300,7 +300,7 @@ class Bench:
 
     def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
         from injected_verbs import PREPARES
-        from model_state import reset
+        from model_state import DRAWN, reset
 
         if self.of_undo and self.back and found.passed and self._changed():
             found.cleaning = True  # an undo is nothing else
@@ -309,8 +309,9 @@ class Bench:
             except Exception as error:
                 found.broken = f"undo() again: {error!r}"
         found.changed = self._changed()
-        if found.passed and (not self.trains or found.cleaning):
-            found.around = around()
+        if found.passed:
+            drawn = DRAWN if self.trains else ()  # by the training, as it is meant to
+            found.around = [name for name in around() if name not in drawn]
         if not found.passed and self.stays:  # it did what it was asked for
             found.changed = []
             self._build()
@@ -705,10 +706,18 @@ def _write(options: argparse.Namespace, outcome: Outcome, seconds: float) -> Non
         "counts": {name: dict(row) for name, row in outcome.counts.items()},
         "failures": [_told(*failure) for failure in outcome.failures],
     }
-    file: Path = options.json
+    _added(options.json, [run])
+
+
+def _added(file: Path, runs: Sequence[dict[str, Any]]) -> None:
+    """Write runs at the end of a file, in the place of what they had found earlier."""
+
+    def same(run: dict[str, Any]) -> tuple[str, str]:
+        return run["command"], run.get("sources", "")
+
     earlier = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else []
-    runs = [each for each in earlier if (each["command"], each["sources"]) != (command, _sources())]
-    file.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
+    kept = [run for run in earlier if same(run) not in map(same, runs)]
+    file.write_text(json.dumps({"runs": [*kept, *runs]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -721,11 +730,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verb", action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--json", type=Path, help="also add the counts to this file")
+    parser.add_argument("--add", type=Path, nargs="+", help="only add the runs of these files")
     parser.add_argument("--keep", type=Path, help="folder for failures, to run them again")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     sys.unraisablehook = lambda _: None
+    for file in options.add or ():
+        _added(options.json, json.loads(file.read_text("utf-8"))["runs"])
+    if options.add:
+        return 0
     # JAX: the same small programs again and again, for each model that is built anew.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="inject-jax-"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

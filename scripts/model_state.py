@@ -20,6 +20,9 @@ _NOTES = frozenset([
     "_call_context_args", "_called", "_backend_type", "_build_shapes_dict", "_losses",
 ])  # fmt: skip
 
+#: Of :func:`surroundings`: what training draws from.
+DRAWN = ("random", "numpy.random", "torch generator", "keras generator")
+
 _ABSENT = object()
 
 

@@ -6,6 +6,7 @@ the named JSON files, in order, and returns Markdown; every number in it comes f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -434,28 +435,27 @@ def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
 
 
 def interruptions(results: Sequence[dict[str, Any]]) -> str:
-    """What interrupting verbs showed, by framework and network; of `scripts/inject.py`."""
-    rows: dict[str, dict[str, int]] = {}
-    for run in results[0]["runs"]:
-        command = run["command"].split()
-        options = dict(zip(command[3::2], command[4::2], strict=False))
-        backend = command[0].partition("=")[2]
-        on = f" on {backend}" if options["--framework"] == "keras" else ""
-        row = rows.setdefault(f"{options['--framework']}{on}, {options['--network']}", {})
-        for counts in run["counts"].values():
-            for name, count in counts.items():
-                row[name] = row.get(name, 0) + count
-    rows["all"] = {
-        name: sum(row.get(name, 0) for row in rows.values())
-        for name in sorted({name for row in rows.values() for name in row})
-    }
+    """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
+
+    A row per model counts the runs on the last state of the code, one more all that came before.
+    """
+    runs = results[0]["runs"]
+    rows: dict[str, Counter[str]] = {}
+    for newest in (True, False):
+        for run in runs:
+            if (run.get("sources") == runs[-1].get("sources")) is newest:
+                name = _interrupted(run["command"].split()) if newest else "earlier code, all"
+                for counts in run["counts"].values():
+                    rows.setdefault(name, Counter()).update(counts)
+        if newest:
+            rows["all"] = sum(rows.values(), Counter())
     lines = [
         "| model | exceptions: changed | in clean-up: changed, broken | Ctrl-C: changed |",
         "|---|---|---|---|",
     ]
     for name, row in rows.items():
         exceptions, cleaning, signals = (
-            sum(row.get(each, 0) for each in names)
+            sum(row[each] for each in names)
             for names in (
                 ("changed", "around", "broken"),
                 ("changed in clean-up",),
@@ -463,11 +463,18 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
             )
         )
         lines.append(
-            f"| {name} | {row.get('exceptions', 0):,}: {exceptions} | "
-            f"{row.get('in clean-up', 0):,}: {cleaning}, {row.get('broken in clean-up', 0)} | "
-            f"{row.get('signals', 0):,}: {signals} |"
+            f"| {name} | {row['exceptions']:,}: {exceptions} | "
+            f"{row['in clean-up']:,}: {cleaning}, {row['broken in clean-up']} | "
+            f"{row['signals']:,}: {signals} |"
         )
     return "\n".join(lines)
+
+
+def _interrupted(command: Sequence[str]) -> str:
+    """The model of a run, as its row is called."""
+    options = dict(zip(command[3::2], command[4::2], strict=False))
+    on = f" on {command[0].partition('=')[2]}" if options["--framework"] == "keras" else ""
+    return f"{options['--framework']}{on}, {options['--network']}"
 
 
 #: Kind of a table -> what makes it from the contents of its files.
