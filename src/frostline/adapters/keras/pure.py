@@ -163,7 +163,9 @@ def _undisturbed() -> Iterator[None]:
         return
     import torch
 
-    with torch.no_grad(), torch.random.fork_rng():
+    from frostline.adapters.torch.random import forked
+
+    with torch.no_grad(), forked():
         yield
 
 

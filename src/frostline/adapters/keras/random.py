@@ -48,7 +48,7 @@ def generators(model: Any, data: Any = None) -> Callable[[], None]:
     values = [(state, copied(state)) for state in held]
     back = None
     if "torch" in sys.modules:
-        from frostline.adapters.torch.forward_pass import generators as of_torch
+        from frostline.adapters.torch.random import generators as of_torch
 
         back = of_torch(data)
 
@@ -73,6 +73,8 @@ def fixed_randomness(model: Any, step: int) -> Iterator[None]:
     if keras.backend.backend() != "torch":
         yield
         return
+    from frostline.adapters.torch.random import forked
+
     torch = sys.modules["torch"]
     wrapped = [
         module
@@ -88,6 +90,6 @@ def fixed_randomness(model: Any, step: int) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-    with torch.random.fork_rng(), taken_back(back):
+    with forked(), taken_back(back):
         torch.manual_seed(step)
         yield

@@ -33,6 +33,7 @@ from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
+from frostline.adapters.torch.random import generators
 from frostline.adapters.torch.surroundings import surroundings
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
@@ -89,7 +90,7 @@ class TorchView:
 
     def generators(self, data: Any = None) -> Callable[[], None]:
         """Remember torch's generators and those of a loader; returns what puts them back."""
-        return torch_pass.generators(data)
+        return generators(data)
 
     def forward(self, x: Any, *, training: bool, step: int = 0) -> Any:
         """Return the outputs of one batch, float32; nothing of the model changes."""

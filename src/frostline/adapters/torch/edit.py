@@ -20,6 +20,7 @@ from frostline.adapters.torch.graph import (
 )
 from frostline.adapters.torch.keeping import by_hand, mean_of
 from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
+from frostline.adapters.torch.random import forked
 from frostline.adapters.torch.surroundings import surroundings
 from frostline.atomic import Attributes, restored, taken_back
 from frostline.graph import addresses
@@ -238,5 +239,5 @@ def preserved(model: Any) -> Iterator[None]:
         for module, momentum in momenta:
             module.momentum = momentum
 
-    with taken_back(back), torch.random.fork_rng():
+    with taken_back(back), forked():
         yield

@@ -32,6 +32,7 @@ from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
+from frostline.adapters.torch.random import forked
 from frostline.adapters.torch.samples import arguments, flat, guesses
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
@@ -389,7 +390,7 @@ def _run(module: Any, args: Any, kwargs: Any, dtype: Any) -> list[Any]:
     twin, (args, kwargs) = copy.deepcopy(module), pytree.tree_map(_copied, (args, kwargs))
     twin = twin if dtype is None else twin.to(dtype)
     before = [(name, parameter.detach().clone()) for name, parameter in twin.named_parameters()]
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), forked():
         torch.manual_seed(0)
         outputs = twin(*args, **kwargs)
         outputs = list(outputs) if isinstance(outputs, Iterator) else outputs

@@ -16,6 +16,7 @@ from torch import nn
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
+from frostline.adapters.torch.random import forked
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch
 from frostline.types import Array, DataError, ModelError
@@ -217,7 +218,7 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                 "Received: an uninitialised module"
             )
     restore = _tensors_kept(root)
-    with modes_kept(root), torch.random.fork_rng(), taken_back(restore):
+    with modes_kept(root), forked(), taken_back(restore):
         torch.manual_seed(number)
         yield root
 
@@ -279,34 +280,6 @@ def _counter(tensor: Any) -> Any:
     if tensor.is_inference():
         return nullcontext()
     return torch.autograd._unsafe_preserve_version_counter(tensor)
-
-
-def own_generators(data: Any) -> list[Any]:
-    """The generators of a ``DataLoader`` and its samplers."""
-    holders = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
-    found = {
-        id(generator): generator
-        for holder in (data, *holders)
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
-    }
-    return list(found.values())
-
-
-def generators(data: Any = None) -> Callable[[], None]:
-    """Remember the default generators and those of a ``DataLoader``; returns what restores them."""
-    own = own_generators(data)
-    states = [(generator, generator.get_state()) for generator in own]
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore() -> None:
-        for generator, state in states:
-            generator.set_state(state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return restore
 
 
 def same_values(a: Any, b: Any) -> bool:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch.locked import unlock
+from frostline.adapters.torch.random import forked
 from frostline.atomic import taken_back
 
 #: A mean that a module keeps; its variance has the same name but for the last word.
@@ -292,7 +293,7 @@ def _run(
             _holder(twin, name)[name] = value.to(own.dtype).reshape(own.shape)
     vars(twin)["training"] = training
     before = [getattr(twin, name).clone() for name in known]
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng():
+    with torch.set_grad_enabled(gradients), forked():
         made = type(module).forward(twin, x.clone())
     moved = not all(
         torch.equal(old, getattr(twin, name).detach().reshape(old.shape))

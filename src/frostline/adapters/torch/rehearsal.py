@@ -16,14 +16,13 @@ from frostline.adapters.torch.asking import Question, inputs_of, takes_targets
 from frostline.adapters.torch.blend import outcome_of
 from frostline.adapters.torch.edit import preserved
 from frostline.adapters.torch.forward_pass import (
-    generators,
     mover,
-    own_generators,
     set_inference,
     set_phase,
     untouched,
 )
 from frostline.adapters.torch.graph import site_modules, unwrapped
+from frostline.adapters.torch.random import generators, own_generators
 from frostline.atomic import taken_back
 from frostline.data.arrays import leaves, map_leaves
 from frostline.data.batch import Batch

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from frostline.adapters.torch.forward_pass import generators, precisions
+from frostline.adapters.torch.forward_pass import precisions
+from frostline.adapters.torch.random import generators
 
 
 def surroundings() -> Callable[[], None]:

@@ -1,0 +1,48 @@
+"""torch's random generators: remembered, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from frostline.atomic import taken_back
+
+
+def own_generators(data: Any) -> list[Any]:
+    """The generators of a ``DataLoader`` and its samplers."""
+    holders = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
+    found = {
+        id(generator): generator
+        for holder in (data, *holders)
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
+    }
+    return list(found.values())
+
+
+def generators(data: Any = None) -> Callable[[], None]:
+    """Remember the default generators and those of a ``DataLoader``; returns what restores them."""
+    own = own_generators(data)
+    states = [(generator, generator.get_state()) for generator in own]
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        for generator, state in states:
+            generator.set_state(state)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
+def forked() -> AbstractContextManager[None]:
+    """Put the default generators back on any exit from a block.
+
+    ``torch.random.fork_rng`` would do so once more when an interrupted block's frame is freed, with
+    what it met inside of other blocks, which are left by then.
+    """
+    return taken_back(generators())
