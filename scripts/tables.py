@@ -437,23 +437,21 @@ def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
 def interruptions(results: Sequence[dict[str, Any]]) -> str:
     """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
 
-    A row per model counts the runs on the last state of the code, one more all that came before.
+    A row counts the runs on one model and one state of the code, whose hash they hold. Those from
+    before there was one are together.
     """
-    runs = results[0]["runs"]
-    rows: dict[str, Counter[str]] = {}
-    for newest in (True, False):
-        for run in runs:
-            if (run.get("sources") == runs[-1].get("sources")) is newest:
-                name = _interrupted(run["command"].split()) if newest else "earlier code, all"
-                for counts in run["counts"].values():
-                    rows.setdefault(name, Counter()).update(counts)
-        if newest:
-            rows["all"] = sum(rows.values(), Counter())
+    rows: dict[tuple[str, str], Counter[str]] = {}
+    for run in results[0]["runs"]:
+        sources = run.get("sources", "earlier")
+        model = _interrupted(run["command"].split()) if "sources" in run else "all of these"
+        for counts in run["counts"].values():
+            rows.setdefault((sources, model), Counter()).update(counts)
+    rows["all", ""] = sum(rows.values(), Counter())
     lines = [
-        "| model | exceptions: changed | in clean-up: changed, broken | Ctrl-C: changed |",
-        "|---|---|---|---|",
+        "| sources | model | exceptions: changed | clean-up: changed, broken | Ctrl-C: changed |",
+        "|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
+    for (sources, name), row in rows.items():
         exceptions, cleaning, signals = (
             sum(row[each] for each in names)
             for names in (
@@ -463,7 +461,7 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
             )
         )
         lines.append(
-            f"| {name} | {row['exceptions']:,}: {exceptions} | "
+            f"| {sources} | {name} | {row['exceptions']:,}: {exceptions} | "
             f"{row['in clean-up']:,}: {cleaning}, {row['broken in clean-up']} | "
             f"{row['signals']:,}: {signals} |"
         )

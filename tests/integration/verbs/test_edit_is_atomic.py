@@ -289,3 +289,22 @@ def test_a_way_back_that_fails_does_not_keep_the_next_one_from_running() -> None
     with pytest.raises(Injected):
         undone(fails, lambda: seen.append("next"))
     assert set(seen) == {"next"}
+
+
+@pytest.mark.once
+def test_the_frame_of_a_forked_block_is_freed_without_touching_the_generator() -> None:
+    from frostline.adapters.torch.random import forked
+    from frostline.atomic import atomically
+
+    def edit() -> None:
+        torch.manual_seed(1)  # as a rehearsal does
+        block = forked()
+        block.__enter__()
+        raise Injected  # where `with` would call __exit__
+
+    before = torch.get_rng_state()
+    with pytest.raises(Injected) as kept:
+        atomically(lambda: torch.set_rng_state(before), edit)
+    assert torch.equal(torch.get_rng_state(), before)
+    del kept  # torch.random.fork_rng would now put back what follows the seed
+    assert torch.equal(torch.get_rng_state(), before)
