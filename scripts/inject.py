@@ -24,6 +24,7 @@ import linecache
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -674,7 +675,7 @@ def _told(trial: Trial | dict[str, Any], found: Found) -> dict[str, Any]:
     return {
         **{name: where[name] for name in names if where.get(name)},
         "in clean-up": found.cleaning, "differs": [*found.changed, *found.around][:8],
-        "broken": found.broken[-300:],
+        "broken": re.sub(r"[^\"]*/site-packages/", "", found.broken)[-300:],
     }  # fmt: skip
 
 
