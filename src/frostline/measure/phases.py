@@ -10,7 +10,7 @@ import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
 from frostline.adapters.together import ALONE, Together
-from frostline.data.arrays import leaves
+from frostline.data.arrays import leaves, to_numpy
 from frostline.data.batch import Batch, NoSamplesError, failure, left_out
 from frostline.data.batches import batches, is_reiterable, paired
 from frostline.measure.ranks import as_rank_0, joined_shares
@@ -138,6 +138,7 @@ def phase_table(
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Any] = []
     remarks: list[str] = []
+    weighted = False
     score: _Scorer | None = None
     with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
         stream = joined_shares(
@@ -150,6 +151,7 @@ def phase_table(
             if score is None:
                 score, remarks = _scorer(adapter, batch, loss, step)
             labels.append(batch.y)
+            weighted |= batch.sample_weight is not None
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
                 passes[phase].add(outcome, batch.count or 1)
@@ -173,6 +175,8 @@ def phase_table(
     judged: dict[str, Judged] = {}
     if known is not None:
         y, outputs = known
+        if not weighted and getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
+            require_known_classes(y, outputs["0"], loss_name)
         found = passes["0"]
         losses = np.concatenate(found.losses) if found.known and found.unit == "sample" else None
         named = loss_name or ("step" if step is not None else None)
@@ -252,15 +256,41 @@ def require_one(loss: Any, step: Any) -> None:
         )
 
 
+def require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> None:
+    """Class numbers must be those of outputs: JAX takes others for no class, TensorFlow raises.
+
+    Raises:
+        DataError: A label that is no class of these outputs.
+    """
+    if loss_name != "sparse_categorical_crossentropy" or labels is None or outputs is None:
+        return
+    classes, low, high = outputs.shape[-1], labels.min(), labels.max()
+    if outputs.ndim > 1 and not (low >= 0 and high < classes):  # not so where one is NaN
+        raise DataError(
+            f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
+            f"classes. Received: labels from {low} to {high}"
+        )
+
+
 def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
     """What scores a batch, and what a person should know of it."""
     plain = step is None and first.regular and bool(leaves(first.y))
     if plain and loss is None and not adapter.judges_itself():
 
         def score(batch: Batch, *, training: bool, number: int) -> Outcome:
-            outputs, value = adapter.score(
-                batch.x, batch.y, batch.sample_weight, training=training, step=number
-            )
+            try:
+                outputs, value = adapter.score(
+                    batch.x, batch.y, batch.sample_weight, training=training, step=number
+                )
+            except FrostlineError:
+                raise
+            except Exception as error:  # the framework's, of labels that are no classes above all
+                found = adapter.forward(batch.x, training=False)
+                pair = leaves(batch.y), leaves(found)
+                if [len(part) for part in pair] == [1, 1]:
+                    (labels,), (own,) = ([to_numpy(leaf) for _, leaf in part] for part in pair)
+                    require_known_classes(labels, own, adapter.objective()[0])
+                raise failure(error, batch) from error
             losses = np.empty(0) if value is None else np.array([value], np.float64)
             return Outcome(outputs=outputs, losses=losses)
 

@@ -17,6 +17,7 @@ from frostline.measure.phases import (
     class_labels,
     infer_task,
     loss_name_of,
+    require_known_classes,
     require_one,
     tried,
 )
@@ -104,7 +105,7 @@ def make_bench(
     if outcome is not None:
         outputs = only(joined_arrays([outcome.outputs]))
     if getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
-        _require_known_classes(labels, outputs, objective[0])
+        require_known_classes(labels, outputs, objective[0])
     unit = "sample" if outcome is None else outcome.unit
     losses = outcome.losses if outcome is not None and unit == "sample" else None
     task: Task = "unknown"
@@ -153,7 +154,7 @@ def _first_pass(
             ) from error
         if error.__cause__ is not None and not isinstance(error.__cause__, FrostlineError):
             own = only(joined_arrays([adapter.forward(first.x, training=False)]))
-            _require_known_classes(labels, own, objective[0])
+            require_known_classes(labels, own, objective[0])
         raise
 
 
@@ -269,18 +270,6 @@ def _forward(adapter: Adapter, loss: Any = None, step: Any = None) -> tuple[Forw
 def _has_loss(adapter: Adapter) -> bool:
     """Whether ``compile`` was given losses, of which there may be several without one name."""
     return adapter.compiled() and adapter.own_loss() is not None
-
-
-def _require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> None:
-    """Class numbers must be those of outputs: JAX takes others for no class, TensorFlow raises."""
-    if loss_name != "sparse_categorical_crossentropy" or labels is None or outputs is None:
-        return
-    classes, low, high = outputs.shape[-1], labels.min(), labels.max()
-    if outputs.ndim > 1 and (low < 0 or high >= classes):
-        raise DataError(
-            f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
-            f"classes. Received: labels from {low} to {high}"
-        )
 
 
 def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:

@@ -301,6 +301,20 @@ def test_wrong_input() -> None:
         fl.sites(3)
 
 
+@pytest.mark.parametrize("label", [3, -1, np.nan])
+def test_labels_that_are_no_classes(label: float) -> None:
+    model = network(columns=3, activation="softmax")
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    labels = np.where(np.arange(len(X)) == 40, label, Y)
+    before = everything(model)
+    with pytest.raises(DataError, match=r"class numbers from 0 to 2.*Received: labels from"):
+        fl.phases(model, (X, labels))
+    with pytest.raises(DataError, match=r"class numbers from 0 to 2.*Received: labels from"):
+        fl.diagnose(model, (X, labels))
+    for old, new in zip(before, everything(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_losses_that_layers_add_count_as_in_evaluate() -> None:
     """Weight and activity regularizers: phase 0 has the loss that `evaluate` reports."""
     keras.utils.set_random_seed(1)

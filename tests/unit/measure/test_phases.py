@@ -69,6 +69,9 @@ class FakeView:
     def judges_itself(self) -> bool:
         return False
 
+    def own_loss(self) -> None:
+        return None
+
     def objective(self) -> tuple[str | None, bool | None]:
         return self._objective
 
