@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,9 @@ def start(graph: Callable[[], bytes], precision: str) -> tuple[Run, str]:
     if threads():
         settings["INFERENCE_NUM_THREADS"] = threads()
     try:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(content), "CPU", settings)
+        with _signal_stack_kept():
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(content), "CPU", settings)
     except Exception as problem:  # as above
         raise ModelError(f"OpenVINO refuses the graph: {first_line(problem)}") from problem
     dtypes = [port.get_element_type().to_dtype() for port in compiled.inputs]
@@ -47,7 +50,33 @@ def start(graph: Callable[[], bytes], precision: str) -> tuple[Run, str]:
 
 def _capabilities(openvino: Any) -> list[str]:
     """What the processor computes in, in OpenVINO's words."""
-    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    with _signal_stack_kept():
+        return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Keep the stack on which this thread handles signals.
+
+    On processors with AMX OpenVINO puts one of its own in its place when it loads its plugin, and
+    unmaps that with the plugin. Where another thread does so, as the collection of garbage may, the
+    next signal that Python handles would end the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 def _quiet_openvino() -> Any:

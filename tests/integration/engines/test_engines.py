@@ -294,6 +294,36 @@ def test_an_engine_gets_the_threads_that_the_process_has(
     assert registry.threads() == threads
 
 
+_FREED_ELSEWHERE = """
+import os, signal, threading, time
+import numpy, onnx
+from frostline.engines import openvino
+tensors = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]
+node = onnx.helper.make_node("Exp", ["x"], ["y"])
+graph = onnx.helper.make_graph([node], "g", *[[tensor] for tensor in tensors])
+version = onnx.helper.make_opsetid("", 18)
+model = onnx.helper.make_model(graph, opset_imports=[version], ir_version=8)
+kept = [openvino.start(model.SerializeToString, "float32")[0]]
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+print(kept[0](numpy.zeros(1, "float32"))[0])
+freed = threading.Thread(target=kept.clear)
+freed.start()
+freed.join()
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.01)
+"""
+
+
+@pytest.mark.once
+def test_a_signal_after_openvino_was_freed_in_another_thread() -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run(
+        [sys.executable, "-c", _FREED_ELSEWHERE], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["[1.]", "handled"], done.stderr
+    assert done.returncode == 0
+
+
 @pytest.mark.once
 def test_openvino_sends_no_usage_reports() -> None:
     pytest.importorskip("openvino_telemetry")
