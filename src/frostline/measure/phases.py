@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -285,7 +286,9 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
             except FrostlineError:
                 raise
             except Exception as error:  # the framework's, of labels that are no classes above all
-                found = adapter.forward(batch.x, training=False)
+                found: Any = None
+                with suppress(Exception):  # the model itself may fail; the first error says so
+                    found = adapter.forward(batch.x, training=False)
                 pair = leaves(batch.y), leaves(found)
                 if [len(part) for part in pair] == [1, 1]:
                     (labels,), (own,) = ([to_numpy(leaf) for _, leaf in part] for part in pair)

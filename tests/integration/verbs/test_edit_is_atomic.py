@@ -74,6 +74,16 @@ VERBS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def under(trace: Any, run: Callable[[], Any]) -> None:
+    """Run under a trace function, and put the one that was there back."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+
+
 def traced(run: Callable[[], Any], at: int | None) -> list[tuple[str, int]]:
     """Run with an exception at the ``at``-th line of ours; returns the lines that were met."""
     lines: list[tuple[str, int]] = []
@@ -88,12 +98,7 @@ def traced(run: Callable[[], Any], at: int | None) -> list[tuple[str, int]]:
     def called(frame: Any, _event: str, _: Any) -> Any:
         return local if frame.f_code.co_filename.startswith(SOURCES) else None
 
-    before = sys.gettrace()
-    sys.settrace(called)
-    try:
-        run()
-    finally:
-        sys.settrace(before)
+    under(called, run)
     return lines
 
 
@@ -176,12 +181,7 @@ def struck(run: Callable[[], Any], at: int, since: Callable[[], bool] = lambda: 
             if met == at + 1:
                 signal.raise_signal(signal.SIGINT)
 
-    before = sys.gettrace()
-    sys.settrace(called)
-    try:
-        run()
-    finally:
-        sys.settrace(before)
+    under(called, run)
     return met
 
 

@@ -195,8 +195,7 @@ class Cached:
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
         rows = [memory.rows.get(digest) for digest in digests]
-        unknown = any(row is None for row in rows)
-        if shapes in memory.forms and unknown:
+        if shapes in memory.forms and any(row is None for row in rows):
             rows = self._by_engine(plan, memory, args, kwargs, digests) or rows
         if shapes not in memory.forms or any(row is None for row in rows):
             return self._recorded(plan, memory, forward, args, kwargs, digests, shapes)
