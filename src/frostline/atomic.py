@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, _GeneratorContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -43,8 +44,8 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
 class Guard:
     """What is put back if a verb is interrupted from now on.
 
-    First come the blocks of :func:`taken_back` that were entered since: an exception at the very
-    call of a block's exit leaves it without one.
+    First come the blocks that were entered since, anyone's and those of :func:`taken_back`: an
+    exception at the very call of a block's exit leaves it without one.
 
     Args:
         back: Puts the model back; can be repeated.
@@ -52,15 +53,58 @@ class Guard:
 
     def __init__(self, back: Callable[[], None]) -> None:
         self._backs = (back, surroundings())
-        self._entered = len(_OPEN.blocks)
+        self._entered, self._handled = len(_OPEN.blocks), sys.exc_info()[1]
 
     def undo(self) -> None:
         """Put everything back; can be repeated."""
         blocks = _OPEN.blocks[self._entered :]
-        undone(*(block.back for block in reversed(blocks)), *self._backs)
+        left = _never_left(sys.exc_info()[1], self._handled)
+        undone(*left, *(block.back for block in reversed(blocks)), *self._backs)
         for block in blocks:
             block.left = True  # when its frame is freed, the model may be another one
         del _OPEN.blocks[self._entered :]
+
+
+#: Where a block of contextlib is entered or left.
+_BORDERS = tuple(
+    method.__code__
+    for method in (
+        _GeneratorContextManager.__enter__,
+        _GeneratorContextManager.__exit__,
+        ExitStack.__exit__,
+    )
+)
+
+
+def _never_left(
+    error: BaseException | None, handled: BaseException | None
+) -> list[Callable[[], None]]:
+    """What leaves blocks of ``contextlib`` that an exception hit at their enter or exit itself.
+
+    They wait in the frames of its traceback. Freed with these, they would put back what they
+    know when everything else has long been put back.
+
+    Args:
+        error: The exception that is on its way, and those that it came in the place of.
+        handled: The last one that is no longer ours.
+    """
+    found: list[Callable[[], None]] = []
+    while error is not None and error is not handled:
+        trace, inner = error.__traceback__, list[Callable[[], None]]()
+        while trace is not None:
+            frame, trace = trace.tb_frame, trace.tb_next
+            if frame.f_code in _BORDERS:
+                inner.insert(0, _leaving(frame.f_locals["self"]))
+        found, error = inner + found, error.__context__
+    return found
+
+
+def _leaving(block: Any) -> Callable[[], None]:
+    def leave() -> None:
+        with suppress(Exception):  # as where Python frees it
+            (block if isinstance(block, ExitStack) else block.gen).close()
+
+    return leave
 
 
 @dataclass(eq=False)

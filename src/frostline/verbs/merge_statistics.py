@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from frostline.adapters import adapter_of, store
-from frostline.atomic import atomically
+from frostline.adapters import Adapter, adapter_of, store
+from frostline.atomic import atomically, undone
 from frostline.data import files
 from frostline.data.arrays import to_numpy
 from frostline.numerics.mixture import mixture, shares
@@ -57,6 +57,9 @@ class MergedStatistics(dict[str, Any]):
                 unchanged then.
         """
         adapter = adapter_of(model)
+        return atomically(adapter.snapshot(), lambda: self._stored_in(adapter))
+
+    def _stored_in(self, adapter: Adapter) -> Change:
         known = {site.path: site for site in adapter.sites()}
         # A model that is nothing but one BN layer has no name for it in its state.
         found = {path or next(iter(known), ""): names for path, names in _sites(self).items()}
@@ -70,14 +73,9 @@ class MergedStatistics(dict[str, Any]):
                 )
         meter = adapter.meter(list(found))
         undo = meter.snapshot()
-
-        def edit() -> Change:
-            for path, (mean, variance) in found.items():
-                meter.store(path, to_numpy(self[mean]), to_numpy(self[variance]))
-            back = undoing(adapter, undo)
-            return Change(verb="merge_statistics", text=self.text(), _undo=back)
-
-        return atomically(adapter.snapshot(), edit)
+        for path, (mean, variance) in found.items():
+            meter.store(path, to_numpy(self[mean]), to_numpy(self[variance]))
+        return Change(verb="merge_statistics", text=self.text(), _undo=undoing(adapter, undo))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the statistics by name as ``.safetensors``: a sidecar to a file with weights.
@@ -163,7 +161,10 @@ def merge_statistics(
     def merged() -> MergedStatistics:
         return merged_states([read_state(source) for source in models_or_states], weights)
 
-    return atomically(lambda: None, merged)  # of the process alone: no model changes
+    # No model changes; a framework's modes, which reading one goes through, are put back.
+    models = [s for s in models_or_states if not isinstance(s, (str, os.PathLike, Mapping))]
+    around = [adapter_of(model).surroundings() for model in models]
+    return atomically(lambda: undone(*around), merged)
 
 
 def merged_states(

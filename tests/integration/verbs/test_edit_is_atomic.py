@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
@@ -308,3 +309,67 @@ def test_the_frame_of_a_forked_block_is_freed_without_touching_the_generator() -
     assert torch.equal(torch.get_rng_state(), before)
     del kept  # torch.random.fork_rng would now put back what follows the seed
     assert torch.equal(torch.get_rng_state(), before)
+
+
+#: Functions of torch and contextlib that take a function mode off and put it on again.
+AROUND_MODES = (
+    *("_push_mode", "_pop_mode", "_pop_mode_temporarily", "__enter__", "__exit__"),
+    *("_push_on_torch_function_stack", "_pop_torch_function_stack", "next"),
+)
+
+
+def at_a_mode(run: Callable[[], Any], at: int) -> list[str]:
+    """Run with an exception where a function mode comes or goes, for the ``at``-th time.
+
+    Python looks for signals as a function is entered, and as one that is written in C returns.
+    """
+    met: list[str] = []
+
+    def watch(frame: Any, event: str, called: Any) -> None:
+        file = Path(frame.f_code.co_filename).name
+        name = called.__name__ if event == "c_return" else frame.f_code.co_name
+        there = file in ("overrides.py", "contextlib.py", "calls.py") and name in AROUND_MODES
+        if there and event in ("call", "c_return"):
+            met.append(f"{event} {name}")
+            if len(met) - 1 == at:
+                sys.setprofile(None)
+                raise Injected
+
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return met
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("verb", ["recalibrate", "phases"])
+def test_function_modes_are_as_they_were_wherever_one_that_comes_or_goes_is_interrupted(
+    verb: str,
+) -> None:
+    few, labels = DATA[:4], [0, 1, 0, 1]
+
+    def run(model: Any) -> None:
+        if verb == "recalibrate":
+            fl.recalibrate(model, few, sites="all", method="batch")
+        else:
+            fl.phases(model, (few, labels), loss=nn.functional.cross_entropy)
+
+    run(module())
+    with torch.device("cpu"):  # a mode of the user's
+        model = module()
+        met = at_a_mode(lambda: run(model), -1)
+        assert {"call _push_mode", "c_return _pop_torch_function_stack"} <= set(met)
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert len(modes) == 1
+        for at in range(0, len(met), 1 + len(met) // 60):
+            model = module()
+            before = state(model)
+            with pytest.raises(Injected) as kept:  # and no "trying to pop from empty mode stack"
+                at_a_mode(lambda: run(model), at)  # noqa: B023 - it runs at once
+            assert state(model) == before, met[at]
+            del kept  # its frames, and what waits in them, are freed
+            gc.collect(0)
+            assert torch.overrides._get_current_function_mode_stack() == modes, met[at]
+            assert state(model) == before, met[at]

@@ -198,6 +198,20 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         }
         self._answer = answer
 
+    def __enter__(self) -> Calls:
+        """Answer from now on."""
+        self._left = function_modes()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Answer no more.
+
+        torch takes the mode off for the time of an answer, and does not put it back where it is
+        interrupted at that: its own exit would take off another one, or find none.
+        """
+        self._left()
+
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -224,6 +238,31 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         given["training"] = mean is None or bool(given.get("training", single))
         path = _running.site if mean is None else self._paths.get(id(mean))
         return self._answer(Call(path=path, single=single, run=run, **given))
+
+
+def function_modes() -> Callable[[], None]:
+    """Remember which function modes this thread has entered.
+
+    Returns:
+        What leaves those that came since and enters those that went; can be repeated.
+    """
+    before = _entered()
+
+    def back() -> None:
+        now = _entered()
+        same = next((n for n, (a, b) in enumerate(zip(before, now, strict=False)) if a is not b),
+                    min(len(before), len(now)))  # fmt: skip
+        for _ in now[same:]:
+            torch._C._pop_torch_function_stack()
+        for mode in before[same:]:
+            torch._C._push_on_torch_function_stack(mode)
+
+    return back
+
+
+def _entered() -> list[Any]:
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(place) for place in range(count)]
 
 
 def _off(function: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

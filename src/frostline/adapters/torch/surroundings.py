@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from frostline.adapters.torch.calls import function_modes
 from frostline.adapters.torch.forward_pass import precisions
 from frostline.adapters.torch.random import generators
 
@@ -20,13 +21,10 @@ def surroundings() -> Callable[[], None]:
         What puts them back; can be repeated.
     """
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    functions = torch._C._len_torch_function_stack()
-    drawn, switches, traced = generators(), precisions(), _tracing()
+    modes, drawn, switches, traced = function_modes(), generators(), precisions(), _tracing()
 
     def back() -> None:
-        # A mode that was interrupted while it left is still there, and would answer every call.
-        while torch._C._len_torch_function_stack() > functions:
-            torch._C._pop_torch_function_stack()
+        modes()
         torch._C._set_grad_enabled(gradients)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
