@@ -38,13 +38,13 @@ def write(
     files.check_output(path, SUFFIXES, "a table of features", force=overwrite)
     parts = _batches(arrow, cache, _checked(cache, labels), view)
     first = next(parts)
-    with files.replacing(path) as temporary:
+    with files.replacing(path) as stream:
         if path.suffix == ".parquet":
             writer = optional("pyarrow.parquet", "Writing Parquet").ParquetWriter(
-                temporary, first.schema
+                stream, first.schema
             )
         else:
-            writer = arrow.ipc.new_stream(str(temporary), first.schema)
+            writer = arrow.ipc.new_stream(stream, first.schema)
         with writer:
             writer.write_batch(first)
             for part in parts:

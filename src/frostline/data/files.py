@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import tempfile
@@ -53,19 +54,19 @@ def check_output(
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of ``path``, and rename that file when the block ends.
+def replacing(path: Path) -> Iterator[io.BufferedRandom]:
+    """Open a temporary file in the folder of ``path``, and rename it when the block ends.
 
     A reader sees the old file or the new one, never half of it. A link is followed, and the file
-    behind it replaced; the new file has the old one's mode. Nobody can guess the temporary name, so
-    no other process can put a link in its place.
+    behind it replaced; the new file has the old one's mode. Nobody can guess the temporary name,
+    and it is opened only once, so that a link that is put in its place is not written through.
 
     Yields:
-        The temporary path, with the suffix of ``path``; an empty file is there.
+        The file, open for reading and writing bytes.
 
     Raises:
-        OutputError: It cannot be written. After this and any other error the old file is as it
-            was, and nothing is left behind.
+        OutputError: It cannot be written, or its name means another file by now. After this and
+            any other error the old file is as it was, and nothing is left behind.
     """
     temporary: Path | None = None
     try:
@@ -73,10 +74,17 @@ def replacing(path: Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(
             prefix=f".{target.stem[:60]}.", suffix=f".tmp{target.suffix}", dir=target.parent
         )
-        os.close(descriptor)
         temporary = Path(name)
-        temporary.chmod(_mode(target))
-        yield temporary
+        with open(name, "w+b", opener=lambda *_: descriptor) as stream:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, _mode(target))
+            yield stream
+            stream.flush()
+            if not os.path.samestat(os.fstat(descriptor), temporary.lstat()):
+                raise OutputError(
+                    f"cannot write {path}: another process put something else in the place of its "
+                    f"temporary file {temporary.name}. Write to a folder of your own"
+                )
         temporary.replace(target)
         _sync_folder(target.parent)
     except OutputError:
@@ -104,7 +112,7 @@ def write(path: Path, content: bytes | memoryview) -> Path:
     Raises:
         OutputError: As :func:`replacing`.
     """
-    with replacing(path) as temporary, temporary.open("wb") as stream:
+    with replacing(path) as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

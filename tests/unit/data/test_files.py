@@ -14,9 +14,9 @@ from frostline.types import OutputError
 def test_a_file_is_replaced_when_the_block_ends_and_keeps_its_suffix(tmp_path: Path) -> None:
     path = tmp_path / "model.keras"
     path.write_bytes(b"old")
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-        assert (path.read_bytes(), temporary.suffix) == (b"old", ".keras")
+    with files.replacing(path) as stream:
+        stream.write(b"new")
+        assert (path.read_bytes(), Path(stream.name).suffix) == (b"old", ".keras")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -28,8 +28,8 @@ def test_any_error_keeps_the_old_file(tmp_path: Path, error: Exception) -> None:
     kind = OutputError if isinstance(error, OSError) else ValueError
 
     def write_half() -> None:
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(b"half")
+        with files.replacing(path) as stream:
+            stream.write(b"half")
             raise error
 
     with pytest.raises(kind, match=r"No space left|own"):

@@ -16,6 +16,7 @@ from keras.src.legacy.saving.legacy_h5_format import (
     load_optimizer_weights_from_hdf5_group,
     save_model_to_hdf5,
 )
+from keras.src.saving import saving_lib
 
 # Importing the layers registers them, so that files with converted models can be read.
 from frostline import layers as layers
@@ -79,11 +80,11 @@ def save_model(model: Any, path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"a model is written as .keras or .h5. Received: {path}")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
-    with files.replacing(path) as temporary:
+    with files.replacing(path) as stream:
         if path.suffix == ".h5":
-            temporary.write_bytes(_as_h5(model))
+            stream.write(_as_h5(model))
         else:
-            model.save(temporary)
+            saving_lib.save_model(model, stream)
 
 
 def _as_h5(model: Any) -> bytes:

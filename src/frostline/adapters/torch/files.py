@@ -113,14 +113,16 @@ def write_state(state: Mapping[str, Any], path: Path, *, overwrite: bool = False
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already")
     tensors = {name: value.detach().cpu() for name, value in state.items()}
-    save = torch.save
+    content = None
     if path.suffix == ".safetensors":
-        save = _safetensors(path).save_file
         tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-    with files.replacing(path) as temporary:
+        content = _safetensors(path).save(tensors)
+    with files.replacing(path) as stream:
         try:
-            save(tensors, temporary)
+            stream.write(content) if content is not None else torch.save(tensors, stream)
         except RuntimeError as error:  # its writer's word for a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise OutputError(f"cannot write {path}: {first_line(error)}") from error
 
 
