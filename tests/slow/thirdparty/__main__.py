@@ -10,7 +10,6 @@ which is quicker where many small models of one framework are asked.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def answers(entry: Entry, verbs: frozenset[str] = frozenset()) -> dict[str, Any]
     if entry.framework == "keras":
         from .keras_verbs import VERBS as known
     else:
-        from .torch_verbs import VERBS as known  # type: ignore[assignment]
+        from .torch_verbs import VERBS as known, copied  # type: ignore[assignment]
     found: dict[str, Any] = {}
     for name, verb in known.items():
         if verbs and name not in verbs:
@@ -66,7 +65,7 @@ def answers(entry: Entry, verbs: frozenset[str] = frozenset()) -> dict[str, Any]
         print(name, file=sys.stderr, flush=True)  # told where the process does not end
         try:
             again = entry.build() if entry.framework == "keras" else program
-            model = again.model if entry.framework == "keras" else copy.deepcopy(program.model)
+            model = again.model if entry.framework == "keras" else copied(program.model)
             told = f"works: {verb(again, model)}"
         except FrostlineError as refusal:
             wrong = isinstance(refusal, Wrong)

@@ -20,7 +20,9 @@ class Program:
         call: ``(model, batch) -> outputs`` in the model's present mode; tensors somewhere inside.
         sample: What ``split`` is given as a sample; ``None``: nothing.
         in_training_mode: The library computes its loss in training mode only.
-        exported: An exported program: its calls are below what a function mode sees.
+        plain: Makes the module that an exported program was made from: its calls are seen by a
+            function mode, those of the program are not.
+        fixed: It normalises as it was exported, whatever its mode.
         lags: Its averages lag, so that inference is worse than training: BN is to blame.
         more_in_training: In training it returns more than at inference, and its loss adds it up.
         healthy: Its averages have caught up: nothing of BN may be blamed.
@@ -37,7 +39,8 @@ class Program:
     call: Callable[[Any, Any], Any] = lambda model, batch: model(batch[0])
     sample: Any = None
     in_training_mode: bool = False
-    exported: bool = False
+    plain: Callable[[], Any] | None = None
+    fixed: bool = False
     lags: bool = False
     more_in_training: bool = False
     healthy: bool = False

@@ -585,9 +585,12 @@ def _encoder() -> Program:
 
 @entry("exported program", "torch", "deployment")
 def _exported() -> Program:
-    program = classifier(torchvision().models.resnet18(weights=None, num_classes=CLASSES))
+    def plain() -> Any:
+        return torchvision().models.resnet18(weights=None, num_classes=CLASSES)
+
+    program = classifier(plain())
     model = torch.export.export(program.model.eval(), (program.batches[0][0],)).module()
     return Program(
         model=model, batches=program.batches, ask=program.ask, options=program.options,
-        sample=program.sample, exported=True,
+        sample=program.sample, plain=plain, fixed=True,
     )  # fmt: skip

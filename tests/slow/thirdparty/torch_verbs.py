@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,16 @@ from .program import Program
 
 #: Largest difference, in standard deviations, between stored statistics and those that hooks see.
 FIXED_POINT = 1e-4
+
+
+def copied(model: Any) -> Any:
+    """A copy of a torch model; of a TorchScript program through a file, as its users make one."""
+    if not isinstance(model, torch.jit.ScriptModule):
+        return copy.deepcopy(model)
+    stream = io.BytesIO()
+    torch.jit.save(model, stream)
+    stream.seek(0)
+    return torch.jit.load(stream)
 
 
 # --- oracles ----------------------------------------------------------------------------------
@@ -75,6 +86,15 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if not same:
             return name
     return ""
+
+
+def as_module(program: Program, model: Any) -> Any:
+    """The model itself; of an exported program, the module of torch with what it holds now."""
+    if program.plain is None:
+        return model
+    twin = program.plain()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def norms(model: Any) -> list[tuple[str, Any]]:
@@ -188,14 +208,15 @@ def step_of(program: Program) -> dict[str, Any]:
 def sites(program: Program, model: Any) -> str:
     found = fl.sites(model)
     require(bool(found) or not norms(model), "no site in a model with running statistics")
-    if not program.exported:
-        seen = Seen()
-        with untouched(model), torch.no_grad(), seen:
-            model.eval()
-            program.call(model, program.batches[0])
-        known = len({m.running_mean.data_ptr() for _, m in norms(model)})
-        used = len(seen.inputs)
-        require(len(found) >= max(known, used), f"{len(found)} sites; torch has {known}")
+    seen, seeable = Seen(), as_module(program, model)
+    with untouched(seeable), torch.no_grad(), seen:
+        seeable.eval()
+        program.call(seeable, program.batches[0])
+    known = len({m.running_mean.data_ptr() for _, m in norms(seeable)})
+    used = len(seen.inputs)
+    require(len(found) >= max(known, used), f"{len(found)} sites; torch has {known}")
+    moving = [site.path for site in found if not site.stats_frozen]
+    require(not (program.fixed and moving), f"{moving[:1]} cannot move, and is said to")
     return f"{len(found)} sites"
 
 
@@ -227,48 +248,52 @@ def recalibrate(program: Program, model: Any) -> str:
     others = [k for k in before if not _KEPT.search(k) and not k.endswith("num_batches_tracked")]
     moved = difference({k: before[k] for k in others}, {k: state(model)[k] for k in others})
     require(not moved, f"recalibrate changed {moved}")
-    if not program.exported:
-        seen, hooked = Seen(), {}
-        kept = kept_pairs(model)
-        for name, module, *_ in kept:  # classes that compute by hand
-            took = functools.partial(lambda n, _, x: hooked.setdefault(n, []).append(x[0]), name)
-            module.register_forward_pre_hook(took)
-        eager = torch.compiler.set_stance("force_eager")  # a compiled call is seen by no mode
-        with untouched(model), torch.no_grad(), seen, eager:
-            model.eval()
-            for batch in program.batches:
-                (program.ask if step_of(program) else program.call)(model, batch)
-        for name, module, *names in kept:
-            mean, variance = (getattr(module, each).double().flatten() for each in names)
-            inputs = seen.inputs.get(getattr(module, names[0]).data_ptr())
-            inputs = inputs or [x.double() for x in hooked.get(name, [])]
-            if program.own_ways:  # what it is given depends on the passes before
-                require(bool(mean.isfinite().all() and variance.isfinite().all()), f"{name}")
-                continue
-            if not inputs:
-                same = torch.equal(before[f"{name}.{names[0]}"], getattr(module, names[0]))
-                require(same, f"{name} is not used, and changed")
-                continue
-            x = torch.cat([i.transpose(0, 1).reshape(i.shape[1], -1) for i in inputs], 1)
-            biased = x.var(1, unbiased=False)
-            if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # within each sample
-                within = [i.flatten(2).var(2, unbiased=False) for i in inputs]
-                biased = torch.cat(within).mean(0)
-            spread = biased.clamp_min(0).sqrt() + 1e-3
-            off = float(((mean - x.mean(1)) / spread).abs().max())
-            require(off < FIXED_POINT, f"the mean of {name} is {off:.2g} deviations off")
-            big = biased > 1e-6
-            ratio = (variance / biased.clamp_min(1e-12))[big]
-            if bool(big.any()):  # torch's own updates store n / (n - 1) of the biased variance
-                low, high = float(ratio.min()), float(ratio.max())
-                factor = x.shape[1] / (x.shape[1] - 1)
-                holds = low > 1 - FIXED_POINT and high < factor * (1 + FIXED_POINT)
-                require(holds, f"the variance of {name} is {low:.6g} to {high:.6g} of the biased")
-        for _, module, *_ in kept:
-            module._forward_pre_hooks.clear()
+    require_fixed_point(program, as_module(program, model), before)
     change.undo()
     require(not difference(before, state(model)), "undo did not put everything back")
     return "fixed point"
+
+
+def require_fixed_point(program: Program, model: Any, before: Mapping[str, Any]) -> None:
+    """Hold what a module keeps to the inputs that torch sees it normalise at inference."""
+    seen, hooked = Seen(), {}
+    kept = kept_pairs(model)
+    for name, module, *_ in kept:  # classes that compute by hand
+        took = functools.partial(lambda n, _, x: hooked.setdefault(n, []).append(x[0]), name)
+        module.register_forward_pre_hook(took)
+    eager = torch.compiler.set_stance("force_eager")  # a compiled call is seen by no mode
+    with untouched(model), torch.no_grad(), seen, eager:
+        model.eval()
+        for batch in program.batches:
+            (program.ask if step_of(program) else program.call)(model, batch)
+    for name, module, *names in kept:
+        mean, variance = (getattr(module, each).double().flatten() for each in names)
+        inputs = seen.inputs.get(getattr(module, names[0]).data_ptr())
+        inputs = inputs or [x.double() for x in hooked.get(name, [])]
+        if program.own_ways:  # what it is given depends on the passes before
+            require(bool(mean.isfinite().all() and variance.isfinite().all()), f"{name}")
+            continue
+        if not inputs:
+            same = torch.equal(before[f"{name}.{names[0]}"], getattr(module, names[0]))
+            require(same, f"{name} is not used, and changed")
+            continue
+        x = torch.cat([i.transpose(0, 1).reshape(i.shape[1], -1) for i in inputs], 1)
+        biased = x.var(1, unbiased=False)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # within each sample
+            within = [i.flatten(2).var(2, unbiased=False) for i in inputs]
+            biased = torch.cat(within).mean(0)
+        spread = biased.clamp_min(0).sqrt() + 1e-3
+        off = float(((mean - x.mean(1)) / spread).abs().max())
+        require(off < FIXED_POINT, f"the mean of {name} is {off:.2g} deviations off")
+        big = biased > 1e-6
+        ratio = (variance / biased.clamp_min(1e-12))[big]
+        if bool(big.any()):  # torch's own updates store n / (n - 1) of the biased variance
+            low, high = float(ratio.min()), float(ratio.max())
+            factor = x.shape[1] / (x.shape[1] - 1)
+            holds = low > 1 - FIXED_POINT and high < factor * (1 + FIXED_POINT)
+            require(holds, f"the variance of {name} is {low:.6g} to {high:.6g} of the biased")
+    for _, module, *_ in kept:
+        module._forward_pre_hooks.clear()
 
 
 def freeze(program: Program, model: Any) -> str:
@@ -293,7 +318,7 @@ def assert_frozen(program: Program, model: Any) -> str:
     fl.freeze(model)
     fl.assert_frozen(model, data=program.batches, **step_of(program))
     paths = [site.path for site in fl.sites(model)]
-    if not program.exported:
+    if not program.fixed:
         fl.unfreeze(model, since=paths[-1])
         try:
             fl.assert_frozen(model, data=program.batches, **step_of(program))
@@ -358,7 +383,7 @@ def cached(program: Program, model: Any) -> str:
     """Two epochs of the user's loop, the first half frozen: with the cache and without."""
     paths = [site.path for site in fl.sites(model)]
     fl.freeze(model, program.until or paths[len(paths) // 2])
-    mine, own = copy.deepcopy(model), copy.deepcopy(model)
+    mine, own = copied(model), copied(model)
     train = program.ask or (
         lambda m, b: sum(t.square().mean() for t in tensors(program.call(m, b)))
     )

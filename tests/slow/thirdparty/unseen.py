@@ -528,8 +528,9 @@ def _parallel() -> Program:
 def _scripted() -> Program:
     program = situation(convolutions, pairs(), classify, **CLASSIFIED)
     return dataclasses.replace(
-        program, model=torch.jit.script(program.model), sample=pictures()[0][:4], exported=True
-    )
+        program, model=torch.jit.script(program.model), sample=pictures()[0][:4],
+        plain=convolutions,
+    )  # fmt: skip
 
 
 @entry("traced module (torch.jit.trace)", "torch", "unseen")
@@ -537,8 +538,9 @@ def _traced() -> Program:
     program = situation(convolutions, pairs(), classify, **CLASSIFIED)
     model = torch.jit.trace(program.model.eval(), pictures()[0][:4])
     return dataclasses.replace(
-        program, model=model, sample=pictures()[0][:4], lags=False, exported=True
-    )
+        program, model=model, sample=pictures()[0][:4], lags=False, plain=convolutions,
+        fixed=True,
+    )  # fmt: skip
 
 
 @entry("quantisation-aware: prepare_qat with fused BN", "torch", "unseen")

@@ -36,8 +36,14 @@ def is_model(value: Any) -> bool:
 
 
 def adapter_of(model: Any) -> Adapter:
-    """The adapter of a torch module or of an exported program."""
-    if _is_program(model):
+    """The adapter of a torch module or of an exported program.
+
+    A TorchScript program is asked through a module that reads it, where that is possible.
+    """
+    from frostline.adapters.torch import script
+
+    readable = script.is_program(model) and script.why_unreadable(model) is None
+    if _is_program(model) and not readable:
         from frostline.adapters.torch.program import ProgramView
 
         return cast(Adapter, ProgramView(model))

@@ -26,6 +26,7 @@ from frostline.adapters.torch import (
     prefix as torch_prefix,
     reference as torch_reference,
     rehearsal as torch_rehearsal,
+    script,
     split as torch_split,
 )
 from frostline.adapters.torch.asking import inputs_of, needs_targets
@@ -55,12 +56,7 @@ class TorchView:
     loop = torch_rehearsal
 
     def __init__(self, model: Any) -> None:
-        root = torch_graph.unwrapped(model)
-        if isinstance(root, torch.jit.ScriptModule):
-            raise ModelError(
-                "a TorchScript module cannot be looked into; pass the nn.Module that it was made "
-                f"from. Received: {type(model).__name__}"
-            )
+        script.brought_up(torch_graph.unwrapped(model))
         self.model = model
         # Questions that another file of this folder answers.
         self.sites = partial(torch_graph.sites, model)
@@ -182,8 +178,9 @@ class TorchView:
 
     def restore(self) -> int:
         """Take every lock off; returns how many BN layers there are."""
-        count = 0
-        for place in torch_graph.site_places(self.model):
-            unlock(place.module, training=place.module.training)
-            count += 1
-        return count
+        places = torch_graph.site_places(self.model)
+        for place in places:
+            if not script.is_fixed(place.module):
+                unlock(place.module, training=place.module.training)
+        script.handed_on(torch_graph.unwrapped(self.model))
+        return len(places)

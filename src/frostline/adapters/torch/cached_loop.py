@@ -23,11 +23,13 @@ from frostline.adapters.computation import identity_of
 from frostline.adapters.torch import replay
 from frostline.adapters.torch.cached_data import require_indices, seeded
 from frostline.adapters.torch.calls import replaced_forward
+from frostline.adapters.torch.exported import as_modules
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.prefix import leaf as read_leaf
 from frostline.adapters.torch.replay import Call, Form, Key, Plan
 from frostline.adapters.torch.replayed_parts import Inputs, ReplayedPrefix
+from frostline.adapters.torch.script import entrances
 from frostline.types import ModelError
 
 #: Batches that are answered from the cache and computed as well, to compare.
@@ -122,7 +124,10 @@ class Cached:
     ) -> None:
         self.engine, self.accelerate = engine, accelerate
         self.precision, self.bound = precision, bound
-        self.root = unwrapped(model)
+        whole = unwrapped(model)
+        self.root = as_modules(whole)
+        #: What a loop may call in the place of the root -> what then runs the root.
+        self.doors = entrances(whole) if self.root is whole else {whole: self._by_root}
         self.views = views
         if views > 1:
             require_indices(loader, views)
@@ -156,7 +161,7 @@ class Cached:
         entrance = _Entrance(self)
         try:
             for batch in batches:
-                with replaced_forward({self.root: entrance}):
+                with replaced_forward({self.root: entrance, **self.doors}):
                     yield batch
         finally:
             self.save()
@@ -174,6 +179,9 @@ class Cached:
                 "no sample came a second time, so nothing can be answered: is there a random "
                 "augmentation in the loader? fl.cached(..., views=8) draws one of eight for each",
             )
+
+    def _by_root(self, *args: Any, **kwargs: Any) -> Any:
+        return self.root(*args, **kwargs)
 
     def save(self) -> None:
         """Hand rows that are new to the store."""

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from frostline.adapters.protocol import FlagCounts, FreezeRequest
-from frostline.adapters.torch import dropout as torch_dropout
+from frostline.adapters.torch import dropout as torch_dropout, script
 from frostline.adapters.torch.graph import (
+    fixed_in_graphs,
+    is_fixed,
     is_frozen_kind,
     is_site,
     keeps_unknown_statistics,
@@ -44,17 +46,19 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     )
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
+    fixed = fixed_in_graphs(unwrapped(model))
     touched = dropouts = 0
     for place in chosen:
         count = _set_params(place.module, frozen) if request.params else 0
         keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
-        moved = _set_statistics(place, frozen) if request.statistics and keeps else False
+        moved = _set_statistics(place, frozen, fixed) if request.statistics and keeps else False
         touched += count
         if count or moved:
             changed.append(place)
     if request.dropout:
         turn_off = torch_dropout.turn_off
         dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
+    script.handed_on(unwrapped(model))
     sites = sum(is_site(place.module) for place in changed)
     counts = FlagCounts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
     return counts, undo
@@ -94,7 +98,7 @@ def _set_params(module: Any, frozen: bool) -> int:
     return count
 
 
-def _set_statistics(place: Place, frozen: bool) -> bool:
+def _set_statistics(place: Place, frozen: bool, fixed: set[Any]) -> bool:
     module = place.module
     if is_frozen_kind(module):
         if frozen:
@@ -103,6 +107,15 @@ def _set_statistics(place: Place, frozen: bool) -> bool:
             f"'{place.path}' is a {type(module).__name__}, which has no parameters and cannot be "
             "thawed; rebuild the model with BatchNorm2d, or choose a later boundary. "
             f"Received: {place.path!r}"
+        )
+    if is_fixed(module, fixed):
+        if frozen:
+            return False
+        raise ModelError(
+            f"'{place.path}' normalises with stored statistics in this program, whatever its mode: "
+            "it was made at inference. Thaw its parameters alone, "
+            "fl.unfreeze(model, statistics=False), or thaw the module that the program was made "
+            f"from and make it anew. Received: {place.path!r}"
         )
     if frozen == is_locked(module):
         return False
@@ -115,8 +128,9 @@ def _set_statistics(place: Place, frozen: bool) -> bool:
         )
     if type(module) is nn.Module:
         raise ModelError(
-            f"'{place.path}' is part of an exported graph, which normalises as it was exported; "
-            f"freeze the module before torch.export. Received: {place.path!r}"
+            f"'{place.path}' is part of a graph that was exported in training mode, and uses the "
+            "statistics of the batch in any mode; freeze the module before torch.export. "
+            f"Received: {place.path!r}"
         )
     if frozen:
         if hasattr(module, "track_running_stats"):
@@ -141,6 +155,11 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
     Raises:
         ModelError: A path is no BN site with a momentum; nothing is changed then.
     """
+    if script.program_of(unwrapped(model)) is not None:
+        raise ModelError(
+            "the momentum of a TorchScript program is a number in its code; set it on the module "
+            "that the program was made from, and make it anew. Received: a TorchScript program"
+        )
     owners = {place.path: place.module for place in walk(model) if is_site(place.module)}
     unknown = [path for path in paths if not _has_momentum(owners.get(path))]
     if unknown:
@@ -183,6 +202,7 @@ def snapshot(model: Any) -> Callable[[], None]:
                 parameter.requires_grad_(flag)
             parameter.grad = gradient
         rates.restore()
+        script.handed_on(root)
 
     return undo
 
@@ -194,6 +214,7 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
         What puts it all back, and can be repeated. Weights are not copied: no edit writes to them.
     """
     root = unwrapped(model)
+    script.brought_up(root)
     kept = [Attributes.of(module) for module in root.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in root.parameters()]
     buffers = [
@@ -214,6 +235,7 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
             parameter.grad = gradient
         for buffer, value in buffers:
             buffer.detach().copy_(value)
+        script.handed_on(root)
 
     return undo
 

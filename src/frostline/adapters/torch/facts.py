@@ -9,6 +9,7 @@ import torch
 
 from frostline.adapters.torch.forward_pass import arrays
 from frostline.adapters.torch.graph import (
+    fixed_in_graphs,
     is_frozen_kind,
     is_site,
     modes_in_training,
@@ -30,11 +31,11 @@ def facts(model: Any) -> ModelFacts:
     root = unwrapped(model)
     places = {place.path: place for place in site_places(model)}
     thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
-    found = []
+    found, fixed = [], fixed_in_graphs(root)
     for site in sites(model):
         module = places[site.path].module
         own = list(module.parameters(recurse=False))
-        live = is_locked(module) or is_frozen_kind(module)
+        live = is_locked(module) or is_frozen_kind(module) or module in fixed
         found.append(
             SiteFacts(
                 site=site,

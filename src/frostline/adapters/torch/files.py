@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch.graph import unwrapped
+from frostline.adapters.torch.program import ScriptFile
 from frostline.adapters.torch.program_file import read_exported, read_script
 from frostline.data import files
 from frostline.data.import_string import built
@@ -168,7 +169,7 @@ def _program(path: Path) -> Any:
     if path.suffix == ".pt2":
         return read_exported(path)
     if _is_script(path):
-        return read_script(path)
+        return ScriptFile(read_script(path))
     read_state_file(path)  # raises with the reason where that is no state either
     raise ModelError(f"{path} holds a state_dict, which is no network: {_HOW}")
 

@@ -29,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from frostline.adapters.protocol import FoldedModel
+from frostline.adapters.torch.exported import modules_again
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
@@ -70,7 +71,7 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
                 f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
                 "model on one batch first. Received: an uninitialised module"
             )
-    whole = copy.deepcopy(root).eval()
+    whole = modules_again(copy.deepcopy(root)).eval()
     trial = _trial(whole, sample)
     problem: ModelError | None = None
     for way in _WAYS[: 1 if trial is None else None]:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from frostline.adapters.torch import script
 from frostline.adapters.torch.keeping import by_hand, calls_norm, keeps_any, mean_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.atomic import taken_back
@@ -28,7 +30,10 @@ _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside of `torch.compile`, DataParallel and DistributedDataParallel."""
+    """The module inside of `torch.compile`, DataParallel and DistributedDataParallel.
+
+    Of a TorchScript program, the module that reads it.
+    """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):
@@ -36,7 +41,7 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            return model
+            return script.read(model) if script.is_program(model) else model
 
 
 def is_site(module: Any) -> bool:
@@ -77,6 +82,25 @@ def is_frozen_kind(module: Any) -> bool:
     """Whether it is a BN layer whose parameters are all buffers, which never moves."""
     norms = (_BatchNorm, _InstanceNorm)
     return not isinstance(module, norms) and set(getattr(module, "_buffers", ())) >= _FROZEN_BUFFERS
+
+
+def fixed_in_graphs(root: Any) -> set[Any]:
+    """Holders of the statistics that graphs of ``torch.export`` normalise with in any mode."""
+    found: set[Any] = set()
+    for module in root.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.target is torch.ops.aten.batch_norm.default and node.args[5] is False:
+                mean = node.args[3]
+                if isinstance(mean, fx.Node) and mean.op == "get_attr":
+                    found.add(module.get_submodule(mean.target.rpartition(".")[0]))
+    return found
+
+
+def is_fixed(module: Any, fixed: set[Any]) -> bool:
+    """Whether what calls a site gives it stored statistics in any mode."""
+    return script.is_fixed(module) or module in fixed
 
 
 def walk(model: Any) -> tuple[Place, ...]:
@@ -121,9 +145,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     modes = [bool(place.module.training) for place in places]
     if not unwrapped(model).training:
         modes = modes_in_training(model, places)
-    around = _frozen_around(model)
+    around, fixed = _frozen_around(model), fixed_in_graphs(unwrapped(model))
     return tuple(
-        _site(place, index, mode, around[place.path])
+        _site(place, index, mode and place.module not in fixed, around[place.path])
         for index, (place, mode) in enumerate(zip(places, modes, strict=True))
     )
 

@@ -149,7 +149,8 @@ def calls_norm(kind: Any) -> bool:
         if (code := getattr(method, "__code__", None)) is not None
     ]
     called = {name for code in codes for name in code.co_names}
-    return kind is nn.Module or not called.isdisjoint({"batch_norm", "instance_norm"})
+    known = kind is nn.Module or getattr(kind, "NORMALISES", False)  # of a TorchScript program
+    return known or not called.isdisjoint({"batch_norm", "instance_norm"})
 
 
 # --- by hand --------------------------------------------------------------------------------------

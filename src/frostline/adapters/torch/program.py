@@ -1,7 +1,8 @@
 """What can be said of a torch program without its modules: BN sites and their stored numbers.
 
-A ``.pt2`` file of ``torch.export`` and a TorchScript file hold a finished computation. Its BN
-layers can be listed and their numbers checked; there is nothing to train, freeze or blend.
+A ``.pt2`` file of ``torch.export`` and a TorchScript file hold a finished computation, which is not
+run: its BN layers can be listed and their numbers checked. The same goes for a program in memory
+that cannot be read further.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from frostline.adapters.torch.forward_pass import arrays
+from frostline.adapters.torch.script import why_unreadable
 from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array, ModelError, Site
 from frostline.types.facts import ModelFacts, SiteFacts
@@ -45,6 +47,13 @@ class ExportedFile:
     calls: tuple[ExportedCall, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class ScriptFile:
+    """What is read of a TorchScript file: the program, which is not run."""
+
+    program: Any
+
+
 class ProgramView:
     """A program seen in numpy and dataclasses, as far as that goes."""
 
@@ -65,14 +74,15 @@ class ProgramView:
 
     def facts(self) -> ModelFacts:
         """Stored numbers; nothing trains."""
-        if isinstance(self.model, torch.jit.ScriptModule):
-            found = _scripted(self.model)
+        program = getattr(self.model, "program", self.model)
+        if isinstance(program, torch.jit.ScriptModule):
+            found = _scripted(program)
         else:
             of_file = isinstance(self.model, ExportedFile)
             found = _exported(self.model.calls if of_file else _calls(self.model))
         found = [replace(f, site=replace(f.site, index=i)) for i, f in enumerate(found)]
         return ModelFacts(
-            name=str(getattr(self.model, "original_name", type(self.model).__name__)),
+            name=str(getattr(program, "original_name", type(program).__name__)),
             backend="torch",
             words=TORCH,
             mode=False,
@@ -87,9 +97,13 @@ class ProgramView:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
+        if isinstance(self.model, torch.jit.ScriptModule):
+            raise ModelError(why_unreadable(self.model))
+        of_file = isinstance(self.model, (ExportedFile, ScriptFile))
+        instead = "module:function --state FILE" if of_file else "program.module(), which can run"
         raise ModelError(
             "an exported program can be listed and linted (sites, lint), and nothing else: pass "
-            f"the nn.Module, or module:function --state FILE. Received: {type(self.model).__name__}"
+            f"the nn.Module, or {instead}. Received: {type(self.model).__name__}"
         )
 
 

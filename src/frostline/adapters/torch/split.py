@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from frostline.adapters.protocol import SplitModel
 from frostline.adapters.torch import replayed_parts
+from frostline.adapters.torch.exported import as_modules
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import is_site, layers, unwrapped, walk
 from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
@@ -55,6 +56,8 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
 
     By its graph where ``torch.fx`` finds one; else, with a sample, by record and replay.
     """
+    whole = unwrapped(model)
+    model = model if (twin := as_modules(whole)) is whole else twin
     try:
         net = network(model, input_names(model, sample))
     except ModelError as problem:
@@ -69,7 +72,13 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     if sample is not None and (starred or _hides_frozen(net)):
         with suppress(ModelError):
             return replayed_parts.split(model, at, sample)
-    return _cut(net, model, at, sample)
+    try:
+        return _cut(net, model, at, sample)
+    except ModelError:
+        if twin is whole or sample is None:
+            raise
+        # Exported for batches of one size, and so tried on no smaller ones.
+        return replayed_parts.split(model, at, sample)
 
 
 def _hides_frozen(net: Network) -> bool:

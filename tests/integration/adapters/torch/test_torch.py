@@ -492,11 +492,11 @@ def test_frozen_batch_norm_of_other_libraries() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_cannot_be_read() -> None:
-    scripted = torch.jit.script(nn.Linear(2, 2))
+    traced = torch.jit.trace(nn.BatchNorm1d(2).train(), torch.randn(4, 2), check_trace=False)
     with pytest.raises(ModelError, match="TorchScript"):
-        TorchView(scripted)
+        TorchView(traced)
     with pytest.raises(ModelError, match="not a module of this model"):
         TorchView(net()).boundary("stem/7")
     with pytest.raises(ModelError, match="lazy"):
