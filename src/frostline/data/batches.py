@@ -270,7 +270,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     if isinstance(data, tuple):
         return _cut(_unpack(data, strict=True, cut=True, inputs=inputs), batch_size)
     if isinstance(data, list):
-        return _from_list(data, batch_size)
+        return _from_list(data, batch_size, inputs)
     if isinstance(data, Mapping) or has_shape(data):
         return _cut(Batch(data), batch_size)
     if _is_object(data):
@@ -314,13 +314,15 @@ def _stacked(items: list[Any]) -> Any:
     return map_leaves(lambda _: next(stacked), items[0])
 
 
-def _from_list(data: list[Any], batch_size: int) -> Iterator[Any]:
+def _from_list(data: list[Any], batch_size: int, inputs: int) -> Iterator[Any]:
     if not data:
         raise NoSamplesError("The data hold no samples. Received: an empty list")
     if is_numbers(data):
         return _cut(Batch(to_numpy(data)), batch_size)
     if not any(has_shape(item) or isinstance(item, (str, bytes)) for item in data):
         return iter(data)
+    if len(data) == inputs > 1 and all(map(has_shape, data)):  # what the model takes, in order
+        return _cut(Batch(tuple(data)), batch_size)
     raise DataError(
         "A list must hold batches, (x, y) tuples. For a model with several inputs pass "
         "((a, b), y) or ((a, b),); for batches without labels pass [(x,), (x,)]. "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -135,7 +136,9 @@ class KerasView:
         return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
 
     def inputs(self) -> int:
-        """One: the first item of a batch holds all inputs."""
+        """How many tensors the model takes; one where only its own code knows."""
+        with suppress(AttributeError, ValueError):  # a Sequential that is not built yet
+            return len(self.model.inputs or ()) or 1
         return 1
 
     def meter(
