@@ -173,3 +173,17 @@ if os.environ["KERAS_BACKEND"] == "torch":
         ):
             pass
         assert torch.equal(model[1].running_mean, torch.zeros(8))
+
+
+@pytest.mark.parametrize("given", ["list", "tuple", "with labels"])
+def test_inputs_of_a_keras_model_as_keras_itself_takes_them(given: str) -> None:
+    """``predict([a, b])``: as many arrays as the model has inputs are its inputs."""
+    inputs = [keras.Input((4,)), keras.Input((3,))]
+    joined = keras.layers.BatchNormalization()(keras.layers.Concatenate()(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(joined))
+    a, b = X[:, :4], 1 - X[:, 3:]
+    data = {"list": [a, b], "tuple": ([a, b],), "with labels": (a, b, Y)}[given]
+    fl.recalibrate(model, data)
+    wanted = np.concatenate([a, b], 1).astype("float64")
+    np.testing.assert_allclose(model.get_weights()[2], wanted.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(model.get_weights()[3], wanted.var(0), rtol=1e-5)
