@@ -361,8 +361,11 @@ class Inspect(Protocol):
     def compiled(self) -> bool:
         """Whether the model is compiled for training."""
 
-    def inputs(self) -> int:
-        """How many arguments a call of the model needs: first items of a batch that are inputs."""
+    def inputs(self, *, labels: bool = False) -> int:
+        """How many arguments a call of the model needs: first items of a batch that are inputs.
+
+        With ``labels`` arguments that are named as labels are count as well.
+        """
 
     def noise_layers(self) -> Mapping[str, str]:
         """Path of each layer that is no BN and acts in training only -> its kind.

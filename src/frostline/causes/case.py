@@ -424,8 +424,12 @@ class Case:
 
     @staticmethod
     def meant_frozen(facts: SiteFacts) -> bool:
-        """Some flag says that the site, or what holds it, is frozen."""
-        return is_frozen(facts) or bool(facts.wrapper_frozen) or facts.undone
+        """Some flag says that the site, or what holds it, is frozen.
+
+        Not where it may be a teacher's, which has no gradients by design.
+        """
+        frozen = is_frozen(facts) and facts.twin is None
+        return frozen or bool(facts.wrapper_frozen) or facts.undone
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:

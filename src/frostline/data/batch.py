@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,9 @@ class Batch:
         y: Targets, as ``x``; ``None`` when there are none beside the inputs.
         sample_weight: Shape ``(n,)``, nested like ``y`` may be; ``None`` when there are none.
         whole: Exactly what the loader yielded; ``None`` for batches that are cut from arrays.
-        inputs: So many first items of ``whole`` are what ``x`` holds.
+        inputs: So many first items of what a step gets are what ``x`` holds.
         single: It is cut from tuples ``(x,)``, and a step gets one.
+        kind: It is cut from named tuples of this class, and a step gets one.
     """
 
     x: Any
@@ -49,6 +50,7 @@ class Batch:
     whole: Any = None
     inputs: int = 1
     single: bool = False
+    kind: Any = None
 
     @property
     def count(self) -> int | None:
@@ -102,10 +104,11 @@ class Batch:
         """What a user's ``step(model, batch)`` gets: ``whole``, or the tuple of the arrays."""
         if self.whole is not None:
             return self.whole
-        if self.y is None:
-            return (self.x,) if self.single else self.x
-        pair = (self.x, self.y)
-        return pair if self.sample_weight is None else (*pair, self.sample_weight)
+        items = tuple(self.x) if self.inputs > 1 else (self.x,)
+        items += tuple(part for part in (self.y, self.sample_weight) if part is not None)
+        if self.kind is not None:
+            return self.kind(*items, *[None] * (len(self.kind._fields) - len(items)))
+        return items if len(items) > 1 or self.single else items[0]
 
 
 def take(batch: Batch, rows: Any) -> Batch:
@@ -121,13 +124,25 @@ def take(batch: Batch, rows: Any) -> Batch:
 def mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
     """Inputs, targets and weights with ``function`` applied to every array."""
     x, y, weight = (map_leaves(function, v) for v in (batch.x, batch.y, batch.sample_weight))
-    return Batch(x, y, weight, single=_in_tuples(batch))
+    return Batch(x, y, weight, **_as_yielded(batch))
 
 
-def _in_tuples(batch: Batch) -> bool:
-    """Whether the loader yields ``(x,)``, which a step reads as such."""
+def _as_yielded(batch: Batch) -> dict[str, Any]:
+    """How a step gets arrays that are cut from a batch: in the tuple that the loader yields."""
     whole = batch.whole
-    return batch.single or (isinstance(whole, tuple) and len(whole) == 1)
+    return {
+        "inputs": batch.inputs,
+        "single": batch.single or (isinstance(whole, tuple) and len(whole) == 1),
+        "kind": type(whole) if hasattr(whole, "_fields") and batch.x is not whole else batch.kind,
+    }
+
+
+def all_inputs(batch: Batch, needed: int) -> Batch:
+    """The batch without labels where a call of the model needs as many arguments as it holds."""
+    items = batch.given
+    several = isinstance(items, tuple) and not hasattr(items, "to") and len(items) == needed > 1
+    several = several and not isinstance(items[0], (tuple, list, Mapping))
+    return replace(batch, x=items, y=None, sample_weight=None, inputs=needed) if several else batch
 
 
 def left_out(batch: Batch) -> str | None:
@@ -171,7 +186,7 @@ def joined(parts: list[Batch]) -> Batch:
         _concatenate([part.x for part in parts], "x"),
         _concatenate([part.y for part in parts], "y"),
         _concatenate([part.sample_weight for part in parts], "sample_weight"),
-        single=all(map(_in_tuples, parts)),
+        **_as_yielded(parts[0]),
     )
 
 
@@ -208,6 +223,9 @@ def _count(value: Any) -> int | None:
         samples = all(has_shape(item) or isinstance(item, Mapping) for item in value)
         if is_images(value) or (samples and len(sides) > 1):
             return len(value)
+    if shapes == [()] and hasattr(value, "__dict__"):  # an object with tensors inside
+        held = [shape_of(item) for item in vars(value).values() if has_shape(item)]
+        shapes = held if len({shape[:1] for shape in held}) == 1 else []
     return next((shape[0] for shape in shapes if shape), None)
 
 

@@ -323,11 +323,23 @@ def _from_list(data: list[Any], batch_size: int, inputs: int) -> Iterator[Any]:
         return iter(data)
     if len(data) == inputs > 1 and all(map(has_shape, data)):  # what the model takes, in order
         return _cut(Batch(tuple(data)), batch_size)
+    if inputs == 1 and _are_batches(data):
+        return iter(data)
     raise DataError(
         "A list must hold batches, (x, y) tuples. For a model with several inputs pass "
         "((a, b), y) or ((a, b),); for batches without labels pass [(x,), (x,)]. "
         f"Received: a list of {description(data[0])}"
     )
+
+
+def _are_batches(data: list[Any]) -> bool:
+    """Whether a list holds torch tensors of one kind of samples, and no images of a detector.
+
+    Keras takes a list of arrays as several inputs; a torch module that has one input cannot.
+    """
+    if is_images(data) or not all(_is_a(item, ("Tensor",), "torch") for item in data):
+        return False
+    return len({(tuple(item.shape[1:]), item.dtype) for item in data}) == 1
 
 
 def _unpack(item: Any, *, strict: bool = False, cut: bool = False, inputs: int = 1) -> Batch:

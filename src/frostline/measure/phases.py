@@ -12,7 +12,7 @@ import numpy as np
 from frostline.adapters import Adapter, Forward, Outcome
 from frostline.adapters.together import ALONE, Together
 from frostline.data.arrays import leaves, to_numpy
-from frostline.data.batch import Batch, NoSamplesError, failure, left_out
+from frostline.data.batch import Batch, NoSamplesError, all_inputs, failure, left_out
 from frostline.data.batches import batches, is_reiterable, paired
 from frostline.measure.ranks import as_rank_0, joined_shares
 from frostline.numerics import stats
@@ -141,6 +141,7 @@ def phase_table(
     remarks: list[str] = []
     weighted = False
     score: _Scorer | None = None
+    labelled = True
     with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
         stream = joined_shares(
             ranks,
@@ -150,8 +151,8 @@ def phase_table(
         # Both phases in one pass: the same samples, order and batches even if the data shuffle.
         for number, batch in enumerate(paired(stream)):
             if score is None:
-                score, remarks = _scorer(adapter, batch, loss, step)
-            labels.append(batch.y)
+                score, remarks, labelled = _scorer(adapter, batch, loss, step)
+            labels.append(batch.y if labelled else None)
             weighted |= batch.sample_weight is not None
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
@@ -273,8 +274,10 @@ def require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> N
         )
 
 
-def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scorer, list[str]]:
-    """What scores a batch, and what a person should know of it."""
+def _scorer(
+    adapter: Adapter, first: Batch, loss: Any, step: Any
+) -> tuple[_Scorer, list[str], bool]:
+    """What scores a batch, what a person should know of it, and whether it holds labels."""
     plain = step is None and first.regular and bool(leaves(first.y))
     if plain and loss is None and not adapter.judges_itself():
 
@@ -297,7 +300,8 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
             losses = np.empty(0) if value is None else np.array([value], np.float64)
             return Outcome(outputs=outputs, losses=losses)
 
-        return score, []
+        return score, [], True
+    needed = adapter.inputs(labels=True)
     if first.y is None and loss is None and step is None and adapter.objective()[0] is not None:
         _require_no_labels(adapter, first)
     forward = adapter.blend_forward(loss=loss, step=step)
@@ -307,20 +311,21 @@ def _scorer(adapter: Adapter, first: Batch, loss: Any, step: Any) -> tuple[_Scor
         return tried(forward, batch, training=training, number=number)
 
     def bare(batch: Batch, *, training: bool, number: int) -> Outcome:
-        outputs = adapter.forward(batch.x, training=training, step=number)
+        x = all_inputs(batch, needed).x
+        outputs = adapter.forward(x, training=training, step=number)
         return Outcome(outputs=outputs, losses=np.empty(0))
 
-    if step is not None or loss is not None or first.y is not None:
-        return by_forward, remarks
+    if step is not None or loss is not None or all_inputs(first, needed).y is not None:
+        return by_forward, remarks, True
     try:
         tried(forward, first)  # a model that computes its own loss
     except FrostlineError:
         try:
-            adapter.forward(first.x, training=False)
+            adapter.forward(all_inputs(first, needed).x, training=False)
         except Exception as error:
             raise failure(error, first) from error
-        return bare, remarks
-    return by_forward, remarks
+        return bare, remarks, False
+    return by_forward, remarks, True
 
 
 def _require_no_labels(adapter: Adapter, first: Batch) -> None:

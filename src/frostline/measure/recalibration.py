@@ -252,8 +252,8 @@ def measured(
     if paths and not found.moments:
         shown = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
         raise ModelError(
-            "inference uses none of the chosen BN layers on these data, so there is nothing to "
-            f"measure. Received: {shown}"
+            "inference uses none of the chosen BN layers on these data, or they compute with their "
+            f"statistics in a way that no BN does: there is nothing to measure. Received: {shown}"
         )
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
 from frostline.data.arrays import leaves
-from frostline.data.batch import Batch, failure, take
+from frostline.data.batch import Batch, all_inputs, failure, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.phases import (
     class_labels,
@@ -85,6 +85,11 @@ def make_bench(
                 outcome = tried(forward, first)
             except FrostlineError:
                 outcome = None
+        if outcome is None:
+            needed = adapter.inputs(labels=True)
+            asked = tuple(all_inputs(batch, needed) for batch in samples.batches)
+            samples, first = replace(samples, batches=asked), asked[0]
+            labels = None if first.y is None else labels
         if outcome is None and first.y is not None:
             outputs = only(joined_arrays([adapter.forward(first.x, training=False)]))
             loss, note = _inferred_loss(outputs, first)

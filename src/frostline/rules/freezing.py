@@ -121,10 +121,11 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     ```
 
     ## When not to use it
-    To adapt only the statistics to a new domain (AdaBN).
+    To adapt only the statistics to a new domain (AdaBN); a mean teacher or a target network
+    (BYOL), which is made of weights that train elsewhere and uses its own batches.
 
     ## References
-    torchvision issue 2079; Li et al. 2016 (AdaBN).
+    torchvision issue 2079; Li et al. 2016 (AdaBN); Tarvainen and Valpola 2017; Grill et al. 2020.
     """
     if _only_serves(model):
         return
@@ -135,11 +136,17 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
         affine = facts.gamma is not None or facts.beta is not None
         by_itself = affine and not facts.wrapper_frozen
         if site.policy != "update" if facts.words.has_policy else by_itself:
+            moves = f"each step replaces {1 - site.decay:.2g} of the statistics"
+            meant = (
+                f"{moves}: right in a mean teacher or target network beside '{facts.twin}', wrong "
+                "in a fixed old model; freeze that"
+            )
             yield Hit(
                 sites=(site.path,),
-                message=f"{model.words.frozen_parameters}, but each step replaces "
-                f"{1 - site.decay:.2g} of the statistics; freeze the layer",
+                message=f"{model.words.frozen_parameters}, but "
+                + (f"{moves}; freeze the layer" if facts.twin is None else meant),
                 evidence={"replaced_per_step": 1 - site.decay},
+                certainty="is" if facts.twin is None else "may",
             )
 
 

@@ -91,7 +91,7 @@ def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
     Keras issue 7085; torchvision issue 2079.
     """
     for facts, seen in behaved:
-        if frozen_moves(facts, seen):
+        if frozen_moves(facts, seen) and facts.twin is None:
             yield Hit(
                 sites=(facts.site.path,),
                 message=f"frozen, but a pass in training mode moved {1 - facts.site.decay:.2g} of "

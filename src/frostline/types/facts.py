@@ -114,6 +114,8 @@ class SiteFacts:
         words: How to speak of the site; a wrapped layer of another framework has its own words.
         two_regimes: ``site.trained_by`` trains it, and in this model it is frozen, now or in the
             step that the model was compiled for.
+        twin: Path of its counterpart in a part of the same structure that trains, while its own
+            part has no gradients: it may be a mean teacher, a target network or a fixed old model.
     """
 
     site: Site
@@ -135,6 +137,7 @@ class SiteFacts:
     cancels: bool = False
     words: Vocabulary = Vocabulary()
     two_regimes: bool = False
+    twin: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

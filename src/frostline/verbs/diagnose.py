@@ -217,7 +217,7 @@ def diagnose(
         report = Report(
             verdict=verdicts.with_unknown(
                 verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
-                known.unknown,
+                {**_foreign(known, measured), **known.unknown},
             ),
             origin=_origin(adapter, known, samples=measured.samples, seed=seed),
             causes=causes,
@@ -228,6 +228,12 @@ def diagnose(
         if ranks.size > 1:
             report = Report.from_dict(ranks.values(report.as_dict())[0])
     return report
+
+
+def _foreign(known: ModelFacts, measured: Measurement) -> dict[str, str]:
+    """What was seen to normalise with statistics that no site keeps, as ``facts.unknown``."""
+    sites = {entry.site.path for entry in known.sites}
+    return {path: "a call of batch_norm" for path in measured.behaviour if path not in sites}
 
 
 def _checked(

@@ -396,7 +396,9 @@ def _distance(one: Array, zero: Array) -> float:
 
 
 def _inside(adapter: Adapter, until: Any) -> Callable[[str], bool]:
-    """Whether a path lies before a boundary."""
+    """Whether a path lies before a boundary; without one all do, the root's own as well."""
+    if until is None:
+        return lambda _: True
     inside = adapter.before(adapter.boundary(until))
 
     def holds(path: str) -> bool:  # a site inside a wrapped module has the wrapper's path above it

@@ -108,7 +108,7 @@ class FakeView:
     def blend_forward(self, loss: Any = None, step: Any = None, paths: Any = None) -> FakeForward:
         return FakeForward(self)
 
-    def inputs(self) -> int:
+    def inputs(self, *, labels: bool = False) -> int:
         return 1
 
     def noise_layers(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ class FakeView:
         outputs = self.forward(x, training=training, step=step)
         return outputs, float(np.square(outputs[:, 0] - y).mean())
 
-    def inputs(self) -> int:
+    def inputs(self, *, labels: bool = False) -> int:
         return 1
 
     def blend_forward(self, loss: Any = None, step: Any = None, paths: Any = None) -> Any:

@@ -135,10 +135,13 @@ class KerasView:
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         return snake, getattr(loss, "_fn_kwargs", {}).get("from_logits")
 
-    def inputs(self) -> int:
-        """How many tensors the model takes; one where only its own code knows."""
+    def inputs(self, *, labels: bool = False) -> int:
+        """How many tensors the model takes; one where only its own code knows.
+
+        Labels are never among them.
+        """
         with suppress(AttributeError, ValueError):  # a Sequential that is not built yet
-            return len(self.model.inputs or ()) or 1
+            return 1 if labels else len(self.model.inputs or ()) or 1
         return 1
 
     def meter(

@@ -130,9 +130,9 @@ class TorchView:
         """Forward passes with λ and the statistics as arguments."""
         return TorchForward(self.model, paths, loss=loss, step=step)
 
-    def inputs(self) -> int:
-        """How many arguments ``forward`` needs beside labels."""
-        return inputs_of(torch_graph.unwrapped(self.model))
+    def inputs(self, *, labels: bool = False) -> int:
+        """How many arguments ``forward`` needs, beside labels if they do not count."""
+        return inputs_of(torch_graph.unwrapped(self.model), labels=labels)
 
     def round_trip(self, x: Any) -> float:
         """Largest relative change of an inference output after saving and loading the state."""

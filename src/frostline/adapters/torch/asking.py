@@ -53,6 +53,36 @@ def call(
         return list(outputs) if isinstance(outputs, Iterator) else outputs
 
 
+def with_gradients(step: Any, problem: BaseException | None) -> Any:
+    """The step with gradients where that is what it lacked, as a gradient penalty does; else None.
+
+    Parameters of the model need none there, so that nothing but what the step asks for is recorded,
+    and a step that trains still fails.
+
+    Args:
+        step: ``step(model, batch)``, run without gradients so far.
+        problem: What it raised; its causes count as well.
+    """
+    while problem is not None and "does not require grad" not in str(problem):
+        problem = problem.__cause__
+    if step is None or problem is None or isinstance(step, _WithGradients):
+        return None
+    return _WithGradients(step)
+
+
+class _WithGradients:
+    """A step that runs with gradients; the caller puts the flags of parameters back."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def __call__(self, root: Any, batch: Any) -> Any:
+        for parameter in root.parameters():
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            return self._step(root, batch)
+
+
 @contextmanager
 def _told(batch: Batch) -> Iterator[None]:
     """Make what a user's code raises on a batch one of our errors."""
@@ -96,15 +126,18 @@ def _called(root: Any, batch: Batch, move: Callable[[Any], Any], targets: bool) 
     return root(*arguments)
 
 
-def inputs_of(root: Any) -> int:
-    """How many arguments ``forward`` needs: so many first items of a longer batch are inputs."""
+def inputs_of(root: Any, *, labels: bool = False) -> int:
+    """How many arguments ``forward`` needs: so many first items of a longer batch are inputs.
+
+    With ``labels`` those count whose names are labels': a condition, or for a loss of its own.
+    """
     places = inspect.signature(root.forward).parameters.values()
     needed = [
         parameter.name
         for parameter in places
         if parameter.kind in _PLACES and parameter.default is inspect.Parameter.empty
     ]
-    return max(1, sum(name not in _LABELS for name in needed))
+    return max(1, sum(labels or name not in _LABELS for name in needed))
 
 
 def _one(x: Any, batch: Batch, places: list[Any]) -> bool:
@@ -144,6 +177,12 @@ class Question:
         self._loss = None if loss is None else as_callable(loss)
         # Whether a loss of single samples is the loss of the batch.
         self._sliced: bool | None = False if whole else None
+
+    def may_differentiate(self, problem: Exception) -> bool:
+        """Whether the step runs with gradients from now on, since it failed without them."""
+        step = with_gradients(self._step, problem)
+        self._step = step or self._step
+        return step is not None
 
     def answer(
         self, root: Any, batch: Batch, move: Callable[[Any], Any], *, first: bool = False

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from frostline.adapters.torch.asking import call
+from frostline.adapters.torch.asking import call, with_gradients
 from frostline.adapters.torch.calls import Call, answered
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
-from frostline.adapters.torch.keeping import tensors_of
+from frostline.adapters.torch.keeping import owner_of, tensors_of
 from frostline.data.batch import Batch
 from frostline.types import ModelError
 from frostline.types.measured import Behaviour
@@ -23,7 +23,9 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
     The model runs as its own ``train()`` and ``eval()`` leave it. λ is 1 for a call that asks for
     the statistics of its input and 0 for one that takes stored ones; flags are not asked. Of what
-    keeps running statistics but computes by hand only ``moves`` is reported.
+    keeps running statistics but computes by hand only ``moves`` is reported. A call that uses
+    the batch in training and statistics that no site owns at inference is reported under the module
+    that holds them, or under the model's class.
 
     Args:
         model: A torch module.
@@ -34,29 +36,49 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     watched = {**sites, **unknown_keepers(model)}
     weights: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     moved: dict[str, bool] = {}
+
+    def pass_over(given: Batch, number: int, step: Any, *, training: bool) -> None:
+        seen = weights[training]
+
+        def answer(call: Call) -> Any:
+            if call.path in sites:
+                seen.setdefault(call.path, []).append(float(call.training))
+            elif call.mean is not None:
+                path = owner_of(call.mean, root) or type(root).__name__
+                seen.setdefault(path, []).append(float(call.training))
+            return call.run()
+
+        with untouched(model, number=number) as root, torch.no_grad():
+            before = {path: _stored(module) for path, module in watched.items()}
+            set_phase(root, training=training)
+            with answered(sites, answer):
+                try:
+                    call(root, given, move, step=step, targets=training)
+                except ModelError as error:
+                    if training or step is None or with_gradients(step, error) is not None:
+                        raise
+                    seen.clear()  # a step of losses that exist in training mode only
+            if training:
+                for path, module in watched.items():
+                    changed = not _alike(before[path], _stored(module))
+                    moved[path] = moved.get(path, False) or changed
+
     for number, batch in enumerate(batches):
         given = Batch(*batch) if isinstance(batch, tuple) else batch
-        for training, seen in weights.items():
-
-            def answer(call: Call, seen: dict[str, list[float]] = seen) -> Any:
-                if call.path in sites:
-                    seen.setdefault(call.path, []).append(float(call.training))
-                return call.run()
-
-            with untouched(model, number=number) as root, torch.no_grad():
-                before = {path: _stored(module) for path, module in watched.items()}
-                set_phase(root, training=training)
-                with answered(sites, answer):
-                    try:
-                        call(root, given, move, step=step, targets=training)
-                    except ModelError:
-                        if training or step is None:
-                            raise
-                        seen.clear()  # a step of losses that exist in training mode only
-                if training:
-                    for path, module in watched.items():
-                        changed = not _alike(before[path], _stored(module))
-                        moved[path] = moved.get(path, False) or changed
+        for training in weights:
+            try:
+                pass_over(given, number, step, training=training)
+            except ModelError as error:
+                step = with_gradients(step, error)
+                if step is None:
+                    raise
+                pass_over(given, number, step, training=training)
+    foreign = [
+        path
+        for path, seen in weights[True].items()
+        if path not in watched and any(seen) and not all(weights[False].get(path, [0.0]))
+    ]
+    moved |= dict.fromkeys(foreign, True)
     return {
         path: Behaviour(
             path=path,
@@ -64,7 +86,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             inference=_middle(weights[False].get(path, [])),
             moves=moved.get(path),
         )
-        for path in watched
+        for path in (*watched, *foreign)
     }
 
 

@@ -123,11 +123,16 @@ class TorchForward:
                 self.outcome(batch, Condition(0.0, number=number))
             if self._trains:
                 return self.outcome(batch, Condition(0.0, number=number))
-        with torch.no_grad(), untouched(self.model, number=number) as root:
-            set_phase(root, training=training)
-            with answered(self._sites, as_meant):
-                first = training and self._returns_more_in_training(batch)
-                outputs, found = self._question.answer(root, batch, self._move, first=first)
+        try:
+            with torch.no_grad(), untouched(self.model, number=number) as root:
+                set_phase(root, training=training)
+                with answered(self._sites, as_meant):
+                    first = training and self._returns_more_in_training(batch)
+                    outputs, found = self._question.answer(root, batch, self._move, first=first)
+        except ModelError as error:
+            if not self._question.may_differentiate(error):
+                raise
+            return self.own(batch, training=training, number=number)
         return outcome_of(outputs, found, {})
 
     # --- the pass -----------------------------------------------------------------------------
@@ -166,6 +171,8 @@ class TorchForward:
             self._trains = trains
             return found
         assert problem is not None
+        if self._question.may_differentiate(problem):
+            return self._judged(batch, how, condition)
         raise problem
 
     @contextmanager

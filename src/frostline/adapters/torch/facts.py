@@ -30,6 +30,7 @@ def facts(model: Any) -> ModelFacts:
     """Collect what rules without data may look at; arrays are float64 copies."""
     root = unwrapped(model)
     places = {place.path: place for place in site_places(model)}
+    twins = _twins(root)
     thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
     found, fixed = [], fixed_in_graphs(root)
     for site in sites(model):
@@ -51,6 +52,7 @@ def facts(model: Any) -> ModelFacts:
                 updates=_updates(module),
                 words=TORCH,
                 cumulative=getattr(module, "momentum", 0.0) is None,
+                twin=None if site.stats_frozen else twins.get(id(module)),
             )
         )
     return ModelFacts(
@@ -77,6 +79,49 @@ def facts(model: Any) -> ModelFacts:
             if not is_locked(module)
         },
     )
+
+
+def _twins(root: Any) -> dict[int, str]:
+    """Module in a part without gradients -> path of its counterpart in a part that trains.
+
+    Such a part is a whole module, of one class, with parameters of the same names and shapes that
+    point the same way, as those of a copy or a moving average do. Blocks that follow each other in
+    a network may have one structure, but not one direction.
+    """
+    trained: dict[Any, list[str]] = {}
+    frozen: dict[str, Any] = {}
+    if len({parameter.requires_grad for parameter in root.parameters()}) < 2:
+        return {}
+    for name, module in root.named_modules():
+        named = list(module.named_parameters())
+        if not named or not any(True for _ in module.children()):
+            continue
+        structure = type(module), tuple((own, tuple(value.shape)) for own, value in named)
+        if any(value.requires_grad for _, value in named):
+            trained.setdefault(structure, []).append(name)
+        elif not any(name.startswith(f"{outer}.") for outer in frozen):
+            frozen[name] = module, structure
+    return {
+        id(inner): f"{twin}.{path}".lstrip(".").replace(".", "/")
+        for module, structure in frozen.values()
+        for twin in trained.get(structure, ())
+        if _same_direction(module, root.get_submodule(twin))
+        for path, inner in module.named_modules()
+        if path
+    }
+
+
+def _same_direction(one: Any, other: Any) -> bool:
+    """Whether the weights of two modules of one structure have a cosine of at least one half."""
+    pairs = [
+        [value.detach().flatten().double() for value in pair]
+        for pair in zip(one.parameters(), other.parameters(), strict=True)
+        if pair[0].ndim > 1
+    ]
+    if not pairs or not all(_built(value) for pair in pairs for value in pair):
+        return False
+    a, b = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return bool(torch.dot(a, b) >= 0.5 * a.norm() * b.norm() > 0)
 
 
 def _steps(places: Any) -> int | None:

@@ -18,7 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from frostline.adapters.torch import script
-from frostline.adapters.torch.keeping import by_hand, calls_norm, keeps_any, mean_of
+from frostline.adapters.torch.keeping import (
+    by_hand,
+    calls_norm,
+    keeps_any,
+    mean_of,
+    replaces_norm,
+)
 from frostline.adapters.torch.locked import is_locked
 from frostline.atomic import taken_back
 from frostline.graph import addresses
@@ -64,12 +70,19 @@ def is_site(module: Any) -> bool:
 
 
 def keeps_unknown_statistics(module: Any) -> bool:
-    """Whether it keeps running statistics but is no site: it computes with them by hand."""
-    return keeps_any(module) and not is_site(module)
+    """Whether it keeps running statistics and computes with them by hand, as no known BN does.
+
+    A subclass of torch's norms whose own ``forward`` does so is a site all the same.
+    """
+    if is_site(module):
+        kind: Any = type(module)
+        own = isinstance(module, (_BatchNorm, _InstanceNorm)) and replaces_norm(kind)
+        return own and by_hand(module) is None
+    return keeps_any(module)
 
 
 def unknown_keepers(model: Any) -> dict[str, Any]:
-    """Path -> module of what keeps running statistics and is no site."""
+    """Path -> module of what keeps running statistics and computes with them as no known BN."""
     root = unwrapped(model)
     return {
         name.replace(".", "/") or type(root).__name__: module

@@ -7,10 +7,13 @@ output in training must be that at inference with the mean and variance of these
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import re
+import textwrap
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +30,7 @@ from frostline.atomic import taken_back
 #: A mean that a module keeps; its variance has the same name but for the last word.
 _MEAN = re.compile(r"(\w*_)?(running|moving|stored|ema|avg)_?mean\w*|mean_(ema|avg|running)")
 _VARIANCES = ("var", "variance")
+_NORMS = ("batch_norm", "instance_norm")
 #: Names of such tensors in a state.
 _STATISTIC = re.compile(r"(\w*_)?(running|moving|stored|ema|avg)_?(mean|var|variance)\w*")
 
@@ -47,7 +51,64 @@ def names(module: Any) -> tuple[str, str] | None:
     return found[0] if len(found) == 1 else None
 
 
+def owner_of(tensor: Any, root: Any) -> str | None:
+    """Path of the module that keeps a tensor; ``None``: none does."""
+    for name, module in root.named_modules():
+        if any(value is tensor for value in tensors_of(module).values()):
+            return name.replace(".", "/") or type(root).__name__
+    return None
+
+
 def _pairs(module: Any) -> list[tuple[str, str]]:
+    kind: Any = type(module)
+    return _named_pairs(module) or [
+        pair
+        for pair in (_given_pairs(kind) if calls_norm(kind) else ())
+        if all(name in tensors_of(module) for name in pair)
+    ]
+
+
+@functools.cache
+def _given_pairs(kind: Any) -> tuple[tuple[str, str], ...]:
+    """Names of attributes that the code of a class gives to ``batch_norm`` as mean and variance."""
+    found: dict[tuple[str, str], None] = {}
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):  # made at run time: there is no source
+            continue
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and (pair := _given_pair(call)) is not None:
+                found[pair] = None
+    return tuple(found)
+
+
+def _given_pair(call: ast.Call) -> tuple[str, str] | None:
+    """Attributes of a name, of ``self`` that is, that a norm gets as mean and variance."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
+    if name not in _NORMS:
+        return None
+    # torch's own has weight and bias between its input and the statistics.
+    owner = getattr(function, "value", None)
+    first = 3 if isinstance(owner, ast.Name) and owner.id == "torch" else 1
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    given = (
+        named.get(word) or (call.args[place] if place < len(call.args) else None)
+        for place, word in enumerate(("running_mean", "running_var"), first)
+    )
+    mean, variance = (
+        value.attr
+        if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name)
+        else None
+        for value in given
+    )
+    return None if mean is None or variance is None else (mean, variance)
+
+
+def _named_pairs(module: Any) -> list[tuple[str, str]]:
     found = []
     for name, mean in tensors_of(module).items():
         match = _MEAN.fullmatch(name)
@@ -141,16 +202,28 @@ def calls_norm(kind: Any) -> bool:
 
     A bare ``nn.Module`` holds the buffers of an exported graph, whose nodes are such calls.
     """
-    codes = [
-        code
-        for owner in kind.__mro__
+    known = kind is nn.Module or getattr(kind, "NORMALISES", False)  # of a TorchScript program
+    return known or not _called(kind.__mro__).isdisjoint(_NORMS)
+
+
+def _called(classes: Iterable[Any]) -> set[str]:
+    """Global names and attributes in the code of the methods of some classes."""
+    return {
+        name
+        for owner in classes
         if owner is not nn.Module
         for method in vars(owner).values()
         if (code := getattr(method, "__code__", None)) is not None
-    ]
-    called = {name for code in codes for name in code.co_names}
-    known = kind is nn.Module or getattr(kind, "NORMALISES", False)  # of a TorchScript program
-    return known or not called.isdisjoint({"batch_norm", "instance_norm"})
+        for name in code.co_names
+    }
+
+
+@functools.cache
+def replaces_norm(kind: Any) -> bool:
+    """Whether a subclass of torch's norms has a ``forward`` of its own that calls none of them."""
+    own = [owner for owner in kind.__mro__ if owner.__module__.partition(".")[0] != "torch"]
+    overrides = any("forward" in vars(owner) for owner in own)
+    return overrides and _called(own).isdisjoint({*_NORMS, "super"})
 
 
 # --- by hand --------------------------------------------------------------------------------------
@@ -192,13 +265,18 @@ def by_hand(module: Any) -> ByHand | None:
 
 
 def _may_be(module: Any) -> bool:
-    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)):
+    own: Any = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
         return False
-    mean, kind = mean_of(module), type(module)
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        calls = not replaces_norm(own)
+    else:
+        calls = own.forward is nn.Module.forward or calls_norm(own)
+    mean = mean_of(module)
     if mean is None or isinstance(mean, nn.parameter.UninitializedTensorMixin):
         return False
-    own: Any = kind  # it calls a function whose call tells everything, or has no code of its own
-    return bool(mean.numel()) and kind.forward is not nn.Module.forward and not calls_norm(own)
+    # The rest calls a function whose call tells everything, or has no code of its own.
+    return bool(mean.numel()) and not calls
 
 
 def _looked_into(module: Any) -> ByHand | None:

@@ -10,7 +10,7 @@ import torch
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import with_batch_statistics
 from frostline.adapters.together import ALONE, Together
-from frostline.adapters.torch.asking import call
+from frostline.adapters.torch.asking import call, with_gradients
 from frostline.adapters.torch.calls import Call, answered, stored
 from frostline.adapters.torch.distributed import require_same_model
 from frostline.adapters.torch.forward_pass import (
@@ -86,10 +86,16 @@ class TorchMoments:
     def _in_either(self, source: Source, found: Callable[[], Population]) -> Population:
         try:
             return found()
-        except ModelError:
+        except ModelError as error:
             if self._step is None or self._trains or self._ranks.size > 1:
                 raise
-            source.require_again("a step that fails in evaluation mode")
+            step = with_gradients(self._step, error)
+            source.require_again(
+                "a step that fails in evaluation mode" if step is None else "a step with gradients"
+            )
+            if step is not None:
+                self._step = step
+                return self._in_either(source, found)
             self._trains = True
             try:
                 return found()

@@ -1,0 +1,410 @@
+"""Programs of other people's kinds in native torch, each verb on each, held to the program itself.
+
+What a step sees must be what the loader yields, whatever a verb does with the samples in between;
+the losses of phase 0 are those of the program, and statistics those that hooks see.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "torch":
+    pytest.skip("torch has a process of its own", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import frostline as fl
+
+
+def layers(given: int = 4, out: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(given, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, out))
+
+
+def inputs(shift: int) -> Any:
+    return torch.randn(16, 4) * (1 + shift) + shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    model: Any
+    data: Any
+    step: Callable[[Any, Any], Any]
+    gradients: bool = False
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = layers()
+
+    def forward(self, one: Any, other: Any) -> Any:
+        return (self.body(one) - self.body(other)).square().sum(1)
+
+
+def pairs() -> Program:
+    def step(net: Any, batch: Any) -> Any:
+        one, other, same = batch
+        return (net(one, other) * same).mean()
+
+    same = (torch.arange(16) % 2).float()
+    data = [(inputs(shift), inputs(shift + 1), same) for shift in range(4)]
+    return Program(model=Siamese(), data=data, step=step)
+
+
+class Weighted(NamedTuple):
+    x: Any
+    y: Any
+    weight: Any
+
+
+def named_tuples() -> Program:
+    def step(net: Any, batch: Any) -> Any:
+        assert isinstance(batch, Weighted)
+        return (F.cross_entropy(net(batch.x), batch.y, reduction="none") * batch.weight).mean()
+
+    y = torch.arange(16) % 3
+    data = [Weighted(inputs(shift), y, torch.linspace(0, 1, 16)) for shift in range(4)]
+    return Program(model=layers(), data=data, step=step)
+
+
+@dataclass
+class Drawn:
+    x: Any
+    y: Any
+    name: str = "any"
+
+
+def dataclasses_() -> Program:
+    def step(net: Any, batch: Any) -> Any:
+        return F.cross_entropy(net(batch.x), batch.y)
+
+    data = [Drawn(inputs(shift), torch.arange(16) % 3) for shift in range(4)]
+    return Program(model=layers(), data=data, step=step)
+
+
+def bare_tensors() -> Program:
+    def step(net: Any, batch: Any) -> Any:
+        return F.mse_loss(net(batch), batch)
+
+    data = [inputs(shift) for shift in range(4)]
+    return Program(model=layers(out=4), data=data, step=step)
+
+
+class Gan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.critic = layers(out=2), layers(given=2, out=1)
+
+
+def gradient_penalty() -> Program:
+    def step(net: Any, batch: Any) -> Any:
+        noise, real = batch
+        fake = net.generator(noise)
+        between = (0.5 * fake + 0.5 * real).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(net.critic(between).sum(), between, create_graph=True)
+        return net.critic(fake).mean() - net.critic(real).mean() + (slope.norm(2, 1) - 1).mean()
+
+    data = [(inputs(shift), torch.randn(16, 2) + shift) for shift in range(4)]
+    return Program(model=Gan(), data=data, step=step, gradients=True)
+
+
+PROGRAMS = [pairs, named_tuples, dataclasses_, bare_tensors, gradient_penalty]
+
+
+@pytest.fixture(params=PROGRAMS, ids=lambda build: build.__name__)
+def program(request: pytest.FixtureRequest) -> Program:
+    torch.manual_seed(0)
+    found: Program = request.param()
+    found.model.train()
+    with torch.no_grad() if not found.gradients else torch.enable_grad():
+        found.step(found.model, next(iter(found.data)))
+    return found
+
+
+def state(model: Any) -> Any:
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return {k: v.clone() for k, v in model.state_dict().items()}, flags, modes
+
+
+def same(one: Any, other: Any) -> bool:
+    alike = all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    return alike and one[1:] == other[1:]
+
+
+def own_loss(program: Program) -> float:
+    twin = copy.deepcopy(program.model).eval()
+    with torch.set_grad_enabled(program.gradients):
+        losses = [program.step(twin, batch).detach() for batch in program.data]
+    return float(torch.stack(losses).mean())
+
+
+def test_phase_0_has_the_loss_of_the_program(program: Program) -> None:
+    before = state(program.model)
+    found = fl.phases(program.model, program.data, step=program.step)
+    row = next(row for row in found.rows if row.phase == "0")
+    assert row.loss == pytest.approx(own_loss(program), rel=1e-5)
+    assert found.samples == 64
+    assert same(before, state(program.model))
+
+
+def test_a_diagnosis_hands_the_step_what_the_loader_yields(program: Program) -> None:
+    before = state(program.model)
+    report = fl.diagnose(program.model, program.data, step=program.step, verbose=0)
+    assert report.measurement is not None
+    inference = report.measurement.probes["inference"]
+    assert inference.loss == pytest.approx(own_loss(program), rel=0.3)
+    assert report.measurement.samples == 64
+    assert same(before, state(program.model))
+
+
+def test_recalibration_stores_what_hooks_see(program: Program) -> None:
+    fl.recalibrate(program.model, program.data, step=program.step)
+    twin = copy.deepcopy(program.model).eval()
+    seen: dict[str, list[Any]] = collections.defaultdict(list)
+    sites = {name: m for name, m in twin.named_modules() if isinstance(m, nn.BatchNorm1d)}
+    for name, site in sites.items():
+        site.register_forward_pre_hook(
+            lambda _, given, name=name: seen[name].append(given[0].detach().double())
+        )
+    with torch.set_grad_enabled(program.gradients):
+        for batch in program.data:
+            program.step(twin, batch)
+    for name, site in sites.items():
+        values = torch.cat(seen[name])
+        torch.testing.assert_close(site.running_mean.double(), values.mean(0), rtol=1e-3, atol=1e-4)
+        variance = values.var(0, unbiased=False)
+        torch.testing.assert_close(site.running_var.double(), variance, rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_it_is_seen_to_stay_and_thawed_it_is_named(program: Program) -> None:
+    with pytest.raises(fl.NotFrozenError):
+        fl.assert_frozen(program.model, data=program.data, step=program.step)
+    fl.freeze(program.model)
+    fl.assert_frozen(program.model, data=program.data, step=program.step)
+
+
+def test_a_step_that_trains_is_refused_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net, x = layers(out=4), inputs(0)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+
+    def step(net: Any, batch: Any) -> Any:
+        loss = F.mse_loss(net(batch), batch)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    before = state(net)
+    for verb in (fl.phases, fl.diagnose, fl.recalibrate):
+        with pytest.raises(fl.ModelError, match="does not require grad"):
+            verb(net, [x, x], step=step)
+        assert same(before, state(net))
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+class Unnamed(nn.Module):
+    """Statistics under names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("m", torch.zeros(8))
+        self.register_buffer("v", torch.ones(8))
+
+
+class Functional(Unnamed):
+    """Given to ``batch_norm``."""
+
+    def forward(self, x: Any) -> Any:
+        x = F.batch_norm(self.first(x), self.m, self.v, training=self.training, momentum=0.05)
+        return self.last(x.relu())
+
+
+def normalised(x: Any, mean: Any, variance: Any, training: bool) -> Any:
+    return F.batch_norm(x, mean, variance, training=training, momentum=0.05)
+
+
+class Elsewhere(Unnamed):
+    """The call is in a function of the program's own."""
+
+    def forward(self, x: Any) -> Any:
+        return self.last(normalised(self.first(x), self.m, self.v, self.training).relu())
+
+
+def classes() -> list[Any]:
+    return [(inputs(shift), torch.arange(16) % 3) for shift in range(4)]
+
+
+def test_statistics_of_any_name_that_batch_norm_gets_are_a_site() -> None:
+    torch.manual_seed(0)
+    net, data = Functional(), classes()
+    assert [site.path for site in fl.sites(net)] == ["Functional"]
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert [cause.code for cause in report.causes if cause.is_bn]
+    fl.recalibrate(net, data)
+    seen = net.first(torch.cat([x for x, _ in data]))
+    torch.testing.assert_close(net.m, seen.mean(0))
+    torch.testing.assert_close(net.v, seen.var(0, unbiased=False))
+    fl.freeze(net)
+    before = net.m.clone()
+    net.train()
+    net(data[0][0])
+    assert torch.equal(net.m, before)
+
+
+def test_bn_in_a_function_of_the_programs_own_is_not_acquitted() -> None:
+    torch.manual_seed(0)
+    net, data = Elsewhere(), classes()
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert not report.verdict.startswith("not BN")
+    assert "'Elsewhere' (a call of batch_norm)" in report.verdict
+    with pytest.raises(fl.NotFrozenError, match="Elsewhere"):
+        fl.assert_frozen(net, data=data)
+
+
+class Textbook(nn.BatchNorm1d):
+    """A subclass of torch's own that computes by hand."""
+
+    def forward(self, x: Any) -> Any:
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            mean, variance = x.mean(0), x.var(0, unbiased=False)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach(), self.momentum)
+        return self.weight * (x - mean) / (variance + self.eps).sqrt() + self.bias
+
+
+class Renormalised(nn.BatchNorm1d):
+    """Batch renormalisation: in training close to inference, by hand."""
+
+    def forward(self, x: Any) -> Any:
+        scale = (self.running_var + self.eps).sqrt()
+        if not self.training:
+            return self.weight * (x - self.running_mean) / scale + self.bias
+        mean, own = x.mean(0), (x.var(0, unbiased=False) + self.eps).sqrt()
+        r = (own.detach() / scale).clamp(0.7, 1.4)
+        d = ((mean.detach() - self.running_mean) / scale).clamp(-0.5, 0.5)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(own.detach().square(), self.momentum)
+        return self.weight * ((x - mean) / own * r + d) + self.bias
+
+
+def test_a_subclass_that_computes_by_hand_is_measured_like_its_parent() -> None:
+    torch.manual_seed(0)
+    own, data = layers(), classes()
+    other = copy.deepcopy(own)
+    other[1] = Textbook(8)
+    for net in (own, other):
+        report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+        codes = [cause.code for cause in report.causes]
+        assert codes == ["STATS_NEVER_UPDATED"], report
+        fl.recalibrate(net, data)
+    torch.testing.assert_close(own[1].running_mean, other[1].running_mean)
+    torch.testing.assert_close(own[1].running_var, other[1].running_var)
+
+
+def test_a_subclass_that_does_more_than_bn_is_named_and_not_measured() -> None:
+    torch.manual_seed(0)
+    net, data = layers(), classes()
+    net[1] = Renormalised(8)
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert "'1' (Renormalised) keeps running statistics" in report.verdict
+    with pytest.raises(fl.ModelError, match="in a way that no BN does"):
+        fl.recalibrate(net, data)
+    fl.freeze(net)
+    before = net[1].running_mean.clone()
+    net.train()
+    net(data[0][0])
+    assert torch.equal(net[1].running_mean, before)
+
+
+class Conditional(nn.Module):
+    """A generator: what stands in the place of labels is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8, affine=False)
+        self.scale, self.last = nn.Embedding(3, 8), nn.Linear(8, 5)
+
+    def forward(self, noise: Any, y: Any) -> Any:
+        return self.last((self.norm(self.first(noise)) * self.scale(y)).relu())
+
+
+def test_a_model_that_needs_the_whole_batch_is_compared_by_outputs() -> None:
+    torch.manual_seed(0)
+    net, data = Conditional(), classes()
+    report = fl.diagnose(net, data, verbose=0)
+    assert [cause.code for cause in report.causes] == ["STATS_NEVER_UPDATED"], report
+    found = fl.phases(net, data)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        (zero, one) = (torch.cat([twin.train(on)(*b) for b in data]) for on in (False, True))
+    distance = float(((one - zero).square().mean() / zero.var(unbiased=False)).sqrt())
+    row = next(row for row in found.rows if row.phase == "1")
+    assert row.metrics["distance"] == pytest.approx(distance, rel=0.1)
+
+
+# --- teachers -------------------------------------------------------------------------------------
+
+
+class Taught(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = layers()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+
+def taught(net: Any, batch: Any) -> Any:
+    x, y = batch
+    own = net.student(x)
+    with torch.no_grad():
+        wanted = net.teacher(x + 0.1)
+    return F.cross_entropy(own, y) + F.mse_loss(own.softmax(1), wanted.softmax(1))
+
+
+def moved_apart(net: Any) -> Any:
+    with torch.no_grad():
+        for parameter in net.student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    net.train()
+    for _ in range(40):
+        for batch in classes():
+            taught(net, batch)
+    return net
+
+
+def test_a_mean_teacher_is_not_blamed_for_statistics_that_move() -> None:
+    torch.manual_seed(0)
+    net = moved_apart(Taught())
+    report = fl.diagnose(net, classes(), step=taught, verbose=0)
+    assert not [cause for cause in report.causes if cause.code == "FROZEN_DRIFT"], report
+    (finding,) = [each for each in report.findings if each.code == "FL103"]
+    assert finding.certainty == "may"
+    assert "beside 'student/1'" in finding.message
+    assert not [each for each in report.findings if each.code == "FL302"]
+
+
+def test_a_block_of_the_same_shape_before_those_that_train_is_no_teacher() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(3)]
+    net = nn.Sequential(*blocks, nn.Linear(4, 3))
+    net[0].requires_grad_(False)
+    net.train()
+    for _ in range(40):
+        for x, _ in classes():
+            net(x)
+    report = fl.diagnose(net, classes(), loss=F.cross_entropy, verbose=0)
+    assert [cause for cause in report.causes if cause.code == "FROZEN_DRIFT"], report
+    assert {each.code for each in report.findings} >= {"FL103", "FL302"}
