@@ -137,6 +137,30 @@ class TestCacheFeatures:
         np.testing.assert_array_equal(cache.rows(range(300))[0], 2 * X.reshape(300, -1))
         assert computed(capsys) <= 300
 
+    def test_a_kill_costs_the_batch_in_flight_and_not_its_block(self, ray, tmp_path, monkeypatch):
+        flag, log = tmp_path / "killed", tmp_path / "computed"
+        monkeypatch.setattr(features, "_INPUT_BYTES", 64 * X[0].nbytes)
+
+        class Double:
+            identity = "twice, and dies late in a block"
+
+            def __call__(self, x):
+                with log.open("ab") as file:
+                    file.write(bytes(len(x)))
+                if not flag.exists() and len(list(tmp_path.rglob("*.0.npy"))) > 2:
+                    flag.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return [2 * x.reshape(len(x), -1)]
+
+        data = rows_of(X).repartition(1).materialize()
+        cache = scale.cache_features(
+            Double(), data, tmp_path / "cache", actors=1, batch_size=64, verbose=0
+        )
+        assert flag.exists()
+        np.testing.assert_array_equal(cache.rows(range(300))[0], 2 * X.reshape(300, -1))
+        once = 64 * 5  # the last batch is filled up
+        assert log.stat().st_size <= once + 2 * 64  # the driver's first look, and what was killed
+
     def test_ids_that_are_not_unique(self, ray, prefix, tmp_path):
         data = rows_of(X[:64], [*range(63), 7])
         with pytest.raises(fl.DataError, match="not unique: 7 stands for several"):

@@ -185,6 +185,8 @@ class _Writer(Features):
         if not missing.any():
             return digests, missing
         wanted = np.flatnonzero(missing)
+        if _is_there(collection, digests[wanted]):
+            return digests, np.zeros(len(ids), bool)
         parts = [
             build.computed(
                 collection,
@@ -366,6 +368,18 @@ def _is_whole(collection: Collection, shard: Shard) -> bool:
     except DamagedError:
         return False
     return True
+
+
+def _is_there(collection: Collection, samples: Array) -> bool:
+    """Whether a worker that died has written the shard of these samples.
+
+    Ray hands all batches of a block out again after the worker of one of them died.
+    """
+    try:
+        shard = shards.read_shard(collection, shards.shard_name(collection.key, samples))
+    except DamagedError:
+        return False
+    return _is_whole(collection, shard)
 
 
 def _finished(here: Opened, stream: Any) -> View:
