@@ -132,6 +132,8 @@ def recalibrate_adapter(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
+    bare = [] if named else [path for path in own if path in _without_statistics(adapter)]
+    own = [path for path in own if path not in bare] or own
     meter = adapter.meter(own, ranks) if step is None else adapter.meter(own, ranks, step)
     undo = meter.snapshot()
     done = recalibrated(
@@ -147,7 +149,18 @@ def recalibrate_adapter(
     if foreign:
         note = f"left alone: {len(foreign)} torch module(s) inside TorchModuleWrapper"
         done = replace(done, notes=(*done.notes, note))
+    if bare:
+        shown = ", ".join(map(repr, bare[:3])) + (", ..." if len(bare) > 3 else "")
+        note = f"left alone: {len(bare)} BN layer(s) that keep no statistics ({shown})"
+        done = replace(done, notes=(*done.notes, note))
     return done, undo
+
+
+def _without_statistics(adapter: Adapter) -> set[str]:
+    """Paths of sites that use the batch in both phases; those that are not built are no such."""
+    return {
+        entry.site.path for entry in adapter.facts() if entry.mean is None and entry.site.channels
+    }
 
 
 def recalibrated(

@@ -376,7 +376,8 @@ def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
     require_one(None, step)
     held = list(paired(batches(data, max_samples=64, inputs=adapter.inputs())))
     try:
-        return adapter.behaviour(held, step=step)
+        with adapter.preserved():  # a momentum encoder moves its own parameters
+            return adapter.behaviour(held, step=step)
     except FrostlineError:
         raise
     except Exception as error:

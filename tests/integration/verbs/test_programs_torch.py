@@ -396,6 +396,56 @@ def test_a_mean_teacher_is_not_blamed_for_statistics_that_move() -> None:
     assert not [each for each in report.findings if each.code == "FL302"]
 
 
+class Momentum(Taught):
+    """A momentum encoder, which moves while the model is called in training mode."""
+
+    def forward(self, one: Any, other: Any) -> Any:
+        with torch.no_grad():
+            if self.training:
+                pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+                for own, average in pairs:
+                    average.lerp_(own + 1, 0.1)
+            keys = F.normalize(self.teacher(other), dim=1)
+        logits = F.normalize(self.student(one), dim=1) @ keys.T / 0.1
+        return F.cross_entropy(logits, torch.arange(len(one)))
+
+
+@pytest.mark.parametrize("verb", ["phases", "diagnose", "assert_frozen", "watch", "recalibrate"])
+def test_looking_at_a_momentum_encoder_does_not_move_it(verb: str) -> None:
+    torch.manual_seed(0)
+    net = Momentum()
+    fl.freeze(net)
+    data, before = [(inputs(0), inputs(1)), (inputs(1), inputs(2))], state(net)
+
+    def watched() -> None:
+        with fl.watch(net, data, step=lambda m, b: m(*b)) as seen:
+            seen.check()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "phases": lambda: fl.phases(net, data, step=lambda m, b: m(*b)),
+        "diagnose": lambda: fl.diagnose(net, data, step=lambda m, b: m(*b), verbose=0),
+        "assert_frozen": lambda: fl.assert_frozen(net, data=data, step=lambda m, b: m(*b)),
+        "watch": watched,
+        "recalibrate": lambda: fl.recalibrate(
+            net, data, sites="all", step=lambda m, b: m(*b)
+        ).undo(),
+    }
+    calls[verb]()
+    assert same(before, state(net))
+
+
+def test_sites_without_statistics_are_left_alone_unless_they_are_named() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(layers(out=8), nn.BatchNorm1d(8, track_running_stats=False))
+    done = fl.recalibrate(net, inputs(1))
+    assert "left alone: 1 BN layer(s) that keep no statistics ('1')" in str(done)
+    assert not torch.equal(net[0][1].running_mean, torch.zeros(8))
+    with pytest.raises(fl.ModelError, match="'1' keeps no statistics"):
+        fl.recalibrate(net, inputs(1), sites="1")
+    with pytest.raises(fl.ModelError, match="'1' keeps no statistics"):
+        fl.recalibrate(net[1:], inputs(1))
+
+
 def test_a_block_of_the_same_shape_before_those_that_train_is_no_teacher() -> None:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(3)]
