@@ -368,10 +368,11 @@ def hashed(*parts: str | bytes | memoryview) -> str:
 
 @functools.cache
 def _roots() -> tuple[str, ...]:
-    """Folders of the standard library and of installed packages."""
+    """Folders of the standard library and of installed packages, of other environments too."""
     ways = ("stdlib", "platstdlib", "purelib", "platlib")
     found = [sysconfig.get_paths()[way] for way in ways]
     found += [*site.getsitepackages(), site.getusersitepackages()]
+    found += [f for f in sys.path if Path(f).name in ("site-packages", "dist-packages")]
     return tuple(
         {f"{Path(folder).resolve()}/" for folder in found} | {f"{folder}/" for folder in found}
     )

@@ -382,3 +382,23 @@ def test_helpers_and_imports_inside_count(tmp_path: Path, monkeypatch: pytest.Mo
     assert identity_of(inside) == before
     monkeypatch.setattr("helper_of_a_user.SCALE", 2.0)
     assert identity_of(inside) != before
+
+
+def test_packages_of_another_environment_are_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ``.pth`` file adds folders that no function of ``site`` names."""
+    from frostline.adapters import computation
+
+    there = tmp_path / "lib" / "site-packages"
+    there.mkdir(parents=True)
+    (there / "package_of_another.py").write_text("NOTHING = object()\n")
+    monkeypatch.syspath_prepend(str(there))
+    import package_of_another  # type: ignore[import-not-found]
+
+    computation._roots.cache_clear()
+    try:
+        assert computation.is_library(package_of_another.__name__)
+    finally:
+        monkeypatch.undo()
+        computation._roots.cache_clear()

@@ -30,6 +30,7 @@ from frostline.adapters.keras.rebuild import (
     nodes,
     takes,
 )
+from frostline.adapters.keras.symbolic import inference_graph, inputs_of
 from frostline.adapters.protocol import FoldedModel
 from frostline.types import Array, ModelError
 from frostline.types.reasons import first_line
@@ -71,7 +72,11 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
             "torch module nor save it without pickle. Rebuild that part from Keras layers. "
             f"Received: model {model.name!r}"
         )
-    containers, left = _containers(model, paths)
+    graphs: dict[int, Any] = {}
+    if graph_of(model) is None and (symbols := inputs_of(model, sample)) is not None:
+        graph = inference_graph(model, symbols, {})
+        graphs |= {} if graph is None else {id(model): graph}
+    containers, left = _containers(model, paths, graphs)
     left |= {paths[id(site)]: why for site in sites if (why := _own_class(site))}
     if all(paths[id(site)] in left for site in sites):
         path, reason = next(iter(left.items()))
@@ -82,10 +87,15 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
         id(site): _factors(site, paths[id(site)]) for site in sites if paths[id(site)] not in left
     }
     rebuild = Rebuild(
-        paths, found, _absorbing(containers, found), _shapes(containers), _masked(containers)
+        paths,
+        found,
+        _absorbing(containers, found, graphs),
+        _shapes(containers),
+        _masked(containers),
+        graphs,
     )
     with _python_random_kept():  # initializers of the copies draw seeds from it
-        outcome = rebuild.container(model)
+        outcome = rebuild.container(graphs.get(id(model), model))
         rebuild.write_weights()
     if sample is not None:
         _require_same(model, outcome, sample)
@@ -100,8 +110,12 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
 # --- what can be folded ---------------------------------------------------------------------------
 
 
-def _containers(model: Any, paths: Mapping[int, str]) -> tuple[list[Any], dict[str, str]]:
+def _containers(
+    model: Any, paths: Mapping[int, str], graphs: dict[int, Any]
+) -> tuple[list[Any], dict[str, str]]:
     """The model and every nested model with a graph, each once; BN layers that are in none -> why.
+
+    Layers of a user's own that hold BN are added to ``graphs`` where one can be made of them.
 
     Raises:
         ModelError: The model itself has no graph.
@@ -110,17 +124,27 @@ def _containers(model: Any, paths: Mapping[int, str]) -> tuple[list[Any], dict[s
     left: dict[str, str] = {}
 
     def visit(layer: Any) -> None:
-        inner = followed(layer)
+        inner = followed(layer, graphs)
         if inner is None:
             left.update(_unseen(layer, model, paths))
         elif id(inner) not in found:
             found[id(inner)] = inner
-            for operation in graph_of(inner).operations:  # type: ignore[union-attr]
+            for node in nodes(graph_of(inner)):
+                operation = node.operation
                 if isinstance(operation, keras.Layer) and not is_site(operation):
+                    if _holds_sites(operation) and followed(operation, graphs) is None:
+                        given = node.arguments
+                        graph = inference_graph(operation, given.args, given.kwargs)
+                        graphs.update({} if graph is None else {id(operation): graph})
                     visit(operation)
 
     visit(model)
     return list(found.values()), left
+
+
+def _holds_sites(layer: Any) -> bool:
+    """Whether BN is inside of a layer that is no model of Keras' own."""
+    return layer.built and any(is_site(place.layer) for place in walk(layer))
 
 
 def _unseen(layer: Any, model: Any, paths: Mapping[int, str]) -> dict[str, str]:
@@ -198,7 +222,9 @@ def _factors(site: Any, path: str) -> tuple[Array, Array]:
     return scale, shift
 
 
-def _absorbing(containers: list[Any], found: Mapping[int, Any]) -> dict[int, Any]:
+def _absorbing(
+    containers: list[Any], found: Mapping[int, Any], graphs: Mapping[int, Any]
+) -> dict[int, Any]:
     """``id`` of each linear layer that can take a BN layer of ``found`` -> that BN layer.
 
     A layer has one kernel, so all its uses, in all containers, must feed the same BN layer and
@@ -212,7 +238,7 @@ def _absorbing(containers: list[Any], found: Mapping[int, Any]) -> dict[int, Any
         for node in nodes(graph):
             for tensor in node.input_tensors:
                 readers.setdefault(id(tensor), []).append(node.operation)
-            if isinstance(node.operation, keras.Layer) and followed(node.operation) is None:
+            if isinstance(node.operation, keras.Layer) and followed(node.operation, graphs) is None:
                 # A composite uses them in ways that cannot be seen.
                 for inner in walk(node.operation):
                     followers.setdefault(id(inner.layer), []).append(None)

@@ -61,12 +61,14 @@ class Rebuild:
         absorbing: Mapping[int, Any],
         shapes: Mapping[int, tuple[int | None, ...]],
         masked: bool,
+        graphs: Mapping[int, Any],
     ) -> None:
         self.paths = paths
         self.factors = factors
         self.absorbing = absorbing
         self.shapes = shapes
         self.masked = masked
+        self.graphs = graphs
         self.copies: dict[int, Any] = {}
         self.originals: dict[int, Any] = {}
         self.absorbed: list[str] = []
@@ -93,6 +95,10 @@ class Rebuild:
                 outputs = [tensor if taken else self._affine(node.operation)(tensor)]
             else:
                 args, kwargs = node.arguments.fill_in(table)
+                if (graph := self.graphs.get(id(node.operation))) is not None:
+                    given = [table[id(tensor)] for tensor in node.input_tensors]
+                    args = (keras.tree.pack_sequence_as(graph._inputs_struct, given),)
+                    kwargs = {}
                 outputs = keras.tree.flatten(self._operation(node.operation)(*args, **kwargs))
             for old, new in zip(node.outputs, outputs, strict=True):
                 table[id(old)] = new
@@ -125,9 +131,9 @@ class Rebuild:
 
     def _operation(self, operation: Any) -> Any:
         """The copy of anything but a BN layer that is folded."""
-        inner = followed(operation)
-        if inner is operation:
-            return self.container(operation)
+        inner = followed(operation, self.graphs)
+        if inner is operation or id(operation) in self.graphs:
+            return self.container(inner)
         key = id(operation)
         if key not in self.copies and inner is not None:
             self.copies[key] = L.TimeDistributed(
@@ -240,9 +246,15 @@ class Rebuild:
         return self.paths.get(id(operation), operation.name)
 
 
-def followed(operation: Any) -> Any:
-    """The model with a graph that an operation is or calls for each step; ``None``: neither."""
+def followed(operation: Any, graphs: Mapping[int, Any]) -> Any:
+    """The model with a graph that an operation is or calls for each step; ``None``: neither.
+
+    Args:
+        operation: A layer or operation.
+        graphs: ``id`` of a layer -> the graph that was made of its ``call``.
+    """
     inner = operation.layer if type(operation) is L.TimeDistributed else operation
+    inner = graphs.get(id(inner), inner)
     return inner if graph_of(inner) is not None else None
 
 

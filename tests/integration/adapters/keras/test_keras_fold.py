@@ -396,13 +396,20 @@ class OwnBN(keras.layers.BatchNormalization):
     pass
 
 
+def no_symbol(inputs: Any) -> Any:
+    """Refuse symbols, as functions of a backend do."""
+    if isinstance(inputs, keras.KerasTensor):
+        raise TypeError("no tensor")
+    return inputs
+
+
 class Block(keras.layers.Layer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.inner = BN(name="hidden")
 
     def call(self, inputs: Any) -> Any:
-        return self.inner(inputs)
+        return self.inner(no_symbol(inputs))
 
 
 class Subclassed(keras.Model):
@@ -411,7 +418,67 @@ class Subclassed(keras.Model):
         self.norm = BN(name="norm")
 
     def call(self, inputs: Any) -> Any:
-        return self.norm(inputs)
+        return self.norm(no_symbol(inputs))
+
+
+class Residual(keras.layers.Layer):
+    """A block of a user's own, whose call Keras can follow on symbols."""
+
+    def build(self, shape: Any) -> None:
+        self.conv, self.norm = L.Conv2D(shape[-1], 3, padding="same"), BN()
+        self.drop = L.Dropout(0.5)
+        self.conv.build(shape)
+        self.norm.build(shape)
+        super().build(shape)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        y = keras.ops.relu(self.norm(self.conv(x), training=training))
+        self.seen = y
+        return {"sum": x + self.drop(y, training=training), "half": 0.5 * y}
+
+
+class Net(keras.Model):
+    """A subclassed model: its own layers, and a functional part."""
+
+    def __init__(self) -> None:
+        super().__init__(name="net")
+        self.block, self.bn = Residual(name="block"), BN(name="bn")
+        inputs = keras.Input((6, 6, 3))
+        outputs = L.ReLU()(BN(name="inner")(L.Conv2D(4, 3)(inputs)))
+        self.part = keras.Model(inputs, outputs, name="part")
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        made = self.block(x, training=training)
+        return self.part(made["sum"] + made["half"], training=training), self.bn(x)
+
+
+@pytest.mark.parametrize("kind", ["layer", "model", "model by its sample"])
+def test_what_has_no_graph_is_folded_by_its_call_on_symbols(kind: str) -> None:
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(1, 2, (8, 6, 6, 3)).astype("float32")
+    if kind == "layer":
+        inputs = keras.Input((6, 6, 3))
+        one = Residual(name="one")(inputs)
+        two = Residual(name="two")(one["sum"])
+        model = keras.Model(inputs, [two, one["half"]])
+        bns = [model.get_layer(name).norm for name in ("one", "two")]
+    else:
+        model = Net()
+        model(x)
+        bns = [model.block.norm, model.bn, model.part.get_layer("inner")]
+    for bn in bns:
+        bn.moving_mean.assign(np.arange(bn.moving_mean.shape[0]) / 4)
+        bn.moving_variance.assign(1 + np.arange(bn.moving_mean.shape[0]))
+    held = [dict(vars(layer)) for layer in (model, *model.layers, *bns)]
+    wanted = keras.tree.flatten(model(x, training=False))
+    folded = fl.fold(model, sample=x if "sample" in kind else None)
+    for layer, before in zip((model, *model.layers, *bns), held, strict=True):
+        after = {name: value for name, value in vars(layer).items() if name != "seen"}
+        assert after.keys() == before.keys() - {"seen"}
+        assert len(layer._inbound_nodes) == len(before["_inbound_nodes"])
+    assert not any(isinstance(layer, BN) for layer in folded._flatten_layers())
+    for a, b in zip(wanted, keras.tree.flatten(folded(x, training=False)), strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (a, b)), rtol=1e-3, atol=1e-4)
 
 
 class NoConfig(keras.layers.Layer):
