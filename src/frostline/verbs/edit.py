@@ -440,9 +440,8 @@ def _by_hand(unknown: Mapping[str, str]) -> Iterator[str]:
     if unknown:
         path, kind = next(iter(unknown.items()))
         yield (
-            f"'{path}' ({kind}) keeps running statistics and computes with them by hand; what lies "
-            "before the boundary is held in evaluation mode, and assert_frozen(model, data=...) "
-            "shows whether that holds them"
+            f"'{path}' ({kind}) keeps running statistics and computes with them by hand; "
+            "assert_frozen(model, data=...) shows whether freezing holds them"
         )
 
 

@@ -364,6 +364,7 @@ def _not_frozen(
                 checked.add(path)
                 if did.moves or (did.training or 0.0) > 0:
                     moves = "its statistics move in training"
+                    moves += ", whatever its flags say" if path in unknown else ""
                     wrong[path] = moves if did.moves else "training uses the batch's"
     elif statistics:
         for path, kind in unknown.items():

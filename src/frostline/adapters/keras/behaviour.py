@@ -55,8 +55,9 @@ class _Call(NamedTuple):
     moved: Any
 
 
-#: Sums of one call, and whether the stored statistics would have moved.
-_Entry = tuple[CallSums, bool]
+#: Sums of one call, and whether the stored statistics would have moved; none of what computes with
+#: them in a way of its own.
+_Entry = tuple[CallSums | None, bool]
 
 
 def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str, Behaviour]:
@@ -69,7 +70,8 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
     Returns:
         Path -> behaviour, for all sites. What cannot be determined is ``None``: sites that were not
-        called, or that a recurrent layer runs in a loop which lets nothing out.
+        called, or that a recurrent layer runs in a loop which lets nothing out. Of what keeps
+        running statistics in a way of its own only ``moves`` is told.
     """
     known = site_handles(model)
     places = keras_graph.walk(model)
@@ -84,15 +86,22 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
         for batch in given
     ]
     middles = dict.fromkeys(watched, 0.5)
+    keepers = keras_graph.unknown_keepers(model)
+    moved: dict[str, bool] = {}
     found: dict[str, Behaviour] = {}
     for _ in range(1 + _REFINEMENTS):
-        seen = _seen(model, watched, collected, middles, step)
+        seen = _seen(model, watched, keepers, collected, middles, step)
+        for path in keepers:
+            moved[path] = any(entry[1] for entry in seen.pop((True, path), ()))
         found = {path: _observed(path, handle, seen) for path, handle in known.items()}
         between = {path: _between(found[path]) for path in watched}
         if all(value is None or value == middles[path] for path, value in between.items()):
             break
         middles |= {path: value for path, value in between.items() if value is not None}
-    return found
+    return found | {
+        path: Behaviour(path=path, training=None, inference=None, moves=moves)
+        for path, moves in moved.items()
+    }
 
 
 def _few(x: Any) -> Any:
@@ -105,6 +114,7 @@ def _few(x: Any) -> Any:
 def _seen(
     model: Any,
     watched: Mapping[str, SiteHandle],
+    keepers: Mapping[str, Any],
     batches: Sequence[Any],
     middles: Mapping[str, float],
     own_step: Any,
@@ -115,7 +125,7 @@ def _seen(
     seen: dict[tuple[bool, str], list[_Entry]] = {}
     passes = {
         training: compiled(
-            functools.partial(_pass, model, watched, middles, training, own_step),
+            functools.partial(_pass, model, watched, keepers, middles, training, own_step),
             variables,
             states,
             slope=False,
@@ -132,7 +142,11 @@ def _seen(
             with fixed_randomness(model, step):
                 found = run(seeds(model, step), ops.zeros(()), x)
             for path, calls in found.items():
-                entries = [_on_host(call, watched[path], middles[path]) for call in calls]
+                entries: list[_Entry]
+                if path in keepers:
+                    entries = [(None, bool(moved)) for moved in calls]
+                else:
+                    entries = [_on_host(call, watched[path], middles[path]) for call in calls]
                 seen.setdefault((training, path), []).extend(entries)
     return seen
 
@@ -146,6 +160,7 @@ def _between(found: Behaviour) -> float | None:
 def _pass(
     model: Any,
     watched: Mapping[str, SiteHandle],
+    keepers: Mapping[str, Any],
     middles: Mapping[str, float],
     training: bool,
     own_step: Any,
@@ -153,19 +168,28 @@ def _pass(
     traced: bool,  # noqa: ARG001 - traces are not counted here
     blend: Any,  # noqa: ARG001 - the model does what it does
     x: Any,
-) -> dict[str, list[tuple[Any, ...]]]:
-    seen: dict[str, list[tuple[Any, ...]]] = {path: [] for path in watched}
+) -> dict[str, list[Any]]:
+    seen: dict[str, list[Any]] = {path: [] for path in watched}
     calls = [
         (handle, functools.partial(_watched, seen[path], middles[path]))
         for path, handle in watched.items()
     ]
     with keras.StatelessScope(state_mapping=mapping), replaced(calls):
+        kept = {path: _values(layer) for path, layer in keepers.items()}
         if own_step is None:
             model(x, training=training)
         else:
             with forced_phase(model, training):
                 own_step(model, x)
+        for path, layer in keepers.items():
+            pairs = zip(kept[path], _values(layer), strict=True)
+            seen[path] = [ops.any(ops.not_equal(old, new)) for old, new in pairs]
     return seen
+
+
+def _values(layer: Any) -> list[Any]:
+    """Copies of what a layer keeps, as the scope around has it."""
+    return [ops.copy(ops.convert_to_tensor(v)) for v in keras_graph.kept_by(layer)]
 
 
 def _watched(
@@ -287,7 +311,7 @@ def _observed(
     training, inference = (seen.get((phase, path), ()) for phase in (True, False))
     return Behaviour(
         path=path,
-        training=observed_blend([sums for sums, _ in training], rounding=rounding),
-        inference=observed_blend([sums for sums, _ in inference], rounding=rounding),
+        training=observed_blend([sums for sums, _ in training if sums], rounding=rounding),
+        inference=observed_blend([sums for sums, _ in inference if sums], rounding=rounding),
         moves=any(moved for _, moved in training) if training else None,
     )

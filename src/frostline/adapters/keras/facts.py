@@ -17,6 +17,7 @@ from frostline.adapters.keras.graph import (
     sites,
     torch_norms,
     trains,
+    unknown_keepers,
     walk,
 )
 from frostline.adapters.torch.vocabulary import TORCH
@@ -60,6 +61,7 @@ def facts(model: Any) -> ModelFacts:
         any_size=_any_size(model),
         steps=_steps(optimizer),
         traced=getattr(model, "train_function", None) is not None,
+        unknown={path: type(layer).__name__ for path, layer in unknown_keepers(model).items()},
     )
 
 

@@ -10,6 +10,7 @@ This room reads only: it never changes a layer.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from typing import Any
@@ -75,6 +76,32 @@ def walk(model: Any) -> tuple[Place, ...]:
     for top, (layer, uses) in enumerate(_children(model)):
         state.visit(layer, None, top, uses)
     return tuple(Place(**entry) for entry in state.found.values())
+
+
+def unknown_keepers(model: Any) -> dict[str, Any]:
+    """Path -> layer of a user's own class that keeps what may be running statistics.
+
+    That are two or more variables of one shape that do not train, of a layer that is told the
+    phase. Layers of Keras that are no BN keep none.
+    """
+    return {place.path: place.layer for place in walk(model) if _keeps_unknown(place.layer)}
+
+
+def _keeps_unknown(layer: Any) -> bool:
+    if is_site(layer) or type(layer).__module__.partition(".")[0] == "keras":
+        return False
+    shapes = [tuple(variable.shape) for variable in kept_by(layer)]
+    told = "training" in inspect.signature(layer.call).parameters
+    return told and len(set(shapes)) < len(shapes)
+
+
+def kept_by(layer: Any) -> list[Any]:
+    """Floating variables of a layer itself, no single numbers, that do not train by design."""
+    return [
+        variable
+        for variable in layer._non_trainable_variables
+        if len(variable.shape) and "float" in str(variable.dtype)
+    ]
 
 
 def _children(layer: Any) -> list[tuple[Any, int]]:
