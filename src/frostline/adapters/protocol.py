@@ -54,6 +54,11 @@ class FreezeRequest:
     dropout: bool = False
     paths: frozenset[str] | None = None
 
+    @property
+    def everything(self) -> bool:
+        """Whether no boundary and no choice of layers leaves anything out."""
+        return self.before and self.paths is None and self.boundary.path is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlagCounts:

@@ -540,3 +540,31 @@ def test_not_a_model() -> None:
     for thing in (None, 3, L.Dense(2), np.ones(3)):
         with pytest.raises(ModelError, match="Received"):
             fl.freeze(thing)
+
+
+class WithToken(keras.Model):
+    """A model that holds a weight itself, as a vision transformer holds its token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = self.add_weight(shape=(4,), name="token")
+        self.dense, self.norm, self.head = L.Dense(4), L.BatchNormalization(), L.Dense(2)
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return self.head(self.norm(self.dense(x + self.token), training=training))
+
+
+def test_weights_of_the_model_itself_are_frozen_with_all_of_it() -> None:
+    model = WithToken()
+    model(np.zeros((2, 4), "float32"))
+    change = fl.freeze(model)
+    assert model.trainable_variables == []
+    assert "42 parameters" in str(change)
+    fl.unfreeze(model)
+    assert any(variable is model.token for variable in model.trainable_variables)
+    model.token.trainable = False
+    fl.freeze(model).undo()
+    assert not model.token.trainable
+    fl.unfreeze(model)
+    fl.freeze(model, -1)  # a boundary: the model itself is around it
+    assert model.token.trainable

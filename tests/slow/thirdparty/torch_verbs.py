@@ -153,7 +153,9 @@ def rows_of(batch: Any) -> int:
         batch = list(batch.values())
     if isinstance(batch, (list, tuple)) and not isinstance(batch, torch.Tensor):
         return len(batch) if isinstance(batch[0], Mapping) else rows_of(batch[0])
-    return len(batch) if isinstance(batch, torch.Tensor) and batch.layout == torch.strided else 1
+    if not isinstance(batch, torch.Tensor) or batch.layout != torch.strided:
+        return 1
+    return batch.size(0) if batch.is_nested else len(batch)
 
 
 def own_loss(program: Program, model: Any, *, training: bool) -> float | None:

@@ -6,6 +6,7 @@ not know all variables which may train from now on is built again, slot by slot.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -83,7 +84,14 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     changed = [place for place in chosen if set_place(place, frozen, params, statistics)]
     if not frozen:
         open_containers(model, places, chosen)
-    return _counts([place.layer for place in changed], params, dropouts), undo
+    counts = _counts([place.layer for place in changed], params, dropouts)
+    if request.everything and params:  # what the model holds itself, a token for example
+        own = [v for v in model._trainable_variables if v.trainable == frozen]
+        for variable in own:
+            variable.trainable = not frozen
+        held = sum(math.prod(int(n) for n in v.shape) for v in own)
+        counts = dataclasses.replace(counts, parameters=counts.parameters + held)
+    return counts, undo
 
 
 def _counts(changed: Sequence[Any], params: bool = True, dropouts: int = 0) -> FlagCounts:

@@ -44,9 +44,10 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     there = addresses.side(
         walk(model), request.boundary, before=request.before, paths=request.paths
     )
+    root = unwrapped(model)
     chosen = [p for p in there if p.leaf or any(True for _ in p.module.parameters(recurse=False))]
     changed: list[Place] = []
-    fixed = fixed_in_graphs(unwrapped(model))
+    fixed = fixed_in_graphs(root)
     touched = dropouts = 0
     for place in chosen:
         count = _set_params(place.module, frozen) if request.params else 0
@@ -55,10 +56,12 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
         touched += count
         if count or moved:
             changed.append(place)
+    if request.everything and request.params and not any(p.module is root for p in chosen):
+        touched += _set_params(root, frozen)  # a token or an embedding that the model itself holds
     if request.dropout:
         turn_off = torch_dropout.turn_off
         dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
-    script.handed_on(unwrapped(model))
+    script.handed_on(root)
     sites = sum(is_site(place.module) for place in changed)
     counts = FlagCounts(layers=len(changed), sites=sites, parameters=touched, dropouts=dropouts)
     return counts, undo

@@ -283,3 +283,28 @@ def test_importing_changes_nothing_of_torch() -> None:
         "assert not hooks"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+class WithToken(nn.Module):
+    """A model that holds a parameter itself, as a vision transformer holds its token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.dense = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4)
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.norm(self.dense(x + self.token)))
+
+
+def test_parameters_of_the_model_itself_are_frozen_with_all_of_it() -> None:
+    model = WithToken()
+    change = fl.freeze(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert "42 parameters" in str(change)
+    change.undo()
+    with fl.frozen(model):
+        assert not model.token.requires_grad
+    assert model.token.requires_grad
+    fl.freeze(model, "head")  # a boundary: the model itself is around it
+    assert model.token.requires_grad
