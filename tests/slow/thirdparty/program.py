@@ -22,6 +22,8 @@ class Program:
         in_training_mode: The library computes its loss in training mode only.
         plain: Makes the module that an exported program was made from: its calls are seen by a
             function mode, those of the program are not.
+        seen: ``model -> outputs`` that a folded model is compared by, where its last step picks
+            among scores that are alike.
         fixed: It normalises as it was exported, whatever its mode.
         lags: Its averages lag, so that inference is worse than training: BN is to blame.
         more_in_training: In training it returns more than at inference, and its loss adds it up.
@@ -40,6 +42,7 @@ class Program:
     sample: Any = None
     in_training_mode: bool = False
     plain: Callable[[], Any] | None = None
+    seen: Callable[[Any], Any] | None = None
     fixed: bool = False
     lags: bool = False
     more_in_training: bool = False

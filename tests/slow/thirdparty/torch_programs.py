@@ -117,6 +117,12 @@ _segmenter("deeplabv3_mobilenet_v3_large", aux_loss=True)
 _segmenter("fcn_resnet50")
 
 
+def _heads(model: Any) -> Any:
+    """What a detector says of each of its boxes, before it picks some."""
+    images = torch.rand(2, 3, 320, 320, generator=torch.Generator().manual_seed(0))
+    return model.head(list(model.backbone(images).values()))
+
+
 def _detector(name: str, **options: Any) -> None:
     @entry(f"torchvision {name}", "torchvision", "detection")
     def build() -> Program:
@@ -134,6 +140,7 @@ def _detector(name: str, **options: Any) -> None:
             call=lambda m, b: m(b[0]),
             sample=(list(x[:2]), target[:2]),
             in_training_mode=True,
+            seen=_heads if name.startswith("ssd") else None,
         )
 
 

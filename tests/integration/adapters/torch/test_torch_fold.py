@@ -375,3 +375,35 @@ def test_a_lazy_module_that_has_seen_no_data_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
     with pytest.raises(fl.ModelError, match="lazy and has seen no data yet"):
         fl.fold(model)
+
+
+class Picks(nn.Module):
+    """Returns scores, best first, and the places of the best, of which many are alike."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.wrong = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), wrong
+
+    def forward(self, x: Any) -> Any:
+        between = self.conv(x)
+        scores = self.norm(between).mean((1, 2, 3))
+        if x.sum() > 1e9:  # torch.fx cannot follow this
+            return scores
+        alike = scores.repeat_interleave(8) * (1 + 1e-9 * torch.randn(8 * len(x)).to(x.dtype))
+        best = alike.sort(descending=True)
+        places = best.indices.to(x.dtype)
+        return best.values, 100 * between.mean() + places if self.wrong else places
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_a_model_picks_among_scores_that_are_alike_is_not_compared(wrong: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Picks(wrong), torch.randn(4, 3, 6, 6)
+    for _ in range(3):
+        model(x)
+    folded = fl.fold(model, sample=x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        found, wanted = folded.eval()(x), model.eval()(x)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1].sort().values, wanted[1].sort().values)
