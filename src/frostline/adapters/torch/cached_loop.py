@@ -524,6 +524,10 @@ def _read(value: Any, count: int, shared: list[Any], columns: list[Any]) -> None
         shared.append(sorted(map(str, value)))
         for key in sorted(value, key=str):
             _read(value[key], count, shared, columns)
+    elif replay.is_record(value):
+        shared.append(type(value).__qualname__)
+        for item in replay.fields_of(value).values():
+            _read(item, count, shared, columns)
     elif isinstance(value, (list, tuple)):
         shared.append(len(value))
         for item in value:

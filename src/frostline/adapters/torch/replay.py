@@ -13,6 +13,7 @@ order and one of them left out, with another seed, and with all that trains chan
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,32 +197,51 @@ def row_count(arguments: Any) -> int:
         ModelError: They hold neither a tensor nor a list of samples, or a tensor without rows that
             could be taken one by one.
     """
-    for x in pytree.tree_leaves(arguments):
-        if isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided):
-            raise ModelError(
-                "the samples of a nested or sparse tensor cannot be stored row by row. Give the "
-                "model padded tensors, or train without the cache. "
-                f"Received: a tensor of layout {x.layout}{', nested' if x.is_nested else ''}"
-            )
     found = _count(arguments)
     if found is None:
         raise ModelError(
-            "the arguments hold no tensor with a first axis of samples and no list of samples, so "
-            f"there are no rows to store. Received: {type(arguments).__name__}"
+            "the arguments hold no tensor with a first axis of samples and no list of samples (a "
+            "graph has neither), so there are no rows to store. Freeze the model and train it as "
+            f"it is, which computes the same. Received: {_kinds(arguments)}"
         )
     return found
 
 
 def _count(value: Any) -> int | None:
     if isinstance(value, torch.Tensor):
+        if value.is_nested or value.layout != torch.strided:
+            raise ModelError(
+                "the samples of a nested or sparse tensor cannot be stored row by row. Give the "
+                "model padded tensors, or train without the cache. "
+                f"Received: a tensor of layout {value.layout}{', nested' if value.is_nested else ''}"
+            )
         return len(value) if value.ndim else None
     if is_samples(value):
         return len(value)
     if isinstance(value, Mapping):
         value = list(value.values())
+    if is_record(value):
+        value = list(fields_of(value).values())
     if isinstance(value, (list, tuple)):
-        return next((found for item in value if (found := _count(item)) is not None), None)
+        counts = [_count(item) for item in value]  # all of them: one that is nested is refused
+        return next((count for count in counts if count is not None), None)
     return None
+
+
+def _kinds(arguments: Any) -> str:
+    """Classes of the arguments of a call."""
+    args, kwargs = arguments
+    return ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "no argument"
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is a dataclass with fields for a batch, as tensors are in some."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that its constructor takes."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
 
 
 def is_samples(value: Any) -> bool:
@@ -241,6 +261,9 @@ def taken(value: Any, index: Any, count: int) -> Any:
         return [value[i] for i in index]
     if isinstance(value, Mapping):
         return {key: taken(item, index, count) for key, item in value.items()}
+    if is_record(value):
+        parts = fields_of(value).items()
+        return dataclasses.replace(value, **{k: taken(v, index, count) for k, v in parts})
     if isinstance(value, (list, tuple)):
         items = [taken(item, index, count) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -404,7 +427,8 @@ class _Trial:
         if not same(outcome({}), plain):
             raise ModelError(
                 "with its frozen modules answered by what they returned the model computes "
-                f"something else, so they cannot be cached. Received: {type(self.root).__name__}"
+                "something else, so they cannot be cached: train without the cache. "
+                f"Received: {type(self.root).__name__}"
             )
         placed: dict[Key, bool] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import io
 import itertools
 import os
@@ -532,3 +533,51 @@ def test_a_step_that_calls_the_model_twice_trains_as_without_the_cache() -> None
                 optimizer.step()
                 losses.append(loss.item())
     assert losses[:6] == pytest.approx(losses[6:], rel=1e-9)
+
+
+@dataclasses.dataclass
+class Pictures:
+    image: Any
+    label: Any
+    name: str = "train"
+
+
+class TakesPictures(ResNet):
+    def forward(self, batch: Any) -> Any:
+        return functional.cross_entropy(super().forward(batch.image), batch.label)
+
+
+def test_batches_that_are_records_of_tensors() -> None:
+    model, twin = (TakesPictures().double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    for each in (model, twin):
+        fl.freeze(each, "layer2")
+        each.train()
+    batches = [Pictures(X[i : i + 7], Y[i : i + 7]) for i in (0, 7, 14)]
+
+    def step(model: Any, batch: Any) -> Any:
+        return model(batch)
+
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    cached = fl.cached(model, batches)
+    with Seen(first) as seen:
+        trained(model, cached, step)
+    require_same(model, trained(twin, batches, step))
+    assert cached.answered == 2 * len(X)
+    assert sum(seen.sizes) < 3 * len(X) + 5 * 7 + 2 * 7
+
+
+def test_what_has_no_rows_is_told_by_its_class() -> None:
+    class Graph:
+        def __init__(self, x: Any) -> None:
+            self.x = x
+
+    class OfGraphs(ResNet):
+        def forward(self, graph: Any) -> Any:
+            return super().forward(graph.x)
+
+    model = OfGraphs().double()
+    fl.freeze(model, "layer2")
+    with pytest.raises(ModelError, match=r"train it as it is.*Received: Graph$"):
+        for batch in fl.cached(model, [Graph(X[:7])]):
+            model(batch)
