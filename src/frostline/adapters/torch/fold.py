@@ -363,6 +363,8 @@ def _affine(site: Any) -> Any:
     """
     if mean_of(site) is None:
         return "keeps no statistics"
+    if type(site) is nn.Module:
+        return "is normalised by an exported graph with the batch in any mode: export it in eval()"
     kind = type(site)
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
         return None

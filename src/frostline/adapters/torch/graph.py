@@ -97,18 +97,28 @@ def is_frozen_kind(module: Any) -> bool:
     return not isinstance(module, norms) and set(getattr(module, "_buffers", ())) >= _FROZEN_BUFFERS
 
 
-def fixed_in_graphs(root: Any) -> set[Any]:
-    """Holders of the statistics that graphs of ``torch.export`` normalise with in any mode."""
-    found: set[Any] = set()
+def calls_in_graphs(root: Any) -> dict[Any, tuple[bool, float, float]]:
+    """What graphs of ``torch.export`` call ``batch_norm`` with, by the holder of the statistics.
+
+    Returns:
+        Whether it asks for those of its input, the momentum, and epsilon.
+    """
+    found: dict[Any, tuple[bool, float, float]] = {}
     for module in root.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
-            if node.target is torch.ops.aten.batch_norm.default and node.args[5] is False:
+            if node.target is torch.ops.aten.batch_norm.default:
                 mean = node.args[3]
                 if isinstance(mean, fx.Node) and mean.op == "get_attr":
-                    found.add(module.get_submodule(mean.target.rpartition(".")[0]))
+                    holder = module.get_submodule(mean.target.rpartition(".")[0])
+                    found[holder] = tuple(node.args[5:8])
     return found
+
+
+def fixed_in_graphs(root: Any) -> set[Any]:
+    """Holders of the statistics that graphs of ``torch.export`` normalise with in any mode."""
+    return {holder for holder, call in calls_in_graphs(root).items() if call[0] is False}
 
 
 def is_fixed(module: Any, fixed: set[Any]) -> bool:
@@ -158,9 +168,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     modes = [bool(place.module.training) for place in places]
     if not unwrapped(model).training:
         modes = modes_in_training(model, places)
-    around, fixed = _frozen_around(model), fixed_in_graphs(unwrapped(model))
+    around, calls = _frozen_around(model), calls_in_graphs(unwrapped(model))
     return tuple(
-        _site(place, index, mode and place.module not in fixed, around[place.path])
+        _site(place, index, mode, around[place.path], calls.get(place.module))
         for index, (place, mode) in enumerate(zip(places, modes, strict=True))
     )
 
@@ -198,8 +208,14 @@ def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
         return [bool(place.module.training) for place in places]
 
 
-def _site(place: Place, index: int, training: bool, around: bool) -> Site:
+def _site(
+    place: Place, index: int, training: bool, around: bool, call: tuple[bool, float, float] | None
+) -> Site:
+    """A site as it is in training; ``call``: what an exported graph calls it with."""
     module = place.module
+    epsilon, decay = float(getattr(module, "eps", 1e-5)), decay_of(module)
+    if call is not None:
+        training, epsilon, decay = call[0], call[2], 1.0 - call[1]
     own = list(module.parameters(recurse=False))
     fixed = is_frozen_kind(module) or is_locked(module)
     stored = mean_of(module) is not None
@@ -212,8 +228,8 @@ def _site(place: Place, index: int, training: bool, around: bool) -> Site:
         index=index,
         channels=_channels(module),
         axis=1,
-        decay=decay_of(module),
-        epsilon=float(getattr(module, "eps", 1e-5)),
+        decay=decay,
+        epsilon=epsilon,
         params_frozen=around or (not own and frozen and stored),
         stats_frozen=frozen and stored,
         policy="batch" if switched_off and not fixed else "inference" if frozen else "update",

@@ -213,7 +213,7 @@ def _count(value: Any) -> int | None:
             raise ModelError(
                 "the samples of a nested or sparse tensor cannot be stored row by row. Give the "
                 "model padded tensors, or train without the cache. "
-                f"Received: a tensor of layout {value.layout}{', nested' if value.is_nested else ''}"
+                f"Received: a {'nested ' * value.is_nested}tensor of layout {value.layout}"
             )
         return len(value) if value.ndim else None
     if is_samples(value):

@@ -578,6 +578,7 @@ def test_what_has_no_rows_is_told_by_its_class() -> None:
 
     model = OfGraphs().double()
     fl.freeze(model, "layer2")
+    batches = iter(fl.cached(model, [Graph(X[:7])]))
+    graph = next(batches)
     with pytest.raises(ModelError, match=r"train it as it is.*Received: Graph$"):
-        for batch in fl.cached(model, [Graph(X[:7])]):
-            model(batch)
+        model(graph)

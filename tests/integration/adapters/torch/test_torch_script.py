@@ -238,3 +238,17 @@ def test_an_exported_graph_is_frozen_and_cut() -> None:
         for batch in answers:
             torch.testing.assert_close(graph(batch), wanted)
     assert answers.answered == len(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_sites_of_a_graph_are_what_its_calls_say(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3, momentum=0.03))
+    x = torch.randn(4, 3, 6, 6)
+    graph: Any = torch.export.export(model.train(training), (x,)).module()
+    (site,) = fl.sites(graph)
+    assert (site.epsilon, site.decay, site.stats_frozen) == (1e-3, 0.97, not training)
+    if training:
+        with pytest.raises(ModelError, match="exported in training mode"):
+            fl.freeze(graph)
+        with pytest.raises(ModelError, match=r"export it in eval\(\)"):
+            fl.fold(graph, sample=x)
