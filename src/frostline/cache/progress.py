@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from frostline.report.escaping import printable
+
 #: Seconds between two lines where there is no terminal to draw on.
 _QUIET_SECONDS = 10.0
 _DRAW_SECONDS = 0.2
@@ -15,6 +17,8 @@ _CLEAR = "\r\x1b[K"
 
 class Progress:
     """One line that moves on a terminal; elsewhere a plain line now and then.
+
+    What a terminal would obey, in the name of a folder for example, is shown escaped.
 
     Args:
         title: What is going on.
@@ -37,7 +41,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Write one line, unless silent."""
         if not self.silent:
-            self._write(f"{_CLEAR if self._open else ''}{text}\n")
+            self._write(f"{_CLEAR if self._open else ''}{printable(text)}\n")
             self._open = False
 
     def advance(self, samples: int, computed: int) -> None:
@@ -49,10 +53,10 @@ class Progress:
             return
         self._told = now
         if self.draws:
-            self._write(f"{_CLEAR}{self.line()}")
+            self._write(f"{_CLEAR}{printable(self.line())}")
             self._open = True
         else:
-            self._write(f"{self.line()}\n")
+            self._write(f"{printable(self.line())}\n")
 
     def finish(self) -> None:
         """Write the last line."""

@@ -678,3 +678,15 @@ def test_rm_holds_the_lock_until_everything_is_gone(
     folder.remove(home, Progress("", None, 0))
     assert held == [True, True]
     assert not home.exists()
+
+
+def test_a_terminal_gets_no_command_from_the_name_of_a_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Progress("a\x1b[31mred\x07", 4, 2)
+    progress.say("free in b\x1b]0;t\x07\u202ec")
+    progress.advance(4, 4)
+    progress.finish()
+    shown = capsys.readouterr().err
+    assert set(shown) - {"\n"} == {c for c in shown if c.isprintable()}
+    assert "free in b\\x1b]0;t\\x07\\u202ec" in shown
