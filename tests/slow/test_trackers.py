@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 import os
 import re
 import sys
@@ -21,13 +24,32 @@ DOCS = Path(__file__).parents[2] / "docs" / "integrations.md"
 
 
 class Recorded:
-    """Weights & Biases needs an account: what it would be given, instead."""
+    """What Weights & Biases is given; it gets it as well, without an account, where it is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.given: list[tuple[int, dict[str, float]]] = []
+        self.run: Any = None
+        if importlib.util.find_spec("wandb") is not None:
+            wandb = importlib.import_module("wandb")
+            settings = wandb.Settings(silent=True)
+            self.run = wandb.init(mode="offline", dir=str(folder), settings=settings)
 
     def log(self, numbers: dict[str, float], *, step: int) -> None:
         self.given.append((step, numbers))
+        if self.run is not None:
+            self.run.log(numbers, step=step)
+
+    def require_written(self, folder: Path) -> None:
+        """Every number stands in the file of the run."""
+        if self.run is None:
+            return
+        self.run.finish()
+        importlib.import_module("wandb").teardown()  # ends the process that writes
+        (written,) = (path.read_bytes() for path in folder.rglob("run-*.wandb"))
+        for _, numbers in self.given:
+            for name, value in numbers.items():
+                assert name.encode() in written
+                assert json.dumps(value).encode() in written, (name, value)
 
 
 def test_a_loop_of_ones_own_logs_to_every_tracker(
@@ -59,7 +81,7 @@ def test_a_loop_of_ones_own_logs_to_every_tracker(
 
     found = re.search(r"```python\n(.*?)```", DOCS.read_text().partition("## TensorBoard")[2], re.S)
     assert found is not None
-    wandb, writer = Recorded(), SummaryWriter(str(tmp_path / "board"))
+    wandb, writer = Recorded(tmp_path), SummaryWriter(str(tmp_path / "board"))
     while mlflow.active_run() is not None:  # one that another test of this process began
         mlflow.end_run()
     mlflow.set_tracking_uri((tmp_path / "flow").as_uri())
@@ -72,6 +94,7 @@ def test_a_loop_of_ones_own_logs_to_every_tracker(
         warnings.simplefilter("ignore")
         exec(found[1], names)
     writer.close()
+    wandb.require_written(tmp_path)
     assert [step for step, _ in wandb.given] == [0, 1, 2]
     measured = {name: [given[name] for _, given in wandb.given] for name in wandb.given[0][1]}
     assert "bn/gap" in measured
