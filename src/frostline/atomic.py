@@ -241,6 +241,11 @@ def surroundings() -> Callable[[], None]:
     return back
 
 
+_KINDS = (list, dict, set)
+#: Contents of what is empty; nobody writes to them.
+_EMPTY: dict[type, Any] = {kind: kind() for kind in _KINDS}
+
+
 @dataclass(frozen=True)
 class Attributes:
     """An object's class and attributes, and what the containers among them held."""
@@ -248,16 +253,19 @@ class Attributes:
     owner: Any
     kind: type
     values: dict[str, Any]
-    contents: list[tuple[Any, Any]]
+    containers: list[Any]
+    contents: list[Any]
 
     @classmethod
     def of(cls, owner: Any) -> Attributes:
         """Read them."""
         values = dict(vars(owner))
         tracker = values.get("_tracker")  # Keras': has a set of ids per kind of object
-        containers = [*values.values(), *getattr(tracker, "stored_ids", {}).values()]
-        kept = [c for c in containers if isinstance(c, (list, dict, set))]
-        return cls(owner, type(owner), values, [(c, _plain(c)) for c in kept])
+        held = [*values.values(), *getattr(tracker, "stored_ids", {}).values()]
+        containers = [each for each in held if isinstance(each, _KINDS)]
+        # Two lists, not one of pairs: a network has a hundred thousand of these, and each pair
+        # would be one more object for Python's collector of garbage to look at.
+        return cls(owner, type(owner), values, containers, list(map(_plain, containers)))
 
     def restore(self) -> None:
         """Put them back; every object stays the one it is."""
@@ -267,7 +275,7 @@ class Attributes:
         held.update(self.values)
         for name in held.keys() - self.values.keys():
             held.pop(name, None)
-        for container, content in self.contents:
+        for container, content in zip(self.containers, self.contents, strict=True):
             _refill(container, content)
 
 
@@ -278,11 +286,12 @@ def restored(kept: Sequence[Attributes]) -> None:
 
 
 def _plain(container: Any) -> Any:
-    return _kind(container)(container)
+    kind = _kind(container)
+    return kind(container) if container else _EMPTY[kind]  # most of them are
 
 
 def _kind(container: Any) -> Any:
-    return next(kind for kind in (list, dict, set) if isinstance(container, kind))
+    return next(kind for kind in _KINDS if isinstance(container, kind))
 
 
 def _refill(container: Any, content: Any) -> None:

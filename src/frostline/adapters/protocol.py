@@ -347,8 +347,10 @@ class Inspect(Protocol):
     def before(self, boundary: Boundary) -> frozenset[str]:
         """Paths of the layers before a boundary: those that freezing up to it freezes."""
 
-    def frozen_prefix(self) -> tuple[int | None, str | None]:
+    def frozen_prefix(self, found: tuple[Site, ...] | None = None) -> tuple[int | None, str | None]:
         """How many sites lie before the first layer that trains, and the path of that layer.
+
+        ``found`` are the sites, where they are known already.
 
         ``(None, None)``: the first layer with weights trains, there is no frozen prefix.
         ``(sites, None)``: no layer trains.

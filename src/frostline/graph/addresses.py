@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -226,8 +227,12 @@ def frozen_prefix(
         every layer is frozen.
     """
     count, met = 0, False
+    within: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        for path in (site.path, *ancestors(site.path)):
+            within[path].append(site)
     for place in places:
-        inside = [s for s in sites if place.leaf and is_within(s.path, place.path)]
+        inside = within.get(place.path, ()) if place.leaf else ()
         own = trains(place)
         if own is None and not inside:
             continue

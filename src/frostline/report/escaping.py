@@ -8,6 +8,7 @@ escapes; :func:`line` and :func:`html` add what their medium needs.
 from __future__ import annotations
 
 import html as _html
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,21 @@ def line(*parts: str | tuple[str, str], style: str = "") -> Text:
 
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     return Text.assemble(*((printable(text), look) for text, look in pairs), style=style)
+
+
+def lines(rows: Iterable[Iterable[tuple[str, str]]]) -> Text:
+    """Return many lines for a terminal as one text, which is not folded.
+
+    Args:
+        rows: Pairs of text and style, for each line.
+    """
+    from rich.text import Text
+
+    found = Text(no_wrap=True, overflow="ignore")
+    for number, row in enumerate(rows):
+        found.append_tokens([("\n" if number else "", "")])
+        found.append_tokens((printable(text), look) for text, look in row)
+    return found
 
 
 def html(name: str, *, keep: str = "") -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from frostline.report import escaping, text, wording
-from frostline.report.escaping import line, printable
+from frostline.report.escaping import line, lines, printable
 from frostline.types import Site
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SITE_HEADINGS = ("#", "site", "chan.", "gamma/beta", "statistics", "decay", "in training")
+#: Columns of numbers.
+_RIGHT = (0, 2, 5)
 
 
 class Sites(tuple[Site, ...]):
@@ -74,7 +78,7 @@ def sites_table(
     widths = _column_widths([headings, *rows], flexible=1, width=width)
     parts: list[RenderableType] = []
     cut = len(rows) if before is None else before
-    parts.append(_fixed_table(rows[:cut], headings=headings, widths=widths))
+    parts.append(_fixed_table(rows[:cut], headings=headings, widths=widths, width=width))
     if before is not None:
         text = (
             f"boundary: {boundary} is the first layer that trains"
@@ -83,7 +87,7 @@ def sites_table(
         )
         parts.append(Rule(line(text), style="bold", align="left", characters="─"))
     if rows[cut:]:
-        parts.append(_fixed_table(rows[cut:], headings=None, widths=widths))
+        parts.append(_fixed_table(rows[cut:], headings=None, widths=widths, width=width))
     parts.append(_sites_summary(sites))
     return Group(*parts)
 
@@ -131,9 +135,52 @@ def _column_widths(rows: Sequence[Sequence[str]], *, flexible: int, width: int) 
 
 
 def _fixed_table(
+    rows: Sequence[Sequence[str]],
+    *,
+    headings: Sequence[str] | None,
+    widths: Sequence[int],
+    width: int,
+) -> RenderableType:
+    """Return a borderless table of fixed column widths; two of them line up.
+
+    ``rich`` takes half a millisecond for each row, and a network has thousands: rows that fit
+    become lines of one text. Those that are folded, and all in too narrow a terminal, are left to
+    its ``Table``.
+    """
+    from rich.cells import cell_len
+    from rich.console import Group
+
+    narrow = sum(widths) + 2 * (len(widths) - 1) > width
+
+    def folded(row: Sequence[str]) -> bool:
+        return narrow or any(map(operator.gt, map(cell_len, row), widths))
+
+    parts: list[RenderableType] = (
+        [] if headings is None else [_folded_rows((), headings=headings, widths=widths)]
+    )
+    for apart, group in itertools.groupby(rows, folded):
+        if apart:
+            parts.append(_folded_rows(tuple(group), headings=None, widths=widths))
+        else:
+            parts.append(lines(_pieces(row, widths) for row in group))
+    return Group(*parts)
+
+
+def _pieces(row: Sequence[str], widths: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """A row that fits, as pieces of a line and their styles."""
+    from rich.cells import cell_len
+
+    for column, (cell, wide) in enumerate(zip(row, widths, strict=True)):
+        blanks = " " * (wide - cell_len(cell))
+        yield blanks if column in _RIGHT else "", ""
+        yield cell, "cyan" if cell == "frozen" else ""
+        end = "" if column + 1 == len(row) else "  "
+        yield ("" if column in _RIGHT else blanks) + end, ""
+
+
+def _folded_rows(
     rows: Sequence[Sequence[str]], *, headings: Sequence[str] | None, widths: Sequence[int]
 ) -> Table:
-    """Return a borderless table of fixed column widths; two of them line up."""
     from rich.table import Table
 
     grid = Table(box=None, padding=(0, 2, 0, 0), show_header=headings is not None, pad_edge=False)
@@ -142,7 +189,7 @@ def _fixed_table(
             headings[column] if headings is not None else "",
             width=wide,
             overflow="fold",
-            justify="right" if column in (0, 2, 5) else "left",
+            justify="right" if column in _RIGHT else "left",
             header_style="dim",
         )
     for row in rows:

@@ -5,6 +5,7 @@ Arrays have shape ``(channels,)`` and are float64.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,13 +142,15 @@ def is_locked(facts: SiteFacts) -> bool:
 def layer_before(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:
     """The last layer with weights before a site, in execution order."""
     order = model.order.get(facts.site.path, facts.site.index)
-    return next((layer for layer in reversed(model.layers) if layer.order < order), None)
+    place = bisect.bisect_left(model.orders, order)
+    return model.layers[place - 1] if place else None
 
 
 def layer_behind(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:
     """The first layer with weights behind a site, in execution order."""
     order = model.order.get(facts.site.path, facts.site.index)
-    return next((layer for layer in model.layers if layer.order > order), None)
+    place = bisect.bisect_right(model.orders, order)
+    return model.layers[place] if place < len(model.layers) else None
 
 
 def frozen_layer_fed(model: ModelFacts, facts: SiteFacts) -> LayerFacts | None:

@@ -5,6 +5,7 @@ Rules are tested with facts written by hand. Nothing is computed here that a rul
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -191,6 +192,11 @@ class ModelFacts:
 
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)
+
+    @functools.cached_property
+    def orders(self) -> tuple[int, ...]:
+        """Ranks of ``layers`` in execution order, which rise."""
+        return tuple(layer.order for layer in self.layers)
 
     @property
     def odd_epsilons(self) -> dict[str, float]:

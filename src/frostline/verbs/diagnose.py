@@ -19,9 +19,10 @@ from frostline.types.arguments import checked
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
 from frostline.types.report import Report
-from frostline.verbs.whole import whole
+from frostline.verbs.whole import brief, whole
 
 
+@brief
 @whole
 def sites(model: Any) -> Sites:
     """List every BN layer of a model.
@@ -39,8 +40,9 @@ def sites(model: Any) -> Sites:
         ModelError: Not a model that Frostline can read.
     """
     adapter = adapter_of(model)
-    before, boundary = adapter.frozen_prefix()
-    return Sites(adapter.sites(), before=before, boundary=boundary)
+    found = adapter.sites()
+    before, boundary = adapter.frozen_prefix(found)
+    return Sites(found, before=before, boundary=boundary)
 
 
 def require_sites(found: Sequence[Site]) -> None:
@@ -53,6 +55,7 @@ def require_sites(found: Sequence[Site]) -> None:
         raise ModelError("no BatchNormalization layer: BN cannot be the cause")
 
 
+@brief
 @whole
 @checked
 def lint(

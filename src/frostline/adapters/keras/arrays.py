@@ -22,7 +22,6 @@ def copied(variable: Any) -> Array:
 
 
 def float64(tensor: Any) -> Array:
-    """Values in float64; half precision, which numpy may lack, goes through float32."""
-    name = keras.backend.standardize_dtype(tensor.dtype)
-    wide = tensor if name == "float64" else keras.ops.cast(tensor, "float32")
-    return as_float64(to_numpy(wide))
+    """Values in float64; half precision that numpy may lack goes through float32."""
+    known = keras.backend.standardize_dtype(tensor.dtype) in ("float16", "float32", "float64")
+    return as_float64(to_numpy(tensor if known else keras.ops.cast(tensor, "float32")))

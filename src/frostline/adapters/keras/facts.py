@@ -39,7 +39,7 @@ def facts(model: Any) -> ModelFacts:
     nodes = _nodes(model, places)
     optimizer = getattr(model, "optimizer", None)
     optimized = optimized_variables(model)
-    modules = _modules(places)
+    modules, by_path = _modules(places), {place.path: place for place in places}
     found: list[SiteFacts] = []
     for site in sites(model):
         place, module = modules[site.path]
@@ -47,7 +47,7 @@ def facts(model: Any) -> ModelFacts:
             mine = _stock(site, place.layer, optimized)
         else:
             mine = _wrapped(site, place.layer, module, optimized)
-        training = _written_training(place, places, nodes)
+        training = _written_training(place, by_path, nodes)
         regimes = site.trained_by is not None and _frozen_here(place, places, optimized)
         mine = replace(mine, training=training, values=_values(place, nodes), two_regimes=regimes)
         found.append(mine)
@@ -199,10 +199,9 @@ def _nodes(model: Any, places: tuple[Place, ...]) -> dict[int, list[Any]]:
 
 
 def _written_training(
-    place: Place, places: tuple[Place, ...], nodes: dict[int, list[Any]]
+    place: Place, by_path: dict[str, Place], nodes: dict[int, list[Any]]
 ) -> bool | None:
     """``training=`` of the layer's own call, else of the nearest container's."""
-    by_path = {entry.path: entry for entry in places}
     at: Place | None = place
     while at is not None:
         for node in nodes.get(id(at.layer), ()):

@@ -8,10 +8,12 @@ one of Keras' own, or one that this process has registered.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ _FUNCTION_ROOMS = (
 _PATHS = ("vocabulary", "idf_weights")
 #: A compressed block of HDF5 shrinks this far at most.
 _DEFLATE_LIMIT = 1032
+_COMPRESSING = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SZIP, h5py.h5z.FILTER_LZF}
 _CONFIG = "config.json"
 _WEIGHTS = "model.weights.h5"
 
@@ -62,7 +65,9 @@ def check_keras_file(path: Path, custom_objects: Mapping[str, Any] | None = None
             missing = _CONFIG if _CONFIG not in names else _WEIGHTS
             raise ModelError(f"{path}: not a .keras file; it holds no {missing}")
         _check_config(json.loads(archive.read(_CONFIG)), str(path), custom_objects)
-        with archive.open(_WEIGHTS) as member, h5py.File(member, "r") as file:
+        # In memory, as Keras reads it: a member of an archive is read from its start at each step
+        # back, and HDF5 goes back and forth.
+        with h5py.File(io.BytesIO(archive.read(_WEIGHTS)), "r") as file:
             _check_weights(file, str(path))
 
 
@@ -92,18 +97,19 @@ def check_h5_file(path: Path, custom_objects: Mapping[str, Any] | None = None) -
 
 def _check_config(config: Any, shown: str, custom_objects: Mapping[str, Any] | None) -> None:
     """Walk a configuration; a loop, since a recursion would end on a deep one."""
+    known = {*keras.saving.get_custom_objects(), *(custom_objects or {})}
     rest = [config]
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
             if "class_name" in value:
-                _check_object(value, shown, custom_objects or {})
+                _check_object(value, shown, known)
             rest.extend(value.values())
         elif isinstance(value, list):
             rest.extend(value)
 
 
-def _check_object(config: Mapping[str, Any], shown: str, custom_objects: Mapping[str, Any]) -> None:
+def _check_object(config: Mapping[str, Any], shown: str, known: Set[str]) -> None:
     name, module = config["class_name"], config.get("module")
     if not isinstance(name, str):
         raise UnsafeFileError(f"{shown}: the name of a class must be text. Received: {name!r:.80}")
@@ -118,7 +124,6 @@ def _check_object(config: Mapping[str, Any], shown: str, custom_objects: Mapping
     if isinstance(inner, dict) and any(isinstance(inner.get(key), str) for key in _PATHS):
         raise UnsafeFileError(f"{shown}: a {plain} whose vocabulary is another file is not read")
     registered = config.get("registered_name")
-    known = {**keras.saving.get_custom_objects(), **custom_objects}
     if name == "function":
         named = inner.get("config") if isinstance(inner, dict) else inner
         if not isinstance(named, str) or not (named in known or _is_function(named, module)):
@@ -135,6 +140,11 @@ def _check_object(config: Mapping[str, Any], shown: str, custom_objects: Mapping
 
 def _is_part(name: str, module: Any) -> bool:
     """Whether it is a Keras class that models are made of."""
+    return isinstance(module, str) and _is_class_of_models(name, module)
+
+
+@functools.lru_cache(1024)
+def _is_class_of_models(name: str, module: str) -> bool:
     found = getattr(_loaded(module), name, None)
     if not isinstance(found, type):
         return False
@@ -157,9 +167,9 @@ def _is_function(name: str, module: Any) -> bool:
     return any(callable(getattr(getattr(keras, room), name, None)) for room in _FUNCTION_ROOMS)
 
 
-def _loaded(module: Any) -> Any:
+def _loaded(module: str) -> Any:
     """Return a module of the installed Keras; ``None`` for any other."""
-    if not isinstance(module, str) or module.partition(".")[0] != "keras":
+    if module.partition(".")[0] != "keras":
         return None
     try:
         return importlib.import_module(module)
@@ -171,34 +181,47 @@ def _loaded(module: Any) -> Any:
 
 
 def _check_weights(file: Any, shown: str) -> None:
-    """Refuse links to other files, and arrays larger than what is stored or what fits."""
+    """Refuse links to other files, and arrays larger than what is stored or what fits.
+
+    A model of thousands of layers has tens of thousands of groups, so HDF5's own calls are made:
+    those of h5py's classes take ten times as long. A loop, since groups may be nested deeply.
+    """
     total = 0
-    groups = [file]
-    seen = set()
+    groups = [h5py.h5g.open(file.id, b"/")]
+    seen = set(groups)
     while groups:
         group = groups.pop()
-        for name in group:
-            link = group.get(name, getlink=True)
-            if not isinstance(link, h5py.HardLink):
-                raise ModelError(f"{shown}: {name!r} is a link to another place, and is not read")
-            value = group[name]
-            if isinstance(value, h5py.Group):
-                if value.id in seen:
-                    raise ModelError(f"{shown}: its group {name!r} is inside itself")
-                seen.add(value.id)
+        links: list[tuple[bytes, int]] = []
+        group.links.iterate(_noted_in(links), info=True)
+        for name, kind in links:
+            named = repr(name.decode(errors="backslashreplace"))
+            if kind != h5py.h5l.TYPE_HARD:
+                raise ModelError(f"{shown}: {named} is a link to another place, and is not read")
+            value = h5py.h5o.open(group, name)
+            if isinstance(value, h5py.h5g.GroupID):
+                if value in seen:
+                    raise ModelError(f"{shown}: its group {named} is inside itself")
+                seen.add(value)
                 groups.append(value)
-            elif isinstance(value, h5py.Dataset):
-                total += _stored_bytes(value, shown)
+            elif isinstance(value, h5py.h5d.DatasetID):
+                total += _stored_bytes(value, f"{shown}: {named}")
     require_memory(total, f"{shown}: its weights", kind=ModelError)
 
 
+def _noted_in(links: list[tuple[bytes, int]]) -> Callable[[bytes, Any], None]:
+    return lambda name, info: links.append((name, info.type))
+
+
 def _stored_bytes(dataset: Any, shown: str) -> int:
-    if dataset.external or dataset.is_virtual:
-        raise ModelError(f"{shown}: {dataset.name!r} lies in another file, and is not read")
-    if dataset.shape is None:
+    stored = dataset.get_create_plist()
+    if stored.get_external_count() or stored.get_layout() == h5py.h5d.VIRTUAL:
+        raise ModelError(f"{shown} lies in another file, and is not read")
+    space = dataset.get_space()
+    if space.get_simple_extent_type() == h5py.h5s.NULL:
         return 0
-    declared = array_bytes(dataset.shape, dataset.dtype)
-    there = dataset.id.get_storage_size()
-    if declared > there * (_DEFLATE_LIMIT if dataset.compression else 1):
-        raise ModelError(f"{shown}: {dataset.name!r} declares {declared} bytes and holds {there}")
+    declared = array_bytes(space.shape, dataset.dtype)
+    there = dataset.get_storage_size()
+    filters = {stored.get_filter(place)[0] for place in range(stored.get_nfilters())}
+    if declared > there * (_DEFLATE_LIMIT if filters & _COMPRESSING else 1):
+        raise ModelError(f"{shown} declares {declared} bytes and holds {there}")
     return declared

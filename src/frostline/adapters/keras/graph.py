@@ -142,7 +142,9 @@ def sites(model: Any) -> tuple[Site, ...]:
     return tuple(Site(index=index, **fields) for index, fields in enumerate(found))
 
 
-def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
+def frozen_prefix(
+    model: Any, found: tuple[Site, ...] | None = None
+) -> tuple[int | None, str | None]:
     """How many sites lie before the first layer with weights that trains, and its path."""
 
     def trains(place: Place) -> bool | None:
@@ -150,7 +152,7 @@ def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
         own = layer.weights if place.leaf else layer._trainable_variables
         return bool(layer.trainable) and not is_site(layer) if own else None
 
-    return addresses.frozen_prefix(walk(model), sites(model), trains)
+    return addresses.frozen_prefix(walk(model), sites(model) if found is None else found, trains)
 
 
 def inner_optimizers(places: tuple[Place, ...]) -> list[tuple[str, frozenset[int]]]:

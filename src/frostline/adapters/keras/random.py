@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import copied
 from frostline.atomic import taken_back
+from frostline.graph.addresses import Place
 
 #: Where Keras keeps the generator of everything that has no seed.
 _SHARED = "global_seed_generator"
 
 
-def seed_states(model: Any) -> list[tuple[Any, Any]]:
-    """(state variable, generator) of every seed generator below the model."""
-    layers = [model, *(place.layer for place in keras_graph.walk(model))]
+def seed_states(model: Any, places: Iterable[Place] | None = None) -> list[tuple[Any, Any]]:
+    """(state variable, generator) of every seed generator below the model, or at these places."""
+    found = keras_graph.walk(model) if places is None else places
+    layers = [model, *(place.layer for place in found)]
     return [(s.state, s) for layer in layers for s in getattr(layer, "_seed_generators", ())]
 
 
@@ -34,13 +36,15 @@ def seeds(model: Any, step: int) -> list[Any]:
     return moved
 
 
-def generators(model: Any, data: Any = None) -> Callable[[], None]:
+def generators(
+    model: Any, data: Any = None, *, places: Iterable[Place] | None = None
+) -> Callable[[], None]:
     """Remember the seed states of a model, of Keras and of torch where a loader or Keras uses it.
 
     Returns what puts them back.
     """
     attributes = keras.src.backend.common.global_state
-    held = [state for state, _ in seed_states(model)]
+    held = [state for state, _ in seed_states(model, places)]
     # Made at its first use, from Python's generator: to ask for it would draw from that one.
     shared = attributes.get_global_attribute(_SHARED)
     if shared is not None:

@@ -8,7 +8,7 @@ Keras does not know, and the global generator that its unseeded dropout draws fr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from frostline.adapters.keras.arrays import copied
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.random import generators
 from frostline.atomic import Attributes, restored, taken_back, undone
+from frostline.graph.addresses import Place
 from frostline.layers.undo import remembered
 from frostline.types import Array
 
@@ -71,10 +72,10 @@ class Snapshot:
     generators: Any
 
 
-def models_in(model: Any) -> list[Any]:
-    """``model`` and every model nested in it."""
-    inner = [place.layer for place in walk(model) if isinstance(place.layer, keras.Model)]
-    return [model, *inner]
+def models_in(model: Any, places: Iterable[Place] | None = None) -> list[Any]:
+    """``model`` and every model nested in it, or at these places."""
+    found = walk(model) if places is None else places
+    return [model, *(place.layer for place in found if isinstance(place.layer, keras.Model))]
 
 
 def variables_of(model: Any) -> list[Any]:
@@ -103,10 +104,10 @@ def _registered(model: Any) -> Any:
     return getattr(model, "_modules", {}).get(_REGISTERED)
 
 
-def _growing(model: Any) -> list[Any]:
+def _growing(models: Iterable[Any]) -> list[Any]:
     """Objects below ``compile`` that attach variables to themselves when they meet a batch."""
     found: list[Any] = []
-    for inner in models_in(model):
+    for inner in models:
         found += [x for name in _GROWING if (x := getattr(inner, name, None)) is not None]
     wrappers = [getattr(optimizer, "inner_optimizer", None) for optimizer in found]
     return [*found, *(wrapped for wrapped in wrappers if wrapped is not None)]
@@ -133,7 +134,7 @@ def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
         shells=[
             Attributes.of(shell)
             for shell in (
-                *_growing(model),
+                *_growing(models_in(model)),
                 *([*filter(is_site, layers), *models_in(model)] if classes else ()),
             )
         ],
@@ -223,16 +224,17 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
     Returns:
         What puts it all back, and can be repeated. Kernels are not copied: no edit writes to them.
     """
-    models, places = models_in(model), walk(model)
+    places = walk(model)
+    models = models_in(model, places)
     owners = {id(owner): owner for owner in [*models, *(place.layer for place in places)]}
-    shells = _growing(model)
-    back = remembered([*owners.values(), *shells], _written_by_edits(model))
+    shells = _growing(models)
+    back = remembered([*owners.values(), *shells], _written_by_edits(models, places))
     flags = [(v, v.trainable, getattr(v, "regularizer", None)) for v in model.variables]
     wrapped = [w for place in places if (w := wrapped_module(place.layer)) is not None]
     modules = [Attributes.of(module) for w in wrapped for module in w.modules()]
     parts = [(p, p.requires_grad, p.grad) for w in wrapped for p in w.parameters()]
     buffers = [(b, b.detach().clone()) for w in wrapped for b in w.buffers()]
-    around = surroundings(model)
+    around = surroundings(model, places)
 
     def undo() -> None:
         around()
@@ -252,20 +254,20 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
     return undo
 
 
-def _written_by_edits(model: Any) -> list[Any]:
-    found = {id(v): v for p in walk(model) if is_site(p.layer) for v in p.layer.variables}
-    for inner in models_in(model):
+def _written_by_edits(models: Iterable[Any], places: Iterable[Place]) -> list[Any]:
+    found = {id(v): v for p in places if is_site(p.layer) for v in p.layer.variables}
+    for inner in models:
         for variable in inner.metrics_variables:
             found.setdefault(id(variable), variable)
     return list(found.values())
 
 
-def surroundings(model: Any) -> Callable[[], None]:
+def surroundings(model: Any, places: Iterable[Place] | None = None) -> Callable[[], None]:
     """Remember Keras' scopes and generators, and TensorFlow's and torch's if they are there."""
     tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
     kept = {name: value for name, value in tracker.items() if "scope" in name}
     stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
-    drawn, of_torch = generators(model), None
+    drawn, of_torch = generators(model, places=places), None
     eager = _eager_functions()
     if "torch" in sys.modules:
         from frostline.adapters.torch.surroundings import surroundings as torch_surroundings

@@ -13,7 +13,7 @@ from frostline.adapters.torch.graph import (
     is_frozen_kind,
     is_site,
     modes_in_training,
-    site_places,
+    own_parameters,
     sites,
     unknown_keepers,
     unwrapped,
@@ -29,13 +29,14 @@ from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 def facts(model: Any) -> ModelFacts:
     """Collect what rules without data may look at; arrays are float64 copies."""
     root = unwrapped(model)
-    places = {place.path: place for place in site_places(model)}
+    all_places = walk(model)
+    places = {place.path: place for place in all_places if is_site(place.module)}
     twins = _twins(root)
     thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
     found, fixed = [], fixed_in_graphs(root)
     for site in sites(model):
         module = places[site.path].module
-        own = list(module.parameters(recurse=False))
+        own = own_parameters(module)
         live = is_locked(module) or is_frozen_kind(module) or module in fixed
         found.append(
             SiteFacts(
@@ -65,11 +66,10 @@ def facts(model: Any) -> ModelFacts:
             LayerFacts(
                 path=place.path,
                 order=place.order,
-                trains=any(p.requires_grad for p in place.module.parameters(recurse=False)),
+                trains=any(p.requires_grad for p in own),
             )
-            for place in walk(model)
-            if not is_site(place.module)
-            and any(True for _ in place.module.parameters(recurse=False))
+            for place in all_places
+            if place.path not in places and (own := own_parameters(place.module))
         ),
         order={path: place.order for path, place in places.items()},
         steps=_steps(places),

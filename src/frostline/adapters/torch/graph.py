@@ -8,6 +8,7 @@ more without being run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -129,9 +130,7 @@ def is_fixed(module: Any, fixed: set[Any]) -> bool:
 def walk(model: Any) -> tuple[Place, ...]:
     """Every module below the root, once; the root itself where it is a site."""
     root = unwrapped(model)
-    counts: dict[int, int] = {}
-    for _, module in root.named_modules(remove_duplicate=False):
-        counts[id(module)] = counts.get(id(module), 0) + 1
+    counts = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     children = {name: index for index, (name, _) in enumerate(root.named_children())}
     return tuple(
         Place(
@@ -140,7 +139,7 @@ def walk(model: Any) -> tuple[Place, ...]:
             layer=module,
             order=order,
             calls=counts[id(module)],
-            leaf=is_site(module) or not any(True for _ in module.children()),
+            leaf=not any(map(_there, module._modules.values())) or is_site(module),
             top=children.get(name.partition(".")[0], 0),
         )
         for order, (name, module) in enumerate(root.named_modules())
@@ -148,9 +147,17 @@ def walk(model: Any) -> tuple[Place, ...]:
     )
 
 
+def _there(module: Any) -> bool:
+    return module is not None
+
+
 def site_places(model: Any) -> tuple[Place, ...]:
     """The places that are BN layers."""
-    return tuple(place for place in walk(model) if is_site(place.module))
+    return _sites_among(walk(model))
+
+
+def _sites_among(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    return tuple(place for place in places if is_site(place.module))
 
 
 def site_modules(model: Any) -> dict[str, Any]:
@@ -164,23 +171,24 @@ def sites(model: Any) -> tuple[Site, ...]:
     ``stats_frozen`` is what holds in training: in a model that is in training mode, what its
     modules are in now; else what its own ``train()`` will leave frozen.
     """
-    places = site_places(model)
+    all_places = walk(model)
+    places = _sites_among(all_places)
     modes = [bool(place.module.training) for place in places]
     if not unwrapped(model).training:
         modes = modes_in_training(model, places)
-    around, calls = _frozen_around(model), calls_in_graphs(unwrapped(model))
+    around, calls = _frozen_around(all_places), calls_in_graphs(unwrapped(model))
     return tuple(
         _site(place, index, mode, around[place.path], calls.get(place.module))
         for index, (place, mode) in enumerate(zip(places, modes, strict=True))
     )
 
 
-def _frozen_around(model: Any) -> dict[str, bool]:
+def _frozen_around(places: tuple[Place, ...]) -> dict[str, bool]:
     """Path of each place -> whether the parameters before it (at the beginning: behind) are frozen.
 
     That is what "frozen" means for a site without parameters of its own.
     """
-    owned = [(place.path, list(place.module.parameters(recurse=False))) for place in walk(model)]
+    owned = [(place.path, own_parameters(place.module)) for place in places]
     known = [not any(p.requires_grad for p in own) for _, own in owned if own]
     before = known[0] if known else True
     found: dict[str, bool] = {}
@@ -191,14 +199,16 @@ def _frozen_around(model: Any) -> dict[str, bool]:
     return found
 
 
-def frozen_prefix(model: Any) -> tuple[int | None, str | None]:
+def frozen_prefix(
+    model: Any, found: tuple[Site, ...] | None = None
+) -> tuple[int | None, str | None]:
     """How many sites lie before the first module with parameters that trains, and its path."""
 
     def trains(place: Place) -> bool | None:
-        own = list(place.module.parameters(recurse=False))
+        own = own_parameters(place.module)
         return any(parameter.requires_grad for parameter in own) if own else None
 
-    return addresses.frozen_prefix(walk(model), sites(model), trains)
+    return addresses.frozen_prefix(walk(model), sites(model) if found is None else found, trains)
 
 
 def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
@@ -206,6 +216,12 @@ def modes_in_training(model: Any, places: tuple[Place, ...]) -> list[bool]:
     with modes_kept(model):
         set_mode(unwrapped(model), training=True)
         return [bool(place.module.training) for place in places]
+
+
+def own_parameters(module: Any) -> list[Any]:
+    """Parameters that a module holds itself."""
+    held = {id(parameter): parameter for parameter in module._parameters.values()}
+    return [parameter for parameter in held.values() if parameter is not None]
 
 
 def _site(
@@ -216,7 +232,7 @@ def _site(
     epsilon, decay = float(getattr(module, "eps", 1e-5)), decay_of(module)
     if call is not None:
         training, epsilon, decay = call[0], call[2], 1.0 - call[1]
-    own = list(module.parameters(recurse=False))
+    own = own_parameters(module)
     fixed = is_frozen_kind(module) or is_locked(module)
     stored = mean_of(module) is not None
     switched_off = stored and not getattr(module, "track_running_stats", True)
@@ -261,7 +277,7 @@ def _channels(module: Any) -> int | None:
 
 
 def _dtype(module: Any) -> str:
-    tensors = [mean_of(module), *module.parameters(recurse=False)]
+    tensors = [mean_of(module), *own_parameters(module)]
     known = [tensor for tensor in tensors if tensor is not None]
     return str(known[0].dtype).removeprefix("torch.") if known else "float32"
 

@@ -110,13 +110,14 @@ def _given_pair(call: ast.Call) -> tuple[str, str] | None:
 
 def _named_pairs(module: Any) -> list[tuple[str, str]]:
     found = []
-    for name, mean in tensors_of(module).items():
+    tensors = tensors_of(module)
+    for name, mean in tensors.items():
         match = _MEAN.fullmatch(name)
         if match is None:
             continue
         for word in _VARIANCES:
             start, _, end = name.rpartition("mean")
-            variance = tensors_of(module).get(f"{start}{word}{end}")
+            variance = tensors.get(f"{start}{word}{end}")
             if variance is not None and _same_kind(mean, variance):
                 found.append((name, f"{start}{word}{end}"))
     return found
@@ -257,6 +258,8 @@ _KNOWN: weakref.WeakKeyDictionary[Any, ByHand | None] = weakref.WeakKeyDictionar
 
 def by_hand(module: Any) -> ByHand | None:
     """How a module normalises by hand; ``None``: it is no BN, or does more than can be seen."""
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return None
     if module in _KNOWN:
         return _KNOWN[module]
     found = _looked_into(module) if _may_be(module) else None
