@@ -68,9 +68,9 @@ class ProgramView:
         """Every BN layer, in execution order (TorchScript: of registration)."""
         return tuple(fact.site for fact in self.facts())
 
-    def frozen_prefix(self) -> tuple[int | None, str | None]:
+    def frozen_prefix(self, found: tuple[Site, ...] | None = None) -> tuple[int | None, str | None]:
         """All of it: nothing trains."""
-        return len(self.sites()), None
+        return len(self.sites() if found is None else found), None
 
     def facts(self) -> ModelFacts:
         """Stored numbers; nothing trains."""
