@@ -307,7 +307,7 @@ def _constants(program: Any) -> dict[str, Any]:
 def _rebuilt(program: Any) -> Any | None:
     """The layer of torch that a program was made of; ``None`` for any other module."""
     kind = _REBUILT.get(_name(program._c._type().qualified_name()))
-    if kind is None:
+    if kind is None or not program._c._has_method("forward"):  # no call of it was traced
         return None
     traced = isinstance(program, torch.jit.TracedModule) or not _constants(program)
     settings = _settings(program, kind) if traced else _constants(program)

@@ -252,3 +252,22 @@ def test_sites_of_a_graph_are_what_its_calls_say(training: bool) -> None:
             fl.freeze(graph)
         with pytest.raises(ModelError, match=r"export it in eval\(\)"):
             fl.fold(graph, sample=x)
+
+
+def test_a_head_that_was_not_traced() -> None:
+    """Torch keeps its weights, without a forward."""
+
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 2, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(x)) if self.training else self.norm(x)
+
+    x = torch.randn(4, 3, 6, 6)
+    traced = torch.jit.trace(WithHead().eval(), x)
+    fl.recalibrate(traced, x, sites="all")
+    torch.testing.assert_close(traced.norm.running_mean, x.mean((0, 2, 3)))
+    fl.freeze(traced)
+    assert not any(parameter.requires_grad for parameter in traced.parameters())
