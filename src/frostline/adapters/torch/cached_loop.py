@@ -56,6 +56,7 @@ class Memory:
         sought: Digests that the store was asked for.
         forms: Shapes of a batch -> what each call returned for it.
         checked: How many batches were computed as well.
+        plain: Samples of batches that take another way through the frozen part.
         idle: Grows with every epoch in a row that brought new samples only.
         readers: Loaders (by id) that have brought samples.
         broken: Why the rows are no longer used.
@@ -70,6 +71,7 @@ class Memory:
         self.forms: dict[str, Mapping[Key, Form]] = {}
         self.unsaved: dict[bytes, tuple[Any, ...]] = {}
         self.sought: set[bytes] = set()
+        self.plain: set[bytes] = set()
         self.readers: set[int] = set()
         self.checked = self.idle = 0
         self.broken = ""
@@ -199,6 +201,8 @@ class Cached:
             return forward(*args, **kwargs)
         plan, memory = found
         digests, shapes = digested(args, kwargs)
+        if not memory.plain.isdisjoint(digests):
+            return forward(*args, **kwargs)
         if self.store is not None and not memory.identity.startswith(_PRIVATE):
             self._from_store(memory, digests, [x for key in plan.frontier
                                                for x in plan.forms[key].leaves if x])  # fmt: skip
@@ -256,7 +260,11 @@ class Cached:
     ) -> Any:  # fmt: skip
         """Run the model as it is and note what the frontier returns."""
         began = time.perf_counter()
-        forms, tensors, made = _noted(plan, len(digests), lambda: forward(*args, **kwargs))
+        others: set[Key] = set()
+        forms, tensors, made = _noted(plan, len(digests), lambda: forward(*args, **kwargs), others)
+        if others:  # a branch per domain: these run as they are
+            memory.plain.update(digests)
+            return made
         if forms is None:
             if _WHOLE.get(self.root):
                 self._give_up("a frozen module returned something else than one row per sample")
@@ -418,8 +426,13 @@ class _Entrance:
         return functools.partial, (self.plain,)
 
 
-def _noted(plan: Plan, count: int, call: Any) -> tuple[dict[Key, Form] | None, list[Any], Any]:
-    """Run ``call``; the form of each answered call, the frontier's tensors on the CPU, outputs."""
+def _noted(
+    plan: Plan, count: int, call: Any, others: set[Key] | None = None
+) -> tuple[dict[Key, Form] | None, list[Any], Any]:
+    """Run ``call``; the form of each answered call, the frontier's tensors on the CPU, outputs.
+
+    ``others`` takes the calls that the plan does not know.
+    """
     forms: dict[Key, Form] = {}
     found: dict[Key, list[Any]] = {}
     complete = True
@@ -427,6 +440,8 @@ def _noted(plan: Plan, count: int, call: Any) -> tuple[dict[Key, Form] | None, l
     def answer(call: Call) -> Any:
         nonlocal complete
         if call.key not in plan.forms:
+            if others is not None and call.key not in plan.excluded:
+                others.add(call.key)
             return call.opened()
         made = call.whole()
         leaves, spec = pytree.tree_flatten(made)

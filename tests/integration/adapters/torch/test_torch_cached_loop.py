@@ -582,3 +582,38 @@ def test_what_has_no_rows_is_told_by_its_class() -> None:
     graph = next(batches)
     with pytest.raises(ModelError, match=r"train it as it is.*Received: Graph$"):
         model(graph)
+
+
+class Domains(nn.Module):
+    """Normalises each domain by itself; a batch is of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Any, domain: Any) -> Any:
+        return self.head(self.norms[int(domain[0])](self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 3])
+@pytest.mark.parametrize("first", [0, 1])
+def test_batches_that_take_other_branches(frozen: int, first: int) -> None:
+    """Those of the branch that the first batch takes are cached, the others run as they are."""
+    torch.manual_seed(0)
+    model = Domains().double()
+    fl.freeze(model, f"norms/{frozen}" if frozen < 3 else "head")
+    twin = copy.deepcopy(model)
+    batches = [
+        (X[7 * i : 7 * i + 7], torch.full((7,), (i + first) % 2), Y[7 * i : 7 * i + 7])
+        for i in range(3)
+    ]
+
+    def step(model: Any, batch: Any) -> Any:
+        return functional.cross_entropy(model(batch[0], batch[1]), batch[2])
+
+    model.train(), twin.train()
+    cached = fl.cached(model, batches)
+    require_same(trained(model, cached, step), trained(twin, batches, step))
+    assert cached.answered > 0
