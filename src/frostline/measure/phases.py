@@ -659,10 +659,15 @@ def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
 
 def _tuples(data: Any, batch_size: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches(data, batch_size=batch_size):
-        if batch.sample_weight is None:
-            yield batch.x, batch.y
-        else:
-            yield batch.x, batch.y, batch.sample_weight
+        parts = (batch.x, batch.y, batch.sample_weight)
+        yield tuple(_without_lists(part) for part in parts[: 2 + (parts[2] is not None)])
+
+
+def _without_lists(value: Any) -> Any:
+    """The structure with tuples for lists, which tf.data refuses in what a generator yields."""
+    if isinstance(value, Mapping):
+        return {key: _without_lists(item) for key, item in value.items()}
+    return tuple(map(_without_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _known_outputs(

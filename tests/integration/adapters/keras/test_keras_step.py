@@ -314,3 +314,16 @@ def test_labels_without_an_output_are_our_error(y: Any) -> None:
             verb(model, (x, labels))
     with pytest.raises(DataError, match="do not fit the model"):
         fl.recalibrate(model, np.zeros((8, 5), "float32"))
+
+
+def test_several_inputs_in_a_list_have_the_loss_of_evaluate() -> None:
+    one, other = keras.Input((6,)), keras.Input((6,))
+    norm = L.BatchNormalization()
+    outputs = L.Dense(3, activation="softmax")(L.subtract([norm(one), norm(other)]))
+    model = keras.Model([one, other], outputs)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    found = fl.phases(model, ([X, 3 * X], Y))
+    own = model.evaluate([X, 3 * X], Y, verbose=0)
+    losses = {row.phase: row.loss for row in found.rows}
+    assert losses["dynamic"] == pytest.approx(own, rel=1e-5)
+    assert losses["0"] == pytest.approx(own, rel=1e-5)
