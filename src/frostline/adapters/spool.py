@@ -1,19 +1,25 @@
-"""Activations that wait: in memory up to a limit, beyond it in a temporary folder.
+"""What waits to be read again: in memory up to a limit, beyond it in a temporary folder.
 
 Raw bytes and nothing pickled. The folder is gone when the workspace closes, on any exit.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from frostline.data.arrays import is_sequence, map_leaves
+from frostline.data.batch import Batch
 from frostline.types import Array, OutputError
+
+#: Bytes of batches that are held in memory where the data can be read only once.
+WINDOW = 64 << 20
 
 
 class Workspace:
@@ -124,6 +130,105 @@ class Spool:
             entry.file.unlink()
         else:
             self.workspace.used -= _bytes(entry)
+
+
+class KeptBatches:
+    """Batches of data that can be read only once, to be read again.
+
+    Their arrays, and tensors that numpy can view, go where the workspace has room for them. What
+    is neither (a graph, a class of the user's own) stays in memory.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._spool = workspace.spool()
+        self._read: list[Callable[[], Batch]] = []
+
+    def keep(self, batch: Batch) -> Callable[[], Batch]:
+        """Keep a batch; returns what reads it again."""
+        parts = (batch.x, batch.y, batch.sample_weight, batch.whole)
+        self._read.append(self._kept(batch, parts) if all(map(_plain, parts)) else lambda: batch)
+        return self._read[-1]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (read() for read in self._read)
+
+    def _kept(self, batch: Batch, parts: tuple[Any, ...]) -> Callable[[], Batch]:
+        arrays: list[Array] = []
+        places: dict[int, _Place] = {}
+
+        def taken(leaf: Any) -> Any:
+            array = _viewed(leaf)
+            if array is None:
+                return leaf
+            if id(leaf) not in places:
+                places[id(leaf)] = _Place(len(arrays), leaf is not array)
+                arrays.append(array)
+            return places[id(leaf)]
+
+        shells = [map_leaves(taken, part) for part in parts]
+        self._spool.append(len(self._read), tuple(arrays))
+        entry = self._spool.entries[-1][1]
+        rest = replace(batch, x=None, y=None, sample_weight=None, whole=None)
+
+        def read() -> Batch:
+            held = entry.read() if isinstance(entry, _OnDisk) else entry
+            made = [_again(array) for array in held]
+
+            def given(leaf: Any) -> Any:
+                if not isinstance(leaf, _Place):
+                    return leaf
+                return made[leaf.index]() if leaf.tensor else held[leaf.index]
+
+            x, y, weight, whole = (map_leaves(given, shell) for shell in shells)
+            return replace(rest, x=x, y=y, sample_weight=weight, whole=whole)
+
+        return read
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for an array that is kept, or for a tensor that numpy views."""
+
+    index: int
+    tensor: bool
+
+
+def _again(array: Array) -> Callable[[], Any]:
+    """Makes a tensor of an array, once however often it is asked for."""
+    made: list[Any] = []
+
+    def tensor() -> Any:
+        if not made:
+            made.append(sys.modules["torch"].from_numpy(array))
+        return made[0]
+
+    return tensor
+
+
+def _plain(value: Any) -> bool:
+    """Whether it consists of plain containers, so that it can be made anew."""
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(map(_plain, value.values()))
+    if is_sequence(value):
+        known = type(value) in (list, tuple) or hasattr(value, "_fields")
+        return known and all(map(_plain, value))
+    return True
+
+
+def _viewed(leaf: Any) -> Array | None:
+    """The leaf as an array that shares its memory; ``None``: it is none, or cannot be stored."""
+    kind = type(leaf)
+    if kind.__module__ == "torch" and kind.__name__ == "Tensor":
+        plain = leaf.device.type == "cpu" and leaf.layout is sys.modules["torch"].strided
+        if not plain or leaf.requires_grad or leaf.is_conj() or leaf.is_neg():
+            return None
+        try:
+            leaf = leaf.numpy()
+        except (TypeError, RuntimeError):  # dtypes that numpy lacks
+            return None
+    elif kind is not np.ndarray:
+        return None
+    return leaf if leaf.size and not leaf.dtype.hasobject else None
 
 
 def _bytes(arrays: Sequence[Any]) -> int:

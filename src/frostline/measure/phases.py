@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
+from frostline.adapters.spool import WINDOW, KeptBatches, Workspace
 from frostline.adapters.together import ALONE, Together
 from frostline.data.arrays import leaves, to_numpy
 from frostline.data.batch import Batch, NoSamplesError, all_inputs, failure, left_out
@@ -133,9 +134,24 @@ def phase_table(
     With several ``ranks`` the caller has entered ``ranks.collective``.
     """
     require_one(loss, step)
-    if not is_reiterable(data):
-        read = _read(adapter, data, batch_size, may_be_empty=ranks.size > 1)
-        data = list(read)  # two passes over a one-shot iterator
+    with Workspace(WINDOW) as workspace:
+        if not is_reiterable(data):  # two passes
+            kept = KeptBatches(workspace)
+            for batch in _read(adapter, data, batch_size, may_be_empty=ranks.size > 1):
+                kept.keep(batch)
+            data = kept
+        return _phase_table(adapter, data, metrics, loss, step, batch_size, ranks)
+
+
+def _phase_table(
+    adapter: Adapter,
+    data: Any,
+    metrics: Metrics | None,
+    loss: Any,
+    step: Any,
+    batch_size: int,
+    ranks: Together,
+) -> PhaseTable:
     passes = {"0": _Pass(), "1": _Pass()}
     labels: list[Any] = []
     remarks: list[str] = []

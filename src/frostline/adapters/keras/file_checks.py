@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import keras
 
-from frostline.data.reading import array_bytes, require_memory, require_sound_zip
+from frostline.data.reading import require_memory, require_sound_zip
 from frostline.types import ModelError
 
 #: Classes that run code of the file, or read other files, when they are built.
@@ -219,9 +220,10 @@ def _stored_bytes(dataset: Any, shown: str) -> int:
     space = dataset.get_space()
     if space.get_simple_extent_type() == h5py.h5s.NULL:
         return 0
-    declared = array_bytes(space.shape, dataset.dtype)
-    there = dataset.get_storage_size()
-    filters = {stored.get_filter(place)[0] for place in range(stored.get_nfilters())}
-    if declared > there * (_DEFLATE_LIMIT if filters & _COMPRESSING else 1):
-        raise ModelError(f"{shown} declares {declared} bytes and holds {there}")
+    declared = int(math.prod(space.shape) * dataset.get_type().get_size())
+    there = int(dataset.get_storage_size())
+    if declared > there:
+        filters = {stored.get_filter(place)[0] for place in range(stored.get_nfilters())}
+        if declared > there * (_DEFLATE_LIMIT if filters & _COMPRESSING else 1):
+            raise ModelError(f"{shown} declares {declared} bytes and holds {there}")
     return declared

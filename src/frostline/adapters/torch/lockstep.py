@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.protocol import Population, Source
+from frostline.adapters.spool import WINDOW, KeptBatches, Workspace
 from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
@@ -70,7 +71,7 @@ class _Pass:
 
     Attributes:
         number: The batch's number.
-        batch: The batch, where it could not be read again.
+        kept: Reads its batch again, where the data cannot be.
         site: Where it waits; ``None``: it has come to its end.
         moments: What it saw there.
         uses: Site -> how often this run has used it, in order of first use.
@@ -81,8 +82,10 @@ class _Pass:
         seen: What it saw at each use of each site.
     """
 
-    def __init__(self, number: int, batch: Batch | None, *, alone: bool = False) -> None:
-        self.number, self.batch, self._alone = number, batch, alone
+    def __init__(
+        self, number: int, kept: Callable[[], Batch] | None, *, alone: bool = False
+    ) -> None:
+        self.number, self.kept, self._alone = number, kept, alone
         self.seen: dict[tuple[str, int], Moments] = {}
         self.site: str | None = None
         self.moments: Moments | None = None
@@ -162,9 +165,7 @@ class _Pass:
         alive = [tensor for reference in self._made if (tensor := reference()) is not None]
         self._made = [weakref.ref(tensor) for tensor in alive]
         sizes = dict(_storage(tensor) for tensor in alive) if self.running else {}
-        held = [] if self.batch is None else [leaf for _, leaf in leaves(self.batch.x)]
         self.size = sum(size for pointer, size in sizes.items() if pointer not in known)
-        self.size += sum(getattr(leaf, "nbytes", 0) for leaf in held)
 
 
 def _storage(tensor: Any) -> tuple[int, int]:
@@ -309,10 +310,11 @@ class _Round:
             self._require_again()
         except DataError:
             once = True
-        with answerable(self.sites, self._answer):
+        with Workspace(WINDOW) as workspace, answerable(self.sites, self._answer):
+            kept = KeptBatches(workspace)
             try:
                 for number, batch in self._read():
-                    own = _Pass(number, batch if once else None, alone=self.apart)
+                    own = _Pass(number, kept.keep(batch) if once else None, alone=self.apart)
                     if not self.passes:
                         self.first = batch
                     self.passes.append(own)
@@ -392,8 +394,6 @@ class _Round:
             newest.end()
             newest.weigh(self._known)
             total += newest.size
-        if total > self.limit and latest.batch is not None:
-            self._require_again()
 
     def _close(self, site: str) -> None:
         """Merge what all that wait at a site saw there, and let them go on."""
@@ -418,9 +418,10 @@ class _Round:
 
     def _again(self, lost: Mapping[int, _Pass]) -> Iterator[tuple[int, Batch]]:
         """The batches of passes that were given up."""
-        kept = [(number, own.batch) for number, own in lost.items() if own.batch is not None]
+        kept = [(number, own.kept) for number, own in lost.items() if own.kept is not None]
         if kept or not lost:
-            yield from kept
+            for number, read in kept:
+                yield number, read()
             return
         for number, batch in self._read():
             if number in lost:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import tempfile
 import threading
+from collections import UserDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 import frostline as fl
+from frostline.adapters import spool
 from frostline.adapters.torch.adapter import TorchView
 from frostline.measure.recalibration import recalibrated
 from frostline.types import DataError, ModelError
@@ -352,16 +356,51 @@ def stream(stop: int = 4) -> Iterator[Any]:
         yield (X[6 * index : 6 * index + 6],)
 
 
-def test_a_generator_is_read_once_and_refused_where_it_does_not_fit() -> None:
+@pytest.mark.parametrize("window", [0, 200, 1 << 20])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_generator_is_read_once_and_waits_on_disk_where_it_does_not_fit(
+    window: int, tensors: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("frostline.adapters.torch.lockstep.WINDOW", window)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model, whole = Deep(3), Deep(3)
-    fl.recalibrate(model, stream())
+    written = []
+    write = spool._OnDisk.write.__func__
+    monkeypatch.setattr(
+        spool._OnDisk, "write", classmethod(lambda *given: written.append(1) or write(*given))
+    )
+    paths = ["norms/0", "norms/1", "norms/2"]
+    data = ((torch.from_numpy(np.asarray(x)) if tensors else x,) for (x,) in stream())
+    recalibrated(TorchView(model).meter(paths), paths, data, memory_limit=1000)
     fl.recalibrate(whole, X, batch_size=6)
     assert_same(model, whole, rtol=1e-6)
-    paths = ["norms/0", "norms/1", "norms/2"]
-    before = statistics(model)
-    with pytest.raises(DataError, match="reads the data more than once"):
-        recalibrated(TorchView(model).meter(paths), paths, stream(), memory_limit=1000)
-    assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
+    assert bool(written) == (window < 1000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["arrays", "tensors", "graphs"])
+def test_phases_of_a_generator_are_those_of_a_list(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("frostline.measure.phases.WINDOW", 300)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, rng = Deep(2), np.random.default_rng(0)
+    seen: list[Any] = []
+
+    def step(net: Any, batch: Any) -> Any:
+        seen.append(batch)
+        return net(batch["x"] if kind == "graphs" else batch[0]).square().mean()
+
+    pairs: list[Any] = [(np.asarray(x), rng.integers(0, 3, len(x))) for (x,) in stream()]
+    if kind == "tensors":
+        pairs = [tuple(map(torch.from_numpy, pair)) for pair in pairs]
+    if kind == "graphs":  # a mapping of a class of its own is handed on as it is
+        pairs = [UserDict(x=torch.from_numpy(x)) for x, _ in pairs]
+    listed, given = fl.phases(model, pairs, step=step), len(seen)
+    streamed = fl.phases(model, iter(pairs), step=step)
+    assert [row.loss for row in streamed.rows] == [row.loss for row in listed.rows]
+    assert [type(batch) for batch in seen[:given]] == [type(batch) for batch in seen[given:]]
+    assert not list(tmp_path.iterdir())
 
 
 class Fails(Deep):
