@@ -488,6 +488,8 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
             words += [name, of([CACHE], [NASTY, "images", "good.npz", "/dev/null"])]
         elif name not in LEFT_OUT:
             options.append(each)
+    if command == "demo":  # into a file: what works takes minutes, as the help says
+        words += ["-o", "net.keras"]
     if command.startswith("experiment"):
         words += ["--weights", "none", "-o", "out"]
         words += ["--classes", rng.choice(["0,no_such", NASTY])]
