@@ -332,10 +332,17 @@ def assert_frozen(
     if wrong:
         shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        advice = "frostline.freeze(model, until) locks them"
+        if all(_BY_HAND in what for what in wrong.values()):
+            advice = (
+                "No flag reaches code of their own: call them in inference mode, or use BN layers"
+            )
         raise NotFrozenError(
-            f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). "
-            "frostline.freeze(model, until) locks them"
+            f"{len(wrong)} of {len(checked)} BN layers are not frozen ({shown}{more}). {advice}"
         )
+
+
+_BY_HAND = ", whatever its flags say"
 
 
 def _not_frozen(
@@ -364,7 +371,8 @@ def _not_frozen(
                 checked.add(path)
                 if did.moves or (did.training or 0.0) > 0:
                     moves = "its statistics move in training"
-                    moves += ", whatever its flags say" if path in unknown else ""
+                    # A module is frozen by its mode as well; a layer of Keras has none.
+                    moves += _BY_HAND if path in unknown and facts.mode is None else ""
                     wrong[path] = moves if did.moves else "training uses the batch's"
     elif statistics:
         for path, kind in unknown.items():

@@ -258,7 +258,8 @@ _KNOWN: weakref.WeakKeyDictionary[Any, ByHand | None] = weakref.WeakKeyDictionar
 
 def by_hand(module: Any) -> ByHand | None:
     """How a module normalises by hand; ``None``: it is no BN, or does more than can be seen."""
-    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+    kind: Any = type(module)
+    if isinstance(module, (_BatchNorm, _InstanceNorm)) and not replaces_norm(kind):
         return None
     if module in _KNOWN:
         return _KNOWN[module]
