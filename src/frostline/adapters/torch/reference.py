@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from frostline.adapters.torch.forward_pass import arrays, run
-from frostline.adapters.torch.graph import site_places, unwrapped
+from frostline.adapters.torch.graph import site_places, sites, unwrapped
 from frostline.adapters.torch.keeping import is_statistic, names
 from frostline.data.arrays import leaves
 from frostline.numerics.compare import relative_difference
@@ -46,7 +46,7 @@ def difference(model: Any, reference: Any, x: Any) -> Difference:
     return Difference(
         params=_params(ours, theirs, shared),
         statistics=_statistics(places, ours, theirs, shared),
-        epsilons=_epsilons(places, module),
+        epsilons=_epsilons(model, module),
         outputs=None if module is None else _outputs(model, module, x),
     )
 
@@ -112,16 +112,12 @@ def _statistics(places: Any, ours: Any, theirs: Any, shared: list[str]) -> dict[
     return found
 
 
-def _epsilons(places: Any, module: Any) -> dict[str, tuple[float, float]]:
+def _epsilons(model: Any, module: Any) -> dict[str, tuple[float, float]]:
     if module is None:
         return {}
-    theirs = {
-        place.path: float(getattr(place.module, "eps", 1e-5)) for place in site_places(module)
-    }
+    theirs = {site.path: site.epsilon for site in sites(module)}
     pairs = {
-        place.path: (float(getattr(place.module, "eps", 1e-5)), theirs[place.path])
-        for place in places
-        if place.path in theirs
+        site.path: (site.epsilon, theirs[site.path]) for site in sites(model) if site.path in theirs
     }
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 

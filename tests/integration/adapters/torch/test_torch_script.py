@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from frostline.adapters import adapter_of
 from frostline.adapters.torch import script
 from frostline.adapters.torch.graph import unwrapped
 
@@ -247,6 +248,7 @@ def test_sites_of_a_graph_are_what_its_calls_say(training: bool) -> None:
     graph: Any = torch.export.export(model.train(training), (x,)).module()
     (site,) = fl.sites(graph)
     assert (site.epsilon, site.decay, site.stats_frozen) == (1e-3, 0.97, not training)
+    assert not adapter_of(graph).difference(model, x.numpy()).epsilons
     if training:
         with pytest.raises(ModelError, match="exported in training mode"):
             fl.freeze(graph)
