@@ -447,7 +447,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
         )
 
 
-@cause(CauseCode.RANK_DIVERGENCE, rank=220, treated_by=(Fix.RECALIBRATE,))
+@cause(CauseCode.RANK_DIVERGENCE, rank=220, treated_by=(Fix.MERGE_STATISTICS, Fix.RECALIBRATE))
 def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
     """Equal weights, different statistics: a replica, or a pass in training mode since.
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from frostline.numerics.averages import suggest_momentum
+from frostline.numerics.mixture import mixture, shares
 from frostline.remedies.candidate import Candidate, Workplace
 from frostline.remedies.registry import remedy
 from frostline.types import Array
@@ -65,8 +66,6 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             note = "frozen sites drift away again in training unless they are locked as well"
         elif group != "unfrozen" and any(frozen):
             note = "layers behind frozen sites were fitted to the old statistics: check other data"
-        elif CauseCode.RANK_DIVERGENCE in treats:
-            note = "fl.merge_statistics(replicas) merges what the replicas hold, without data"
         yield Candidate(
             name=f"{_RECALIBRATE}{group}",
             fix=Fix.RECALIBRATE,
@@ -171,6 +170,48 @@ def match_epsilon(place: Workplace) -> Iterator[Candidate]:
         python=place.words.epsilon_line.format(
             name=path.rpartition("/")[2], dotted=path.replace("/", "."), epsilon=epsilon
         ),
+    )
+
+
+@remedy(Fix.MERGE_STATISTICS, rank=35)
+def merged_replicas(place: Workplace) -> Iterator[Candidate]:
+    """The statistics of both replicas together, what lies between them included.
+
+    ## When to use it
+    Replicas have the same weights and other statistics, each of its own share of the data, and
+    the data are not at hand.
+
+    ## When not to use it
+    When their weights differ: merged statistics are those of no network then. When data are at
+    hand: `fl.recalibrate` is exact also where each replica's average lags.
+
+    ## Example
+    ```python
+    other = {name: value + 0.1 for name, value in fl.merge_statistics([model]).items()}
+    merged = fl.merge_statistics([fl.merge_statistics([model]), other])
+    print(merged.load_into(model))
+    ```
+    """
+    known = place.measurement.difference
+    if known is None or CauseCode.RANK_DIVERGENCE not in place.codes:
+        return
+    statistics = {}
+    for path in place.blamed(CauseCode.RANK_DIVERGENCE):
+        own = place.sites[path]
+        if path in known.stored and own.mean is not None and own.variance is not None:
+            means, variances = zip((own.mean, own.variance), known.stored[path], strict=True)
+            statistics[path] = mixture(means, variances, shares(None, 2))
+    if not statistics:
+        return
+    yield Candidate(
+        name="merge statistics",
+        fix=Fix.MERGE_STATISTICS,
+        treats=(CauseCode.RANK_DIVERGENCE,),
+        text=f"store the merged statistics of both replicas at {len(statistics)} sites",
+        after=place.bench.probe("merged", statistics=statistics),
+        python="fl.merge_statistics([model, reference]).load_into(model)",
+        shell="frostline merge-statistics MODEL REFERENCE --output MERGED",
+        note="needs no data; of more than two replicas merge all, with weights= for their samples",
     )
 
 

@@ -110,6 +110,7 @@ class Fix(StrEnum):
     RECALIBRATE = "recalibrate"
     SET_MOMENTUM = "set-momentum"
     SET_EPSILON = "set epsilon"
+    MERGE_STATISTICS = "merge statistics"
     LARGER_BATCH = "larger batch"
     INFERENCE_MODE = "inference mode"
     RENAME = "rename"

@@ -233,6 +233,7 @@ class Difference:
         outputs: Largest difference of inference outputs relative to the largest output, on the
             samples; ``None`` when only a weights file was given.
         settings: Path -> what else differs in the layer's configuration, in words.
+        stored: Path of a site -> mean and variance that the reference stores.
     """
 
     params: Mapping[str, float] = field(default_factory=dict)
@@ -240,6 +241,7 @@ class Difference:
     epsilons: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     outputs: float | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

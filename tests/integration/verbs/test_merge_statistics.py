@@ -52,6 +52,34 @@ def test_what_cannot_be_merged_is_named(states: Any, message: str) -> None:
         fl.merge_statistics(states)
 
 
+def test_a_diagnosis_offers_the_merge_and_knows_its_effect() -> None:
+    import keras
+
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(128, 4)).astype("float32")
+    x[64:] = 2 * x[64:] + 3  # what the other replica saw
+    layers = [keras.layers.Dense(8), keras.layers.BatchNormalization(name="bn")]
+    layers += [keras.layers.ReLU(), keras.layers.Dense(3, activation="softmax")]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.layers[-1].set_weights([10 * each for each in model.layers[-1].get_weights()])
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    fl.recalibrate(model, x)
+    y = np.argmax(model.predict(x, verbose=0), axis=-1)  # right with the statistics of all data
+    fl.recalibrate(model, x[:64])
+    fl.recalibrate(other, x[64:])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    report = fl.diagnose(model, (x, y), reference=other, verbose=0)
+    assert "RANK_DIVERGENCE" in [cause.code for cause in report.causes], report
+    found = next(each for each in report.remedies if each.fix == "merge statistics")
+    assert found.python == "fl.merge_statistics([model, reference]).load_into(model)"
+    assert found.recommended, report
+    change = fl.merge_statistics([model, other]).load_into(model)
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(found.after["loss"], rel=1e-4)
+    change.undo()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(found.before["loss"], rel=1e-4)
+
+
 def test_keras_models_and_their_files(tmp_path: Path, capsys: Any) -> None:
     import keras
 

@@ -181,6 +181,11 @@ def _compared(
         epsilons=epsilons,
         outputs=outputs,
         settings=changed,
+        stored={
+            path: theirs.statistics
+            for path, (_, theirs) in pairs.items()
+            if theirs.statistics is not None
+        },
     )
 
 

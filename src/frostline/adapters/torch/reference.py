@@ -13,7 +13,7 @@ from torch import nn
 
 from frostline.adapters.torch.forward_pass import arrays, run
 from frostline.adapters.torch.graph import site_places, sites, unwrapped
-from frostline.adapters.torch.keeping import is_statistic, names
+from frostline.adapters.torch.keeping import is_statistic, mean_of, names, variance_of
 from frostline.data.arrays import leaves
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError, as_float64
@@ -43,9 +43,11 @@ def difference(model: Any, reference: Any, x: Any) -> Difference:
             f"Received: {type(reference).__name__} with {', '.join(list(theirs)[:3]) or 'nothing'}"
         )
     places = site_places(model)
+    stored = _stored(places, theirs, shared)
     return Difference(
         params=_params(ours, theirs, shared),
-        statistics=_statistics(places, ours, theirs, shared),
+        statistics=_statistics(places, stored),
+        stored=stored,
         epsilons=_epsilons(model, module),
         outputs=None if module is None else _outputs(model, module, x),
     )
@@ -98,16 +100,29 @@ def _params(ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
     return {path: float(np.sqrt(moved / (size or 1.0))) for path, (moved, size) in sums.items()}
 
 
-def _statistics(places: Any, ours: Any, theirs: Any, shared: list[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _stored(places: Any, theirs: Any, shared: list[str]) -> dict[str, tuple[Array, Array]]:
+    """Path of a site -> the mean and variance that the reference stores there."""
+    found: dict[str, tuple[Array, Array]] = {}
     for place in places:
         owner, kinds = place.path.replace("/", "."), names(place.module)
         mean, variance = (f"{owner}.{kind}" for kind in kinds or ("", ""))
-        if mean not in shared or variance not in shared:
+        if mean in shared and variance in shared:
+            found[place.path] = (
+                _numbers(theirs[mean]).reshape(-1),
+                _numbers(theirs[variance]).reshape(-1),
+            )
+    return found
+
+
+def _statistics(places: Any, stored: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for place in places:
+        if place.path not in stored:
             continue
-        scale = _numbers(theirs[variance]) + float(getattr(place.module, "eps", 1e-5))
-        shift = np.abs(_numbers(ours[mean]) - _numbers(theirs[mean])) / np.sqrt(scale)
-        wide = np.abs(_numbers(ours[variance]) - _numbers(theirs[variance])) / scale
+        mean, variance = stored[place.path]
+        own, spread = (_numbers(f(place.module)) for f in (mean_of, variance_of))
+        scale = variance + float(getattr(place.module, "eps", 1e-5))
+        shift, wide = np.abs(own - mean) / np.sqrt(scale), np.abs(spread - variance) / scale
         found[place.path] = float(max(shift.max(), wide.max()))
     return found
 
