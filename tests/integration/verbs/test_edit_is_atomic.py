@@ -201,12 +201,17 @@ def test_ctrl_c_anywhere_in_a_verb_takes_all_of_it_back() -> None:
     verb(module())  # imports happen now
     entries = struck(lambda: verb(module()), -1)
     assert entries > 20
+    interrupted = 0
     for at in range(0, entries, 1 + entries // 40):
         model = module()
         before = state(model)
-        with pytest.raises(KeyboardInterrupt):
-            struck(lambda: verb(model), at)  # noqa: B023 - it runs at once
-        assert state(model) == before, at
+        try:
+            # What Python frees meanwhile may have been among the entries that were counted.
+            assert struck(lambda: verb(model), at) <= at  # noqa: B023 - it runs at once
+        except KeyboardInterrupt:
+            interrupted += 1
+            assert state(model) == before, at
+    assert interrupted > 15
 
 
 @pytest.mark.once

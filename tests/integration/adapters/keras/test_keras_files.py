@@ -153,11 +153,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "m.keras"
     path.write_bytes(b"precious")
 
-    def fails(self: Any, target: Any) -> None:
-        Path(target).write_bytes(b"half")
+    def fails(_model: Any, target: Any) -> None:
+        target.write(b"half")
         raise failure
 
-    monkeypatch.setattr(keras.Sequential, "save", fails)
+    monkeypatch.setattr("frostline.adapters.keras.files.saving_lib.save_model", fails)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         save_model(converted(), path, overwrite=True)
