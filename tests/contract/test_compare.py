@@ -256,6 +256,7 @@ def test_what_cannot_win_any_more_is_given_up_and_said_so(
 
 WRONG: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
     "epochs": (lambda m, t: compared(m, t, epochs=0), DataError, "epochs=0"),
+    "seeds": (lambda m, t: compared(m, t, seeds=10**11), DataError, "at most 1000"),
     "name": (lambda m, t: compared(m, t, treatments=["thaw"]), ModelError, "momentum-by-steps"),
     "generator": (
         lambda m, t: fl.compare(m, iter([(X, Y)]), validation=(XV, YV), **t.ways()),

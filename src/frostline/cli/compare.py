@@ -62,7 +62,8 @@ def compare(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 3,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Trainings per treatment; else 3 from a cache, or 1.")
+        int | None,
+        typer.Option(min=1, max=1000, help="Trainings per treatment; else 3 from a cache, or 1."),
     ] = None,
     metric: Annotated[Metric | None, typer.Option(help="What decides.")] = None,
     loss: LossOption = None,

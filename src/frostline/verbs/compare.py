@@ -29,6 +29,8 @@ from frostline.verbs.whole import whole
 
 #: Seeds where the frozen part is cached, so that a training is cheap; else one.
 CHEAP_SEEDS = 3
+#: Trainings per treatment: far more than any interval needs.
+MOST_SEEDS = 1000
 #: Confidence level of all statements of a comparison together.
 _LEVEL = 0.95
 #: Metrics of which less is better.
@@ -88,7 +90,8 @@ def compare(
             fractions as for :func:`frostline.freeze`.
         epochs: Passes over the training data.
         batch_size: Samples per step, for data given as arrays.
-        seeds: Trainings per treatment; ``None``: three where the frozen part is cached, else one.
+        seeds: Trainings per treatment, at most 1000; ``None``: three where the frozen part is
+            cached, else one.
         seed: The first seed.
         metric: ``"accuracy"``, ``"loss"``, or what ``step`` calls a metric; ``None``: accuracy
             where there are classes, else the loss.
@@ -118,6 +121,8 @@ def compare(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("seeds", seeds or 1)):
         if value < 1:
             raise DataError(f"{name} must be at least 1. Received: {name}={value}")
+    if seeds is not None and seeds > MOST_SEEDS:
+        raise DataError(f"seeds must be at most {MOST_SEEDS}. Received: seeds={seeds}")
     for given in (data, validation):
         require_reiterable(given, "compare")
     adapter = adapter_of(model)

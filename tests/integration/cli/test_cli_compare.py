@@ -70,6 +70,7 @@ def test_what_cannot_be_is_said(files: Path, capsys: pytest.CaptureFixture[str])
         (["--optimizer", "SGD"], "leave --loss and --optimizer out"),
         (["-o", "found.pdf"], "found.pdf"),
         (["--treatments", "melt"], "momentum-by-steps"),
+        (["--seeds", "99999999999"], "less than or equal to 1000"),  # it listed them all, in 12 GB
     ):
         assert main([*COMMAND, *extra]) == 2
         assert text in capsys.readouterr().err
