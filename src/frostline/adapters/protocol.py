@@ -371,7 +371,7 @@ class Inspect(Protocol):
     def inputs(self, *, labels: bool = False) -> int:
         """How many arguments a call of the model needs: first items of a batch that are inputs.
 
-        With ``labels`` arguments that are named as labels are count as well.
+        With ``labels`` arguments that are named as labels count as well.
         """
 
     def noise_layers(self) -> Mapping[str, str]:

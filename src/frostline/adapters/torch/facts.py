@@ -25,16 +25,23 @@ from frostline.adapters.torch.vocabulary import TORCH
 from frostline.types import Array
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 
+#: Cosine from which on the weights of two parts point the same way.
+_SAME_DIRECTION = 0.5
+#: Values of a weight that are compared.
+_VALUES = 4096
+
 
 def facts(model: Any) -> ModelFacts:
     """Collect what rules without data may look at; arrays are float64 copies."""
     root = unwrapped(model)
     all_places = walk(model)
     places = {place.path: place for place in all_places if is_site(place.module)}
-    twins = _twins(root)
+    known = sites(model)
+    # Of frozen sites that move, which one may be a teacher's.
+    twins = _twins(root) if any(s.params_frozen and not s.stats_frozen for s in known) else {}
     thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
     found, fixed = [], fixed_in_graphs(root)
-    for site in sites(model):
+    for site in known:
         module = places[site.path].module
         own = own_parameters(module)
         live = is_locked(module) or is_frozen_kind(module) or module in fixed
@@ -90,8 +97,7 @@ def _twins(root: Any) -> dict[int, str]:
     """
     trained: dict[Any, list[str]] = {}
     frozen: dict[str, Any] = {}
-    if len({parameter.requires_grad for parameter in root.parameters()}) < 2:
-        return {}
+    outer = ""
     for name, module in root.named_modules():
         named = list(module.named_parameters())
         if not named or not any(True for _ in module.children()):
@@ -99,29 +105,35 @@ def _twins(root: Any) -> dict[int, str]:
         structure = type(module), tuple((own, tuple(value.shape)) for own, value in named)
         if any(value.requires_grad for _, value in named):
             trained.setdefault(structure, []).append(name)
-        elif not any(name.startswith(f"{outer}.") for outer in frozen):
-            frozen[name] = module, structure
+        elif not outer or not name.startswith(f"{outer}."):  # what is inside comes right behind
+            frozen[name], outer = (module, structure), name
+    directions = {
+        name: _direction(root.get_submodule(name))
+        for _, structure in frozen.values()
+        for name in trained.get(structure, ())
+    }
     return {
         id(inner): f"{twin}.{path}".lstrip(".").replace(".", "/")
         for module, structure in frozen.values()
-        for twin in trained.get(structure, ())
-        if _same_direction(module, root.get_submodule(twin))
+        if structure in trained and (own := _direction(module)) is not None
+        for twin in trained[structure]
+        if (other := directions[twin]) is not None and float(own @ other) >= _SAME_DIRECTION
         for path, inner in module.named_modules()
         if path
     }
 
 
-def _same_direction(one: Any, other: Any) -> bool:
-    """Whether the weights of two modules of one structure have a cosine of at least one half."""
-    pairs = [
-        [value.detach().flatten().double() for value in pair]
-        for pair in zip(one.parameters(), other.parameters(), strict=True)
-        if pair[0].ndim > 1
-    ]
-    if not pairs or not all(_built(value) for pair in pairs for value in pair):
-        return False
-    a, b = (torch.cat(column) for column in zip(*pairs, strict=True))
-    return bool(torch.dot(a, b) >= 0.5 * a.norm() * b.norm() > 0)
+def _direction(module: Any) -> Any:
+    """Unit vector of some of a module's weights, float64; ``None``: it has none with a direction.
+
+    The first values of each weight are enough to tell a copy from another block.
+    """
+    weights = [value for value in module.parameters() if value.ndim > 1]
+    if not weights or not all(map(_built, weights)):
+        return None
+    values = torch.cat([w.detach().flatten()[:_VALUES].double() for w in weights])
+    length = values.norm()
+    return values / length if length > 0 else None
 
 
 def _steps(places: Any) -> int | None:
