@@ -103,7 +103,8 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     branches = any(seen.training is None and seen.moves is False for seen in unseen)
     unknown = any(seen.moves is not False for seen in unseen)
     # One bad batch size leaves the neighbours alone; a branch that the batch picks is meant.
-    by_design = neighbours > tolerance or branches
+    padded = any(point.padded for point in wrong)
+    by_design = neighbours > tolerance or branches or padded
     sure = bool(wrong) and not unknown and not by_design
     if unknown:
         text += ", and whether a BN layer uses the batch could not be seen at every site"
@@ -112,6 +113,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     if by_design:
         text += ": the model mixes the samples of a batch by design, as padding to the longest of "
         text += "them does where layers do not mask it"
+        text += " (they are padded to other lengths here)" if padded else ""
         text += " or a branch that the batch picks" if branches else ""
         text += ", or an operation is wrong"
     yield Claim(
@@ -123,6 +125,8 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
         evidence={"largest_change": change},
         settle=None
         if sure
+        else "the same samples without padding, and a mask behind each layer that shifts zeros"
+        if padded
         else "whether the model is meant to mix samples; if not, another backend or device",
     )
 

@@ -132,9 +132,17 @@ def recalibrate_adapter(
             f"'{foreign[0]}' is a torch module inside a TorchModuleWrapper, which cannot be "
             f"recalibrated. Received: sites={sites!r}"
         )
-    bare = [] if named else [path for path in own if path in _without_statistics(adapter)]
-    own = [path for path in own if path not in bare] or own
-    meter = adapter.meter(own, ranks) if step is None else adapter.meter(own, ranks, step)
+    bare: list[str] = []
+    asked = (ranks,) if step is None else (ranks, step)
+    try:
+        meter = adapter.meter(own, *asked)
+    except ModelError:
+        without = set() if named else _without_statistics(adapter)
+        bare = [path for path in own if path in without]
+        if not bare or len(bare) == len(own):
+            raise
+        own = [path for path in own if path not in without]
+        meter = adapter.meter(own, *asked)
     undo = meter.snapshot()
     done = recalibrated(
         meter,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from frostline.adapters import Outcome
+from frostline.data.arrays import has_shape, leaves
 from frostline.data.batch import Batch
 from frostline.measure.bench import Bench
 from frostline.measure.samples import rebatched
@@ -89,9 +91,11 @@ def _point(
 ) -> SweepPoint:
     n = count // size * size
     batches = list(rebatched(bench.samples, size, np.arange(count)))
+    padded = False
     if size == bench.batch_size:
         inference, change = bench.nominal(training=False), 0.0
     else:
+        padded = len({_shapes(batch) for batch in (*bench.samples.batches, *batches)}) > 1
         inference, found, _ = bench.passes("sweep", at_inference, batches, keep=n)
         change = relative_change(found, outputs)
     batch = inference
@@ -105,7 +109,20 @@ def _point(
         batch_accuracy=None if batch.hits is None else float(batch.hits[:n].mean()),
         inference_loss=float(inference.losses[:units].mean()),
         inference_change=change,
+        padded=padded,
     )
+
+
+def _shapes(batch: Batch) -> frozenset[tuple[int, ...]]:
+    """What shapes the samples of a batch have; a list of pictures holds the samples themselves."""
+    shapes = [tuple(leaf.shape) for _, leaf in leaves(batch.x) if _known(leaf)]
+    if isinstance(batch.x, list):
+        return frozenset(shapes)
+    return frozenset(shape[1:] for shape in shapes if shape and shape[0] == batch.count)
+
+
+def _known(leaf: Any) -> bool:
+    return has_shape(leaf) and not getattr(leaf, "is_nested", False)
 
 
 def neighbours(bench: Bench, outputs: Outputs, *, seed: int) -> float:

@@ -201,6 +201,8 @@ class SweepPoint:
         inference_loss: Mean loss of the model's own inference at this batch size.
         inference_change: Largest change of a sample's inference output against the base batch
             size, relative to the largest output.
+        padded: The same samples have another shape in these batches, as where a collate function
+            pads them to the longest of a batch.
     """
 
     batch_size: int
@@ -208,6 +210,7 @@ class SweepPoint:
     batch_accuracy: float | None
     inference_loss: float
     inference_change: float
+    padded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

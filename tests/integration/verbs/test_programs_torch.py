@@ -458,3 +458,61 @@ def test_a_block_of_the_same_shape_before_those_that_train_is_no_teacher() -> No
     report = fl.diagnose(net, classes(), loss=F.cross_entropy, verbose=0)
     assert [cause for cause in report.causes if cause.code == "FROZEN_DRIFT"], report
     assert {each.code for each in report.findings} >= {"FL103", "FL302"}
+
+
+def test_a_recalibration_reads_the_facts_once_at_most(monkeypatch: Any) -> None:
+    """Once per site it read those of all sites: 80 sites took eighteen passes of the model."""
+    from frostline.adapters.torch.adapter import TorchView
+    from frostline.verbs import edit
+
+    bare = nn.BatchNorm1d(4, track_running_stats=False)
+    for extra, most in (((), 0), ((bare,), 1)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), *extra)
+        view, asked = TorchView(model), []
+
+        def facts(known: Any = view.facts, asked: list[int] = asked) -> Any:
+            asked.append(1)
+            return known()
+
+        view.facts = facts  # type: ignore[assignment]
+        monkeypatch.setattr(edit, "adapter_of", lambda _, view=view: view)
+        fl.recalibrate(model, inputs(1))
+        assert len(asked) == most
+
+
+def test_padding_to_the_longest_of_a_batch_is_no_wrong_operation() -> None:
+    """KERNEL_BUG was said for sure: a batch of two is padded less than one of eight."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(1, 8, 5, padding=2), nn.BatchNorm1d(8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, values: Any, mask: Any, labels: Any) -> Any:
+            x = F.relu(self.bn(self.conv(values[:, None])) + 1)
+            x = F.relu(x.cumsum(2) / x.shape[2])
+            out = self.head((x * mask[:, None]).sum(2) / mask.sum(1, keepdim=True))
+            return {"loss": F.cross_entropy(out, labels), "logits": out}
+
+    def collate(items: list[Any]) -> Any:
+        longest = max(len(values) for values, _ in items)
+        rows = [F.pad(values, (0, longest - len(values))) for values, _ in items]
+        mask = [F.pad(torch.ones(len(v)), (0, longest - len(v))) for v, _ in items]
+        labels = torch.tensor([label for _, label in items])
+        return {"values": torch.stack(rows), "mask": torch.stack(mask), "labels": labels}
+
+    torch.manual_seed(0)
+    # One in four is long, so that small batches are padded to other lengths.
+    long = [i % 4 == 0 and i >= 16 for i in range(64)]
+    items = [(torch.randn(28 if long[i] else 8) + i % 3, i % 3) for i in range(64)]
+    loader = torch.utils.data.DataLoader(items, batch_size=16, collate_fn=collate)
+    net = Net()
+    for _ in range(20):
+        for batch in loader:
+            net(**batch)
+    report = fl.diagnose(net.eval(), loader, verbose=0, max_samples=64)
+    found = {cause.code: cause for cause in report.causes}
+    assert found["KERNEL_BUG"].certainty == "may"
+    assert "padded to other lengths" in found["KERNEL_BUG"].message
+    assert [point.padded for point in report.measurement.sweep if point.batch_size == 2] == [True]

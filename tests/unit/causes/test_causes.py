@@ -695,6 +695,23 @@ def test_a_batch_size_that_computes_something_else():
     assert bn(found) == []
 
 
+def test_batches_that_are_padded_otherwise_are_no_wrong_operation():
+    seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
+    point = SweepPoint(
+        batch_size=2,
+        batch_loss=0.1,
+        batch_accuracy=0.97,
+        inference_loss=0.1,
+        inference_change=0.2,
+        padded=True,
+    )
+    made = measurement(NO_GAP, behaviour=seen, sweep=(point,), neighbours=1e-7)
+    (found,) = causes(facts(), made, [])
+    assert (found.code, found.certainty) == ("KERNEL_BUG", "may")
+    assert "by design" in found.message
+    assert "padding" in found.settle
+
+
 # --- not BN ---------------------------------------------------------------------------------------
 
 

@@ -129,22 +129,29 @@ def is_fixed(module: Any, fixed: set[Any]) -> bool:
 
 def walk(model: Any) -> tuple[Place, ...]:
     """Every module below the root, once; the root itself where it is a site."""
+    return _walked(model)[0]
+
+
+def _walked(model: Any) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    """All places, and those that are BN layers."""
     root = unwrapped(model)
+    found = {id(module) for module in root.modules() if is_site(module)}
     counts = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     children = {name: index for index, (name, _) in enumerate(root.named_children())}
-    return tuple(
+    places = tuple(
         Place(
             path=name.replace(".", "/") or type(root).__name__,
             name=name.rpartition(".")[2] or type(root).__name__,
             layer=module,
             order=order,
             calls=counts[id(module)],
-            leaf=not any(map(_there, module._modules.values())) or is_site(module),
+            leaf=not any(map(_there, module._modules.values())) or id(module) in found,
             top=children.get(name.partition(".")[0], 0),
         )
         for order, (name, module) in enumerate(root.named_modules())
-        if name or is_site(module)
+        if name or id(module) in found
     )
+    return places, tuple(place for place in places if id(place.module) in found)
 
 
 def _there(module: Any) -> bool:
@@ -153,11 +160,7 @@ def _there(module: Any) -> bool:
 
 def site_places(model: Any) -> tuple[Place, ...]:
     """The places that are BN layers."""
-    return _sites_among(walk(model))
-
-
-def _sites_among(places: tuple[Place, ...]) -> tuple[Place, ...]:
-    return tuple(place for place in places if is_site(place.module))
+    return _walked(model)[1]
 
 
 def site_modules(model: Any) -> dict[str, Any]:
@@ -171,8 +174,7 @@ def sites(model: Any) -> tuple[Site, ...]:
     ``stats_frozen`` is what holds in training: in a model that is in training mode, what its
     modules are in now; else what its own ``train()`` will leave frozen.
     """
-    all_places = walk(model)
-    places = _sites_among(all_places)
+    all_places, places = _walked(model)
     modes = [bool(place.module.training) for place in places]
     if not unwrapped(model).training:
         modes = modes_in_training(model, places)

@@ -30,6 +30,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -290,6 +291,7 @@ class _Round:
         self.skipped: dict[int, str] = {}
         self.reads = 0
         self.passes: list[_Pass] = []
+        self._waits = 0  # bytes
         self.first: Batch | None = None
         self._here = threading.local()
         self._move = mover(root)
@@ -385,7 +387,11 @@ class _Round:
 
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""
+        before = latest.size
         latest.weigh(self._known)
+        self._waits += latest.size - before
+        if self._waits <= self.limit and len(self.passes) <= self.most:
+            return
         running = [forward for forward in self.passes if forward.running]
         total = sum(forward.size for forward in self.passes)
         while len(running) > 1 and (total > self.limit or len(running) > self.most):
@@ -394,6 +400,7 @@ class _Round:
             newest.end()
             newest.weigh(self._known)
             total += newest.size
+        self._waits = total
 
     def _close(self, site: str) -> None:
         """Merge what all that wait at a site saw there, and let them go on."""
@@ -440,7 +447,8 @@ class _Round:
     def _fits(self, path: str, moments: Moments) -> bool:
         """Whether it is finite, also in the dtype that the site stores."""
         largest = torch.finfo(variance_of(self.sites[path]).dtype).max
-        return moments.finite and bool((moments.variance <= largest).all())
+        worst = float(moments.variance.max(initial=0.0))  # NaN where one is
+        return worst <= largest and math.isfinite(float(np.abs(moments.mean).max(initial=0.0)))
 
     def _tensors(self, path: str, moments: Moments) -> tuple[Any, Any]:
         """As the site will store them, so that inference sees the very same."""
@@ -507,6 +515,10 @@ def _without_finalizer(kind: type[Any]) -> type[Any]:
     return types.new_class(kind.__name__, (kind,), {}, lambda space: space.update(members))
 
 
+#: Most of what a module holds; nobody exchanges a part of these.
+_AS_THEY_ARE = {type(None), bool, int, float, str, torch.Tensor, nn.Parameter}
+
+
 def replica(root: Any) -> Any:
     """A module with the same parameters and buffers, but with attributes of its own.
 
@@ -523,6 +535,8 @@ def replica(root: Any) -> Any:
     made: dict[int, Any] = {}
 
     def copied(value: Any) -> Any:
+        if type(value) in _AS_THEY_ARE:
+            return value
         if id(value) in made:
             return made[id(value)]
         if isinstance(value, torch.jit.ScriptModule):
@@ -539,6 +553,8 @@ def replica(root: Any) -> Any:
                 copied(value.func), *map(copied, value.args), **copied(value.keywords)
             )
         if type(value) in (dict, OrderedDict):
+            if not value:  # as most of a module's tables of hooks are
+                return type(value)()
             return type(value)((key, copied(item)) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(map(copied, value))
