@@ -202,7 +202,8 @@ def against_stock(settings: argparse.Namespace, number: int) -> dict[str, tuple[
     Of the first two the one that comes first is the other one in every other round.
     """
     seconds = {}
-    for way in (*(stock, ours)[:: 1 - number % 2 * 2], limit):
+    compared = (ours,) if settings.without_stock else (stock, ours)[:: 1 - number % 2 * 2]
+    for way in (*compared, limit):
         head, whole = seconds[way.__name__] = way(settings)
         tell(f"round {number + 1}, {way.__name__}: head {head:.1f} s, schedule {whole:.1f} s")
     return seconds
@@ -323,6 +324,7 @@ def measured(case: str, settings: argparse.Namespace) -> Iterator[dict[str, dict
             yield {
                 name + suffix: figure([(each[one][place], each[other][place]) for each in rounds])
                 for suffix, one, other in (("", "stock", "ours"), (" / limit", "ours", "limit"))
+                if one in rounds[0]
                 for place, name in ((1, "schedule"), (0, "head"))
             }
     if case == "epoch":
@@ -342,6 +344,9 @@ def read_settings() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--engine", default="auto")
+    parser.add_argument(
+        "--without-stock", action="store_true", help="schedule: ours and the limit only, for size"
+    )
     parser.add_argument("--classes", type=int, default=10)
     for name, full in (
         ("size", 224), ("train", 512), ("validation", 128), ("batch", 32), ("head-epochs", 10),

@@ -42,6 +42,9 @@ from frostline.types.reasons import first_line
 #: 1e-6 of their sum and averages out over the chunks.
 CHUNK = 256
 
+#: Values that a processor's cache holds, and torch adds up in one call.
+BLOCK = 1 << 19
+
 #: Values in one sample from which on a batch of them does not fit into a processor's cache.
 LARGE_SAMPLE = 1 << 15
 
@@ -382,12 +385,14 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
         shift = total / ops.maximum(ops.cast(count, x.dtype), 1)
         deviations = ops.where(inside, rows - shift, 0)
         first = ops.sum(deviations, axis=1)
-        second = ops.sum(_squared(deviations), axis=1)
+        second = ops.sum(ops.square(deviations), axis=1)
     return ops.convert_to_tensor(count, "int32"), shift, first, second
 
 
 def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
     """Sums of the deviations and of their squares over axis 1, block by block."""
+    if keras.backend.backend() == "torch" and not rows.requires_grad:
+        return _chunk_sums_in_place(rows, shift)
     count = ops.shape(rows)[0]
     first, second = [], []
     for block in range(blocks):
@@ -396,23 +401,31 @@ def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
         )
         deviations = piece - shift
         first.append(ops.sum(deviations, axis=1))
-        second.append(ops.sum(_squared(deviations), axis=1))
+        second.append(ops.sum(ops.square(deviations), axis=1))
     if blocks == 1:
         return first[0], second[0]
     return ops.concatenate(first), ops.concatenate(second)
 
 
-def _squared(deviations: Any) -> Any:
-    """Squares; on torch in the deviations' own memory, for a second tensor costs more than sums."""
-    if keras.backend.backend() == "torch":
-        return deviations.square_()
-    return ops.square(deviations)
+def _chunk_sums_in_place(rows: Any, shift: Any) -> tuple[Any, Any]:
+    """The same on torch, in one small piece of memory: a large new one costs more than the sums."""
+    size = BLOCK // max(1, math.prod(rows.shape[1:])) if rows.device.type == "cpu" else len(rows)
+    pieces = rows.split(max(1, size))
+    memory = rows.new_empty(pieces[0].shape)
+    first, second = rows.new_empty((2, len(rows), rows.shape[-1]))
+    done = 0
+    for piece in pieces:
+        deviations = memory[: len(piece)].copy_(piece).sub_(shift)
+        part = slice(done, done := done + len(piece))
+        first[part] = deviations.sum(1)
+        second[part] = deviations.square_().sum(1)
+    return first, second
 
 
 def _blocks(sample: tuple[int | None, ...]) -> int:
     """Into how many pieces a batch is cut, so that its deviations stay in the processor's cache.
 
-    TensorFlow alone needs it: XLA fuses the operations, and torch is slower in small pieces.
+    For TensorFlow: XLA fuses the operations, and torch has pieces of its own.
     """
     if keras.backend.backend() != "tensorflow":
         return 1

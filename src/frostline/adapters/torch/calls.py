@@ -44,6 +44,9 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
     torch.ops.aten.instance_norm.default: (_NATIVE, True),
 }
 
+#: Numbers whose deviations are added up in float32, in one piece of memory.
+_BLOCK = 1 << 19
+
 #: Functional dropout, which ``training=`` turns off.
 SWITCHED = {
     functional.dropout,
@@ -479,15 +482,21 @@ def stored(module: Any, path: str) -> tuple[Any, Any] | None:
 def shifted_statistics(x: Any) -> tuple[Any, Any]:
     """As :func:`statistics`, in float64, at the price of sums in float32.
 
-    Deviations from a rounded mean are small numbers: their mean is what rounding left of it, so
-    that both moments are off by some 1e-7 of the deviation and of the variance.
+    Deviations from a value near the mean are small numbers, so that both moments are off by some
+    1e-7 of the deviation and of the variance.
     """
     axes = _axes(x, single=False)
-    near = x.mean(axes)
-    deviations = x - along(near, x)
-    rest = deviations.mean(axes).double()
-    variance = deviations.square_().mean(axes).double() - rest.square()
-    return near.double() + rest, variance.clamp_min(0.0)
+    # Pieces that a processor's cache holds: a large tensor for them costs more than the sums.
+    size = _BLOCK // max(1, x[0].numel()) if x.device.type == "cpu" else len(x)
+    pieces = x.split(max(1, size))
+    near = pieces[0].mean(axes)
+    memory = torch.empty_like(pieces[0])
+    sums = []
+    for piece in pieces:
+        deviations = torch.sub(piece, along(near, x), out=memory[: len(piece)])
+        sums.append(torch.stack((deviations.sum(axes), deviations.square_().sum(axes))))
+    rest, squares = torch.stack(sums).double().sum(0) / (x.numel() // x.shape[1])
+    return near.double() + rest, (squares - rest.square()).clamp_min(0.0)
 
 
 def _axes(x: Any, *, single: bool) -> list[int]:

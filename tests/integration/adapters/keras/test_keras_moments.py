@@ -322,6 +322,7 @@ def test_channels_far_from_zero(method: Any) -> None:
         (1, 3, 509, 2),
         (3, 64, 256, 2),  # so large that TensorFlow cuts it into blocks
         (1, 4, 4, 2048),  # fewer chunks than blocks
+        (5, 64, 512, 8),  # so large that torch adds up piece by piece, and the last one is shorter
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import frostline as fl
 from frostline.adapters.protocol import Condition
+from frostline.adapters.torch import calls
 from frostline.adapters.torch.adapter import TorchView
 from frostline.adapters.torch.calls import Call
 from frostline.data.batch import Batch
@@ -253,7 +254,11 @@ def test_a_frozen_batch_norm_in_evaluation_mode_is_frozen() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 50.0, 3e4])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_moments_in_float32_are_those_of_float64(offset: float, layout: Any) -> None:
+@pytest.mark.parametrize("piece", [1, 3 * 5 * 9 * 9, calls._BLOCK])
+def test_moments_in_float32_are_those_of_float64(
+    offset: float, layout: Any, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_BLOCK", piece)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 5, 9, 9, generator=generator) * torch.linspace(0.1, 9, 5).view(-1, 1, 1)
     x = (x + offset).to(memory_format=layout)
