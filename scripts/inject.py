@@ -19,6 +19,7 @@ import ast
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import linecache
 import math
@@ -180,7 +181,13 @@ class Injector:
                 raise self.kind
 
     def _again(self, frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and not frame.f_code.co_filename.startswith((HERE, "<")):
+        # Not where a generator goes on: raised from a profile, it would end without its handlers,
+        # as it does of no error and of no signal.
+        if (
+            event == "call"
+            and not frame.f_code.co_filename.startswith((HERE, "<"))
+            and not (frame.f_lasti >= 0 and frame.f_code.co_flags & inspect.CO_GENERATOR)
+        ):
             self.second -= 1
             if not self.second:
                 sys.setprofile(None)
@@ -283,7 +290,7 @@ class Bench:
         found = Found()
         call = self._start()
         watch = Injector(trial.mode, trial.where, trial.occurrence, trial.fault, trial.second)
-        around = surroundings()
+        around, handler = surroundings(), signal.getsignal(signal.SIGINT)
         try:
             back = watch.run(call)
         except BaseException as error:  # or what the first one led to
@@ -297,6 +304,7 @@ class Bench:
         found.raised, found.cleaning = watch.raised, watch.cleaning
         gc.collect(0)
         self._judge(found, lambda: changed(around, _settled(around)))
+        signal.signal(signal.SIGINT, handler)
         return found
 
     def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
@@ -310,9 +318,9 @@ class Bench:
             except Exception as error:
                 found.broken = f"undo() again: {error!r}"
         found.changed = self._changed()
-        if found.passed:
-            drawn = DRAWN if self.trains else ()  # by the training, as it is meant to
-            found.around = [name for name in around() if name not in drawn]
+        # What a training drew is meant, and so is what a verb drew that went on to its end.
+        drawn = DRAWN if self.trains or not found.passed else ()
+        found.around = [name for name in around() if name not in drawn]
         if not found.passed and self.stays:  # it did what it was asked for
             found.changed = []
             self._build()
@@ -458,7 +466,9 @@ class Outcome:
 
             found = bench.sound(once)
             row = self.counts[place]
-            row["signals" if found.passed or found.broken else "signals too late"] += 1
+            late = "signals dropped" if trace.startswith("dropped") else "signals too late"
+            row["signals" if found.passed or found.broken else late] += 1
+            row["signals as another error"] += found.passed and trace.endswith(" as another error")
             for name in ("changed", "around", "broken"):
                 row[f"signals {name}"] += bool(getattr(found, name))
             if found.failed:
@@ -572,10 +582,11 @@ def sender() -> Sender:
 
 def _hit(bench: Bench, seconds: float, rng: random.Random) -> tuple[Found, str]:
     """Run a verb again and again until SIGINT comes while it runs, or just after."""
-    from model_state import changed, surroundings
+    from model_state import DRAWN, changed, reset, surroundings
 
     asked = 0.0
     missed: list[int] = []
+    heard_of: list[str] = []
 
     def ask() -> None:
         nonlocal asked
@@ -583,21 +594,32 @@ def _hit(bench: Bench, seconds: float, rng: random.Random) -> tuple[Found, str]:
         asked = time.monotonic()
         sender().ask(rng.uniform(0, max(1.5 * seconds, 0.005)))
 
+    def heard(_: int, frame: FrameType | None) -> None:
+        stack = traceback.extract_stack(frame, limit=8)[::-1]
+        heard_of.append(" < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in stack))
+        raise KeyboardInterrupt
+
     before = signal.signal(signal.SIGINT, lambda *_: missed.append(1))
     ask()
     while True:
         call, found, trace = bench._start(), Found(raised=True), ""
         if missed or time.monotonic() - asked > 20 + 10 * seconds:
             ask()  # it came between two runs, or something swallowed it
+        heard_of.clear()
         noting = signal.getsignal(signal.SIGINT)
         around, left = surroundings(), None
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, heard)
             try:
                 back = call()
-            except KeyboardInterrupt as error:
-                frames = traceback.extract_tb(error.__traceback__)
+            except BaseException as error:
+                if not heard_of:
+                    raise
+                walked = traceback.extract_tb(error.__traceback__)
+                frames = [f for f in walked if f.name != heard.__name__]
                 trace = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[::-1])
+                if not isinstance(error, KeyboardInterrupt):  # NumPy makes a TypeError of some
+                    trace += f" {error!r} as another error"
                 found.passed = not frames[-1].filename.startswith(HERE)
                 left = signal.getsignal(signal.SIGINT)
                 traceback.clear_frames(error.__traceback__)
@@ -608,14 +630,22 @@ def _hit(bench: Bench, seconds: float, rng: random.Random) -> tuple[Found, str]:
         except KeyboardInterrupt:
             break  # it came before the verb began, or when it was over
         bench._finish(back)
+        if heard_of:  # and the verb went on: code that it runs dropped the exception
+            found.changed = [] if bench.stays else bench._changed()
+            trace = f"dropped at {heard_of[0]}"
+            break
         if not bench.fresh():
             bench._build()
     signal.signal(signal.SIGINT, before)
+    gc.collect(0)
+    now = _settled(around)
     if not found.passed:
+        found.around = [n for n in changed(around, now) if n not in (*DRAWN, "handlers")]
+        if found.around:
+            reset()
         bench._build()
         return found, trace
-    gc.collect(0)
-    around["handlers"], now = signal.default_int_handler, {**_settled(around), "handlers": left}
+    around["handlers"], now["handlers"] = heard, left
     bench._judge(found, lambda: changed(around, now))
     return found, trace
 
@@ -653,7 +683,8 @@ def keep(trial: Trial, found: Found, folder: Path) -> Path:
 
 COLUMNS = ("exceptions", "changed", "around", "broken", "in clean-up", "changed in clean-up",
            "broken in clean-up", "not reached", "signals", "signals changed", "signals around",
-           "signals broken", "signals too late")  # fmt: skip
+           "signals broken", "signals too late", "signals dropped",
+           "signals as another error")  # fmt: skip
 
 
 def table(outcome: Outcome) -> str:

@@ -199,7 +199,6 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def reset() -> None:
     """Put the process into a state in which the next trial means something."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (torch := sys.modules.get("torch")) is not None:
         while torch._C._len_torch_function_stack():
             torch._C._pop_torch_function_stack()

@@ -29,31 +29,34 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
         back: Puts the model back as it was before the edit; can be repeated.
         edit: Changes the model and returns what the user gets, its text included.
     """
-    guard = Guard(back)
-    try:
-        return edit()
-    except BaseException:
-        try:
-            guard.undo()
-        except BaseException:
-            guard.undo()  # the first one may not have reached its first line
-            raise
-        raise
+    return Guard(back, surroundings()).over(edit)
 
 
 class Guard:
-    """What is put back if a verb is interrupted from now on.
+    """What is put back if something is interrupted from now on.
 
     First come the blocks that were entered since, anyone's and those of :func:`taken_back`: an
     exception at the very call of a block's exit leaves it without one.
 
     Args:
-        back: Puts the model back; can be repeated.
+        backs: Put the model and the process back, one after the other; can be repeated.
     """
 
-    def __init__(self, back: Callable[[], None]) -> None:
-        self._backs = (back, surroundings())
+    def __init__(self, *backs: Callable[[], None]) -> None:
+        self._backs = backs
         self._entered, self._handled = len(_OPEN.blocks), sys.exc_info()[1]
+
+    def over(self, edit: Callable[[], T]) -> T:
+        """Run an edit; if anything at all interrupts it, put everything back first."""
+        try:
+            return edit()
+        except BaseException:
+            try:
+                self.undo()
+            except BaseException:
+                self.undo()  # the first one may not have reached its first line
+                raise
+            raise
 
     def undo(self) -> None:
         """Put everything back; can be repeated."""

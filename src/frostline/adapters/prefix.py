@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from frostline.adapters import part, room_of, rooms
+from frostline.adapters import adapter_of, part, room_of, rooms
 from frostline.adapters.computation import Identity, identity_of
 from frostline.types import Array, ModelError
 
@@ -40,6 +40,11 @@ def identity(prefix: Any) -> Identity:
         return Identity(prefix.identity)
     found: Identity = _role(prefix).identity(prefix)
     return found
+
+
+def snapshot(prefix: Any) -> Callable[[], None]:
+    """Remember what running a prefix may touch; returns what puts it back, and can be repeated."""
+    return (lambda: None) if is_callable_prefix(prefix) else adapter_of(prefix).snapshot()
 
 
 def function_identity(function: Any) -> Identity:

@@ -21,6 +21,7 @@ import numpy as np
 from frostline import engines
 from frostline.adapters import prefix as prefixes
 from frostline.adapters.computation import Identity
+from frostline.atomic import atomically
 from frostline.cache import build, folder, shards
 from frostline.cache.augmentation import augmentation_identity
 from frostline.cache.features import FeatureCache, View
@@ -164,7 +165,13 @@ def cache_features(
         through=through,
     )
     found = prefixes.identity(prefix)
-    data = prefixes.readable(prefix, data, batch_size)
+    return atomically(
+        prefixes.snapshot(prefix), partial(_cached, prefix, found, data, order, views)
+    )
+
+
+def _cached(prefix: Any, found: Identity, data: Any, order: _Order, views: int) -> FeatureCache:
+    data = prefixes.readable(prefix, data, order.batch_size)
     labels: list[Any] | None = [] if prefixes.hands_out_labels(prefix) else None
     made = [
         _view(prefix, found, data, order, view, views, None if view else labels)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from frostline.adapters import adapter_of
-from frostline.atomic import Guard, taken_back
+from frostline.atomic import Guard, surroundings, taken_back
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -22,7 +22,7 @@ def whole(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = Guard(adapter_of(model).snapshot())
+        guard = Guard(adapter_of(model).snapshot(), surroundings())
         try:
             return verb(model, *args, **kwargs)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -378,3 +379,65 @@ def test_function_modes_are_as_they_were_wherever_one_that_comes_or_goes_is_inte
             gc.collect(0)
             assert torch.overrides._get_current_function_mode_stack() == modes, met[at]
             assert state(model) == before, met[at]
+
+
+def twice(run: Callable[[], Any], first: str, second: int) -> bool:
+    """Run with an exception at the first call of a function, and one more so many calls later.
+
+    Returns:
+        Whether the second one was come to.
+    """
+    left = second
+
+    def called(frame: Any, _event: str, _: Any) -> None:
+        if left == second and frame.f_code.co_qualname == first:
+            sys.setprofile(again)
+            raise Injected
+
+    def again(frame: Any, event: str, _: Any) -> None:
+        nonlocal left
+        code = frame.f_code
+        # A generator that goes on would end without its handlers, as of nothing but a profile.
+        resumed = frame.f_lasti >= 0 and code.co_flags & inspect.CO_GENERATOR
+        if event == "call" and code.co_filename != __file__ and not resumed:
+            left -= 1
+            if not left:
+                sys.setprofile(None)
+                raise Injected
+
+    def ended() -> None:
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+
+    with pytest.raises(Injected):
+        under(called, ended)
+    return left == 0
+
+
+@pytest.mark.once
+def test_a_second_exception_while_a_loop_over_cached_batches_ends_leaves_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # a loop that is dropped tells it
+    model = module()
+    fl.freeze(model, 4)
+    model[2].eval()  # a loop may draw from the generator; nothing does here
+    batches = [(torch.from_numpy(DATA[at : at + 4]), at) for at in (0, 4)]
+
+    def loop() -> None:
+        for x, _ in fl.cached(model, batches):
+            model(x)
+
+    loop()
+    before = state(model)
+    for second in itertools.count(1):
+        met = twice(loop, "Linear.forward", second)
+        gc.collect(0)
+        assert state(model) == before, second
+        if not met:
+            break
+    assert second > 10
+    loop()
+    assert state(model) == before

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from frostline.adapters.computation import identity_of
 from frostline.adapters.torch import replay
 from frostline.adapters.torch.cached_data import require_indices, seeded
-from frostline.adapters.torch.calls import replaced_forward
+from frostline.adapters.torch.calls import forwards
 from frostline.adapters.torch.exported import as_modules
 from frostline.adapters.torch.forward_pass import untouched
 from frostline.adapters.torch.graph import unwrapped
@@ -30,6 +30,7 @@ from frostline.adapters.torch.prefix import leaf as read_leaf
 from frostline.adapters.torch.replay import Call, Form, Key, Plan
 from frostline.adapters.torch.replayed_parts import Inputs, ReplayedPrefix
 from frostline.adapters.torch.script import entrances
+from frostline.atomic import Guard, to_its_end
 from frostline.types import ModelError
 
 #: Batches that are answered from the cache and computed as well, to compare.
@@ -163,8 +164,7 @@ class Cached:
         entrance = _Entrance(self)
         try:
             for batch in batches:
-                with replaced_forward({self.root: entrance, **self.doors}):
-                    yield batch
+                yield from _lent(batch, {self.root: entrance, **self.doors})
         finally:
             self.save()
         idle = answered == self.answered
@@ -402,6 +402,24 @@ class Cached:
         warnings.warn(f"fl.cached goes on without the cache: {why}", stacklevel=3)
 
 
+def _lent(batch: Any, changes: Mapping[Any, Any]) -> Iterator[Any]:
+    """Yield a batch once, while modules have another ``forward``.
+
+    The loop that is given it may drop it, and nobody hears of an exception while it is dropped. A
+    block could lose its exit then.
+    """
+    back = forwards(changes)
+    try:
+        try:
+            for module, forward in changes.items():
+                vars(module)["forward"] = forward
+            yield batch
+        finally:
+            to_its_end(back)
+    finally:
+        to_its_end(back)  # the first one may have been interrupted at its call
+
+
 class _Entrance:
     """The ``forward`` of a model while a batch is at hand; a copy of the model gets its own."""
 
@@ -415,9 +433,13 @@ class _Entrance:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.inside:
             return self.plain(*args, **kwargs)
+        gradients = torch.is_grad_enabled()
+
+        call = functools.partial(self.cached.call, self.plain, args, kwargs)
+        back = functools.partial(torch._C._set_grad_enabled, gradients)
         self.inside = True
         try:
-            return self.cached.call(self.plain, args, kwargs)
+            return Guard(back).over(call)
         finally:
             self.inside = False
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -426,7 +426,15 @@ def _distributed() -> bool:
 @contextmanager
 def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another ``forward`` for a while."""
-    before = [(module, vars(module).get("forward")) for module in changes]
+    with taken_back(forwards(changes)):
+        for module, forward in changes.items():
+            vars(module)["forward"] = forward
+        yield
+
+
+def forwards(modules: Iterable[Any]) -> Callable[[], None]:
+    """Remember what modules have for a ``forward``; returns what puts it back."""
+    before = [(module, vars(module).get("forward")) for module in modules]
 
     def back() -> None:
         for module, forward in before:
@@ -434,10 +442,7 @@ def replaced_forward(changes: Mapping[Any, Callable[..., Any]]) -> Iterator[None
             if forward is not None:
                 vars(module)["forward"] = forward
 
-    with taken_back(back):
-        for module, forward in changes.items():
-            vars(module)["forward"] = forward
-        yield
+    return back
 
 
 @contextmanager
