@@ -92,7 +92,7 @@ def _explained_away(case: Case, assigned: Assigned, claims: list[Claim]) -> list
         part = 1.0 if repair is None else repair[2]
         claims = _taken(claims, CauseCode.PREPROCESS, part)
     epsilon = next((claim for claim in claims if claim.code == CauseCode.EPS_MISMATCH), None)
-    excess = abs(case.bn_gap)
+    excess = abs(case.bn_gap) or case.locked_gain
     if epsilon is not None and epsilon.amount and excess:
         part = min(1.0, epsilon.amount / excess)
         kept = [replace(claim, amount=None) if claim is epsilon else claim for claim in claims]

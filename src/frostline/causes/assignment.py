@@ -64,6 +64,9 @@ CONTRAST = 2.7
 ONE_SCALE = 0.5
 SAME_CHANNELS = 0.6
 
+#: Share of what exact statistics save that another epsilon must save to be what is wrong.
+MOST = 0.5
+
 #: A site differs abruptly when it is this many times farther off than every site before it.
 ABRUPT = 4.0
 
@@ -114,7 +117,34 @@ def assign(case: Case) -> Assigned:
             if verdict is not None:
                 found[path] = verdict
                 break
-    return found
+    return _as_young(case, found)
+
+
+def _as_young(case: Case, found: dict[str, SiteExplanation]) -> dict[str, SiteExplanation]:
+    """Sites whose average cannot be older than that of another one, which is seen to be young.
+
+    What is left of the old statistics depends on the decay and on the number of updates. Where
+    that number is not known, a site that is on its way from 0 and 1 tells it of all that keep as
+    much or more per update.
+    """
+    ways = {
+        case.sites[path].site.decay: explanation
+        for path, explanation in found.items()
+        if "way_from_initial" in explanation.number and case.old_share(path) is None
+    }
+    if not ways:
+        return found
+    least = min(ways)
+    inferred = (CauseCode.DOMAIN_STATS, CauseCode.STALE_AFTER_WEIGHT_EDIT, CauseCode.EMA_LAG)
+    return {
+        path: ways[least]
+        if explanation.certainty == "may"
+        and explanation.code in inferred
+        and case.old_share(path) is None
+        and case.sites[path].site.decay >= least
+        else explanation
+        for path, explanation in found.items()
+    }
 
 
 def victims(case: Case, assigned: Assigned) -> frozenset[str]:
@@ -330,6 +360,8 @@ def _other_epsilon(case: Case, path: str) -> SiteExplanation | None:
     known = case.reference
     if known is None or not known.epsilons or not case.same_params or case.moved_from_reference:
         return None
+    if case.closed_by("epsilon") < MOST:  # it was tried, and something else is left
+        return None
     if agrees(case, path) or young_average(case, path) is not None:
         return None
     largest = 0.0
@@ -466,7 +498,7 @@ def _settled_answer(case: Case) -> tuple[CauseCode, Certainty, dict[str, float]]
     if share is not None and windows is not None and windows < WINDOWS:
         return CauseCode.EMA_LAG, "may", {"windows": windows, "old_share": share}
     onset = abrupt_onset(case)
-    if onset is not None:
+    if onset is not None and case.roles[list(case.mismatches)[onset]] != "locked":
         return CauseCode.STALE_AFTER_WEIGHT_EDIT, "may", {"onset": float(onset)}
     if first > FAR and explained_by_input(case, moving[0]):
         return CauseCode.DOMAIN_STATS, "may", {"first_mismatch": first}
@@ -485,10 +517,10 @@ def _settled_answer(case: Case) -> tuple[CauseCode, Certainty, dict[str, float]]
 def abrupt_onset(case: Case) -> int | None:
     """Position of the first site that is far off while every one before it agrees."""
     before = 0.0
-    for position, (path, size) in enumerate(case.mismatches.items()):
+    for position, size in enumerate(case.mismatches.values()):
         if size > FAR:
             calm = before <= AGREES and size >= ABRUPT * before
-            return position if position > 0 and calm and case.roles[path] != "locked" else None
+            return position if position > 0 and calm else None
         before = max(before, size)
     return None
 

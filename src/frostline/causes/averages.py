@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import EXTREME, Assigned, began_at_initial, explained_by_input
+from frostline.causes.assignment import (
+    EXTREME,
+    MOST,
+    Assigned,
+    abrupt_onset,
+    began_at_initial,
+    explained_by_input,
+)
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.registry import cause
 from frostline.numerics.averages import OLD_SHARE
@@ -423,10 +430,28 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             f"{count(len(known.epsilons), 'site')}",
             sites=paths,
             amount=closes or _amount(case, _of(CauseCode.EPS_MISMATCH, assigned)),
-            standing=0.95,
+            # A fact, but what it costs says whether it comes first.
+            standing=0.95 if case.closed_by("epsilon") >= MOST else 0.0 if closes else 0.2,
             certainty="is",
             evidence={"epsilon": mine, "reference_epsilon": theirs},
             findings=case.found("FL113"),
+        )
+        return
+    tried, onset = case.measurement.epsilon, abrupt_onset(case)
+    if tried is not None and onset is not None and case.closed_by("epsilon") >= MOST and closes:
+        # Sites before the onset agree with the data: what they hand on is wrong.
+        paths = tuple(case.mismatches)[:onset]
+        yield Claim(
+            code=CauseCode.EPS_MISMATCH,
+            message=f"with epsilon {tried:g}, the default of another framework, inference saves "
+            f"{number(closes)} of loss; the statistics agree with the data up to '{paths[-1]}', "
+            "whose variances are so small that epsilon matters, and not behind it",
+            sites=paths,
+            amount=closes,
+            standing=0.2,
+            certainty="may",
+            evidence={"tried": tried, "closes": closes},
+            settle="the model that the weights come from, as reference=",
         )
         return
     findings, paths = case.of_rule("FL113")
@@ -547,6 +572,23 @@ def _other_data_locked(case: Case) -> Iterator[Claim]:
     locked, gained = case.with_role("locked"), case.locked_gain
     far = max((case.mismatch(path) for path in locked), default=0.0)
     if not gained or far <= FAR or {*locked} & {*case.of_rule("FL107")[1]}:
+        return
+    onset = abrupt_onset(case)
+    first = None if onset is None else tuple(case.mismatches)[onset]
+    if first in locked:
+        yield Claim(
+            code=CauseCode.STALE_AFTER_WEIGHT_EDIT,
+            message=f"{count(len(locked), 'locked site')} keep statistics that agree with the data "
+            f"at every site before '{first}' and are {number(case.mismatch(first))} standard "
+            "deviations away from there on, so that the data are not others: weights in between "
+            "were edited or loaded since, or epsilon is another one; those of the data save "
+            f"{number(gained)} of loss",
+            sites=locked,
+            amount=gained,
+            certainty="may",
+            evidence={"mismatch": far, "gained": gained, "onset": float(onset or 0)},
+            settle=_REFERENCE,
+        )
         return
     yield Claim(
         code=CauseCode.DOMAIN_STATS,

@@ -264,13 +264,18 @@ def _trained_on_smaller(case: Case) -> Iterator[Claim]:
     # One number per batch size, without an interval: only a large difference counts.
     if not paths or not others or amount < max(BEYOND * inference, 5 * case.floor):
         return
+    # Where exact statistics close the gap between the phases, what small batches do beyond it is no
+    # part of it: a likelihood that counts the variance of its batch, as a flow's does, falls with
+    # every size.
+    closed = case.inference_is_worse and case.stale_part >= 1 - BEYOND
     yield Claim(
         code=CauseCode.SMALL_BATCH,
         message=f"the model does best in batches of {best.batch_size}: {number(best.batch_loss)} "
         f"against {number(min(others))} in larger ones and {number(inference)} at inference, with "
         f"fewer than {FEW_VALUES} values per channel at {count(len(paths), 'site')}",
         sites=paths,
-        amount=amount,
+        amount=None if closed else amount,
+        standing=0.1 if closed else 0.0,
         certainty="may",
         evidence={"best_batch_size": float(best.batch_size), "batch_loss": best.batch_loss},
         settle="the batch size of training, as batch_size=",

@@ -284,6 +284,14 @@ class Case:
         least = min((self.change(name, "training blend") for name in tried), default=0.0)
         return max(0.0, least)
 
+    def closed_by(self, name: str) -> float:
+        """Share of what exact statistics save at inference that a probe saves; 1 without either."""
+        tried = [probe for probe in _POPULATIONS if self.probe(probe) is not None]
+        exact = max((-self.change(probe, "inference") for probe in tried), default=0.0)
+        if exact <= 0 or self.probe(name) is None:
+            return 1.0
+        return max(0.0, -self.change(name, "inference")) / exact
+
     @cached_property
     def best_in_pure_batches(self) -> bool:
         """Batches of one class each beat mixed batches, inference and exact statistics.

@@ -25,6 +25,9 @@ from frostline.types.facts import ModelFacts
 from frostline.types.measured import Behaviour, Gap, Interval, Measurement, Probe
 from frostline.types.reasons import first_line
 
+#: Epsilon of a new layer of Keras and of torch: what a conversion that forgets it leaves.
+DEFAULTS = (1e-3, 1e-5)
+
 #: ``(what is measured now, part that is done)``.
 Progress = Callable[[str, float], None]
 
@@ -512,10 +515,36 @@ class _Run:
             )
 
     def epsilon(self) -> None:
-        """Inference with the epsilon of the reference, or of most sites, as another variance."""
+        """Inference with the epsilon of the reference, or of most sites, as another variance.
+
+        Without either the defaults of the frameworks, where they matter; the best one is kept.
+        """
         known, odd = self.found.get("difference"), self.facts.odd_epsilons
         if known is not None and known.epsilons:
             odd = {path: theirs for path, (_, theirs) in known.epsilons.items()}
+        if odd or known is not None:
+            self._with_epsilons(odd)
+            return
+        for default in DEFAULTS:
+            if self._epsilon_matters(default):
+                before = self.probes.pop("epsilon", None)
+                self._with_epsilons({facts.site.path: default for facts in self.facts})
+                tried = self.probes.get("epsilon")
+                if before is not None and (tried is None or not tried.loss < before.loss):
+                    self.probes["epsilon"] = before
+                elif tried is not None:
+                    self.found["epsilon"] = default
+
+    def _epsilon_matters(self, epsilon: float) -> bool:
+        """Whether it changes the scale of half of a site's channels by more than a tenth."""
+        return any(
+            float(np.median(np.abs(np.log((own + epsilon) / (own + facts.site.epsilon))))) > 0.2
+            for facts in self.facts
+            if facts.variance is not None and facts.variance.size
+            if np.isfinite(own := np.maximum(facts.variance, 0.0)).all()
+        )
+
+    def _with_epsilons(self, odd: Mapping[str, float]) -> None:
         statistics = {
             facts.site.path: (
                 facts.mean,

@@ -260,5 +260,9 @@ def _wanted_epsilons(place: Workplace) -> Iterator[tuple[str, float]]:
     if known is not None and known.epsilons:
         yield from ((path, theirs) for path, (_, theirs) in known.epsilons.items())
         return
+    tried = place.measurement.epsilon
+    if tried is not None:
+        yield from ((path, tried) for path in place.sites)
+        return
     odd = place.facts.odd_epsilons
     yield from ((path, odd[path]) for path in place.blamed(CauseCode.EPS_MISMATCH) if path in odd)

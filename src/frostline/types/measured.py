@@ -267,7 +267,8 @@ class Measurement:
             ``dropout``: λ = 0, everything else as in training. ``population``, ``population
             unfrozen``, ``population frozen``: λ = 0 with exact population statistics at all,
             unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``epsilon``:
-            inference with the epsilon of the reference, or of most sites, where some differ.
+            inference with the epsilon of the reference, or of most sites, where some differ; else
+            with :attr:`epsilon`, where variances are so small that it matters.
             ``validation inference``, ``validation batch``, ``validation population``: the
             validation data, the last with the statistics of the training samples. ``input NAME``:
             the model's own inference with the best of the :attr:`input_trials`, if one is better
@@ -296,6 +297,7 @@ class Measurement:
             (``dropout``, ``augmentation``, ``noise``).
         input_trials: Name of an input transformation -> mean inference loss with it, on the first
             samples; ``x`` is the inputs as they are, on the same samples.
+        epsilon: The default of a framework that was tried at every site without a reference.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
             model, in passes over all of them (a derivative counts 3).
         skipped: Name of a probe or measurement -> why it was not made.
@@ -324,6 +326,7 @@ class Measurement:
     relabelled: float | None = None
     noise_layers: Mapping[str, str] = field(default_factory=dict)
     input_trials: Mapping[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
     cost: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -516,3 +516,41 @@ def test_padding_to_the_longest_of_a_batch_is_no_wrong_operation() -> None:
     assert found["KERNEL_BUG"].certainty == "may"
     assert "padded to other lengths" in found["KERNEL_BUG"].message
     assert [point.padded for point in report.measurement.sweep if point.batch_size == 2] == [True]
+
+
+def test_a_lost_epsilon_is_found_without_a_reference() -> None:
+    """It was taken for an average that lags: the default of another framework was not tried."""
+    torch.manual_seed(0)
+    first, second = nn.BatchNorm1d(8, eps=1e-3), nn.BatchNorm1d(16, eps=1e-3)
+    net = nn.Sequential(nn.Linear(4, 8), first, nn.ReLU(), nn.Linear(8, 16), second,
+                        nn.ReLU(), nn.Linear(16, 3))  # fmt: skip
+    net[0].weight.data *= 0.01
+    net[6].weight.data *= 10
+    x = torch.randn(512, 4)
+    fl.recalibrate(net, x)
+    labels = net.eval()(x).argmax(1)
+    first.eps = second.eps = 1e-5
+    report = fl.diagnose(net, (x, labels), loss=F.cross_entropy, verbose=0, max_samples=128)
+    assert report.causes[0].code == "EPS_MISMATCH"
+    assert report.causes[0].certainty == "may"
+    assert report.remedies[0].name == "epsilon 0.001"
+    exec(report.remedies[0].python, {"model": net})
+    assert first.eps == 1e-3
+
+
+def test_the_lines_for_an_exported_graph_are_such_that_run_there() -> None:
+    """eval() raises an error on a graph, and there is no module with an eps."""
+    from frostline.adapters.torch.adapter import TorchView
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, eps=1e-2), nn.ReLU())
+    x = torch.randn(8, 1, 8, 8)
+    net(x)
+    wanted = copy.deepcopy(net).eval()(x)
+    graph = torch.export.export(net.train(), (x,)).module()
+    words = TorchView(graph).facts().words
+    exec(words.inference_call, {"model": graph, "torch": torch})
+    assert torch.allclose(graph(x), wanted, atol=1e-6)
+    exec(words.epsilon_line.format(epsilon=1.0), {"model": graph, "torch": torch})
+    net[1].eps = 1.0
+    assert torch.allclose(graph(x), net.eval()(x), atol=1e-6)

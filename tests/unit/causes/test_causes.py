@@ -240,6 +240,51 @@ def test_statistics_on_their_way_from_0_and_1_tell_lag_without_any_step_count():
     assert found[0].evidence["way_from_initial"] == pytest.approx(0.4, abs=0.01)
 
 
+def on_the_way(way: float = 0.4) -> dict[str, Any]:
+    """Sites whose statistics have gone a part of the way from 0 and 1 to those of the data."""
+    mean, variance = np.linspace(-2, 2, CHANNELS), np.geomspace(0.05, 4, CHANNELS)
+    half = (way * mean, 1 + way * (variance - 1))
+    return {
+        path: site_measurement(
+            path,
+            stored=half,
+            shift=(mean - half[0]) / np.sqrt(half[1]),
+            ratio=variance / half[1],
+        )
+        for path in PATHS
+    }
+
+
+def test_an_average_is_as_young_as_another_of_its_decay():
+    """The first site of a flow was said to hold other data, beside sites on their way from 0."""
+    sites = on_the_way() | {"bn1": site_measurement("bn1", shift=1.0, ratio=0.16)}
+    made = measurement(GAP, shares=[0.25] * 4, sites=sites)
+    found = causes(facts(), made, [])
+    assert codes(found) == ["EMA_LAG"]
+    assert found[0].sites == PATHS
+    longer = facts({"bn1": {"decay": 0.9}} | {path: {"decay": 0.99} for path in PATHS[1:]})
+    assert "DOMAIN_STATS" in codes(causes(longer, made, []))  # it forgets more per update
+
+
+def test_what_small_batches_do_is_no_part_of_a_gap_that_exact_statistics_close():
+    """A flow's likelihood counts the variance of its batch, and falls with every batch size."""
+    sweep = tuple(
+        SweepPoint(
+            batch_size=size,
+            batch_loss=loss,
+            batch_accuracy=None,
+            inference_loss=1.0,
+            inference_change=0.0,
+        )
+        for size, loss in ((2, -0.5), (8, 0.0), (32, 0.1))
+    )
+    sites = {path: replace(site, values=1) for path, site in on_the_way().items()}
+    made = measurement(GAP, shares=[0.25] * 4, sites=sites, sweep=sweep)
+    found = causes(facts(), made, [])
+    assert codes(found) == ["EMA_LAG", "SMALL_BATCH"]
+    assert (found[0].share, found[1].share) == (pytest.approx(1.0), None)
+
+
 def test_pretrained_lag_names_the_other_data_too():
     # One ratio in all channels of the first site: another contrast of the input.
     sites = far(*PATHS) | {"bn1": site_measurement("bn1", shift=0.5, ratio=0.16)}
@@ -575,6 +620,42 @@ def test_another_epsilon_explains_what_lies_behind_it(theirs: float):
         assert found[0].share == pytest.approx(1.0)
     lagging = causes(facts(steps=20), replace(made, steps=20), [])
     assert "EMA_LAG" in codes(lagging)  # decayⁿ is a fact of its own
+
+
+def test_an_epsilon_that_closes_little_leaves_the_rest_to_the_average():
+    """Of an average that lags and an epsilon that was lost, only the epsilon was named."""
+    other = Difference(
+        params={"conv1": 0.0},
+        statistics=dict.fromkeys(PATHS, 0.0),
+        epsilons=dict.fromkeys(PATHS, (1e-3, 4.0)),
+        outputs=0.2,
+    )
+    probes = {**GAP, "epsilon": (0.75, 0.75)}
+    made = measurement(probes, shares=[0.25] * 4, sites=FAR, difference=other)
+    found = causes(facts(steps=600), made, [])
+    assert codes(found) == ["EMA_LAG", "EPS_MISMATCH"]
+    assert found[0].share == pytest.approx(0.72, abs=0.02)
+    assert found[1].certainty == "is"
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_another_default_of_epsilon_is_tried_without_a_reference(closes: bool):
+    """Locked statistics that agree up to some site are not of other data, as was said for sure."""
+    locked = dict.fromkeys(PATHS, FROZEN)
+    probes = {**dict.fromkeys(GAP, (1.0, 0.7)), "population": (0.2, 0.95),
+              "population frozen": (0.2, 0.95), "batch": (0.2, 0.95),
+              "epsilon": (0.21, 0.95) if closes else (0.99, 0.7)}  # fmt: skip
+    made = measurement(probes, sites=far("bn3", "bn4"), epsilon=1e-5)
+    found = causes(facts(locked), made, [])
+    assert found[0].certainty == "may"
+    assert "reference=" in found[0].settle
+    if closes:
+        assert codes(found) == ["EPS_MISMATCH"]
+        assert found[0].sites == PATHS[:2]
+        assert found[0].share == pytest.approx(1.0)
+    else:
+        assert codes(found) == ["STALE_AFTER_WEIGHT_EDIT"]
+        assert "the data are not others" in found[0].message
 
 
 def test_equal_weights_and_other_statistics_are_a_replica():

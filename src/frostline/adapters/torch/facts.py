@@ -9,6 +9,7 @@ import torch
 
 from frostline.adapters.torch.forward_pass import arrays
 from frostline.adapters.torch.graph import (
+    calls_in_graphs,
     fixed_in_graphs,
     is_frozen_kind,
     is_site,
@@ -21,7 +22,7 @@ from frostline.adapters.torch.graph import (
 )
 from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.locked import is_locked
-from frostline.adapters.torch.vocabulary import TORCH
+from frostline.adapters.torch.vocabulary import EXPORTED, TORCH
 from frostline.types import Array
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 
@@ -66,7 +67,7 @@ def facts(model: Any) -> ModelFacts:
     return ModelFacts(
         name=type(root).__name__,
         backend="torch",
-        words=TORCH,
+        words=EXPORTED if calls_in_graphs(root) else TORCH,
         mode=bool(root.training),
         sites=tuple(found),
         layers=tuple(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from frostline.types.codes import Fix
 from frostline.types.facts import Vocabulary
 
@@ -20,4 +22,14 @@ TORCH = Vocabulary(
     file_keeps_settings=False,
     inference_call="model.eval()",
     epsilon_line='model.get_submodule("{dotted}").eps = {epsilon:g}',
+)
+
+_NODES = "for n in model.graph.nodes if n.target is torch.ops.aten.batch_norm.default"
+
+#: Graphs of ``torch.export`` have mode and epsilon among the arguments of their nodes: ``eval()``
+#: raises an error there, and no module has an ``eps``.
+EXPORTED = replace(
+    TORCH,
+    inference_call=f"[n.update_arg(5, False) {_NODES}]; model.recompile()",
+    epsilon_line=f"[n.update_arg(7, {{epsilon:g}}) {_NODES}]; model.recompile()",
 )
