@@ -64,8 +64,8 @@ MISSES: tuple[Miss, ...] = (
     Miss(
         "A9",
         "cause",
-        "a flow's likelihood counts the variance of each batch and is best in batches of two, so "
-        "small batches are named before the average that lags",
+        "a class by hand counts no updates, and its weights moved so much that its statistics are "
+        "on no line from 0 and 1: the answer is other data, 'inferred', and what would tell",
         NATIVE,
     ),
 )

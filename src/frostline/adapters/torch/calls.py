@@ -57,7 +57,7 @@ SWITCHED = {
     functional.feature_alpha_dropout,
 }
 #: Up to so many values torch's own statistics are quicker.
-FEW = 1 << 13
+FEW = 1 << 14
 
 _DROPOUT = SWITCHED | {functional.scaled_dot_product_attention}
 
