@@ -409,13 +409,15 @@ def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
 
 def _chunk_sums_in_place(rows: Any, shift: Any) -> tuple[Any, Any]:
     """The same on torch, in one small piece of memory: a large new one costs more than the sums."""
+    import torch
+
     size = BLOCK // max(1, math.prod(rows.shape[1:])) if rows.device.type == "cpu" else len(rows)
     pieces = rows.split(max(1, size))
     memory = rows.new_empty(pieces[0].shape)
     first, second = rows.new_empty((2, len(rows), rows.shape[-1]))
     done = 0
     for piece in pieces:
-        deviations = memory[: len(piece)].copy_(piece).sub_(shift)
+        deviations = torch.sub(piece, shift, out=memory[: len(piece)])
         part = slice(done, done := done + len(piece))
         first[part] = deviations.sum(1)
         second[part] = deviations.square_().sum(1)
@@ -465,10 +467,14 @@ def _add_up(count: Any, shift: Any, first: Any, second: Any) -> Moments:
 def _held(tensor: Any) -> Any:
     """What the next stage takes, in the host's memory and without a copy where it is there already.
 
-    TensorFlow copies an array that it is given, and numpy one that it takes from TensorFlow.
+    TensorFlow copies an array that it is given, and numpy one that it takes from TensorFlow; Keras
+    on torch copies both ways. Numpy has no bfloat16.
     """
-    if keras.backend.backend() == "tensorflow" and "CPU" in tensor.device:
+    backend = keras.backend.backend()
+    if backend == "tensorflow" and "CPU" in tensor.device:
         return tensor
+    if backend == "torch" and tensor.device.type == "cpu" and tensor.dtype.itemsize != 2:
+        return tensor.detach()
     return _to_numpy(tensor)
 
 
