@@ -6,7 +6,6 @@ share), dotted names to paths, ``(outputs, targets)`` losses to one number per s
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +31,7 @@ from frostline.adapters.torch import (
 from frostline.adapters.torch.asking import inputs_of, needs_targets
 from frostline.adapters.torch.behaviour import behaviour
 from frostline.adapters.torch.blend import TorchForward
+from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
 from frostline.adapters.torch.random import generators
@@ -141,7 +141,7 @@ class TorchView:
             stream = io.BytesIO()
             torch.save(torch_graph.unwrapped(self.model).state_dict(), stream)
             stream.seek(0)
-            twin = copy.deepcopy(torch_graph.unwrapped(self.model))
+            twin = copied(torch_graph.unwrapped(self.model))
             twin.load_state_dict(torch.load(stream, weights_only=True))
         after = TorchView(twin).forward(x, training=False)
         return relative_difference(

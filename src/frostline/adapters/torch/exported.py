@@ -6,13 +6,13 @@ modules; the parameters stay where they are.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.graph import fixed_in_graphs, site_modules
 from frostline.adapters.torch.locked import lock
 
@@ -39,7 +39,7 @@ def as_modules(root: Any) -> Any:
         return root
     if root not in _TWINS:
         kept = {id(t): t for t in (*root.parameters(), *root.buffers())}
-        twin = modules_again(copy.deepcopy(root, kept))
+        twin = modules_again(copied(root, kept))
         for module in site_modules(twin).values():
             if type(module) in _NORMS.values():
                 lock(module)

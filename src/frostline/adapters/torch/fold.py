@@ -29,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from frostline.adapters.protocol import FoldedModel
+from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.exported import modules_again
 from frostline.adapters.torch.graph import site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
@@ -73,11 +74,11 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
                 f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
                 "model on one batch first. Received: an uninitialised module"
             )
-    whole = modules_again(copy.deepcopy(root)).eval()
+    whole = modules_again(copied(root)).eval()
     trial = _trial(whole, sample)
     problem: ModelError | None = None
     for way in _WAYS[: 1 if trial is None else None]:
-        work = _Fold(copy.deepcopy(whole))
+        work = _Fold(copied(whole))
         made = work.whole(way, tried=trial is not None)
         if not {*work.absorbed, *work.replaced}:
             path, reason = next(iter(work.left.items()))
@@ -131,7 +132,7 @@ class _Trial:
 
         A detector picks its boxes by scores that may be alike: which it picks says nothing.
         """
-        twin = copy.deepcopy(self.whole)
+        twin = copied(self.whole)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in twin.parameters():
@@ -369,7 +370,7 @@ def _affine(site: Any) -> Any:
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
         return None
     scale, shift = _coefficients(site)
-    twin = copy.deepcopy(site).double().eval()
+    twin = copied(site).double().eval()
     generator = torch.Generator().manual_seed(0)
     held = [nn.Sequential(*twin.children())] if any(True for _ in twin.children()) else []
     behind: list[Any] = [None, *held]  # what may stand behind it; the first that fits all shapes
@@ -415,7 +416,7 @@ def _run(module: Any, args: Any, kwargs: Any, dtype: Any) -> list[Any]:
     Raises:
         ModelError: The call moves parameters, which a fold would move otherwise.
     """
-    twin, (args, kwargs) = copy.deepcopy(module), pytree.tree_map(_copied, (args, kwargs))
+    twin, (args, kwargs) = copied(module), pytree.tree_map(_copied, (args, kwargs))
     twin = twin if dtype is None else twin.to(dtype)
     before = [(name, parameter.detach().clone()) for name, parameter in twin.named_parameters()]
     with torch.no_grad(), forked():
@@ -499,7 +500,7 @@ def _measured(site: Any, hand: ByHand) -> tuple[Any, Any]:
     axes = min(hand.axes)
     if hand.axes[axes] != 1:
         return torch.ones_like(mean), torch.zeros_like(mean)
-    twin = copy.deepcopy(site).double().eval()
+    twin = copied(site).double().eval()
     zero = torch.zeros([2, len(mean), *[2] * (axes - 2)], dtype=mean.dtype, device=mean.device)
     with torch.no_grad():
         shift, whole = (flat(twin(zero + value))[0][0].flatten(1)[:, 0] for value in (0.0, 1.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from frostline.adapters.torch.cached_data import (
     in_order as readable,  # noqa: F401 - a part of this role
     joined,
 )
+from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
@@ -331,5 +331,5 @@ def _folded(root: Any) -> Any:
     try:
         done = fold(root)
     except ModelError:
-        return copy.deepcopy(root).eval()
-    return copy.deepcopy(root).eval() if done.replaced or done.notes else done.model.eval()
+        return copied(root).eval()
+    return copied(root).eval() if done.replaced or done.notes else done.model.eval()

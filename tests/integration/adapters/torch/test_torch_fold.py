@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -407,3 +408,39 @@ def test_what_a_model_picks_among_scores_that_are_alike_is_not_compared(wrong: b
         found, wanted = folded.eval()(x), model.eval()(x)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1].sort().values, wanted[1].sort().values)
+
+
+class KeepsLast(nn.Module):
+    """Keeps features of its last pass, in an attribute and in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, x: Any) -> Any:
+        self.last = self.seen["conv"] = self.conv(x)
+        return self.bn(self.last)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("kind", ["weight_norm", "keeps its last features"])
+def test_tensors_that_torch_copies_for_nobody(kind: str) -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    if kind == "weight_norm":
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    else:
+        model = KeepsLast()
+        model(x)  # the features have a gradient
+    nn.init.uniform_(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_var)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    made = fl.fold(model, sample=x).eval()
+    torch.testing.assert_close(made(x), model.eval()(x))
+
+
+def test_what_nobody_copies_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"cannot be copied \(.*lock.*Received: Sequential"):
+        fl.fold(model)
