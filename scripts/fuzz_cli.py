@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import source_state
 
 LONGEST = 30
 MOST_KILOBYTES = 2 << 20
@@ -66,6 +67,7 @@ class Outcome:
     """What the runs showed: exit codes, costs, and each kind of failure with its command lines."""
 
     runs: int = 0
+    seconds: float = 0.0
     codes: Counter[int] = field(default_factory=Counter)
     #: Command -> how many lines, and how many of these ended with 0 or 1.
     commands: Counter[str] = field(default_factory=Counter)
@@ -679,6 +681,7 @@ def fuzz(
     outcome = Outcome()
     with hostile_folder() as (models, data):
         rng = random.Random(seed)
+        started = time.monotonic()
         for _ in range(runs):
             words = draw(rng, models, data)
             kept = {name: Path(name).read_bytes() for name in ("net.keras", "half.json")}
@@ -687,6 +690,7 @@ def fuzz(
                 for name, content in kept.items():
                     Path(name).write_bytes(content)
             _count(outcome, words, ran)
+            outcome.seconds = time.monotonic() - started
             if found is not None:
                 for kind in ran.kinds:
                     _write_found(shortened(words, kind), kind, found)
@@ -812,8 +816,10 @@ def _record(outcome: Outcome, seed: int) -> dict[str, Any]:
         "backend": os.environ.get("KERAS_BACKEND"),
         "python": facts["python"],
         "versions": facts["versions"],
+        "sources": source_state.digest(),
         "runs": outcome.runs,
         "seed": seed,
+        "seconds": round(outcome.seconds),
         "codes": {str(code): count for code, count in sorted(outcome.codes.items())},
         "commands": {
             name: {"lines": count, "ended with 0 or 1": outcome.completed[name]}

@@ -18,7 +18,6 @@ import argparse
 import ast
 import functools
 import gc
-import hashlib
 import inspect
 import json
 import linecache
@@ -39,6 +38,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+
+import source_state
 
 import frostline as fl
 
@@ -710,15 +711,6 @@ def _told(trial: Trial | dict[str, Any], found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@functools.cache
-def _sources() -> str:
-    """A hash of Frostline's sources, so that runs of one state of the code are known as such."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(SOURCES).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _write(options: argparse.Namespace, outcome: Outcome, seconds: float) -> None:
     """Add a run to a file, or replace what it had found a minute ago."""
     backend = os.environ.get("KERAS_BACKEND", "")
@@ -733,7 +725,7 @@ def _write(options: argparse.Namespace, outcome: Outcome, seconds: float) -> Non
     )
     run = {
         "command": command,
-        "sources": _sources(),
+        "sources": source_state.digest(),
         "seconds": round(seconds),
         "counts": {name: dict(row) for name, row in outcome.counts.items()},
         "failures": [_told(*failure) for failure in outcome.failures],

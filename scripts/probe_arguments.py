@@ -40,7 +40,8 @@ CALLED_OTHERWISE = frozenset(
 )  # fmt: skip
 #: Keras' own arguments of ``fit``, which ``fl.fit`` hands on.
 OF_FIT = ("batch_size", "epochs", "validation_data", "validation_split", "callbacks",
-          "steps_per_epoch", "shuffle", "initial_epoch", "verbose")  # fmt: skip
+          "steps_per_epoch", "shuffle", "initial_epoch", "verbose", "class_weight", "sample_weight",
+          "validation_steps", "validation_batch_size", "validation_freq")  # fmt: skip
 
 
 def _broken() -> Iterator[Any]:

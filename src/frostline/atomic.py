@@ -8,6 +8,7 @@ the end of a way back.
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import sys
@@ -289,19 +290,20 @@ def restored(kept: Sequence[Attributes]) -> None:
 
 
 def _plain(container: Any) -> Any:
-    kind = _kind(container)
+    kind = _kind(type(container))
     return kind(container) if container else _EMPTY[kind]  # most of them are
 
 
-def _kind(container: Any) -> Any:
-    return next(kind for kind in _KINDS if isinstance(container, kind))
+@functools.lru_cache(256)  # a network has a hundred thousand containers of five types
+def _kind(of: type) -> Any:
+    return next(kind for kind in _KINDS if issubclass(of, kind))
 
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its content back; untouched if it has it."""
     if _identities(_plain(container)) == _identities(content):
         return
-    kind = _kind(container)
+    kind = _kind(type(container))
     add = "extend" if kind is list else "update"
     if type(container).__module__.startswith("keras."):
         # Keras' tracked containers would track all of it again: the plain methods do not.

@@ -36,7 +36,7 @@ def checked(function: Function) -> Function:
     """
     signature = inspect.signature(function)
     defaults = {name: known.default for name, known in signature.parameters.items()}
-    doors = {name: _DOORS[name] for name in defaults if name in _DOORS}
+    doors = [name for name in defaults if name in _DOORS]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -44,16 +44,23 @@ def checked(function: Function) -> Function:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # of Python's own: the call below says it
             given = {}
-        for name, door in doors.items():
+        for name in doors:
             if name in given and given[name] is not defaults[name]:
-                wanted = door(given[name])
-                if wanted is not None:
-                    raise DataError(
-                        f"{name} must be {wanted}. Received: {name}={shown(given[name])}"
-                    )
+                require(name, given[name])
         return function(*args, **kwargs)
 
     return cast(Function, run)
+
+
+def require(name: str, value: Any) -> None:
+    """Refuse a value of a wrong type for an argument of this name.
+
+    Raises:
+        DataError: It names the argument, what it may be, and what was received.
+    """
+    wanted = _DOORS[name](value) if name in _DOORS else None
+    if wanted is not None:
+        raise DataError(f"{name} must be {wanted}. Received: {name}={shown(value)}")
 
 
 def listed(value: Iterable[Item], name: str) -> list[Item]:
@@ -213,17 +220,54 @@ def _loader(value: Any) -> str | None:
     return None if sound else "a DataLoader, or an iterable of batches"
 
 
+def _shuffle(value: Any) -> str | None:
+    return None if isinstance(value, str) and value == "batch" else _flag(value)
+
+
+def _verbosity(value: Any) -> str | None:
+    words = "'auto', 0, 1 or 2"
+    if isinstance(value, str):
+        return None if value == "auto" else words
+    sound = _flag(value) is None or (_whole(0)(value) is None and value <= 2)
+    return None if sound else words
+
+
+def _share(value: Any) -> str | None:
+    return None if _number(value) and 0 <= value < 1 else "a number from 0 up to, not including, 1"
+
+
+def _callbacks(value: Any) -> str | None:
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_callbacks, value)), None)
+    sound = not isinstance(value, type) and hasattr(value, "set_model")
+    return None if sound else "a keras.callbacks.Callback, or a list of them"
+
+
+def _class_weight(value: Any) -> str | None:
+    sound = isinstance(value, Mapping) and all(map(_number, [*value.keys(), *value.values()]))
+    return None if sound else "a mapping: class -> weight"
+
+
+def _frequency(value: Any) -> str | None:
+    several = isinstance(value, (list, tuple, set, frozenset, range))
+    sound = several and all(_COUNT(epoch) is None for epoch in value)
+    return None if sound or _COUNT(value) is None else "a number of epochs, or a list of epochs"
+
+
 _COUNT = _whole(1)
 _DOORS: dict[str, Door] = {
     "batch_size": _COUNT,
     "boundaries": _listed("a list of layers"),
     "cache": _cache,
+    "callbacks": _callbacks,
+    "class_weight": _class_weight,
     "dropout": _flag,
     "dtype": _word,
     "engine": _word,
     "epochs": _COUNT,
     "history": _history,
     "ignore": _names,
+    "initial_epoch": _whole(0),
     "learning_rate_ratio": _ratio,
     "loader": _loader,
     "lock_timeout": _amount,
@@ -236,19 +280,25 @@ _DOORS: dict[str, Door] = {
     "optimizer": _function,
     "options": _options,
     "params": _flag,
-    "precision": _text,
     "path": _folder,
+    "precision": _text,
     "round_trip": _flag,
     "sample": _of_numbers,
     "samples": _word,
     "seed": _whole(0),
     "seeds": _COUNT,
     "select": _names,
+    "shuffle": _shuffle,
     "statistics": _flag,
+    "steps_per_epoch": _COUNT,
     "stop_early": _flag,
     "through": _through,
     "treatments": _names,
-    "verbose": _word,
+    "validation_batch_size": _COUNT,
+    "validation_freq": _frequency,
+    "validation_split": _share,
+    "validation_steps": _COUNT,
+    "verbose": _verbosity,
     "views": _COUNT,
     "weights": _weights,
 }

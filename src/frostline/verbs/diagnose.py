@@ -14,7 +14,7 @@ from frostline.causes import causes as explain, verdict as verdicts
 from frostline.measure.ranks import as_rank_0, pooled
 from frostline.remedies import remedies as repairs_for
 from frostline.report.sites import Sites
-from frostline.types import FrostlineError, ModelError, PhaseTable, Site
+from frostline.types import ModelError, PhaseTable, Site
 from frostline.types.arguments import checked
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
@@ -272,8 +272,6 @@ def _origin(adapter: Adapter, known: ModelFacts, **more: Any) -> dict[str, str]:
 @contextmanager
 def _progress(verbose: Any) -> Iterator[tuple[measure.Progress, Callable[[str], None]]]:
     """What is called before each step of a diagnosis, and what prints a line meanwhile."""
-    if verbose not in ("auto", 0, 1, 2):
-        raise FrostlineError(f"verbose must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}")
     from rich.console import Console
 
     console = Console(stderr=True)

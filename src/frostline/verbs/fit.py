@@ -20,7 +20,7 @@ from frostline.data.arrays import leaves, map_leaves
 from frostline.data.batch import Batch
 from frostline.data.batches import is_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
-from frostline.types.arguments import checked
+from frostline.types.arguments import checked, require, shown
 from frostline.types.reasons import first_line
 from frostline.verbs.split import Split, split
 
@@ -337,8 +337,12 @@ def arguments_of(**given: Any) -> dict[str, Any]:
     if unknown:
         raise DataError(
             f"fit takes the arguments of keras.Model.fit ({', '.join(_KERAS_ARGUMENTS)}) and its "
-            f"own, and no other. Received: {unknown[0]}={given[unknown[0]]!r}"
+            f"own, and no other. Received: {unknown[0]}={shown(given[unknown[0]])}"
         )
+    for name, value in given.items():
+        none = name == "epochs" and type(value) is int and value == 0  # Keras trains for none, too
+        if value is not _KERAS_ARGUMENTS[name] and not none:
+            require(name, value)
     return {**_KERAS_ARGUMENTS, **given}
 
 

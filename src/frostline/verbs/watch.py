@@ -132,7 +132,13 @@ class Watch:
             except FrostlineError:
                 if loss is not None or step is not None or first.y is not None:
                     raise
-                if not _floating(forward.outputs(first, Condition(0.0))):
+                try:
+                    outputs = forward.outputs(first, Condition(0.0))
+                except FrostlineError:
+                    raise
+                except Exception as error:
+                    raise failure(error, first) from error
+                if not _floating(outputs):
                     raise
                 self._by_outputs = True
 

@@ -12,6 +12,7 @@ import pytest
 
 import frostline as fl
 from frostline.types.arguments import _DOORS, checked, shown
+from frostline.verbs.fit import _KERAS_ARGUMENTS, arguments_of
 
 #: Public functions, and how many arguments they cannot do without.
 FIRST: dict[str, int] = {
@@ -26,7 +27,8 @@ SCALARS = ("dtype", "engine", "method", "sample", "samples", "verbose")
 def cases() -> list[tuple[str, str]]:
     found = []
     for name in sorted(FIRST):
-        parameters = inspect.signature(getattr(fl, name)).parameters
+        parameters = list(inspect.signature(getattr(fl, name)).parameters)
+        parameters += [each for each in _KERAS_ARGUMENTS if name == "fit"]
         found += [(name, each) for each in parameters if each in _DOORS]
     return found
 
@@ -55,6 +57,49 @@ def test_a_wrong_type_is_refused_by_name(verb: str, argument: str, model: Any) -
 
 def test_every_argument_of_the_table_belongs_to_a_public_function() -> None:
     assert {argument for _, argument in cases()} == set(_DOORS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [("epochs", -1), ("epochs", 2.5), ("initial_epoch", "3"), ("validation_split", 1.0),
+     ("validation_split", float("nan")), ("steps_per_epoch", 0), ("batch_size", True),
+     ("shuffle", "yes"), ("callbacks", [object()]), ("callbacks", keras.callbacks.Callback),
+     ("class_weight", {"a": 1.0}), ("validation_freq", [0]), ("verbose", 3)],
+)  # fmt: skip
+def test_what_fit_hands_on_is_refused_by_name(argument: str, wrong: Any) -> None:
+    with pytest.raises(fl.DataError, match=rf"^{argument} must be .*Received: {argument}="):
+        arguments_of(**{argument: wrong})
+
+
+def test_what_keras_takes_is_handed_on() -> None:
+    callback = keras.callbacks.Callback()
+    for given in (
+        {"epochs": 0}, {"epochs": np.int64(2)}, {"batch_size": None}, {"steps_per_epoch": None},
+        {"callbacks": callback}, {"callbacks": (callback, [callback])}, {"shuffle": "batch"},
+        {"callbacks": keras.callbacks.CallbackList()}, {"verbose": False}, {"validation_freq": [1]},
+        {"class_weight": {0: 1, np.int64(1): np.float32(2)}}, {"validation_split": 0},
+    ):  # fmt: skip
+        ((name, value),) = given.items()
+        assert arguments_of(**given)[name] is value
+
+
+@pytest.mark.parametrize(
+    "sample",
+    ["3", 3, None, b"abc", {1, 2}, {"a": 1}, object(), np.array(["a", "b", "c"])],
+    ids=lambda sample: type(sample).__name__,
+)
+def test_a_sample_that_is_no_batch(sample: Any) -> None:
+    layers = [keras.layers.Dense(3, trainable=False), keras.layers.Dense(2)]
+    made = keras.Sequential([keras.Input((3,)), *layers])
+    given = [sample] if sample is None else sample
+    with pytest.raises(fl.FrostlineError, match=r"^sample must be .*Received: sample="):
+        fl.split(made, sample=given)
+
+
+@pytest.mark.parametrize("data", [[1, "a"], np.zeros((2, 3, 4)), np.array(["a", "b"])])
+def test_data_that_a_model_without_a_loss_does_not_take(data: Any, model: Any) -> None:
+    with pytest.raises(fl.FrostlineError), fl.watch(model, data):
+        pass
 
 
 def test_what_is_a_number_to_numpy_is_one_here() -> None:

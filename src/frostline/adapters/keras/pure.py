@@ -20,6 +20,7 @@ from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed, Why
 from frostline.types import Array, ModelError
+from frostline.types.arguments import shown
 
 L = keras.layers
 
@@ -104,8 +105,9 @@ def observe(calls: Calls, graph: Graph, nodes: Sequence[Node], sample: Any = Non
     Raises:
         ModelError: A node is not pure; names the layer and says how it showed.
     """
+    rows = None if sample is None else _given(calls, sample)
     try:
-        one, other = _batches(calls, sample)
+        one, other = _batches(calls, rows)
     except ModelError as problem:
         return Observed(shapes=None, reason=str(problem))
     first, second = (dict(zip(calls.inputs, batch, strict=True)) for batch in (one, other))
@@ -169,7 +171,28 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _batches(graph: Calls, sample: Any) -> tuple[list[Any], list[Any]]:
+def _given(calls: Calls, sample: Any) -> list[Array]:
+    """The arrays of a sample, one for each input of the model.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    try:
+        rows = [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(sample)]
+    except Exception:  # of an object's own methods, or of the backend
+        rows = []
+    words = any(_dtype(calls.tensors[slot]) == "string" for slot in calls.inputs)
+    kinds = "biufVSUO" if words else "biufV"
+    if len(rows) != len(calls.inputs) or not all(r.ndim and r.dtype.kind in kinds for r in rows):
+        raise ModelError(
+            "sample must be a batch of inputs as the model takes them: for each of its "
+            f"{len(calls.inputs)} inputs an array with a first axis of samples. "
+            f"Received: sample={shown(sample)}"
+        )
+    return rows
+
+
+def _batches(graph: Calls, rows: list[Array] | None) -> tuple[list[Any], list[Any]]:
     """Two batches of tensors; the first sample of one is the last of the other.
 
     Raises:
@@ -178,15 +201,11 @@ def _batches(graph: Calls, sample: Any) -> tuple[list[Any], list[Any]]:
     tensors = [graph.tensors[slot] for slot in graph.inputs]
     fixed = {int(t.shape[0]) for t in tensors if len(t.shape) and t.shape[0] is not None}
     count = min(fixed, default=2)
-    if sample is None:
+    if rows is None:
         rng = np.random.default_rng(0)
         rows = [_random_rows(tensor, 2 * count, rng) for tensor in tensors]
-    else:
-        rows = [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(sample)]
-        if len(rows) != len(tensors):
-            raise ModelError(f"the sample has {len(rows)} arrays for {len(tensors)} inputs")
-        if any(len(row) < count + 1 for row in rows):
-            raise ModelError(f"the sample has fewer than {count + 1} rows")
+    elif any(len(row) < count + 1 for row in rows):
+        raise ModelError(f"the sample has fewer than {count + 1} rows")
     first = [row[:count] for row in rows]
     second = [row[purity.others(len(row), count)] for row in rows]
     dtypes = [tensor.dtype for tensor in tensors]
