@@ -290,20 +290,21 @@ def restored(kept: Sequence[Attributes]) -> None:
 
 
 def _plain(container: Any) -> Any:
-    kind = _kind(type(container))
+    kind = _kind(container.__class__)
     return kind(container) if container else _EMPTY[kind]  # most of them are
 
 
-@functools.lru_cache(256)  # a network has a hundred thousand containers of five types
-def _kind(of: type) -> Any:
-    return next(kind for kind in _KINDS if issubclass(of, kind))
+@functools.lru_cache(256)
+def _kind(stated: type) -> Any:
+    """Of a container's ``__class__``, which for TensorFlow's wrappers is that of the content."""
+    return next(kind for kind in _KINDS if issubclass(stated, kind))
 
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its content back; untouched if it has it."""
     if _identities(_plain(container)) == _identities(content):
         return
-    kind = _kind(type(container))
+    kind = _kind(container.__class__)
     add = "extend" if kind is list else "update"
     if type(container).__module__.startswith("keras."):
         # Keras' tracked containers would track all of it again: the plain methods do not.

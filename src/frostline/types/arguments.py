@@ -72,10 +72,15 @@ def listed(value: Iterable[Item], name: str) -> list[Item]:
     try:
         return list(value)
     except Exception as error:
-        raise DataError(
-            f"{name} cannot be read to its end ({type(error).__name__}: {error}). "
-            f"Received: {name}={shown(value)}"
-        ) from error
+        raise unreadable(value, name, error) from error
+
+
+def unreadable(value: Any, name: str, error: Exception) -> DataError:
+    """What to raise where iterating an argument raised an error."""
+    return DataError(
+        f"{name} cannot be read to its end ({type(error).__name__}: {error}). "
+        f"Received: {name}={shown(value)}"
+    )
 
 
 def shown(value: Any) -> str:
@@ -248,6 +253,14 @@ def _class_weight(value: Any) -> str | None:
     return None if sound else "a mapping: class -> weight"
 
 
+def _weight_of_samples(value: Any) -> str | None:
+    if isinstance(value, (list, tuple, Mapping)):
+        inner = list(value.values() if isinstance(value, Mapping) else value)
+        return next(filter(None, map(_weight_of_samples, inner or [0])), None)
+    sound = _is_array(value) and _of_numbers(value) is None
+    return None if sound else "an array with a number for each sample"
+
+
 def _frequency(value: Any) -> str | None:
     several = isinstance(value, (list, tuple, set, frozenset, range))
     sound = several and all(_COUNT(epoch) is None for epoch in value)
@@ -284,6 +297,7 @@ _DOORS: dict[str, Door] = {
     "precision": _text,
     "round_trip": _flag,
     "sample": _of_numbers,
+    "sample_weight": _weight_of_samples,
     "samples": _word,
     "seed": _whole(0),
     "seeds": _COUNT,

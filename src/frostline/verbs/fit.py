@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from frostline.data.arrays import leaves, map_leaves
 from frostline.data.batch import Batch
 from frostline.data.batches import is_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
-from frostline.types.arguments import checked, require, shown
+from frostline.types.arguments import checked, require, shown, unreadable
 from frostline.types.reasons import first_line
 from frostline.verbs.split import Split, split
 
@@ -213,6 +214,11 @@ def _prepared(
             f"views={how.views} reads the data more than once, and a generator can be read only "
             f"once: pass arrays or a data set. Received: {type(x).__name__}"
         )
+    if y is not None and hasattr(x, "__next__"):
+        raise DataError(
+            "y must be None where x is a generator, which yields (x, y). "
+            f"Received: x={shown(x)}, y={shown(y)}"
+        )
     x = _as_loader(role, x, y, arguments)
     parts, peeled, reason = _parts(role, model, x, arguments, how.views)
     if parts is None:
@@ -222,7 +228,13 @@ def _prepared(
         if follow is not None:
             after = follow(lambda held: lambda rows: map_leaves(lambda leaf: leaf[rows], held))
             arguments["callbacks"] = role.with_callback(arguments["callbacks"], after)
-        return partial(model.fit, x, y, **arguments)
+        arguments["validation_data"] = _told(arguments["validation_data"], "validation_data")
+        return partial(model.fit, _told(x, "x"), y, **arguments)
+    loss = getattr(model, "loss", None)
+    if y is None and role.is_arrays(x, None, None) and (isinstance(loss, str) or callable(loss)):
+        raise DataError(
+            f"y must be the labels that the model's loss compares with. Received: y={shown(y)}"
+        )
     inference = None
     if peeled is not None:
         if how.augment is not None:
@@ -262,6 +274,20 @@ def _prepared(
 
         arguments["callbacks"] = role.with_callback(arguments["callbacks"], follow(features))
     return partial(_train, model, role, plan, train, validation, arguments, guard, whole)
+
+
+def _told(data: Any, name: str) -> Any:
+    """Data as they are; a generator that raises says which argument it is."""
+    if not isinstance(data, GeneratorType):
+        return data
+
+    def read() -> Iterator[Any]:
+        try:
+            yield from data
+        except Exception as error:
+            raise unreadable(data, name, error) from error
+
+    return read()
 
 
 def _as_loader(role: Any, x: Any, y: Any, arguments: dict[str, Any]) -> Any:
@@ -515,7 +541,8 @@ def _adapter(
     try:
         inner = role.adapter(x, y, weight, **ways)
     except ValueError as error:
-        raise DataError(f"Keras does not take these data: {first_line(error)}") from error
+        said = " ".join(str(error).split())
+        raise DataError(f"Keras does not take these data: {said:.300}") from error
     shapes = [(tensor.shape, _read_dtype(tensor)) for tensor in cached.tensors]
     crossing = sha256(*(crossing.path for crossing in plan.parts.frontier))[:16]
     return role.FeatureAdapter(inner, fetch, shapes, crossing)

@@ -71,6 +71,45 @@ def test_what_fit_hands_on_is_refused_by_name(argument: str, wrong: Any) -> None
         arguments_of(**{argument: wrong})
 
 
+@pytest.fixture
+def frozen() -> Any:
+    made = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(trainable=False)])
+    made.add(keras.layers.Dense(1))
+    made.compile("sgd", "mse")
+    return made
+
+
+def test_labels_that_are_not_there(frozen: Any, tmp_path: Any) -> None:
+    with pytest.raises(fl.DataError, match="^y must be the labels .*Received: y=None"):
+        fl.fit(frozen, np.zeros((4, 3), "float32"), cache=tmp_path, verbose=0)
+
+
+def test_labels_beside_a_generator(frozen: Any, tmp_path: Any) -> None:
+    batches = (np.zeros((4, 3), "float32") for _ in range(1))
+    with pytest.raises(fl.DataError, match="^y must be None where x is a generator"):
+        fl.fit(frozen, batches, np.zeros((4, 1)), cache=tmp_path, verbose=0)
+
+
+@pytest.mark.parametrize("weight", ["3", 2.5, [1.0], np.float32(1), np.array(["a"] * 4)])
+def test_weights_of_samples_that_are_no_array(weight: Any) -> None:
+    with pytest.raises(fl.DataError, match="^sample_weight must be .*Received: sample_weight="):
+        arguments_of(sample_weight=weight)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow reads in C++")
+@pytest.mark.filterwarnings("ignore:fl.fit runs plain")
+@pytest.mark.parametrize("argument", ["x", "validation_data"])
+def test_a_generator_that_raises_in_fit(argument: str, frozen: Any, tmp_path: Any) -> None:
+    def broken() -> Iterator[Any]:
+        yield np.zeros((2, 3), "float32"), np.zeros((2, 1), "float32")
+        raise RuntimeError("the disk is gone")
+
+    x, y = np.zeros((4, 3), "float32"), np.zeros((4, 1), "float32")
+    given = {"x": x, "y": y} if argument == "validation_data" else {}
+    with pytest.raises(fl.DataError, match=f"^{argument} cannot be read .*the disk is gone"):
+        fl.fit(frozen, cache=tmp_path, verbose=0, **given, **{argument: broken()})
+
+
 def test_what_keras_takes_is_handed_on() -> None:
     callback = keras.callbacks.Callback()
     for given in (
