@@ -14,6 +14,7 @@ command lines import and has computed nothing: so a line costs what it does, its
 terminal would get, C libraries' included, and memory, crashes and files are its own. Seconds are
 those that the process ran or slept, not those that it waited for a processor.
 
+``--again FILE`` runs the failures of an earlier record again instead of drawing lines.
 ``--found FOLDER`` shortens each line that failed, and writes it to a file there;
 ``tests/slow/hostile`` runs those in its folder ``found`` again.
 """
@@ -40,7 +41,7 @@ import traceback
 import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -667,6 +668,7 @@ def fuzz(
     runs: int,
     seed: int,
     *,
+    lines: Sequence[list[str]] | None = None,
     found: Path | None = None,
     told: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
@@ -675,6 +677,7 @@ def fuzz(
     Args:
         runs: How many.
         seed: Of the lines.
+        lines: Words of these lines instead, each once.
         found: Folder for lines that failed, shortened, one file each.
         told: Is given the outcome so far now and then, and at the end.
     """
@@ -682,8 +685,8 @@ def fuzz(
     with hostile_folder() as (models, data):
         rng = random.Random(seed)
         started = time.monotonic()
-        for _ in range(runs):
-            words = draw(rng, models, data)
+        drawn = (draw(rng, models, data) for _ in range(runs))
+        for words in drawn if lines is None else lines:
             kept = {name: Path(name).read_bytes() for name in ("net.keras", "half.json")}
             ran = run(words)
             if "--force" in words:  # it may have replaced an input
@@ -765,6 +768,12 @@ def _count(outcome: Outcome, words: list[str], ran: Run) -> None:
         outcome.failures.setdefault(kind, []).append(f"{shlex.join(words)}\n      {ran.last!r}")
 
 
+def failed(record: Path) -> list[list[str]]:
+    """Words of the lines that failed in an earlier run."""
+    kinds = json.loads(record.read_text())["lines"].values()
+    return [shlex.split(line.split("\n")[0]) for lines in kinds for line in lines]
+
+
 def shortened(words: list[str], kind: str) -> list[str]:
     """The line without every word, and pair of words, that the failure does not need."""
     for at in reversed(range(1, len(words))):
@@ -789,6 +798,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the counts, written while it runs")
+    parser.add_argument("--again", type=Path, help="record whose failures to run again")
     parser.add_argument("--found", type=Path, help="folder for failures, shortened")
     options = parser.parse_args()
     found = None if options.found is None else options.found.resolve()
@@ -798,7 +808,8 @@ def main() -> int:
         if place is not None:
             place.write_text(json.dumps(_record(outcome, options.seed), indent=2) + "\n")
 
-    outcome = fuzz(options.runs, options.seed, found=found, told=write)
+    again = None if options.again is None else failed(options.again)
+    outcome = fuzz(options.runs, options.seed, lines=again, found=found, told=write)
     print(f"{outcome.runs} runs, exit codes {dict(sorted(outcome.codes.items()))}")
     print(f"longest {outcome.longest_seconds} s, largest {outcome.most_megabytes} MB")
     for kind, lines in outcome.failures.items():

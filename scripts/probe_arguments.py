@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import source_state
 from injected_verbs import Network, networks
 
 import frostline as fl
@@ -263,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "framework": options.framework,
             "backend": os.environ.get("KERAS_BACKEND"),
             "versions": environment.facts()["versions"],
+            "sources": source_state.digest(),
             "calls": tried.calls,
             "succeeded": tried.succeeded,
             "refused": tried.refused,

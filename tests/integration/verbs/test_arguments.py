@@ -80,19 +80,19 @@ def frozen() -> Any:
 
 
 def test_labels_that_are_not_there(frozen: Any, tmp_path: Any) -> None:
-    with pytest.raises(fl.DataError, match="^y must be the labels .*Received: y=None"):
+    with pytest.raises(fl.DataError, match=r"^y must be the labels .*Received: y=None"):
         fl.fit(frozen, np.zeros((4, 3), "float32"), cache=tmp_path, verbose=0)
 
 
 def test_labels_beside_a_generator(frozen: Any, tmp_path: Any) -> None:
     batches = (np.zeros((4, 3), "float32") for _ in range(1))
-    with pytest.raises(fl.DataError, match="^y must be None where x is a generator"):
+    with pytest.raises(fl.DataError, match=r"^y must be None where x is a generator"):
         fl.fit(frozen, batches, np.zeros((4, 1)), cache=tmp_path, verbose=0)
 
 
 @pytest.mark.parametrize("weight", ["3", 2.5, [1.0], np.float32(1), np.array(["a"] * 4)])
 def test_weights_of_samples_that_are_no_array(weight: Any) -> None:
-    with pytest.raises(fl.DataError, match="^sample_weight must be .*Received: sample_weight="):
+    with pytest.raises(fl.DataError, match=r"^sample_weight must be .*Received: sample_weight="):
         arguments_of(sample_weight=weight)
 
 
