@@ -31,8 +31,10 @@ OUTCOMES = ("works", "refused", "wrong", "crash")
 def load() -> dict[str, Entry]:
     """The table; frameworks are imported here."""
     from . import (  # noqa: F401
+        keras_later,
         keras_programs,
         keras_unseen,
+        later,
         situations,
         torch_programs,
         unseen,

@@ -517,6 +517,7 @@ def _without_finalizer(kind: type[Any]) -> type[Any]:
 
 #: Most of what a module holds; nobody exchanges a part of these.
 _AS_THEY_ARE = {type(None), bool, int, float, str, torch.Tensor, nn.Parameter}
+_TABLES = {dict, OrderedDict}
 
 
 def replica(root: Any) -> Any:
@@ -544,7 +545,15 @@ def replica(root: Any) -> Any:
         if isinstance(value, nn.Module) or id(value) in holders:
             twin: Any = object.__new__(_without_finalizer(type(value)))
             made[id(value)] = twin
-            vars(twin).update({name: copied(item) for name, item in vars(value).items()})
+            own = vars(twin)
+            for name, item in vars(value).items():
+                kind = type(item)
+                if kind in _AS_THEY_ARE:
+                    own[name] = item
+                elif kind in _TABLES and not item:  # as most of a module's tables of hooks are
+                    own[name] = kind()
+                else:
+                    own[name] = copied(item)
             return twin
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, copied(value.__self__))
@@ -552,9 +561,7 @@ def replica(root: Any) -> Any:
             return functools.partial(
                 copied(value.func), *map(copied, value.args), **copied(value.keywords)
             )
-        if type(value) in (dict, OrderedDict):
-            if not value:  # as most of a module's tables of hooks are
-                return type(value)()
+        if type(value) in _TABLES:
             return type(value)((key, copied(item)) for key, item in value.items())
         if type(value) in (list, tuple):
             return type(value)(map(copied, value))
