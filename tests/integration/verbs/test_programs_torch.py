@@ -554,3 +554,31 @@ def test_the_lines_for_an_exported_graph_are_such_that_run_there() -> None:
     exec(words.epsilon_line.format(epsilon=1.0), {"model": graph, "torch": torch})
     net[1].eps = 1.0
     assert torch.allclose(graph(x), net.eval()(x), atol=1e-6)
+
+
+def test_statistics_that_are_nan_have_not_moved() -> None:
+    """A layer that diverged is still frozen, and folds into what it computes: NaN."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    model[1].running_mean[0] = torch.nan
+    x = torch.randn(4, 1, 6, 6)
+    fl.freeze(model)
+    fl.assert_frozen(model, data=x)
+    torch.testing.assert_close(fl.fold(model, sample=x)(x), model.eval()(x), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        fl.lint,
+        fl.freeze,
+        lambda model: fl.recalibrate(model, torch.randn(4, 2)),
+        lambda model: fl.diagnose(model, torch.randn(4, 2)),
+    ],
+    ids=["lint", "freeze", "recalibrate", "diagnose"],
+)
+def test_a_model_without_values_says_how_to_load_them(verb: Callable[[Any], Any]) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(fl.ModelError, match=r"meta.*to_empty.*load_state_dict"):
+        verb(model)
+    assert len(fl.sites(model)) == 1

@@ -183,8 +183,14 @@ def _pass(
                 own_step(model, x)
         for path, layer in keepers.items():
             pairs = zip(kept[path], _values(layer), strict=True)
-            seen[path] = [ops.any(ops.not_equal(old, new)) for old, new in pairs]
+            seen[path] = [_differ(old, new) for old, new in pairs]
     return seen
+
+
+def _differ(old: Any, new: Any) -> Any:
+    """Whether any value moved; one that was NaN and still is has not."""
+    nan = ops.logical_and(ops.not_equal(new, new), ops.not_equal(old, old))  # of integers, too
+    return ops.any(ops.logical_not(ops.logical_or(ops.equal(new, old), nan)))
 
 
 def _values(layer: Any) -> list[Any]:
@@ -205,12 +211,7 @@ def _watched(
     outputs = original_call(*args, **kwargs)
     after = _stored(handle)
     call = handle.call(original_call, args, kwargs)
-    moved = ops.logical_or(
-        *(
-            ops.any(ops.logical_not(ops.logical_or(new == old, ops.isnan(new) & ops.isnan(old))))
-            for old, new in zip(before, after, strict=True)
-        )
-    )
+    moved = ops.logical_or(*map(_differ, before, after))
     if call.follows_formula and call.mask is None and outputs.shape == call.x.shape:
         parameters = tuple(
             None if parameter is None else ops.convert_to_tensor(parameter)

@@ -10,7 +10,12 @@ import torch
 
 from frostline.adapters.torch.asking import call, with_gradients
 from frostline.adapters.torch.calls import Call, answered
-from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
+from frostline.adapters.torch.forward_pass import (
+    mover,
+    same_values,
+    set_phase,
+    untouched,
+)
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.adapters.torch.keeping import owner_of, tensors_of
 from frostline.data.batch import Batch
@@ -101,4 +106,4 @@ def _stored(module: Any) -> tuple[Any, ...]:
 
 
 def _alike(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return all(same_values(a, b) for a, b in zip(before, after, strict=True))

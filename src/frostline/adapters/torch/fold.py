@@ -464,7 +464,8 @@ def _require_same(made: Any, trial: _Trial) -> None:
 
 
 def _near(one: Any, other: Any) -> bool:
-    scale = float(other.abs().max()) if other.numel() else 0.0
+    finite = other.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    scale = float(finite.abs().max()) if other.numel() else 0.0
     near = {"rtol": 0.0, "atol": _WRONG * scale, "equal_nan": True}
     return one.shape == other.shape and bool(torch.allclose(one, other, **near))
 

@@ -146,6 +146,12 @@ def arrays_in(structure: Any) -> Any:
         found = structure.detach()
         if hasattr(found, "full_tensor"):  # sharded by FSDP2: every rank asks for all of it
             found = found.full_tensor()
+        if found.device.type == "meta":
+            raise ModelError(
+                "the model is on the 'meta' device, where tensors have no values; load its weights "
+                "first: model.to_empty(device='cpu'), then load_state_dict. "
+                f"Received: a tensor of shape {tuple(found.shape)} without values"
+            )
         if found.is_floating_point() and found.dtype != torch.float64:
             found = found.float()
         return found.cpu().numpy()
