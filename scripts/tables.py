@@ -487,14 +487,18 @@ _FUZZED = {
 def fuzzed(results: Sequence[dict[str, Any]]) -> str:
     """One line per run of the fuzzer: versions, lines, and how many of each kind of failure."""
     columns = ("lines", "ended with 0 or 1", *_FUZZED.values(), "longest", "most")
-    lines = [f"| versions | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    lines = [
+        f"| versions | sources | {' | '.join(columns)} |",
+        f"|---|---|{'---:|' * len(columns)}",
+    ]
     for found in results:
         versions, backend = found["versions"], found["backend"]
         library = next(name for name in (backend, f"{backend}-cpu") if name in versions)
         done = found["codes"].get("0", 0) + found["codes"].get("1", 0)
         counts = " | ".join(str(found["failures"].get(kind, 0)) for kind in _FUZZED)
         lines.append(
-            f"| Keras {versions['keras']}, {library} {versions[library]} | {found['runs']:,} | "
+            f"| Keras {versions['keras']}, {library} {versions[library]} | "
+            f"{found.get('sources', 'earlier')} | {found['runs']:,} | "
             f"{done:,} | {counts} | {found['longest_seconds']:.1f} s | "
             f"{found['most_megabytes']:,} MB |"
         )
