@@ -441,3 +441,23 @@ def test_a_second_exception_while_a_loop_over_cached_batches_ends_leaves_its_mod
     assert second > 10
     loop()
     assert state(model) == before
+
+
+@pytest.mark.once
+def test_a_trace_that_fails_while_it_ends_leaves_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    symbolic: Any = sys.modules["torch.fx._symbolic_trace"]
+
+    def trace(*_: Any, **__: Any) -> None:
+        symbolic._is_fx_tracing_flag = True
+        torch._C._set_grad_enabled(False)
+        raise RuntimeError("in the way back of torch.fx")
+
+    model = module()
+    fl.freeze(model, 4)
+    before = state(model)
+    monkeypatch.setattr(torch.fx.Tracer, "trace", trace)
+    fl.split(model, sample=DATA)  # needs no graph
+    assert not symbolic._is_fx_tracing_flag
+    assert state(model) == before

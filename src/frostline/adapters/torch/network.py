@@ -24,7 +24,8 @@ from torch import fx, nn
 
 from frostline.adapters.torch.forward_pass import same_values
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
-from frostline.atomic import taken_back
+from frostline.adapters.torch.surroundings import surroundings
+from frostline.atomic import Guard, taken_back
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
@@ -259,7 +260,8 @@ def followed(
             warnings.simplefilter("ignore")
             try:
                 with phase(list(root.modules()), modes):
-                    graph = tracer.trace(root, _defaults(root, given))
+                    trace = functools.partial(tracer.trace, root, _defaults(root, given))
+                    graph = Guard(surroundings()).over(trace)
             except Exception as problem:  # whatever the model's own code raises on a stand-in
                 reason = first_line(problem)
             moved = changed()
