@@ -103,7 +103,7 @@ def surroundings() -> dict[str, Any]:
     """The state of the process: generators, precision, modes, threads, filters, handlers."""
     found: dict[str, Any] = {
         "random": random.getstate(),
-        "numpy.random": repr(np.random.get_state()),  # noqa: NPY002 - the user's own
+        "numpy.random": _drawn_by_numpy(),
         "numpy errors": np.geterr(),
         "warnings": [repr(each) for each in warnings.filters],
         "showwarning": warnings.showwarning,
@@ -118,6 +118,11 @@ def surroundings() -> dict[str, Any]:
     if (jax := sys.modules.get("jax")) is not None:
         found["jax"] = (bool(jax.config.jax_enable_x64), jax._src.core.trace_state_clean())
     return found
+
+
+def _drawn_by_numpy() -> Any:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the user's own
+    return kind, keys.tobytes(), rest
 
 
 def _threads() -> list[str]:

@@ -437,16 +437,20 @@ def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
 def interruptions(results: Sequence[dict[str, Any]]) -> str:
     """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
 
-    A row counts the runs on one model and one state of the code, whose hash they hold. Those from
-    before there was one are together.
+    The state of the code of the last run, by the hash of the sources, has a row per model and their
+    sum; what was run on earlier ones is one row.
     """
+    last = results[0]["runs"][-1]["sources"]
     rows: dict[tuple[str, str], Counter[str]] = {}
     for run in results[0]["runs"]:
-        sources = run.get("sources", "earlier")
-        model = _interrupted(run["command"].split()) if "sources" in run else "all of these"
+        now = run.get("sources") == last
+        model = (last, _interrupted(run["command"].split())) if now else ("earlier", "all of these")
         for counts in run["counts"].values():
-            rows.setdefault((sources, model), Counter()).update(counts)
-    rows["all", ""] = sum(rows.values(), Counter())
+            rows.setdefault(model, Counter()).update(counts)
+    earlier = rows.pop(("earlier", "all of these"), None)
+    rows[last, "all of these"] = sum(rows.values(), Counter())
+    if earlier is not None:
+        rows["earlier", "all of these"] = earlier
     lines = [
         "| sources | model | exceptions: changed | clean-up: changed, broken | Ctrl-C: changed |",
         "|---|---|---|---|---|",

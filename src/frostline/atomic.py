@@ -174,13 +174,16 @@ def to_its_end(back: Callable[[], Any]) -> None:
     try:
         try:
             try:
-                held.acquire()
+                try:
+                    held.acquire()
+                finally:
+                    _again_if_interrupted(back)
             finally:
-                _again_if_interrupted(back)
+                held.release()
         finally:
             held.release()
     finally:
-        held.release()  # the first one may have been interrupted
+        held.release()  # two exceptions may have hit the others
 
 
 def _again_if_interrupted(back: Callable[[], Any]) -> None:
