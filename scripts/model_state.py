@@ -121,8 +121,8 @@ def surroundings() -> dict[str, Any]:
 
 
 def _drawn_by_numpy() -> Any:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the user's own
-    return kind, keys.tobytes(), rest
+    drawn: Any = np.random.get_state()  # noqa: NPY002 - the user's own
+    return drawn[1].tobytes(), drawn[2:]
 
 
 def _threads() -> list[str]:

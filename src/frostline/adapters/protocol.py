@@ -452,7 +452,13 @@ class Edit(Protocol):
         """Remember all that an edit may touch; returns what puts it back and can be repeated."""
 
     def surroundings(self) -> Callable[[], None]:
-        """Remember the framework's modes, precision and generators; returns what restores them."""
+        """Remember :meth:`modes` and the random generators; returns what restores them."""
+
+    def modes(self) -> Callable[[], None]:
+        """Remember the framework's modes and precision in this process, which no verb changes.
+
+        Returns what restores them, and can be repeated.
+        """
 
     def set_frozen(self, request: FreezeRequest) -> tuple[FlagCounts, Callable[[], None]]:
         """Freeze or thaw one side of a boundary; returns what changed and how to take it back."""

@@ -22,9 +22,12 @@ def whole(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-        guard = Guard(adapter_of(model).snapshot(), surroundings())
+        adapter = adapter_of(model)
+        guard, modes = Guard(adapter.snapshot(), surroundings()), adapter.modes()
         try:
-            return verb(model, *args, **kwargs)
+            made = verb(model, *args, **kwargs)
+            modes()  # an error that the verb took may have fallen into their way back
+            return made
         except BaseException:
             try:
                 guard.undo()

@@ -461,3 +461,48 @@ def test_a_trace_that_fails_while_it_ends_leaves_nothing_of_it(
     fl.split(model, sample=DATA)  # needs no graph
     assert not symbolic._is_fx_tracing_flag
     assert state(model) == before
+
+
+@pytest.mark.once
+def test_an_error_that_a_verb_takes_in_the_way_back_of_a_mode_leaves_no_mode() -> None:
+    from frostline.verbs.whole import whole
+
+    model = module()
+    before = state(model)
+
+    @whole
+    def verb(_: Any) -> str:
+        torch.device("cpu").__enter__()
+        torch._C._set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return "done"  # without what failed
+
+    with torch.device("cpu"):  # a mode of the user's
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert verb(model) == "done"
+        assert torch.overrides._get_current_function_mode_stack() == modes
+    assert torch.get_default_dtype() == torch.float32
+    assert state(model) == before
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("hit", [(2, 3), (2, 4), (1, 2)])
+def test_two_exceptions_at_the_handler_of_ctrl_c_leave_it(
+    hit: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from frostline.atomic import to_its_end
+
+    before, calls, real = signal.getsignal(signal.SIGINT), itertools.count(1), signal.signal
+
+    def sets(number: int, handler: Any) -> Any:
+        if next(calls) in hit:
+            raise Injected
+        return real(number, handler)
+
+    seen: list[str] = []
+    monkeypatch.setattr(signal, "signal", sets)
+    with pytest.raises(Injected):
+        to_its_end(lambda: seen.append("back"))
+    monkeypatch.undo()
+    assert seen
+    assert signal.getsignal(signal.SIGINT) is before

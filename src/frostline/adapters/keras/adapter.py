@@ -70,6 +70,7 @@ class KerasView:
         self.preserved = partial(keras_state.preserved, model)
         self.snapshot = partial(keras_state.all_that_edits_touch, model)
         self.surroundings = partial(keras_state.surroundings, model)
+        self.modes = keras_state.modes
         self.full_precision = partial(keras_native.full_precision, model)
         self.set_frozen = partial(keras_edit.set_frozen, model)
         self.set_decay = partial(keras_momentum.set_decay, model)

@@ -263,16 +263,26 @@ def _written_by_edits(models: Iterable[Any], places: Iterable[Place]) -> list[An
 
 
 def surroundings(model: Any, places: Iterable[Place] | None = None) -> Callable[[], None]:
-    """Remember Keras' scopes and generators, and TensorFlow's and torch's if they are there."""
+    """Remember :func:`modes` and the random generators."""
+    around, drawn = modes(), generators(model, places=places)
+
+    def back() -> None:
+        around()
+        drawn()
+
+    return back
+
+
+def modes() -> Callable[[], None]:
+    """Remember Keras' scopes, and the modes of TensorFlow and of torch if they are there."""
     tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
     kept = {name: value for name, value in tracker.items() if "scope" in name}
     stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
-    drawn, of_torch = generators(model, places=places), None
-    eager = _eager_functions()
+    eager, of_torch = _eager_functions(), None
     if "torch" in sys.modules:
-        from frostline.adapters.torch.surroundings import surroundings as torch_surroundings
+        from frostline.adapters.torch.surroundings import modes as of_torch_modes
 
-        of_torch = torch_surroundings()
+        of_torch = of_torch_modes()
 
     def back() -> None:
         tracker.update(kept)
@@ -283,7 +293,6 @@ def surroundings(model: Any, places: Iterable[Place] | None = None) -> Callable[
         if of_torch is not None:
             of_torch()
         eager()
-        drawn()
 
     return back
 
@@ -295,7 +304,12 @@ def _eager_functions() -> Callable[[], None]:
     import tensorflow as tf
 
     before = tf.config.functions_run_eagerly()
-    return lambda: tf.config.run_functions_eagerly(before)
+
+    def back() -> None:
+        if tf.config.functions_run_eagerly() != before:
+            tf.config.run_functions_eagerly(before)
+
+    return back
 
 
 def _has_policy(layer: Any) -> bool:

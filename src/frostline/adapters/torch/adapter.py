@@ -35,7 +35,7 @@ from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.locked import unlock
 from frostline.adapters.torch.moments import TorchMoments
 from frostline.adapters.torch.random import generators
-from frostline.adapters.torch.surroundings import surroundings
+from frostline.adapters.torch.surroundings import modes, surroundings
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.graph import addresses
@@ -71,7 +71,7 @@ class TorchView:
         self.preserved = partial(torch_edit.preserved, model)
         self.full_precision = partial(torch_prefix.full_precision, model)
         self.snapshot = partial(torch_edit.all_that_edits_touch, model)
-        self.surroundings = surroundings
+        self.surroundings, self.modes = surroundings, modes
         self.set_frozen = partial(torch_edit.set_frozen, model)
         self.set_decay = partial(torch_edit.set_decay, model)
         self.fold = partial(torch_fold.fold, model)

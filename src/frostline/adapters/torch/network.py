@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from frostline.adapters.torch.forward_pass import same_values
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
-from frostline.adapters.torch.surroundings import surroundings
+from frostline.adapters.torch.surroundings import modes as modes_around
 from frostline.atomic import Guard, taken_back
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
@@ -261,7 +261,7 @@ def followed(
             try:
                 with phase(list(root.modules()), modes):
                     trace = functools.partial(tracer.trace, root, _defaults(root, given))
-                    graph = Guard(surroundings()).over(trace)
+                    graph = Guard(modes_around()).over(trace)
             except Exception as problem:  # whatever the model's own code raises on a stand-in
                 reason = first_line(problem)
             moved = changed()

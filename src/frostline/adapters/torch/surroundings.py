@@ -1,4 +1,4 @@
-"""The state of torch in this process: put back where a verb is interrupted."""
+"""The state of torch in this process: put back where a verb is interrupted, or a part of it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,38 @@ from frostline.adapters.torch.random import generators
 
 
 def surroundings() -> Callable[[], None]:
-    """Remember gradients, default dtype, modes, precision, generators and what torch.fx patches.
+    """Remember :func:`modes` and the random generators.
+
+    Returns:
+        What puts them back; can be repeated.
+    """
+    around, drawn = modes(), generators()
+
+    def back() -> None:
+        around()
+        drawn()
+
+    return back
+
+
+def modes() -> Callable[[], None]:
+    """Remember gradients, default dtype, modes, precision and what torch.fx patches.
 
     Returns:
         What puts them back; can be repeated.
     """
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    modes, drawn, switches, traced = function_modes(), generators(), precisions(), _tracing()
+    entered, switches, traced = function_modes(), precisions(), _tracing()
 
     def back() -> None:
-        modes()
+        entered()
         torch._C._set_grad_enabled(gradients)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         for switch, name, before, _ in switches:
-            setattr(switch, name, before)
+            if getattr(switch, name) != before:
+                setattr(switch, name, before)
         traced()
-        drawn()
 
     return back
 
