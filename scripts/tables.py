@@ -438,19 +438,21 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
     """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
 
     The state of the code of the last run, by the hash of the sources, has a row per model and their
-    sum; what was run on earlier ones is one row.
+    sum, each earlier one a row; those from before there was a hash are together.
     """
     last = results[0]["runs"][-1]["sources"]
     rows: dict[tuple[str, str], Counter[str]] = {}
+    earlier: dict[tuple[str, str], Counter[str]] = {}
     for run in results[0]["runs"]:
-        now = run.get("sources") == last
-        model = (last, _interrupted(run["command"].split())) if now else ("earlier", "all of these")
+        sources = run.get("sources", "earlier")
         for counts in run["counts"].values():
-            rows.setdefault(model, Counter()).update(counts)
-    earlier = rows.pop(("earlier", "all of these"), None)
+            if sources == last:
+                model = _interrupted(run["command"].split())
+                rows.setdefault((sources, model), Counter()).update(counts)
+            else:
+                earlier.setdefault((sources, "all of these"), Counter()).update(counts)
     rows[last, "all of these"] = sum(rows.values(), Counter())
-    if earlier is not None:
-        rows["earlier", "all of these"] = earlier
+    rows |= dict(reversed(earlier.items()))
     lines = [
         "| sources | model | exceptions: changed | clean-up: changed, broken | Ctrl-C: changed |",
         "|---|---|---|---|---|",
