@@ -226,18 +226,19 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Hand normalising calls to ``answer``, all others on."""
-        result = self._result(function, args, kwargs or {})
+        if function in _FUNCTIONS:
+            result = self._normalised(function, args, kwargs or {})
+        elif self._quiet and function in _DROPOUT:
+            kwargs = _off(function, args, kwargs or {})
+            result = function(*(args[:1] if function in SWITCHED else args), **kwargs)
+        else:
+            result = function(*args, **kwargs) if kwargs else function(*args)
         if self._made is not None:
             self._made(result)
         return result
 
-    def _result(self, function: Any, args: Any, kwargs: Any) -> Any:
-        known = _FUNCTIONS.get(function)
-        if known is None:
-            if self._quiet and function in _DROPOUT:
-                kwargs = _off(function, args, kwargs)
-                args = args[:1] if function in SWITCHED else args
-            return function(*args, **kwargs)
+    def _normalised(self, function: Any, args: Any, kwargs: Any) -> Any:
+        known = _FUNCTIONS[function]
         run = functools.partial(function, *args, **kwargs)
         names, single = known
         given = dict(zip(names, args, strict=False))

@@ -157,6 +157,9 @@ class _Pass:
 
     def note(self, made: Any) -> None:
         """Remember a tensor that the pass has made, as long as it lives."""
+        if type(made) is torch.Tensor:
+            self._made.append(weakref.ref(made))
+            return
         for item in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(item, torch.Tensor):
                 self._made.append(weakref.ref(item))
