@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import time
 import warnings
 import weakref
@@ -438,8 +439,11 @@ class _Entrance:
         call = functools.partial(self.cached.call, self.plain, args, kwargs)
         back = functools.partial(torch._C._set_grad_enabled, gradients)
         self.inside = True
+        over = Guard(back).over
+        if "torch._dynamo" in sys.modules:  # a compiled model would compile what the cache does
+            over = torch.compiler.disable(over)
         try:
-            return Guard(back).over(call)
+            return over(call)
         finally:
             self.inside = False
 

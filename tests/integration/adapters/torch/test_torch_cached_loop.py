@@ -617,3 +617,15 @@ def test_batches_that_take_other_branches(frozen: int, first: int) -> None:
     cached = fl.cached(model, batches)
     require_same(trained(model, cached, step), trained(twin, batches, step))
     assert cached.answered > 0
+
+
+def test_a_compiled_model_does_not_compile_the_cache() -> None:
+    """torch.compile went through the cache's own code, and ended in an error of its own."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    fl.freeze(plain.eval(), until="3")
+    model = torch.compile(plain, backend="eager")
+    x = torch.randn(16, 4)
+    for _ in range(2):
+        for batch in fl.cached(model, [x[:8], x[8:]]):
+            assert torch.allclose(model(batch), plain[3](plain[:3](batch)), atol=1e-6)
