@@ -233,17 +233,36 @@ def surroundings() -> Callable[[], None]:
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
-    filters, shown = warnings.filters, warnings.showwarning
-    kept, errors = list(filters), np.geterr()
+    filters, shown, around = warnings.filters, warnings.showwarning, modes()
+    kept = list(filters)
 
     def back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        np.seterr(**errors)
-        warnings.filters, warnings.showwarning = filters, shown
+        around()
+        warnings.showwarning = shown
         if filters != kept:
             filters[:] = kept  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]
+
+    return back
+
+
+def modes() -> Callable[[], None]:
+    """Remember what blocks around code turn: NumPy's errors, and which list has the filters.
+
+    Returns:
+        What puts them back; can be repeated. A filter that was added stays.
+    """
+    import numpy as np
+
+    filters, shown, errors = warnings.filters, warnings.showwarning, np.geterr()
+
+    def back() -> None:
+        np.seterr(**errors)
+        if warnings.filters is not filters:
+            warnings.filters, warnings.showwarning = filters, shown
+            warnings._filters_mutated()  # type: ignore[attr-defined]
 
     return back
 

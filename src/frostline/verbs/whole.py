@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from frostline.adapters import adapter_of
-from frostline.atomic import Guard, surroundings, taken_back
+from frostline.atomic import Guard, modes, surroundings, taken_back
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -23,10 +23,11 @@ def whole(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = adapter_of(model)
-        guard, modes = Guard(adapter.snapshot(), surroundings()), adapter.modes()
+        guard, blocks = Guard(adapter.snapshot(), surroundings()), (modes(), adapter.modes())
         try:
             made = verb(model, *args, **kwargs)
-            modes()  # an error that the verb took may have fallen into their way back
+            for left in blocks:  # an error that the verb took may have hit their exit
+                left()
             return made
         except BaseException:
             try:

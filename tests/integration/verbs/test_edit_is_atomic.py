@@ -8,10 +8,12 @@ import itertools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 if os.environ["KERAS_BACKEND"] != "torch":
@@ -475,13 +477,18 @@ def test_an_error_that_a_verb_takes_in_the_way_back_of_a_mode_leaves_no_mode() -
         torch.device("cpu").__enter__()
         torch._C._set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
+        np.errstate(all="raise").__enter__()
+        warnings.catch_warnings().__enter__()
         return "done"  # without what failed
 
+    errors, filters = np.geterr(), warnings.filters
     with torch.device("cpu"):  # a mode of the user's
         modes = torch.overrides._get_current_function_mode_stack()
         assert verb(model) == "done"
         assert torch.overrides._get_current_function_mode_stack() == modes
     assert torch.get_default_dtype() == torch.float32
+    assert (np.geterr(), warnings.filters) == (errors, filters)
+    assert warnings.filters is filters
     assert state(model) == before
 
 
