@@ -1,10 +1,17 @@
-"""What an exception says, cut down to one line that fits into another message."""
+"""What an exception says, cut down to one line that fits into another message; warnings."""
 
 from __future__ import annotations
 
 import re
+import sys
+import warnings
+from pathlib import Path
 
 from frostline.types import FrostlineError
+
+_OURS = str(Path(__file__).parents[1])
+#: Its warnings are shown as its errors are.
+_COMMANDS = str(Path(_OURS, "cli"))
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 200
@@ -42,3 +49,15 @@ def first_line(error: BaseException) -> str:
     if not isinstance(error, FrostlineError) and not text.startswith(f"{name}: "):
         text = f"{name}: {text}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that called Frostline, however deep this is."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_OURS) and not file.startswith(_COMMANDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from frostline.data.batch import Batch
 from frostline.data.batches import is_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.arguments import checked, require, shown, unreadable
-from frostline.types.reasons import first_line
+from frostline.types.reasons import first_line, warn
 from frostline.verbs.split import Split, split
 
 #: Arguments of ``Model.fit`` beside the data, with Keras' defaults.
@@ -224,7 +223,7 @@ def _prepared(
     if parts is None:
         if how.views > 1 or how.augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
-        warnings.warn(f"fl.fit runs plain model.fit: {reason}", UserWarning, stacklevel=6)
+        warn(f"fl.fit runs plain model.fit: {reason}")
         if follow is not None:
             after = follow(lambda held: lambda rows: map_leaves(lambda leaf: leaf[rows], held))
             arguments["callbacks"] = role.with_callback(arguments["callbacks"], after)
@@ -353,7 +352,7 @@ def _on_the_way(
         if rest.frontier == parts.frontier:
             return later.prefix, rest.prefix
         reason = "what it leaves frozen does not lead to the frontier of this call"
-    warnings.warn(f"thaw_later={since!r} is not heeded: {reason}", UserWarning, stacklevel=7)
+    warn(f"thaw_later={since!r} is not heeded: {reason}")
     return None, None
 
 

@@ -94,6 +94,8 @@ class ProgramView:
         """Nothing changes it, so there is nothing to put back."""
         return lambda: None
 
+    modes = snapshot
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
