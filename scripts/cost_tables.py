@@ -12,6 +12,8 @@ from typing import Any
 CACHED_CASES = {
     "schedule": "head and fine-tuning: `model.fit` / `fl.fit`",
     "head": "head alone: `model.fit` / `fl.fit`",
+    "schedule / limit": "head and fine-tuning: `fl.fit` / its limit",
+    "head / limit": "head alone: `fl.fit` / its limit",
     "epoch": "one cached epoch / the suffix on features in memory",
     "prefix resnet50": "prefix of ResNet50: `predict` / the engine taken",
     "prefix efficientnet-lite0": "prefix of EfficientNet-Lite0: `predict` / the engine taken",
