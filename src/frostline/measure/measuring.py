@@ -523,17 +523,19 @@ class _Run:
         if known is not None and known.epsilons:
             odd = {path: theirs for path, (_, theirs) in known.epsilons.items()}
         if odd or known is not None:
-            self._with_epsilons(odd)
+            probe = self._with_epsilons(odd)
+            if probe is not None:
+                self.probes["epsilon"] = probe
             return
-        for default in DEFAULTS:
-            if self._epsilon_matters(default):
-                before = self.probes.pop("epsilon", None)
-                self._with_epsilons({facts.site.path: default for facts in self.facts})
-                tried = self.probes.get("epsilon")
-                if before is not None and (tried is None or not tried.loss < before.loss):
-                    self.probes["epsilon"] = before
-                elif tried is not None:
-                    self.found["epsilon"] = default
+        tried = {
+            default: probe
+            for default in DEFAULTS
+            if self._epsilon_matters(default)
+            if (probe := self._with_epsilons({f.site.path: default for f in self.facts}))
+        }
+        if tried:
+            best = min(tried, key=lambda default: tried[default].loss)
+            self.probes["epsilon"], self.found["epsilon"] = tried[best], best
 
     def _epsilon_matters(self, epsilon: float) -> bool:
         """Whether it changes the scale of half of a site's channels by more than a tenth."""
@@ -544,7 +546,7 @@ class _Run:
             if np.isfinite(own := np.maximum(facts.variance, 0.0)).all()
         )
 
-    def _with_epsilons(self, odd: Mapping[str, float]) -> None:
+    def _with_epsilons(self, odd: Mapping[str, float]) -> Probe | None:
         statistics = {
             facts.site.path: (
                 facts.mean,
@@ -553,8 +555,7 @@ class _Run:
             for facts in self.facts
             if facts.site.path in odd and facts.mean is not None and facts.variance is not None
         }
-        if statistics:
-            self.probes["epsilon"] = self.bench.probe("epsilon", statistics=statistics)
+        return self.bench.probe("epsilon", statistics=statistics) if statistics else None
 
     def difference(self, reference: Any) -> None:
         """The reference, weight by weight."""

@@ -9,9 +9,7 @@ from pathlib import Path
 
 from frostline.types import FrostlineError
 
-_OURS = str(Path(__file__).parents[1])
-#: Its warnings are shown as its errors are.
-_COMMANDS = str(Path(_OURS, "cli"))
+_OURS = Path(__file__).parents[1]
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 200
@@ -60,4 +58,5 @@ def warn(message: str) -> None:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith(_OURS) and not file.startswith(_COMMANDS)
+    """The command line is none of these: it shows warnings as it shows errors."""
+    return Path(file).is_relative_to(_OURS) and not Path(file).is_relative_to(_OURS / "cli")

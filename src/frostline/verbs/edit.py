@@ -6,7 +6,6 @@ what it did. What a framework must do for it is in ``adapters``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
 from frostline.types.arguments import checked
+from frostline.types.reasons import warn
 from frostline.verbs.momentum import set_site_momentum
 from frostline.verbs.whole import whole
 
@@ -262,7 +262,7 @@ def fold(model: Any, *, sample: Any = None) -> Any:
     """
     folded = adapter_of(model).fold(sample=sample)
     for note in folded.notes:
-        warnings.warn(f"fold: {note}", stacklevel=3)
+        warn(f"fold: {note}")
     return folded.model
 
 

@@ -222,28 +222,10 @@ def test_large_steps_that_an_average_trails_are_no_edit():
     assert found[0].certainty == "may"
 
 
-def test_statistics_on_their_way_from_0_and_1_tell_lag_without_any_step_count():
+def on_the_way() -> dict[str, Any]:
+    """Sites whose statistics have gone two fifths of the way from 0 and 1 to those of the data."""
     mean, variance = np.linspace(-2, 2, CHANNELS), np.geomspace(0.05, 4, CHANNELS)
     half = (0.4 * mean, 1 + 0.4 * (variance - 1))
-    sites = {
-        path: site_measurement(
-            path,
-            stored=half,
-            shift=(mean - half[0]) / np.sqrt(half[1]),
-            ratio=variance / half[1],
-        )
-        for path in PATHS
-    }
-    found = causes(facts(), measurement(GAP, shares=[0.25] * 4, sites=sites), [])
-    assert codes(found) == ["EMA_LAG"]
-    assert found[0].certainty == "is"
-    assert found[0].evidence["way_from_initial"] == pytest.approx(0.4, abs=0.01)
-
-
-def on_the_way(way: float = 0.4) -> dict[str, Any]:
-    """Sites whose statistics have gone a part of the way from 0 and 1 to those of the data."""
-    mean, variance = np.linspace(-2, 2, CHANNELS), np.geomspace(0.05, 4, CHANNELS)
-    half = (way * mean, 1 + way * (variance - 1))
     return {
         path: site_measurement(
             path,
@@ -253,6 +235,14 @@ def on_the_way(way: float = 0.4) -> dict[str, Any]:
         )
         for path in PATHS
     }
+
+
+def test_statistics_on_their_way_from_0_and_1_tell_lag_without_any_step_count():
+    sites = on_the_way()
+    found = causes(facts(), measurement(GAP, shares=[0.25] * 4, sites=sites), [])
+    assert codes(found) == ["EMA_LAG"]
+    assert found[0].certainty == "is"
+    assert found[0].evidence["way_from_initial"] == pytest.approx(0.4, abs=0.01)
 
 
 def test_an_average_is_as_young_as_another_of_its_decay():

@@ -42,9 +42,6 @@ from frostline.types.reasons import first_line
 #: 1e-6 of their sum and averages out over the chunks.
 CHUNK = 256
 
-#: Values that a processor's cache holds, and torch adds up in one call.
-BLOCK = 1 << 19
-
 #: Values in one sample from which on a batch of them does not fit into a processor's cache.
 LARGE_SAMPLE = 1 << 15
 
@@ -392,7 +389,13 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
 def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
     """Sums of the deviations and of their squares over axis 1, block by block."""
     if keras.backend.backend() == "torch" and not rows.requires_grad:
-        return _chunk_sums_in_place(rows, shift)
+        from frostline.adapters.torch.calls import deviations as in_one_memory, pieces
+
+        parts = [
+            (part.sum(1), part.square_().sum(1)) for part in in_one_memory(pieces(rows), shift)
+        ]
+        first, second = map(list, zip(*parts, strict=True))
+        return ops.concatenate(first), ops.concatenate(second)
     count = ops.shape(rows)[0]
     first, second = [], []
     for block in range(blocks):
@@ -405,23 +408,6 @@ def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
     if blocks == 1:
         return first[0], second[0]
     return ops.concatenate(first), ops.concatenate(second)
-
-
-def _chunk_sums_in_place(rows: Any, shift: Any) -> tuple[Any, Any]:
-    """The same on torch, in one small piece of memory: a large new one costs more than the sums."""
-    import torch
-
-    size = BLOCK // max(1, math.prod(rows.shape[1:])) if rows.device.type == "cpu" else len(rows)
-    pieces = rows.split(max(1, size))
-    memory = rows.new_empty(pieces[0].shape)
-    first, second = rows.new_empty((2, len(rows), rows.shape[-1]))
-    done = 0
-    for piece in pieces:
-        deviations = torch.sub(piece, shift, out=memory[: len(piece)])
-        part = slice(done, done := done + len(piece))
-        first[part] = deviations.sum(1)
-        second[part] = deviations.square_().sum(1)
-    return first, second
 
 
 def _blocks(sample: tuple[int | None, ...]) -> int:

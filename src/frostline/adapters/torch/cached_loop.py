@@ -434,10 +434,8 @@ class _Entrance:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.inside:
             return self.plain(*args, **kwargs)
-        gradients = torch.is_grad_enabled()
-
         call = functools.partial(self.cached.call, self.plain, args, kwargs)
-        back = functools.partial(torch._C._set_grad_enabled, gradients)
+        back = functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled())
         self.inside = True
         over = Guard(back).over
         if "torch._dynamo" in sys.modules:  # a compiled model would compile what the cache does

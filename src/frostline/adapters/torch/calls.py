@@ -10,9 +10,10 @@ Function modes belong to a thread; each thread enters its own.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,10 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
     torch.ops.aten.instance_norm.default: (_NATIVE, True),
 }
 
-#: Numbers whose deviations are added up in float32, in one piece of memory.
+#: Values that a processor's cache holds; as many deviations are added up in float32 at a time.
 _BLOCK = 1 << 19
+#: Up to so many values torch's own statistics are quicker.
+_FEW = 1 << 14
 
 #: Functional dropout, which ``training=`` turns off.
 SWITCHED = {
@@ -56,9 +59,6 @@ SWITCHED = {
     functional.alpha_dropout,
     functional.feature_alpha_dropout,
 }
-#: Up to so many values torch's own statistics are quicker.
-FEW = 1 << 14
-
 _DROPOUT = SWITCHED | {functional.scaled_dot_product_attention}
 
 
@@ -106,7 +106,7 @@ class Call:
             return kind(0, zeros, zeros)
         if self.single:
             mean, variance = (moment.mean(0) for moment in statistics(x.double(), single=True))
-        elif x.device.type == "cpu" and x.numel() <= FEW:
+        elif x.device.type == "cpu" and x.numel() <= _FEW:
             # One call of torch in float64; for more values its sums are slower than ours.
             given = x.double(), None, None, 0.0
             mean, variance = torch.batch_norm_update_stats(*given)
@@ -238,9 +238,8 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         return result
 
     def _normalised(self, function: Any, args: Any, kwargs: Any) -> Any:
-        known = _FUNCTIONS[function]
+        names, single = _FUNCTIONS[function]
         run = functools.partial(function, *args, **kwargs)
-        names, single = known
         given = dict(zip(names, args, strict=False))
         given |= {_NAMES.get(name, name): value for name, value in kwargs.items()}
         for unused in ("momentum", "cudnn"):
@@ -498,18 +497,31 @@ def shifted_statistics(x: Any) -> tuple[Any, Any]:
     Deviations from a value near the mean are small numbers, so that both moments are off by some
     1e-7 of the deviation and of the variance.
     """
-    axes = _axes(x, single=False)
-    # Pieces that a processor's cache holds: a large tensor for them costs more than the sums.
-    size = _BLOCK // max(1, x[0].numel()) if x.device.type == "cpu" else len(x)
-    pieces = x.split(max(1, size))
-    near = pieces[0].mean(axes)
-    memory = torch.empty_like(pieces[0])
-    sums = []
-    for piece in pieces:
-        deviations = torch.sub(piece, along(near, x), out=memory[: len(piece)])
-        sums.append(torch.stack((deviations.sum(axes), deviations.square_().sum(axes))))
+    axes, parts = _axes(x, single=False), pieces(x)
+    near = parts[0].mean(axes)
+    sums = [
+        torch.stack((part.sum(axes), part.square_().sum(axes)))
+        for part in deviations(parts, along(near, x))
+    ]
     rest, squares = torch.stack(sums).double().sum(0) / (x.numel() // x.shape[1])
     return near.double() + rest, (squares - rest.square()).clamp_min(0.0)
+
+
+def pieces(x: Any) -> Sequence[Any]:
+    """Views of a tensor, along its first axis, that fit into a processor's cache."""
+    size = _BLOCK // max(1, math.prod(x.shape[1:])) if x.device.type == "cpu" else len(x)
+    parts: Sequence[Any] = x.split(max(1, size))
+    return parts
+
+
+def deviations(parts: Sequence[Any], near: Any) -> Iterator[Any]:
+    """What is left of each piece without a value near its mean; the next one has its memory.
+
+    A large tensor for all of them would cost more than their sums.
+    """
+    memory = torch.empty_like(parts[0])
+    for part in parts:
+        yield torch.sub(part, near, out=memory[: len(part)])
 
 
 def _axes(x: Any, *, single: bool) -> list[int]:
