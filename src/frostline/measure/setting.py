@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,90 +67,140 @@ def make_bench(
         whole=step is not None,
         inputs=adapter.inputs(),
     )
-    notes = list(samples.notes)
-    first = samples.batches[0]
-    labels = only(joined_arrays([batch.y for batch in samples.batches])) if step is None else None
-    if labels is not None and labels.dtype.kind not in "buif":
-        raise DataError(f"labels must be numbers. Received: dtype {labels.dtype}")
-    outputs: Any = None
-    outcome: Outcome | None = None
-    objective = adapter.objective()
-    compiled = objective[0] is not None or _has_loss(adapter)
-    forward: Any = None
-    if step is None and loss is None and not compiled:
-        own = not first.regular or first.y is None or adapter.judges_itself()
-        if own:  # a model that computes its own loss, perhaps
-            try:
-                forward, foreign = _forward(adapter)
-                outcome = tried(forward, first)
-            except FrostlineError:
-                outcome = None
-        if outcome is None:
-            needed = adapter.inputs(labels=True)
-            asked = tuple(all_inputs(batch, needed) for batch in samples.batches)
-            samples, first = replace(samples, batches=asked), asked[0]
-            labels = None if first.y is None else labels
-        if outcome is None and first.y is not None:
-            outputs = only(joined_arrays([adapter.forward(first.x, training=False)]))
-            loss, note = _inferred_loss(outputs, first)
-            notes.append(note)
-    if loss is not None or step is not None:
-        objective = (None, None) if step is not None else loss_name_of(loss)
-    behaviour = behaviour_of(adapter, samples, whole=fixed is not None, step=step)
-    if outcome is None and first.y is None and step is None and loss is None and not compiled:
-        samples, loss, note = _by_outputs(adapter, samples, behaviour)
-        first = samples.batches[0]
-        notes.append(note)
-    if outcome is None:
-        forward, foreign = _forward(adapter, loss, step)
-    notes += foreign
-    if outputs is None and outcome is None:
-        # A pass that the inference probe needs anyway: it is compiled only once.
-        outcome = _first_pass(adapter, forward, first, labels, objective, step)
-    if outcome is not None:
-        outputs = only(joined_arrays([outcome.outputs]))
-    if getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
-        require_known_classes(labels, outputs, objective[0])
-    unit = "sample" if outcome is None else outcome.unit
-    losses = outcome.losses if outcome is not None and unit == "sample" else None
+    labels = None if step is not None else _numbers([batch.y for batch in samples.batches])
+    given = loss is not None or step is not None or _is_compiled(adapter)
+    judge = _Judge(samples=samples, loss=loss) if given else _without_loss(adapter, samples)
+    behaviour = behaviour_of(adapter, judge.samples, whole=fixed is not None, step=step)
+    if judge.first.y is None:
+        labels = None
+        if not given and judge.outcome is None:
+            judge = _by_outputs(adapter, judge, behaviour)
+    if step is not None:
+        objective: _Objective = (None, None)
+    elif judge.loss is None or isinstance(judge.loss, OutputDistance):
+        objective = adapter.objective()
+    else:
+        objective = loss_name_of(judge.loss)
+    judge = _with_first_pass(adapter, judge, labels, objective, step)
+    if getattr(judge.loss or adapter.own_loss(), "ignore_class", None) is None:
+        require_known_classes(labels, judge.outputs, objective[0])
     task: Task = "unknown"
     logits = False
-    if labels is not None and not isinstance(loss, OutputDistance):
-        task, logits = task_of(outputs, only(joined_arrays([first.y])), objective, losses)
-    judged = labels
-    if task in ("binary", "multiclass") and labels is not None and outputs is not None:
-        judged = class_labels(labels, outputs)
-    if unit == "batch":
-        number = len(samples.batches)
-        note = f"the loss is one number per batch: the units of comparison are {number} batches"
-        if number < FEW_BATCHES:
-            note += ", too few for an interval to rely on: pass more data"
-        notes.append(note)
+    if labels is not None:
+        truth = only(joined_arrays([judge.first.y]))
+        task, logits = task_of(judge.outputs, truth, objective, judge.losses)
+        if task in ("binary", "multiclass") and judge.outputs is not None:
+            labels = class_labels(labels, judge.outputs)
     bench = Bench(
         adapter=adapter,
-        forward=forward,
-        samples=samples,
+        forward=judge.forward,
+        samples=judge.samples,
         task=task,
         logits=logits,
-        labels=None if task == "unknown" else judged,
-        blend_in_training=training_blend(forward.paths, adapter.sites(), behaviour),
-        unit=unit,
+        labels=None if task == "unknown" else labels,
+        blend_in_training=training_blend(judge.forward.paths, adapter.sites(), behaviour),
+        unit=judge.unit,
         step=step,
         noisy=bool(adapter.noise_layers()),
     )
-    return bench, behaviour, notes
+    return bench, behaviour, [*samples.notes, *judge.notes, *_few_units(bench)]
+
+
+#: Snake-case name of a loss and its ``from_logits``; ``None``: not known.
+_Objective = tuple[str | None, bool | None]
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a model is judged by, and what is known of its first batch."""
+
+    samples: Samples
+    loss: Any = None
+    forward: Any = None
+    outputs: Any = None
+    outcome: Outcome | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> Batch:
+        return self.samples.batches[0]
+
+    @property
+    def unit(self) -> Any:
+        return "sample" if self.outcome is None else self.outcome.unit
+
+    @property
+    def losses(self) -> Array | None:
+        """Losses of the first batch, one per sample, where they are known."""
+        return None if self.outcome is None or self.unit == "batch" else self.outcome.losses
+
+
+def _without_loss(adapter: Adapter, samples: Samples) -> _Judge:
+    """Judge by the loss that the model computes itself, or by the usual one for its outputs."""
+    first = samples.batches[0]
+    if not first.regular or first.y is None or adapter.judges_itself():
+        try:
+            forward, foreign = _forward(adapter)
+            outcome = tried(forward, first)
+        except FrostlineError:
+            pass  # it computes none
+        else:
+            return _Judge(samples, forward=forward, outcome=outcome, notes=foreign)
+    needed = adapter.inputs(labels=True)
+    asked = tuple(all_inputs(batch, needed) for batch in samples.batches)
+    judge = _Judge(replace(samples, batches=asked))
+    if judge.first.y is None:
+        return judge
+    outputs = only(joined_arrays([adapter.forward(judge.first.x, training=False)]))
+    loss, note = _inferred_loss(outputs, judge.first)
+    return replace(judge, loss=loss, outputs=outputs, notes=(note,))
+
+
+def _with_first_pass(
+    adapter: Adapter, judge: _Judge, labels: Any, objective: _Objective, step: Any
+) -> _Judge:
+    """The same with λ-passes, and with what the model makes of the first batch."""
+    if judge.outcome is None:
+        forward, foreign = _forward(adapter, judge.loss, step)
+        judge = replace(judge, forward=forward, notes=(*judge.notes, *foreign))
+    if judge.outcome is None and judge.outputs is None:
+        # A pass that the inference probe needs anyway: it is compiled only once.
+        outcome = _first_pass(adapter, judge, labels, objective, step)
+        judge = replace(judge, outcome=outcome)
+    if judge.outcome is None:
+        return judge
+    return replace(judge, outputs=only(joined_arrays([judge.outcome.outputs])))
+
+
+def _numbers(labels: list[Any]) -> Array | None:
+    """Labels of all batches as one array.
+
+    Raises:
+        DataError: They are no numbers.
+    """
+    joined = only(joined_arrays(labels))
+    if joined is not None and joined.dtype.kind not in "buif":
+        raise DataError(f"labels must be numbers. Received: dtype {joined.dtype}")
+    return joined
+
+
+def _few_units(bench: Bench) -> list[str]:
+    """What a person should know of the units that are compared."""
+    if bench.unit == "sample":
+        return []
+    number = len(bench.samples.batches)
+    note = f"the loss is one number per batch: the units of comparison are {number} batches"
+    if number < FEW_BATCHES:
+        note += ", too few for an interval to rely on: pass more data"
+    return [note]
 
 
 def _first_pass(
-    adapter: Adapter,
-    forward: Any,
-    first: Batch,
-    labels: Any,
-    objective: tuple[str | None, bool | None],
-    step: Any,
+    adapter: Adapter, judge: _Judge, labels: Any, objective: _Objective, step: Any
 ) -> Outcome:
+    first = judge.first
     try:
-        return tried(forward, first)
+        return tried(judge.forward, first)
     except FrostlineError as error:
         if first.y is None and step is None:
             raise DataError(
@@ -163,10 +213,8 @@ def _first_pass(
         raise
 
 
-def _by_outputs(
-    adapter: Adapter, samples: Samples, behaviour: Mapping[str, Behaviour]
-) -> tuple[Samples, OutputDistance, str]:
-    """Samples whose labels are the outputs with λ as training has it, and the distance from them.
+def _by_outputs(adapter: Adapter, judge: _Judge, behaviour: Mapping[str, Behaviour]) -> _Judge:
+    """Judge by the distance from the outputs with λ as training has it, which become the labels.
 
     Raises:
         ModelError: Outputs that are no floating numbers, or of one size in one phase only.
@@ -174,7 +222,7 @@ def _by_outputs(
     forward, _ = _forward(adapter)
     blend = training_blend(forward.paths, adapter.sites(), behaviour)
     wanted, stored = [], []
-    for number, batch in enumerate(samples.batches):
+    for number, batch in enumerate(judge.samples.batches):
         try:
             wanted.append(_floating(forward.outputs(batch, Condition(blend, number=number))))
             stored.append(_floating(forward.outputs(batch, Condition(0.0, number=number))))
@@ -197,14 +245,19 @@ def _by_outputs(
         for column in columns
     )
     parts = tuple(
-        replace(batch, y=goal) for batch, goal in zip(samples.batches, wanted, strict=True)
+        replace(batch, y=goal) for batch, goal in zip(judge.samples.batches, wanted, strict=True)
     )
     note = (
         "no labels and no loss: outputs are compared. A loss here is the squared distance of a "
         "sample's outputs from those with the statistics that training uses, in variances of the "
         "outputs; which of the two is right it does not say"
     )
-    return replace(samples, batches=parts, items=()), OutputDistance(spread=spread), note
+    return replace(
+        judge,
+        samples=replace(judge.samples, batches=parts, items=()),
+        loss=OutputDistance(spread=spread),
+        notes=(note,),
+    )
 
 
 def _floating(outputs: Any) -> tuple[Array, ...]:
@@ -259,22 +312,26 @@ def behaviour_of(
         ) from error
 
 
-def _forward(adapter: Adapter, loss: Any = None, step: Any = None) -> tuple[Forward, list[str]]:
+def _forward(
+    adapter: Adapter, loss: Any = None, step: Any = None
+) -> tuple[Forward, tuple[str, ...]]:
     """λ-passes over all sites that can be blended, and which cannot."""
     try:
-        return adapter.blend_forward(loss=loss, step=step), []
+        return adapter.blend_forward(loss=loss, step=step), ()
     except ModelError:
         own = [site.path for site in adapter.sites() if not site.kind.startswith("torch.")]
         foreign = len(adapter.sites()) - len(own)
         if not foreign:
             raise
         note = f"{foreign} BN layer(s) inside torch modules are left as they are in all probes"
-        return adapter.blend_forward(loss=loss, step=step, paths=own), [note]
+        return adapter.blend_forward(loss=loss, step=step, paths=own), (note,)
 
 
-def _has_loss(adapter: Adapter) -> bool:
-    """Whether ``compile`` was given losses, of which there may be several without one name."""
-    return adapter.compiled() and adapter.own_loss() is not None
+def _is_compiled(adapter: Adapter) -> bool:
+    """Whether ``compile`` was given a loss, or several, which have no name together."""
+    return adapter.objective()[0] is not None or (
+        adapter.compiled() and adapter.own_loss() is not None
+    )
 
 
 def _inferred_loss(outputs: Any, first: Batch) -> tuple[dict[str, Any], str]:
