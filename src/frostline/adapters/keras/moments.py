@@ -221,7 +221,8 @@ class MomentRecorder:
                 return function(values)
 
         run = compiled(forward, variables, [], slope=False, eager=eager)
-        return lambda values: run([], ops.zeros(()), tensors(list(values)), None, None)
+        unused = ops.zeros(())  # a stage has no λ, and making a zero costs as much as a small call
+        return lambda values: run([], unused, tensors(list(values)), None, None)
 
     # --- what is stored -----------------------------------------------------------------------
 
