@@ -239,11 +239,106 @@ def test_weights_that_lie_elsewhere(sound: Path, here: Path, capsys: Any) -> Non
             else:
                 file["x"] = h5py.SoftLink("/model_weights")
         assert "not read" in refused(capsys, "sites", path)
-    path = here / "huge.h5"
+
+
+def filled(file: Any, name: str, size: int, layout: str) -> None:
+    """An array without storage, of a fill value, as a library other than Keras may write it."""
+    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    made.set_fill_value(np.ones((), "f4"))
+    if layout == "chunked":
+        made.set_chunk((1 << 10,))
+    else:
+        made.set_layout(h5py.h5d.CONTIGUOUS)
+    space = h5py.h5s.create_simple((size,))
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.IEEE_F32LE, space, made)
+
+
+@pytest.mark.parametrize("way", ["chunked", "contiguous", "gzip", "attributes", "virtual", "rank"])
+def test_arrays_that_declare_more_than_the_file(
+    sound: Path, here: Path, capsys: Any, way: str
+) -> None:
+    path, most = here / "huge.h5", 1 << 40
     path.write_bytes((sound / "net.h5").read_bytes())
     with h5py.File(path, "r+") as file:
-        file.create_dataset("x", (1 << 40,), "f8", chunks=(1 << 10,))
-    assert "declares" in refused(capsys, "sites", path)
+        if way in ("chunked", "contiguous"):
+            filled(file, "x", most, way)
+        elif way == "gzip":
+            file.create_dataset("x", (most,), "f8", chunks=(1 << 10,), compression="gzip")
+        elif way == "attributes":  # a header that is longer than those of Keras
+            filled(file, "x", most, "contiguous")
+            for number in range(40):
+                file["x"].attrs[f"a{number}"] = "long" * 20
+        elif way == "virtual":
+            layout = h5py.VirtualLayout((most,), "f8")
+            layout[:3] = h5py.VirtualSource("secret.h5", "y", (3,))
+            file.create_virtual_dataset("x", layout)
+        else:
+            filled(file, "x", 1, "contiguous")
+            file.create_dataset("y", (1 << 20,) * 3, "f4", chunks=(1 << 4,) * 3)
+    line = refused(capsys, "sites", path)
+    assert ("another file" if way == "virtual" else "declares") in line
+
+
+@pytest.mark.parametrize("place", ["space", "layout", "both", "address"])
+def test_headers_of_arrays_that_lie(sound: Path, here: Path, capsys: Any, place: str) -> None:
+    content = bytearray((sound / "net.h5").read_bytes())
+    with h5py.File(sound / "net.h5") as file:
+        found = next(name for name in ("gamma", "beta") if name in str(_names(file)))
+        name = next(name for name in _names(file) if name.endswith(found))
+        header, start = h5py.h5o.get_info(file[name].id).addr, file[name].id.get_offset()
+        size = file[name].id.get_storage_size()
+    block = content[header : header + 300]
+    shape = header + block.index(struct.pack("<Q", size // 4))
+    layout = header + block.index(b"\x03\x01" + struct.pack("<QQ", start, size)) + 2
+    if place in ("space", "both"):
+        content[shape : shape + 8] = struct.pack("<Q", 1 << 40)
+    if place in ("layout", "both"):
+        content[layout + 8 : layout + 16] = struct.pack("<Q", 1 << 42)
+    if place == "address":
+        content[layout : layout + 8] = struct.pack("<Q", 1 << 50)
+    path = here / "lies.h5"
+    path.write_bytes(content)
+    if place == "layout":  # more room than numbers: nothing larger is read
+        assert cli.main(["sites", str(path)]) in (0, 2)
+        return
+    refused(capsys, "sites", path)
+
+
+def _names(file: Any) -> list[str]:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
+    return names
+
+
+def test_groups_without_end(sound: Path, here: Path, capsys: Any) -> None:
+    for way in ("root", "parent", "deep"):
+        path = here / f"{way}.h5"
+        path.write_bytes((sound / "net.h5").read_bytes())
+        with h5py.File(path, "r+") as file:
+            if way == "deep":
+                group = file
+                for _ in range(3000):
+                    group = group.create_group("g")
+            else:
+                inner = file.create_group("a/b")
+                inner["again"] = file["/" if way == "root" else "a"]
+        line = refused(capsys, "sites", path)
+        assert ("too deeply" if way == "deep" else "inside itself") in line
+
+
+def test_sound_files_of_any_form(sound: Path, here: Path, capsys: Any) -> None:
+    """A user's block at the start, and HDF5's newest form: what is not read here, HDF5 tells."""
+    for name, more in (("block", {"userblock_size": 512}), ("latest", {"libver": "latest"})):
+        with h5py.File(sound / "net.h5") as old, h5py.File(f"{name}.h5", "w", **more) as new:
+            for key in old:
+                old.copy(key, new)
+            new.attrs.update(old.attrs)
+        assert cli.main(["sites", f"{name}.h5"]) == 0
+        capsys.readouterr()
+        filled_path = here / f"{name}.h5"
+        with h5py.File(filled_path, "r+") as file:
+            filled(file, "x", 1 << 40, "contiguous")
+        assert "declares" in refused(capsys, "sites", filled_path)
 
 
 def test_npz_with_objects(sound: Path, here: Path, capsys: Any) -> None:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import json
-import math
+import os
 import zipfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import h5py  # type: ignore[import-untyped]
 import keras
 
-from frostline.data.reading import require_memory, require_sound_zip
+from frostline.adapters.keras.hdf5 import Stored, check_weights
+from frostline.data.reading import require_sound_zip
 from frostline.types import ModelError
 
 #: Classes that run code of the file, or read other files, when they are built.
@@ -41,9 +42,6 @@ _FUNCTION_ROOMS = (
 )  # fmt: skip
 #: Layers whose ``vocabulary`` may be the path of another file, which they then read.
 _PATHS = ("vocabulary", "idf_weights")
-#: A compressed block of HDF5 shrinks this far at most.
-_DEFLATE_LIMIT = 1032
-_COMPRESSING = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SZIP, h5py.h5z.FILTER_LZF}
 _CONFIG = "config.json"
 _WEIGHTS = "model.weights.h5"
 
@@ -68,8 +66,10 @@ def check_keras_file(path: Path, custom_objects: Mapping[str, Any] | None = None
         _check_config(json.loads(archive.read(_CONFIG)), str(path), custom_objects)
         # In memory, as Keras reads it: a member of an archive is read from its start at each step
         # back, and HDF5 goes back and forth.
-        with h5py.File(io.BytesIO(archive.read(_WEIGHTS)), "r") as file:
-            _check_weights(file, str(path))
+        weights = archive.read(_WEIGHTS)
+    stored = Stored(lambda start, most: weights[start : start + most], len(weights))
+    with closing(h5py.h5f.open_file_image(weights)) as file:
+        check_weights(file, stored, str(path))
 
 
 def check_h5_file(path: Path, custom_objects: Mapping[str, Any] | None = None) -> bool:
@@ -81,8 +81,13 @@ def check_h5_file(path: Path, custom_objects: Mapping[str, Any] | None = None) -
     Raises:
         ModelError: As :func:`check_keras_file`.
     """
-    with h5py.File(path, "r") as file:
-        _check_weights(file, str(path))
+    with h5py.File(path, "r") as file, path.open("rb", buffering=0) as stream:
+
+        def read(start: int, most: int) -> bytes:
+            stream.seek(start)
+            return stream.read(most)
+
+        check_weights(file.id, Stored(read, os.fstat(stream.fileno()).st_size), str(path))
         config = file.attrs.get("model_config")
         if config is None:
             raise ModelError(f"{path}: holds weights, but no model; save it with model.save()")
@@ -179,51 +184,3 @@ def _loaded(module: str) -> Any:
         for part in module.split(".")[1:]:
             found = getattr(found, part, None)
         return found if isinstance(found, type(keras)) else None
-
-
-def _check_weights(file: Any, shown: str) -> None:
-    """Refuse links to other files, and arrays larger than what is stored or what fits.
-
-    A model of thousands of layers has tens of thousands of groups, so HDF5's own calls are made:
-    those of h5py's classes take ten times as long. A loop, since groups may be nested deeply.
-    """
-    total = 0
-    groups = [h5py.h5g.open(file.id, b"/")]
-    seen = set(groups)
-    while groups:
-        group = groups.pop()
-        links: list[tuple[bytes, int]] = []
-        group.links.iterate(_noted_in(links), info=True)
-        for name, kind in links:
-            named = repr(name.decode(errors="backslashreplace"))
-            if kind != h5py.h5l.TYPE_HARD:
-                raise ModelError(f"{shown}: {named} is a link to another place, and is not read")
-            value = h5py.h5o.open(group, name)
-            if isinstance(value, h5py.h5g.GroupID):
-                if value in seen:
-                    raise ModelError(f"{shown}: its group {named} is inside itself")
-                seen.add(value)
-                groups.append(value)
-            elif isinstance(value, h5py.h5d.DatasetID):
-                total += _stored_bytes(value, f"{shown}: {named}")
-    require_memory(total, f"{shown}: its weights", kind=ModelError)
-
-
-def _noted_in(links: list[tuple[bytes, int]]) -> Callable[[bytes, Any], None]:
-    return lambda name, info: links.append((name, info.type))
-
-
-def _stored_bytes(dataset: Any, shown: str) -> int:
-    stored = dataset.get_create_plist()
-    if stored.get_external_count() or stored.get_layout() == h5py.h5d.VIRTUAL:
-        raise ModelError(f"{shown} lies in another file, and is not read")
-    space = dataset.get_space()
-    if space.get_simple_extent_type() == h5py.h5s.NULL:
-        return 0
-    declared = int(math.prod(space.shape) * dataset.get_type().get_size())
-    there = int(dataset.get_storage_size())
-    if declared > there:
-        filters = {stored.get_filter(place)[0] for place in range(stored.get_nfilters())}
-        if declared > there * (_DEFLATE_LIMIT if filters & _COMPRESSING else 1):
-            raise ModelError(f"{shown} declares {declared} bytes and holds {there}")
-    return declared
