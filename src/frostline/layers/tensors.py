@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
+
+from frostline.types import Array
 
 
 def traced(variable: Any) -> Any:
@@ -45,6 +49,27 @@ def read(variable: Any, dtype: Any = None) -> Any:
     """Return the variable's present value; TensorFlow would pass on the variable itself."""
     value = variable.value if dtype is None else ops.cast(variable.value, dtype)
     return value.read_value() if hasattr(value, "read_value") else value
+
+
+def to_numpy(tensor: Any) -> Array:
+    """The values of a tensor or variable, which the array may share; not to be written to.
+
+    Keras takes ten times as long for a torch tensor, and a network has thousands of them.
+    """
+    if keras.backend.backend() == "torch":
+        torch = sys.modules["torch"]
+        held = tensor.value if isinstance(tensor, keras.Variable) else tensor
+        if (
+            type(held) in (torch.Tensor, torch.nn.Parameter)
+            and held.device.type == "cpu"
+            and held.layout is torch.strided
+            and held.dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
+            and not held.is_conj()
+            and not held.is_neg()
+        ):
+            array: Array = held.detach().numpy()
+            return array
+    return np.asarray(ops.convert_to_numpy(tensor))
 
 
 def copy_of(variable: Any) -> Any:

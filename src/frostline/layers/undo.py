@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import keras
 import numpy as np
 
 from frostline.atomic import Attributes, restored
+from frostline.layers.tensors import to_numpy
 
 
 def remembered(owners: Iterable[Any], variables: Iterable[Any]) -> Callable[[], None]:
@@ -21,7 +21,7 @@ def remembered(owners: Iterable[Any], variables: Iterable[Any]) -> Callable[[], 
     kept = [Attributes.of(owner) for owner in owners]
     marks = [(v, v.trainable, getattr(v, "regularizer", None)) for v in variables]
     values = [
-        (variable, np.array(keras.ops.convert_to_numpy(variable)))
+        (variable, np.array(to_numpy(variable)))
         for variable, _, _ in marks
         if getattr(variable, "_value", True) is not None  # inside a running fit() of JAX
     ]
@@ -34,7 +34,7 @@ def remembered(owners: Iterable[Any], variables: Iterable[Any]) -> Callable[[], 
             if getattr(variable, "regularizer", None) is not regularizer:
                 variable.regularizer = regularizer
         for variable, value in values:
-            if keras.ops.convert_to_numpy(variable).tobytes() != value.tobytes():
+            if to_numpy(variable).tobytes() != value.tobytes():
                 variable.assign(value)
 
     return back

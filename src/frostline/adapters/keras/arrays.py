@@ -7,18 +7,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from frostline.layers.tensors import to_numpy as to_numpy
 from frostline.types import Array, as_float64
-
-
-def to_numpy(tensor: Any) -> Array:
-    """The values of a tensor or variable, which the array may share; not to be written to."""
-    array: Array = np.asarray(keras.ops.convert_to_numpy(tensor))
-    return array
 
 
 def copied(variable: Any) -> Array:
     """A copy that nothing shares: backends may keep an array without copying it."""
-    return np.array(keras.ops.convert_to_numpy(variable))
+    return np.array(to_numpy(variable))
 
 
 def float64(tensor: Any) -> Array:
