@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,17 +34,26 @@ class Workspace:
         self.used = 0
         self.files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._open: list[IO[bytes]] = []
 
     def __enter__(self) -> Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for stream in self._open:
+            stream.close()
         if self._folder is not None:
             self._folder.cleanup()
 
     def spool(self) -> Spool:
         """An empty spool in this workspace."""
         return Spool(self)
+
+    def stream(self) -> IO[bytes]:
+        """A file without a name, to write and to read; closed with the workspace."""
+        # Unbuffered: what cannot be written fails at once, and not when it is closed.
+        self._open.append(tempfile.TemporaryFile(prefix="frostline-", buffering=0))  # noqa: SIM115
+        return self._open[-1]
 
     def new_file(self) -> Path:
         """A file name that is not in use."""

@@ -61,10 +61,9 @@ def to_numpy(tensor: Any) -> Array:
         held = tensor.value if isinstance(tensor, keras.Variable) else tensor
         if (
             type(held) in (torch.Tensor, torch.nn.Parameter)
-            and held.device.type == "cpu"
-            and held.layout is torch.strided
+            and held.is_cpu
             and held.dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
-            and not held.is_conj()
+            and held.layout is torch.strided
             and not held.is_neg()
         ):
             array: Array = held.detach().numpy()

@@ -5,16 +5,13 @@ on which every probe of a diagnosis runs; ``measure`` runs all of them.
 """
 
 from frostline.measure.bench import Bench
+from frostline.measure.judged import NEAR_ONE, Judged, infer_task, judge
 from frostline.measure.measuring import GAPS, Progress, measure
 from frostline.measure.phases import (
     CHANCE_MARGIN,
     LARGE_MSE,
-    NEAR_ONE,
     SMALL_GAP,
-    Judged,
     Metrics,
-    infer_task,
-    judge,
     patterns,
     phase_table,
 )

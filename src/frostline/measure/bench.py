@@ -15,7 +15,7 @@ from frostline.adapters.protocol import Condition
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.graph.selection import GROUPS
-from frostline.measure.phases import infer_task, judge
+from frostline.measure.judged import infer_task, judge, outside_unit
 from frostline.measure.recalibration import FiniteBatches, measured
 from frostline.measure.samples import Samples
 from frostline.numerics.stats import Moments
@@ -266,7 +266,7 @@ class Bench:
                 broken = broken | ~np.isfinite(flat).all(axis=1)
             with np.errstate(invalid="ignore", over="ignore"):
                 result = judge(labels, outputs, self.task, self.logits)
-            hits = result.hits
+            hits = None if result.hits is None else as_float64(result.hits)
             metrics = {k: v for k, v in result.metrics.items() if k != "accuracy"}
         return Probe(
             name=name,
@@ -414,9 +414,7 @@ def task_of(
         return "unknown", False
     name, from_logits = objective
     task = infer_task(labels, outputs, name, losses)
-    finite = outputs[np.isfinite(outputs)]
-    outside = bool(finite.size and (finite.min() < 0 or finite.max() > 1))
-    return task, bool(from_logits) or outside
+    return task, bool(from_logits) or outside_unit(outputs)
 
 
 def joined_arrays(parts: Sequence[Any]) -> tuple[Array, ...] | None:

@@ -16,7 +16,8 @@ from frostline.data.batch import Batch
 from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, only
 from frostline.measure.history import parse
-from frostline.measure.phases import predicted_classes, tried
+from frostline.measure.judged import predicted_classes
+from frostline.measure.phases import tried
 from frostline.measure.samples import draw, rebatched
 from frostline.measure.setting import make_bench
 from frostline.numerics import stats

@@ -10,12 +10,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from frostline.adapters import Adapter, Forward, Outcome
-from frostline.adapters.spool import WINDOW, KeptBatches, Workspace
+from frostline.adapters.spool import KeptBatches, Workspace
 from frostline.adapters.together import ALONE, Together
 from frostline.data.arrays import leaves, to_numpy
 from frostline.data.batch import Batch, NoSamplesError, all_inputs, failure, left_out
 from frostline.data.batches import batches, is_reiterable, paired
+from frostline.measure.judged import (
+    NEAR_ONE,
+    Judged,
+    bounds,
+    difference,
+    infer_task,
+    judge_rows,
+    mean,
+    outside_unit,
+)
 from frostline.measure.ranks import as_rank_0, joined_shares
+from frostline.measure.rows import Kept, Rows
 from frostline.numerics import stats
 from frostline.types import (
     Array,
@@ -35,10 +46,6 @@ Metrics = Mapping[str, Callable[[Array, Array], float]]
 #: standard errors of 400 samples' accuracy are 0.1; half of it still lets 200 samples tell.
 CHANCE_MARGIN = 0.05
 
-#: "Near 1" for an AUC or a rank correlation: outstanding discrimination in Hosmer, Lemeshow,
-#: Sturdivant, Applied Logistic Regression, 2013, section 5.2.4.
-NEAR_ONE = 0.9
-
 #: A mean squared error of at least this share of the targets' variance is "large": the mean of the
 #: targets, which needs no model, predicts as well (R² ≤ 0).
 LARGE_MSE = 1.0
@@ -47,16 +54,14 @@ LARGE_MSE = 1.0
 #: that dropout or rounding of half-precision layers leaves in a healthy model.
 SMALL_GAP = 0.05
 
+#: Bytes of batches, labels, outputs and losses that are held in memory.
+WINDOW = 16 << 20
+
 #: Fixed, so that the same model and data give the same words.
 _BOOTSTRAP_SEED = 0
 
-#: Without a loss, outputs are scores of classes where they are at most so many times the classes
-#: that the labels show.
-MOST_UNSEEN = 4
 
-_CLASS_LOSSES = ("crossentropy", "cross_entropy", "nll", "hinge", "focal", "bce", "log_loss")
-
-_REGRESSION_LOSSES = ("squared", "absolute", "huber", "log_cosh", "logcosh", "mse", "mae", "msle")
+_NO_MOMENTS = stats.Moments(0, np.zeros(1), np.zeros(1))
 
 
 class _Scorer(Protocol):
@@ -67,8 +72,9 @@ class _Scorer(Protocol):
 class _Pass:
     """What one phase gave so far."""
 
-    outputs: list[Any] = field(default_factory=list)
-    losses: list[Array] = field(default_factory=list)
+    outputs: Kept
+    losses: Kept
+    loss_means: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     named: dict[str, list[float]] = field(default_factory=dict)
     unit: str = "sample"
@@ -76,6 +82,8 @@ class _Pass:
     def add(self, outcome: Outcome, count: int) -> None:
         self.outputs.append(outcome.outputs)
         self.losses.append(outcome.losses)
+        if len(outcome.losses):
+            self.loss_means.append(float(np.mean(outcome.losses)))
         self.counts.append(count)
         if outcome.unit == "batch":
             self.unit = "batch"
@@ -84,14 +92,12 @@ class _Pass:
 
     @property
     def known(self) -> bool:
-        return all(len(losses) for losses in self.losses)
+        return len(self.loss_means) == len(self.counts)
 
     @property
     def loss(self) -> float | None:
         """Mean over the samples; a batch counts as its samples do."""
-        return (
-            self._mean([float(np.mean(losses)) for losses in self.losses]) if self.known else None
-        )
+        return self._mean(self.loss_means) if self.known else None
 
     def metrics(self) -> dict[str, float]:
         """Mean of each named loss and metric."""
@@ -103,8 +109,10 @@ class _Pass:
     def of_all(self, ranks: Together) -> _Pass:
         """What the phase gave on all ranks."""
         names = list(vars(self))
-        whole = _Pass()
-        for theirs in ranks.nested([getattr(self, name) for name in names]):
+        whole = _Pass(self.outputs.emptied(), self.losses.emptied())
+        mine = [getattr(self, name) for name in names]
+        mine = [list(each) if isinstance(each, Kept) else each for each in mine]
+        for theirs in ranks.nested(mine):
             for name, value in zip(names, theirs, strict=True):
                 if name == "unit":
                     whole.unit = "batch" if "batch" in (value, whole.unit) else value
@@ -140,7 +148,7 @@ def phase_table(
             for batch in _read(adapter, data, batch_size, may_be_empty=ranks.size > 1):
                 kept.keep(batch)
             data = kept
-        return _phase_table(adapter, data, metrics, loss, step, batch_size, ranks)
+        return _phase_table(adapter, data, metrics, loss, step, batch_size, ranks, workspace)
 
 
 def _phase_table(
@@ -151,9 +159,10 @@ def _phase_table(
     step: Any,
     batch_size: int,
     ranks: Together,
+    workspace: Workspace,
 ) -> PhaseTable:
-    passes = {"0": _Pass(), "1": _Pass()}
-    labels: list[Any] = []
+    passes = {phase: _Pass(Kept(workspace), Kept(workspace)) for phase in ("0", "1")}
+    labels, without = Kept(workspace), 0
     remarks: list[str] = []
     weighted = False
     score: _Scorer | None = None
@@ -168,12 +177,13 @@ def _phase_table(
         for number, batch in enumerate(paired(stream)):
             if score is None:
                 score, remarks, labelled = _scorer(adapter, batch, loss, step)
-            labels.append(batch.y if labelled else None)
+            labels.append(_first_label(batch.y) if labelled else None)
+            without += not labelled or batch.y is None
             weighted |= batch.sample_weight is not None
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
                 passes[phase].add(outcome, batch.count or 1)
-        plain = step is None and all(part is not None for part in labels) and not remarks
+        plain = step is None and not without and not remarks
         dynamic = {}
         if plain:
             try:
@@ -183,9 +193,12 @@ def _phase_table(
                     raise
     if ranks.size > 1:
         passes = {phase: done.of_all(ranks) for phase, done in passes.items()}
-        labels = [part for theirs in ranks.nested(labels) for part in theirs]
+        shares = ranks.nested([list(labels), without])
+        labels, without = labels.emptied(), sum(missing for _, missing in shares)
+        for theirs, _ in shares:
+            labels.extend(theirs)
         remarks = [str(remark) for remark in ranks.union(remarks)] + ([apart] if apart else [])
-        if not labels:
+        if not passes["0"].counts:
             raise DataError("The data hold no samples, here or on any other rank.")
     loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)
     known = _known_outputs(labels, passes)
@@ -196,12 +209,15 @@ def _phase_table(
         if not weighted and getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
             require_known_classes(y, outputs["0"], loss_name)
         found = passes["0"]
-        losses = np.concatenate(found.losses) if found.known and found.unit == "sample" else None
+        losses = found.losses.rows() if found.known and found.unit == "sample" else None
         named = loss_name or ("step" if step is not None else None)
         task = infer_task(y, outputs["0"], named, losses)
-        logits = bool(from_logits) or any(_outside_unit(values) for values in outputs.values())
-        judged = {phase: judge(y, values, task, logits) for phase, values in outputs.items()}
-    unlabelled = all(part is None for part in labels)
+        logits = bool(from_logits) or any(outside_unit(values) for values in outputs.values())
+        judged = {
+            phase: judge_rows(y, values, task, logits, lambda: Rows(workspace))
+            for phase, values in outputs.items()
+        }
+    unlabelled = without == len(passes["0"].counts)
     unjudged = not passes["0"].known and (unlabelled or task == "unknown")
     distances = _distances(passes) if unjudged else None
     rows = [_dynamic_row(dynamic)]
@@ -218,7 +234,7 @@ def _phase_table(
                 phase="0" if phase == "0" else "1",
                 loss=done.loss,
                 metrics=row_metrics,
-                outputs=None if known is None else known[1][phase],
+                outputs=None if known is None else known[1][phase].whole(),
             )
         )
     sites = len(adapter.sites())
@@ -282,11 +298,11 @@ def require_known_classes(labels: Any, outputs: Any, loss_name: str | None) -> N
     """
     if loss_name != "sparse_categorical_crossentropy" or labels is None or outputs is None:
         return
-    classes, low, high = outputs.shape[-1], labels.min(), labels.max()
+    classes, (low, high) = outputs.shape[-1], bounds(labels)
     if outputs.ndim > 1 and not (low >= 0 and high < classes):  # not so where one is NaN
         raise DataError(
             f"labels must be class numbers from 0 to {classes - 1}, for outputs of {classes} "
-            f"classes. Received: labels from {low} to {high}"
+            f"classes. Received: labels from {low:.12g} to {high:.12g}"
         )
 
 
@@ -381,29 +397,35 @@ def _distances(passes: Mapping[str, _Pass]) -> Array:
     Raises:
         ModelError: The phases' outputs differ in structure or size.
     """
-    found = []
+    pairs: list[tuple[stats.Moments, list[float]]] = []
     for one, other in zip(passes["0"].outputs, passes["1"].outputs, strict=True):
-        found.append([(leaf, twin) for (_, leaf), (_, twin) in zip(leaves(one), leaves(other))])  # noqa: B905
-        alike = len(leaves(one)) == len(leaves(other)) > 0
-        if not alike or any(np.shape(leaf) != np.shape(twin) for leaf, twin in found[-1]):
+        found = [[leaf for _, leaf in leaves(part)] for part in (one, other)]
+        shapes = [[np.shape(leaf) for leaf in part] for part in found]
+        if not shapes[0] or shapes[0] != shapes[1] or len(pairs) not in (0, len(shapes[0])):
             raise ModelError(
                 "there are neither labels nor a loss, and the outputs in training mode are not "
                 "those of inference in kind or size: pass step=, a function (model, batch) that "
                 "returns a loss. Received: outputs that cannot be compared"
             )
-    totals = []
-    for column in zip(*found, strict=True):
-        if np.asarray(column[0][0]).dtype.kind != "f":
-            continue
-        base = np.concatenate([np.ravel(as_float64(leaf)) for leaf, _ in column])
-        other = np.concatenate([np.ravel(as_float64(twin)) for _, twin in column])
-        totals.append(np.square(other - base) / max(float(base.var()), np.finfo(np.float64).tiny))
+        floats = [np.asarray(leaf).dtype.kind == "f" for leaf in found[0]]
+        pairs = pairs or [(_NO_MOMENTS, []) for _ in floats]
+        for number, (leaf, twin) in enumerate(zip(*found, strict=True)):
+            if floats[number]:
+                moments, squares = pairs[number]
+                flat, other_flat = (np.ravel(as_float64(each)) for each in (leaf, twin))
+                squares.append(float(np.square(other_flat - flat).sum()))
+                pairs[number] = moments.merge(stats.Moments.of(flat[:, None])), squares
+    totals = [
+        sum(squares) / moments.count / max(float(moments.variance[0]), np.finfo(np.float64).tiny)
+        for moments, squares in pairs
+        if moments.count
+    ]
     if not totals:
         raise ModelError(
             "there are neither labels nor a loss, and no output is a floating number: pass step=, "
             "a function (model, batch) that returns a loss. Received: no numbers to compare"
         )
-    return np.concatenate([np.atleast_1d(total.mean()) for total in totals])
+    return np.array(totals)
 
 
 def _gap_in_loss(passes: Mapping[str, _Pass]) -> Iterator[str]:
@@ -411,190 +433,16 @@ def _gap_in_loss(passes: Mapping[str, _Pass]) -> Iterator[str]:
     zero, one = passes["0"], passes["1"]
     if not zero.known or not one.known:
         return
-    a, b = np.concatenate(one.losses), np.concatenate(zero.losses)
+    kept = one.losses.rows(), zero.losses.rows()
+    if kept[0] is None or kept[1] is None:
+        return
+    a, b = (as_float64(rows.whole()) for rows in kept if rows is not None)
     sound = np.isfinite(a) & np.isfinite(b) if a.shape == b.shape else np.zeros(0, bool)
     if not sound.any():
         return
     gap = stats.paired_bootstrap(a[sound], b[sound], seed=_BOOTSTRAP_SEED)
     if gap.excludes_zero and abs(gap.estimate) > SMALL_GAP * max(abs(a.mean()), abs(b.mean())):
         yield _gap_in_words("loss", gap, worse="1" if gap.estimate > 0 else "0")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Judged:
-    """One phase's predictions compared with the labels.
-
-    Attributes:
-        metrics: ``accuracy`` (and ``auc`` if binary), or ``mse`` and ``spearman``.
-        losses: Cross-entropy or squared error of each sample, shape ``(n,)``.
-        hits: 1 where the predicted class is right, shape ``(n,)``; ``None`` for regression.
-        reference: What no model would reach: the most frequent class's share, or the variance
-            of the targets.
-        broken: Number of samples with a NaN or infinite output.
-        reachable: Accuracy of the best threshold on the same scores; ``None`` unless binary.
-    """
-
-    metrics: Mapping[str, float]
-    losses: Array
-    hits: Array | None
-    reference: float
-    broken: int
-    reachable: float | None = None
-
-
-def infer_task(
-    y: Array, outputs: Array, loss_name: str | None = None, losses: Array | None = None
-) -> Task:
-    """Tell the task from labels, outputs and, where there is one, the loss.
-
-    Class numbers beside an array of outputs do not make those class scores: an embedding has the
-    same shape. So the loss must be one of classification, by its name or because it orders the
-    samples as cross-entropy does; without a loss there must be as many outputs as classes.
-
-    Args:
-        y: Labels, shape ``(n,)``, ``(n, 1)``, or that of the outputs (one-hot, regression).
-        outputs: Model outputs, shape ``(n,)`` or ``(n, k)``.
-        loss_name: Snake-case name of the loss; ``None``: there is none.
-        losses: Loss of each sample, shape ``(n,)``; ``None``: not known.
-
-    Returns:
-        ``"binary"`` for one sigmoid or two softmax columns, ``"multiclass"``, ``"regression"``, or
-        ``"unknown"`` where the shapes fit none of these (pixels, several labels per sample).
-    """
-    if y.dtype.kind not in "buif" or outputs.dtype.kind not in "buif":
-        return "unknown"
-    if outputs.ndim not in (1, 2) or y.ndim not in (1, 2) or len(y) != len(outputs):
-        return "unknown"
-    if loss_name is not None and any(word in loss_name for word in _REGRESSION_LOSSES):
-        return "regression" if _columns(y) == _columns(outputs) else "unknown"
-    columns = _columns(outputs)
-    whole = bool(np.all(y == np.rint(as_float64(y)))) if y.dtype.kind == "f" else True
-    if columns == 1:
-        if _columns(y) != 1:
-            return "unknown"
-        values = set(np.unique(y).tolist())
-        named = loss_name or ""
-        signs = "hinge" in named and values <= {-1, 1}
-        soft = "crossentropy" in named  # label smoothing leaves values between 0 and 1
-        return "binary" if values <= {0, 1} or signs or soft else "regression"
-    classes: Task = "binary" if columns == 2 else "multiclass"
-    if _columns(y) == 1:
-        inside = whole and float(y.min()) >= 0 and float(y.max()) < columns
-        return classes if inside and _are_scores(y, outputs, loss_name, losses) else "unknown"
-    if _columns(y) != columns:
-        return "unknown"
-    in_unit = float(y.min()) >= 0 and float(y.max()) <= 1
-    if in_unit and np.allclose(as_float64(y).sum(axis=1), 1, atol=1e-3):  # one-hot, or smoothed
-        return classes
-    return "unknown" if in_unit and whole else "regression"  # multi-hot: several labels per sample
-
-
-def _are_scores(y: Array, outputs: Array, loss_name: str | None, losses: Array | None) -> bool:
-    """Whether outputs beside class numbers are the classes' scores, and no embedding."""
-    if loss_name is not None and any(word in loss_name for word in _CLASS_LOSSES):
-        return True
-    flat = as_float64(outputs)
-    finite = np.isfinite(flat).all(axis=1)
-    shares = finite.any() and bool((flat[finite] >= 0).all())
-    if shares and np.allclose(flat[finite].sum(axis=1), 1, atol=1e-3):
-        return True
-    if loss_name is None or losses is None or len(losses) != len(y):
-        return loss_name is None and flat.shape[1] <= MOST_UNSEEN * (float(y.max()) + 1)
-    sound = finite & np.isfinite(losses)
-    if sound.sum() < 3:
-        return False
-    entropy = stats.cross_entropy(y.reshape(-1)[sound].astype(int), flat[sound], from_logits=True)
-    return bool(stats.spearman(as_float64(losses)[sound], entropy) >= NEAR_ONE)
-
-
-def judge(y: Array, outputs: Array, task: Task, logits: bool) -> Judged:
-    """Compare one phase's outputs with the labels.
-
-    Args:
-        y: Labels, as for :func:`infer_task`.
-        outputs: Model outputs, shape ``(n,)`` or ``(n, k)``.
-        task: From :func:`infer_task`.
-        logits: Whether the outputs come before the sigmoid or softmax.
-    """
-    flat = as_float64(outputs).reshape(len(outputs), -1)
-    broken: Array = np.asarray(~np.isfinite(flat).all(axis=1))
-    if task == "unknown":
-        return Judged(
-            metrics={},
-            losses=np.zeros(len(y)),
-            hits=None,
-            reference=np.nan,
-            broken=int(broken.sum()),
-        )
-    if task == "regression":
-        return _judge_regression(y, outputs, broken)
-    outputs = as_float64(outputs)
-    if _columns(outputs) == 1:
-        outputs = scores = outputs.reshape(-1)
-    else:
-        scores = outputs[:, 1] - outputs[:, 0]  # monotone in class 1, for logits as well
-    labels, predicted = class_labels(y, outputs), predicted_classes(outputs, logits)
-    hits = ((predicted == labels) & ~broken).astype(np.float64)
-    metrics = {"accuracy": float(hits.mean())}
-    reachable = None
-    if task == "binary":
-        reachable = _best_accuracy(labels, scores)
-        metrics["auc"] = stats.auc(labels, np.where(broken, np.nan, scores))
-    with np.errstate(invalid="ignore", over="ignore"):
-        losses = stats.cross_entropy(labels, outputs, from_logits=logits)
-    return Judged(
-        metrics=metrics,
-        losses=losses,
-        hits=hits,
-        reference=float(np.bincount(labels).max() / len(labels)),
-        broken=int(broken.sum()),
-        reachable=reachable,
-    )
-
-
-def class_labels(y: Array, outputs: Array) -> Array:
-    """Class index of each sample, shape ``(n,)``, int64; of a classification task."""
-    if _columns(outputs) == 1:
-        return np.asarray(as_float64(y).reshape(-1) > 0.5, dtype=np.int64)
-    labels = y.reshape(-1) if _columns(y) == 1 else y.argmax(axis=1)
-    return np.asarray(labels, dtype=np.int64)
-
-
-def predicted_classes(outputs: Array, logits: bool) -> Array:
-    """Class index that each sample is given, shape ``(n,)``, int64."""
-    if _columns(outputs) == 1:
-        return np.asarray(outputs.reshape(-1) > (0.0 if logits else 0.5), dtype=np.int64)
-    return np.asarray(outputs.argmax(axis=1), dtype=np.int64)
-
-
-def _best_accuracy(labels: Array, scores: Array) -> float:
-    """Accuracy with the threshold that suits these samples best."""
-    order = np.argsort(scores, kind="stable")
-    positives, ordered = labels[order], scores[order]
-    # Cut k: the k lowest are called 0. A cut between equal scores is no threshold.
-    zeros_below = np.concatenate([[0], np.cumsum(1 - positives)])
-    ones_below = np.concatenate([[0], np.cumsum(positives)])
-    right = zeros_below + (ones_below[-1] - ones_below)
-    allowed = np.concatenate([[True], ordered[1:] > ordered[:-1], [True]])
-    return float(right[allowed].max() / len(labels))
-
-
-def _judge_regression(y: Array, outputs: Array, broken: Array) -> Judged:
-    targets = as_float64(y).reshape(len(y), -1)
-    predicted = as_float64(outputs).reshape(len(y), -1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        losses = np.square(targets - predicted).mean(axis=1)
-    correlations = [
-        stats.spearman(targets[:, column], predicted[:, column])
-        for column in range(targets.shape[1])
-    ]
-    return Judged(
-        metrics={"mse": float(losses.mean()), "spearman": float(np.mean(correlations))},
-        losses=losses,
-        hits=None,
-        reference=float(targets.var(axis=0).mean()),
-        broken=int(broken.sum()),
-    )
 
 
 def patterns(task: Task, judged: Mapping[str, Judged], sites: int) -> tuple[str, ...]:
@@ -651,12 +499,12 @@ def _gaps(inference: Judged, training: Judged, sites: int) -> Iterator[str]:
         return
     said = False
     if inference.hits is not None and training.hits is not None:
-        gap = stats.paired_bootstrap(training.hits, inference.hits, seed=_BOOTSTRAP_SEED)
+        gap = stats.bootstrap(difference(training.hits, inference.hits), seed=_BOOTSTRAP_SEED)
         if gap.excludes_zero:
             said = True
             yield _gap_in_words("accuracy", gap, worse="0" if gap.estimate > 0 else "1")
-    gap = stats.paired_bootstrap(training.losses, inference.losses, seed=_BOOTSTRAP_SEED)
-    larger = max(training.losses.mean(), inference.losses.mean())
+    gap = stats.bootstrap(difference(training.losses, inference.losses), seed=_BOOTSTRAP_SEED)
+    larger = max(mean(training.losses), mean(inference.losses))
     if gap.excludes_zero and abs(gap.estimate) > SMALL_GAP * larger:
         said = True
         name = "squared error" if inference.hits is None else "cross-entropy"
@@ -686,26 +534,25 @@ def _without_lists(value: Any) -> Any:
     return tuple(map(_without_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _first_label(y: Any) -> Any:
+    """Of several labels one serves to count; ``None`` without an array."""
+    found = leaves(y)
+    return found[0][1] if found and isinstance(found[0][1], np.ndarray) else None
+
+
 def _known_outputs(
-    labels: list[Any], passes: Mapping[str, _Pass]
-) -> tuple[Array, dict[str, Array]] | None:
-    """Labels and outputs in one array each; ``None`` for several outputs or ragged batches."""
-    y = [leaves(part) for part in labels]
-    if not all(len(found) >= 1 and isinstance(found[0][1], np.ndarray) for found in y):
+    labels: Kept, passes: Mapping[str, _Pass]
+) -> tuple[Rows, dict[str, Rows]] | None:
+    """Labels and outputs of all samples; ``None`` for several outputs or ragged batches."""
+    truth = labels.rows()
+    found = {phase: rows for phase, done in passes.items() if (rows := done.outputs.rows())}
+    if truth is None or len(found) != len(passes):
         return None
-    first = [found[0][1] for found in y]  # of several labels one serves to count
-    single = all(isinstance(part, np.ndarray) for done in passes.values() for part in done.outputs)
-    shapes = {
-        part.shape[1:] for done in passes.values() for part in done.outputs if single and part.ndim
-    }
-    if not single or len(shapes) != 1 or len({label.shape[1:] for label in first}) != 1:
+    if len({rows.shape[1:] for rows in found.values()}) != 1:
         return None
-    found = {
-        phase: np.concatenate(done.outputs).astype(np.float32, copy=False)
-        for phase, done in passes.items()
-    }
-    truth = np.concatenate(first)
-    return None if any(len(part) != len(truth) for part in found.values()) else (truth, found)
+    if any(len(rows) != len(truth) for rows in found.values()):
+        return None
+    return truth, {phase: rows.astype(np.float32) for phase, rows in found.items()}
 
 
 def _dynamic_row(logs: dict[str, float]) -> PhaseRow:
@@ -717,25 +564,16 @@ def _dynamic_row(logs: dict[str, float]) -> PhaseRow:
     )
 
 
-def _custom(metrics: Metrics, y: Array, outputs: Array) -> dict[str, float]:
+def _custom(metrics: Metrics, y: Rows, outputs: Rows) -> dict[str, float]:
     values = {}
     for name, metric in metrics.items():
-        value = metric(y, outputs)
+        value = metric(y.whole(), outputs.whole())
         if np.ndim(value) != 0:
             raise DataError(
                 f"metrics[{name!r}] must return one number. Received: shape {np.shape(value)}"
             )
         values[name] = float(value)
     return values
-
-
-def _columns(values: Array) -> int:
-    return 1 if values.ndim == 1 else int(values.shape[1])
-
-
-def _outside_unit(values: Array) -> bool:
-    finite = values[np.isfinite(values)]
-    return bool(finite.size and (finite.min() < 0 or finite.max() > 1))
 
 
 def loss_name_of(loss: Any) -> tuple[str | None, bool | None]:

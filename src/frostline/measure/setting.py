@@ -13,9 +13,8 @@ from frostline.adapters.protocol import Condition
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, all_inputs, failure, take
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
+from frostline.measure.judged import class_labels, infer_task
 from frostline.measure.phases import (
-    class_labels,
-    infer_task,
     loss_name_of,
     require_known_classes,
     require_one,

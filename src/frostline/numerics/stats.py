@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ Float64 = npt.NDArray[np.float64]
 #: Probabilities are kept this far from 0 and 1 before the logarithm, as Keras does.
 PROBABILITY_FLOOR = 1e-7
 
-#: Numbers drawn at a time by the bootstrap: 8 MiB of float64.
-_CHUNK = 1 << 20
+#: Numbers that are drawn or searched for at a time: 2 MiB of float64.
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +113,20 @@ def ranks(values: Array) -> Float64:
         >>> ranks(np.array([3, 1, 3]))
         array([2.5, 1. , 2.5])
     """
-    _, inverse, counts = np.unique(np.ravel(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank = last - (counts - 1) / 2
-    return as_float64(mean_rank[inverse.reshape(-1)])
+    flat = np.ravel(values)
+    ordered = np.sort(flat)
+    found = np.empty(len(flat))
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        first, last = (np.searchsorted(ordered, part, side) for side in ("left", "right"))
+        found[start : start + _CHUNK] = (first + last + 1) / 2
+    return found
 
 
 def auc(labels: Array, scores: Array) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative.
 
-    AUC = (R₊ − n₊(n₊+1)/2) / (n₊ n₋), with R₊ the rank sum of the positives (Mann–Whitney U);
-    ties count one half.
+    AUC = U / (n₊ n₋), with Mann and Whitney's U; ties count one half.
 
     Args:
         labels: 0 or 1, shape ``(n,)``.
@@ -133,11 +137,25 @@ def auc(labels: Array, scores: Array) -> float:
     """
     positive, scores = _same_length(labels, scores)
     chosen = positive > 0.5
-    n_positive, n_negative = int(chosen.sum()), int((~chosen).sum())
-    if not n_positive or not n_negative or np.isnan(scores).any():
+    if np.isnan(scores).any():
         return float("nan")
-    rank_sum = float(ranks(scores)[chosen].sum())
-    return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    return auc_of_sorted(np.sort(scores[chosen]), np.sort(scores[~chosen]))
+
+
+def auc_of_sorted(positive: Array, negative: Array) -> float:
+    """The same of the scores of each class in order, none of them NaN; NaN where a class is empty.
+
+    U is counted, not added up from ranks: for each positive, the negatives below it and half of
+    those that equal it.
+    """
+    if not len(positive) or not len(negative):
+        return float("nan")
+    twice = 0
+    for start in range(0, len(positive), _CHUNK):
+        part = positive[start : start + _CHUNK]
+        for side in ("left", "right"):
+            twice += int(np.searchsorted(negative, part, side).sum())
+    return twice / 2 / (len(positive) * len(negative))
 
 
 def spearman(a: Array, b: Array) -> float:
@@ -238,23 +256,29 @@ def paired_bootstrap(
             "resamples must be at least 1 and level between 0 and 1. "
             f"Received: resamples={resamples}, level={level}"
         )
-    differences = a - b
-    count = len(differences)
+    return bootstrap(a - b, seed=seed, resamples=resamples, level=level)
+
+
+def bootstrap(values: Array, *, seed: int, resamples: int = 2000, level: float = 0.95) -> Interval:
+    """The interval of :func:`paired_bootstrap` from differences, shape ``(n,)`` with n >= 1."""
+    count = len(values)
     if count == 1:
-        return Interval(float(differences[0]), -math.inf, math.inf, level)
+        return Interval(float(values[0]), -math.inf, math.inf, level)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // count)
-    means = np.concatenate(
-        [
-            differences[rng.integers(count, size=(min(step, resamples - start), count))].mean(1)
-            for start in range(0, resamples, step)
-        ]
-    )
+    means = np.empty(resamples)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        total: Any = 0.0
+        for first in range(0, count, _CHUNK):  # of one row where there is more than one
+            drawn = rng.integers(count, size=(rows, min(_CHUNK, count - first)))
+            total = total + values[drawn].sum(1, dtype=np.float64)
+        means[start : start + rows] = total / count
     from scipy.special import ndtr, stdtrit
 
     tail = float(ndtr(math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - level) / 2)))
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(differences.mean()), float(low), float(high), level)
+    return Interval(float(values.mean()), float(low), float(high), level)
 
 
 def gauss_legendre(nodes: int) -> tuple[Float64, Float64]:

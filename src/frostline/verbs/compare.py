@@ -17,9 +17,10 @@ from frostline.cache.progress import Progress
 from frostline.data.batch import Batch, take
 from frostline.data.batches import batches, collect, require_reiterable
 from frostline.measure.bench import joined_arrays, only, task_of
-from frostline.measure.phases import judge, loss_name_of, require_one
+from frostline.measure.judged import judge
+from frostline.measure.phases import loss_name_of, require_one
 from frostline.numerics import ranking
-from frostline.types import Array, DataError, FrostlineError, ModelError
+from frostline.types import Array, DataError, FrostlineError, ModelError, as_float64
 from frostline.types.arguments import checked, shown
 from frostline.types.comparison import Comparison, TreatmentRow
 from frostline.verbs import fit as cached_fit
@@ -374,7 +375,8 @@ def _hits(trainings: Any, held: list[Batch], outcomes: list[Outcome]) -> Array |
     sampled = all(outcome.unit == "sample" for outcome in outcomes)
     losses = np.concatenate([outcome.losses for outcome in outcomes]) if sampled else None
     task, logits = task_of(outputs, labels, trainings.objective, losses)
-    return judge(labels, outputs, task, logits).hits if task != "unknown" else None
+    hits = judge(labels, outputs, task, logits).hits
+    return None if hits is None else as_float64(hits)
 
 
 def _row(entry: _Entry, behind: Any) -> TreatmentRow:

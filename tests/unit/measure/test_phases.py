@@ -125,6 +125,24 @@ def two_classes(n: int = 200, seed: int = 0) -> tuple[Any, Any]:
 
 
 class TestPhases:
+    @pytest.mark.parametrize("given", ["arrays", "generator"])
+    def test_a_table_from_a_file_is_the_one_from_memory(
+        self, given: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x, y = two_classes(203)
+        rows = [slice(start, start + 50) for start in range(0, 203, 50)]
+
+        def data() -> Any:
+            return (x, y) if given == "arrays" else ((x[part], y[part]) for part in rows)
+
+        whole = phase_table(FakeView(mean=9.0, std=2.0), data(), batch_size=50)
+        monkeypatch.setattr("frostline.measure.phases.WINDOW", 0)
+        monkeypatch.setattr("frostline.measure.rows._PIECE", 64)
+        table = phase_table(FakeView(mean=9.0, std=2.0), data(), batch_size=50)
+        assert str(table) == str(whole)
+        for row, other in zip(table.rows[1:], whole.rows[1:], strict=True):
+            assert np.array_equal(row.outputs, other.outputs)  # type: ignore[arg-type]
+
     def test_rows_match_independent_oracles(self) -> None:
         x, y = two_classes(203)
         view = FakeView(mean=9.0, std=2.0)

@@ -69,15 +69,20 @@ def check_weights(file: Any, stored: Stored, shown: str) -> None:
     root = h5py.h5g.open(file, b"/")
     groups = {h5py.h5o.get_info(root).addr}
     plain = stored.read(0, len(_SUPERBLOCK)) == _SUPERBLOCK and not any(stored.read(24, 8))
-    total = 0
+    hard, total = h5py.h5l.TYPE_HARD, 0
     refused: list[Exception] = []
 
     def check(name: bytes, link: Any) -> None:
         nonlocal total
+        size = None
+        if link.type == hard and plain:
+            size = _within(stored, link.u)
+            if size is not None and size >= 0:
+                total += size
+                return
         named = f"{shown}: {name.decode(errors='backslashreplace')!r}"
-        if link.type != h5py.h5l.TYPE_HARD:
+        if link.type != hard:
             raise ModelError(f"{named} is a link to another place, and is not read")
-        size = _within(stored, link.u) if plain else None
         if size is None:
             size = _declared(h5py.h5o.open(root, name), stored, named)
         if size != _GROUP:
