@@ -227,8 +227,12 @@ def _prepared(
         if follow is not None:
             after = follow(lambda held: lambda rows: map_leaves(lambda leaf: leaf[rows], held))
             arguments["callbacks"] = role.with_callback(arguments["callbacks"], after)
-        arguments["validation_data"] = _told(arguments["validation_data"], "validation_data")
-        return partial(model.fit, _told(x, "x"), y, **arguments)
+        generators = _Generators()
+        held = generators.told(arguments["validation_data"], "validation_data")
+        given = generators.told(x, "x")
+        return partial(
+            generators.run, partial(model.fit, given, y, **{**arguments, "validation_data": held})
+        )
     loss = getattr(model, "loss", None)
     if y is None and role.is_arrays(x, None, None) and (isinstance(loss, str) or callable(loss)):
         raise DataError(
@@ -275,18 +279,35 @@ def _prepared(
     return partial(_train, model, role, plan, train, validation, arguments, guard, whole)
 
 
-def _told(data: Any, name: str) -> Any:
-    """Data as they are; a generator that raises says which argument it is."""
-    if not isinstance(data, GeneratorType):
-        return data
+class _Generators:
+    """Generators that say which argument they are where they raise, whoever reads them.
 
-    def read() -> Iterator[Any]:
+    TensorFlow reads them in a thread of its own and raises an error of its own instead.
+    """
+
+    def __init__(self) -> None:
+        self.raised: tuple[Exception, Exception] | None = None
+
+    def told(self, data: Any, name: str) -> Any:
+        """Data as they are, and a generator as one that says what it raised."""
+        return self._read(data, name) if isinstance(data, GeneratorType) else data
+
+    def _read(self, data: Any, name: str) -> Iterator[Any]:
         try:
             yield from data
         except Exception as error:
-            raise unreadable(data, name, error) from error
+            self.raised = unreadable(data, name, error), error
+            raise self.raised[0] from error
 
-    return read()
+    def run(self, fit: Callable[[], Any]) -> Any:
+        """Run what reads them; what a generator raised comes out, with its cause."""
+        try:
+            return fit()
+        except Exception:
+            if self.raised is None:
+                raise
+            problem, cause = self.raised
+            raise problem from cause
 
 
 def _as_loader(role: Any, x: Any, y: Any, arguments: dict[str, Any]) -> Any:
