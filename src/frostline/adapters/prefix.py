@@ -10,9 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+
 from frostline.adapters import adapter_of, part, room_of, rooms
 from frostline.adapters.computation import Identity, identity_of
+from frostline.data.arrays import leaves, map_leaves
+from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError
+
+#: Largest difference between what a sample gives alone and beside others, as a share of the largest
+#: value: other numbers of samples are added up in another order.
+_SAME = 1e-4
 
 
 def _role(prefix: Any) -> Any:
@@ -116,6 +124,30 @@ def to_onnx(prefix: Any, batch: Any) -> bytes:
 def takes_any_number(prefix: Any) -> bool:
     """Whether a prefix is known to take any number of samples at once: Keras models say so."""
     return bool(_role(prefix).takes_any_number(prefix))
+
+
+def takes_fewer(prefix: Any, batch: Any) -> bool:
+    """Whether a prefix computes of a few samples what it computes of them beside others.
+
+    One that does not say so is tried: the first of two samples has to give what it gives alone.
+
+    Args:
+        prefix: As for :func:`native`.
+        batch: A batch of its inputs.
+    """
+    if takes_any_number(prefix):
+        return True
+    sizes = {np.shape(leaf)[:1] for _, leaf in leaves(batch)}
+    if len(sizes) != 1 or sizes & {(), (0,), (1,)}:
+        return False
+    run = reference(prefix)
+    try:
+        one = run(map_leaves(lambda leaf: leaf[:1], batch))
+        two = run(map_leaves(lambda leaf: leaf[:2], batch))
+    except Exception:  # its own, of so few samples; one of the whole batch is raised there
+        return False
+    together = [np.shape(both)[:1] == (2,) for both in two]
+    return all(together) and relative_difference([both[:1] for both in two], one) <= _SAME
 
 
 def accelerator(prefix: Any) -> str:

@@ -136,10 +136,11 @@ class Judge:
 
     def _compare(self, samples: Sequence[tuple[Any, list[Array]]]) -> None:
         count = len(samples)
-        whole = count if self._any_number() else max(count, self.collection.batch_size)
-        rows = np.minimum(np.arange(whole), count - 1)
         parts = [x for x, _ in samples]
-        x = _joined([parts[row] for row in rows])
+        x = _joined(parts)
+        if not self._takes_fewer(x):
+            rows = np.minimum(np.arange(max(count, self.collection.batch_size)), count - 1)
+            x = _joined([parts[row] for row in rows])
         stored = [np.concatenate(column) for column in zip(*(f for _, f in samples), strict=True)]
         self._judge(self._reference(x), stored, count)
 
@@ -148,9 +149,8 @@ class Judge:
             self._run = prefixes.reference(self.prefix)
         return x, [np.asarray(array) for array in self._run(x)]
 
-    def _any_number(self) -> bool:
-        callable_ = prefixes.is_callable_prefix(self.prefix)
-        return not callable_ and prefixes.takes_any_number(self.prefix)
+    def _takes_fewer(self, x: Any) -> bool:
+        return not prefixes.is_callable_prefix(self.prefix) and prefixes.takes_fewer(self.prefix, x)
 
     def _judge(self, computed: tuple[Any, list[Array]], stored: list[Array], count: int) -> None:
         x, outputs = computed

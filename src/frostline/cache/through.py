@@ -81,7 +81,7 @@ def start(
         chosen = engines.choose(through.rest, given, engine, samples=samples, precision=precision)
         engines.remember(through.rest, known_by, engine, chosen)
     count = len(digests)
-    if prefixes.takes_any_number(prefix):
+    if prefixes.takes_fewer(prefix, first):
         count = min(count, engines.COMPARED_SAMPLES)
     few = map_leaves(lambda leaf: leaf[:count], first)
     expected = prefixes.reference(prefix)(few)

@@ -113,14 +113,19 @@ def choose(
     lower = precision != "float32"
     if engine == "native" and not lower:
         return Engine(name="native", device=_backend(prefix), _run=native)
-    few = batch
+    few, count = batch, None
     every = NAMES if lower else NAMES[1:]
     wanted: tuple[str, ...] = every if engine == "auto" else (engine,)
     accelerator = prefixes.accelerator(prefix)
-    if prefixes.takes_any_number(prefix):
-        few = map_leaves(lambda leaf: leaf[:COMPARED_SAMPLES], batch)
-        # A card is idle with a few samples, and soon done with a batch.
-        batch = batch if accelerator else map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
+    said = prefixes.takes_any_number(prefix)
+    # How far a lower precision is off is told of a whole batch, unless the model says it is open.
+    if said or (not lower and prefixes.takes_fewer(prefix, batch)):
+        count = COMPARED_SAMPLES
+        few = map_leaves(lambda leaf: leaf[:count], batch)
+    # A card is idle with a few samples, and soon done with a batch; a graph that is traced may keep
+    # the number of samples that it was traced with.
+    if said and not accelerator:
+        batch = map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
     notes: list[str] = []
     if engine == "auto" and accelerator and not any(e.accelerated() for e in ENGINES.values()):
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")
@@ -129,10 +134,11 @@ def choose(
     found: dict[str, tuple[Run, str]] = {}
     errors: dict[str, float] = {}
     most = TOLERANCES[precision]
-    for name, outcome in _candidates(prefix, wanted, few, precision):
+    for name, outcome in _candidates(prefix, wanted, batch, precision):
         try:
             run, device = outcome()
-            errors[name] = error = relative_difference(_attempt(run, few), expected)
+            outputs = [array[:count] for array in _attempt(run, batch)]
+            errors[name] = error = relative_difference(outputs, expected)
             if not error <= most:
                 raise ModelError(f"it differs from native by {error:.1e}, allowed is {most:.0e}")
             found[name] = (run, device)

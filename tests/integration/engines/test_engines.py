@@ -222,7 +222,7 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     monkeypatch.setattr(choice, "_candidates", lambda *_: [("onnxruntime", lambda: (run, "there"))])
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)})
     engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
-    assert tried == [engines.COMPARED_SAMPLES, 16]
+    assert tried == [engines.TRIAL_SAMPLES, 16]
     monkeypatch.setattr(choice, "relative_difference", lambda *_: 0.0)
     monkeypatch.setattr(choice, "_attempt", lambda *_: [])
     monkeypatch.setattr(choice, "_rate", lambda _, batch: float(tried.append(len(batch["a"])) or 1))

@@ -269,3 +269,51 @@ def test_inputs_that_the_frozen_part_does_not_take_are_told_in_our_words(tmp_pat
         DataError, match=r"does not take these inputs \(RuntimeError.*\(5, 16, 16\)"
     ):
         fl.cache_features(part, np.zeros((8, 5, 16, 16), "float32"), tmp_path, verbose=0)
+
+
+class Written(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "batch", "apart"),
+    [
+        (lambda x: x.view(len(x), -1), np.ones((6, 3, 2), np.float32), True),
+        (lambda x, y: x + y, [np.ones((6, 3), np.float32)] * 2, True),
+        (lambda x: x.view(6, -1), np.ones((6, 3, 2), np.float32), False),
+        (lambda x: x - x.mean(0), np.arange(6, dtype=np.float32), False),
+        (lambda x: x.sum(), np.ones(6, np.float32), False),
+        (lambda x, _: x + 1, [np.ones((6, 3), np.float32), np.ones((2, 3), np.float32)], False),
+        (lambda x: x + 1, np.ones((1, 3), np.float32), False),
+    ],
+)
+def test_a_module_takes_fewer_samples_if_each_gives_what_it_gives_alone(
+    function: Any, batch: Any, apart: bool
+) -> None:
+    assert prefixes.takes_fewer(Written(function), batch) == apart
+
+
+def test_reuse_computes_a_few_samples_again_and_not_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, x = prefix_of(resnet()), images(32)
+    made = fl.cache_features(part, x, tmp_path, verbose=0)
+    sizes: list[int] = []
+    real = prefixes.reference
+
+    def reference(prefix: Any) -> Any:
+        run = real(prefix)
+        return lambda batch: sizes.append(len(batch)) or run(batch)
+
+    monkeypatch.setattr(prefixes, "reference", reference)
+    again = fl.cache_features(part, x, tmp_path, verbose=0)
+    assert again.keys == made.keys
+    assert sizes
+    assert max(sizes) <= 4
