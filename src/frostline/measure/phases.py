@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,68 +161,18 @@ def _phase_table(
     ranks: Together,
     workspace: Workspace,
 ) -> PhaseTable:
-    passes = {phase: _Pass(Kept(workspace), Kept(workspace)) for phase in ("0", "1")}
-    labels, without = Kept(workspace), 0
-    remarks: list[str] = []
-    weighted = False
-    score: _Scorer | None = None
-    labelled = True
-    with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
-        stream = joined_shares(
-            ranks,
-            _read(adapter, data, batch_size, may_be_empty=ranks.size > 1),
-            adapter.inputs(),
-        )
-        # Both phases in one pass: the same samples, order and batches even if the data shuffle.
-        for number, batch in enumerate(paired(stream)):
-            if score is None:
-                score, remarks, labelled = _scorer(adapter, batch, loss, step)
-            labels.append(_first_label(batch.y) if labelled else None)
-            without += not labelled or batch.y is None
-            weighted |= batch.sample_weight is not None
-            for phase, training in (("0", False), ("1", True)):
-                outcome = score(batch, training=training, number=number)
-                passes[phase].add(outcome, batch.count or 1)
-        plain = step is None and not without and not remarks
-        dynamic = {}
-        if plain:
-            try:
-                dynamic = dict(adapter.evaluate(_tuples(data, batch_size)))
-            except FrostlineError:  # a model whose own evaluate has no loss has no dynamic phase
-                if passes["0"].known:
-                    raise
+    seen = _both_phases(adapter, data, loss, step, batch_size, ranks, workspace)
     if ranks.size > 1:
-        passes = {phase: done.of_all(ranks) for phase, done in passes.items()}
-        shares = ranks.nested([list(labels), without])
-        labels, without = labels.emptied(), sum(missing for _, missing in shares)
-        for theirs, _ in shares:
-            labels.extend(theirs)
-        remarks = [str(remark) for remark in ranks.union(remarks)] + ([apart] if apart else [])
-        if not passes["0"].counts:
-            raise DataError("The data hold no samples, here or on any other rank.")
-    loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)
-    known = _known_outputs(labels, passes)
+        seen = seen.of_all(ranks)
+    known = _known_outputs(seen.labels, seen.passes)
     task: Task = "unknown"
     judged: dict[str, Judged] = {}
     if known is not None:
-        y, outputs = known
-        if not weighted and getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
-            require_known_classes(y, outputs["0"], loss_name)
-        found = passes["0"]
-        losses = found.losses.rows() if found.known and found.unit == "sample" else None
-        named = loss_name or ("step" if step is not None else None)
-        task = infer_task(y, outputs["0"], named, losses)
-        logits = bool(from_logits) or any(outside_unit(values) for values in outputs.values())
-        judged = {
-            phase: judge_rows(y, values, task, logits, lambda: Rows(workspace))
-            for phase, values in outputs.items()
-        }
-    unlabelled = without == len(passes["0"].counts)
-    unjudged = not passes["0"].known and (unlabelled or task == "unknown")
-    distances = _distances(passes) if unjudged else None
-    rows = [_dynamic_row(dynamic)]
-    for phase in ("0", "1"):
-        done = passes[phase]
+        task, judged = _judged(adapter, seen, known, loss, step, workspace)
+    unjudged = not seen.passes["0"].known and (seen.unlabelled or task == "unknown")
+    distances = _distances(seen.passes) if unjudged else None
+    rows = [_dynamic_row(seen.dynamic)]
+    for phase, done in seen.passes.items():
         row_metrics = dict(judged[phase].metrics) if phase in judged else {}
         row_metrics |= done.metrics()
         if distances is not None:
@@ -238,28 +188,138 @@ def _phase_table(
             )
         )
     sites = len(adapter.sites())
-    said = list(remarks)
+    said = list(seen.remarks)
     if known is not None:
         said += patterns(task, judged, sites)
-    own = step is not None or loss is not None or known is None
-    if passes["0"].unit == "batch":
+    if seen.passes["0"].unit == "batch":
         said.append("The loss is one number per batch: batches are compared, not samples.")
-    if task == "unknown" and own:
-        said += _gap_in_loss(passes)
+    if task == "unknown" and (step is not None or loss is not None or known is None):
+        said += _gap_in_loss(seen.passes)
     if distances is not None:
-        why = "No labels and no loss" if unlabelled else "No loss is known that takes these labels"
-        said.append(
-            f"{why}: outputs are compared. Those of phase 1 are "
-            f"{np.sqrt(distances.mean()):.3g} standard deviations of the outputs away from those "
-            "of phase 0 (root mean square)."
-            + ("" if unlabelled else " Pass loss= (on the command line --loss) to compare losses.")
-        )
+        said.append(_apart(distances, seen.unlabelled))
     return PhaseTable(
         rows=tuple(rows),
         task=task,
-        samples=sum(passes["0"].counts),
+        samples=sum(seen.passes["0"].counts),
         sites=sites,
         patterns=tuple(said),
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What both phases gave on the data.
+
+    Attributes:
+        passes: By phase, ``"0"`` and ``"1"``.
+        labels: Those of each batch.
+        without: Batches without labels.
+        remarks: What a person should know of how batches were scored.
+        weighted: Whether samples have weights.
+        dynamic: What the model's own ``evaluate`` says; empty where it says nothing.
+    """
+
+    passes: dict[str, _Pass]
+    labels: Kept
+    without: int
+    remarks: list[str]
+    weighted: bool
+    dynamic: dict[str, float]
+
+    @property
+    def unlabelled(self) -> bool:
+        return self.without == len(self.passes["0"].counts)
+
+    def of_all(self, ranks: Together) -> _Seen:
+        """What all ranks have seen together.
+
+        Raises:
+            DataError: None has seen a sample.
+        """
+        passes = {phase: done.of_all(ranks) for phase, done in self.passes.items()}
+        labels, without = self.labels.emptied(), 0
+        for theirs, missing in ranks.nested([list(self.labels), self.without]):
+            labels.extend(theirs)
+            without += missing
+        remarks = [str(remark) for remark in ranks.union(self.remarks)]
+        if not passes["0"].counts:
+            raise DataError("The data hold no samples, here or on any other rank.")
+        return replace(self, passes=passes, labels=labels, without=without, remarks=remarks)
+
+
+def _both_phases(
+    adapter: Adapter,
+    data: Any,
+    loss: Any,
+    step: Any,
+    batch_size: int,
+    ranks: Together,
+    workspace: Workspace,
+) -> _Seen:
+    """Score every batch in both phases, in one pass: the same samples even if the data shuffle."""
+    passes = {phase: _Pass(Kept(workspace), Kept(workspace)) for phase in ("0", "1")}
+    labels, without = Kept(workspace), 0
+    remarks: list[str] = []
+    weighted = False
+    score: _Scorer | None = None
+    labelled = True
+    dynamic: dict[str, float] = {}
+    with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
+        stream = joined_shares(
+            ranks,
+            _read(adapter, data, batch_size, may_be_empty=ranks.size > 1),
+            adapter.inputs(),
+        )
+        for number, batch in enumerate(paired(stream)):
+            if score is None:
+                score, remarks, labelled = _scorer(adapter, batch, loss, step)
+            labels.append(_first_label(batch.y) if labelled else None)
+            without += not labelled or batch.y is None
+            weighted |= batch.sample_weight is not None
+            for phase, training in (("0", False), ("1", True)):
+                outcome = score(batch, training=training, number=number)
+                passes[phase].add(outcome, batch.count or 1)
+        if step is None and not without and not remarks:
+            try:
+                dynamic = dict(adapter.evaluate(_tuples(data, batch_size)))
+            except FrostlineError:  # a model whose own evaluate has no loss has no dynamic phase
+                if passes["0"].known:
+                    raise
+    remarks = [*remarks, apart] if apart else remarks
+    return _Seen(passes, labels, without, remarks, weighted, dynamic)
+
+
+def _judged(
+    adapter: Adapter,
+    seen: _Seen,
+    known: tuple[Rows, Mapping[str, Rows]],
+    loss: Any,
+    step: Any,
+    workspace: Workspace,
+) -> tuple[Task, dict[str, Judged]]:
+    """The task, and each phase's outputs compared with the labels."""
+    y, outputs = known
+    loss_name, from_logits = adapter.objective() if loss is None else loss_name_of(loss)
+    if not seen.weighted and getattr(loss or adapter.own_loss(), "ignore_class", None) is None:
+        require_known_classes(y, outputs["0"], loss_name)
+    found = seen.passes["0"]
+    losses = found.losses.rows() if found.known and found.unit == "sample" else None
+    task = infer_task(y, outputs["0"], loss_name or ("step" if step is not None else None), losses)
+    logits = bool(from_logits) or any(outside_unit(values) for values in outputs.values())
+    return task, {
+        phase: judge_rows(y, values, task, logits, lambda: Rows(workspace))
+        for phase, values in outputs.items()
+    }
+
+
+def _apart(distances: Array, unlabelled: bool) -> str:
+    """How far the outputs of the phases are apart, in words."""
+    why = "No labels and no loss" if unlabelled else "No loss is known that takes these labels"
+    return (
+        f"{why}: outputs are compared. Those of phase 1 are "
+        f"{np.sqrt(distances.mean()):.3g} standard deviations of the outputs away from those "
+        "of phase 0 (root mean square)."
+        + ("" if unlabelled else " Pass loss= (on the command line --loss) to compare losses.")
     )
 
 
