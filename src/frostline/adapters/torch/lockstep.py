@@ -42,6 +42,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
 from frostline.adapters.torch.keeping import mean_of, variance_of
+from frostline.atomic import taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
@@ -111,8 +112,8 @@ class _Pass:
         self._ending, self.site, self.uses = False, None, {}
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._body, run), daemon=True)
-        self._thread.start()
-        self.running = True  # from here on there is something to end
+        self.running = True  # from here on there is something to end: an exception may come in
+        self._thread.start()  # here as well, when the thread is there
         self.go_on()
 
     def _body(self, run: Callable[[], Any]) -> None:
@@ -148,11 +149,13 @@ class _Pass:
             raise self._problem
 
     def end(self) -> None:
-        """Give it up; it remembers where it waited and what it saw there."""
+        """Give it up; it remembers where it waited and what it saw there. Can be repeated."""
         if self.running:
             self._ending = True
             self._go.put(None)
-            self._thread.join()
+            with suppress(RuntimeError):  # not started yet: it will end at once
+                self._thread.join()
+            self.running = False
         self._made.clear()
 
     def note(self, made: Any) -> None:
@@ -317,7 +320,7 @@ class _Round:
             once = True
         with Workspace(WINDOW) as workspace, answerable(self.sites, self._answer):
             kept = KeptBatches(workspace)
-            try:
+            with taken_back(self._end):
                 for number, batch in self._read():
                     own = _Pass(number, kept.keep(batch) if once else None, alone=self.apart)
                     if not self.passes:
@@ -327,9 +330,11 @@ class _Round:
                 while (site := self._next()) is not None:
                     self._close(site)
                 self._settle()
-            finally:
-                for forward in self.passes:
-                    forward.end()
+
+    def _end(self) -> None:
+        """End the threads of all passes; can be repeated."""
+        for forward in self.passes:
+            forward.end()
 
     def mixed(self) -> bool:
         """Whether the first batch sees something else when no other runs beside it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import sys
 import tempfile
 import threading
 from collections import UserDict
@@ -24,6 +25,7 @@ from torch.nn import functional
 
 import frostline as fl
 from frostline.adapters import spool
+from frostline.adapters.torch import lockstep
 from frostline.adapters.torch.adapter import TorchView
 from frostline.measure.recalibration import recalibrated
 from frostline.types import DataError, ModelError
@@ -237,6 +239,60 @@ def in_a_dictionary() -> Any:
         return kept.setdefault("stem", output) if output is None else kept.update(stem=output)
 
     return store
+
+
+class Cut(BaseException):
+    """As Ctrl-C."""
+
+
+# What is cut while it closes a folder leaves that to a finalizer of Python, which warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_stays_behind_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Threads, temporary files and open files, where threads start and end, and elsewhere."""
+    monkeypatch.setattr("frostline.adapters.torch.lockstep.WINDOW", 3000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = {spool.__file__, lockstep.__file__}
+    model = Deep(2, width=2)
+    batches = [X[start : start + 6, :, :4, :4] for start in range(0, 24, 6)]
+
+    def traced(cut: tuple[str, str, int] | None) -> set[tuple[str, str, int]]:
+        met: set[tuple[str, str, int]] = set()
+
+        def line(frame: Any, event: str, _: Any) -> Any:
+            place = (frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno)
+            if event == "line" and place not in met:
+                met.add(place)
+                if place == cut:
+                    raise Cut
+            return line
+
+        known = sys.gettrace()
+        sys.settrace(lambda frame, *_: line if frame.f_code.co_filename in files else None)
+        try:
+            fl.recalibrate(model, iter(batches), sites="all")
+        except Cut:
+            pass
+        finally:
+            sys.settrace(known)
+        return met
+
+    traced(None)
+    met = sorted(traced(None))
+    places = [place for place in met if place[1] in ("start", "go_on", "end", "_end")]
+    assert len(places) > 15
+    gc.collect()
+    threads, opened = set(threading.enumerate()), len(list(Path("/proc/self/fd").iterdir()))
+    for cut in [*places, *met[::16]]:
+        traced(cut)
+        gc.collect(0)
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(5)
+        assert threads >= set(threading.enumerate()), cut
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert len(list(Path("/proc/self/fd").iterdir())) <= opened
 
 
 def of_the_thread() -> Any:
