@@ -223,13 +223,13 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                 f"'{path}' is lazy and has seen no data yet; call the model on one batch first. "
                 "Received: an uninitialised module"
             )
-    restore = _tensors_kept(root)
+    restore = tensors_kept(root)
     with modes_kept(root), forked(), taken_back(restore):
         torch.manual_seed(number)
         yield root
 
 
-def _tensors_kept(root: Any) -> Callable[[], None]:
+def tensors_kept(root: Any) -> Callable[[], None]:
     """Remember every tensor that a module keeps beside its parameters, with its value.
 
     A class of a user's own may put a new tensor in the place of a buffer, and keep tensors as

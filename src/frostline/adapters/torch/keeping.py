@@ -109,6 +109,10 @@ def _given_pair(call: ast.Call) -> tuple[str, str] | None:
 
 
 def _named_pairs(module: Any) -> list[tuple[str, str]]:
+    own, buffers = getattr(module, "__dict__", {}), getattr(module, "_buffers", None) or {}
+    # Of most modules nothing is called so, and this is asked of each of them again and again.
+    if not any("mean" in name for holder in (buffers, own) for name in holder):
+        return []
     found = []
     tensors = tensors_of(module)
     for name, mean in tensors.items():

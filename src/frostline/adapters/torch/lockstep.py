@@ -11,6 +11,9 @@ given up and made again from the beginning for each site that they come to.
 Passes side by side must not see each other. Each has a copy of the modules, but what a program
 keeps elsewhere (the activations that a hook puts into a dictionary) they share. So the first batch
 runs once more at the end, alone; where it then sees other inputs, every batch is made by itself.
+
+Of small batches a pass is all Python. Consecutive ones of one shape go through in a single pass,
+where the first two have shown that this is the same to every sample; see :mod:`stacked`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +45,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
 from frostline.adapters.torch.keeping import mean_of, variance_of
+from frostline.adapters.torch.stacked import LOOKED_AT, independent, may_stack, stacks
 from frostline.atomic import taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
@@ -72,7 +76,8 @@ class _Pass:
     """The forward pass of one batch.
 
     Attributes:
-        number: The batch's number.
+        number: The batch's number; of several in one, the first.
+        count: Batches that it holds.
         kept: Reads its batch again, where the data cannot be.
         site: Where it waits; ``None``: it has come to its end.
         moments: What it saw there.
@@ -85,9 +90,14 @@ class _Pass:
     """
 
     def __init__(
-        self, number: int, kept: Callable[[], Batch] | None, *, alone: bool = False
+        self,
+        number: int,
+        kept: Callable[[], Batch] | None,
+        *,
+        alone: bool = False,
+        count: int = 1,
     ) -> None:
-        self.number, self.kept, self._alone = number, kept, alone
+        self.number, self.kept, self._alone, self.count = number, kept, alone, count
         self.seen: dict[tuple[str, int], Moments] = {}
         self.site: str | None = None
         self.moments: Moments | None = None
@@ -215,18 +225,22 @@ def population(
     notes: tuple[str, ...] = ()
     reads = turn = 0
     apart = checked = False
+    stack = None if step is None else 1
     while True:
         with untouched(model) as root:
             set_inference(root, sites, trains=trains)
             run = _Round(
-                root, sites, order, fixed, looped, source, memory_limit, ranks, step, apart
+                root, sites, order, fixed, looped, source, memory_limit, ranks, step, apart, stack
             )
             run.all()
             mixed = not checked and any(ranks.values(run.mixed()))
-        reads, turn, checked = reads + run.reads, turn + 1, True
+        if any(ranks.values(run.lost_several())):  # one of these batches, nobody knows which
+            stack = 1
+            continue
+        reads, turn, checked, stack = reads + run.reads, turn + 1, True, run.stack
         if mixed:  # nothing that this round found holds
             source.require_again("running each batch by itself, as this program needs,")
-            apart, turn = True, 0
+            apart, stack, turn = True, 1, 0
             notes = (APART,)
             continue
         if run.late and not learned:
@@ -244,7 +258,7 @@ def population(
         fixed = found
     return Population(
         moments={path: run.moments[path] for path in chosen if path in run.moments},
-        batches=ranks.total(sum(not forward.dropped for forward in run.passes)),
+        batches=ranks.total(sum(own.count for own in run.passes if not own.dropped)),
         skipped=run.skipped,
         passes=reads,
         stages=tuple((path,) for path in run.closed),
@@ -269,6 +283,7 @@ class _Round:
         late: Sites that a pass came to when they were closed without it.
         skipped: Batch number -> what in it is not finite.
         reads: Times that the batches were read.
+        stack: How many small batches go through in one; ``None``: nobody has looked.
     """
 
     def __init__(
@@ -283,8 +298,9 @@ class _Round:
         ranks: Together,
         step: Any,
         apart: bool,
+        stack: int | None,
     ) -> None:
-        self.ranks, self.step, self.apart = ranks, step, apart
+        self.ranks, self.step, self.apart, self.stack = ranks, step, apart, stack
         self.root, self.sites, self.looped, self.source = root, sites, looped, source
         self.rank = {path: index for index, path in enumerate(order)}
         self.limit = memory_limit
@@ -296,6 +312,7 @@ class _Round:
         self.late: set[str] = set()
         self.skipped: dict[int, str] = {}
         self.reads = 0
+        self._opened: Iterator[tuple[int, Batch]] | None = None
         self.passes: list[_Pass] = []
         self._waits = 0  # bytes
         self.first: Batch | None = None
@@ -318,11 +335,16 @@ class _Round:
             self._require_again()
         except DataError:
             once = True
+        if once or self.apart:
+            self.stack = 1
+        if self.stack is None:
+            self._look()
         with Workspace(WINDOW) as workspace, answerable(self.sites, self._answer):
             kept = KeptBatches(workspace)
             with taken_back(self._end):
-                for number, batch in self._read():
-                    own = _Pass(number, kept.keep(batch) if once else None, alone=self.apart)
+                for number, count, batch in self._read():
+                    again = kept.keep(batch) if once else None
+                    own = _Pass(number, again, alone=self.apart, count=count)
                     if not self.passes:
                         self.first = batch
                     self.passes.append(own)
@@ -368,18 +390,53 @@ class _Round:
     def _require_again(self) -> None:
         self.source.require_again("measuring more than fits in memory")
 
-    def _read(self) -> Iterator[tuple[int, Batch]]:
+    def _read(self) -> Iterator[tuple[int, int, Batch]]:
+        """Number of a batch, or of the first of several in one, how many, and the batch."""
         self.reads += 1
-        yield from self.source.read()
+        stream, self._opened = self._opened or self.source.read(), None
+        yield from stacks(stream, self.stack or 1)
+
+    def _look(self) -> None:
+        """Open the data, and see whether their first batches may go through in one pass."""
+        stream = self.source.read()
+        first = list(itertools.islice(stream, LOOKED_AT))
+        self._opened = itertools.chain(first, stream)
+
+        def statistics(call: Call) -> tuple[Any, Any]:
+            return self._tensors(str(call.path), call.moments())
+
+        batches = [batch for _, batch in first]
+        self.stack = 1
+        if may_stack(self.root, batches):
+            chosen, run = self.rank, self._one_by_one
+            self.stack = independent(self.root, chosen, batches, run, statistics, self.limit)
+
+    @contextmanager
+    def _one_by_one(self, answer: Callable[[Call], Any]) -> Iterator[Callable[..., None]]:
+        """Passes that run one after the other, in this thread or in one of their own."""
+        with answerable(self.sites, answer):
+            twin = replica(self.root)
+
+            def run(batch: Batch, *, apart: bool = False) -> None:
+                own = _Pass(0, None, alone=not apart)
+                with taken_back(own.end):
+                    own.start(functools.partial(self._forward, own, batch, answer, twin))
+
+            yield run
+
+    def lost_several(self) -> bool:
+        """Whether something is not finite in a pass of several batches."""
+        return any(own.dropped and own.count > 1 for own in self.passes)
 
     def _start(self, own: _Pass, batch: Batch) -> None:
-        own.start(functools.partial(self._forward, own, batch))
+        own.start(functools.partial(self._forward, own, batch, self._answer))
         self._make_room(own)
 
-    def _forward(self, own: _Pass, batch: Batch, answer: Any = None) -> None:
-        """What the thread of a pass runs."""
+    def _forward(
+        self, own: _Pass, batch: Batch, answer: Callable[[Call], Any], twin: Any = None
+    ) -> None:
+        """What the thread of a pass runs, with a replica of its own unless it is given one."""
         self._here.own = own
-        answer = answer or self._answer
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for cast in self._casts:  # which a new thread does not inherit
@@ -391,7 +448,8 @@ class _Round:
                 for _, leaf in leaves(batch.x):
                     own.note(leaf)
             stack.enter_context(Calls(self.sites, answer, made=own.note, quiet=True))
-            call(replica(self.root), batch, self._move, step=self.step)
+            twin = replica(self.root) if twin is None else twin
+            call(twin, batch, self._move, step=self.step)
 
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""
@@ -438,7 +496,7 @@ class _Round:
             for number, read in kept:
                 yield number, read()
             return
-        for number, batch in self._read():
+        for number, _, batch in self._read():
             if number in lost:
                 yield number, batch
 
@@ -559,7 +617,7 @@ def replica(root: Any) -> Any:
                 if kind in _AS_THEY_ARE:
                     own[name] = item
                 elif kind in _TABLES and not item:  # as most of a module's tables of hooks are
-                    own[name] = kind()
+                    own[name] = item if "state_dict" in name else kind()
                 else:
                     own[name] = copied(item)
             return twin

@@ -132,6 +132,101 @@ def test_passes_that_part_meet_again_by_site(swapped: bool) -> None:
     assert any("does not use ('unused')" in note for note in change.notes)
 
 
+class Plain(nn.Module):
+    """Two sites, with something between them."""
+
+    def __init__(self, between: Any = functional.relu) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.next = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.first, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.between = between
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.next(self.between(self.first(self.conv(x)))))
+
+
+def sizes_seen(model: Any) -> list[int]:
+    sizes: list[int] = []
+    model.conv.register_forward_hook(lambda _, x, __: sizes.append(len(x[0])))
+    return sizes
+
+
+SMALL = [X[at : at + 3] * (1 + at) for at in range(0, 24, 3)]
+
+
+def test_small_batches_of_one_shape_go_through_in_one_pass() -> None:
+    model = Plain()
+    twin = by_hooks(model, ["first", "last"], SMALL)
+    sizes = sizes_seen(model)
+    change = fl.recalibrate(model, [(batch,) for batch in SMALL])
+    assert sizes == [3, 3, 6, 24]  # two alone and both in one, to see that it is the same to them
+    assert_same(model, twin)
+    assert change.notes == ()
+    sizes.clear()
+    fl.recalibrate(model, iter([(batch,) for batch in SMALL]))
+    assert max(sizes) == 3  # they could not be read again
+    assert_same(model, twin)
+
+
+def test_as_many_small_batches_go_through_in_one_pass_as_memory_has_room_for() -> None:
+    model = Plain()
+    twin = by_hooks(model, ["first", "last"], SMALL)
+    sizes = sizes_seen(model)
+    meter = TorchView(model).meter(["first", "last"])
+    largest = 3 * 3 * 8 * 8 * 4  # bytes of a batch: all that is made of it is smaller
+    data = [(batch,) for batch in SMALL]
+    recalibrated(meter, ["first", "last"], data, memory_limit=3 * 16 * largest)
+    assert max(sizes) == 9
+    assert_same(model, twin)
+
+
+def of_this_thread() -> Any:
+    kept = threading.local()
+    kept.scale = 2.0
+    return lambda x: functional.relu(x) + getattr(kept, "scale", 0.0)
+
+
+SEES_OTHERS = {
+    "the batch's mean": lambda x: x - x.mean(0),
+    "its first sample": lambda x: x - 0.5 * x[:1],
+    "its last sample": lambda x: x - 0.5 * x[-1:],
+    "a branch on its values": lambda x: x * 2 if bool((x[0] > 1).any()) else functional.relu(x),
+    "a number of its values": lambda x: x / (1 + float(x.std())),
+    "halves of the batch": lambda x: torch.cat([x.chunk(2)[0] * 2, x.chunk(2)[1]]),
+    "so many first samples": lambda x: torch.cat([x[:1] * 2, x[1:]]),
+    "the sizes of a batch": lambda x: x * (1 + len(x)),
+    "a thread's own": of_this_thread(),
+}
+
+
+@pytest.mark.parametrize("name", SEES_OTHERS)
+def test_batches_whose_samples_see_each_other_go_through_one_by_one(name: str) -> None:
+    model = Plain(SEES_OTHERS[name])
+    twin = by_hooks(model, ["first", "last"], SMALL)
+    sizes = sizes_seen(model)
+    fl.recalibrate(model, [(batch,) for batch in SMALL])
+    assert max(sizes) <= 6
+    assert_same(model, twin)
+
+
+def test_batches_of_a_model_that_counts_its_calls_go_through_one_by_one() -> None:
+    model = Plain(lambda x: functional.relu(x) + model.calls.add_(1) * 0)
+    sizes = sizes_seen(model)
+    fl.recalibrate(model, [(batch,) for batch in SMALL])
+    assert max(sizes) <= 6
+    assert model.calls == 0
+
+
+def test_of_small_batches_only_the_one_that_overflows_is_left_out() -> None:
+    model = Plain()
+    batches = [*SMALL[:5], SMALL[5] * 1e30, *SMALL[6:]]  # no float32
+    change = fl.recalibrate(model, [(batch,) for batch in batches])
+    assert any("skipped 1 of 8 batches (batch 5" in note for note in change.notes)
+    assert_same(model, by_hooks(Plain(), ["first", "last"], [*SMALL[:5], *SMALL[6:]]))
+
+
 class Towers(nn.Module):
     """One encoder for two inputs, as siamese networks have it."""
 
