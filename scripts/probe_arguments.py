@@ -201,14 +201,21 @@ def probe(
         warnings.simplefilter("ignore")
         folder = Path(name)
         for verb in verbs or sound_calls(networks(framework, "small"), framework, folder):
+            call = None
             for argument in arguments_of(verb):
                 for value in values or VALUES:
-                    _try(tried, verb, argument, value, prepared(verb, framework, folder))
+                    # What is refused has changed nothing: its model serves again, since making
+                    # one takes seconds on JAX.
+                    call = call or prepared(verb, framework, folder)
+                    if not _try(tried, verb, argument, value, dict(call)):
+                        call = None
             told(tried)
     return tried
 
 
-def _try(tried: Tried, verb: str, argument: str, value: str, call: dict[str, Any]) -> None:
+def _try(tried: Tried, verb: str, argument: str, value: str, call: dict[str, Any]) -> bool:
+    """Make one call; returns whether it was refused in words."""
+    refused = tried.refused
     call[argument] = VALUES[value]()
     tried.calls += 1
     line = f"{verb}, {argument}, {value}"
@@ -227,6 +234,7 @@ def _try(tried: Tried, verb: str, argument: str, value: str, call: dict[str, Any
         tried.faults.append(f"{line}: {type(error).__name__}: {_short(error)}")
     finally:
         signal.alarm(0)
+    return tried.refused > refused
 
 
 def _short(error: BaseException) -> str:
@@ -254,6 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the counts, written while it runs")
     options = parser.parse_args(arguments)
     place = None if options.json is None else options.json.resolve()
+    # JAX: the same small programs again and again, for each model that is made anew.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="probe-jax-"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
     def write(tried: Tried) -> None:
         if place is None:

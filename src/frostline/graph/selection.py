@@ -79,6 +79,6 @@ def _fitting(sites: Sequence[Site], entry: Any) -> list[str]:
         hint = closest(entry, [site.path for site in sites])
         raise ModelError(
             f"no BN layer has the path or name {entry!r}, nor fits it as a pattern. {hint}"
-            f"Received: {entry!r}"
+            f"Received: sites={entry!r}"
         )
     return found

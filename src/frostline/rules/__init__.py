@@ -258,8 +258,8 @@ def _choose(
     wanted: str | Iterable[str] | None, unwanted: str | Iterable[str] | None
 ) -> tuple[Rule, ...]:
     rules = all_rules()
-    for_it = None if wanted is None else _words(wanted, rules)
-    against = () if unwanted is None else _words(unwanted, rules)
+    for_it = None if wanted is None else _words("select", wanted, rules)
+    against = () if unwanted is None else _words("ignore", unwanted, rules)
     return tuple(entry for entry in rules if _rank(entry, for_it) > _rank(entry, against))
 
 
@@ -296,12 +296,12 @@ def _load() -> None:
             log.warning("plugin %s gives no rules: %s: %s", point, type(error).__name__, error)
 
 
-def _words(given: str | Iterable[str], rules: tuple[Rule, ...]) -> tuple[str, ...]:
+def _words(name: str, given: str | Iterable[str], rules: tuple[Rule, ...]) -> tuple[str, ...]:
     parts = given.split(",") if isinstance(given, str) else [w for g in given for w in g.split(",")]
     words = tuple(part.strip() for part in parts if part.strip())
     for word in words:
         if not any(_fits(word, entry) for entry in rules):
-            raise FrostlineError(_unknown(word))
+            raise FrostlineError(_unknown(word, f"{name}="))
     return words
 
 
@@ -326,8 +326,8 @@ def _reason(entry: Rule, ignore: str | Iterable[str] | None) -> str:
     return "ignored"
 
 
-def _unknown(word: str) -> str:
+def _unknown(word: str, argument: str = "") -> str:
     known = [text for entry in all_rules() for text in (entry.code, entry.name)]
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     hint = f"Closest: {', '.join(close)}. " if close else "frostline rule --all lists them. "
-    return f"no rule {word!r}. {hint}Received: {word!r}"
+    return f"no rule {word!r}. {hint}Received: {argument}{word!r}"

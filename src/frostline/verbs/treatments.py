@@ -214,6 +214,6 @@ def chosen(names: Sequence[str] | None, boundaries: Sequence[Any]) -> list[Treat
     if unknown:
         raise ModelError(
             f"no treatment has this name; there are {', '.join(TREATMENTS)}. "
-            f"Received: {unknown[0]!r}"
+            f"Received: treatments={unknown[0]!r}"
         )
     return [*(TREATMENTS[name] for name in wanted), *map(from_boundary, boundaries)]

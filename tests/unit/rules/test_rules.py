@@ -393,9 +393,10 @@ def test_select_and_ignore() -> None:
     [("FL7", "no rule 'FL7'"), ("stale-statistics", "stale-running-statistics"), ("X1", "--all")],
 )
 def test_unknown_words_name_the_closest(word: str, hint: str) -> None:
-    for choose in (lambda: rules.select(word), lambda: rules.select(None, word)):
-        with pytest.raises(FrostlineError, match=re.escape(hint)):
-            choose()
+    for name, given in (("select", (word, None)), ("ignore", (None, word))):
+        with pytest.raises(FrostlineError, match=re.escape(hint)) as error:
+            rules.select(*given)
+        assert str(error.value).endswith(f"Received: {name}={word!r}")
     with pytest.raises(FrostlineError, match="Received: 'FL7'"):
         rules.get("FL7")
 
