@@ -230,32 +230,51 @@ def beside(results: dict[str, dict[str, Any]]) -> list[str]:
                 for name, row in found.items()
             ),
         ]
-    cost = ROOT / "docs" / "results" / "diagnose-models.json"
-    if cost.exists():
-        found = json.loads(cost.read_text(encoding="utf-8"))
-        passes = sorted(row["evaluations"] for row in found.values())
-        lines += [
-            "",
-            "## A diagnosis beside an evaluation",
-            "",
-            "`python -m tests.slow.thirdparty.diagnosing`: processor time of `fl.diagnose`, and of",
-            "one evaluation as the program's user writes it, by the same process. Most of these",
-            "programs are a few small layers on some dozens of samples, where what a diagnosis",
-            "costs beside its passes weighs most, and those of libraries have eight small images;",
-            "[benchmarks.md](benchmarks.md) has networks of a usual size.",
-            "",
-            f"Of {len(passes)} programs it takes {passes[len(passes) // 2]:.0f} evaluations in the",
-            f"middle, {passes[0]:.0f} at least, {passes[-1]:.0f} at most.",
-            "",
-            "| model | evaluation, ms | diagnosis, s | evaluations |",
-            "|---|---|---|---|",
-            *(
-                f"| {name} | {1000 * row['evaluation_s']:.1f} | {row['diagnosis_s']:.2f} "
-                f"| {row['evaluations']:.0f} |"
-                for name, row in found.items()
-            ),
-        ]
+    lines += costs()
     return lines
+
+
+def costs() -> list[str]:
+    """The section on run times, of the frameworks that were measured."""
+    results = ROOT / "docs" / "results"
+    files = {"torch": "diagnose-models.json", "Keras": "diagnose-keras-models.json"}
+    found = {
+        framework: json.loads((results / name).read_text(encoding="utf-8"))
+        for framework, name in files.items()
+        if (results / name).exists()
+    }
+    if not found:
+        return []
+    lines = [
+        "",
+        "## A diagnosis beside an evaluation",
+        "",
+        "`python -m tests.slow.thirdparty.diagnosing`: processor time of `fl.diagnose`, and of",
+        "one evaluation as the program's user writes it (`--framework keras`: `model.evaluate`",
+        "with TensorFlow), by the same process. Most of these programs are a few small layers on",
+        "some dozens of samples, where what a diagnosis costs beside its passes weighs most, and",
+        "those of libraries have eight small images; [benchmarks.md](benchmarks.md) has networks",
+        "of a usual size.",
+        "",
+    ]
+    for framework, rows in found.items():
+        passes = sorted(row["evaluations"] for row in rows.values())
+        lines.append(
+            f"Of {len(passes)} programs of {framework} it takes {passes[len(passes) // 2]:.0f} "
+            f"evaluations in the middle, {passes[0]:.0f} at least, {passes[-1]:.0f} at most."
+        )
+    return [
+        *lines,
+        "",
+        "| model | evaluation, ms | diagnosis, s | evaluations |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {1000 * row['evaluation_s']:.1f} | {row['diagnosis_s']:.2f} "
+            f"| {row['evaluations']:.0f} |"
+            for rows in found.values()
+            for name, row in rows.items()
+        ),
+    ]
 
 
 def left_out(networks: dict[str, str]) -> dict[str, int]:
