@@ -144,9 +144,9 @@ def _cause(claim: Claim, share: float | None) -> Cause:
 
 
 def _none(case: Case) -> Cause:
-    known = case.difference("training blend", "inference") or case.difference(
-        "training", "inference"
-    )
+    total = case.difference("training", "inference")
+    blended = case.difference("training blend", "inference")
+    known = total if case.total_gap and not case.bn_gap else blended or total
     samples = case.measurement.samples
     saved = max(0.0, -case.change("population", "inference"))
     if known is None:

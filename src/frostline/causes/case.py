@@ -65,6 +65,13 @@ FEW_SAMPLES = 2
 #: over some thousand terms.
 EQUAL = 1e-5
 
+#: Another batch size or other neighbours may change an output by this share of the largest one:
+#: other convolution algorithms reorder float32 sums.
+REORDERED = 1e-3
+
+#: The same where sites compute in half precision.
+REORDERED_HALF = 5e-2
+
 #: Residual up to which an attribution is good enough to split a gap by.
 _TRUSTED = 0.5
 
@@ -227,6 +234,18 @@ class Case:
         recent = losses[-3:]
         flat = len(recent) == 3 and max(recent) - min(recent) < excess / 2
         return HistoryExcess(losses[-1], now, flat)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Change of an output, as a share of the largest one, that reordered sums explain."""
+        half = any("16" in site.site.dtype for site in self.facts)
+        return REORDERED_HALF if half else REORDERED
+
+    @cached_property
+    def random_inference(self) -> float:
+        """Change of an inference output when the same batch is run again; 0 where it is none."""
+        repeated = self.measurement.repeated or 0.0
+        return repeated if repeated > self.tolerance else 0.0
 
     # --- the parts of the gap -----------------------------------------------------------------
 

@@ -96,16 +96,32 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     gap = case.dropout_gap
     noise = [name for name, kind in kinds.items() if kind != "augmentation"]
     shifted, text = _shift(case, assigned, CauseCode.DROPOUT)
+    if case.random_inference:
+        yield Claim(
+            code=CauseCode.DROPOUT,
+            message="inference is random: the same batches, run again, change an output by up to "
+            f"{case.random_inference:.1%} of the largest one; dropout or noise acts there, as a "
+            "functional dropout does that is not given training=self.training",
+            standing=0.95,
+            certainty="is",
+            evidence={"repeated": case.random_inference},
+        )
     if not (gap or shifted) or (kinds and not noise):
         return
     evidence = {"dropout_gap": gap, "total_gap": case.total_gap}
+    what = f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
+    what += f"({count(len(noise), 'layer')} act{'s' * (len(noise) == 1)} in training only)"
+    if not kinds:
+        what = "what the model or its loss does in training mode only changes the loss by "
+        what += f"{gap:+.3g}, with BN as at inference; no layer is known for it: dropout or noise "
+        what += "in a forward of its own, or a loss that depends on the mode"
     yield Claim(
         code=CauseCode.DROPOUT,
-        message=f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
-        f"({count(len(noise), 'layer')} act{'s' * (len(noise) == 1)} in training only){text}",
+        message=what + text,
         amount=abs(gap) + shifted,
-        certainty="is" if len(noise) == len(kinds) else "may",
+        certainty="is" if noise and len(noise) == len(kinds) else "may",
         evidence=evidence | ({"variance_shift": shifted} if shifted else {}),
+        settle=None if kinds else "the code that asks for the mode: self.training, or training=",
     )
 
 

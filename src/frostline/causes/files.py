@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.causes.assignment import Assigned
-from frostline.causes.batches import REORDERED
-from frostline.causes.case import Case, Claim, number
+from frostline.causes.case import REORDERED, Case, Claim, number
 from frostline.causes.data import AT_CHANCE
 from frostline.causes.registry import cause
 from frostline.types.codes import CauseCode

@@ -124,7 +124,7 @@ def measure(
         )
         run = _Run(bench, behaviour, facts, seed=seed, max_samples=max_samples)
         run.steps(validation, reference, round_trip, progress, first)
-    return replace(run.measurement(), history=past, notes=tuple(notes)), bench
+    return replace(run.measurement(), history=past, notes=tuple(notes)), run.bench
 
 
 class _Run:
@@ -260,6 +260,8 @@ class _Run:
                     ("own", True), replace(blended, name="training")
                 )
                 return
+            # No layer is known for it, and yet more than BN acts in training only.
+            self.bench = bench = replace(bench, noisy=True)
         self.probes["training"] = bench.nominal(training=True)
 
     def _blended(self) -> Probe | None:
@@ -436,6 +438,10 @@ class _Run:
         """The same samples in other company."""
         self._require_other_batches()
         self.found["neighbours"] = sweep.neighbours(self.bench, self.outputs, seed=self.seed)
+        points = self.found.get("sweep", ())
+        changes = [self.found["neighbours"], *(point.inference_change for point in points)]
+        if any(change > 0 for change in changes):
+            self.found["repeated"] = sweep.repeated(self.bench, self.outputs)
 
     # --- inputs ---------------------------------------------------------------------------------
 

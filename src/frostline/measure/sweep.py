@@ -34,6 +34,9 @@ ADDED = 0.2
 #: Batches that are mixed anew to look at neighbours.
 NEIGHBOUR_BATCHES = 4
 
+#: Seeds of a batch that is run again are those of no other batch.
+OTHER = 1_000_000_007
+
 
 def sizes(count: int, batch_size: int) -> tuple[int, ...]:
     """Batch sizes to try on so many samples, ascending: small ones, the base, and a large one."""
@@ -135,6 +138,16 @@ def neighbours(bench: Bench, outputs: Outputs, *, seed: int) -> float:
     batches = rebatched(part, bench.batch_size, order)
     _, found, _ = bench.passes("neighbours", bench.own(training=False), batches, keep=len(part))
     return relative_change(found, None if outputs is None else tuple(a[order] for a in outputs))
+
+
+def repeated(bench: Bench, outputs: Outputs) -> float:
+    """Largest change of an inference output when the same batches are run again by other chance."""
+    part = bench.samples.first(NEIGHBOUR_BATCHES * bench.batch_size)
+    again = bench.own(training=False)
+    _, found, _ = bench.passes(
+        "repeated", lambda batch, number: again(batch, number + OTHER), part.batches, keep=len(part)
+    )
+    return relative_change(found, outputs)
 
 
 def relative_change(found: Outputs, base: Outputs) -> float:

@@ -582,3 +582,69 @@ def test_a_model_without_values_says_how_to_load_them(verb: Callable[[Any], Any]
     with pytest.raises(fl.ModelError, match=r"meta.*to_empty.*load_state_dict"):
         verb(model)
     assert len(fl.sites(model)) == 1
+
+
+# --- what only training does, and what inference does by chance -----------------------------------
+
+
+class Dropping(nn.Module):
+    """Dropout by a function, in the forward pass of the model itself."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.body, self.head = layers(out=8), nn.Linear(8, 3)
+        self.always = always
+
+    def forward(self, x: Any) -> Any:
+        drops = self.always or self.training
+        return self.head(F.dropout(self.body(x).relu(), 0.6, training=drops))
+
+
+def caught_up(net: Any) -> tuple[Any, list[Any]]:
+    """Classes that the data tell, and averages that have caught up."""
+    y = torch.arange(64) % 3
+    data = [(torch.randn(64, 4) + 3 * F.one_hot(y, 4), y) for _ in range(3)]
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for turn in range(60):
+        for x, y in data:
+            net.train()
+            loss = F.cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if turn < 30:
+                optimizer.step()
+    return net, data
+
+
+def smoothed(net: Any, batch: Any) -> Any:
+    return F.cross_entropy(net(batch[0]), batch[1], label_smoothing=0.5 * net.training)
+
+
+@pytest.mark.parametrize(
+    ("net", "judged"),
+    [(lambda: Dropping(False), {"loss": F.cross_entropy}), (layers, {"step": smoothed})],
+    ids=["dropout in a forward of its own", "a loss that depends on the mode"],
+)
+def test_what_only_training_does_is_told_where_no_layer_is_known_for_it(
+    net: Any, judged: dict[str, Any]
+) -> None:
+    """It was "nothing that is known here", beside the gap of BN alone."""
+    torch.manual_seed(0)
+    net, data = caught_up(net())
+    report = fl.diagnose(net, data, verbose=0, **judged)
+    assert [str(cause.code) for cause in report.causes] == ["DROPOUT"], report.verdict
+    probes = report.measurement.probes
+    gap = probes["training"].loss - probes["inference"].loss
+    assert report.causes[0].share > 0.8
+    assert abs(gap) > 0.05
+
+
+def test_a_random_inference_is_told_from_one_that_mixes_samples() -> None:
+    """Neighbours were blamed, and BN for the dropout that λ turned off."""
+    torch.manual_seed(0)
+    net, data = caught_up(Dropping(True))
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert [str(cause.code) for cause in report.causes] == ["DROPOUT"], report.verdict
+    assert "inference is random" in report.verdict
+    probes = report.measurement.probes
+    assert probes["stored"].loss == probes["inference"].loss

@@ -158,13 +158,15 @@ class TorchForward:
         """Outputs and losses at some λ; in training mode where there are no losses without."""
         problem: Exception | None = None
         dropout, number = condition.dropout, condition.number
+        first = dropout and self._returns_more_in_training(batch)
         for trains in (False, True) if self._trains is None else (self._trains,):
-            with self._answered(how, number, quiet=not dropout) as root:
+            # In evaluation mode dropout that drops is the model's own, and inference has it, too.
+            with self._answered(how, number, quiet=trains and not dropout) as root:
                 if trains and not self._question.steps and not takes_targets(root):
                     break
                 set_inference(root, self._sites, trains=trains, dropout=dropout)
                 try:
-                    found = self._question.answer(root, batch, self._move)
+                    found = self._question.answer(root, batch, self._move, first=first)
                 except Exception as error:
                     problem = problem or error
                     continue

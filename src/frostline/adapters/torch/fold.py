@@ -239,7 +239,8 @@ class _Fold:
             made.recompile()
         for name in unseen if tried else ():
             self._in_place(self.twin.get_submodule(name))
-        present = site_modules(made)
+        # What else holds buffers of such names is what torch.fx puts there for a norm by hand.
+        present = {p: site for p, site in site_modules(made).items() if id(site) in self.paths}
         nodes = [] if graph is None or made is not self.twin else self._nodes(graph, self.twin)
         known = {self.paths[id(self.twin.get_submodule(node.target))] for node in nodes}
         for path, site in present.items():

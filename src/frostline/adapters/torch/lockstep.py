@@ -447,7 +447,8 @@ class _Round:
                 batch = replace(batch, x=self._move(batch.x))
                 for _, leaf in leaves(batch.x):
                     own.note(leaf)
-            stack.enter_context(Calls(self.sites, answer, made=own.note, quiet=True))
+            quiet = bool(self.root.training)  # for its losses alone: inference drops nothing
+            stack.enter_context(Calls(self.sites, answer, made=own.note, quiet=quiet))
             twin = replica(self.root) if twin is None else twin
             call(twin, batch, self._move, step=self.step)
 

@@ -117,7 +117,7 @@ class TorchMoments:
 
             with untouched(self.model) as root, torch.no_grad():
                 set_inference(root, self._sites, trains=self._trains)
-                with answered(self._sites, answer, quiet=True):
+                with answered(self._sites, answer, quiet=self._trains):
                     call(root, batch, mover(self.model), step=self._step)
             return seen
 

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from frostline.adapters.dropout_rate import TURN_OFF
-from frostline.adapters.torch.forward_pass import noise_layers, same_values, tensors, untouched
+from frostline.adapters.torch.forward_pass import (
+    arrays_in,
+    noise_layers,
+    same_values,
+    tensors,
+    untouched,
+)
 from frostline.adapters.torch.graph import is_site, sites
 from frostline.adapters.torch.network import Network, attribute, phase
 from frostline.adapters.torch.samples import ROWS, guesses
@@ -198,7 +204,7 @@ def _given(network: Network, sample: Any) -> tuple[Any, ...]:
             f"the sample has {len(found)} arrays for {len(network.inputs)} inputs ({names}). "
             f"Received: sample of type {type(sample).__name__}"
         )
-    arrays = [leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else leaf for leaf in found]
+    arrays = [arrays_in(leaf) for leaf in found]
     if any(len(array) < 2 for array in arrays):
         raise ModelError("the sample needs at least two rows. Received: fewer")
     made: tuple[Any, ...] = tensors(tuple(np.asarray(array) for array in arrays), network.root)

@@ -444,3 +444,25 @@ def test_what_nobody_copies_is_named() -> None:
     model.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(ModelError, match=r"cannot be copied \(.*lock.*Received: Sequential"):
         fl.fold(model)
+
+
+class Switched(nn.Module):
+    """More than BN, by hand, with buffers of the usual names: torch.fx goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.rand(1, 3, 1, 1))
+        self.register_buffer("running_var", torch.rand(1, 3, 1, 1) + 0.5)
+
+    def forward(self, x: Any) -> Any:
+        mean = 0.5 * self.running_mean + 0.5 * x.mean((2, 3), keepdim=True)
+        return (x - mean) / (self.running_var + 1e-5).sqrt()
+
+
+def test_a_norm_by_hand_that_a_trace_takes_apart_is_no_bn() -> None:
+    """What torch.fx keeps its buffers in was taken for one of an exported graph: a KeyError."""
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(Switched(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    x = torch.randn(2, 3, 6, 6)
+    folded = fl.fold(model)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)

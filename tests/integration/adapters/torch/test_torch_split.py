@@ -135,6 +135,16 @@ def test_the_phase_of_functions_is_that_of_the_model() -> None:
     torch.testing.assert_close(twin(features), model.fc(features))
 
 
+def test_a_sample_of_numbers_that_numpy_does_not_have() -> None:
+    """bfloat16 ended in torch's own TypeError."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    model = model.bfloat16().eval()
+    fl.freeze(model, "3")
+    x = torch.randn(4, 3, 6, 6, dtype=torch.bfloat16)
+    parts = fl.split(model, sample=x)
+    assert torch.equal(together(parts, x), model(x))
+
+
 class Centred(nn.Module):
     def forward(self, x: Any) -> Any:
         return x - x.mean(0)
