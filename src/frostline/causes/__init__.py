@@ -147,6 +147,8 @@ def _none(case: Case) -> Cause:
     total = case.difference("training", "inference")
     blended = case.difference("training blend", "inference")
     known = total if case.total_gap and not case.bn_gap else blended or total
+    # BN that does something of its own in training is not what λ makes of it.
+    apart = bool(case.bn_gap) and total is not None and abs(total.estimate) < abs(case.bn_gap) / 2
     samples = case.measurement.samples
     saved = max(0.0, -case.change("population", "inference"))
     if known is None:
@@ -154,6 +156,10 @@ def _none(case: Case) -> Cause:
     elif case.bn_gap or case.total_gap:
         text = f"training mode and inference differ by {number(known.estimate)} in loss, and "
         text += "nothing that is known here explains it"
+        if apart and total is not None:
+            text = f"with the statistics of each batch the loss differs by {number(known.estimate)}"
+            text += f", and in the model's own training mode by {number(total.estimate)}: its BN "
+            text += "does something of its own there, and no cause was found"
         settle = "the data and the batch size of training, and a reference, as reference="
         if saved:
             text += f"; exact statistics of these data would save {number(saved)}"

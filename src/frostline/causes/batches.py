@@ -16,7 +16,6 @@ from frostline.types.codes import CauseCode, Fix
 BEYOND = 0.2
 
 
-
 @cause(CauseCode.FORCED_TRAIN, rank=20, treated_by=(Fix.INFERENCE_MODE, Fix.RECALIBRATE))
 def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     """Inference that normalises with the batch at hand.
@@ -43,10 +42,15 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     neighbours = case.measurement.neighbours or 0.0
     evidence = {"sites": float(len(paths)), "neighbours": neighbours}
     spread = _inference_spread(case)
-    text = f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
+    texts = []
+    if neighbours == neighbours:  # NaN where no outputs are known, as with a step
+        texts.append(
+            f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
+        )
     if spread is not None:
         evidence["loss_over_batch_sizes"] = spread
-        text += f", the loss by {number(spread)} over batch sizes"
+        texts.append(f"the loss by {number(spread)} over batch sizes")
+    text = ", ".join(texts) or "it is what their calls ask for"
     better = case.change("inference", "population")
     if better < 0:
         evidence["better_than_population"] = -better

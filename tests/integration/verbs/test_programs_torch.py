@@ -648,3 +648,90 @@ def test_a_random_inference_is_told_from_one_that_mixes_samples() -> None:
     assert "inference is random" in report.verdict
     probes = report.measurement.probes
     assert probes["stored"].loss == probes["inference"].loss
+
+
+# --- what a program writes into, and which mode it asks for ---------------------------------------
+
+
+class Scaling(nn.Module):
+    """Scales its inputs in place, and a loss that does so with its targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = layers()
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x.sub_(1.0).div_(2.0))
+
+
+def ignoring(outputs: Any, target: Any) -> Any:
+    target.sub_(1).clamp_(0)
+    return F.cross_entropy(outputs, target)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "mappings"])
+def test_what_a_program_writes_into_its_batch_does_not_reach_the_next_pass(kind: str) -> None:
+    """Each pass saw what the one before had made of the samples, and so did the user's arrays."""
+    torch.manual_seed(0)
+    net = Scaling()
+    x, y = torch.randn(48, 4) * 3 + 2, torch.arange(48) % 3
+    net(x.clone())
+    data: Any = [(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)]
+    if kind == "arrays":
+        data = (x.numpy(), y.numpy())
+    if kind == "mappings":
+        data = [{"x": a, "labels": b} for a, b in data]
+    kept = x.clone(), y.clone()
+    wanted = ignoring(net.eval()(x.clone()), y.clone()).item()
+    how = {"loss": ignoring, "batch_size": 16} if kind == "arrays" else {"loss": ignoring}
+    table = fl.phases(net, data, **how)
+    assert table["0"].loss == pytest.approx(wanted, rel=1e-5)
+    report = fl.diagnose(net, data, verbose=0, **how)
+    assert report.measurement.probes["inference"].loss == pytest.approx(wanted, rel=1e-5)
+    fl.recalibrate(net, data)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(y, kept[1])
+
+
+class Centred(nn.Module):
+    """A loss that moves a centre of its own, as DINO's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+
+    def forward(self, outputs: Any, target: Any) -> Any:
+        loss = F.cross_entropy(outputs - self.centre, target)
+        self.centre = 0.5 * self.centre + outputs.detach().mean(0)
+        return loss
+
+
+def test_the_state_of_a_loss_is_as_before_at_every_pass() -> None:
+    torch.manual_seed(0)
+    net, loss = layers(), Centred()
+    data = [(inputs(shift), torch.arange(16) % 3) for shift in range(3)]
+    wanted = sum(F.cross_entropy(net.eval()(x), y).item() for x, y in data) / 3
+    table = fl.phases(net, data, loss=loss)
+    report = fl.diagnose(net, data, loss=loss, verbose=0)
+    assert table["0"].loss == pytest.approx(wanted, rel=1e-5)
+    assert report.measurement.probes["inference"].loss == pytest.approx(wanted, rel=1e-5)
+    assert torch.equal(loss.centre, torch.zeros(3))
+
+
+def test_a_step_that_calls_train_is_asked_at_inference_all_the_same() -> None:
+    """It was FORCED_TRAIN, and the averages that lag were not seen."""
+
+    def step(net: Any, batch: Any) -> Any:
+        net.train()
+        return F.cross_entropy(net(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    net = layers()
+    data = [(torch.randn(32, 4) * 5 + 9, torch.arange(32) % 3) for _ in range(3)]
+    step(net, data[0]).backward()
+    twin = copy.deepcopy(net).eval()
+    wanted = [F.cross_entropy(twin(x), y).item() for x, y in data]
+    found = fl.phases(net, data, step=step)["0"].loss
+    assert found == pytest.approx(sum(wanted) / 3, rel=1e-5)
+    assert net.training
+    assert "train" not in vars(net)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
+from frostline.adapters.torch.tensors_kept import tensors_kept
+from frostline.atomic import taken_back
 from frostline.data.batch import Batch, failure
 from frostline.types import DataError, FrostlineError, ModelError
 
@@ -47,10 +49,33 @@ def call(
     """
     with _told(batch):
         if step is not None:
-            return step(root, move(batch.given))
+            with _mode_held(root):
+                return step(root, move(batch.given))
         outputs = _called(root, batch, move, targets)
         # A generator runs the model while it is read: here, not where nobody looks any more.
         return list(outputs) if isinstance(outputs, Iterator) else outputs
+
+
+@contextmanager
+def _mode_held(root: Any) -> Iterator[None]:
+    """Let a step that calls ``train()``, as a training step does, be asked in the mode at hand."""
+    if "train" in vars(root) or isinstance(root, torch.jit.ScriptModule):
+        yield
+        return
+    modes = [(module, module.training) for module in root.modules()]
+
+    def train(mode: bool = True) -> Any:
+        if not mode:
+            return type(root).train(root, False)
+        for module, before in modes:
+            module.training = before
+        return root
+
+    vars(root)["train"] = train
+    try:
+        yield
+    finally:
+        del vars(root)["train"]
 
 
 def with_gradients(step: Any, problem: BaseException | None) -> Any:
@@ -175,6 +200,7 @@ class Question:
         self._step = step
         self.steps = step is not None
         self._loss = None if loss is None else as_callable(loss)
+        self._module = loss if isinstance(loss, nn.Module) else None
         # Whether a loss of single samples is the loss of the batch.
         self._sliced: bool | None = False if whole else None
 
@@ -209,7 +235,9 @@ class Question:
         labels = batch.y
         if labels is None and isinstance(batch.x, Mapping):
             labels = next((batch.x[key] for key in _LABELS if key in batch.x), None)
-        found, sliced = judged(self._loss, outputs, move(labels), self._sliced)
+        # A loss may keep a state of its own, as the centre of DINO.
+        with nullcontext() if self._module is None else taken_back(tensors_kept(self._module)):
+            found, sliced = judged(self._loss, outputs, move(labels), self._sliced)
         if self._sliced is None and (len(found.losses) > 1 or not sliced):
             self._sliced = sliced
         if batch.sample_weight is not None:

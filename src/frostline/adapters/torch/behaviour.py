@@ -10,9 +10,10 @@ import torch
 
 from frostline.adapters.torch.asking import call, with_gradients
 from frostline.adapters.torch.calls import Call, answered
-from frostline.adapters.torch.forward_pass import mover, same_values, set_phase, untouched
+from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.adapters.torch.keeping import owner_of, tensors_of
+from frostline.adapters.torch.tensors_kept import same_values
 from frostline.data.batch import Batch
 from frostline.types import ModelError
 from frostline.types.measured import Behaviour

@@ -198,7 +198,7 @@ def snapshot(model: Any) -> Callable[[], None]:
         for module, locked, training, tracks in modules:
             locked()
             module.training = training
-            if tracks is not None:
+            if tracks is not None and module.track_running_stats != tracks:
                 module.track_running_stats = tracks
         for parameter, flag, gradient in parameters:
             if parameter.requires_grad != flag:  # a lazy one would refuse

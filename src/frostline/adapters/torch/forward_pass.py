@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import dis
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
 from frostline.adapters.torch.random import forked
+from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch
 from frostline.types import Array, DataError, ModelError
@@ -50,24 +52,24 @@ def tensors(structure: Any, model: Any) -> Any:
 
 
 def moved(value: Any, device: Any, dtype: Any) -> Any:
-    """The same structure with every tensor on the device; arrays become tensors.
+    """The same structure with a copy of every tensor on the device; arrays become tensors.
 
-    Floating arrays take the dtype that the model computes in; tensors keep theirs.
+    Floating arrays take the dtype that the model computes in; tensors keep theirs. Copies, for a
+    model or a loss may write into what it is given, and the next pass needs the same samples.
     """
     again = functools.partial(moved, device=device, dtype=dtype)
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind not in "biufc":
             return value
-        made = torch.as_tensor(np.ascontiguousarray(value), device=device)
+        made = torch.tensor(np.ascontiguousarray(value), device=device)
         return made.to(dtype) if made.is_floating_point() else made
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        given = value.detach()
+        made = given.clone() if given.device == device else given.to(device)
+        return made.requires_grad_() if value.requires_grad else made
     if isinstance(value, Mapping):
         named = {key: again(item) for key, item in value.items()}
-        if all(named[key] is item for key, item in value.items()):
-            return value  # of whatever class: a BatchEncoding has attributes
-        own: Any = value
-        return own.to(device) if _moves_itself(value) else named
+        return named if type(value) is dict else _with_items(value, named, device)
     if isinstance(value, (list, tuple)) and not _moves_itself(value):
         items = [again(item) for item in value]
         if hasattr(value, "_fields"):
@@ -76,7 +78,27 @@ def moved(value: Any, device: Any, dtype: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: again(getattr(value, name)) for name in names})
-    return value.to(device) if _moves_itself(value) else value
+    if not _moves_itself(value):
+        return value
+    return (value.clone() if callable(getattr(value, "clone", None)) else value).to(device)
+
+
+def _with_items(value: Any, items: Mapping[Any, Any], device: Any) -> Any:
+    """A mapping of whatever class with other items: a BatchEncoding has attributes."""
+    kept = all(
+        items[key].device == item.device
+        for key, item in value.items()
+        if isinstance(item, torch.Tensor)
+    )
+    if not kept:
+        return value.to(device) if _moves_itself(value) else items
+    try:
+        made = copy.copy(value)
+        for key, item in items.items():
+            made[key] = item
+    except Exception:  # one that cannot be written to
+        return value
+    return made
 
 
 def _moves_itself(value: Any) -> bool:
@@ -229,31 +251,6 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
         yield root
 
 
-def tensors_kept(root: Any) -> Callable[[], None]:
-    """Remember every tensor that a module keeps beside its parameters, with its value.
-
-    A class of a user's own may put a new tensor in the place of a buffer, and keep tensors as
-    plain attributes.
-    """
-    kept = [
-        (holder, name, value, value.detach().clone(), _counter(value))
-        for module in root.modules()
-        for holder in (module._buffers, vars(module))
-        for name, value in holder.items()
-        if isinstance(value, torch.Tensor) and not value.requires_grad
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for holder, name, tensor, value, counter in kept:
-                holder[name] = tensor
-                if not same_values(tensor, value):
-                    with counter:
-                        tensor.copy_(value)
-
-    return restore
-
-
 @contextmanager
 def frozen_parameters_kept(model: Any) -> Iterator[None]:
     """Put the values of parameters that need no gradient back on exit.
@@ -275,26 +272,6 @@ def frozen_parameters_kept(model: Any) -> Iterator[None]:
 
     with taken_back(back):
         yield
-
-
-def _counter(tensor: Any) -> Any:
-    """Set the count of writes to a tensor back on exit to what it is now.
-
-    Autograd refuses a backward pass through a tensor that was written to since it was saved. One
-    that holds its value again is as it was.
-    """
-    if tensor.is_inference():
-        return nullcontext()
-    return torch.autograd._unsafe_preserve_version_counter(tensor)
-
-
-def same_values(a: Any, b: Any) -> bool:
-    """Whether two tensors of one shape hold the same; NaN equals NaN, sparse ones are filled."""
-    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (a, b))
-    if torch.equal(a, b):
-        return True
-    nan = a.isnan()
-    return bool(torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan]))
 
 
 def _built(tensor: Any) -> bool:
@@ -356,6 +333,8 @@ def _random_modules(root: Any) -> dict[str, str]:
 @functools.cache
 def _calls_dropout(kind: Any) -> bool:
     """Whether the code of a class's ``forward`` names dropout of ``torch.nn.functional``."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return False
     code = getattr(kind.forward, "__code__", None)
     if code is None or kind.__module__.startswith("torch.nn.modules."):
         return False

@@ -95,7 +95,9 @@ def unknown_keepers(model: Any) -> dict[str, Any]:
 def is_frozen_kind(module: Any) -> bool:
     """Whether it is a BN layer whose parameters are all buffers, which never moves."""
     norms = (_BatchNorm, _InstanceNorm)
-    return not isinstance(module, norms) and set(getattr(module, "_buffers", ())) >= _FROZEN_BUFFERS
+    if isinstance(module, norms) or not isinstance(module, nn.Module):
+        return False
+    return set(module._buffers.keys()) >= _FROZEN_BUFFERS  # TorchScript has no iterator of them
 
 
 def calls_in_graphs(root: Any) -> dict[Any, tuple[bool, float, float]]:

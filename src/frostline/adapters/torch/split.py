@@ -226,7 +226,8 @@ def _require_same(net: Network, prefix: Any, suffix: Any, trial: Trial) -> None:
                 f"(at=...), or train with fl.cached. Received: {type(root).__name__}"
             ) from problem
     for one, other in zip(flat(whole), flat(cut), strict=True):
-        scale = float(one.double().abs().max()) if one.numel() else 0.0
+        known = one.double()[one.isfinite()].abs()
+        scale = float(known.max()) if known.numel() else 0.0
         if one.shape != other.shape or not torch.allclose(
             one.double(), other.double(), rtol=0.0, atol=1e-4 * scale, equal_nan=True
         ):

@@ -17,8 +17,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from frostline.adapters.torch.calls import Call
-from frostline.adapters.torch.forward_pass import tensors_kept
 from frostline.adapters.torch.random import forked
+from frostline.adapters.torch.tensors_kept import tensors_kept
 from frostline.atomic import taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, joined

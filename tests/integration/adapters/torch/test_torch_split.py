@@ -145,6 +145,15 @@ def test_a_sample_of_numbers_that_numpy_does_not_have() -> None:
     assert torch.equal(together(parts, x), model(x))
 
 
+def test_features_that_are_nan_are_compared_like_others() -> None:
+    """A poisoned layer ended in torch's error about a negative tolerance."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    model[1].running_mean[1] = float("nan")
+    fl.freeze(model.eval(), "3")
+    parts = fl.split(model, sample=torch.randn(4, 3, 6, 6))
+    assert [crossing.shape for crossing in parts.frontier] == [(64,)]
+
+
 class Centred(nn.Module):
     def forward(self, x: Any) -> Any:
         return x - x.mean(0)
