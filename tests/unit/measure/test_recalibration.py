@@ -375,7 +375,7 @@ def test_sites_are_chosen_by_group_path_name_and_pattern(wanted: Any, paths: lis
         ((), "all", "no BN layer"),
         (SITES[:1], "unfrozen", "no BN layer is unfrozen: all 1 are frozen; pass sites='all'"),
         (SITES[1:], "frozen", "no BN layer is frozen"),
-        (SITES, "block1/bn3", r"Closest: 'block1/bn\d'.*Received: 'block1/bn3'"),
+        (SITES, "block1/bn3", r"Closest: 'block1/bn\d'.*Received: sites='block1/bn3'"),
         (SITES, [], "names no BN layer"),
         (SITES, 3, "sites must be"),
         (SITES, [3], "sites must be"),
