@@ -438,19 +438,21 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
     """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
 
     The state of the code of the last run, by the hash of the sources, has a row per model and their
-    sum, each earlier one a row; those from before there was a hash are together.
+    sum; the one before it has a row, and all earlier ones another.
     """
-    last = results[0]["runs"][-1]["sources"]
+    states = list(dict.fromkeys(run.get("sources", "") for run in results[0]["runs"]))
+    last, before = states[-1], states[-2] if len(states) > 1 else None
     rows: dict[tuple[str, str], Counter[str]] = {}
     earlier: dict[tuple[str, str], Counter[str]] = {}
     for run in results[0]["runs"]:
-        sources = run.get("sources", "earlier")
+        sources = run.get("sources", "")
         for counts in run["counts"].values():
             if sources == last:
                 model = _interrupted(run["command"].split())
                 rows.setdefault((sources, model), Counter()).update(counts)
             else:
-                earlier.setdefault((sources, "all of these"), Counter()).update(counts)
+                state = sources if sources == before else f"{len(states) - 2} earlier states"
+                earlier.setdefault((state, "all of these"), Counter()).update(counts)
     rows[last, "all of these"] = sum(rows.values(), Counter())
     rows |= dict(reversed(earlier.items()))
     lines = [
@@ -491,22 +493,30 @@ _FUZZED = {
 
 
 def fuzzed(results: Sequence[dict[str, Any]]) -> str:
-    """One line per run of the fuzzer: versions, lines, and how many of each kind of failure."""
+    """One line per versions: lines of the fuzzer, and how many of each kind of failure.
+
+    Runs of the state of the code of the last file have a row of their own.
+    """
     columns = ("lines", "ended with 0 or 1", *_FUZZED.values(), "longest", "most")
     lines = [
         f"| versions | sources | {' | '.join(columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
     ]
+    last = results[-1].get("sources")
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for found in results:
         versions, backend = found["versions"], found["backend"]
         library = next(name for name in (backend, f"{backend}-cpu") if name in versions)
-        done = found["codes"].get("0", 0) + found["codes"].get("1", 0)
-        counts = " | ".join(str(found["failures"].get(kind, 0)) for kind in _FUZZED)
+        state = last if found.get("sources") == last else "earlier states"
+        named = f"Keras {versions['keras']}, {library} {versions[library]}"
+        rows.setdefault((named, str(state)), []).append(found)
+    for (named, state), runs in rows.items():
+        done = sum(run["codes"].get(code, 0) for run in runs for code in ("0", "1"))
+        counts = (str(sum(run["failures"].get(kind, 0) for run in runs)) for kind in _FUZZED)
         lines.append(
-            f"| Keras {versions['keras']}, {library} {versions[library]} | "
-            f"{found.get('sources', 'earlier')} | {found['runs']:,} | "
-            f"{done:,} | {counts} | {found['longest_seconds']:.1f} s | "
-            f"{found['most_megabytes']:,} MB |"
+            f"| {named} | {state} | {sum(run['runs'] for run in runs):,} | {done:,} | "
+            f"{' | '.join(counts)} | {max(run['longest_seconds'] for run in runs):.1f} s | "
+            f"{max(run['most_megabytes'] for run in runs):,} MB |"
         )
     return "\n".join(lines)
 
