@@ -24,7 +24,7 @@ from frostline.adapters.computation import (
     read_of_self,
 )
 from frostline.adapters.dropout_rate import KEPT_RATES
-from frostline.adapters.keras.arrays import to_numpy
+from frostline.adapters.keras.arrays import copied, to_numpy
 from frostline.adapters.keras.compile import without_gradients
 from frostline.adapters.keras.graph import walk
 from frostline.adapters.keras.native import device, full_precision, lower, native, uncompiled
@@ -287,7 +287,7 @@ def seeded(layer: Any) -> Callable[[Any, int], Any]:
         )
 
     def apply(x: Any, seed: int) -> Any:
-        before = [to_numpy(generator.state) for generator in seeds.values()]
+        before = [copied(generator.state) for generator in seeds.values()]
         try:
             for position, generator in enumerate(seeds.values()):
                 generator.state.assign(np.array([seed, position], dtype=generator.state.dtype))
