@@ -213,10 +213,12 @@ def accuracy(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return float((answers == y).double().mean())
 
 
-def merge(build: Any, groups_of: Any, train: Any, test: Any, *, epochs: int) -> Merged:
+def merge(
+    build: Any, groups_of: Any, train: Any, test: Any, *, epochs: int, seeds: Any = (1, 2)
+) -> Merged:
     """Train two networks from different starts, average them in each way, and test all of them."""
     nets = []
-    for seed in (1, 2):
+    for seed in seeds:
         torch.manual_seed(seed)
         nets.append(trained(build(), *train, epochs=epochs, seed=seed))
     first, second = (net.state_dict() for net in nets)

@@ -53,9 +53,17 @@ def test_a_permuted_copy_is_found_again(example: dict[str, Any]) -> None:
 
 
 def test_the_average_of_aligned_networks_is_repaired(example: dict[str, Any]) -> None:
-    found = example["merge"](example["mlp"], example["mlp_groups"], *example["digits"](), epochs=20)
-    assert min(found.first, found.second) > 0.95
-    assert found.averaged < 0.5
-    assert found.aligned > found.averaged + 0.2
-    assert found.recalibrated > found.aligned + 0.05
-    assert found.recalibrated > 0.9
+    """Of three pairs: how well one of them aligns changes with the rounding of a processor."""
+    ways, data = (example["mlp"], example["mlp_groups"]), example["digits"]()
+    found = [
+        example["merge"](*ways, *data, epochs=20, seeds=(seed, seed + 1)) for seed in (2, 4, 6)
+    ]
+    assert min(min(each.first, each.second) for each in found) > 0.95
+    averaged, aligned, recalibrated = (
+        np.mean([getattr(each, name) for each in found])
+        for name in ("averaged", "aligned", "recalibrated")
+    )
+    assert averaged < 0.5
+    assert aligned > averaged + 0.2
+    assert recalibrated > aligned + 0.05
+    assert recalibrated > 0.9
