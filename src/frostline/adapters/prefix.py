@@ -21,6 +21,8 @@ from frostline.types import Array, ModelError
 #: Largest difference between what a sample gives alone and beside others, as a share of the largest
 #: value: other numbers of samples are added up in another order.
 _SAME = 1e-4
+#: What is no rounding, in half precision either.
+_APART = 2e-2
 
 
 def _role(prefix: Any) -> Any:
@@ -137,8 +139,7 @@ def takes_fewer(prefix: Any, batch: Any) -> bool:
     """
     if takes_any_number(prefix):
         return True
-    sizes = {np.shape(leaf)[:1] for _, leaf in leaves(batch)}
-    if len(sizes) != 1 or sizes & {(), (0,), (1,)}:
+    if _samples(batch) < 2:
         return False
     run = reference(prefix)
     try:
@@ -148,6 +149,38 @@ def takes_fewer(prefix: Any, batch: Any) -> bool:
         return False
     together = [np.shape(both)[:1] == (2,) for both in two]
     return all(together) and relative_difference([both[:1] for both in two], one) <= _SAME
+
+
+def require_apart(prefix: Any, batch: Any) -> None:
+    """Refuse a prefix that is random, or by which a sample depends on the others of its batch.
+
+    Args:
+        prefix: As for :func:`native`.
+        batch: A batch of its inputs.
+
+    Raises:
+        ModelError: It is one: the first sample gives something else beside copies of itself.
+    """
+    count = _samples(batch)
+    if count < 2 or takes_fewer(prefix, batch):
+        return
+    run = reference(prefix)
+    first = np.zeros(count, dtype=np.int64)
+    given, other = run(batch), run(map_leaves(lambda leaf: leaf[first], batch))
+    pairs = [pair for pair in zip(given, other, strict=True) if np.shape(pair[0])[:1] == (count,)]
+    moved = relative_difference([b[:1] for _, b in pairs], [a[:1] for a, _ in pairs])
+    if moved > _APART:
+        raise ModelError(
+            "what this prefix computes of a sample differs with the other samples of the batch, or "
+            "from call to call, so it cannot be kept: pass fl.split(model).prefix, which ends "
+            f"before such a layer. Received: outputs of one sample that differ by {moved:.1e}"
+        )
+
+
+def _samples(batch: Any) -> int:
+    """Samples in a batch of inputs; 0 where its arrays are not of one length."""
+    sizes = {np.shape(leaf)[:1] for _, leaf in leaves(batch)}
+    return sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
 
 
 def accelerator(prefix: Any) -> str:

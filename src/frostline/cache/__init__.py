@@ -435,6 +435,7 @@ class _Start:
         wanted = self.order.engine if known is None else known.engine
         chosen = engines.remembered(self.prefix, self.known_by, wanted)
         if chosen is None:
+            prefixes.require_apart(self.prefix, first)
             chosen = self._choose(first, wanted)
             engines.remember(self.prefix, self.known_by, self.order.engine, chosen)
         return chosen

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from frostline.layers.tensors import to_numpy as to_numpy
-from frostline.types import Array, as_float64
+from frostline.types import Array
 
 
 def copied(variable: Any) -> Array:
@@ -17,6 +17,7 @@ def copied(variable: Any) -> Array:
 
 
 def float64(tensor: Any) -> Array:
-    """Values in float64; half precision that numpy may lack goes through float32."""
+    """A copy in float64; half precision that numpy may lack goes through float32."""
     known = keras.backend.standardize_dtype(tensor.dtype) in ("float16", "float32", "float64")
-    return as_float64(to_numpy(tensor if known else keras.ops.cast(tensor, "float32")))
+    values = to_numpy(tensor if known else keras.ops.cast(tensor, "float32"))
+    return np.array(values, dtype=np.float64)

@@ -300,6 +300,21 @@ def test_a_module_takes_fewer_samples_if_each_gives_what_it_gives_alone(
     assert prefixes.takes_fewer(Written(function), batch) == apart
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x - x.mean(0), functional.dropout, nn.BatchNorm2d(3, track_running_stats=False)],
+    ids=["the others", "chance", "statistics of the batch"],
+)
+def test_features_that_depend_on_the_batch_or_on_chance_are_refused(
+    function: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="other samples of the batch, or from call to call"):
+        fl.cache_features(Written(function), images(8), tmp_path, verbose=0)
+    fixed = Written(lambda x: x.reshape(4, -1))  # takes no other number, and is sound
+    made = fl.cache_features(fixed, images(8), tmp_path, batch_size=4, verbose=0)
+    np.testing.assert_array_equal(made.rows(np.arange(8))[0], images(8).reshape(8, -1))
+
+
 def test_reuse_computes_a_few_samples_again_and_not_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
