@@ -62,6 +62,10 @@ SWITCHED = {
 _DROPOUT = SWITCHED | {functional.scaled_dot_product_attention}
 
 
+class Ended(BaseException):
+    """Ends a pass at one of its calls; no ``except Exception`` of a model catches it."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
     """One call that normalises.

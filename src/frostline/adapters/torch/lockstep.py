@@ -42,7 +42,7 @@ from frostline.adapters.spool import WINDOW, KeptBatches, Workspace
 from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
-from frostline.adapters.torch.calls import Call, Calls, SampleMoments, answerable
+from frostline.adapters.torch.calls import Call, Calls, Ended, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
 from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.stacked import LOOKED_AT, independent, may_stack, stacks
@@ -50,7 +50,7 @@ from frostline.atomic import taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
-from frostline.types import DataError
+from frostline.types import DataError, ModelError
 
 #: Most threads of all passes together, those that torch starts for each included.
 MOST_THREADS = 512
@@ -66,10 +66,6 @@ APART = (
 
 #: What the moments of a call may be.
 KINDS = (Moments, SampleMoments)
-
-
-class _Ended(BaseException):
-    """Ends a pass that waits; no ``except Exception`` of a model catches it."""
 
 
 class _Pass:
@@ -113,7 +109,7 @@ class _Pass:
         """Run in a new thread up to the first site to wait at; alone, run and end there."""
         if self._alone:
             self.site, self.uses = None, {}
-            with suppress(_Ended):
+            with suppress(Ended):
                 run()
             return
         # Of C, so that Ctrl-C while one waits is a KeyboardInterrupt: between the lines of a
@@ -131,7 +127,7 @@ class _Pass:
         try:
             if not self._ending:
                 run()
-        except _Ended:
+        except Ended:
             pass
         except BaseException as problem:  # raised again in the thread that waits for this one
             self._problem = problem
@@ -145,11 +141,11 @@ class _Pass:
         """Called in the pass: wait until someone lets it go on."""
         self.site, self.moments = site, moments
         if self._alone:
-            raise _Ended
+            raise Ended
         self._back.put(None)
         self._go.get()
         if self._ending:
-            raise _Ended
+            raise Ended
 
     def go_on(self) -> None:
         """Let it run to the next site to wait at, or to its end."""
@@ -225,16 +221,22 @@ def population(
     notes: tuple[str, ...] = ()
     reads = turn = 0
     apart = checked = False
-    stack = None if step is None else 1
+    stack = None if step is None and ranks.size == 1 else 1
     while True:
         with untouched(model) as root:
             set_inference(root, sites, trains=trains)
             run = _Round(
                 root, sites, order, fixed, looped, source, memory_limit, ranks, step, apart, stack
             )
-            run.all()
+            try:
+                run.all()
+            except ModelError:
+                if run.stack in (None, 1):
+                    raise
+                stack = 1  # as where a model holds a state for so many samples and no more
+                continue
             mixed = not checked and any(ranks.values(run.mixed()))
-        if any(ranks.values(run.lost_several())):  # one of these batches, nobody knows which
+        if run.lost_several():  # one of these batches, nobody knows which
             stack = 1
             continue
         reads, turn, checked, stack = reads + run.reads, turn + 1, True, run.stack
@@ -538,7 +540,7 @@ class _Round:
             if not self._fits(path, moments):
                 own.dropped = True
                 self.skipped[own.number] = f"the input of '{path}' is not finite"
-                raise _Ended
+                raise Ended
             if path not in self.closed and path not in self.looped:
                 own.wait(path, moments)
             else:

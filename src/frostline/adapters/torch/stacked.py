@@ -7,7 +7,6 @@ computes from its data decides what it runs, is drawn at random, or is kept for 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from frostline.adapters.torch.calls import Call
+from frostline.adapters.torch.calls import Call, Ended
 from frostline.adapters.torch.random import forked
 from frostline.adapters.torch.tensors_kept import tensors_kept
 from frostline.atomic import taken_back
@@ -87,17 +86,22 @@ class _Looks(TorchFunctionMode):  # type: ignore[misc]
     """Notices that values of tensors go to Python, and how large a tensor is made.
 
     Attributes:
-        reads: Whether values went to Python.
+        reads: Whether values went to Python that are not the module's own.
+        decides: Whether they did before a normalising call, which they may have led to.
         largest: Bytes of the largest tensor.
     """
 
-    reads = False
-    largest = 1
+    def __init__(self, own: Iterable[Any]) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in own}
+        self.reads = self.decides = False
+        self.largest = 1
 
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.reads |= getattr(function, "__name__", "") in _READS
+        if getattr(function, "__name__", "") in _READS:
+            self.reads |= not args or id(args[0]) not in self._own
         made = function(*args, **(kwargs or {}))
         if isinstance(made, torch.Tensor) and made.layout is torch.strided:
             self.largest = max(self.largest, made.numel() * made.element_size())
@@ -107,10 +111,12 @@ class _Looks(TorchFunctionMode):  # type: ignore[misc]
 def may_stack(root: Any, batches: Sequence[Batch]) -> bool:
     """Whether the first batches are small, of one shape, and enough to be looked at.
 
-    What a TorchScript module decides by nobody sees.
+    What a TorchScript module decides by nobody sees. An entry of a mapping may be an index into its
+    own batch, which is wrong in another one.
     """
     return (
         len(batches) >= LOOKED_AT
+        and not batches[0].named
         and sum(map(_bytes, batches)) <= INPUTS
         and all(_layout(batch) == _layout(batches[0]) for batch in batches)
         and not any(isinstance(module, torch.jit.ScriptModule) for module in root.modules())
@@ -143,23 +149,27 @@ def independent(
         """The first pass normalises with its own moments, the others with the same."""
         if call.path not in chosen or not call.x.numel():
             return call.run()
+        if looks.reads:
+            looks.decides = True
+            raise Ended
         if len(seen) == 1:
             with torch._C.DisableTorchFunction():  # these values are no program's
                 fixed.append(statistics(call))
         seen[-1].append((call.path, call.x.detach()))
         return call.with_statistics(*fixed[len(seen[-1]) - 1])
 
-    drawn, written = torch.get_rng_state(), _versions(root)
+    own = _tensors(root)
+    looks = _Looks(own)
+    drawn, written = torch.get_rng_state(), _versions(own)
     try:
-        with taken_back(tensors_kept(root)), forked(), entered(answer) as run, _Looks() as looks:
-            for batch in batches[:2]:
+        with taken_back(tensors_kept(root)), forked(), entered(answer) as run, looks:
+            for batch in (*batches[:2], joined(list(batches[:2]))):
                 seen.append([])
-                run(batch)
-                if looks.reads:
+                looks.reads = False  # what was read behind the last call decided nothing
+                run(batch, apart=len(seen) == 3)
+                if looks.decides:
                     return 1
-            seen.append([])
-            run(joined(list(batches[:2])), apart=True)
-            alone = torch.equal(drawn, torch.get_rng_state()) and written == _versions(root)
+            alone = torch.equal(drawn, torch.get_rng_state()) and written == _versions(own)
     except FrostlineError:  # to be told where it is no trial
         return 1
     one, other, both = seen
@@ -168,9 +178,14 @@ def independent(
     return max(1, min(MOST, fit)) if alone and same else 1
 
 
-def _versions(root: Any) -> list[int]:
-    """How often each tensor of a module was written to."""
-    tensors = itertools.chain(root.parameters(), root.buffers())
+def _tensors(root: Any) -> list[Any]:
+    """All that a module keeps: parameters, buffers, and plain attributes."""
+    holders = (h for m in root.modules() for h in (m._parameters, m._buffers, vars(m)))
+    return [v for holder in holders for v in holder.values() if isinstance(v, torch.Tensor)]
+
+
+def _versions(tensors: Iterable[Any]) -> list[int]:
+    """How often each tensor was written to."""
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 

@@ -170,6 +170,46 @@ def test_small_batches_of_one_shape_go_through_in_one_pass() -> None:
     assert_same(model, twin)
 
 
+class Loss(Plain):
+    """Its loss reads values, behind the last site, and before the first one only its own."""
+
+    def forward(self, x: Any) -> Any:
+        made = super().forward(x + float(self.calls))
+        return made.mean() if float(made.mean()) > 0 else made.square().mean()
+
+
+def test_values_behind_the_last_site_and_those_of_the_model_decide_nothing() -> None:
+    model = Loss()
+    twin = by_hooks(model, ["first", "last"], SMALL)
+    sizes = sizes_seen(model)
+    fl.recalibrate(model, [(batch,) for batch in SMALL])
+    assert max(sizes) == 24
+    assert_same(model, twin)
+
+
+def test_a_model_that_takes_so_many_samples_and_no_more_gets_one_batch_a_pass() -> None:
+    state = torch.rand(10, 4, 1, 1)
+    model = Plain(lambda x: functional.relu(x) + 0 * state[: len(x)])
+    twin = by_hooks(model, ["first", "last"], SMALL)
+    fl.recalibrate(model, [(batch,) for batch in SMALL])
+    assert_same(model, twin)
+
+
+def test_mappings_go_through_one_by_one() -> None:
+    class Named(Plain):
+        def forward(self, image: Any, index: Any) -> Any:
+            return super().forward(image[index])
+
+    index = torch.arange(3)
+    batches = [{"image": torch.as_tensor(batch), "index": index.flip(0)} for batch in SMALL]
+    model = Named()
+    twin = by_hooks(Plain(), ["first", "last"], SMALL)
+    sizes = sizes_seen(model)
+    fl.recalibrate(model, batches)
+    assert set(sizes) == {3}
+    assert_same(model, twin)
+
+
 def test_as_many_small_batches_go_through_in_one_pass_as_memory_has_room_for() -> None:
     model = Plain()
     twin = by_hooks(model, ["first", "last"], SMALL)
