@@ -214,7 +214,13 @@ def accuracy(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def merge(
-    build: Any, groups_of: Any, train: Any, test: Any, *, epochs: int, seeds: Any = (1, 2)
+    build: Any,
+    groups_of: Any,
+    train: Any,
+    test: Any,
+    *,
+    epochs: int,
+    seeds: tuple[int, int] = (1, 2),
 ) -> Merged:
     """Train two networks from different starts, average them in each way, and test all of them."""
     nets = []

@@ -60,7 +60,6 @@ WINDOW = 16 << 20
 #: Fixed, so that the same model and data give the same words.
 _BOOTSTRAP_SEED = 0
 
-
 _NO_MOMENTS = stats.Moments(0, np.zeros(1), np.zeros(1))
 
 
@@ -625,9 +624,11 @@ def _dynamic_row(logs: dict[str, float]) -> PhaseRow:
 
 
 def _custom(metrics: Metrics, y: Rows, outputs: Rows) -> dict[str, float]:
-    values = {}
+    if not metrics:
+        return {}
+    values, given = {}, (y.whole(), outputs.whole())
     for name, metric in metrics.items():
-        value = metric(y.whole(), outputs.whole())
+        value = metric(*given)
         if np.ndim(value) != 0:
             raise DataError(
                 f"metrics[{name!r}] must return one number. Received: shape {np.shape(value)}"
