@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,6 @@ class KerasTraining:
 
     def made(self, framework: Any) -> Any:
         """A model with a frozen part, compiled."""
-        import keras
-
         model = framework.build(LAYOUT)
         if KerasTraining.weights is None:
             model.compile("sgd", framework.cross_entropy())
@@ -43,6 +42,12 @@ class KerasTraining:
             KerasTraining.weights = model.get_weights()
         model.set_weights(KerasTraining.weights)
         fl.freeze(model, "d1")
+        return self.ready(framework, model)
+
+    def ready(self, framework: Any, model: Any) -> Any:
+        """The model, compiled."""
+        import keras
+
         model.compile(keras.optimizers.SGD(RATE, momentum=0.9), framework.cross_entropy())
         return model
 
@@ -85,12 +90,17 @@ class TorchTraining:
         """See :meth:`KerasTraining.made`."""
         import torch
 
-        model = framework.build(LAYOUT).double()
+        model = self.ready(framework, framework.build(LAYOUT))
         with torch.no_grad():
             for rows in range(0, 40, 8):
                 model(torch.as_tensor(X[rows : rows + 8]))
         fl.freeze(model, "d1")
-        return model.train()
+        return model
+
+    def ready(self, framework: Any, model: Any) -> Any:
+        """The module in float64, in training."""
+        del framework
+        return model.double().train()
 
     def ways(self) -> dict[str, Any]:
         """See :meth:`KerasTraining.ways`."""
@@ -201,6 +211,18 @@ def test_what_is_cached_is_trained_with_three_seeds(framework: Any, training: An
     assert [row.values.shape for row in found.rows] == [(3, len(XV))] * 2  # cached: three seeds
     assert len({row.values[seed].tobytes() for row in found.rows for seed in range(3)}) == 6
     assert found.notes == ()
+
+
+def test_a_treatment_with_nothing_to_cache_is_trained_all_the_same(
+    framework: Any, training: Any, tmp_path: Path
+) -> None:
+    """Behind a first BN that trains, frozen layers have a cut before them in some treatments only."""
+    layout = {"bn": "norm", **LAYOUT}
+    model = training.ready(framework, framework.build(layout))
+    names = ["all-bn-frozen", "statistics-frozen"]
+    with unchanged(framework, model):
+        found = compared(model, training, treatments=names, epochs=1, cache=tmp_path)
+    assert {row.name for row in found.rows} == {"now", *names}
 
 
 def test_the_model_is_as_it_was_after_any_exception(

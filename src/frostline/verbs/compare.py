@@ -529,7 +529,9 @@ class _KerasTrainings(_Trainings):
             epochs=self.epochs, sample_weight=weight, verbose=0,
             batch_size=self.batch_size if targets is not None else None,
         )  # fmt: skip
-        how = cached_fit.Caching(cache=self.cache, engine=self.engine, thaw_later=self.earliest)
+        how = cached_fit.Caching(
+            cache=self.cache, engine=self.engine, thaw_later=self.earliest, required=False
+        )
         with role.trains_anew(adapter.model):
             cached_fit.trained(adapter.model, x, targets, arguments, how, with_features)
 

@@ -48,7 +48,11 @@ Follow = Callable[[Callable[[Any], Callable[[Array], Any]]], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Caching:
-    """With what features are computed and kept; each field is an argument of :func:`fit`."""
+    """With what features are computed and kept; each field but one is an argument of :func:`fit`.
+
+    Attributes:
+        required: Refuse a model whose frozen part cannot be cut off, instead of training it plainly.
+    """
 
     cache: FeatureCache | str | os.PathLike[str] | None = None
     engine: str = "auto"
@@ -60,6 +64,7 @@ class Caching:
     max_gb: float | None = None
     seed: int = 0
     thaw_later: Any = None
+    required: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +224,7 @@ def _prepared(
             f"Received: x={shown(x)}, y={shown(y)}"
         )
     x = _as_loader(role, x, y, arguments)
-    parts, peeled, reason = _parts(role, model, x, arguments, how.views)
+    parts, peeled, reason = _parts(role, model, x, arguments, how)
     if parts is None:
         if how.views > 1 or how.augment is not None:
             raise ModelError(f"views and augment need a cache, and there is none: {reason}")
@@ -318,7 +323,7 @@ def _as_loader(role: Any, x: Any, y: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _parts(
-    role: Any, model: Any, x: Any, arguments: dict[str, Any], views: int
+    role: Any, model: Any, x: Any, arguments: dict[str, Any], how: Caching
 ) -> tuple[Split | None, Any, str | None]:
     """Prefix and suffix, and the augmentation before them; or why plain ``fit`` has to run.
 
@@ -331,22 +336,25 @@ def _parts(
         if reason is not None:
             return None, None, reason
         peeled = role.peel(model)
-        if peeled is not None and views < 2:
+        if peeled is not None and how.views < 2:
             raise ModelError(
                 f"the model begins with random layers ({role.random_layers(peeled[0])}), so what "
                 "its frozen part computes differs from epoch to epoch, and one pass over the data "
                 "does not hold it. Write fl.fit(..., views=8): eight augmented views of every "
                 "sample are computed once, and epoch e trains on view e % 8; or model.fit for a "
-                f"new view in every epoch. Received: views={views}"
+                f"new view in every epoch. Received: views={how.views}"
             )
         augmentation, rest = (None, model) if peeled is None else peeled
         try:
             return split(rest), augmentation, None
         except ModelError as problem:
-            if not places:
+            if places:
+                why = f"a callback will thaw too much of the model to cache the rest: {problem}"
+            elif how.required:
                 raise
-            reason = f"a callback will thaw too much of the model to cache the rest: {problem}"
-            return None, None, reason
+            else:
+                why = str(problem)
+            return None, None, why
 
 
 def _on_the_way(
