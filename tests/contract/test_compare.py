@@ -216,7 +216,7 @@ def test_what_is_cached_is_trained_with_three_seeds(framework: Any, training: An
 def test_a_treatment_with_nothing_to_cache_is_trained_all_the_same(
     framework: Any, training: Any, tmp_path: Path
 ) -> None:
-    """Behind a first BN that trains, frozen layers have a cut before them in some treatments only."""
+    """Where a first BN trains, a frozen one behind it is nothing that could be stored."""
     layout = {"bn": "norm", **LAYOUT}
     model = training.ready(framework, framework.build(layout))
     names = ["all-bn-frozen", "statistics-frozen"]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,10 @@ class _Index:
 
 
 class Builder:
-    """One pass over the data; at most one batch of inputs and one shard of features in memory.
+    """One pass over the data; at most one batch of inputs and two shards of features in memory.
+
+    A shard is written, hashed and flushed to the disk in a thread beside the computation of the
+    next one.
 
     Args:
         collection: Where; its lock is held.
@@ -137,6 +141,7 @@ class Builder:
         self._inputs: list[tuple[Any, Array, Array]] = []  # x, digests, numbers of the samples
         self._features: list[list[Array]] = []
         self._samples: list[Array] = []
+        self._writing: Future[Shard] | None = None
 
     def build(self, inputs: Iterable[Any]) -> Manifest:
         """Take every batch of inputs, compute what is missing, write the manifest.
@@ -146,6 +151,13 @@ class Builder:
             ChangedError: Stored features are not what the prefix computes.
             DataError: Features that are not finite, with the sample.
         """
+        with ThreadPoolExecutor(1) as self._writer:
+            fingerprint, pointers = self._pass(inputs)
+            self._settle()
+        return self._finish(fingerprint, pointers)
+
+    def _pass(self, inputs: Iterable[Any]) -> tuple[str, Array]:
+        """Compute what is missing; fingerprint of the samples, and the place of each."""
         order = hashlib.sha256()
         pointers: list[Array] = []
         seen = 0
@@ -167,7 +179,7 @@ class Builder:
             self.judge.finish()
         self._compute(whole_batches=False)
         self._flush()
-        return self._finish(order.hexdigest(), np.concatenate(pointers))
+        return order.hexdigest(), np.concatenate(pointers)
 
     def _locate(self, digests: Array) -> tuple[Array, Array]:
         """Place of every sample, and which of them are to be computed."""
@@ -219,19 +231,28 @@ class Builder:
             self._flush()
 
     def _flush(self) -> None:
-        """Write what was computed as one shard."""
+        """Begin to write what was computed as one shard."""
+        self._settle()
         if not self._samples:
             return
         samples = np.concatenate(self._samples)
         arrays = [np.concatenate(column) for column in zip(*self._features, strict=True)]
         self._require_room(sum(array.nbytes for array in arrays))
+        write = shards.write_shard
+        self._writing = self._writer.submit(write, self.collection, samples, arrays)
+        self._features, self._samples = [], []
+
+    def _settle(self) -> None:
+        """Wait until the last shard is written, and note it."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
         try:
-            shard = shards.write_shard(self.collection, samples, arrays)
+            shard = writing.result()
         except FullError as error:
             raise FullError(f"{error}. {self._so_far()}") from error
         self.names[len(self.index.shards) + len(self.names)] = shard.name
         self.used += sum(size for _, size in shard.files)
-        self._features, self._samples = [], []
 
     def _require_room(self, size: int) -> None:
         free = shutil.disk_usage(self.collection.folder).free

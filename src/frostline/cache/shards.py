@@ -41,7 +41,7 @@ DIGEST_BYTES = 16
 
 #: Bytes of one tensor's file, about.
 _SHARD_BYTES = 64 << 20
-#: A kill loses at most this many samples.
+#: A kill loses at most twice as many samples: a shard that is written and one that is computed.
 _SHARD_ROWS = 1024
 
 _FLOATS = ("float32", "float16", "bfloat16")

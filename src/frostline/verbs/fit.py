@@ -51,7 +51,7 @@ class Caching:
     """With what features are computed and kept; each field but one is an argument of :func:`fit`.
 
     Attributes:
-        required: Refuse a model whose frozen part cannot be cut off, instead of training it plainly.
+        required: Refuse a model that cannot be cut, instead of training it plainly.
     """
 
     cache: FeatureCache | str | os.PathLike[str] | None = None
@@ -272,7 +272,7 @@ def _prepared(
             inference=inference,
             options=options,
         )
-        guard = role.Guard(plan.parts.prefix)
+        guard = role.Guard(plan.parts.prefix, arguments["callbacks"])
         train, validation, whole = _adapters(role, plan, x, y, arguments, guard)
     if follow is not None:
 

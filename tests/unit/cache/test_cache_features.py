@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -431,6 +432,28 @@ def test_a_failure_half_way_keeps_what_is_complete(x: Any, tmp_path: Path) -> No
     cache = make(prefix, x, tmp_path)
     assert set(prefix.seen) >= set(range(64, 100))
     assert len(set(prefix.seen)) <= 36 + JUDGED
+    np.testing.assert_array_equal(cache.rows(np.arange(100))[0], x * 2)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_is_written_while_the_next_one_is_computed(
+    x: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    further, write, waited = threading.Event(), shards.write_shard, []
+
+    class Announced(Prefix):
+        def __call__(self, x: Any) -> list[Any]:
+            if 32 in x[:, 0]:  # the first sample of the second shard
+                further.set()
+            return super().__call__(x)
+
+    def patient(*given: Any) -> Any:
+        waited.append(further.wait(30))
+        return write(*given)
+
+    monkeypatch.setattr(shards, "write_shard", patient)
+    cache = make(Announced(), x, tmp_path)
+    assert all(waited)
     np.testing.assert_array_equal(cache.rows(np.arange(100))[0], x * 2)
 
 
