@@ -11,7 +11,7 @@ from typing import Any
 
 from frostline import engines
 from frostline.adapters import prefix as prefixes
-from frostline.data.arrays import map_leaves
+from frostline.data.arrays import leaves, map_leaves
 from frostline.engines.registry import ENGINES, Engine, Run
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, BackendError, FrostlineError, ModelError
@@ -77,7 +77,8 @@ def choose(
     whose outputs agree with native to a relative error of 1e-4; where none is faster or agrees,
     native. Native is compared in full float32 precision: on an NVIDIA card it may round products
     to TF32, by 1e-3, as training does there. Where an engine that agrees needs less than a minute
-    for all samples, native is not compiled to be timed against it. With one engine asked for by
+    for all samples, the run that is compared is the one that is timed, and native is not compiled
+    to be timed against it. With one engine asked for by
     name, that one is taken if it agrees, and an error says why not otherwise. Where native runs on
     an accelerator, engines that have none are not tried, and it is always timed.
 
@@ -133,25 +134,27 @@ def choose(
     expected = prefixes.reference(prefix)(few) if wanted else []
     found: dict[str, tuple[Run, str]] = {}
     errors: dict[str, float] = {}
+    rates: dict[str, float] = {}
     most = TOLERANCES[precision]
     for name, outcome in _candidates(prefix, wanted, batch, precision):
         try:
             run, device = outcome()
-            outputs = [array[:count] for array in _attempt(run, batch)]
+            whole, rate = _attempt(run, batch)
+            outputs = [array[:count] for array in whole]
             errors[name] = error = relative_difference(outputs, expected)
             if not error <= most:
                 raise ModelError(f"it differs from native by {error:.1e}, allowed is {most:.0e}")
-            found[name] = (run, device)
+            found[name], rates[name] = (run, device), rate
         except FrostlineError as problem:
             if engine != "auto":
                 kind = BackendError if isinstance(problem, BackendError) else ModelError
                 text = f"engine {name} cannot run this prefix: {problem}"
                 raise kind(f"{text}. {_WAYS}" if lower else text) from problem
             notes.append(f"{name} is not used: {problem}")
-    rates = (
-        {} if engine != "auto" else {name: _rate(run, batch) for name, (run, _) in found.items()}
-    )
+    rates = rates if engine == "auto" else {}
     long = samples is None or samples > NATIVE_PAYS_S * max(rates.values(), default=0.0)
+    if accelerator or long:
+        rates = {name: _rate(found[name][0], batch) for name in rates}
     if lower and not found:
         raise ModelError(f"nothing here computes this prefix in {precision}: {'; '.join(notes)}. "
                          f"{_WAYS}")  # fmt: skip
@@ -192,11 +195,15 @@ def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
     return relative_difference(prefixes.native(prefix)(batch), expected)
 
 
-def _attempt(run: Run, batch: Any) -> list[Array]:
+def _attempt(run: Run, batch: Any) -> tuple[list[Array], float]:
+    """The outputs of a first run, and its samples per second."""
+    start = time.perf_counter()
     try:
-        return run(batch)
+        outputs = run(batch)
     except Exception as problem:  # the engines' exceptions have no public root
         raise ModelError(f"it fails on the first batch: {first_line(problem)}") from problem
+    seconds = time.perf_counter() - start
+    return outputs, max(len(leaf) for _, leaf in leaves(batch)) / max(seconds, 1e-9)
 
 
 def _rate(run: Run, batch: Any) -> float:

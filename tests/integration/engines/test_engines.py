@@ -80,7 +80,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
 
     def attempt(run: Any, batch: Any) -> Any:
         runs[run] = len(runs)
-        return real(run, batch)
+        return real(run, batch)[0], rates["right"]
 
     monkeypatch.setattr(choice, "_attempt", attempt)
     monkeypatch.setattr(choice, "_rate", lambda run, batch: rates["right"] if run in runs else 1.0)
@@ -224,9 +224,15 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
     engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
     assert tried == [engines.TRIAL_SAMPLES, 16]
     monkeypatch.setattr(choice, "relative_difference", lambda *_: 0.0)
-    monkeypatch.setattr(choice, "_attempt", lambda *_: [])
-    monkeypatch.setattr(choice, "_rate", lambda _, batch: float(tried.append(len(batch["a"])) or 1))
+
+    def timed(_: Any, batch: Any) -> float:
+        tried.append(len(batch["a"]))
+        return 1.0
+
+    monkeypatch.setattr(choice, "_attempt", lambda *given: ([], timed(*given)))
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)}, samples=1)
+    monkeypatch.setattr(choice, "_attempt", lambda *_: ([], 1.0))
+    monkeypatch.setattr(choice, "_rate", timed)
     assert tried[2:] == [engines.TRIAL_SAMPLES]
     monkeypatch.setattr(prefixes, "accelerator", lambda _: "gpu")
     registered = choice.ENGINES["onnxruntime"]
