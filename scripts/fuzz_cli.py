@@ -493,6 +493,7 @@ def draw(rng: random.Random, models: list[str], data: list[str]) -> list[str]:
             options.append(each)
     if command == "demo":  # into a file: what works takes minutes, as the help says
         words += ["-o", "net.keras"]
+        options = [each for each in options if each.opts[0] != "-o"]
     if command.startswith("experiment"):
         words += ["--weights", "none", "-o", "out"]
         words += ["--classes", rng.choice(["0,no_such", NASTY])]
