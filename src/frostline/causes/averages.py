@@ -8,7 +8,9 @@ import numpy as np
 
 from frostline.causes.assignment import (
     EXTREME,
+    LEFT_OF_WAY,
     MOST,
+    ON_THE_WAY,
     Assigned,
     abrupt_onset,
     began_at_initial,
@@ -23,8 +25,9 @@ from frostline.types.codes import CauseCode, Fix
 _REFERENCE = "the checkpoint from before, as reference="
 _TRAINING_DATA = "the data the model was trained on"
 _UNDECIDED = (
-    "the checkpoint of the last training step, as reference=, or the training inputs with their "
-    "augmentation, as data"
+    "the checkpoint of the last training step, or of the client whose statistics these are: "
+    "fl.diagnose(model, data, reference=checkpoint); or the training inputs with their "
+    "augmentation, as data: fl.diagnose(model, training_inputs)"
 )
 
 
@@ -103,7 +106,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
         code=CauseCode.STATS_NEVER_UPDATED,
         message=f"the statistics of {count(len(paths), 'site')} were never updated{trained}: "
         f"{text}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
-        "deviations away",
+        "deviations away" + case.untold(paths),
         sites=paths,
         amount=_amount(case, paths),
         standing=0.9,
@@ -519,6 +522,9 @@ def pretrained_elsewhere(case: Case, assigned: Assigned) -> bool:
         return False
     young = any("way_from_initial" in assigned[path].number for path in paths)
     young = young or began_at_initial(case, paths[0])
+    share = case.old_share(paths[0])
+    if share is not None and LEFT_OF_WAY * share <= 1 - ON_THE_WAY:  # so little old that is left
+        return False
     return not young and case.mismatch(paths[0]) > FAR and explained_by_input(case, paths[0])
 
 
@@ -594,7 +600,7 @@ def _other_data_locked(case: Case) -> Iterator[Claim]:
         code=CauseCode.DOMAIN_STATS,
         message=f"{count(len(locked), 'locked site')} keep statistics of other data, up to "
         f"{number(far)} standard deviations away; those of the data save "
-        f"{number(gained)} of loss",
+        f"{number(gained)} of loss" + case.untold(locked),
         sites=locked,
         amount=gained,
         certainty="is",

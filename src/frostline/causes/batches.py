@@ -171,6 +171,7 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
             findings=case.found("FL116", sites=paths),
         )
         return
+    yield from _training_is_worse(case, assigned)
     yield from _trained_on_smaller(case)
 
 
@@ -245,6 +246,30 @@ def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 def _tells_class(case: Case) -> bool:
     return case.measurement.batch_size > 1 and case.change("sorted", "batch") < 0
+
+
+def _training_is_worse(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Batches that are worth so few values that their statistics do worse than stored ones."""
+    size = case.measurement.batch_size
+    few = set(case.few_values(size)) - set(assigned)
+    paths = tuple(path for path in case.with_role("moving", "unmoved") if path in few)
+    amount = case.bn_gap - case.blame(set(case.sites) - set(paths))
+    if case.compares_outputs or not paths or amount <= 0:
+        return
+    fewest = min((n for path in paths if (n := case.values_per_batch(path, size))), default=0)
+    yield Claim(
+        code=CauseCode.SMALL_BATCH,
+        message=f"training mode, with the statistics of batches of {size}, gives a loss "
+        f"{number(case.bn_gap)} higher than inference: so few independent values share a batch "
+        f"at {count(len(paths), 'site')} that each sample is normalised almost by itself; "
+        "inference is the better one",
+        sites=paths,
+        amount=amount,
+        certainty="may",
+        evidence={"values": float(fewest), "bn_gap": case.bn_gap},
+        settle="the batches of training, as data: in larger ones this gap is no gap of training",
+        findings=case.found("FL116", "FL307", sites=paths),
+    )
 
 
 def _trained_on_smaller(case: Case) -> Iterator[Claim]:

@@ -342,7 +342,7 @@ class Case:
         locked = self.with_role("locked")
         if not locked or self.with_role("frozen batch", "frozen drift"):
             return 0.0
-        if self.probe("population unfrozen") is None:
+        if self.probe("population unfrozen") is None or len(locked) == len(self.roles):
             return max(0.0, -self.change("population", "inference"))
         further = self.change("population", "population unfrozen")
         return self._halves[0] if further < 0 else 0.0
@@ -457,6 +457,18 @@ class Case:
         """
         frozen = is_frozen(facts) and facts.twin is None
         return frozen or bool(facts.wrapper_frozen) or facts.undone
+
+    def untold(self, paths: Iterable[str]) -> str:
+        """Words for thawed sites that training runs as at inference; empty where there are none."""
+        locked = set(paths) & set(self.with_role("locked"))
+        thawed = [path for path in locked if not self.meant_frozen(self.sites[path])]
+        if not thawed:
+            return ""
+        return (
+            f"; training runs {count(len(thawed), 'site')} as at inference and updates none of "
+            "them, although no flag freezes them: their calls do not learn the phase (a call() "
+            "without training, or training=False by hand)"
+        )
 
     @cached_property
     def thawed_in_prefix(self) -> tuple[str, ...]:

@@ -472,6 +472,31 @@ def test_locked_sites_of_other_data_where_it_costs_loss():
     assert found[0].certainty == "is"
 
 
+def test_thawed_sites_that_no_step_updates_are_no_averages_that_lag():
+    """A call() without training: the phase never reaches them, whatever their flags say."""
+    untold = dict.fromkeys(PATHS, (0.0, 0.0, False))
+    probes = {**dict.fromkeys(GAP, 1.0), "population": 0.1, "population unfrozen": 0.1}
+    made = measurement(probes, behaviour=untold, sites=FAR)
+    found = causes(facts(steps=50), made, [])
+    assert codes(found) == ["DOMAIN_STATS"]
+    assert "their calls do not learn the phase" in found[0].message
+    told = causes(facts(dict.fromkeys(PATHS, FROZEN)), measurement(probes, sites=FAR), [])
+    assert "do not learn the phase" not in told[0].message
+
+
+def test_batches_of_one_that_do_worse_than_inference_are_too_small():
+    worse = {**dict.fromkeys(GAP, (0.9, 0.7)), "inference": (0.3, 0.9)}
+    worse |= {"population": (0.35, 0.9), "population unfrozen": (0.35, 0.9)}
+    agreeing = {path: site_measurement(path) for path in PATHS}
+    made = measurement(worse, shares=[0.1, 0.2, 0.3, 0.4], sites=agreeing, batch_size=1)
+    found = causes(facts(steps=5000), made, [])
+    assert codes(found) == ["SMALL_BATCH"]
+    assert (found[0].share, found[0].certainty) == (pytest.approx(1.0), "may")
+    assert "inference is the better one" in found[0].message
+    large = measurement(worse, shares=[0.1, 0.2, 0.3, 0.4], sites=agreeing, batch_size=32)
+    assert codes(causes(facts(steps=5000), large, [])) == ["NONE"]
+
+
 def test_locked_sites_that_the_network_was_trained_with_are_not_blamed():
     locked = dict.fromkeys(PATHS, FROZEN)
     probes = {**NO_GAP, "population": (2.0, 0.4), "population frozen": (2.0, 0.4)}

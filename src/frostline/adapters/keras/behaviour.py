@@ -18,11 +18,11 @@ from keras import ops
 
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import float64, to_numpy
-from frostline.adapters.keras.blend import in_a_loop
 from frostline.adapters.keras.compile import compiled
-from frostline.adapters.keras.forward_pass import forced_phase, tensors
+from frostline.adapters.keras.forward_pass import called, forced_phase, tensors
 from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
+from frostline.adapters.keras.recurrent import looping, step_by_step
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
     mixed_statistics,
@@ -70,16 +70,10 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
     Returns:
         Path -> behaviour, for all sites. What cannot be determined is ``None``: sites that were not
-        called, or that a recurrent layer runs in a loop which lets nothing out. Of what keeps
-        running statistics in a way of its own only ``moves`` is told.
+        called. Of what keeps running statistics in a way of its own only ``moves`` is told.
     """
     known = site_handles(model)
-    places = keras_graph.walk(model)
-    watched = {
-        path: handle
-        for path, handle in known.items()
-        if handle.stored() is not None and not in_a_loop(places, path)
-    }
+    watched = {path: handle for path, handle in known.items() if handle.stored() is not None}
     given = [Batch(*batch) if isinstance(batch, tuple) else batch for batch in batches]
     collected = [
         tensors(prepared(model, _few(batch.x))[0] if step is None else batch.given)
@@ -174,10 +168,11 @@ def _pass(
         (handle, functools.partial(_watched, seen[path], middles[path]))
         for path, handle in watched.items()
     ]
-    with keras.StatelessScope(state_mapping=mapping), replaced(calls):
+    steps = step_by_step(looping(model))
+    with keras.StatelessScope(state_mapping=mapping), steps, replaced(calls):
         kept = {path: _values(layer) for path, layer in keepers.items()}
         if own_step is None:
-            model(x, training=training)
+            called(model, x, training)
         else:
             with forced_phase(model, training):
                 own_step(model, x)

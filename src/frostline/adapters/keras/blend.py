@@ -22,10 +22,11 @@ from frostline.adapters import Outcome
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.arrays import to_numpy
 from frostline.adapters.keras.compile import compiled, without_gradients
-from frostline.adapters.keras.forward_pass import forced_phase, inference, tensors
+from frostline.adapters.keras.forward_pass import called, forced_phase, inference, tensors
 from frostline.adapters.keras.loss import Judge, judge_of, read_losses
 from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
+from frostline.adapters.keras.recurrent import looping, step_by_step
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
     blended_call,
@@ -36,7 +37,6 @@ from frostline.adapters.keras.site_handle import (
 )
 from frostline.adapters.protocol import Condition
 from frostline.data.batch import Batch
-from frostline.graph.addresses import Place, ancestors
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, as_float64
 
@@ -92,8 +92,7 @@ class BlendForward:
         known = site_handles(model)
         self._handles = _chosen(model, known, paths)
         self.paths = tuple(self._handles)
-        places = keras_graph.walk(model)
-        self._looped = [path for path in self.paths if in_a_loop(places, path)]
+        self._loops = looping(model)
         self._others = [handle for path, handle in known.items() if path not in self._handles]
         self._given_loss = loss
         self._step = step
@@ -122,10 +121,8 @@ class BlendForward:
 
         Raises:
             DataError: ``blend`` or ``statistics`` of the wrong shape or out of range.
-            ModelError: ``statistics`` for an unknown site; ``record`` with a site inside an RNN.
+            ModelError: ``statistics`` for an unknown site.
         """
-        if condition.record:
-            self._require_recordable()
         found, seen = self._run("outputs", Batch(batch.x), condition)
         arrays = keras.tree.map_structure(_outgoing, found)
         return (arrays, self._merged(seen)) if condition.record else arrays
@@ -151,8 +148,6 @@ class BlendForward:
 
         Arguments and errors are those of :meth:`outputs` and :meth:`gradient`.
         """
-        if condition.record:
-            self._require_recordable()
         backend = keras.backend.backend()
         # JAX compiles for longer than the batch's moments, which λ = 0 does without, take.
         zero = not condition.record and backend != "jax" and not np.any(as_float64(condition.blend))
@@ -202,14 +197,7 @@ class BlendForward:
     @property
     def _recordable(self) -> bool:
         """Moments may be recorded whether or not a mask comes along."""
-        return not self._looped and all(handle.axis == -1 for handle in self._handles.values())
-
-    def _require_recordable(self) -> None:
-        if self._looped:
-            raise ModelError(
-                "the moments of a BN layer inside a recurrent layer cannot be recorded: its loop "
-                f"lets nothing out. Leave it out of paths. Received: {self._looped[0]!r}"
-            )
+        return not self._loops and all(handle.axis == -1 for handle in self._handles.values())
 
     def _statistics(self, condition: Condition) -> list[tuple[Any, Any]]:
         own = {path: _stored(path, handle) for path, handle in self._handles.items()}
@@ -275,11 +263,12 @@ class BlendForward:
         scope = keras.StatelessScope(state_mapping=[*mapping, *weights], collect_losses=True)
         stepping = self._step is not None and kind != "outputs"
         phase = forced_phase(self.model, dropout) if stepping else nullcontext()
-        with scope, phase, nullcontext() if own else patched:
+        steps = step_by_step(self._loops) if record else nullcontext()
+        with scope, phase, steps, nullcontext() if own else patched:
             if stepping:
                 outputs, judged = None, read_losses(self._step(self.model, x))
             else:
-                outputs = self.model(x, training=dropout)
+                outputs = called(self.model, x, dropout)
                 if kind == "outputs":
                     return outputs, seen
                 assert self._judge is not None
@@ -368,17 +357,6 @@ def shaped_like_outputs(model: Any, x: Any) -> Any:
         except Exception:  # code of the user's own may raise anything: the pass then says what
             pass
     return inference(model, x)
-
-
-def in_a_loop(places: tuple[Place, ...], path: str) -> bool:
-    """Whether a recurrent layer runs the site, in a loop that only the backend sees."""
-    by_path = {place.path for place in places}
-    if path not in by_path:  # inside a torch module
-        return False
-    above = set(ancestors(path))
-    return any(
-        place.path in above and isinstance(place.layer, keras.layers.RNN) for place in places
-    )
 
 
 # --- on the host ------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., 
                 *((v, v.value) for v in model.trainable_weights if id(v) not in mapped),
             ]
         with keras.StatelessScope(state_mapping=mapping, collect_losses=with_loss):
-            outputs = model(x, training=training)
+            outputs = called(model, x, training)
             if not with_loss:
                 return outputs, None
             loss = model.compute_loss(
@@ -52,10 +52,26 @@ def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., 
     return lambda x, y, weight, seeds: run(seeds, keras.ops.zeros(()), x, y, weight)
 
 
+def called(model: Any, x: Any, training: bool) -> Any:
+    """Call the model as its own ``fit`` and ``evaluate`` do.
+
+    Keras' trainer tells the phase to a ``call`` that takes it, and to no other: the layers inside
+    then run as at inference in both, or as they are told by hand. A loop of the user's own may tell
+    it all the same, so that a model which Keras does not train is told.
+    """
+    takes_it = "training" in inspect.signature(model.call).parameters
+    return model(x, training=training) if takes_it or not _keras_trains(model) else model(x)
+
+
+def _keras_trains(model: Any) -> bool:
+    own_step = getattr(type(model), "train_step", None) is not keras.Model.train_step
+    return bool(getattr(model, "compiled", False)) and not own_step
+
+
 def inference(model: Any, x: Any) -> Any:
     """Inference outputs of one batch, not compiled; nothing is traced inside the model either."""
     with keras.StatelessScope(), without_gradients(), inlined_functions():
-        return model(x, training=False)
+        return called(model, x, False)
 
 
 class Collected(keras.utils.PyDataset):  # type: ignore[misc]

@@ -24,10 +24,11 @@ from keras import ops
 
 from frostline.adapters.keras.calls import graph_of, record
 from frostline.adapters.keras.compile import compiled
-from frostline.adapters.keras.forward_pass import tensors
+from frostline.adapters.keras.forward_pass import called, tensors
 from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.pipeline import prepared
+from frostline.adapters.keras.recurrent import looping, step_by_step
 from frostline.adapters.keras.watch import STATISTICS
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
@@ -71,6 +72,7 @@ class MomentRecorder:
         self._programs: tuple[Program, ...] | None = None
         self._kept: dict[Any, Callable[..., Any]] = {}
         self._recorded = record(model, self._chosen())
+        self._loops = looping(model)
 
     def _chosen(self) -> dict[int, str]:
         return {id(layer): path for path, layer in self.layers.items()}
@@ -122,7 +124,7 @@ class MomentRecorder:
 
     def _call_model(self, leaves: Sequence[Any]) -> Any:
         packed = keras.tree.pack_sequence_as(self._structure, list(leaves))
-        return self.model(packed, training=False)
+        return called(self.model, packed, False)
 
     def stage(self, program: Program) -> StageFunction:
         """Compile one stage: what it takes -> (what the next takes, moments of its sites)."""
@@ -217,7 +219,8 @@ class MomentRecorder:
         self, function: Callable[[Any], Any], variables: list[Any], eager: bool
     ) -> Callable[..., Any]:
         def forward(mapping: Any, _traced: bool, _blend: Any, values: Any, *_: None) -> Any:
-            with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            scope = keras.StatelessScope(state_mapping=mapping, collect_losses=True)
+            with scope, step_by_step(self._loops):
                 return function(values)
 
         run = compiled(forward, variables, [], slope=False, eager=eager)

@@ -168,3 +168,46 @@ def test_bn_inside_a_torch_module(backend: str) -> None:
     assert (found.path, found.training, found.inference) == ("outer/0", 1, 0)
     assert found.moves
     assert torch.equal(module[0].running_mean, torch.zeros_like(module[0].running_mean))
+
+
+@keras.saving.register_keras_serializable("frostline-tests")
+class Untold(keras.Model):
+    """Its ``call`` takes no ``training``, so that Keras' trainer tells it no phase."""
+
+    def __init__(self) -> None:
+        super().__init__(name="untold")
+        self.norm = keras.layers.BatchNormalization(name="bn")
+        self.drop = keras.layers.Dropout(0.5)
+        self.head = keras.layers.Dense(2)
+
+    def call(self, inputs: Any) -> Any:
+        return self.head(self.drop(self.norm(inputs)))
+
+
+class Looped(Untold):
+    """The same under a step of its own, which tells it."""
+
+    def train_step(self, data: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [Untold, Looped])
+def test_a_model_is_called_as_its_own_trainer_calls_it(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(2.0, 3.0, (32, 4)).astype("float32")
+    y = rng.normal(size=(32, 2)).astype("float32")
+    keras.utils.set_random_seed(0)
+    model = kind()
+    model(x)
+    model.compile("sgd", "mse")
+    seen = adapter_of(model).behaviour([(x,)])["bn"]
+    if kind is Looped:
+        assert (seen.training, seen.moves) == (1.0, True)
+        return
+    assert (seen.inference, seen.training, seen.moves) == (0.0, 0.0, False)
+    report = fl.diagnose(model, (x, y), verbose=0)
+    assert report.measurement.gaps["total"].loss.estimate == 0
+    measured = report.measurement.probes["training"].loss
+    stored = np.array(ops.convert_to_numpy(model.norm.moving_mean))
+    assert model.train_on_batch(x, y) == pytest.approx(measured, rel=1e-5)  # dropout is off in it
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.norm.moving_mean), stored)

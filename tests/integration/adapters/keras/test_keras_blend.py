@@ -593,7 +593,7 @@ class Cell(L.Layer):
         return state, [state]
 
 
-def test_a_site_inside_a_recurrent_layer_is_blended_but_not_recorded() -> None:
+def test_a_site_inside_a_recurrent_layer_is_blended_and_recorded_step_by_step() -> None:
     inputs = keras.Input((2, 3))
     model = keras.Model(inputs, L.RNN(Cell(), name="rnn")(inputs))
     x = np.random.default_rng(0).normal(1, 2, (SAMPLES, 2, 3)).astype("float32")
@@ -602,12 +602,21 @@ def test_a_site_inside_a_recurrent_layer_is_blended_but_not_recorded() -> None:
         return np.tanh((values - values.mean(0)) / np.sqrt(values.var(0) + 1e-3))
 
     forward = BlendForward(model)
-    wanted = step(x[:, 1].astype(np.float64) + step(x[:, 0].astype(np.float64)))
+    first, second = x[:, 0].astype(np.float64), x[:, 1] + step(x[:, 0].astype(np.float64))
+    wanted = step(second)
     np.testing.assert_allclose(
         forward.outputs(Batch(x), Condition(1)), wanted, rtol=1e-5, atol=1e-6
     )
-    with pytest.raises(ModelError, match="Received: 'rnn/cell/bn'"):
-        forward.outputs(Batch(x), Condition(1, record=True))
+    found, moments = forward.outputs(Batch(x), Condition(1, record=True))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    seen = moments["rnn/cell/bn"]
+    assert (seen.count, forward.calls["rnn/cell/bn"]) == (2 * SAMPLES, 2)
+    both = np.concatenate([first, second])
+    np.testing.assert_allclose(seen.mean, both.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen.variance, both.var(0), rtol=1e-5)
+    assert not model.get_layer("rnn").unroll
+    behaviour = adapter_of(model).behaviour([(x,)])["rnn/cell/bn"]
+    assert (behaviour.inference, behaviour.training, behaviour.moves) == (0.0, 1.0, True)
 
 
 @pytest.mark.skipif(COMPILED, reason="torch modules run on the torch backend only")
