@@ -174,6 +174,26 @@ def test_written_inference_mode_is_overridden_by_training() -> None:
     assert found(model, "FL108") == []
 
 
+def test_a_default_of_call_is_not_written_by_hand() -> None:
+    """Keras notes the default at the call: of its own RNN it is False."""
+
+    class Cell(keras.layers.Layer):
+        def __init__(self) -> None:
+            super().__init__(name="cell")
+            self.state_size, self.norm = 3, keras.layers.BatchNormalization(name="bn")
+
+        def build(self, shape: Any) -> None:
+            self.norm.build(shape)
+
+        def call(self, inputs: Any, states: Any, training: Any = None) -> Any:
+            state = self.norm(inputs, training=training)
+            return state, [state]
+
+    inputs = keras.Input((2, 3))
+    model = keras.Model(inputs, keras.layers.RNN(Cell(), name="rnn")(inputs))
+    assert found(model, "FL108") == []
+
+
 def test_written_training_mode_gives_two_answers() -> None:
     inputs = keras.Input((4,))
     outputs = keras.layers.BatchNormalization(name="bn")(inputs, training=True)

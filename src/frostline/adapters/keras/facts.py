@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -206,10 +207,16 @@ def _written_training(
     while at is not None:
         for node in nodes.get(id(at.layer), ()):
             written = node.arguments.kwargs.get("training")
-            if isinstance(written, bool):
+            if isinstance(written, bool) and written is not _unwritten_training(at.layer):
                 return written
         at = None if at.parent is None else by_path[at.parent]
     return None
+
+
+def _unwritten_training(layer: Any) -> Any:
+    """What Keras notes at a call that says nothing of ``training``: the default of ``call``."""
+    parameter = inspect.signature(layer.call).parameters.get("training")
+    return None if parameter is None else parameter.default
 
 
 def _values(place: Place, nodes: dict[int, list[Any]]) -> int | None:
