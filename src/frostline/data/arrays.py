@@ -5,6 +5,8 @@ Nothing here imports a framework: tensors become numpy by duck typing.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -77,6 +79,39 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
     return function(value)
+
+
+def owned(value: Any) -> Any:
+    """The same structure with memory of its own, so that its loader may write into what it gave.
+
+    What has no memory that can be written to, and what cannot be copied, stays as it is.
+    """
+    if isinstance(value, np.ndarray):
+        return np.array(value)
+    if callable(getattr(value, "clone", None)):
+        if not hasattr(value, "requires_grad"):
+            return value.clone()
+        # Off its tape: the copy is no step of a computation.
+        made = value.detach().clone()
+        return made.requires_grad_() if value.requires_grad else made
+    if type(value) in (list, tuple):
+        return type(value)(map(owned, value))
+    if hasattr(value, "_fields"):
+        return type(value)(*map(owned, value))
+    try:
+        if isinstance(value, Mapping):
+            made = copy.copy(value)
+            for key, item in value.items():
+                made[key] = owned(item)  # type: ignore[index]
+            return made
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            made = copy.copy(value)
+            for name, item in vars(value).items():
+                object.__setattr__(made, name, owned(item))
+            return made
+    except Exception:  # a class of its own that is not written to
+        return value
+    return value
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

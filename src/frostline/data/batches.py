@@ -28,6 +28,7 @@ from frostline.data.arrays import (
     is_sequence,
     leaves,
     map_leaves,
+    owned,
     shape_of,
     to_numpy,
 )
@@ -247,14 +248,18 @@ def _broken(error: Exception, data: Any) -> DataError:
 
 
 def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
-    """Pick the reader for the type of ``data``; yields what a loader yields, or ``Batch``."""
+    """Pick the reader for the type of ``data``; yields what a loader yields, or ``Batch``.
+
+    Code of a user's own may fill the same memory anew for each batch, and batches are read ahead
+    and kept here: each has memory of its own. Torch's collation makes new tensors anyway.
+    """
     if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__") or data is None:
         raise DataError(f"{_ACCEPTED} Received: {description(data)}")
     if _is_a(data, ("PyDataset", "Sequence"), "keras"):
         # Not iter(): it would never end, as items beyond the last one raise nothing.
         endless = _is_endless(data)
         indices = itertools.count() if endless else range(len(data))
-        return (_unpack(data[index], strict=True) for index in indices)
+        return (_unpack(owned(data[index]), strict=True) for index in indices)
     if _is_a(data, ("DatasetV2", "DistributedDataset"), "tensorflow"):
         return (_unpack(item, strict=True) for item in data)
     if _is_a(data, ("IterableDataset", "IterDataPipe"), "torch"):
@@ -262,7 +267,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     if _is_a(data, ("DataLoader",), "torch"):
         return _loaded(data)
     if _is_loader(data):
-        return iter(data)
+        return map(owned, data)
     if _is_indexed(data):
         return _grouped((data[index] for index in range(len(data))), batch_size)
     if isinstance(data, Batch):
@@ -276,7 +281,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     if _is_object(data):
         return iter([data])
     if hasattr(data, "__iter__"):
-        return iter(data)
+        return map(owned, data)
     raise DataError(f"{_ACCEPTED} Received: {description(data)}")
 
 
@@ -284,7 +289,10 @@ def _loaded(loader: Any) -> Iterator[Any]:
     """What a torch loader yields; its default collation makes lists of tuples' items."""
     own = getattr(loader.collate_fn, "__name__", "") == "default_collate"
     for item in loader:
-        yield tuple(item) if own and isinstance(item, list) else item
+        if own:
+            yield tuple(item) if isinstance(item, list) else item
+        else:
+            yield owned(item)
 
 
 def _grouped(items: Iterator[Any], batch_size: int) -> Iterator[Any]:

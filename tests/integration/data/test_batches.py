@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,40 @@ def test_reiterable() -> None:
     require_reiterable((X, Y), "diagnose")
     with pytest.raises(DataError, match=r"diagnose reads the data more than once.*generator"):
         require_reiterable((pair for pair in pairs()), "diagnose")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x, y: (x, y), lambda x, y: {"image": x, "more": [y]}, lambda x, y: Part(x, y)],
+    ids=["tuple", "mapping", "dataclass"],
+)
+def test_a_loader_may_fill_the_same_memory_for_each_batch(form: Any) -> None:
+    x, y = np.empty((4, 3)), np.empty(4)
+    item = form(x, y)
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            for number in range(3):
+                x[:], y[:] = number, 10 * number
+                yield item
+
+    wholes = [batch.whole for batch in batches(Loader())]
+    held = [[float(leaf.flat[0]) for leaf in _arrays(whole)] for whole in wholes]
+    assert held == [[0, 0], [1, 10], [2, 20]]
+    assert all(type(whole) is type(item) for whole in wholes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A batch as a library's own class."""
+
+    x: Any
+    y: Any
+    shape: tuple[int, ...] = (4,)
+
+
+def _arrays(whole: Any) -> list[Any]:
+    return [whole.x, whole.y] if isinstance(whole, Part) else [a for _, a in leaves(whole)]
 
 
 def test_empty_batches_in_the_middle_are_skipped() -> None:

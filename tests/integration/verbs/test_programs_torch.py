@@ -735,3 +735,26 @@ def test_a_step_that_calls_train_is_asked_at_inference_all_the_same() -> None:
     assert found == pytest.approx(sum(wanted) / 3, rel=1e-5)
     assert net.training
     assert "train" not in vars(net)
+
+
+def test_a_loader_that_fills_one_buffer_is_seen_as_its_loop_sees_it() -> None:
+    held = [(inputs(shift), torch.full((16,), shift % 3)) for shift in range(4)]
+
+    class Loader:
+        def __init__(self) -> None:
+            self.x, self.y = torch.empty(16, 4), torch.empty(16, dtype=torch.long)
+
+        def __iter__(self) -> Any:
+            for x, y in held:
+                self.x.copy_(x)
+                self.y.copy_(y)
+                yield self.x, self.y
+
+    torch.manual_seed(0)
+    net, loss = layers(), nn.CrossEntropyLoss()
+    with torch.no_grad():
+        losses = [float(loss(net.eval()(x), y)) for x, y in Loader()]
+    assert fl.phases(net, Loader(), loss=loss)["0"].loss == pytest.approx(sum(losses) / 4)
+    fl.recalibrate(net, Loader())
+    seen = net[0](torch.cat([x for x, _ in held]))
+    torch.testing.assert_close(net[1].running_mean, seen.mean(0), rtol=1e-5, atol=1e-6)
