@@ -235,7 +235,8 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
         return None
     if len(found.uses) > 1:
         apart = _uses_apart(found.uses)
-        if apart > FAR:
+        # An average over all uses lies between them; what lies elsewhere is off for another reason.
+        if apart > FAR and case.mismatch(path) <= 2 * apart:
             return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
     if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet

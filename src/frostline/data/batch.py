@@ -167,8 +167,14 @@ def described(batch: Batch) -> str:
     return type(value).__name__
 
 
-def failure(error: Exception, batch: Batch) -> ModelError:
-    """What a user's model, loss or step raised on a batch, as one of our errors."""
+def failure(error: Exception, batch: Batch, *, step: bool = False) -> ModelError:
+    """What a user's model, loss or (with ``step``) step raised on a batch, as one of our errors."""
+    if step:
+        return ModelError(
+            f"the step fails on a batch as the data give it: {first_line(error).rstrip('.')}. It "
+            "is called as step(model, batch), must not train the model, and returns the loss; call "
+            f"it by hand on one batch to see where. Received: a batch of {described(batch)}"
+        )
     return ModelError(
         f"the model or its loss fails on a batch as the data give it: {first_line(error)}. "
         "Where the model takes a batch in its own way, pass step=, a function (model, batch) "

@@ -16,7 +16,7 @@ from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.graph.selection import GROUPS
 from frostline.measure.judged import infer_task, judge, outside_unit
-from frostline.measure.recalibration import FiniteBatches, measured
+from frostline.measure.recalibration import ReadBatches, measured
 from frostline.measure.samples import Samples
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
@@ -342,7 +342,7 @@ class Bench:
         meter = self.meter()
         restore = meter.snapshot()
         try:
-            source = FiniteBatches(list(self.batches), self.batch_size)
+            source = ReadBatches(list(self.batches), self.batch_size)
             found = measured(meter, chosen, source, memory_limit=WAITING)
         finally:
             restore()

@@ -65,7 +65,8 @@ def pooled(
     mine: list[Any] = [[], 0, 0]
     try:
         found = draw(data, max_samples=max_samples, batch_size=batch_size, seed=seed + ranks.rank,
-                     labels=False, whole=whole, inputs=inputs)  # fmt: skip
+                     labels=False, whole=whole, inputs=inputs,
+                     finite=lambda batch: np.ones(len(batch), bool))  # fmt: skip
         counted = [[batch.given, batch.count or 1] for batch in found.batches]
         mine = [counted, found.read, found.natural]
     except NoSamplesError:

@@ -205,7 +205,7 @@ def recalibrated(
     """
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
-    source = FiniteBatches(
+    source = ReadBatches(
         data, batch_size, max_samples=max_samples, may_be_empty=ranks.size > 1, inputs=inputs
     )
     before = {path: meter.stored(path) for path in paths}
@@ -229,7 +229,7 @@ def recalibrated(
     if unused:
         shown = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
         notes.append(f"left alone: {len(unused)} BN layer(s) that inference does not use ({shown})")
-    samples, count, skipped = _read_by_all(ranks, source, {**source.skipped, **found.skipped})
+    samples, count, skipped = _read_by_all(ranks, source, source.reasons(found.skipped))
     if ranks.size > 1:
         notes.append(f"merged over {ranks.size} processes; all end with the same statistics")
     return Recalibration(
@@ -250,7 +250,7 @@ def recalibrated(
 def measured(
     meter: Meter,
     paths: Sequence[str],
-    source: FiniteBatches,
+    source: ReadBatches,
     *,
     method: Method = "sequential",
     memory_limit: int = MEMORY_LIMIT,
@@ -258,7 +258,7 @@ def measured(
     """Population moments of chosen sites; statistics may be stored on the way.
 
     Raises:
-        DataError: No finite batch, or a site that saw no value.
+        DataError: No batch that is finite at the sites, or a site that saw no value.
         ModelError: No chosen site is used.
     """
     if method == "batch":
@@ -279,8 +279,12 @@ def measured(
     return found
 
 
-class FiniteBatches:
-    """Batches without NaN or infinite values, and what was read so far."""
+class ReadBatches:
+    """Batches, and what was read of them so far.
+
+    What is NaN or infinite in a batch may be padding that the model masks: whether the batch is
+    left out is seen at the sites.
+    """
 
     def __init__(
         self,
@@ -294,17 +298,20 @@ class FiniteBatches:
         self.data, self.batch_size, self._max_samples = data, batch_size, max_samples
         self._may_be_empty, self._inputs = may_be_empty, inputs
         self.sizes: dict[int, int] = {}
-        self.skipped: dict[int, str] = {}
+        self._broken: dict[int, str] = {}
 
     def read(self) -> Iterator[tuple[int, Batch]]:
-        """Finite batches with their numbers."""
+        """Batches with their numbers."""
         for number, batch in enumerate(self._batches()):
             self.sizes[number] = batch.count or 1
             name = _not_finite(batch)
-            if name is None:
-                yield number, batch
-            else:
-                self.skipped[number] = f"x{name} has NaN or infinite values"
+            if name is not None:
+                self._broken[number] = f"x{name} has NaN or infinite values"
+            yield number, batch
+
+    def reasons(self, skipped: Mapping[int, str]) -> dict[int, str]:
+        """Why batches were left out: what they hold themselves says more than what a site saw."""
+        return {number: self._broken.get(number, why) for number, why in skipped.items()}
 
     def _batches(self) -> Iterator[Batch]:
         try:
@@ -326,8 +333,8 @@ class FiniteBatches:
         """Why there is nothing to store."""
         if not self.sizes:
             return "The data hold no samples, here or on any other rank. The model is unchanged."
-        reasons = {**self.skipped, **late}
-        shown = "; ".join(f"batch {number}: {why}" for number, why in list(reasons.items())[:3])
+        reasons = list(self.reasons(late).items())
+        shown = "; ".join(f"batch {number}: {why}" for number, why in reasons[:3])
         return (
             f"none of the {len(self.sizes)} batches is finite, so there is nothing to store "
             f"({shown}). The model is unchanged."
@@ -335,7 +342,7 @@ class FiniteBatches:
 
 
 def _read_by_all(
-    ranks: Together, source: FiniteBatches, skipped: Mapping[int, str]
+    ranks: Together, source: ReadBatches, skipped: Mapping[int, str]
 ) -> tuple[int, int, dict[int, str]]:
     """Samples and batches of all ranks, and what was skipped, numbered through in their order."""
     samples = sum(size for number, size in source.sizes.items() if number not in skipped)

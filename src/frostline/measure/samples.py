@@ -8,7 +8,7 @@ never cut: a loader's dataset and collate function make others, or they are take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,6 +97,7 @@ def draw(
     labels: bool = True,
     whole: bool = False,
     inputs: int = 1,
+    finite: Callable[[Batch], Array] | None = None,
 ) -> Samples:
     """Draw samples at random, mix them and cut them into batches of one size.
 
@@ -119,6 +120,8 @@ def draw(
         labels: Raise where there are none.
         whole: Keep what a batch holds beside inputs, labels and weights.
         inputs: So many first items of a longer batch are inputs.
+        finite: Which samples the model makes finite numbers of, shape ``(n,)``: it may mask inputs
+            that are not. ``None``: of finite inputs.
 
     Returns:
         The samples.
@@ -162,7 +165,7 @@ def draw(
             return _as_they_come(held, stream, max_samples, notes)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
-    mixed, broken = _sound(kept.mixed())
+    mixed, broken = _sound(kept.mixed(), finite)
     notes += broken
     if read >= limit and not _is_arrays(data):
         notes.append(f"only the first {read:,} samples of the data were read")
@@ -240,8 +243,8 @@ def _collated(
     )
 
 
-def _sound(whole: Batch) -> tuple[Batch, list[str]]:
-    """The samples whose inputs are finite numbers, and a note on the others.
+def _sound(whole: Batch, finite: Callable[[Batch], Array] | None = None) -> tuple[Batch, list[str]]:
+    """The samples that are finite numbers, as inputs or for the model, and a note on the others.
 
     One that is not spoils the statistics of its whole batch. Where all are of that kind they stay.
     """
@@ -249,6 +252,9 @@ def _sound(whole: Batch) -> tuple[Batch, list[str]]:
     for _, leaf in leaves(whole.x):
         if leaf.dtype.kind == "f":
             sound &= np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
+    if finite is not None and not sound.all():
+        rows = np.flatnonzero(~sound)
+        sound[rows] = finite(take(whole, rows))
     broken = int((~sound).sum())
     if not broken:
         return whole, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def make_bench(
         labels=False,
         whole=step is not None,
         inputs=adapter.inputs(),
+        finite=partial(finite_samples, adapter, step),
     )
     labels = None if step is not None else _numbers([batch.y for batch in samples.batches])
     given = loss is not None or step is not None or _is_compiled(adapter)
@@ -103,6 +105,39 @@ def make_bench(
         noisy=bool(adapter.noise_layers()),
     )
     return bench, behaviour, [*samples.notes, *judge.notes, *_few_units(bench)]
+
+
+def finite_samples(adapter: Adapter, step: Any, batch: Batch) -> Array:
+    """Which samples the model makes finite numbers of at its sites and outputs, shape ``(n,)``.
+
+    None where the model does not take them alone, or where what they share is not finite.
+    """
+    none = np.zeros(len(batch), dtype=bool)
+    condition = Condition(0.0, record=True)
+    try:
+        forward, _ = _forward(adapter, step=step)
+        if step is None:
+            outputs, seen = forward.outputs(batch, condition)
+        else:
+            outcome = forward.outcome(batch, condition)
+            outputs, seen = outcome.losses, outcome.moments
+    except Exception:
+        return none
+    sound = ~none
+    for _, leaf in leaves(outputs):
+        if leaf.dtype.kind not in "fc":
+            continue
+        if len(leaf) != len(batch):
+            if not np.isfinite(leaf).all():
+                return none
+            continue
+        sound &= np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)
+    if sound.all():
+        return sound if all(moments.finite for moments in seen.values()) else none
+    kept = np.flatnonzero(sound)
+    if len(kept):
+        sound[kept] = finite_samples(adapter, step, take(batch, kept))
+    return sound
 
 
 #: Snake-case name of a loss and its ``from_logits``; ``None``: not known.

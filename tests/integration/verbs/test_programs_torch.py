@@ -23,6 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import frostline as fl
+from frostline.adapters.protocol import Condition
+from frostline.adapters.torch.blend import TorchForward
+from frostline.data.batch import Batch
 
 
 def layers(given: int = 4, out: int = 3) -> nn.Module:
@@ -193,22 +196,90 @@ def test_frozen_it_is_seen_to_stay_and_thawed_it_is_named(program: Program) -> N
     fl.assert_frozen(program.model, data=program.data, step=program.step)
 
 
-def test_a_step_that_trains_is_refused_and_changes_nothing() -> None:
+def by_optimizer(net: Any, batch: Any) -> Any:
+    loss = F.mse_loss(net(batch), batch)
+    loss.backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    return loss
+
+
+def by_hand(net: Any, batch: Any) -> Any:
+    loss = F.mse_loss(net(batch), batch)
+    parameters = list(net.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.data -= 0.1 * gradient
+    return loss
+
+
+@pytest.mark.parametrize("step", [by_optimizer, by_hand])
+def test_a_step_that_trains_is_refused_and_changes_nothing(step: Any) -> None:
     torch.manual_seed(0)
     net, x = layers(out=4), inputs(0)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-
-    def step(net: Any, batch: Any) -> Any:
-        loss = F.mse_loss(net(batch), batch)
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    net[0].bias.grad = torch.ones(8)
     before = state(net)
     for verb in (fl.phases, fl.diagnose, fl.recalibrate):
-        with pytest.raises(fl.ModelError, match="does not require grad"):
+        with pytest.raises(fl.ModelError, match="the step trains the model"):
             verb(net, [x, x], step=step)
         assert same(before, state(net))
+        assert net[0].weight.grad is None
+        assert torch.equal(net[0].bias.grad, torch.ones(8))
+
+
+def adapted(net: Any, batch: Any, gradients: Any, buffers: Any) -> Any:
+    """Loss of the second half after a step on the first one, as MAML takes it."""
+    x, y = batch
+    fast = {name: value - 0.02 * gradients[name] for name, value in net.named_parameters()}
+    return F.cross_entropy(torch.func.functional_call(net, (fast, buffers), x[8:]), y[8:])
+
+
+def maml(net: Any, batch: Any) -> Any:
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    loss = F.cross_entropy(net(batch[0][:8]), batch[1][:8])
+    found = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+    return adapted(net, batch, dict(zip(named, found, strict=True)), {})
+
+
+def functional_maml(net: Any, batch: Any) -> Any:
+    def loss(named: Any, buffers: Any) -> Any:
+        out = torch.func.functional_call(net, (named, buffers), batch[0][:8])
+        return F.cross_entropy(out, batch[1][:8])
+
+    def lent() -> Any:
+        return {name: value.clone() for name, value in net.named_buffers()}
+
+    return adapted(net, batch, torch.func.grad(loss)(dict(net.named_parameters()), lent()), lent())
+
+
+@pytest.mark.parametrize("step", [maml, functional_maml])
+def test_a_step_with_an_inner_update_is_asked_with_gradients(step: Any) -> None:
+    torch.manual_seed(0)
+    net, data = layers(), classes()
+    net[1].running_mean.fill_(-9.0)
+    before, flags = state(net), [p.requires_grad for p in net.parameters()]
+    table = fl.phases(net, data, step=step)
+    for phase in (0, 1):
+        twin = copy.deepcopy(net).train(bool(phase))
+        losses = [float(step(twin, batch).detach()) for batch in data]
+        assert table[str(phase)].loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        forward = TorchForward(net, None, loss=None, step=step)  # λ reaches lent buffers, too
+        found = [
+            forward.outcome(Batch(batch[0], batch[1], whole=batch), Condition(phase, record=True))
+            for batch in data
+        ]
+        assert [float(each.losses[0]) for each in found] == pytest.approx(losses, rel=1e-5)
+        assert all("1" in each.moments for each in found)
+    assert same(before, state(net))
+    assert flags == [p.requires_grad for p in net.parameters()]
+    assert all(parameter.grad is None for parameter in net.parameters())
+    if step is maml:  # the other one normalises with copies alone
+        net[1].reset_running_stats()
+        fl.recalibrate(net, data, step=step)
+        seen: list[Any] = []
+        hook = net[1].register_forward_hook(lambda _, given, __: seen.append(given[0].detach()))
+        for batch in data:
+            step(net.eval(), batch)
+        hook.remove()
+        torch.testing.assert_close(net[1].running_mean, torch.cat(seen).mean(0))
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -758,3 +829,44 @@ def test_a_loader_that_fills_one_buffer_is_seen_as_its_loop_sees_it() -> None:
     fl.recalibrate(net, Loader())
     seen = net[0](torch.cat([x for x, _ in held]))
     torch.testing.assert_close(net[1].running_mean, seen.mean(0), rtol=1e-5, atol=1e-6)
+
+
+class Masks(nn.Module):
+    """Takes rows that are padded with NaN, and normalises what is left of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = layers(out=8)[:3], nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        there = torch.isfinite(x).all(-1)
+        rows = self.body(x[there])
+        sums = x.new_zeros(*there.shape, 8).masked_scatter(there[..., None], rows).sum(1)
+        return self.head(sums / there.sum(1, keepdim=True).clamp(min=1))
+
+
+def test_padding_that_the_model_masks_is_no_broken_input() -> None:
+    torch.manual_seed(0)
+    net, data = Masks(), []
+    for shift in range(4):
+        x = torch.randn(16, 5, 4) + shift
+        for row in range(16):
+            x[row, 1 + row % 5 :] = float("nan") if row % 2 else float("-inf")
+        data.append((x, torch.arange(16) % 3))
+    seen: list[Any] = []
+    hook = net.body[1].register_forward_hook(lambda _, given, __: seen.append(given[0].detach()))
+    for x, _ in data:
+        net.eval()(x)
+    hook.remove()
+    report = fl.diagnose(net, data, loss=nn.CrossEntropyLoss())
+    assert report.measurement.samples == 64
+    assert not report.measurement.probes["inference"].broken
+    done = fl.recalibrate(net, data)
+    assert "skipped" not in str(done)
+    torch.testing.assert_close(net.body[1].running_mean, torch.cat(seen).mean(0))
+    net.body[1].momentum = None  # a sample that it does not mask is left out, with its batch
+    spoilt = [(x.nan_to_num(neginf=0.0), y) for x, y in data]
+    net.forward = lambda x: net.head(net.body(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+    spoilt[0][0][3, 0, 0] = float("nan")
+    assert fl.diagnose(net, spoilt, loss=nn.CrossEntropyLoss()).measurement.samples < 64
+    assert "batch 0: x has NaN or infinite values" in str(fl.recalibrate(net, spoilt))

@@ -77,7 +77,8 @@ class Chain:
             x, seen = batch.x, {}
             for path in self.paths:
                 seen[path] = [Moments.of(x)]
-                x = np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON) + 1, 0)
+                with np.errstate(invalid="ignore"):  # of a batch that is not finite
+                    x = np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + EPSILON) + 1, 0)
             return seen
 
         return run

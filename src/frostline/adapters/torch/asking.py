@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
-from frostline.adapters.torch.tensors_kept import tensors_kept
+from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch, failure
 from frostline.types import DataError, FrostlineError, ModelError
@@ -47,7 +47,7 @@ def call(
     Raises:
         ModelError: The module or the step fails.
     """
-    with _told(batch):
+    with _told(batch, step):
         if step is not None:
             with _mode_held(root):
                 return step(root, move(batch.given))
@@ -79,44 +79,92 @@ def _mode_held(root: Any) -> Iterator[None]:
 
 
 def with_gradients(step: Any, problem: BaseException | None) -> Any:
-    """The step with gradients where that is what it lacked, as a gradient penalty does; else None.
+    """The step with gradients where that is what it lacked; ``None``: something else is wrong.
 
-    Parameters of the model need none there, so that nothing but what the step asks for is recorded,
-    and a step that trains still fails.
+    At first the parameters of the model need none, so that nothing but what the step asks for is
+    recorded (a gradient penalty); then theirs, too (an inner update, as MAML makes it).
 
     Args:
         step: ``step(model, batch)``, run without gradients so far.
         problem: What it raised; its causes count as well.
     """
-    while problem is not None and "does not require grad" not in str(problem):
+    while problem is not None and not any(text in str(problem) for text in _LACKS_GRADIENTS):
         problem = problem.__cause__
-    if step is None or problem is None or isinstance(step, _WithGradients):
+    if step is None or problem is None:
         return None
-    return _WithGradients(step)
+    if not isinstance(step, WithGradients):
+        return WithGradients(step)
+    return None if step.of_parameters else WithGradients(step.step, of_parameters=True)
 
 
-class _WithGradients:
-    """A step that runs with gradients; the caller puts the flags of parameters back."""
+#: What torch says where a gradient is asked for of what needs none.
+_LACKS_GRADIENTS = ("does not require grad", "`inputs` argument to `grad()` cannot be empty")
 
-    def __init__(self, step: Any) -> None:
-        self._step = step
+
+class WithGradients:
+    """A step that runs with gradients; the caller puts the flags of parameters back.
+
+    Args:
+        step: ``step(model, batch)``.
+        of_parameters: Parameters need them as they do in the user's training.
+    """
+
+    def __init__(self, step: Any, *, of_parameters: bool = False) -> None:
+        self.step, self.of_parameters = step, of_parameters
+        #: Parameter -> its value before the first call.
+        self._values: dict[Any, Any] = {}
 
     def __call__(self, root: Any, batch: Any) -> Any:
-        for parameter in root.parameters():
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            return self._step(root, batch)
+        """What the step returns."""
+        if not self.of_parameters:
+            for parameter in root.parameters():
+                parameter.requires_grad_(False)
+        with self._untrained(root), torch.enable_grad():
+            return self.step(root, batch)
+
+    @contextmanager
+    def _untrained(self, root: Any) -> Iterator[None]:
+        """Refuse a step that hands gradients to the parameters, or moves them; put them back."""
+        parameters = [p for p in root.parameters() if self.of_parameters and p.requires_grad]
+        for parameter in parameters:
+            self._values.setdefault(parameter, parameter.detach().clone())
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
+
+        def back() -> None:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+        with taken_back(back), ExitStack() as hooks:
+            for parameter in parameters:
+                parameter.grad = None
+                hook = parameter.register_post_accumulate_grad_hook(_refuse)
+                hooks.callback(hook.remove)
+            yield
+        moved = [p for p in parameters if not same_values(p.detach(), self._values[p])]
+        for parameter in moved:
+            parameter.data.copy_(self._values[parameter])
+        if moved:
+            _refuse()
+
+
+def _refuse(*_: Any) -> None:
+    raise ModelError(
+        "the step trains the model, and a step that is looked at must only compute the loss: leave "
+        "backward() and the optimizer out, as in step=lambda model, batch: loss. An inner update "
+        "goes to tensors of its own (torch.autograd.grad and torch.func.functional_call). "
+        "Received: a step that gives the model's parameters gradients or other values"
+    )
 
 
 @contextmanager
-def _told(batch: Batch) -> Iterator[None]:
+def _told(batch: Batch, step: Any) -> Iterator[None]:
     """Make what a user's code raises on a batch one of our errors."""
     try:
         yield
     except FrostlineError:
         raise
     except Exception as error:
-        raise failure(error, batch) from error
+        raise failure(error, batch, step=step is not None) from error
 
 
 def _called(root: Any, batch: Batch, move: Callable[[Any], Any], targets: bool) -> Any:
@@ -203,6 +251,11 @@ class Question:
         self._module = loss if isinstance(loss, nn.Module) else None
         # Whether a loss of single samples is the loss of the batch.
         self._sliced: bool | None = False if whole else None
+
+    @property
+    def of_parameters(self) -> bool:
+        """Whether the step needs gradients of the model's parameters."""
+        return isinstance(self._step, WithGradients) and self._step.of_parameters
 
     def may_differentiate(self, problem: Exception) -> bool:
         """Whether the step runs with gradients from now on, since it failed without them."""

@@ -67,13 +67,16 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     for number, batch in enumerate(batches):
         given = Batch(*batch) if isinstance(batch, tuple) else batch
         for training in weights:
-            try:
-                pass_over(given, number, step, training=training)
-            except ModelError as error:
-                step = with_gradients(step, error)
-                if step is None:
-                    raise
-                pass_over(given, number, step, training=training)
+            while True:
+                try:
+                    pass_over(given, number, step, training=training)
+                except ModelError as error:
+                    more = with_gradients(step, error)
+                    if more is None:
+                        raise
+                    step = more
+                else:
+                    break
     foreign = [
         path
         for path, seen in weights[True].items()

@@ -182,8 +182,9 @@ class TorchForward:
         self, how: Callable[[Call], Any], number: int, *, quiet: bool = False
     ) -> Iterator[Any]:
         with untouched(self.model, number=number) as root:
-            for parameter in root.parameters():
-                parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
+            if not self._question.of_parameters:
+                for parameter in root.parameters():
+                    parameter.requires_grad_(False)  # the graph then holds what depends on λ alone
             with answered(self._sites, how, quiet=quiet):
                 yield root
 

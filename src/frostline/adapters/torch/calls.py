@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -116,7 +117,7 @@ class Call:
             mean, variance = torch.batch_norm_update_stats(*given)
         else:
             mean, variance = shifted_statistics(self.wide.detach())
-        return kind(count, mean.cpu().numpy(), variance.cpu().numpy() * count)
+        return kind(count, _numbers(mean), _numbers(variance) * count)
 
     def with_statistics(self, mean: Any, variance: Any) -> Any:
         """Normalise with these, as inference does; not differentiable in them."""
@@ -185,6 +186,12 @@ class SampleMoments(Moments):
         return SampleMoments(count, mean, self.m2 + other.m2)
 
 
+def _numbers(values: Any) -> Any:
+    """An array, float64; what ``torch.func.grad`` has wrapped has values and no memory."""
+    wrapped = torch._C._functorch.is_gradtrackingtensor(values)
+    return np.array(values.tolist()) if wrapped else values.cpu().numpy()
+
+
 class Calls(TorchFunctionMode):  # type: ignore[misc]
     """While it is entered, every normalising call in this thread is answered by ``answer``.
 
@@ -205,10 +212,11 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._made, self._quiet = made, quiet
+        self._sites = {path: m for path, m in sites.items() if not is_frozen_kind(m)}
         self._paths = {
             id(mean): path
-            for path, module in sites.items()
-            if (mean := _own_mean(module)) is not None and not is_frozen_kind(module)
+            for path, module in self._sites.items()
+            if (mean := _own_mean(module)) is not None
         }
         self._answer = answer
 
@@ -241,6 +249,14 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             self._made(result)
         return result
 
+    def _lent(self, mean: Any) -> str | None:
+        """The site that holds this tensor for the time being, as in ``functional_call``."""
+        if torch._C._functorch.is_batchedtensor(mean):  # of several models at once
+            return None
+        return next(
+            (path for path, module in self._sites.items() if _own_mean(module) is mean), None
+        )
+
     def _normalised(self, function: Any, args: Any, kwargs: Any) -> Any:
         names, single = _FUNCTIONS[function]
         run = functools.partial(function, *args, **kwargs)
@@ -250,7 +266,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             given.pop(unused, None)
         mean = given.get("mean")
         given["training"] = mean is None or bool(given.get("training", single))
-        path = _running.site if mean is None else self._paths.get(id(mean))
+        path = _running.site if mean is None else self._paths.get(id(mean)) or self._lent(mean)
         return self._answer(Call(path=path, single=single, run=run, **given))
 
 

@@ -319,7 +319,9 @@ def test_what_the_users_code_raises_is_one_of_our_errors() -> None:
     def fails(*_: Any) -> Any:
         raise KeyError("image")
 
-    with pytest.raises(ModelError, match=r"KeyError: 'image'.*pass step="):
+    with pytest.raises(
+        ModelError, match=r"the step fails.*KeyError: 'image'\. It is called as step"
+    ):
         fl.phases(body(), (X, Y), step=fails)
     with pytest.raises(ModelError, match="pass step="):
         fl.recalibrate(Two(), [(IMAGES,), (IMAGES,)])
