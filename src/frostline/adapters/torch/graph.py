@@ -39,7 +39,7 @@ _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
 def unwrapped(model: Any) -> Any:
     """The module inside of `torch.compile`, DataParallel and DistributedDataParallel.
 
-    Of a TorchScript program, the module that reads it.
+    Of a TorchScript program, the module that reads it, also inside of another module.
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
@@ -48,7 +48,7 @@ def unwrapped(model: Any) -> Any:
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            return script.read(model) if script.is_program(model) else model
+            return script.read(model) if script.is_program(model) else script.host(model)
 
 
 def is_site(module: Any) -> bool:

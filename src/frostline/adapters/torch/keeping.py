@@ -111,7 +111,7 @@ def _given_pair(call: ast.Call) -> tuple[str, str] | None:
 def _named_pairs(module: Any) -> list[tuple[str, str]]:
     own, buffers = getattr(module, "__dict__", {}), getattr(module, "_buffers", None) or {}
     # Of most modules nothing is called so, and this is asked of each of them again and again.
-    if not any("mean" in name for holder in (buffers, own) for name in holder):
+    if not any("mean" in name for holder in (buffers, own) for name in holder.keys()):  # noqa: SIM118
         return []
     found = []
     tensors = tensors_of(module)

@@ -30,7 +30,10 @@ from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
 #: Classes whose subclasses, a convolution that pads in its own way for example, are one call.
-_ONE_CALL = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)
+_ONE_CALL: tuple[Any, ...] = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention,
+    torch.jit.ScriptModule,  # one that cannot be read
+)  # fmt: skip
 Modes = Mapping[Any, bool]
 
 

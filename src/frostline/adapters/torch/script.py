@@ -70,6 +70,9 @@ class _Bond:
     modes: list[bool]
 
 
+#: Module that holds programs -> its twin, which holds their readings; and back.
+_TWINS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_HOSTS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 #: Root of a reading -> its program, while both are there.
 _PROGRAMS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
@@ -115,8 +118,57 @@ def is_fixed(module: Any) -> bool:
     return _FIXED in getattr(module, "__dict__", ())
 
 
+def host(model: Any) -> Any:
+    """A module in which readings stand in the place of the programs that it holds.
+
+    It is the module itself where it holds none, and else always the same twin: it has the module's
+    own parameters, buffers and other parts, and is one of its class. A program that cannot be read
+    stays where it is.
+    """
+    if not any(map(is_program, model.modules())):
+        return model
+    return _hosted(model)
+
+
+def _hosted(module: Any) -> Any:
+    if is_program(module):
+        return module if why_unreadable(module) else read(module)
+    parts = {name: part and _hosted(part) for name, part in module._modules.items()}
+    twin = _TWINS.get(module)
+    if twin is None:
+        if all(part is module._modules[name] for name, part in parts.items()):
+            return module
+        twin = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        _TWINS[module], _HOSTS[twin] = twin, weakref.ref(module)
+    vars(twin)["_modules"] = parts
+    return twin
+
+
+def hosted_by(root: Any) -> Any | None:
+    """The module that a twin stands for; ``None`` for any other module."""
+    held = _HOSTS.get(root)
+    return None if held is None else held()
+
+
 def brought_up(root: Any) -> None:
-    """Let a reading have the tensors and modes that its program has now."""
+    """Let a reading have the tensors and modes that its program has now, and a twin its parts."""
+    known = hosted_by(root)
+    if known is None:
+        _program_brought_up(root)
+        return
+    _hosted(known)
+    for part in root.modules():
+        if (own := hosted_by(part)) is not None:
+            # Its parts are its own, and what runs it for the time being.
+            kept = {key: vars(part)[key] for key in ("_modules", "forward") if key in vars(part)}
+            given = {key: value for key, value in vars(own).items() if key != "forward"}
+            vars(part).clear()
+            vars(part).update({**given, **kept})
+        _program_brought_up(part)
+
+
+def _program_brought_up(root: Any) -> None:
     program = program_of(root)
     if program is None:
         return
@@ -134,10 +186,20 @@ def brought_up(root: Any) -> None:
 
 
 def handed_on(root: Any) -> None:
-    """Let a program have the modes of its reading; nothing for any other module.
+    """Let programs have the modes of their readings; nothing for any other module.
 
     A part that is locked stays in inference: its ``train()`` does not reach it.
     """
+    if hosted_by(root) is None:
+        _program_handed_on(root)
+        return
+    for part in root.modules():
+        if (own := hosted_by(part)) is not None:
+            own.training = part.training
+        _program_handed_on(part)
+
+
+def _program_handed_on(root: Any) -> None:
     program = program_of(root)
     if program is None:
         return
@@ -159,14 +221,14 @@ def _stays(self: Any, mode: bool = True) -> Any:  # noqa: ARG001 - any mode is i
 
 
 def entrances(root: Any) -> dict[Any, Callable[..., Any]]:
-    """The program of a reading with a ``forward`` that runs the reading; empty for others."""
+    """What a reading or a twin stands for, with a ``forward`` that runs it; empty for others."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         brought_up(root)
         return root(*args, **kwargs)
 
-    program = program_of(root)
-    return {} if program is None else {program: forward}
+    own = program_of(root) or hosted_by(root)
+    return {} if own is None else {own: forward}
 
 
 # --- modules --------------------------------------------------------------------------------------

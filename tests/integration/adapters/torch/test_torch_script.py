@@ -273,3 +273,78 @@ def test_a_head_that_was_not_traced() -> None:
     torch.testing.assert_close(traced.norm.running_mean, x.mean((0, 2, 3)))
     fl.freeze(traced)
     assert not any(parameter.requires_grad for parameter in traced.parameters())
+
+
+class Around(nn.Module):
+    """A plain module around a program."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 2)
+        self.inner = nn.ModuleDict({"body": made(body)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.inner["body"](x)).mean([2, 3]))
+
+
+def batches_of_two_classes() -> list[Any]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, 3, 6, 6) + shift, torch.arange(8) % 2) for shift in range(3)]
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced at inference"])
+def test_a_program_inside_of_a_module_is_asked_as_its_module(how: str) -> None:
+    def made(body: Any) -> Any:
+        if how == "scripted":
+            return torch.jit.script(body)
+        return torch.jit.trace(body.eval(), torch.randn(4, 3, 6, 6))
+
+    net, plain, data = Around(made), Around(lambda body: body), batches_of_two_classes()
+    program = net.inner["body"]
+    loss, x = nn.CrossEntropyLoss(), torch.cat([x for x, _ in data])
+    assert [site.path for site in fl.sites(net)] == ["norm", "inner/body/1"]
+    if how != "scripted":
+        fl.freeze(plain.inner["body"])
+    for phase in "01":
+        mine, wanted = (fl.phases(each, data, loss=loss)[phase].loss for each in (net, plain))
+        assert mine == pytest.approx(wanted, rel=1e-6)
+    for each in (net, plain):
+        fl.recalibrate(each, data)
+    wanted = plain.state_dict()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6)
+    assert net.inner["body"] is program
+    torch.testing.assert_close(fl.fold(net)(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+    fl.freeze(net.inner["body"])
+    before = copy.deepcopy({name: t for name, t in net.state_dict().items() if "inner" in name})
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    cached = fl.cached(net.train(), data)
+    for _ in range(3):
+        for inputs, labels in cached:
+            optimizer.zero_grad()
+            loss(net(inputs), labels).backward()
+            optimizer.step()
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    fl.freeze(net)
+    fl.assert_frozen(net, data=data)
+    if how == "scripted":
+        fl.unfreeze(net)
+        net.train()(x)
+        assert not torch.equal(net.state_dict()["inner.body.1.running_mean"],
+                               before["inner.body.1.running_mean"])  # fmt: skip
+
+
+def test_a_program_that_cannot_be_read_is_named_and_not_acquitted() -> None:
+    net = Around(lambda body: torch.jit.trace(body, torch.randn(4, 3, 6, 6)))
+    data = batches_of_two_classes()
+    assert [site.path for site in fl.sites(net)] == ["norm"]
+    report = fl.diagnose(net, data, loss=nn.CrossEntropyLoss())
+    assert "'inner/body/1'" in report.verdict
+    assert not report.verdict.startswith("not BN")
+    assert "'inner/body/1'" in str(fl.freeze(net))
+    with pytest.raises(fl.NotFrozenError, match="inner/body/1"):
+        fl.assert_frozen(net, data=data)
+    x = data[0][0]
+    torch.testing.assert_close(fl.fold(net)(x), net.eval()(x), rtol=1e-4, atol=1e-5)
