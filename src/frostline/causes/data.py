@@ -39,6 +39,9 @@ RENAMED = 0.3
 #: A renaming must fit better than this many shuffles of the labels.
 SHUFFLES = 20
 
+#: A class that is given to so large a share of the samples is given to all of them.
+ALIKE = 0.95
+
 #: Steps after which a network that can learn has left chance.
 SOME_STEPS = 50
 
@@ -521,6 +524,13 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
     if not (confident or trained_well or fine or (case.steps or 0) >= SOME_STEPS):
         return
     text = f"accuracy is {now:.1%} in every phase, as by guessing ({chance:.1%})"
+    if not (trained_well or fine) and (not confident or _answers_alike(case)):
+        few = case.few_values(known.batch_size)
+        if few:
+            yield _learned_nothing(case, text, few)
+            return
+        if confident:  # one answer to all is no answer of other samples
+            return
     if confident:
         text += f", with {number(lowest / guessing)} times the loss of guessing"
     if trained_well:
@@ -535,6 +545,35 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
         certainty="is" if settled else "may",
         evidence={"accuracy": now, "chance": chance, "loss": lowest},
         settle=None if settled else "the history of training, or validation data",
+    )
+
+
+def _answers_alike(case: Case) -> bool:
+    """Nearly all samples are given one class, so that the answer is that of no sample."""
+    confusion = case.measurement.confusion
+    if confusion is None or not confusion.sum():
+        return False
+    return bool(confusion.sum(axis=0).max() >= ALIKE * confusion.sum())
+
+
+def _learned_nothing(case: Case, text: str, few: tuple[str, ...]) -> Claim:
+    """A network at chance whose batches are too small to have taught it anything.
+
+    Its answers are as unsure as a guess, or one and the same, also in shuffled batches of the
+    size at hand; those of a network that learned from other labels are sure and differ.
+    """
+    size = case.measurement.batch_size
+    return Claim(
+        code=CauseCode.SMALL_BATCH,
+        message=f"{text}, in shuffled batches of {size} as well: {count(len(few), 'site')} "
+        f"{'normalise' if len(few) > 1 else 'normalises'} each of their samples almost by itself, "
+        "and a training in such batches learns little",
+        sites=few,
+        standing=0.35,
+        certainty="may",
+        evidence={"batch_size": float(size)},
+        settle="a training in larger, shuffled batches; if it stays at chance there, whether the "
+        "labels belong to their samples",
     )
 
 

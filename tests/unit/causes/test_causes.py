@@ -1007,6 +1007,30 @@ def test_labels_of_other_samples():
     assert causes(facts(steps=600), with_history, [])[0].certainty == "is"
 
 
+@pytest.mark.parametrize(
+    ("loss", "answers", "size", "code"),
+    [
+        (2.31, "differ", 2, "SMALL_BATCH"),  # as unsure as a guess
+        (6.0, "alike", 2, "SMALL_BATCH"),  # sure of one class
+        (6.0, "differ", 2, "LABEL_ORDER"),  # sure, and right of other samples
+        (2.31, "differ", 32, "LABEL_ORDER"),
+        (6.0, "alike", 32, "NONE"),
+    ],
+)
+def test_batches_that_taught_nothing_are_no_labels_of_other_samples(
+    loss: float, answers: str, size: int, code: str
+):
+    confusion = np.full((10, 10), 4)
+    if answers == "alike":
+        confusion = np.zeros((10, 10), int)
+        confusion[:, 3] = 40
+    wrong = dict.fromkeys(GAP, (loss, 0.1))
+    known = {"relabelled": 0.2, "confusion": confusion, "batch_size": size}
+    found = causes(facts(steps=600), measurement(wrong, **known), [])
+    assert found[0].code == code
+    assert found[0].certainty == ("is" if code == "NONE" else "may")
+
+
 def test_an_untrained_model_at_chance_has_no_cause():
     guessing = dict.fromkeys(GAP, (2.31, 0.1))
     assert codes(causes(facts(), measurement(guessing, relabelled=0.2), [])) == ["NONE"]
