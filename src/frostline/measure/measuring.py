@@ -46,7 +46,8 @@ GAPS = {
 #: Inference of so many right answers leaves nothing that another encoding of the inputs could add.
 NOTHING_TO_GAIN = 0.99
 
-#: Difference of a sample's losses, absolute or relative, at which two passes are the same.
+#: Difference of a sample's losses, absolute or relative, or of outputs as a share of the largest
+#: one, at which two passes are the same.
 SAME = 1e-4
 
 #: Samples on which encodings of the inputs are tried; the best is then judged on all of them.
@@ -440,7 +441,7 @@ class _Run:
         self.found["neighbours"] = sweep.neighbours(self.bench, self.outputs, seed=self.seed)
         points = self.found.get("sweep", ())
         changes = [self.found["neighbours"], *(point.inference_change for point in points)]
-        if any(change > 0 for change in changes):
+        if any(change > SAME for change in changes):
             self.found["repeated"] = sweep.repeated(self.bench, self.outputs)
 
     # --- inputs ---------------------------------------------------------------------------------

@@ -284,8 +284,8 @@ class Measurement:
         sweep: Batch sizes, ascending.
         neighbours: Largest change of a sample's inference output when it shares a batch with other
             samples, relative to the largest output.
-        repeated: The same when its batch is run again as it is; ``None`` where nothing changed in
-            other company.
+        repeated: The same when its batch is run again as it is; ``None`` where no more than
+            rounding changed in other company.
         input: Moments of the data's inputs; ``None`` when there are several inputs.
         validation_input: The same of the validation data.
         history: Metric name -> value per epoch, of the training run; empty when not given.

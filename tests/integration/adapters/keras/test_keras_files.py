@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,38 @@ def test_h5_whose_compile_state_keras_cannot_read(
     assert "without its compile state" in caplog.text
     assert not loaded.compiled
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """Objects that conftest froze are let go for a test."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_found_in_use_is_left_alone_while_a_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    model, frozen, around = converted(), [], list(gc.callbacks)
+    save_model(model, tmp_path / "m.keras")
+    real = keras.saving.load_model
+
+    def load(*given: Any, **ways: Any) -> Any:
+        gc.collect()
+        frozen.append(gc.get_freeze_count())
+        if broken:
+            raise ValueError("broken")
+        return real(*given, **ways)
+
+    monkeypatch.setattr(keras.saving, "load_model", load)
+    with pytest.raises(ModelError, match="broken") if broken else nullcontext():
+        load_model(str(tmp_path / "m.keras"))
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
+    assert gc.callbacks == around
 
 
 def test_truncated_files(tmp_path: Path) -> None:
