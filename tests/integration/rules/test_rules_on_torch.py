@@ -13,8 +13,10 @@ if os.environ["KERAS_BACKEND"] != "torch":
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import frostline as fl
+from frostline.adapters import adapter_of
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)) * 2 + 3
 
@@ -197,3 +199,18 @@ def test_lazy_layers_before_their_first_batch() -> None:
     assert found(model) == {}
     fl.freeze(model)
     assert found(model) == {}
+
+
+def test_counts_that_were_averaged_with_the_buffers_are_no_counts() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    averages = {buffers: AveragedModel(net, use_buffers=buffers) for buffers in (False, True)}
+    for _ in range(50):
+        net(torch.randn(16, 4))
+        for averaged in averages.values():
+            averaged.update_parameters(net)
+    counts = {buffers: int(a.module[1].num_batches_tracked) for buffers, a in averages.items()}
+    assert counts[False] == 50
+    assert counts[True] < 50  # a mean, rounded down each time
+    known = {buffers: adapter_of(a).facts() for buffers, a in averages.items()}
+    assert (known[False].steps, known[False].sites[0].updates) == (50, 50)
+    assert (known[True].steps, known[True].sites[0].updates) == (None, None)

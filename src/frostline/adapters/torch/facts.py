@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from frostline.adapters.torch.forward_pass import arrays
 from frostline.adapters.torch.graph import (
@@ -42,6 +43,7 @@ def facts(model: Any) -> ModelFacts:
     twins = _twins(root) if any(s.params_frozen and not s.stats_frozen for s in known) else {}
     thawed = dict(zip(places, modes_in_training(model, tuple(places.values())), strict=True))
     found, fixed = [], fixed_in_graphs(root)
+    counts = _updates(root, places)
     for site in known:
         module = places[site.path].module
         own = own_parameters(module)
@@ -58,7 +60,7 @@ def facts(model: Any) -> ModelFacts:
                 optimized=any(p.requires_grad for p in own) if own else None,
                 undone=not live and root.training and not module.training and thawed[site.path],
                 mode=bool(module.training),
-                updates=_updates(module),
+                updates=counts[site.path],
                 words=TORCH,
                 cumulative=getattr(module, "momentum", 0.0) is None,
                 twin=None if site.stats_frozen else twins.get(id(module)),
@@ -80,7 +82,8 @@ def facts(model: Any) -> ModelFacts:
             if place.path not in places and (own := own_parameters(place.module))
         ),
         order={path: place.order for path, place in places.items()},
-        steps=_steps(places),
+        # A module has no optimizer that would say so: the most that a layer has counted.
+        steps=max((n for n in counts.values() if n is not None), default=0) or None,
         unknown={
             path: type(module).__name__
             for path, module in unknown_keepers(model).items()
@@ -137,15 +140,24 @@ def _direction(module: Any) -> Any:
     return values / length if length > 0 else None
 
 
-def _steps(places: Any) -> int | None:
-    """Updates that the statistics have seen; a module has no optimizer that would say so."""
-    counts = [_updates(place.module) for place in places.values()]
-    return max((count for count in counts if count is not None), default=0) or None
+def _updates(root: Any, places: Any) -> dict[str, int | None]:
+    """Updates that the statistics of each site have seen, as far as its count is one.
 
-
-def _updates(module: Any) -> int | None:
-    count = getattr(module, "num_batches_tracked", None)
-    return None if count is None else int(count)
+    `AveragedModel` with its buffers averages the counts, too.
+    """
+    averaged = {
+        id(part)
+        for module in root.modules()
+        if isinstance(module, AveragedModel) and module.use_buffers
+        for part in module.modules()
+    }
+    found: dict[str, int | None] = {}
+    for path, place in places.items():
+        count = getattr(place.module, "num_batches_tracked", None)
+        if id(place.module) in averaged:
+            count = None
+        found[path] = None if count is None else int(count)
+    return found
 
 
 def _numbers(tensor: Any) -> Array | None:
