@@ -162,7 +162,7 @@ class _Run:
         following: Spool | None,
     ) -> int:
         """Measure and store one stage's sites, repeatedly where they depend on each other."""
-        stage = self.meter.stage(program)
+        stage, damped = self.meter.stage(program), Damped()
         for turn in itertools.count(1):
             total = Total([path for path in program.paths if path in self.chosen])
             for number, values in read():
@@ -174,21 +174,25 @@ class _Run:
             total.merge(self.ranks)
             self.passes = max(self.passes, turn)
             before = {path: self.meter.stored(path) for path in total.used}
+            chain = program.passes is not None and not (program.closed and total.reused)
             for path, moments in total.used.items():
-                if moments.count:
+                if moments.count and chain:
                     self.meter.store(path, moments.mean, moments.variance)
-            if not total.count or self.settled(program, before, turn, total.reused):
+                elif moments.count:
+                    self.meter.store(path, *damped.statistics(path, before[path], moments))
+            if not total.count or self.settled(program, before, turn, chain, damped.least):
                 break
         self.moments |= total.used
         self.skipped |= total.skipped
         return total.count
 
-    def settled(self, program: Program, before: Mapping[str, Any], turn: int, reused: bool) -> bool:
-        chain = program.passes is not None and not (program.closed and reused)
+    def settled(
+        self, program: Program, before: Mapping[str, Any], turn: int, chain: bool, part: float
+    ) -> bool:
         if (chain and program.passes == turn) or not before:
             return True
         moved = {
-            path: shift(old, self.meter.stored(path), self.meter.epsilon(path))
+            path: shift(old, self.meter.stored(path), self.meter.epsilon(path)) / part
             for path, old in before.items()
         }
         if max(moved.values()) <= (0.0 if chain else TOLERANCE):
@@ -197,6 +201,33 @@ class _Run:
             self.notes.append(unsettled(moved))
             return True
         return False
+
+
+class Damped:
+    """Steps of statistics toward new moments: half of one where the step before led the other way.
+
+    A layer behind its own output may answer new statistics with such as lead back, further each
+    time. Where the steps end is the same.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[str, Array] = {}
+        self._parts: dict[str, Array] = {}
+
+    @property
+    def least(self) -> float:
+        """The smallest part of a step that is made."""
+        return min((float(part.min()) for part in self._parts.values()), default=1.0)
+
+    def statistics(self, path: str, old: tuple[Array, Array], new: Moments) -> Array:
+        """Mean and variance to store."""
+        goal, start = np.stack([new.mean, new.variance]), np.stack(old)
+        with np.errstate(invalid="ignore", over="ignore"):
+            step = goal - start
+            back = step * self._steps.get(path, 0.0) < 0
+            part = self._parts.get(path, np.ones_like(step)) / np.where(back, 2.0, 1.0)
+            self._steps[path], self._parts[path] = step, part
+            return np.where(part == 1, goal, start + part * step)
 
 
 def shift(old: tuple[Array, Array], new: tuple[Array, Array], epsilon: float) -> float:

@@ -123,6 +123,29 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-
             np.testing.assert_allclose(ours, theirs, rtol=rtol, err_msg=path)
 
 
+class Feedback(Chain):
+    """A site that is used again behind itself, on what falls by 4 where its mean rises by 1."""
+
+    def programs(self, inputs: int) -> Sequence[Program]:
+        return [Program(self.paths, None, closed=True)]
+
+    def stage(self, program: Program) -> Callable[..., Any]:
+        def run(values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, list[Moments]]]:
+            (x,), (mean, _) = values, self.statistics["bn0"]
+            return (x,), {"bn0": [Moments.of(x), Moments.of(np.zeros_like(x) + 8 - 4 * mean)]}
+
+        return run
+
+
+def test_statistics_that_lead_back_and_forth_settle_all_the_same() -> None:
+    meter = Feedback(1)
+    done = recalibrated(meter, meter.paths, data(), batch_size=32)
+    assert done.notes == ()
+    mean = (data().mean(0) + 8) / 6  # = (x.mean + 8 - 4 mean) / 2, from which whole steps lead away
+    variance = data().var(0) / 2 + np.square((data().mean(0) - 8 + 4 * mean) / 2)
+    assert_same(meter.statistics, {"bn0": (mean, variance)}, rtol=1e-5)
+
+
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("batch_size", [7, 32, 100])
 def test_sequential_stores_what_the_inference_network_sees(closed: bool, batch_size: int) -> None:
