@@ -12,10 +12,8 @@ adds. The processes take turns, and each cell is the smallest of the rounds. A `
 its module, which a function builds, by both; a ``.pt2`` is loaded by ``torch.export.load``, and
 read by Frostline in its own way.
 
-Keras takes minutes to load such a file, so its own time is taken within the process of the command
-line: importing Keras, its ``load_model``, and the end of the process, where all of it is freed.
-What the whole process takes beyond these is what Frostline adds. A file is written once; with
-``--folder`` it is kept for later runs.
+Keras takes minutes to write and load such a file. A file is written once; with ``--folder`` it is
+kept for later runs.
 
 ``memory``: 10^4, 10^5 and 10^6 samples from a generator that makes its batches go through
 ``fl.recalibrate`` and ``fl.phases`` of a small network, each in a process of its own, whose peak
@@ -143,71 +141,12 @@ def process(*words: str, folder: Path | None = None) -> float:
     return time.perf_counter() - start
 
 
-def within(kind: str, folder: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """One row of a file of Keras, whose own time is taken in the process of the command line."""
-    path, page = folder / f"chain.{kind}", folder / f"{kind}.html"
-    here = str(Path(__file__).resolve())
-    if not path.exists():
-        process(here, "--write", kind, str(path), "--layers", str(layers))
-    row: dict[str, Any] = {"kind": kind}
-    for _ in range(rounds):
-        for name in ("sites", "lint"):
-            more = ["-o", str(page), "--force"] if name == "lint" else []
-            start = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, here, "--within", name, str(path), *more],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            took, end = time.perf_counter() - start, time.time()
-            if done.returncode:
-                raise RuntimeError(done.stderr[-400:])
-            known = json.loads(done.stderr.splitlines()[-1])
-            # Freeing what Keras has built at the end of the process is a part of its time, too.
-            framework = known["import"] + known["load"] + end - known["over"]
-            if name not in row or took - framework < row[name] - row[f"{name} framework"]:
-                row |= {name: round(took, 2), f"{name} framework": round(framework, 2)}
-                row |= {f"api {name}": known["verb"]}
-    return {**row, "report": opened(page)}
-
-
-def run_within(words: Sequence[str]) -> None:
-    """Run a command line, and say how long Keras took of it."""
-    seconds: dict[str, float] = {"load": 0.0, "verb": 0.0}
-    start = time.perf_counter()
-    import keras
-
-    seconds["import"] = time.perf_counter() - start
-    from frostline.cli import main as command_line
-    from frostline.verbs import diagnose
-
-    def timed(owner: Any, name: str, cell: str) -> None:
-        call = getattr(owner, name)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                seconds[cell] += time.perf_counter() - start
-
-        setattr(owner, name, run)
-
-    timed(keras.saving, "load_model", "load")
-    timed(diagnose, words[0], "verb")
-    code = command_line(list(words))
-    if code not in (0, 1):
-        raise SystemExit(code)
-    seconds["over"] = time.time()
-    print(json.dumps({name: round(took, 3) for name, took in seconds.items()}), file=sys.stderr)
-
-
 def looks(kind: str, folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     """One row: seconds of the framework, of the API and of the command line."""
-    if kind in ("keras", "h5"):
-        return within(kind, folder, layers, rounds)
     path = folder / f"chain.{kind}"
     source = ["chain_of:net", "--state", str(path)] if kind == "pt" else [str(path)]
-    process(str(Path(__file__).resolve()), "--write", kind, str(path), "--layers", str(layers))
+    if not path.exists():
+        process(str(Path(__file__).resolve()), "--write", kind, str(path), "--layers", str(layers))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         ways = {"framework": ("-c", LOADS[kind], str(path))}
@@ -319,7 +258,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES)
     parser.add_argument("--json", type=Path, help="file that the rows are added to")
     parser.add_argument("--folder", type=Path, help="keep the files here")
-    parser.add_argument("--within", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     for name, words in (("--write", 2), ("--api", 2), ("--memory", 3)):
         parser.add_argument(name, nargs=words, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -328,9 +266,6 @@ def main() -> None:
         return
     if options.api:
         print(json.dumps(api(options.api[0], Path(options.api[1]))))
-        return
-    if options.within:
-        run_within(options.within)
         return
     if options.memory:
         framework, verb, samples = options.memory
