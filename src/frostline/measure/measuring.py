@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from frostline.measure.history import parse
 from frostline.measure.judged import predicted_classes
 from frostline.measure.phases import tried
 from frostline.measure.samples import draw, rebatched
-from frostline.measure.setting import make_bench
+from frostline.measure.setting import finite_samples, make_bench
 from frostline.numerics import stats
 from frostline.types import Array, DataError
 from frostline.types.facts import ModelFacts
@@ -505,6 +506,7 @@ class _Run:
             labels=leaves(bench.batches[0].y) != [],
             whole=bench.step is not None,
             inputs=bench.adapter.inputs(),
+            finite=partial(finite_samples, bench.adapter, bench.step),
         )
         if isinstance(bench.samples.batches[0].y, tuple) and not samples.batches[0].y:
             raise _Skip("outputs are compared, and validation data without labels add nothing")

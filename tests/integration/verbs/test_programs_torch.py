@@ -858,8 +858,9 @@ def test_padding_that_the_model_masks_is_no_broken_input() -> None:
     for x, _ in data:
         net.eval()(x)
     hook.remove()
-    report = fl.diagnose(net, data, loss=nn.CrossEntropyLoss())
+    report = fl.diagnose(net, data, loss=nn.CrossEntropyLoss(), validation=data, max_samples=256)
     assert report.measurement.samples == 64
+    assert len(report.measurement.probes["validation inference"].losses) == 64
     assert not report.measurement.probes["inference"].broken
     done = fl.recalibrate(net, data)
     assert "skipped" not in str(done)
