@@ -295,17 +295,20 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
         amount = case.blame(paths) * case.stale_part / 2
     if not paths:
         return
-    first = paths[0]
+    first, settle = paths[0], _TRAINING_DATA
+    text = "the stored statistics are of other data"
+    if case.old_share(first) is None:
+        text += ", or of weights that have moved since (how often they were updated is not known)"
+        settle += f", or {_REFERENCE}"
     yield Claim(
         code=CauseCode.DOMAIN_STATS,
-        message=f"the stored statistics are of other data: those given are "
-        f"{number(case.mismatch(first))} standard deviations away at the first site already"
-        + _closes(case, ", and their own close {} of the BN gap"),
+        message=f"{text}: those given are {number(case.mismatch(first))} standard deviations away "
+        "at the first site already" + _closes(case, ", and their own close {} of the BN gap"),
         sites=paths,
         amount=amount,
         certainty="may",
         evidence={"first_mismatch": case.mismatch(first), "bn_gap": case.bn_gap},
-        settle=_TRAINING_DATA,
+        settle=settle,
         findings=case.found("FL203", sites=paths),
     )
 

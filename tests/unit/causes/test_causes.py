@@ -461,6 +461,11 @@ def test_other_data_at_the_first_site_of_a_settled_network():
     sites = {path: site_measurement(path, shift=1.0, ratio=0.16) for path in PATHS}
     found = causes(facts(steps=5000), measurement(GAP, shares=[0.25] * 4, sites=sites), [])
     assert codes(found)[0] == "DOMAIN_STATS"
+    assert "moved since" not in found[0].message
+    uncounted = causes(facts(), measurement(GAP, shares=[0.25] * 4, sites=sites), [])
+    assert codes(uncounted)[0] == "DOMAIN_STATS"
+    assert "or of weights that have moved since" in uncounted[0].message
+    assert "reference=" in uncounted[0].settle
 
 
 def test_locked_sites_of_other_data_where_it_costs_loss():
