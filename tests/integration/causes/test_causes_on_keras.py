@@ -162,3 +162,36 @@ def test_one_average_for_frames_that_differ_is_no_leak(wrapper: str) -> None:
     fl.recalibrate(model, video)
     for one, again in zip(once, values(model), strict=True):
         np.testing.assert_allclose(again, one, rtol=1e-5, atol=1e-6)
+
+
+def test_one_average_for_the_time_steps_of_a_recurrent_cell() -> None:
+    class Cell(keras.layers.Layer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="cell")
+            self.state_size = self.output_size = 16
+            self.norm = keras.layers.BatchNormalization(name="bn", momentum=0.9)
+            self.inward, self.onward = keras.layers.Dense(16), keras.layers.Dense(16)
+
+        def build(self, shape: Any) -> None:
+            self.inward.build(shape)
+            self.onward.build((None, 16))
+            self.norm.build((None, 16))
+
+        def call(self, inputs: Any, states: Any, training: Any = None) -> Any:
+            mixed = self.inward(inputs) + self.onward(states[0])
+            state = keras.ops.tanh(self.norm(mixed, training=training))
+            return state, [state]
+
+    x, y = stripes()
+    rows = 2 * x[:, ::2, :, 0] + 3.0 * np.arange(4)[:, None]  # brighter from row to row
+    inputs = keras.Input((4, 8))
+    keras.utils.set_random_seed(0)
+    h = keras.layers.RNN(Cell(), name="rnn")(inputs)
+    model = compiled(keras.Model(inputs, keras.layers.Dense(CLASSES, activation="softmax")(h)))
+    model.fit(rows, y, batch_size=32, epochs=8, verbose=0)
+    before = values(model)
+    report = fl.diagnose(model, (rows, y), verbose=0, max_samples=128)
+    for old, new in zip(before, values(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert (report.causes[0].code, report.causes[0].sites) == ("MIXED_SOURCES", ("rnn/cell/bn",))
+    assert len(report.measurement.sites["rnn/cell/bn"].uses) == 4
