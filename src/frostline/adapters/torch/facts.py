@@ -156,7 +156,7 @@ def _updates(root: Any, places: Any) -> dict[str, int | None]:
         count = getattr(place.module, "num_batches_tracked", None)
         if id(place.module) in averaged:
             count = None
-        found[path] = None if count is None else int(count)
+        found[path] = None if count is None else int(arrays(count))
     return found
 
 
