@@ -54,6 +54,9 @@ _ACCEPTED = (
     "PyDataset, a torch DataLoader or Dataset, or an iterable of batches."
 )
 
+#: Iterators of a list or tuple, whose items all exist: none is filled anew.
+_OF_HELD: tuple[Any, ...] = (type(iter([])), type(iter(())))
+
 
 def batches(
     data: Any,
@@ -281,7 +284,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     if _is_object(data):
         return iter([data])
     if hasattr(data, "__iter__"):
-        return map(owned, data)
+        return iter(data) if isinstance(data, _OF_HELD) else map(owned, data)
     raise DataError(f"{_ACCEPTED} Received: {description(data)}")
 
 
