@@ -6,11 +6,11 @@
 of 20) is written as ``.keras``, ``.h5``, ``.pt`` (its state) and ``.pt2`` (an exported program).
 Each is read by its framework in a fresh process, which imports the framework and loads the file; by
 ``fl.sites`` and ``fl.lint`` on the model that the framework read, which counts the call alone; and
-by ``frostline sites`` and ``frostline lint`` on the command line, which count from the start of the
-process to its end. What the command line takes beyond the framework's process is what Frostline
-adds. The processes take turns, and each cell is the smallest of the rounds. A ``.pt`` is put into
-its module, which a function builds, by both; a ``.pt2`` is loaded by ``torch.export.load``, and
-read by Frostline in its own way.
+by ``frostline sites`` and ``frostline lint -o page.html`` on the command line, which count from the
+start of the process to its end. What the command line takes beyond the framework's process is what
+Frostline adds. The processes take turns, and each cell is the smallest of the rounds. A ``.pt`` is
+put into its module, which a function builds, by both; a ``.pt2`` is loaded by
+``torch.export.load``, and read by Frostline in its own way.
 
 Keras takes minutes to write and load such a file. A file is written once; with ``--folder`` it is
 kept for later runs.
@@ -147,11 +147,14 @@ def looks(kind: str, folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     source = ["chain_of:net", "--state", str(path)] if kind == "pt" else [str(path)]
     if not path.exists():
         process(str(Path(__file__).resolve()), "--write", kind, str(path), "--layers", str(layers))
+    page = folder / f"{kind}.html"
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
-        ways = {"framework": ("-c", LOADS[kind], str(path))}
-        for name in ("sites", "lint"):
-            ways[name] = ("-m", "frostline", name, *source)
+        ways = {
+            "framework": ("-c", LOADS[kind], str(path)),
+            "sites": ("-m", "frostline", "sites", *source),
+            "lint": ("-m", "frostline", "lint", *source, "-o", str(page), "--force"),
+        }
         for name, words in ways.items():
             seconds.setdefault(name, []).append(process(*words, folder=folder))
         if kind != "pt2":
@@ -162,8 +165,6 @@ def looks(kind: str, folder: Path, layers: int, rounds: int) -> dict[str, Any]:
             for name, took in json.loads(done.stdout.splitlines()[-1]).items():
                 seconds.setdefault(f"api {name}", []).append(took)
     row = {name: round(min(each), 2) for name, each in seconds.items()}
-    page = folder / f"{kind}.html"
-    process("-m", "frostline", "lint", *source, "-o", str(page), folder=folder)
     return {"kind": kind, **row, "report": opened(page)}
 
 
