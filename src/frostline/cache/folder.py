@@ -79,6 +79,8 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
 def locked(folder: Path, progress: Progress, *, timeout: float | None = None) -> Iterator[None]:
     """Hold the lock of one collection; the system frees it when the process dies.
 
+    What fails before anything is complete leaves no folder behind.
+
     Where nothing can be written (a disk that is read-only, a folder of someone else) there is
     nothing to lock: what is complete can be read, and the first write fails by itself.
 
@@ -91,6 +93,7 @@ def locked(folder: Path, progress: Progress, *, timeout: float | None = None) ->
         OutputError: Another process holds it for longer.
     """
     require_no_link(folder, folder / "lock")
+    rootless = not folder.parent.exists()
     make_folder(folder)
     lock = FileLock(folder / "lock")
     try:
@@ -109,6 +112,13 @@ def locked(folder: Path, progress: Progress, *, timeout: float | None = None) ->
             raise
     try:
         yield
+    except BaseException:
+        if not any(folder.glob("*/*.json")):  # no shard, no data set
+            with contextlib.suppress(OSError):
+                _emptied(folder)
+                if rootless:
+                    folder.parent.rmdir()
+        raise
     finally:
         lock.release()
 
@@ -207,16 +217,21 @@ def remove(folder: Path, progress: Progress) -> None:
     """
     with locked(folder, progress, timeout=0):
         try:
-            # The description first: if we are killed, the remains are not taken for a cache.
-            (folder / "collection.json").unlink(missing_ok=True)
-            for path in (folder / "shards", folder / "manifests"):
-                if path.exists():
-                    shutil.rmtree(path)
+            _emptied(folder)
         except OSError as error:
             raise OutputError(f"cannot remove {folder}: {error.strerror or error}") from error
-        _remove_lock(folder)  # still held, so that nobody else's is removed
     if os.name == "nt":  # where an open file cannot be removed
         _remove_lock(folder)
+
+
+def _emptied(folder: Path) -> None:
+    """Remove what a collection holds, while its lock is held, so that nobody else's is removed."""
+    # The description first: if we are killed, the remains are not taken for a cache.
+    (folder / "collection.json").unlink(missing_ok=True)
+    for path in (folder / "shards", folder / "manifests"):
+        if path.exists():
+            shutil.rmtree(path)
+    _remove_lock(folder)
 
 
 def _remove_lock(folder: Path) -> None:

@@ -460,7 +460,8 @@ def test_a_shard_is_written_while_the_next_one_is_computed(
 def test_features_that_are_not_finite_are_named(x: Any, tmp_path: Path) -> None:
     x[[17, 83], 3] = np.nan
     with pytest.raises(DataError, match=r"sample\(s\) 17"):
-        make(Prefix(), x, tmp_path)
+        make(Prefix(), x, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []  # nothing was complete
     clean = x.copy()
     clean[17, 3] = 0
     with pytest.raises(DataError, match=r"sample\(s\) 83"):
