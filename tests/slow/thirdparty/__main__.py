@@ -237,7 +237,11 @@ def beside(results: dict[str, dict[str, Any]]) -> list[str]:
 def costs() -> list[str]:
     """The section on run times, of the frameworks that were measured."""
     results = ROOT / "docs" / "results"
-    files = {"torch": "diagnose-models.json", "Keras": "diagnose-keras-models.json"}
+    files = {
+        "torch": "diagnose-models.json",
+        "Keras on TensorFlow": "diagnose-keras-models.json",
+        "Keras on torch": "diagnose-keras-torch-models.json",
+    }
     found = {
         framework: json.loads((results / name).read_text(encoding="utf-8"))
         for framework, name in files.items()
@@ -250,11 +254,11 @@ def costs() -> list[str]:
         "## A diagnosis beside an evaluation",
         "",
         "`python -m tests.slow.thirdparty.diagnosing`: processor time of `fl.diagnose`, and of",
-        "one evaluation as the program's user writes it (`--framework keras`: `model.evaluate`",
-        "with TensorFlow), by the same process. Most of these programs are a few small layers on",
-        "some dozens of samples, where what a diagnosis costs beside its passes weighs most, and",
-        "those of libraries have eight small images; [benchmarks.md](benchmarks.md) has networks",
-        "of a usual size.",
+        "one evaluation as the program's user writes it (`--framework keras`: `model.evaluate`),",
+        "by the same process. Most of these programs are a few small layers on some dozens of",
+        "samples, where what a diagnosis costs beside its passes weighs most, and those of",
+        "libraries have eight small images; [benchmarks.md](benchmarks.md) has networks of a usual",
+        "size.",
         "",
     ]
     for framework, rows in found.items():
@@ -266,12 +270,12 @@ def costs() -> list[str]:
     return [
         *lines,
         "",
-        "| model | evaluation, ms | diagnosis, s | evaluations |",
-        "|---|---|---|---|",
+        "| model | with | evaluation, ms | diagnosis, s | evaluations |",
+        "|---|---|---|---|---|",
         *(
-            f"| {name} | {1000 * row['evaluation_s']:.1f} | {row['diagnosis_s']:.2f} "
-            f"| {row['evaluations']:.0f} |"
-            for rows in found.values()
+            f"| {name} | {framework.rpartition(' ')[2]} | {1000 * row['evaluation_s']:.1f} "
+            f"| {row['diagnosis_s']:.2f} | {row['evaluations']:.0f} |"
+            for framework, rows in found.items()
             for name, row in rows.items()
         ),
     ]
