@@ -65,7 +65,8 @@ MISSES: tuple[Miss, ...] = (
         "A9",
         "cause",
         "a class by hand counts no updates, and its weights moved so much that its statistics are "
-        "on no line from 0 and 1: the answer is other data, 'inferred', and what would tell",
+        "on no line from 0 and 1: the answer is other data, or weights that have moved since, "
+        "'inferred', and what would tell",
         NATIVE,
     ),
 )
