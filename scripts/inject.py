@@ -309,7 +309,6 @@ class Bench:
         return found
 
     def _judge(self, found: Found, around: Callable[[], list[str]]) -> None:
-        from injected_verbs import PREPARES
         from model_state import DRAWN, reset
 
         if self.of_undo and self.back and found.passed and self._changed():
@@ -325,8 +324,6 @@ class Bench:
         if not found.passed and self.stays:  # it did what it was asked for
             found.changed = []
             self._build()
-        if self.trains or self.verb in PREPARES:
-            found.changed = [each for each in found.changed if not self._moves(each)]
         if found.changed or self.trains:
             found.broken = found.broken or self._broken()
         if found.failed or self.trains:
@@ -364,9 +361,13 @@ class Bench:
         return not self.stays and not self._changed()
 
     def _changed(self) -> list[str]:
+        """What is not as it was, but for what a training may move, or note when it begins."""
+        from injected_verbs import PREPARES
         from model_state import changed, model_state
 
-        return changed(self.before, model_state(self.net.model, self.net.optimizer))
+        found = changed(self.before, model_state(self.net.model, self.net.optimizer))
+        trained = self.trains or self.verb in PREPARES
+        return [each for each in found if not (trained and self._moves(each))]
 
     def _broken(self) -> str:
         import numpy as np
