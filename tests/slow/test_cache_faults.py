@@ -131,9 +131,7 @@ def test_a_quota_leaves_a_cache_that_can_go_on(tmp_path: Path) -> None:
                           check=False)  # fmt: skip
     assert done.returncode != 0
     assert "FullError" in done.stderr.splitlines()[-1]
-    (home,) = folder.collections(tmp_path / "cache")
-    assert folder.verify(home) == []
-    assert not list(home.rglob("*.tmp*"))
+    assert not (tmp_path / "cache").exists()  # not one shard was complete
     cache = kills.build(tmp_path / "cache", tmp_path / "again")
     x = kills.samples()
     np.testing.assert_array_equal(cache.rows(np.arange(len(x)))[0], x * x)
