@@ -317,7 +317,7 @@ class Bench:
                 self.back()
             except Exception as error:
                 found.broken = f"undo() again: {error!r}"
-        found.changed = self._changed()
+        found.changed = self._changed_beyond_training()
         # What a training drew is meant, and so is what a verb drew that went on to its end.
         drawn = DRAWN if self.trains or not found.passed else ()
         found.around = [name for name in around() if name not in drawn]
@@ -361,13 +361,16 @@ class Bench:
         return not self.stays and not self._changed()
 
     def _changed(self) -> list[str]:
-        """What is not as it was, but for what a training may move, or note when it begins."""
-        from injected_verbs import PREPARES
         from model_state import changed, model_state
 
-        found = changed(self.before, model_state(self.net.model, self.net.optimizer))
+        return changed(self.before, model_state(self.net.model, self.net.optimizer))
+
+    def _changed_beyond_training(self) -> list[str]:
+        """What is not as it was, but for what a training may move, or note when it begins."""
+        from injected_verbs import PREPARES
+
         trained = self.trains or self.verb in PREPARES
-        return [each for each in found if not (trained and self._moves(each))]
+        return [each for each in self._changed() if not (trained and self._moves(each))]
 
     def _broken(self) -> str:
         import numpy as np
@@ -633,7 +636,7 @@ def _hit(bench: Bench, seconds: float, rng: random.Random) -> tuple[Found, str]:
             break  # it came before the verb began, or when it was over
         bench._finish(back)
         if heard_of:  # and the verb went on: code that it runs dropped the exception
-            found.changed = [] if bench.stays else bench._changed()
+            found.changed = [] if bench.stays else bench._changed_beyond_training()
             trace = f"dropped at {heard_of[0]}"
             break
         if not bench.fresh():
