@@ -11,7 +11,7 @@ from typing import Any
 
 from frostline import engines
 from frostline.adapters import prefix as prefixes
-from frostline.data.arrays import leaves, map_leaves
+from frostline.data.arrays import map_leaves
 from frostline.engines.registry import ENGINES, Engine, Run
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, BackendError, FrostlineError, ModelError
@@ -78,9 +78,9 @@ def choose(
     native. Native is compared in full float32 precision: on an NVIDIA card it may round products
     to TF32, by 1e-3, as training does there. Where an engine that agrees needs less than a minute
     for all samples, the run that is compared is the one that is timed, and native is not compiled
-    to be timed against it. With one engine asked for by
-    name, that one is taken if it agrees, and an error says why not otherwise. Where native runs on
-    an accelerator, engines that have none are not tried, and it is always timed.
+    to be timed against it. With one engine asked for by name, that one is taken if it agrees, and
+    an error says why not otherwise. Where native runs on an accelerator, engines that have none are
+    not tried, and it is always timed.
 
     In ``"bfloat16"`` every engine that has it is timed, native as well where that is torch, and how
     far each is from native in float32 is in ``errors``; ONNX Runtime, TensorFlow and JAX themselves
@@ -144,14 +144,15 @@ def choose(
             errors[name] = error = relative_difference(outputs, expected)
             if not error <= most:
                 raise ModelError(f"it differs from native by {error:.1e}, allowed is {most:.0e}")
-            found[name], rates[name] = (run, device), rate
+            found[name] = (run, device)
+            if engine == "auto":
+                rates[name] = rate
         except FrostlineError as problem:
             if engine != "auto":
                 kind = BackendError if isinstance(problem, BackendError) else ModelError
                 text = f"engine {name} cannot run this prefix: {problem}"
                 raise kind(f"{text}. {_WAYS}" if lower else text) from problem
             notes.append(f"{name} is not used: {problem}")
-    rates = rates if engine == "auto" else {}
     long = samples is None or samples > NATIVE_PAYS_S * max(rates.values(), default=0.0)
     if accelerator or long:
         rates = {name: _rate(found[name][0], batch) for name in rates}
@@ -197,23 +198,24 @@ def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
 
 def _attempt(run: Run, batch: Any) -> tuple[list[Array], float]:
     """The outputs of a first run, and its samples per second."""
-    start = time.perf_counter()
     try:
-        outputs = run(batch)
+        return _timed(run, batch)
     except Exception as problem:  # the engines' exceptions have no public root
         raise ModelError(f"it fails on the first batch: {first_line(problem)}") from problem
-    seconds = time.perf_counter() - start
-    return outputs, max(len(leaf) for _, leaf in leaves(batch)) / max(seconds, 1e-9)
 
 
 def _rate(run: Run, batch: Any) -> float:
     """Samples per second, the better of two runs; an earlier call has compiled already."""
-    seconds: list[float] = []
-    while len(seconds) < 2 and not (seconds and seconds[0] > LONG_S):
-        start = time.perf_counter()
-        outputs = run(batch)
-        seconds.append(time.perf_counter() - start)
-    return len(outputs[0]) / max(min(seconds), 1e-9)
+    outputs, rate = _timed(run, batch)
+    if len(outputs[0]) > LONG_S * rate:
+        return rate
+    return max(rate, _timed(run, batch)[1])
+
+
+def _timed(run: Run, batch: Any) -> tuple[list[Array], float]:
+    start = time.perf_counter()
+    outputs = run(batch)
+    return outputs, len(outputs[0]) / max(time.perf_counter() - start, 1e-9)
 
 
 def _backend(prefix: Any) -> str:

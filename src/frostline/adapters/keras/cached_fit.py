@@ -373,7 +373,7 @@ class Guard(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         prefix: The frozen part.
         beside: Callbacks that run beside it; without any, nobody could change weights, which are
-            not looked at then: hashing those of ResNet50 in each epoch takes a second of ten.
+            not looked at then, since hashing a large prefix takes a share of every short epoch.
     """
 
     def __init__(self, prefix: Any, beside: Any) -> None:

@@ -15,8 +15,10 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras import graph as keras_graph, state as keras_state
+from frostline.adapters.keras.calls import takes_training
 from frostline.adapters.keras.compile import compiled, inlined_functions, without_gradients
 from frostline.adapters.keras.overridden import overridden
+from frostline.adapters.keras.pipeline import own
 from frostline.adapters.keras.random import seed_states
 from frostline.types import DataError, FrostlineError
 from frostline.types.reasons import first_line
@@ -59,13 +61,10 @@ def called(model: Any, x: Any, training: bool) -> Any:
     then run as at inference in both, or as they are told by hand. A loop of the user's own may tell
     it all the same, so that a model which Keras does not train is told.
     """
-    takes_it = "training" in inspect.signature(model.call).parameters
-    return model(x, training=training) if takes_it or not _keras_trains(model) else model(x)
-
-
-def _keras_trains(model: Any) -> bool:
-    own_step = getattr(type(model), "train_step", None) is not keras.Model.train_step
-    return bool(getattr(model, "compiled", False)) and not own_step
+    keras_trains = getattr(model, "compiled", False) and not own(model, "train_step")
+    if keras_trains and not takes_training(model):
+        return model(x)
+    return model(x, training=training)
 
 
 def inference(model: Any, x: Any) -> Any:

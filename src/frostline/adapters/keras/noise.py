@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -10,7 +9,7 @@ import keras
 
 from frostline.adapters.dropout_rate import all_off
 from frostline.adapters.keras import graph as keras_graph
-from frostline.adapters.keras.calls import graph_of as keras_graph_of
+from frostline.adapters.keras.calls import graph_of as keras_graph_of, takes_training
 
 #: Words in a class name -> kind, in the order in which they are looked for. A layer whose class
 #: says none of them is noise if it holds a seed generator.
@@ -51,7 +50,7 @@ def _draws(layer: Any) -> bool:
 def _kind(layer: Any, leaf: bool) -> str | None:
     if isinstance(layer, keras.Model):
         return "noise" if _draws(layer) else None
-    if "training" not in inspect.signature(layer.call).parameters:
+    if not takes_training(layer):
         return None
     rates = [getattr(layer, name, None) for name in ("dropout", "recurrent_dropout")]
     if any(isinstance(rate, (int, float)) and rate for rate in rates) and not _inner(layer):

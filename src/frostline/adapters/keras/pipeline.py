@@ -37,7 +37,7 @@ def all_prepared(model: Any, batches: Iterable[tuple[Any, ...]]) -> Iterator[tup
 
 
 def own(model: Any, name: str) -> bool:
-    """Whether the class has a ``fit``, ``evaluate`` or ``predict`` of its own."""
+    """Whether the class has a method of Keras' models, ``fit`` for example, of its own."""
     return getattr(type(model), name) is not getattr(keras.Model, name)
 
 

@@ -7,7 +7,6 @@ same layers. It is compared with the layer on random inputs before it is used.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 
 from frostline.adapters.keras.arrays import float64
-from frostline.adapters.keras.calls import like_input
+from frostline.adapters.keras.calls import like_input, takes_training
 from frostline.adapters.keras.graph import walk
 from frostline.atomic import Attributes, restored, taken_back
 
@@ -42,7 +41,7 @@ def inference_graph(layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     inputs = [like_input(symbol) for symbol in symbols]
     table = dict(zip(map(id, symbols), inputs, strict=True))
     given, named = keras.tree.map_structure(lambda x: table.get(id(x), x), (list(args), kwargs))
-    if "training" in inspect.signature(layer.call).parameters:
+    if takes_training(layer):
         named["training"] = False
     layers = [layer, *(place.layer for place in walk(layer))]
     kept = [Attributes.of(each) for each in layers]

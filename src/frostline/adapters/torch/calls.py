@@ -213,9 +213,10 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         super().__init__()
         self._made, self._quiet = made, quiet
         self._sites = {path: m for path, m in sites.items() if not is_frozen_kind(m)}
+        # What is locked is known, and no site; a live one that holds the same tensor is.
         self._paths = {
-            id(mean): path
-            for path, module in self._sites.items()
+            id(mean): path if path in self._sites else None
+            for path, module in sorted(sites.items(), key=lambda item: item[0] in self._sites)
             if (mean := _own_mean(module)) is not None
         }
         self._answer = answer
@@ -249,8 +250,13 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             self._made(result)
         return result
 
-    def _lent(self, mean: Any) -> str | None:
-        """The site that holds this tensor for the time being, as in ``functional_call``."""
+    def _path(self, mean: Any) -> str | None:
+        """The site that holds this tensor, its own or one that is lent to it.
+
+        ``functional_call`` lends tensors for the time being.
+        """
+        if id(mean) in self._paths:
+            return self._paths[id(mean)]
         if torch._C._functorch.is_batchedtensor(mean):  # of several models at once
             return None
         return next(
@@ -266,7 +272,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             given.pop(unused, None)
         mean = given.get("mean")
         given["training"] = mean is None or bool(given.get("training", single))
-        path = _running.site if mean is None else self._paths.get(id(mean)) or self._lent(mean)
+        path = _running.site if mean is None else self._path(mean)
         return self._answer(Call(path=path, single=single, run=run, **given))
 
 
