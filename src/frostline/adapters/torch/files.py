@@ -148,7 +148,10 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 def _fill(model: Any, path: Path) -> None:
     state = read_state_file(path)
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        try:
+            missing, unexpected = _load(model, state)
+        except RuntimeError:  # of one part: torch's own words name all that does not fit
+            missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(f"{path} does not fit the module: {lines[-1][:200]}") from None
@@ -159,6 +162,43 @@ def _fill(model: Any, path: Path) -> None:
     ]
     if problems:
         raise ModelError(f"{path} does not fit the module: {'; '.join(problems)}")
+
+
+def _load(module: nn.Module, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """``module.load_state_dict(state, strict=False)`` in time that grows with the names.
+
+    Torch looks through all names that a module is given once for each of its children: 10 of 13 s
+    for 2,000 blocks in a row. The names of a module that only holds others are told apart once.
+    """
+    if not _only_holds(module):
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        return missing, unexpected
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in children}
+    missing, unexpected = list[str](), list[str]()
+    for name, value in state.items():
+        child, _, inner = name.partition(".")
+        if child in parts:
+            parts[child][inner] = value
+        else:
+            unexpected.append(name)
+    for child, part in parts.items():
+        for names, inside in zip((missing, unexpected), _load(children[child], part), strict=True):
+            names += [f"{child}.{inner}" if inner else child for inner in inside]
+    return missing, unexpected
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether all that a state does to a module happens in its children."""
+    return (
+        all(
+            getattr(type(module), name) is getattr(nn.Module, name)
+            for name in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+        )
+        and not vars(module).keys() & {"load_state_dict", "_load_from_state_dict"}
+        and not (module._parameters or module._buffers)
+        and not (module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+    )
 
 
 def _program(path: Path) -> Any:
