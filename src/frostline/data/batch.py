@@ -57,6 +57,9 @@ class Batch:
         """Number of samples; ``None`` where the batch does not tell."""
         if one_each(self.x, self.y):
             return len(self.x)
+        owners = None if is_images(self.x) else _owners(self.given)
+        if owners is not None:
+            return owners
         return next((n for n in map(_count, (self.x, self.y)) if n is not None), None)
 
     def __len__(self) -> int:
@@ -233,6 +236,33 @@ def _count(value: Any) -> int | None:
         held = [shape_of(item) for item in vars(value).values() if has_shape(item)]
         shapes = held if len({shape[:1] for shape in held}) == 1 else []
     return next((shape[0] for shape in shapes if shape), None)
+
+
+def _owners(value: Any) -> int | None:
+    """Samples of a batch whose points lie one behind the other: clouds, graphs, bags of words.
+
+    An index tells the sample of each point: whole numbers in order, from 0 on and none left out,
+    as many different ones as another array has rows.
+    """
+    arrays = [leaf for _, leaf in leaves(value) if has_shape(leaf) and shape_of(leaf)]
+    lengths = [shape_of(leaf)[0] for leaf in arrays]
+    if len(set(lengths)) < 2:
+        return None
+    # What has two rows may be pairs of points that an edge joins.
+    rows = {
+        shape_of(leaf)[0]
+        for leaf in arrays
+        if len(shape_of(leaf)) == 1 or "int" not in str(leaf.dtype)
+    }
+    for leaf, length in zip(arrays, lengths, strict=True):
+        if len(shape_of(leaf)) > 1 or "int" not in str(leaf.dtype) or lengths.count(length) < 2:
+            continue
+        index = to_numpy(leaf)
+        number = int(index[-1]) + 1 if length else 0
+        steps = np.diff(index)
+        if number < length and number in rows and not index[0] and set(np.unique(steps)) <= {0, 1}:
+            return number
+    return None
 
 
 def is_images(value: Any) -> bool:

@@ -85,6 +85,28 @@ class TestKinds:
         with pytest.raises(DataError, match=r"In here: .*x: 12, y: 31"):
             require_arrays(boxes, "here")
 
+    def test_points_with_an_index_count_as_the_samples_that_it_tells_of(self) -> None:
+        points, owner, labels = np.zeros((9, 3)), np.array([0, 0, 1, 1, 1, 1, 2, 2, 2]), Y[:3]
+        edges = np.stack([np.arange(9), np.roll(np.arange(9), 1)])
+        clouds = (
+            (points, owner, labels),
+            (points, edges, owner, labels),
+            {"points": points, "owner": owner, "labels": np.zeros((3, 2))},
+            [(points, owner), labels],
+        )
+        assert [batch.count for batch in read(*clouds)] == [3] * 4
+        whole = np.repeat([0, 1], [4, 5])
+        others = (
+            (points, owner[::-1].copy(), labels),  # no order: classes
+            (points, owner + 1, labels),
+            (points, owner * 2, labels),  # 1 and 3 left out
+            (points, edges, whole),  # two classes of points, and edges of two ends
+            (points, owner, Y[:4]),
+            (points, owner.astype(np.float32), labels),
+        )
+        assert [batch.count for batch in read(*others)] == [9] * 6
+        assert [batch.count for batch in read((points, np.zeros(9, int), labels[:1]))] == [1]
+
     def test_an_object_with_tensors_inside(self) -> None:
         graph = Graph(7, 2)
         for data in (graph, [graph], iter([graph])):
