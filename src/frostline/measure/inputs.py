@@ -42,7 +42,9 @@ Transform = Callable[[Any], Any]
 
 
 def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
-    """Moments of the inputs per channel; ``None`` for several inputs or for no numbers.
+    """Moments of the inputs per channel.
+
+    ``None`` for several inputs, for no numbers, and where a batch has more channels than another.
 
     Args:
         batches: Samples.
@@ -58,6 +60,8 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
             return None
         values = np.moveaxis(found[0][1], axis, -1)
         flat = values.reshape(-1, values.shape[-1])
+        if low is not None and len(low) != flat.shape[1]:
+            return None
         part = Moments.of(flat)
         total = part if total is None else total.merge(part)
         lowest, highest = flat.min(axis=0), flat.max(axis=0)

@@ -451,7 +451,7 @@ class _Run:
         """Moments of the inputs."""
         self.found["input"] = inputs.moments(self.bench.batches, axis=self.bench.channels)
         if self.found["input"] is None:
-            raise _Skip("several inputs, or inputs that are no numbers per channel")
+            raise _Skip("several inputs, no numbers, or channels whose number changes")
 
     def input_trials(self) -> None:
         """Inference with the inputs in other encodings."""

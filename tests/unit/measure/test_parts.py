@@ -64,6 +64,8 @@ class TestInputs:
         np.testing.assert_array_equal(found.high, x.max((0, 1, 2)))
         assert inputs.moments([Batch({"a": x, "b": x})]) is None
         assert inputs.moments([Batch(np.arange(3))]) is None
+        # Sequences of other lengths, on the axis that a torch model has its channels on.
+        assert inputs.moments([Batch(np.ones((4, 9))), Batch(np.ones((4, 7)))]) is None
 
     @pytest.mark.parametrize("unit", [False, True])
     def test_encodings_are_those_of_keras_applications(self, unit: bool) -> None:
