@@ -93,7 +93,8 @@ def _set_params(module: Any, frozen: bool) -> int:
         return 0
     count = 0
     for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad == frozen and parameter.is_floating_point():
+        trainable = parameter.is_floating_point() or parameter.is_complex()
+        if parameter.requires_grad == frozen and trainable:
             parameter.requires_grad_(not frozen)
             if frozen:
                 parameter.grad = None

@@ -308,3 +308,17 @@ def test_parameters_of_the_model_itself_are_frozen_with_all_of_it() -> None:
     assert model.token.requires_grad
     fl.freeze(model, "head")  # a boundary: the model itself is around it
     assert model.token.requires_grad
+
+
+def test_complex_weights_are_frozen_as_others_are() -> None:
+    """They stayed trainable without a word: they are no floating numbers to torch."""
+    linear = nn.Linear(4, 4, dtype=torch.complex64)
+    model = nn.ModuleDict({"linear": linear, "norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 2)})
+    change = fl.freeze(model, "head")
+    assert not linear.weight.requires_grad
+    assert not linear.bias.requires_grad
+    change.undo()
+    assert linear.weight.requires_grad
+    fl.freeze(model)
+    fl.unfreeze(model)
+    assert linear.bias.requires_grad
