@@ -356,6 +356,6 @@ def notes(ends: Sequence[Node]) -> tuple[str, ...]:
     text = {
         node.blame.path: node.blame.text
         for node in ends
-        if node.blame is not None and node.blame.why in ("random", "state", "loss")
+        if node.blame is not None and node.blame.why in ("random", "state", "loss", "statistics")
     }
     return tuple(f"the prefix ends at '{path}': {reason}" for path, reason in text.items())

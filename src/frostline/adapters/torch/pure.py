@@ -25,6 +25,7 @@ from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 _BATCH = "in training it normalises with the statistics of the batch"
 
@@ -71,7 +72,9 @@ class Flags:
             if site is not None and site.policy == "inference":
                 return None
             kind = type(module).__name__
-            return Impurity(why="statistics", path=path, text=_BATCH, kind=kind, seems=True)
+            # Without gamma and beta there is no flag by which it could seem frozen.
+            seems = any(True for _ in module.parameters(recurse=False))
+            return Impurity(why="statistics", path=path, text=_BATCH, kind=kind, seems=seems)
         if self.network.modes.get(module, False) and (path in self.noise or _drops(module)):
             drops = self.noise.get(path, "dropout") == "dropout"
             text = f"it is random in training{TURN_OFF if drops else ''}"
@@ -153,7 +156,17 @@ def observe(network: Network, graph: Graph, nodes: Sequence[Node], sample: Any =
             return _tried(network, graph, nodes, rows, False, named)
         except NotRunError as failure:
             shapes, model = (row.shape for row in rows), type(network.root).__name__
-            raise purity.sample_refused(failure, shapes, model) from failure
+            refused = purity.sample_refused(failure, shapes, model)
+            fewer = [row[: _rows_of_a_trial(rows)] for row in rows]
+            takes = [_takes(network, given, named=named) for given in (rows, fewer)]
+            if takes == [True, False]:
+                refused = ModelError(
+                    f"the model takes the sample, and not some rows of it ({failure.path!r}: "
+                    f"{first_line(failure.problem)}): its rows are tied together, as the nodes of "
+                    "a graph are, so they cannot be stored one by one. Train without a split. "
+                    f"Received: {model}"
+                )
+            raise refused from failure
     problem: Exception | None = None
     modules = [inner for node in network.calls for inner in network.modules(node)]
     for guess in guesses(network.root, modules) if len(network.inputs) == 1 else ():
@@ -166,6 +179,17 @@ def observe(network: Network, graph: Graph, nodes: Sequence[Node], sample: Any =
         f"what this model takes cannot be read off its layers{reason}: pass a batch of its inputs, "
         f"fl.split(model, sample=x). Received: {type(network.root).__name__}, sample=None"
     )
+
+
+def _takes(network: Network, rows: Sequence[Any], *, named: bool) -> bool:
+    """Whether the model takes these rows at inference."""
+    names = [str(node.target).lstrip("*") for node in network.inputs]
+    with untouched(network.root) as root, torch.no_grad(), phase(list(root.modules()), None):
+        try:
+            root(**dict(zip(names, rows, strict=True))) if named else root(*rows)
+        except Exception:  # whatever the model's own code raises
+            return False
+    return True
 
 
 def _tried(
@@ -216,6 +240,11 @@ def _dense(value: Any) -> bool:
     return tensor and value.layout == torch.strided and value.ndim > 0
 
 
+def _rows_of_a_trial(rows: Sequence[Any]) -> int:
+    """Samples of a trial batch: one less than there are, so that another has other neighbours."""
+    return max(1, min(ROWS, len(rows[0]) - 1))
+
+
 def _observed(
     network: Network,
     graph: Graph,
@@ -224,7 +253,7 @@ def _observed(
     guessed: bool,
     named: bool,
 ) -> Trial:
-    count = max(1, min(ROWS, len(rows[0]) - 1))
+    count = _rows_of_a_trial(rows)
     one = tuple(column[:count] for column in rows)
     other = tuple(column[purity.others(len(column), count)] for column in rows)
     first, second, third = (

@@ -30,8 +30,10 @@ from frostline.adapters.torch.forward_pass import noise_layers, untouched
 from frostline.adapters.torch.graph import is_frozen_kind, is_site, keeps_unknown_statistics
 from frostline.adapters.torch.keeping import mean_of
 from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.samples import flat
 from frostline.atomic import taken_back
-from frostline.types import ModelError
+from frostline.types import FrostlineError, ModelError
+from frostline.types.reasons import first_line
 
 #: A module by its name, and which of its calls in one pass.
 Key = tuple[str, int]
@@ -333,8 +335,18 @@ class _Trial:
         for _ in range(_ROUNDS):
             first, specs = self._recorded(args, kwargs, 0)
             known = len(self.excluded)  # what this pass excluded it has opened already
-            with perturbed(self.root):
-                second, _ = self._recorded(other_args, other_kwargs, 1)
+            try:
+                with perturbed(self.root):
+                    second, _ = self._recorded(other_args, other_kwargs, 1)
+            except FrostlineError:
+                raise
+            except Exception as problem:  # the first pass has shown that the model runs
+                raise ModelError(
+                    "the model takes its batch and not the same samples in another order "
+                    f"({first_line(problem)}): offsets or indices among its inputs tie them "
+                    "together, so there are no rows to store. Train without the cache. "
+                    f"Received: {type(self.root).__name__}"
+                ) from problem
             forms = {}
             for key, leaves in first.items():
                 form = self._form(leaves, second.get(key), specs[key])
@@ -418,12 +430,12 @@ class _Trial:
                 except Exception:  # whatever the model's own code says to what is not there
                     return None
                 buffers = [b.detach().clone() for b in self.root.buffers()]
-            return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)] + buffers
+            return flat(made) + buffers
 
         with untouched(self.root):
             made = self.forward(*args, **kwargs)
             buffers = [b.detach().clone() for b in self.root.buffers()]
-        plain = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)] + buffers
+        plain = flat(made) + buffers
         if not same(outcome({}), plain):
             raise ModelError(
                 "with its frozen modules answered by what they returned the model computes "

@@ -33,7 +33,7 @@ from frostline.adapters.torch.replay import (
     still_modules,
     watched,
 )  # fmt: skip
-from frostline.adapters.torch.samples import arguments
+from frostline.adapters.torch.samples import arguments, flat
 from frostline.types import Crossing, FrostlineError, ModelError
 from frostline.types.reasons import first_line
 
@@ -273,7 +273,7 @@ def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
             except Exception:  # the model's own code misses what is not there
                 return None
             made = (made, [b.clone() for b in root.buffers()])
-        return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return flat(made)
 
     whole = outcome(lambda: watched(plan.still, record, lambda: root.forward(*args, **kwargs)))
     needed = [i for i, row in enumerate(rows) if row]
@@ -298,13 +298,19 @@ def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
 def _checked(root: Any, prefix: Any, suffix: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Compare ``suffix(prefix(x))`` with the model itself at inference; the features."""
     with untouched(root), torch.no_grad(), phase(list(root.modules()), None):
-        whole = root(*args, **kwargs)
+        try:
+            whole = root(*args, **kwargs)
+        except Exception as problem:  # the model's own code, which the sample suits in training
+            raise ModelError(
+                f"the model fails on the sample at inference ({first_line(problem)}). Pass "
+                "sample=, one batch that forward takes in both phases. Where it fails since a "
+                "part is frozen, freeze another part, or train without a split. "
+                f"Received: {type(root).__name__}"
+            ) from problem
         features = prefix(*args, **kwargs)
         features = features if isinstance(features, tuple) else (features,)
         cut = suffix(*[x.clone() for x in features])
-    pair = ([x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
-            for outputs in (whole, cut))  # fmt: skip
-    if not same(*pair):
+    if not same(flat(whole), flat(cut)):
         raise ModelError(
             "the two parts together do not compute what the model computes at inference. Cut "
             f"elsewhere (at=...). Received: {type(root).__name__}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,19 @@ def _fits(root: Any, given: list[Any]) -> bool:
     return True
 
 
-def flat(value: Any) -> list[Any]:
-    """The tensors in a structure of outputs, in order."""
+def flat(value: Any, _opened: frozenset[int] = frozenset()) -> list[Any]:
+    """The tensors in a structure of outputs, in order; objects that hold some are opened."""
     if isinstance(value, torch.Tensor):
         return [value]
+    items: Iterable[Any] = ()
     if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in flat(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in flat(item)]
-    if dataclasses.is_dataclass(value):
-        return [leaf for f in dataclasses.fields(value) for leaf in flat(getattr(value, f.name))]
-    return []
+        items = value.values()
+    elif isinstance(value, (list, tuple)):
+        items = value
+    elif dataclasses.is_dataclass(value):
+        items = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif hasattr(value, "__dict__") and not callable(value) and not inspect.ismodule(value):
+        items = list(vars(value).values())  # a distribution, a namespace
+    if id(value) in _opened:  # two objects may hold each other
+        return []
+    return [leaf for item in items for leaf in flat(item, _opened | {id(value)})]

@@ -629,3 +629,63 @@ def test_a_compiled_model_does_not_compile_the_cache() -> None:
     for _ in range(2):
         for batch in fl.cached(model, [x[:8], x[8:]]):
             assert torch.allclose(model(batch), plain[3](plain[:3](batch)), atol=1e-6)
+
+
+@dataclasses.dataclass
+class Logits:
+    logits: Any
+
+
+def test_outputs_in_an_object_need_the_frozen_part() -> None:
+    """It was an IndexError: no frozen module seemed to be needed."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Any) -> Any:
+            return Logits(self.head(self.body(x)))
+
+    def trained(model: Any, batches: Any) -> list[float]:
+        optimizer, losses = torch.optim.SGD(model.head.parameters(), 0.1), []
+        for _ in range(3):
+            for x, y in batches:
+                loss = functional.cross_entropy(model(x).logits, y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+        return losses
+
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6), torch.arange(32) % 3
+    batches = [(x[:16], y[:16]), (x[16:], y[16:])]
+    model = Net()
+    fl.freeze(model, "head")
+    twin = copy.deepcopy(model)
+    assert trained(model, fl.cached(model, batches)) == pytest.approx(trained(twin, batches))
+
+
+def test_offsets_among_the_inputs_are_refused_in_words() -> None:
+    """torch's own error about the offsets came through."""
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.norm, self.head = (
+                nn.EmbeddingBag(9, 4),
+                nn.BatchNorm1d(4),
+                nn.Linear(4, 1),
+            )
+
+        def forward(self, offsets: Any, words: Any) -> Any:
+            return self.head(self.norm(self.bag(words, offsets)))
+
+    model = Bags()
+    fl.freeze(model, "head")
+    batch = torch.arange(8) * 2, torch.arange(16) % 9
+    for given in fl.cached(model, [batch]):
+        with pytest.raises(ModelError, match=r"in another order.*Train without the cache"):
+            model(*given)

@@ -601,3 +601,101 @@ def test_what_modules_tell_each_other_beside_their_outputs_is_named() -> None:
     fl.freeze(model, until="last")
     with pytest.raises(fl.FrostlineError, match="beside their inputs and outputs"):
         fl.split(model, sample=torch.randn(4, 3))
+
+
+def test_a_norm_without_parameters_behind_the_frozen_part_ends_it() -> None:
+    """The advice was to freeze what comes before it, and that was frozen."""
+
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)
+            self.shift, self.head = nn.Embedding(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Any, y: Any) -> Any:
+            return self.head(self.norm(self.first(x)) + self.shift(y))
+
+    model = Conditional()
+    sample = torch.randn(6, 3), torch.arange(6) % 2
+    fl.freeze(model, "norm")
+    parts = fl.split(model, sample=sample)
+    assert "first" in [crossing.path for crossing in parts.frontier]
+    assert any("'norm'" in note and "statistics of the batch" in note for note in parts.notes)
+    model.eval()
+    features = parts.prefix(*sample)
+    torch.testing.assert_close(parts.suffix(*features), model(*sample))
+
+
+class Answer:
+    """Outputs in an object that is no structure to torch."""
+
+    def __init__(self, logits: Any) -> None:
+        self.logits, self.itself = logits, self
+
+
+@pytest.mark.parametrize(
+    "wrap", [Answer, lambda logits: torch.distributions.Categorical(logits=logits)]
+)
+def test_outputs_inside_of_objects_count(wrap: Any) -> None:
+    """No frozen module was needed for them, so that the parts had nothing to cross."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Any) -> Any:
+            return wrap(self.head(self.body(x)) * len(x))
+
+    model, x = Net(), torch.randn(6, 3)
+    fl.freeze(model, "head")
+    parts = fl.split(model, sample=x)
+    assert [crossing.path for crossing in parts.frontier] == ["body"]
+    model.eval()
+    found = parts.suffix(parts.prefix(x)).logits
+    torch.testing.assert_close(found, model(x).logits)
+
+
+def test_rows_that_are_tied_together_are_told_as_such() -> None:
+    """The advice was to pass a sample, and one was passed."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Any, edges: Any) -> Any:
+            return self.head(edges @ self.norm(self.first(x)))
+
+    model = Graph()
+    fl.freeze(model, "head")
+    with pytest.raises(ModelError, match="rows are tied together"):
+        fl.split(model, sample=(torch.randn(8, 3), torch.eye(8)))
+    with pytest.raises(ModelError, match="fails on the sample"):
+        fl.split(model, sample=(torch.randn(8, 3), torch.eye(7)))
+
+
+def test_a_model_that_a_freeze_breaks_at_inference_is_refused() -> None:
+    """torch's own RuntimeError came through."""
+
+    class Members(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            one = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+            self.members = nn.ModuleList(one)
+
+        def forward(self, x: Any) -> Any:
+            if self.training:
+                return torch.stack([member(x) for member in self.members])
+            states = torch.func.stack_module_state(list(self.members))
+
+            def called(parameters: Any, buffers: Any) -> Any:
+                return torch.func.functional_call(self.members[0], (parameters, buffers), (x,))
+
+            return torch.vmap(called)(*states)
+
+    model = Members()
+    fl.freeze(model, "members/1")
+    with pytest.raises(ModelError, match="at inference"):
+        fl.split(model, sample=torch.randn(6, 3))
