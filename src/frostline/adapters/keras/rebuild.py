@@ -165,8 +165,9 @@ class Rebuild:
         except Exception as error:  # a user's class: anything can happen
             raise ModelError(
                 f"'{self._path(operation)}' cannot be copied from its configuration "
-                f"({first_line(error)}); give the class a get_config() "
-                f"that its constructor takes. Received: {type(operation).__name__}"
+                f"({first_line(error)}); register a class of your own that is in it, "
+                "@keras.saving.register_keras_serializable(), and give it a get_config() that its "
+                f"constructor takes. Received: {type(operation).__name__}"
             ) from error
 
     def _affine(self, site: Any) -> Any:
