@@ -100,6 +100,8 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     change = max([neighbours, *(point.inference_change for point in wrong)])
     unseen = [seen for seen in behaviour if seen.inference is None]
     branches = any(seen.training is None and seen.moves is False for seen in unseen)
+    # A site that sees so many values of one sample and other ones of the next is given some rows.
+    branches = branches or any(site.values is None for site in case.measurement.sites.values())
     unknown = any(seen.moves is not False for seen in unseen)
     # One bad batch size leaves the neighbours alone; a branch that the batch picks is meant.
     padded = any(point.padded for point in wrong)

@@ -65,6 +65,7 @@ def batches(
     max_samples: int | None = None,
     check_finite: bool = False,
     inputs: int = 1,
+    whole: bool = False,
 ) -> Iterator[Batch]:
     """Iterate over ``data`` once, in its own order.
 
@@ -81,6 +82,8 @@ def batches(
         check_finite: Raise when ``x`` is arrays with a NaN or an infinite value.
         inputs: So many first items of a longer tuple are inputs: the arguments that the model
             needs.
+        whole: A user's step takes batches as they come: a last one that the loader yields is not
+            cut, and a list of tensors is one of batches, however many the model takes.
 
     Yields:
         One :class:`Batch` at a time; never an empty one.
@@ -102,7 +105,8 @@ def batches(
             f"The data never end; bound them, for example with dataset.take(n). "
             f"Received: {description(data)}"
         )
-    return _checked(_read(data, batch_size, inputs), data, max_samples, check_finite, inputs)
+    read = _read(data, batch_size, inputs, whole)
+    return _checked(read, data, max_samples, check_finite, inputs, whole)
 
 
 def is_reiterable(data: Any) -> bool:
@@ -221,13 +225,13 @@ def collation_of(data: Any, inputs: int = 1) -> Collation | None:
     return Collation(dataset, indices, data.collate_fn, data.batch_size, inputs)
 
 
-def _read(data: Any, batch_size: int, inputs: int) -> Iterator[Any]:
+def _read(data: Any, batch_size: int, inputs: int, whole: bool) -> Iterator[Any]:
     """What :func:`_raw` yields; what the user's own code raises meanwhile is said as such.
 
     What the system says (no memory, no disk) goes through as it is.
     """
     try:
-        stream = _raw(data, batch_size, inputs)
+        stream = _raw(data, batch_size, inputs, whole)
     except (FrostlineError, MemoryError, OSError):
         raise
     except Exception as error:
@@ -250,7 +254,7 @@ def _broken(error: Exception, data: Any) -> DataError:
     )
 
 
-def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
+def _raw(data: Any, batch_size: int, inputs: int, whole: bool) -> Iterator[Any]:
     """Pick the reader for the type of ``data``; yields what a loader yields, or ``Batch``.
 
     Code of a user's own may fill the same memory anew for each batch, and batches are read ahead
@@ -278,7 +282,7 @@ def _raw(data: Any, batch_size: int, inputs: int = 1) -> Iterator[Any]:
     if isinstance(data, tuple):
         return _cut(_unpack(data, strict=True, cut=True, inputs=inputs), batch_size)
     if isinstance(data, list):
-        return _from_list(data, batch_size, inputs)
+        return _from_list(data, batch_size, 1 if whole else inputs)
     if isinstance(data, Mapping) or has_shape(data):
         return _cut(Batch(data), batch_size)
     if _is_object(data):
@@ -454,7 +458,12 @@ def _sliceable(value: Any) -> Any:
 
 
 def _checked(
-    raw: Iterator[Any], data: Any, max_samples: int | None, check_finite: bool, inputs: int
+    raw: Iterator[Any],
+    data: Any,
+    max_samples: int | None,
+    check_finite: bool,
+    inputs: int,
+    whole: bool,
 ) -> Iterator[Batch]:
     seen, weighted = 0, None
     for index, item in enumerate(raw):
@@ -471,7 +480,8 @@ def _checked(
             )
         weighted = batch.sample_weight is not None
         count = 1 if count is None else count
-        if max_samples is not None and seen + count > max_samples and batch.regular:
+        may_cut = batch.regular and not (whole and batch.whole is not None)
+        if max_samples is not None and seen + count > max_samples and may_cut:
             batch = take(batch, slice(max_samples - seen))
             count = len(batch)
         if check_finite:

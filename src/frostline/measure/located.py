@@ -169,8 +169,9 @@ def class_distances(
     for label, batches in classes.items():
         _, _, seen = bench.passes("statistics of classes", run, batches)
         for path in off:
-            here = _settled([moments[path] for moments in seen])
-            found[path][label] = stats.normals_apart(stored[path], here)
+            taken = [moments[path] for moments in seen if path in moments]
+            if taken:  # else a branch that this class does not take
+                found[path][label] = stats.normals_apart(stored[path], _settled(taken))
     return found
 
 

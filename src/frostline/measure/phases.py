@@ -144,7 +144,7 @@ def phase_table(
     with Workspace(WINDOW) as workspace:
         if not is_reiterable(data):  # two passes
             kept = KeptBatches(workspace)
-            for batch in _read(adapter, data, batch_size, may_be_empty=ranks.size > 1):
+            for batch in _read(adapter, data, batch_size, step, may_be_empty=ranks.size > 1):
                 kept.keep(batch)
             data = kept
         return _phase_table(adapter, data, metrics, loss, step, batch_size, ranks, workspace)
@@ -266,7 +266,7 @@ def _both_phases(
     with adapter.preserved(), as_rank_0(adapter, ranks) as apart:
         stream = joined_shares(
             ranks,
-            _read(adapter, data, batch_size, may_be_empty=ranks.size > 1),
+            _read(adapter, data, batch_size, step, may_be_empty=ranks.size > 1),
             adapter.inputs(),
         )
         for number, batch in enumerate(paired(stream)):
@@ -323,10 +323,11 @@ def _apart(distances: Array, unlabelled: bool) -> str:
 
 
 def _read(
-    adapter: Adapter, data: Any, batch_size: int, *, may_be_empty: bool = False
+    adapter: Adapter, data: Any, batch_size: int, step: Any, *, may_be_empty: bool = False
 ) -> Iterator[Batch]:
+    inputs, whole = adapter.inputs(), step is not None
     try:
-        yield from batches(data, batch_size=batch_size, inputs=adapter.inputs())
+        yield from batches(data, batch_size=batch_size, inputs=inputs, whole=whole)
     except NoSamplesError:
         if not may_be_empty:
             raise

@@ -153,6 +153,7 @@ def recalibrate_adapter(
         max_samples=max_samples,
         ranks=ranks,
         inputs=adapter.inputs(),
+        whole=step is not None,
     )
     if foreign:
         note = f"left alone: {len(foreign)} torch module(s) inside TorchModuleWrapper"
@@ -182,6 +183,7 @@ def recalibrated(
     max_samples: int | None = None,
     ranks: Together = ALONE,
     inputs: int = 1,
+    whole: bool = False,
 ) -> Recalibration:
     """Measure the population statistics of chosen sites of the meter and store them.
 
@@ -197,6 +199,7 @@ def recalibrated(
         max_samples: Read no more than so many samples; ``None``: all.
         ranks: Processes that the meter measures together with.
         inputs: So many first items of a longer batch are inputs.
+        whole: A user's step takes batches as they come.
 
     Raises:
         ModelError: Unknown method.
@@ -206,7 +209,12 @@ def recalibrated(
     if method not in _METHODS:
         raise ModelError(f"method must be 'sequential' or 'batch'. Received: method={method!r}")
     source = ReadBatches(
-        data, batch_size, max_samples=max_samples, may_be_empty=ranks.size > 1, inputs=inputs
+        data,
+        batch_size,
+        max_samples=max_samples,
+        may_be_empty=ranks.size > 1,
+        inputs=inputs,
+        whole=whole,
     )
     before = {path: meter.stored(path) for path in paths}
     restore = meter.snapshot()
@@ -274,7 +282,9 @@ def measured(
         shown = ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
         raise ModelError(
             "inference uses none of the chosen BN layers on these data, or they compute with their "
-            f"statistics in a way that no BN does: there is nothing to measure. Received: {shown}"
+            "statistics in a way that no BN does (several models at once under torch.vmap): there "
+            "is nothing to measure. Pass data, or step=, with which each of them is called by "
+            f"itself. Received: {shown}"
         )
     return found
 
@@ -294,9 +304,10 @@ class ReadBatches:
         max_samples: int | None = None,
         may_be_empty: bool = False,
         inputs: int = 1,
+        whole: bool = False,
     ) -> None:
         self.data, self.batch_size, self._max_samples = data, batch_size, max_samples
-        self._may_be_empty, self._inputs = may_be_empty, inputs
+        self._may_be_empty, self._inputs, self._whole = may_be_empty, inputs, whole
         self.sizes: dict[int, int] = {}
         self._broken: dict[int, str] = {}
 
@@ -320,6 +331,7 @@ class ReadBatches:
                 batch_size=self.batch_size,
                 max_samples=self._max_samples,
                 inputs=self._inputs,
+                whole=self._whole,
             )
         except NoSamplesError:
             if not self._may_be_empty:

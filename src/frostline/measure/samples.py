@@ -137,7 +137,11 @@ def draw(
     natural, read, held, form = batch_size, 0, [], None
     notes: list[str] = []
     stream = batches(
-        data, batch_size=batch_size or 32, max_samples=_bound(data, limit), inputs=inputs
+        data,
+        batch_size=batch_size or 32,
+        max_samples=_bound(data, limit),
+        inputs=inputs,
+        whole=whole,
     )
     for batch in stream:
         if labels and not leaves(batch.y):

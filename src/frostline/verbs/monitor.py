@@ -43,7 +43,11 @@ class Monitor:
         self._forward = self._adapter.blend_forward(loss=loss, step=step)
         self._with_gap = loss is not None or step is not None
         read = batches(
-            data, batch_size=batch_size, max_samples=max_samples, inputs=self._adapter.inputs()
+            data,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            inputs=self._adapter.inputs(),
+            whole=step is not None,
         )
         self._batches = list(paired(read))
         self.measure()  # what does not fit shows now, not after an epoch

@@ -121,8 +121,13 @@ class Watch:
         atomically(self._adapter.snapshot(), lambda: self._hold(data, loss, step, **ways))
 
     def _hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
-        inputs = self._adapter.inputs()
-        stream = batches(data, batch_size=batch_size, max_samples=max_samples, inputs=inputs)
+        stream = batches(
+            data,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            inputs=self._adapter.inputs(),
+            whole=step is not None,
+        )
         self._batches, self._loss, self._step = list(paired(stream)), loss, step
         forward = self._adapter.blend_forward(loss=loss, step=step)
         first = self._batches[0]
@@ -389,7 +394,8 @@ def _not_frozen(
 def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
     """What the sites do in training, on a few batches."""
     require_one(None, step)
-    held = list(paired(batches(data, max_samples=64, inputs=adapter.inputs())))
+    read = batches(data, max_samples=64, inputs=adapter.inputs(), whole=step is not None)
+    held = list(paired(read))
     try:
         with adapter.preserved():  # a momentum encoder moves its own parameters
             return adapter.behaviour(held, step=step)

@@ -871,3 +871,133 @@ def test_padding_that_the_model_masks_is_no_broken_input() -> None:
     spoilt[0][0][3, 0, 0] = float("nan")
     assert fl.diagnose(net, spoilt, loss=nn.CrossEntropyLoss()).measurement.samples < 64
     assert "batch 0: x has NaN or infinite values" in str(fl.recalibrate(net, spoilt))
+
+
+class Denoiser(nn.Module):
+    """Two inputs, of which its step draws one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.time = layers(given=5, out=4), nn.Embedding(4, 1)
+
+    def forward(self, x: Any, time: Any) -> Any:
+        return self.body(torch.cat([x, self.time(time)], 1))
+
+
+def test_as_many_tensors_as_the_model_takes_are_batches_to_a_step() -> None:
+    """A list of two was taken for one batch of two arrays, and the step was told to fail."""
+
+    def step(net: Any, batch: Any) -> Any:
+        assert isinstance(batch, torch.Tensor)
+        return F.mse_loss(net(batch, torch.arange(len(batch)) % 4), batch)
+
+    torch.manual_seed(0)
+    net, data = Denoiser(), [inputs(0), inputs(1)]
+    assert fl.phases(net, data, step=step).samples == 32
+    fl.diagnose(net, data, step=step, verbose=0)
+    with fl.watch(net, data, step=step):
+        pass
+    fl.recalibrate(net, data, step=step)
+    hidden = net.body[0](torch.cat([torch.cat(data), net.time(torch.arange(32) % 4)], 1))
+    torch.testing.assert_close(net.body[1].running_mean, hidden.mean(0), rtol=1e-3, atol=1e-4)
+    fl.freeze(net)
+    fl.assert_frozen(net, data=data, step=step)
+
+
+def test_a_step_gets_no_part_of_a_batch() -> None:
+    """The second of two graphs of 40 nodes was cut at 64 samples, its edges were not."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = layers()
+
+        def forward(self, x: Any, edges: Any) -> Any:
+            return self.body(edges @ x)
+
+    def step(net: Any, batch: Any) -> Any:
+        x, edges, y, mask = batch
+        return F.cross_entropy(net(x, edges)[mask], y[mask])
+
+    torch.manual_seed(0)
+    y = torch.arange(40) % 3
+    data = [(torch.randn(40, 4), torch.eye(40), y, y > 0) for _ in range(3)]
+    net = Graph()
+    with fl.watch(net, data, step=step, max_samples=60):
+        pass
+    fl.freeze(net)
+    fl.assert_frozen(net, data=data, step=step)
+
+
+class Experts(nn.Module):
+    """Each sees the rows that are routed to it, and none alone: BN needs two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = {"momentum": 0.01}
+        self.stem = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, **norm), nn.ReLU())
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, **norm), nn.ReLU()) for _ in range(3)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        route = (x[:, 0] > 1.6).long() + (x[:, 0] > 2.4).long()
+        hidden = self.stem(x)
+        made = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            rows = (route == number).nonzero().flatten()
+            if len(rows) > 1:
+                made = made.index_copy(0, rows, expert(hidden[rows]))
+        return self.head(made)
+
+
+def test_experts_that_the_rows_pick_are_no_wrong_operation() -> None:
+    """KERNEL_BUG acquitted BN, and a KeyError stood among what was not checked."""
+    torch.manual_seed(0)
+    y = torch.arange(48) % 4
+    x = torch.randn(48, 6) * 0.8 + 2
+    x[:, 1] += y
+    data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 48, 16)]
+    net = Experts()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(10):
+        for batch, labels in data:
+            loss = F.cross_entropy(net(batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert report.causes[0].code == "EMA_LAG", report.verdict
+    assert "KeyError" not in str(report)
+    assert all(cause.certainty == "may" for cause in report.causes if cause.code == "KERNEL_BUG")
+
+
+def test_models_that_are_called_at_once_acquit_nobody() -> None:
+    """``torch.vmap`` hands BN the statistics of all of them, which no site keeps."""
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList(layers() for _ in range(2))
+
+        def forward(self, x: Any) -> Any:
+            if self.training:
+                return torch.stack([member(x) for member in self.members], 1)
+            states = torch.func.stack_module_state(list(self.members))
+
+            def called(*state: Any) -> Any:
+                return torch.func.functional_call(self.members[0], state, (x,))
+
+            return torch.vmap(called, out_dims=1)(*states)
+
+    def loss(outputs: Any, labels: Any) -> Any:
+        return F.cross_entropy(outputs.mean(1), labels)
+
+    torch.manual_seed(0)
+    net = Ensemble()
+    data = [(inputs(0) + 3, torch.arange(16) % 3) for _ in range(3)]
+    report = fl.diagnose(net, data, loss=loss, verbose=0)
+    assert "BN is not ruled out" in report.verdict
+    with pytest.raises(fl.FrostlineError, match=r"torch\.vmap.*Pass data, or step="):
+        fl.recalibrate(net, data)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from frostline.adapters.torch.asking import call, with_gradients
-from frostline.adapters.torch.calls import Call, answered
+from frostline.adapters.torch.calls import Call, answered, of_several_models
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.adapters.torch.keeping import owner_of, tensors_of
@@ -26,7 +26,8 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     the statistics of its input and 0 for one that takes stored ones; flags are not asked. Of what
     keeps running statistics but computes by hand only ``moves`` is reported. A call that uses
     the batch in training and statistics that no site owns at inference is reported under the module
-    that holds them, or under the model's class.
+    that holds them, or under the model's class; so is one of several models at once
+    (``torch.vmap``), whose sites cannot be told apart.
 
     Args:
         model: A torch module.
@@ -37,6 +38,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     watched = {**sites, **unknown_keepers(model)}
     weights: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     moved: dict[str, bool] = {}
+    stacked: set[str] = set()
 
     def pass_over(given: Batch, number: int, step: Any, *, training: bool) -> None:
         seen = weights[training]
@@ -45,8 +47,11 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             if call.path in sites:
                 seen.setdefault(call.path, []).append(float(call.training))
             elif call.mean is not None:
-                path = owner_of(call.mean, root) or type(root).__name__
+                several = of_several_models(call.mean)
+                owner = None if several else owner_of(call.mean, root)
+                path = owner or type(root).__name__
                 seen.setdefault(path, []).append(float(call.training))
+                stacked.update([path] if several else [])
             return call.run()
 
         with untouched(model, number=number) as root, torch.no_grad():
@@ -90,7 +95,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             inference=_middle(weights[False].get(path, [])),
             moves=moved.get(path),
         )
-        for path in (*watched, *foreign)
+        for path in (*watched, *foreign, *sorted(stacked - {*watched, *foreign}))
     }
 
 

@@ -257,7 +257,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         """
         if id(mean) in self._paths:
             return self._paths[id(mean)]
-        if torch._C._functorch.is_batchedtensor(mean):  # of several models at once
+        if of_several_models(mean):
             return None
         return next(
             (path for path, module in self._sites.items() if _own_mean(module) is mean), None
@@ -274,6 +274,11 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
         given["training"] = mean is None or bool(given.get("training", single))
         path = _running.site if mean is None else self._path(mean)
         return self._answer(Call(path=path, single=single, run=run, **given))
+
+
+def of_several_models(mean: Any) -> bool:
+    """Whether it holds the statistics of several models, stacked for ``torch.vmap``."""
+    return bool(torch._C._functorch.is_batchedtensor(mean))
 
 
 def function_modes() -> Callable[[], None]:

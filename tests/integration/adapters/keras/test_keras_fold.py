@@ -515,7 +515,10 @@ def subclassed() -> Any:
         (lambda: sequential(), "nothing to fold.*'model'"),
         (lambda: sequential(OwnBN(name="own")), "'own' is a OwnBN, a BN class of your own"),
         (lambda: sequential(Block(name="block")), "'block/hidden'.*inside 'block', a Block"),
-        (lambda: sequential(BN(), NoConfig(3, name="odd")), "'odd' cannot be copied.*register_keras"),
+        (
+            lambda: sequential(BN(), NoConfig(3, name="odd")),
+            "'odd' cannot be copied.*register_keras",
+        ),
         (broken_statistics, "'bn' cannot be folded: 1 of its 4 channels.*-3"),
         (subclassed, "'norm' cannot be folded: Subclassed is a subclassed model"),
         (lambda: keras.Sequential([L.Dense(2), BN(name="bn")]), "'bn'.*not built yet"),
