@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,6 +326,7 @@ class _Trial:
     def __init__(self, root: Any, forward: Any, still: Mapping[str, Any], count: int) -> None:
         self.root, self.forward, self.still, self.count = root, forward, still, count
         self.excluded: set[Key] = set()
+        self.checkpoints = False
         # Backwards, and the last sample again in place of the first: another batch.
         self.order = [*range(count - 1, 0, -1), count - 1]
 
@@ -334,6 +336,9 @@ class _Trial:
         other_args, other_kwargs = taken((args, kwargs), index, self.count)
         for _ in range(_ROUNDS):
             first, specs = self._recorded(args, kwargs, 0)
+            if self.checkpoints and (again := self._run_again(args, kwargs)):
+                self.excluded |= again
+                continue
             known = len(self.excluded)  # what this pass excluded it has opened already
             try:
                 with perturbed(self.root):
@@ -373,6 +378,7 @@ class _Trial:
                 self.excluded.add(call.key)
             if call.key in self.excluded:
                 return call.opened()
+            self.checkpoints = self.checkpoints or _checkpoint() is not None
             made = call.whole()
             leaves, specs[call.key] = pytree.tree_flatten(made)
             found[call.key] = [
@@ -383,6 +389,32 @@ class _Trial:
         torch.manual_seed(seed)
         watched(self.still, answer, lambda: self.forward(*args, **kwargs))
         return found, specs
+
+    def _run_again(self, args: Any, kwargs: Any) -> set[Key]:
+        """Calls in a checkpointed block that trains, which backward runs again without answers.
+
+        What comes into such a block must be true numbers: so nothing in it is answered, unless the
+        first call that is answered lies in it, and what comes in is the model's own.
+        """
+        places: dict[Key, Any] = {}
+        training: set[Any] = set()
+
+        def answer(call: Call) -> Any:
+            if call.key in self.excluded:
+                return call.opened()
+            places[call.key] = _checkpoint()
+            return call.whole()
+
+        with ExitStack() as hooks:
+            for module in self.root.modules():
+                trains = any(p.requires_grad for p in module.parameters(recurse=False))
+                if trains and not isinstance(module, torch.jit.ScriptModule):
+                    note = module.register_forward_pre_hook(lambda *_: training.add(_checkpoint()))
+                    hooks.callback(note.remove)
+            watched(self.still, answer, lambda: self.forward(*args, **kwargs))
+        first = next(iter(places.values()), None)
+        training -= {None, first}
+        return {key for key, block in places.items() if block in training}
 
     def _form(self, one: list[Any], other: list[Any] | None, spec: Any) -> Form | None:
         """The form of a call; ``None``: it is not a function of single samples."""
@@ -459,6 +491,19 @@ class _Trial:
         if keys := [key for key in forms if not _hooks(self.still[key[0]])]:
             search(keys)
         return placed
+
+
+def _checkpoint() -> Any:
+    """The call of ``torch.utils.checkpoint`` that is running; ``None``: there is none."""
+    known = sys.modules.get("torch.utils.checkpoint")
+    file = getattr(known, "__file__", None)
+    frame = None if file is None else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "checkpoint" and code.co_filename == file:
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def replayed(

@@ -689,3 +689,46 @@ def test_offsets_among_the_inputs_are_refused_in_words() -> None:
     for given in fl.cached(model, [batch]):
         with pytest.raises(ModelError, match=r"in another order.*Train without the cache"):
             model(*given)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_block_that_is_frozen_in_part_gets_true_numbers(reentrant: bool) -> None:
+    """Backward runs the block again, and what came in was skipped: losses became NaN."""
+
+    def block(given: int) -> Any:
+        return nn.Sequential(nn.Linear(given, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([block(6), block(8), block(8)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Any) -> Any:
+            for part in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=reentrant)
+            return self.head(x)
+
+    def trained(model: Any, batches: Any) -> list[float]:
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.SGD(learning, 0.1), []
+        for _ in range(3):
+            for x, y in batches:
+                loss = functional.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+        return losses
+
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 6), torch.arange(32) % 3
+    batches = [(x[:16], y[:16]), (x[16:], y[16:])]
+    model = Net()
+    # A block that is checkpointed with reentrance learns nothing where its inputs need no gradient.
+    fl.freeze(model, "blocks/1/3")
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert trained(model, fl.cached(model, batches)) == pytest.approx(trained(twin, batches))
+    torch.testing.assert_close(model.blocks[2][1].running_mean, twin.blocks[2][1].running_mean)
