@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -423,8 +423,13 @@ class Case:
 
     @cached_property
     def sites(self) -> Mapping[str, SiteFacts]:
-        """Path -> facts, in execution order."""
-        return {site.site.path: site for site in self.facts}
+        """Path -> facts, in execution order; a count that training does not move is none."""
+        seen = self.measurement.behaviour
+        uncounted = {path for path, behaviour in seen.items() if behaviour.uncounted}
+        return {
+            site.site.path: replace(site, updates=None) if site.site.path in uncounted else site
+            for site in self.facts
+        }
 
     @cached_property
     def roles(self) -> Mapping[str, Role]:

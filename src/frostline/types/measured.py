@@ -101,12 +101,15 @@ class Behaviour:
         inference: The same for an inference pass; anything but 0 makes a sample depend on its
             neighbours.
         moves: The training-mode pass would have moved the stored statistics.
+        uncounted: It moved them and not the site's own count of updates, as a function does that is
+            handed the statistics of a layer.
     """
 
     path: str
     training: float | None
     inference: float | None
     moves: bool | None
+    uncounted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -376,6 +376,9 @@ def _not_frozen(
             wrong[site.path] = (
                 "training uses batch statistics" if site.stats_frozen else "its statistics move"
             )
+    # A caller that hands the statistics of a layer to a function goes past what locks the layer.
+    locked = {e.site.path for e in chosen if e.site.stats_frozen and e.site.policy == "inference"}
+    locked -= wrong.keys()
     if data is not None and statistics:
         for path, did in _watched(adapter, data, step).items():
             if inside(path):
@@ -383,7 +386,8 @@ def _not_frozen(
                 if did.moves or (did.training or 0.0) > 0:
                     moves = "its statistics move in training"
                     # A module is frozen by its mode as well; a layer of Keras has none.
-                    moves += _BY_HAND if path in unknown and facts.mode is None else ""
+                    by_hand = (path in unknown and facts.mode is None) or path in locked
+                    moves += _BY_HAND if by_hand else ""
                     wrong[path] = moves if did.moves else "training uses the batch's"
     elif statistics:
         for path, kind in unknown.items():

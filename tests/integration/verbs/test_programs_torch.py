@@ -1001,3 +1001,56 @@ def test_models_that_are_called_at_once_acquit_nobody() -> None:
     assert "BN is not ruled out" in report.verdict
     with pytest.raises(fl.FrostlineError, match=r"torch\.vmap.*Pass data, or step="):
         fl.recalibrate(net, data)
+
+
+class Handed(nn.Module):
+    """Hands the statistics of a layer to the function, with its own flag: nothing counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.norm.momentum = 0.01
+        self.last = nn.BatchNorm1d(3, momentum=0.01)
+
+    def forward(self, x: Any) -> Any:
+        norm, hidden = self.norm, self.first(x)
+        kept = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        hidden = F.batch_norm(hidden, *kept, self.training, norm.momentum, norm.eps)
+        return self.last(self.head(F.relu(hidden)))
+
+
+def handed() -> tuple[Any, list[Any]]:
+    torch.manual_seed(0)
+    y = torch.arange(48) % 3
+    x = torch.randn(48, 4) + 2 + y[:, None]
+    data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 48, 16)]
+    net = Handed()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(10):
+        for batch, labels in data:
+            loss = F.cross_entropy(net(batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return net, data
+
+
+def test_statistics_that_a_function_moved_were_updated() -> None:
+    """STATS_NEVER_UPDATED was said: the layer that owns them has counted nothing."""
+    net, data = handed()
+    assert int(net.norm.num_batches_tracked) == 0
+    assert float(net.norm.running_mean.abs().max()) > 0.1
+    report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
+    assert [cause.code for cause in report.causes if cause.code != "DOMAIN_STATS"] == ["EMA_LAG"]
+    assert set(report.causes[0].sites) == {"norm", "last"}
+
+
+def test_what_a_freeze_cannot_lock_is_told_so() -> None:
+    """The advice was to freeze the model, and it was frozen."""
+    net, data = handed()
+    fl.freeze(net)
+    with pytest.raises(fl.NotFrozenError, match=r"'norm'.*whatever its flags say.*No flag reaches"):
+        fl.assert_frozen(net, data=data)
+    fl.unfreeze(net)
+    with pytest.raises(fl.NotFrozenError, match=r"frostline\.freeze\(model, until\) locks them"):
+        fl.assert_frozen(net, data=data)

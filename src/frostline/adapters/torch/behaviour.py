@@ -39,6 +39,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     weights: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     moved: dict[str, bool] = {}
     stacked: set[str] = set()
+    uncounted: set[str] = set()
 
     def pass_over(given: Batch, number: int, step: Any, *, training: bool) -> None:
         seen = weights[training]
@@ -56,6 +57,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
 
         with untouched(model, number=number) as root, torch.no_grad():
             before = {path: _stored(module) for path, module in watched.items()}
+            counts = {path: _count(module) for path, module in watched.items()}
             set_phase(root, training=training)
             with answered(sites, answer):
                 try:
@@ -68,6 +70,9 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
                 for path, module in watched.items():
                     changed = not _alike(before[path], _stored(module))
                     moved[path] = moved.get(path, False) or changed
+                    count = counts[path]
+                    if changed and count is not None and count == _count(module):
+                        uncounted.add(path)
 
     for number, batch in enumerate(batches):
         given = Batch(*batch) if isinstance(batch, tuple) else batch
@@ -94,6 +99,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             training=_middle(weights[True].get(path, [])),
             inference=_middle(weights[False].get(path, [])),
             moves=moved.get(path),
+            uncounted=path in uncounted,
         )
         for path in (*watched, *foreign, *sorted(stacked - {*watched, *foreign}))
     }
@@ -107,6 +113,12 @@ def _stored(module: Any) -> tuple[Any, ...]:
     """Copies of all statistics that it keeps, but not of counters of batches."""
     held = tensors_of(module).items()
     return tuple(value.detach().clone() for name, value in held if "num_batches" not in name)
+
+
+def _count(module: Any) -> int | None:
+    """How many updates a module of torch has counted; ``None`` where it counts none."""
+    count = getattr(module, "num_batches_tracked", None)
+    return int(count) if isinstance(count, torch.Tensor) and count.numel() == 1 else None
 
 
 def _alike(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
