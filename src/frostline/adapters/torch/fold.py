@@ -149,9 +149,9 @@ def _trial(whole: Any, sample: Any) -> _Trial | None:
     Raises:
         ModelError: The model fails on the sample.
     """
-    calls = [arguments(whole, sample)] if sample is not None else [
+    calls = [arguments(whole, sample)] if sample is not None else (
         ((batch,), {}) for batch in guesses(whole)
-    ]  # fmt: skip
+    )  # fmt: skip
     problem = None
     for args, kwargs in calls:
         for dtype in (torch.float64, None):  # in float64 where the model's own code allows that

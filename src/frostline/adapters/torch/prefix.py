@@ -29,6 +29,7 @@ from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.adapters.torch.replayed_parts import ReplayedPrefix
+from frostline.adapters.torch.samples import ROWS
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
@@ -292,13 +293,17 @@ def to_onnx(module: Any, batch: Any) -> bytes:
     """
     if isinstance(batch, Mapping):
         raise ModelError("inputs that are given by name cannot be exported. Received: a mapping")
-    twin = _folded(unwrapped(module))
-    inputs = tensors(batch, twin)
-    arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    root = unwrapped(module)
+    inputs = tensors(batch, root)
+    # A few rows: their number stays open, and a trace runs as slowly as the module.
+    arguments = tuple(
+        argument[:ROWS] for argument in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))
+    )
+    twin = _folded(root, arguments)
     names = [f"input_{number}" for number in range(len(arguments))]
     stream = io.BytesIO()
     with torch.no_grad(), phase(list(twin.modules()), None):
-        outputs = _leaves(called(twin, inputs))
+        outputs = _leaves(called(twin, arguments))
     results = [f"output_{number}" for number in range(len(outputs))]
     try:
         with warnings.catch_warnings():
@@ -323,13 +328,13 @@ def to_onnx(module: Any, batch: Any) -> bytes:
     return stream.getvalue()
 
 
-def _folded(root: Any) -> Any:
+def _folded(root: Any, sample: tuple[Any, ...]) -> Any:
     """A copy with its BN layers folded; where one has to stay, with all as they are.
 
     A convolution of a user's own class is not folded; engines do so, as they see what it computes.
     """
     try:
-        done = fold(root)
+        done = fold(root, sample=sample)
     except ModelError:
         return copied(root).eval()
     return copied(root).eval() if done.replaced or done.notes else done.model.eval()

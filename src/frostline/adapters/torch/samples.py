@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ _SIZES = (64, 224, 32, 28, 128, 16)  # sides of images that are tried
 _VOLUMES = (16, 32, 64)  # of volumes, whose cost grows with the cube
 
 
-def guesses(root: Any, modules: Any = None) -> list[Any]:
+def guesses(root: Any, modules: Any = None) -> Iterator[Any]:
     """Batches of ``2 * ROWS`` random samples, as the first module with weights may take them.
+
+    They are drawn one by one: with a thousand channels one of large images is gigabytes.
 
     Args:
         root: What will be called with one of them, as its only argument.
@@ -40,10 +42,9 @@ def guesses(root: Any, modules: Any = None) -> list[Any]:
         channels = len(first.weight)
         shapes = [(channels,), (channels, 16), (channels, 16, 16)]
     elif isinstance(first, nn.Embedding):
-        drawn = rng.integers(0, first.num_embeddings, (2 * ROWS, 16))
-        return [tensors(drawn, root)]
-    drawn_rows = [rng.normal(size=(2 * ROWS, *shape)).astype(np.float32) for shape in shapes]
-    return [tensors(rows, root) for rows in drawn_rows]
+        yield tensors(rng.integers(0, first.num_embeddings, (2 * ROWS, 16)), root)
+    for shape in shapes:
+        yield tensors(rng.normal(size=(2 * ROWS, *shape)).astype(np.float32), root)
 
 
 def arguments(root: Any, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 
 if os.environ["KERAS_BACKEND"] != "torch":
@@ -18,7 +19,10 @@ import torch
 from torch import nn
 
 import frostline as fl
+from frostline.adapters.torch import samples
 from frostline.adapters.torch.adapter import TorchView
+from frostline.adapters.torch.forward_pass import tensors
+from frostline.adapters.torch.prefix import to_onnx
 from frostline.types import ModelError
 
 
@@ -370,6 +374,41 @@ def test_volumes_are_tried_at_a_size_that_ends() -> None:
     model = settled(nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU())).eval()
     x = torch.randn(2, 1, 8, 8, 8)
     torch.testing.assert_close(fl.fold(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_guessed_until_one_is_taken() -> None:
+    """All guesses for a layer of 1,024 channels would be three gigabytes."""
+    drawn: list[tuple[int, ...]] = []
+
+    class Seen(nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            drawn.append(tuple(x.shape))
+            return super().forward(x)
+
+    model = nn.Sequential(Seen(2, 2, 1), nn.BatchNorm2d(2)).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            samples, "tensors", lambda rows, root: drawn.append(rows.shape) or tensors(rows, root)
+        )
+        fl.fold(model)
+    assert drawn[0] == (6, 2, 64, 64)
+    assert set(drawn) == {drawn[0]}
+
+
+def test_an_engine_s_graph_is_made_from_a_few_rows() -> None:
+    """A fold that guesses its sample, and a trace of a whole batch, took longer than the engine."""
+    pytest.importorskip("onnx")
+    rows: list[int] = []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            rows.append(len(x))
+            return super().forward(x)
+
+    model = nn.Sequential(Counted(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    assert to_onnx(model, np.ones((32, 3, 8, 8), np.float32))
+    assert rows
+    assert max(rows) <= samples.ROWS
 
 
 def test_a_lazy_module_that_has_seen_no_data_is_refused() -> None:
