@@ -263,6 +263,14 @@ def _view(
 
 
 def _forms(x: Any) -> list[Any]:
+    """Name, dtype and shape of the arrays of one sample."""
+    other = [leaf for _, leaf in leaves(x) if not isinstance(leaf, np.ndarray)]
+    if other:
+        raise DataError(
+            "cached features are found by the arrays of a sample, and these inputs are no arrays "
+            "of one length: pass such arrays, or train with fl.cached. "
+            f"Received: inputs of type {type(other[0]).__name__}"
+        )
     return sorted((name, leaf.dtype.str, leaf.shape[1:]) for name, leaf in leaves(x))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import prefix_pairs
 import pytest
+
+import frostline as fl
 
 keras = pytest.importorskip("keras")
 
@@ -90,3 +93,22 @@ def test_what_no_reading_finds_is_found_by_the_comparison() -> None:
     assert prefix_pairs.key(found.one) == prefix_pairs.key(found.other)
     expected = chosen.features(found.other, x)
     assert not prefix_pairs.served(found.one, found.other, x, expected)
+
+
+@dataclasses.dataclass
+class Given:
+    rows: Any
+
+
+def test_inputs_that_are_no_arrays_are_refused_in_words(tmp_path: Path) -> None:
+    """It was an AttributeError: an object has no dtype."""
+    torch = pytest.importorskip("torch")
+
+    class Reads(torch.nn.Linear):  # type: ignore[misc, name-defined]
+        def forward(self, given: Any) -> Any:
+            return super().forward(given.rows)
+
+    ragged = [torch.ones(3, 2), torch.ones(2, 2)]
+    for x in ((Given(torch.ones(4, 2)),), ragged):
+        with pytest.raises(fl.DataError, match=r"no arrays of one length.*fl\.cached"):
+            fl.cache_features(Reads(2, 3).eval(), [(x, None)], tmp_path, verbose=0)
