@@ -215,6 +215,8 @@ class _Fold:
                 graph = followed(self.twin, None, unseen)
             except ModelError as problem:
                 unseen = {"": str(problem)}
+            else:
+                self._leave_what_is_read(graph)
         elif way == "pairs":
             unseen = {"": "it is folded in place"}
         made: Any = self.twin
@@ -254,6 +256,15 @@ class _Fold:
             self.left.setdefault(path, "is the model itself" if tried else why)
         self.left = {path: reason for path, reason in self.left.items() if path in present}
         return made
+
+    def _leave_what_is_read(self, graph: Any) -> None:
+        """Leave sites whose statistics or parameters the model reads beside calling them."""
+        for node in graph.nodes:
+            owner = str(node.target).rpartition(".")[0]
+            if node.op == "get_attr" and owner:
+                path = self.paths.get(id(self.twin.get_submodule(owner)))
+                if path is not None:
+                    self.left.setdefault(path, "is read by the model beside being called")
 
     def _nodes(self, graph: Any, root: Any) -> list[Any]:
         """The calls of sites that can be folded."""
@@ -390,6 +401,8 @@ def _affine(site: Any) -> Any:
             continue
         wanted = x * scale.reshape(shape) + shift.reshape(shape)
         behind = [module for module in behind if _applied(module, wanted, found)]
+        if not behind and kind in _PLAIN:
+            return "has hooks that change what it takes or returns"
         if not behind:
             return f"is a BN class of its own, which does more than normalise ({kind.__name__})"
         accepted = True

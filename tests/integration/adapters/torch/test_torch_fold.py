@@ -505,3 +505,35 @@ def test_a_norm_by_hand_that_a_trace_takes_apart_is_no_bn() -> None:
     x = torch.randn(2, 3, 6, 6)
     folded = fl.fold(model)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_is_read_beside_its_call_stays_and_the_others_fold() -> None:
+    """It was refused whole: the folded module had no statistics to read."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.out, self.target = nn.Linear(8, 2), nn.BatchNorm1d(2)
+
+        def forward(self, x: Any) -> Any:
+            found = self.out(self.body(x))
+            return self.target(found) + found * self.target.running_var + self.target.running_mean
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(16, 4)
+    for _ in range(3):
+        model(x)
+    model.eval()
+    with pytest.warns(UserWarning, match="'target' is read by the model beside being called"):
+        folded = fl.fold(model, sample=x)
+    kinds = [type(module) for module in folded.modules()]
+    assert kinds.count(nn.BatchNorm1d) == 1
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_are_no_class_of_ones_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    model[1].register_forward_hook(lambda _module, _inputs, output: output * 0.9)
+    with pytest.raises(ModelError, match="'1' has hooks that change"):
+        fl.fold(model, sample=torch.randn(8, 4))
