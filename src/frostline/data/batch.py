@@ -248,19 +248,18 @@ def _owners(value: Any) -> int | None:
     lengths = [shape_of(leaf)[0] for leaf in arrays]
     if len(set(lengths)) < 2:
         return None
-    # What has two rows may be pairs of points that an edge joins.
-    rows = {
-        shape_of(leaf)[0]
-        for leaf in arrays
-        if len(shape_of(leaf)) == 1 or "int" not in str(leaf.dtype)
-    }
-    for leaf, length in zip(arrays, lengths, strict=True):
-        if len(shape_of(leaf)) > 1 or "int" not in str(leaf.dtype) or lengths.count(length) < 2:
+    whole = ["int" in str(getattr(leaf, "dtype", "")) for leaf in arrays]
+    flat = [len(shape_of(leaf)) == 1 for leaf in arrays]
+    # Whole numbers in two rows may be pairs of points that an edge joins.
+    rows = {n for n, single, integers in zip(lengths, flat, whole, strict=True)
+            if single or not integers}  # fmt: skip
+    for leaf, length, single, integers in zip(arrays, lengths, flat, whole, strict=True):
+        if not (single and integers and length) or lengths.count(length) < 2:
             continue
         index = to_numpy(leaf)
-        number = int(index[-1]) + 1 if length else 0
-        steps = np.diff(index)
-        if number < length and number in rows and not index[0] and set(np.unique(steps)) <= {0, 1}:
+        number = int(index[-1]) + 1
+        in_order = not index[0] and set(np.unique(np.diff(index))) <= {0, 1}
+        if in_order and number < length and number in rows:
             return number
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import types
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,8 @@ class TestKinds:
         )
         assert [batch.count for batch in read(*others)] == [9] * 6
         assert [batch.count for batch in read((points, np.zeros(9, int), labels[:1]))] == [1]
+        table = types.SimpleNamespace(shape=(9, 2))  # no dtype, as a DataFrame has none
+        assert Batch({"table": table, "labels": labels}).count == 9
 
     def test_an_object_with_tensors_inside(self) -> None:
         graph = Graph(7, 2)
