@@ -34,10 +34,13 @@ def load() -> dict[str, Entry]:
         keras_later,
         keras_programs,
         keras_unseen,
+        keras_untried,
         later,
         situations,
         torch_programs,
         unseen,
+        untried,
+        untried_data,
     )
 
     return ENTRIES
@@ -70,7 +73,7 @@ def answers(entry: Entry, verbs: frozenset[str] = frozenset()) -> dict[str, Any]
             model = again.model if entry.framework == "keras" else copied(program.model)
             told = f"works: {verb(again, model)}"
         except FrostlineError as refusal:
-            wrong = isinstance(refusal, Wrong)
+            wrong = any(words in str(refusal) for words in program.no_help)
             told = f"{'wrong' if wrong else 'refused'}: {refusal}"
         except Wrong as problem:
             told = f"wrong: {problem}"
@@ -120,7 +123,7 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
         "answer agreed with something that is not ours: buffers bit for bit, inputs of normalising",
         "calls seen by a function mode of torch, the library's own loss in both phases. Exported",
         "programs are held to the module that they were made from. Cells are of the day on which",
-        "they were asked last, not all of the newest code.",
+        "they were asked last, not all of the newest code; an empty one was not asked.",
         "",
         ", ".join(f"{n} {word}" for word, n in counted(results).items()) + ".",
         "",
@@ -153,6 +156,7 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
 FIRST = {
     "situations.py": "situations-first.json",
     "unseen.py` and `keras_unseen.py": "unseen-first.json",
+    "untried.py`, `untried_data.py` and `keras_untried.py": "unseen-programs-first.json",
 }
 
 
@@ -167,6 +171,17 @@ def words(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {word}" for word, number in counts.items())
 
 
+def still_wrong(asked: dict[str, dict[str, Any]]) -> list[str]:
+    """Which answers are wrong now, by model and verb."""
+    found: dict[str, list[str]] = {}
+    for name, result in asked.items():
+        for verb, (told, _) in result["verbs"].items():
+            if told.startswith(("wrong", "crash")):
+                found.setdefault(name, []).append(f"`{verb}`")
+    lines = [f"- {name}: {', '.join(verbs)}" for name, verbs in found.items()]
+    return ["", "Wrong still, with what was answered above:", "", *lines] if lines else []
+
+
 def beside(results: dict[str, dict[str, Any]]) -> list[str]:
     """What the small programs were answered at first, and the sweep over timm."""
     lines: list[str] = []
@@ -176,12 +191,17 @@ def beside(results: dict[str, dict[str, Any]]) -> list[str]:
             continue
         asked = {n: results[n] for n in first["situations"] if n in results}
         others -= set(asked)
+        written = "written, and what was answered was committed"
+        if "commit" in first:
+            written = f"written, and asked of commit {first['commit']}"
         lines += [
             "",
             f"{len(first['situations'])} rows are of `tests/slow/thirdparty/{source}`. They were",
-            "written, and what was answered was committed",
+            written,
             f"(`docs/results/{name}`), before anything was mended for",
             f"them: {words(first['score'])}. Now, {len(asked)} rows: {words(counted(asked))}.",
+            *([first["note"]] if "note" in first else []),
+            *still_wrong(asked),
         ]
     if lines:
         rest = counted({n: results[n] for n in others})

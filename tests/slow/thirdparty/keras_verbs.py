@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -255,10 +256,50 @@ def fit(program: Program, model: Any) -> str:
     return f"{history.history['loss'][-1]:.3g}"
 
 
+def set_momentum(program: Program, model: Any) -> str:
+    before = [layer.momentum for layer in norms(model)]
+    change = fl.set_momentum(model, 0.9)
+    wrong = [m for m in (layer.momentum for layer in norms(model)) if not math.isclose(m, 0.9)]
+    require(not wrong, f"a momentum of {wrong[:1]}")
+    change.undo()
+    require(before == [layer.momentum for layer in norms(model)], "undo did not put it back")
+    return "set and undone"
+
+
+def unfreeze(program: Program, model: Any) -> str:
+    def flags() -> list[bool]:
+        return [layer.trainable for layer in model._flatten_layers()]
+
+    fl.freeze(model, 0.5)
+    frozen = flags()
+    fl.unfreeze(model).undo()
+    require(frozen == flags(), "undo did not freeze it again")
+    fl.unfreeze(model)
+    still = [layer.name for layer in norms(model) if not layer.trainable]
+    require(not still, f"{still[:1]} is still frozen")
+    return "nothing is frozen"
+
+
+def cache_features(program: Program, model: Any) -> str:
+    known, x = [site.path for site in fl.sites(model)], sample(program)
+    fl.freeze(model, known[-1] if len(known) > 1 else -1)
+    prefix = fl.split(model, sample=x).prefix
+    own = predicted(prefix, x)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):  # the second time they are read
+            found = fl.cache_features(prefix, x, folder, verbose=0)
+            stored = found.rows(range(len(found)))
+    require(len(found) == len(own[0]), f"{len(found)} rows; the prefix returns {len(own[0])}")
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(stored, own, strict=True))
+    require(worst < 1e-3, f"features are {worst:.2g} off")
+    return f"{len(found)} rows"
+
+
 VERBS: dict[str, Callable[[Program, Any], str]] = {
     verb.__name__: verb
     for verb in (
-        sites, lint, phases, recalibrate, freeze, assert_frozen, watch, diagnose, split, fold, fit
+        sites, lint, phases, recalibrate, freeze, assert_frozen, watch, diagnose, split, fold, fit,
+        set_momentum, unfreeze, cache_features
     )
 }  # fmt: skip
 __all__ = ["VERBS", "Wrong"]

@@ -32,6 +32,8 @@ class Program:
             the library's to within a fifth.
         until: Where its user freezes; ``None``: in the middle of its BN layers.
         recompile: ``(model) -> None``: how its user compiles it again; Keras.
+        no_help: What a refusal tells that is not so of this program, or was done, or cannot be: a
+            refusal with such words is wrong.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class Program:
     own_ways: bool = False
     until: str | None = None
     recompile: Callable[[Any], None] | None = None
+    no_help: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class Entry:
 ENTRIES: dict[str, Entry] = {}
 _BOTH = (
     "sites", "lint", "phases", "recalibrate", "freeze", "assert_frozen", "watch", "diagnose",
-    "split", "fold",
+    "split", "fold", "set_momentum", "unfreeze", "cache_features",
 )  # fmt: skip
 #: What a model of each framework is asked with: a loop of torch has a cache, Keras has ``fit``.
 VERBS = {"torch": (*_BOTH, "cached"), "keras": (*_BOTH, "fit")}

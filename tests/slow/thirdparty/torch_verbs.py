@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ class Seen(TorchFunctionMode):  # type: ignore[misc]
                 mean = args[3]
             if mean is not None:
                 x = given.get("input", args[0] if args else None)
-                self.inputs.setdefault(mean.data_ptr(), []).append(x.detach().double())
+                with contextlib.suppress(RuntimeError):  # several models at once have no pointer
+                    self.inputs.setdefault(mean.data_ptr(), []).append(x.detach().double())
         return func(*args, **given)
 
 
@@ -179,6 +181,20 @@ def own_loss(program: Program, model: Any, *, training: bool) -> float | None:
         return total / samples
 
 
+def acts_in_training(program: Program, model: Any) -> bool:
+    """Whether the mode changes the library's loss while BN computes as at inference."""
+    if program.ask is None:
+        return True
+    losses: list[list[float]] = []
+    with untouched(model), torch.no_grad():
+        for training in (False, True):
+            model.train(training)
+            for _, module in norms(model):
+                module.eval()
+            losses.append([float(program.ask(model, batch)) for batch in program.batches])
+    return losses[0] != losses[1]
+
+
 def outputs(program: Program, model: Any) -> list[Any]:
     """What the model returns at inference for the first batch."""
     with untouched(model), torch.no_grad():
@@ -303,6 +319,8 @@ def require_fixed_point(program: Program, model: Any, before: Mapping[str, Any])
 def freeze(program: Program, model: Any) -> str:
     before, kept_state = state(model), copy.deepcopy(model.state_dict())
     change = fl.freeze(model)
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    require(not learning, f"{learning[:1]} still trains")
     kept = {k: v for k, v in state(model).items() if _KEPT.search(k)}
     with torch.no_grad():
         for batch in program.batches:
@@ -345,6 +363,9 @@ def diagnose(program: Program, model: Any) -> str:
     report = fl.diagnose(model, program.batches, verbose=0, **program.options)
     require(not difference(before, state(model)), "diagnose changed the model")
     require(bool(report.verdict), "no verdict")
+    if any(cause.code == "DROPOUT" for cause in report.causes):
+        acts = acts_in_training(program, model)
+        require(acts, f"DROPOUT, where BN alone acts in training: {report.verdict}")
     if program.lags:
         at_rest, learning = (own_loss(program, model, training=t) for t in (False, True))
         if not (at_rest or 0) > 1.1 * (learning or 0):
@@ -428,10 +449,64 @@ def fold(program: Program, model: Any) -> str:
     return f"{left} BN layers left"
 
 
+def set_momentum(program: Program, model: Any) -> str:
+    def known() -> list[Any]:
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        return [m.momentum for m in model.modules() if isinstance(m, batch_norm)]
+
+    before = known()
+    change = fl.set_momentum(model, 0.9)
+    wrong = [share for share in known() if share is None or not math.isclose(share, 0.1)]
+    require(not wrong, f"a momentum of {wrong[:1]}")
+    change.undo()
+    require(before == known(), "undo did not put everything back")
+    return "set and undone"
+
+
+def unfreeze(program: Program, model: Any) -> str:
+    fl.freeze(model, 0.5)
+    frozen = state(model)
+    fl.unfreeze(model).undo()
+    changed = difference(frozen, state(model))
+    require(not changed, f"undo left {changed}")
+    fl.unfreeze(model)
+    still = [site.path for site in fl.sites(model) if site.stats_frozen or site.params_frozen]
+    still += [name for name, p in model.named_parameters() if not p.requires_grad]
+    require(not still or program.fixed, f"{still[:1]} is still frozen")
+    return "nothing is frozen"
+
+
+def cache_features(program: Program, model: Any) -> str:
+    fl.freeze(model, program.until or 0.5)
+    prefix = fl.split(model, sample=program.sample).prefix
+    given = program.batches[0][0] if program.sample is None else program.sample
+    prefix.eval()
+    with torch.no_grad():
+        if isinstance(given, Mapping):
+            out = prefix(**given)
+        else:
+            out = prefix(*given) if type(given) is tuple else prefix(given)
+    own = out if isinstance(out, tuple) else (out,)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):  # the second time they are read
+            data = given if isinstance(given, torch.Tensor) else [(given, None)]
+            found = fl.cache_features(prefix, data, folder, verbose=0)
+        rows = [found[i] for i in range(len(found))]
+    require(len(rows) == len(own[0]), f"{len(rows)} rows; the prefix returns {len(own[0])}")
+    worst = 0.0
+    for row, wanted in zip(rows, zip(*own, strict=True), strict=True):
+        several = row if isinstance(row, (tuple, list)) else (row,)
+        for one, other in zip(map(torch.as_tensor, several), wanted, strict=True):
+            off = one.to(torch.complex128) - other.to(torch.complex128)  # a mask too
+            worst = max(worst, float(off.abs().max()))
+    require(worst < 1e-3, f"features are {worst:.2g} off")
+    return f"{len(rows)} rows"
+
+
 VERBS: dict[str, Callable[[Program, Any], str]] = {
     verb.__name__: verb
     for verb in (
         sites, lint, phases, recalibrate, freeze, assert_frozen, watch, diagnose, split,
-        cached, fold
+        cached, fold, set_momentum, unfreeze, cache_features
     )
 }  # fmt: skip
