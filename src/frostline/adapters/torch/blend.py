@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils import checkpoint
 
 from frostline.adapters import Outcome
 from frostline.adapters.protocol import Condition
@@ -35,6 +36,7 @@ from frostline.adapters.torch.forward_pass import (
 )
 from frostline.adapters.torch.graph import set_mode, site_modules
 from frostline.adapters.torch.loss import Judged
+from frostline.atomic import taken_back
 from frostline.data.batch import Batch
 from frostline.numerics.blend import mixed
 from frostline.numerics.stats import Moments
@@ -92,7 +94,7 @@ class TorchForward:
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return the losses, shape ``(units,)``, and d mean(losses) / dλ, shape ``(sites,)``."""
         blend = self._blend(condition).requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), _checkpoints_opened():
             how = self._how(blend, condition, None)
             _, found = self._judged(batch, how, condition)
             slope = None
@@ -236,6 +238,37 @@ class TorchForward:
                    torch.as_tensor(variance, device=device).float())
             for path, (mean, variance) in condition.replaced(shapes).items()
         }  # fmt: skip
+
+
+class _Opened:
+    """Stands for the function of autograd behind ``checkpoint(..., use_reentrant=True)``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _recording_nothing(*_: Any, **__: Any) -> Iterator[None]:
+    """Stands for what ``checkpoint(..., use_reentrant=False)`` does around its block."""
+    yield
+
+
+@contextmanager
+def _checkpoints_opened() -> Iterator[None]:
+    """Run checkpointed blocks as they are; torch has no switch for that.
+
+    Backward would run them again, where no call is answered: without λ, and moving the statistics.
+    A reentrant one records nothing unless an input needs a gradient, and λ is none of its inputs.
+    """
+    opened = {
+        "CheckpointFunction": _Opened,
+        "_checkpoint_without_reentrant_generator": _recording_nothing,
+        "_checkpoint_without_reentrant_generator_impl": _recording_nothing,  # from torch 2.14 on
+    }
+    before = {name: made for name, made in vars(checkpoint).items() if name in opened}
+    with taken_back(lambda: vars(checkpoint).update(before)):
+        vars(checkpoint).update({name: opened[name] for name in before})
+        yield
 
 
 def outcome_of(outputs: Any, found: Judged, seen: Mapping[str, Moments]) -> Outcome:

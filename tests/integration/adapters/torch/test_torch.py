@@ -17,10 +17,12 @@ if os.environ["KERAS_BACKEND"] != "torch":
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import frostline as fl
 from frostline.adapters.protocol import Condition, FreezeRequest
 from frostline.adapters.torch.adapter import TorchView
+from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.loss import as_callable, judged
 from frostline.data.batch import Batch
@@ -533,3 +535,37 @@ def test_round_trip_of_a_model_with_state_outside_of_its_state_dict() -> None:
 
 def test_noise_layers() -> None:
     assert TorchView(net()).noise_layers() == {"drop": "dropout"}
+
+
+class Checkpointed(nn.Module):
+    """Runs its body again in backward, as ``gradient_checkpointing_enable()`` makes a model do."""
+
+    def __init__(self, body: Any, reentrant: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.reentrant = body, nn.Linear(4, 3), reentrant
+
+    def forward(self, x: Any) -> Any:
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_block_has_the_slopes_of_the_block_itself(reentrant: bool) -> None:
+    """Backward ran it behind the pass: it moved its statistics, and λ had no part in it."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
+    model = Checkpointed(body, reentrant).train()
+    plain = nn.Sequential(body, model.head).train()
+    batch = Batch(torch.randn(8, 5).numpy(), np.arange(8) % 3)
+    before = copy.deepcopy(model.state_dict())
+
+    found, wanted = (
+        TorchForward(each, None, loss=functional.cross_entropy, step=None).gradient(
+            batch, Condition(0.5)
+        )
+        for each in (model, plain)
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5)
+    assert np.abs(wanted[1]).min() > 0
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
