@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.exported import modules_again
-from frostline.adapters.torch.graph import site_modules, unwrapped
+from frostline.adapters.torch.graph import require_forward, site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.random import forked
@@ -68,6 +68,7 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     root = unwrapped(model)
     if not site_modules(root):
         raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
+    require_forward(root)
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # older torch copies none
             raise ModelError(

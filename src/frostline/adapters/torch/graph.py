@@ -30,7 +30,7 @@ from frostline.adapters.torch.locked import is_locked
 from frostline.atomic import taken_back
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
-from frostline.types import Boundary, Site
+from frostline.types import Boundary, ModelError, Site
 
 #: Buffers of the FrozenBatchNorm classes of torchvision, detectron2, timm and transformers.
 _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
@@ -49,6 +49,21 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return script.read(model) if script.is_program(model) else script.host(model)
+
+
+def require_forward(root: Any) -> None:
+    """Refuse a container whose parts somebody else calls, as ModuleDict and ModuleList are.
+
+    Raises:
+        ModelError: The module has no ``forward``.
+    """
+    if type(root).forward is nn.Module.forward and "forward" not in vars(root):
+        parts = ", ".join(repr(name) for name, _ in root.named_children()) or "none"
+        raise ModelError(
+            f"{type(root).__name__} has no forward, so only your step knows how its parts are "
+            "called: pass the part that is meant, or a module whose forward calls them. "
+            f"Received: {type(root).__name__} of {parts}"
+        )
 
 
 def is_site(module: Any) -> bool:

@@ -699,3 +699,16 @@ def test_a_model_that_a_freeze_breaks_at_inference_is_refused() -> None:
     fl.freeze(model, "members/1")
     with pytest.raises(ModelError, match="at inference"):
         fl.split(model, sample=torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("verb", [fl.split, fl.fold])
+def test_a_container_without_a_forward_is_told_to_hand_over_its_parts(verb: Any) -> None:
+    """It was asked for a sample, which cannot help."""
+    parts = nn.ModuleDict({"made": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))})
+    fl.freeze(parts)
+    with pytest.raises(ModelError, match=r"ModuleDict has no forward.*pass the part.*'made'"):
+        verb(parts)
+    with pytest.raises(ModelError, match="no forward"):
+        verb(parts, sample=torch.ones(4, 3))
+    parts.forward = lambda x: parts["made"](x)
+    verb(parts, sample=torch.ones(4, 3)) if verb is fl.fold else None
