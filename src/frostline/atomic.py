@@ -30,7 +30,10 @@ def atomically(back: Callable[[], None], edit: Callable[[], T]) -> T:
         back: Puts the model back as it was before the edit; can be repeated.
         edit: Changes the model and returns what the user gets, its text included.
     """
-    return Guard(back, surroundings()).over(edit)
+    turned = modes()
+    made = Guard(back, surroundings()).over(edit)
+    turned()  # an error that the edit took may have hit the exit of a block
+    return made
 
 
 class Guard:

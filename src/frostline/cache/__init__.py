@@ -164,13 +164,11 @@ def cache_features(
         title=title,
         through=through,
     )
+    return atomically(prefixes.snapshot(prefix), partial(_cached, prefix, data, order, views))
+
+
+def _cached(prefix: Any, data: Any, order: _Order, views: int) -> FeatureCache:
     found = prefixes.identity(prefix)
-    return atomically(
-        prefixes.snapshot(prefix), partial(_cached, prefix, found, data, order, views)
-    )
-
-
-def _cached(prefix: Any, found: Identity, data: Any, order: _Order, views: int) -> FeatureCache:
     data = prefixes.readable(prefix, data, order.batch_size)
     labels: list[Any] | None = [] if prefixes.hands_out_labels(prefix) else None
     made = [

@@ -466,6 +466,23 @@ def test_a_trace_that_fails_while_it_ends_leaves_nothing_of_it(
 
 
 @pytest.mark.once
+def test_an_error_that_an_edit_takes_in_the_way_back_of_a_block_leaves_no_filters() -> None:
+    """``fl.cache_features`` went on without a description of its prefix, and warned of nothing."""
+
+    def edit() -> str:
+        np.errstate(all="raise").__enter__()
+        warnings.catch_warnings().__enter__()
+        return "done"  # without what failed
+
+    from frostline.atomic import atomically
+
+    errors, filters = np.geterr(), warnings.filters
+    assert atomically(lambda: None, edit) == "done"
+    assert np.geterr() == errors
+    assert warnings.filters is filters
+
+
+@pytest.mark.once
 def test_an_error_that_a_verb_takes_in_the_way_back_of_a_mode_leaves_no_mode() -> None:
     from frostline.verbs.whole import whole
 
