@@ -274,11 +274,11 @@ def surroundings(model: Any, places: Iterable[Place] | None = None) -> Callable[
 
 
 def modes() -> Callable[[], None]:
-    """Remember Keras' scopes, and the modes of TensorFlow and of torch if they are there."""
+    """Remember Keras' scopes, and the modes of TensorFlow, JAX and torch if they are there."""
     tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
     kept = {name: value for name, value in tracker.items() if "scope" in name}
     stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
-    eager, of_torch = _eager_functions(), None
+    eager, traced, of_torch = _eager_functions(), _current_trace(), None
     if "torch" in sys.modules:
         from frostline.adapters.torch.surroundings import modes as of_torch_modes
 
@@ -293,6 +293,21 @@ def modes() -> Callable[[], None]:
         if of_torch is not None:
             of_torch()
         eager()
+        traced()
+
+    return back
+
+
+def _current_trace() -> Callable[[], None]:
+    """JAX: what its operations go to; an exception at the exit of a trace leaves it current."""
+    context = getattr(sys.modules.get("jax._src.core"), "trace_ctx", None)
+    if context is None:  # no JAX, or one from before 0.4.36
+        return lambda: None
+    trace = context.trace
+
+    def back() -> None:
+        if context.trace is not trace:
+            context.set_trace(trace)
 
     return back
 

@@ -13,7 +13,8 @@ import pytest
 
 import frostline as fl
 from frostline import layers
-from frostline.adapters.keras.state import models_in, variables_of
+from frostline.adapters.keras.state import all_that_edits_touch, models_in, variables_of
+from frostline.atomic import atomically
 
 L = keras.layers
 
@@ -125,3 +126,27 @@ def test_an_optimizer_that_cannot_be_made_anew_stops_convert() -> None:
         fl.convert(model)
     assert state(model) == before
     assert not any(isinstance(layer, layers.BatchNormalization) for layer in model.layers)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX has traces")
+def test_an_exception_at_the_exit_of_a_trace_leaves_none() -> None:
+    """Everything that was computed later went to the trace that had ended."""
+    import jax
+    from jax._src import core
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    back, held = all_that_edits_touch(model), []
+
+    def traced(x: Any) -> Any:
+        held.append(core.trace_ctx.trace)
+        return x
+
+    def edit() -> None:
+        jax.jit(traced)(1.0)
+        core.trace_ctx.set_trace(held[0])  # as if the exit of its block had not been called
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomically(back, edit)
+    assert core.trace_ctx.trace is not held[0]
+    np.testing.assert_allclose(np.asarray(keras.ops.ones(2) + 1), 2)
