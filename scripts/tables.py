@@ -434,14 +434,24 @@ def prefix_pairs(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Different, but with one key: {', '.join(kinds) or 'none'}."])
 
 
+#: Exceptions after which a state of the code has a row of its own.
+_OFTEN = 2500
+
+
 def interruptions(results: Sequence[dict[str, Any]]) -> str:
     """What interrupting verbs showed, by framework and network; of `scripts/inject.py`.
 
     The state of the code of the last run, by the hash of the sources, has a row per model and their
-    sum; the one before it has a row, and all earlier ones another.
+    sum; earlier ones have a row where they were tried often, and the others one together.
     """
-    states = list(dict.fromkeys(run.get("sources", "") for run in results[0]["runs"]))
-    last, before = states[-1], states[-2] if len(states) > 1 else None
+    tried: Counter[str] = Counter()
+    for run in results[0]["runs"]:
+        tried[run.get("sources", "")] += sum(
+            counts.get("exceptions", 0) for counts in run["counts"].values()
+        )
+    last = results[0]["runs"][-1].get("sources", "")
+    often = {state for state, number in tried.items() if state and number >= _OFTEN}
+    others = len(tried) - len(often | {last})
     rows: dict[tuple[str, str], Counter[str]] = {}
     earlier: dict[tuple[str, str], Counter[str]] = {}
     for run in results[0]["runs"]:
@@ -451,7 +461,7 @@ def interruptions(results: Sequence[dict[str, Any]]) -> str:
                 model = _interrupted(run["command"].split())
                 rows.setdefault((sources, model), Counter()).update(counts)
             else:
-                state = sources if sources == before else f"{len(states) - 2} earlier states"
+                state = sources if sources in often else f"{others} earlier states"
                 earlier.setdefault((state, "all of these"), Counter()).update(counts)
     rows[last, "all of these"] = sum(rows.values(), Counter())
     rows |= dict(reversed(earlier.items()))
