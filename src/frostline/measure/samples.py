@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from frostline.adapters import Adapter
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, joined, left_out, take
 from frostline.data.batches import Collation, batches, collation_of, paired
@@ -85,6 +86,20 @@ class Samples:
         number = min(len(self.batches), max(1, -(-count // self.batch_size)))
         part = replace(self, batches=self.batches[:number], notes=())
         return replace(part, items=self.items[: len(part)])
+
+
+def hold(
+    adapter: Adapter, data: Any, step: Any, *, max_samples: int, batch_size: int = 32
+) -> list[Batch]:
+    """A few batches that are read once and kept, as the model, or the user's step, takes them."""
+    read = batches(
+        data,
+        batch_size=batch_size,
+        max_samples=max_samples,
+        inputs=adapter.inputs(),
+        whole=step is not None,
+    )
+    return list(paired(read))
 
 
 def draw(

@@ -10,8 +10,8 @@ import numpy as np
 from frostline.adapters import Forward, adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.data.batch import Batch
-from frostline.data.batches import batches, paired
 from frostline.measure.phases import require_one
+from frostline.measure.samples import hold
 from frostline.numerics import stats
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, Site
@@ -42,14 +42,9 @@ class Monitor:
             raise ModelError("no BN layer with stored statistics: there is nothing to monitor")
         self._forward = self._adapter.blend_forward(loss=loss, step=step)
         self._with_gap = loss is not None or step is not None
-        read = batches(
-            data,
-            batch_size=batch_size,
-            max_samples=max_samples,
-            inputs=self._adapter.inputs(),
-            whole=step is not None,
+        self._batches = hold(
+            self._adapter, data, step, batch_size=batch_size, max_samples=max_samples
         )
-        self._batches = list(paired(read))
         self.measure()  # what does not fit shows now, not after an epoch
 
     def measure(self) -> dict[str, float]:

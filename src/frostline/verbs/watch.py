@@ -19,7 +19,7 @@ from frostline.adapters.together import ALONE, Together
 from frostline.atomic import atomically
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, failure
-from frostline.data.batches import batches, paired
+from frostline.measure import samples
 from frostline.measure.phases import require_one, tried
 from frostline.measure.ranks import pooled
 from frostline.numerics.stats import mean_shift, variance_ratio
@@ -121,14 +121,10 @@ class Watch:
         atomically(self._adapter.snapshot(), lambda: self._hold(data, loss, step, **ways))
 
     def _hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
-        stream = batches(
-            data,
-            batch_size=batch_size,
-            max_samples=max_samples,
-            inputs=self._adapter.inputs(),
-            whole=step is not None,
+        self._batches = samples.hold(
+            self._adapter, data, step, batch_size=batch_size, max_samples=max_samples
         )
-        self._batches, self._loss, self._step = list(paired(stream)), loss, step
+        self._loss, self._step = loss, step
         forward = self._adapter.blend_forward(loss=loss, step=step)
         first = self._batches[0]
         with self._adapter.preserved():
@@ -398,8 +394,7 @@ def _not_frozen(
 def _watched(adapter: Adapter, data: Any, step: Any) -> Mapping[str, Behaviour]:
     """What the sites do in training, on a few batches."""
     require_one(None, step)
-    read = batches(data, max_samples=64, inputs=adapter.inputs(), whole=step is not None)
-    held = list(paired(read))
+    held = samples.hold(adapter, data, step, max_samples=64)
     try:
         with adapter.preserved():  # a momentum encoder moves its own parameters
             return adapter.behaviour(held, step=step)

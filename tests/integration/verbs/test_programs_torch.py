@@ -929,6 +929,17 @@ def test_a_step_gets_no_part_of_a_batch() -> None:
     fl.assert_frozen(net, data=data, step=step)
 
 
+def classify(net: Any, data: Any) -> None:
+    """Train on batches of inputs and labels for ten epochs."""
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(10):
+        for batch, labels in data:
+            loss = F.cross_entropy(net(batch), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
 class Experts(nn.Module):
     """Each sees the rows that are routed to it, and none alone: BN needs two of them."""
 
@@ -960,13 +971,7 @@ def test_experts_that_the_rows_pick_are_no_wrong_operation() -> None:
     x[:, 1] += y
     data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 48, 16)]
     net = Experts()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(10):
-        for batch, labels in data:
-            loss = F.cross_entropy(net(batch), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    classify(net, data)
     report = fl.diagnose(net, data, loss=F.cross_entropy, verbose=0)
     assert report.causes[0].code == "EMA_LAG", report.verdict
     assert "KeyError" not in str(report)
@@ -1025,13 +1030,7 @@ def handed() -> tuple[Any, list[Any]]:
     x = torch.randn(48, 4) + 2 + y[:, None]
     data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 48, 16)]
     net = Handed()
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(10):
-        for batch, labels in data:
-            loss = F.cross_entropy(net(batch), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    classify(net, data)
     return net, data
 
 

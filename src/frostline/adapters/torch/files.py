@@ -167,8 +167,8 @@ def _fill(model: Any, path: Path) -> None:
 def _load(module: nn.Module, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """``module.load_state_dict(state, strict=False)`` in time that grows with the names.
 
-    Torch looks through all names that a module is given once for each of its children: 10 of 13 s
-    for 2,000 blocks in a row. The names of a module that only holds others are told apart once.
+    Torch looks through all names that a module is given once for each of its children. The names of
+    a module that only holds others are told apart once.
     """
     if not _only_holds(module):
         missing, unexpected = module.load_state_dict(state, strict=False)

@@ -631,6 +631,21 @@ def test_a_compiled_model_does_not_compile_the_cache() -> None:
             assert torch.allclose(model(batch), plain[3](plain[:3](batch)), atol=1e-6)
 
 
+def losses_of(model: Any, batches: Any) -> list[float]:
+    """Train what is not frozen for three epochs; the loss of each batch."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.SGD(learning, 0.1), []
+    for _ in range(3):
+        for x, y in batches:
+            made = model(x)
+            loss = functional.cross_entropy(getattr(made, "logits", made), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
 @dataclasses.dataclass
 class Logits:
     logits: Any
@@ -648,24 +663,13 @@ def test_outputs_in_an_object_need_the_frozen_part() -> None:
         def forward(self, x: Any) -> Any:
             return Logits(self.head(self.body(x)))
 
-    def trained(model: Any, batches: Any) -> list[float]:
-        optimizer, losses = torch.optim.SGD(model.head.parameters(), 0.1), []
-        for _ in range(3):
-            for x, y in batches:
-                loss = functional.cross_entropy(model(x).logits, y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(float(loss.detach()))
-        return losses
-
     torch.manual_seed(0)
     x, y = torch.randn(32, 6), torch.arange(32) % 3
     batches = [(x[:16], y[:16]), (x[16:], y[16:])]
     model = Net()
     fl.freeze(model, "head")
     twin = copy.deepcopy(model)
-    assert trained(model, fl.cached(model, batches)) == pytest.approx(trained(twin, batches))
+    assert losses_of(model, fl.cached(model, batches)) == pytest.approx(losses_of(twin, batches))
 
 
 def test_offsets_among_the_inputs_are_refused_in_words() -> None:
@@ -709,18 +713,6 @@ def test_a_checkpointed_block_that_is_frozen_in_part_gets_true_numbers(reentrant
                 x = torch.utils.checkpoint.checkpoint(part, x, use_reentrant=reentrant)
             return self.head(x)
 
-    def trained(model: Any, batches: Any) -> list[float]:
-        learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer, losses = torch.optim.SGD(learning, 0.1), []
-        for _ in range(3):
-            for x, y in batches:
-                loss = functional.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(float(loss.detach()))
-        return losses
-
     torch.manual_seed(0)
     x, y = torch.randn(32, 6), torch.arange(32) % 3
     batches = [(x[:16], y[:16]), (x[16:], y[16:])]
@@ -730,5 +722,7 @@ def test_a_checkpointed_block_that_is_frozen_in_part_gets_true_numbers(reentrant
     twin = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert trained(model, fl.cached(model, batches)) == pytest.approx(trained(twin, batches))
+        assert losses_of(model, fl.cached(model, batches)) == pytest.approx(
+            losses_of(twin, batches)
+        )
     torch.testing.assert_close(model.blocks[2][1].running_mean, twin.blocks[2][1].running_mean)

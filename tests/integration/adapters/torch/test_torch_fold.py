@@ -377,7 +377,7 @@ def test_volumes_are_tried_at_a_size_that_ends() -> None:
 
 
 def test_batches_are_guessed_until_one_is_taken() -> None:
-    """All guesses for a layer of 1,024 channels would be three gigabytes."""
+    """All guesses for a layer of 1,024 channels would be gigabytes."""
     drawn: list[tuple[int, ...]] = []
 
     class Seen(nn.Conv2d):
