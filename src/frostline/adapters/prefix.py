@@ -53,8 +53,15 @@ def identity(prefix: Any) -> Identity:
 
 
 def snapshot(prefix: Any) -> Callable[[], None]:
-    """Remember what running a prefix may touch; returns what puts it back, and can be repeated."""
-    return (lambda: None) if is_callable_prefix(prefix) else adapter_of(prefix).snapshot()
+    """Remember what running a prefix may touch; returns what puts it back, and can be repeated.
+
+    Raises:
+        ModelError: As :func:`identity`.
+    """
+    if is_callable_prefix(prefix):
+        return lambda: None
+    _role(prefix)  # says what a prefix is, where a function is given
+    return adapter_of(prefix).snapshot()
 
 
 def function_identity(function: Any) -> Identity:
