@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -346,13 +345,15 @@ def _alike_in_kind(node: Any, twin: Any) -> bool:
 
 
 def _differing(graph: Any, other: Any) -> set[str]:
-    """Names of the modules whose ``forward`` makes other calls in one graph than in the other."""
+    """Names of the modules whose ``forward`` makes other calls in one graph than in the other.
 
-    def calls(each: Any) -> Counter[tuple[str, str, str]]:
-        return Counter((_caller(n), n.op, str(n.target)) for n in each.nodes if n.op != "output")
+    How many calls is not asked: the model may call the whole module once more in training.
+    """
 
-    one, two = calls(graph), calls(other)
-    return {caller for caller, _, _ in ((one - two) + (two - one))}
+    def calls(each: Any) -> set[tuple[str, str, str]]:
+        return {(_caller(n), n.op, str(n.target)) for n in each.nodes if n.op != "output"}
+
+    return {caller for caller, _, _ in calls(graph) ^ calls(other)}
 
 
 def _caller(node: Any) -> str:

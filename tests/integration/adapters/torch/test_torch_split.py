@@ -340,6 +340,58 @@ def test_what_no_pass_uses_does_not_count_as_what_trains() -> None:
         fl.split(model, sample=images())
 
 
+class Twice(nn.Module):
+    """A backbone that training calls once more: on other views, or on what it has made."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+        self.again = nn.ModuleDict({"same": self.body})
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        found = self.body(x)
+        if self.training and self.how == "in a row":
+            found = self.body(found)
+        elif self.training:
+            body = self.again["same"] if self.how == "by another name" else self.body
+            found = (found + body(x.flip(3))) / 2
+        return self.head(found.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("how", "crossing"),
+    [
+        ("by the same name", ["x", "body/2"]),
+        ("by another name", ["x", "body/2"]),
+        ("in a row", ["body/2"]),
+    ],
+)
+def test_a_frozen_part_that_training_calls_once_more_is_followed(
+    how: str, crossing: list[str]
+) -> None:
+    model = Twice(how)
+    fl.freeze(model, "head")
+    x = images()
+    parts = fl.split(model, sample=x)
+    assert [c.path for c in parts.frontier] == crossing
+
+    def both(x: Any) -> Any:
+        features = parts.prefix(x)
+        return parts.suffix(*features) if len(crossing) > 1 else parts.suffix(features)
+
+    for training in (True, False):
+        model.train(training)
+        made = {}
+        for way in (model, both):
+            model.zero_grad()
+            out = way(x)
+            out.square().sum().backward()
+            made[way] = [out, *(p.grad.clone() for p in model.head.parameters())]
+        torch.testing.assert_close(made[both], made[model])
+
+
 class Mapped(nn.Module):
     """Arguments by name with defaults, a mapping as output, as Hugging Face models have them."""
 
