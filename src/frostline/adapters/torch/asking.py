@@ -6,6 +6,7 @@ of arrays by position. Labels go in where ``forward`` has a place for them and i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -256,6 +257,14 @@ class Question:
     def of_parameters(self) -> bool:
         """Whether the step needs gradients of the model's parameters."""
         return isinstance(self._step, WithGradients) and self._step.of_parameters
+
+    def with_gradients_of_parameters(self) -> Question | None:
+        """The same with gradients of the parameters; ``None``: there is no step, or it has them."""
+        if not self.steps or isinstance(self._step, WithGradients):
+            return None
+        found = copy.copy(self)
+        found._step = WithGradients(self._step, of_parameters=True)
+        return found
 
     def may_differentiate(self, problem: Exception) -> bool:
         """Whether the step runs with gradients from now on, since it failed without them."""

@@ -39,8 +39,13 @@ from frostline.adapters.torch.loss import Judged
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch
 from frostline.numerics.blend import mixed
+from frostline.numerics.compare import relative_difference
 from frostline.numerics.stats import Moments
 from frostline.types import ModelError, as_float64
+
+#: Largest difference, as a share, of losses that are the same: torch takes other kernels where
+#: gradients are recorded, and adds up in another order.
+_SAME_LOSS = 1e-3
 
 
 class TorchForward:
@@ -76,6 +81,7 @@ class TorchForward:
         self.calls: dict[str, int] = {}
         self._move = mover(model)
         self._question = Question(loss, step)
+        self._settled = step is None  # whether the step needs gradients of parameters is known
         self._trains: bool | None = None  # the model has its losses in training mode only
         self._several: bool | None = None  # it returns more in training than at inference
 
@@ -158,6 +164,9 @@ class TorchForward:
         self, batch: Batch, how: Callable[[Call], Any], condition: Condition
     ) -> tuple[Any, Judged]:
         """Outputs and losses at some λ; in training mode where there are no losses without."""
+        if not self._settled:
+            self._settled = True
+            self._settle(batch, condition.number)
         problem: Exception | None = None
         dropout, number = condition.dropout, condition.number
         first = dropout and self._returns_more_in_training(batch)
@@ -178,6 +187,30 @@ class TorchForward:
         if self._question.may_differentiate(problem):
             return self._judged(batch, how, condition)
         raise problem
+
+    def _settle(self, batch: Batch, number: int) -> None:
+        """Ask the step with gradients where it computes something else of parameters without.
+
+        An inner update, as MAML makes it, may move those alone that need gradients.
+        """
+        with_flags = self._question.with_gradients_of_parameters()
+        if with_flags is None:
+            return
+        found = []
+        for question in (self._question, with_flags):
+            with torch.no_grad(), untouched(self.model, number=number) as root:
+                set_phase(root, training=True)
+                if question is self._question:
+                    for parameter in root.parameters():
+                        parameter.requires_grad_(False)
+                try:
+                    with answered(self._sites, as_meant):
+                        _, answer = question.answer(root, batch, self._move)
+                except Exception:  # said where the step is asked
+                    return
+                found.append([as_float64(arrays(answer.losses))])
+        if relative_difference(*found) > _SAME_LOSS:
+            self._question = with_flags
 
     @contextmanager
     def _answered(
