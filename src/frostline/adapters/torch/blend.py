@@ -29,6 +29,7 @@ from frostline.adapters.torch.forward_pass import (
     arrays,
     arrays_in,
     device_of,
+    frozen_parameters_kept,
     mover,
     set_inference,
     set_phase,
@@ -198,7 +199,11 @@ class TorchForward:
             return
         found = []
         for question in (self._question, with_flags):
-            with torch.no_grad(), untouched(self.model, number=number) as root:
+            with (
+                torch.no_grad(),
+                frozen_parameters_kept(self.model),
+                untouched(self.model, number=number) as root,
+            ):
                 set_phase(root, training=True)
                 if question is self._question:
                     for parameter in root.parameters():
