@@ -524,7 +524,7 @@ def replayed(
         count: Samples.
         call: Calls the model.
         strict: A call that the plan does not know is an error; else it is run, as a head of which
-            a part works at inference only needs it.
+            a part works at inference only needs it, unless it reads placeholders.
 
     Raises:
         ModelError: The model takes another way through its frozen modules than before.
@@ -540,7 +540,8 @@ def replayed(
             return rows[call.key]
         if call.key in plan.placed and call.key in forms:
             return forms[call.key].placeholder(count, dense=plan.placed[call.key])
-        if call.key in plan.excluded or not (strict or call.key in plan.forms):
+        new = not strict and call.key not in plan.forms
+        if call.key in plan.excluded or (new and not _has_nan((call.args, call.kwargs))):
             return call.opened()
         raise ModelError(
             f"'{call.key[0]}' is called for this batch and was not for the first one: which frozen "
@@ -577,6 +578,13 @@ def perturbed(root: Any) -> Iterator[None]:
 def _blank(shape: Any, dtype: Any, device: Any) -> Any:
     value = math.nan if dtype.is_floating_point or dtype.is_complex else 0
     return torch.full((), value, dtype=dtype, device=device).expand(shape)
+
+
+def _has_nan(arguments: Any) -> bool:
+    """Whether a call reads NaN, as placeholders are."""
+    return any(
+        isinstance(x, torch.Tensor) and bool(x.isnan().any()) for x in pytree.tree_leaves(arguments)
+    )
 
 
 def _cloned(value: Any) -> Any:

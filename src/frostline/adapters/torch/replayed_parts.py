@@ -50,10 +50,13 @@ class Inputs:
     Attributes:
         form: Their structure.
         crossing: Positions of the leaves that the suffix needs.
+        reaching: Leaves of a few samples for which the model calls all of the frontier, whatever
+            is beside them: as many steps as the longest sequence of a batch, for example.
     """
 
     form: Form
     crossing: tuple[int, ...]
+    reaching: tuple[Any, ...] = ()
 
     def filled(self, rows: Sequence[Any], count: int) -> Any:
         """The arguments with these rows, and placeholders for the others."""
@@ -62,6 +65,27 @@ class Inputs:
         for place in self.crossing:
             leaves[place] = next(given)
         return pytree.tree_unflatten(leaves, self.form.spec)
+
+    def count(self, leaves: Sequence[Any]) -> int:
+        """How many samples there are; 0 where no leaf is a tensor of rows."""
+        return next((len(x) for x, row in zip(leaves, self.form.leaves, strict=True) if row), 0)
+
+    def taken(self, leaves: Sequence[Any], part: slice) -> list[Any]:
+        """The leaves of some samples, in memory of their own."""
+        pairs = zip(leaves, self.form.leaves, strict=True)
+        return [x[part].clone() if row else x for x, row in pairs]
+
+    def with_reaching(self, leaves: Sequence[Any]) -> list[Any] | None:
+        """The leaves with those of :attr:`reaching` behind them; ``None``: they do not fit."""
+        if not self.reaching:
+            return None
+        found = list(leaves)
+        for place, (row, other) in enumerate(zip(self.form.leaves, self.reaching, strict=True)):
+            if row and found[place].shape[1:] != row[0]:
+                return None
+            if row:
+                found[place] = torch.cat([found[place], other.to(found[place].device)])
+        return found
 
 
 class _Done(Exception):  # noqa: N818 - no error: all that was asked for is there
@@ -125,6 +149,28 @@ class ReplayedPrefix(_Part):
                 "the prefix takes what the sample of fl.split held, in the same way. "
                 f"Received: {len(args)} arguments by position, {sorted(kwargs)} by name"
             )
+        inputs = self._inputs
+        found = self.reached(given)
+        if found is None:  # rows of the frontier are those of single samples, whatever is beside
+            more = inputs.with_reaching(given)
+            both = None if more is None else self.reached(more)
+            if both is None:
+                shapes = ", ".join(str(tuple(x.shape)) for x in given if hasattr(x, "shape"))
+                raise ModelError(
+                    "the model calls fewer of its frozen modules for these inputs than for the "
+                    "sample of fl.split. Give it inputs of the shapes of that sample, or split it "
+                    f"with these as sample=. Received: inputs of shape {shapes}"
+                )
+            beside = inputs.count(inputs.reaching)
+            found = {key: [x[:-beside] for x in made] for key, made in both.items()}
+        rows = [given[place] for place in inputs.crossing]
+        rows += [x for key in plan.frontier for x in found[key]]
+        return rows[0] if len(rows) == 1 else tuple(rows)
+
+    def reached(self, leaves: Sequence[Any]) -> dict[Key, list[Any]] | None:
+        """What the frontier returns for these inputs; ``None``: the model does not call all."""
+        plan = self._plan
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._inputs.form.spec)
         found: dict[Key, list[Any]] = {}
 
         def answer(call: Call) -> Any:
@@ -142,12 +188,8 @@ class ReplayedPrefix(_Part):
             try:
                 watched(plan.still, answer, lambda: self._root(*args, **kwargs))
             except _Done:
-                pass
-            else:
-                raise ModelError("the model did not reach its frontier for these inputs")
-        rows = [given[place] for place in self._inputs.crossing]
-        rows += [x for key in plan.frontier for x in found[key]]
-        return rows[0] if len(rows) == 1 else tuple(rows)
+                return found
+        return None
 
 
 class ReplayedSuffix(_Part):
@@ -211,6 +253,7 @@ def split(model: Any, at: Any, sample: Any) -> SplitModel:
                 f"a mapping by name. Received: sample of {type(sample).__name__}"
             ) from problem
         inputs = _inputs(root, plan, placed, named)
+        inputs = _reaching(ReplayedPrefix(root, plan, inputs), inputs, placed, named)
     prefix, suffix = ReplayedPrefix(root, plan, inputs), ReplayedSuffix(root, plan, inputs)
     prefix.training, suffix.training = False, root.training
     features = _checked(root, prefix, suffix, placed, named)
@@ -293,6 +336,26 @@ def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
         if blank and same(outcome(call), whole):
             needed = fewer
     return Inputs(form=form, crossing=tuple(needed))
+
+
+def _reaching(prefix: ReplayedPrefix, inputs: Inputs, args: Any, kwargs: Any) -> Inputs:
+    """Note a few samples for which the model calls all: a half, and a half of it, and so on."""
+
+    def calls_all(leaves: list[Any]) -> bool:
+        try:
+            return prefix.reached(inputs.taken(leaves, slice(None))) is not None
+        except Exception:  # the model's own code, of so few samples
+            return False
+
+    def few(leaves: list[Any]) -> list[Any]:
+        count = inputs.count(leaves)
+        parts = [slice(count // 2), slice(count // 2, None)] if count > 1 else []
+        half = next(filter(calls_all, (inputs.taken(leaves, part) for part in parts)), None)
+        return leaves if half is None else few(half)
+
+    with torch.no_grad(), untouched(prefix._root):
+        own = inputs.taken(pytree.tree_leaves((args, kwargs)), slice(None))
+        return dataclasses.replace(inputs, reaching=tuple(few(own)))
 
 
 def _checked(root: Any, prefix: Any, suffix: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:

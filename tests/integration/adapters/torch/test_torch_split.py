@@ -513,6 +513,54 @@ def test_a_forward_with_keywords_of_all_kinds_is_cut_by_replay() -> None:
     torch.testing.assert_close(together(parts, images()), model.eval()(images()))
 
 
+class Steps(nn.Module):
+    """As many steps as the longest sequence of the batch, each with a BN of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norms = nn.Linear(3, 4), nn.ModuleList(nn.BatchNorm1d(4) for _ in range(5))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Any, lengths: Any) -> Any:
+        state = x.new_zeros(len(x), 4)
+        for step in range(int(lengths.max())):
+            found = torch.tanh(self.norms[step](self.into(x[:, step])) + state)
+            state = torch.where((lengths > step).unsqueeze(1), found, state)
+        return self.head(state)
+
+
+@pytest.mark.parametrize("longest", [0, 7])
+def test_features_of_samples_for_which_a_model_takes_fewer_steps(
+    longest: int, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    model = Steps()
+    fl.freeze(model, "head")
+    x, lengths = torch.randn(40, 5, 3), torch.full((40,), 2)
+    lengths[[longest, 9]] = 5  # of the sample, one is left out in the check of the split
+    sample = x[:10], lengths[:10]
+    prefix, suffix = (parts := fl.split(model, sample=sample)).prefix, parts.suffix.eval()
+    for _ in range(2):  # in batches of 32, the second time a few rows are computed again
+        features = fl.cache_features(prefix, [((x, lengths), None)], tmp_path, verbose=0)
+        for rows in (torch.arange(40), torch.arange(20, 30), torch.tensor([3])):
+            known = [torch.stack(c) for c in zip(*map(features.__getitem__, rows), strict=True)]
+            torch.testing.assert_close(suffix(*known), model(x[rows], lengths[rows]))
+    with pytest.raises(ModelError, match=r"shapes of that sample.* \(2, 4, 3\), \(2,\)"):
+        prefix(x[20:22, :4], lengths[20:22])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_more_steps_than_the_sample_had_are_refused_in_both_phases(training: bool) -> None:
+    """At inference they were computed from placeholders: NaN."""
+    model = Steps()
+    fl.freeze(model, "head")
+    x, lengths = torch.randn(4, 5, 3), torch.tensor([4, 4, 5, 2])
+    parts = fl.split(model, sample=(x, lengths.clamp(max=4)))
+    model.train(training)
+    with pytest.raises(ModelError, match="'into' is called for this batch and was not"):
+        parts.suffix(*parts.prefix(x, lengths))
+
+
 def test_a_sample_that_the_model_does_not_take_is_refused_with_the_way_out() -> None:
     """A detector's list of images taken for its arguments, for example."""
 
