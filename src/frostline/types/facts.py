@@ -175,6 +175,8 @@ class ModelFacts:
         traced: A compiled training step exists, made under the flags of that moment.
         unknown: Path of what keeps running statistics in a way of its own -> its class. It is no
             site: whether it uses the batch cannot be determined, so BN is not ruled out.
+        handed: Path of what may hand the statistics of a layer to a function (torch) -> its class;
+            ``""`` is the model. Such a call goes past what locks the layer.
     """
 
     name: str = "model"
@@ -189,6 +191,7 @@ class ModelFacts:
     steps: int | None = None
     traced: bool = False
     unknown: Mapping[str, str] = field(default_factory=dict)
+    handed: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[SiteFacts]:
         return iter(self.sites)

@@ -6,7 +6,7 @@ what it did. What a framework must do for it is in ``adapters``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from frostline.graph.selection import select
 from frostline.measure.recalibration import recalibrate_adapter
 from frostline.types import ModelError, Policy
 from frostline.types.arguments import checked
+from frostline.types.facts import ModelFacts
 from frostline.types.reasons import warn
 from frostline.verbs.momentum import set_site_momentum
 from frostline.verbs.whole import whole
@@ -405,7 +406,7 @@ def _switch(
 
 def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Change:
     frozen, params, statistics = request.frozen, request.params, request.statistics
-    unknown = adapter.facts().unknown
+    known = adapter.facts()
     counts, undo = adapter.set_frozen(request)
     what = [_counted(counts)] if params or statistics else []
     if params != statistics:
@@ -420,7 +421,7 @@ def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Chang
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
         notes=(
             *_notes(adapter, counts, half=params != statistics, off=frozen and request.dropout),
-            *(_by_hand(unknown) if frozen and statistics else ()),
+            *(_past_the_lock(known) if frozen and statistics else ()),
         ),
         _undo=undoing(adapter, undo),
     )
@@ -436,12 +437,14 @@ def undoing(adapter: Edit, undo: Callable[[], None]) -> Callable[[], None]:
     return back
 
 
-def _by_hand(unknown: Mapping[str, str]) -> Iterator[str]:
-    if unknown:
-        path, kind = next(iter(unknown.items()))
+def _past_the_lock(known: ModelFacts) -> Iterator[str]:
+    shows = "assert_frozen(model, data=...) shows whether freezing holds them"
+    for path, kind in [*known.unknown.items()][:1]:
+        yield f"'{path}' ({kind}) keeps running statistics and computes with them by hand; {shows}"
+    for kind in [*known.handed.values()][:1]:
         yield (
-            f"'{path}' ({kind}) keeps running statistics and computes with them by hand; "
-            "assert_frozen(model, data=...) shows whether freezing holds them"
+            f"{kind} may hand the statistics of a layer to a function, past what locks the layer; "
+            f"{shows}"
         )
 
 

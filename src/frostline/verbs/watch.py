@@ -19,6 +19,7 @@ from frostline.adapters.together import ALONE, Together
 from frostline.atomic import atomically
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, failure
+from frostline.graph.addresses import is_within
 from frostline.measure import samples
 from frostline.measure.phases import require_one, tried
 from frostline.measure.ranks import pooled
@@ -388,6 +389,12 @@ def _not_frozen(
     elif statistics:
         for path, kind in unknown.items():
             wrong[path] = f"a {kind} that keeps statistics by hand; data= shows whether they move"
+        for path, kind in facts.handed.items():
+            if any(not path or is_within(entry.site.path, path) for entry in chosen):
+                wrong[path or kind] = (
+                    f"a {kind} that may hand statistics of a layer to a function{_BY_HAND}; data= "
+                    "shows whether they move"
+                )
     return sorted(checked), wrong
 
 

@@ -1056,10 +1056,37 @@ def test_statistics_that_a_function_moved_were_updated() -> None:
     assert set(report.causes[0].sites) == {"norm", "last"}
 
 
+class Stored(Handed):
+    """Hands them over to be read, in any mode."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+def test_what_only_reads_the_statistics_of_a_layer_is_asked_with_data() -> None:
+    net, data = Stored(), handed()[1]
+    assert fl.freeze(net).notes
+    with pytest.raises(fl.NotFrozenError, match="data= shows whether"):
+        fl.assert_frozen(net)
+    fl.assert_frozen(net, data=data)
+    graph = torch.export.export(net.eval(), data[0][:1]).module()  # the calls of a graph are known
+    assert not fl.freeze(graph).notes
+    fl.assert_frozen(graph)
+    within = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Stored())
+    fl.freeze(within, "2")
+    fl.assert_frozen(within, "2")
+    fl.freeze(within)
+    with pytest.raises(fl.NotFrozenError, match=r"1 of 3 .*'2': a Stored that may hand"):
+        fl.assert_frozen(within)
+
+
 def test_what_a_freeze_cannot_lock_is_told_so() -> None:
     """The advice was to freeze the model, and it was frozen."""
     net, data = handed()
-    fl.freeze(net)
+    change = fl.freeze(net)
+    assert "Handed may hand the statistics of a layer to a function" in change.notes[0]
+    with pytest.raises(fl.NotFrozenError, match=r"'Handed': .*; data= shows whether.*No flag"):
+        fl.assert_frozen(net)
     with pytest.raises(fl.NotFrozenError, match=r"'norm'.*whatever its flags say.*No flag reaches"):
         fl.assert_frozen(net, data=data)
     fl.unfreeze(net)

@@ -327,6 +327,9 @@ def freeze(program: Program, model: Any) -> str:
             model.train()
             (program.ask or program.call)(model, batch)
     moved = difference(kept, {k: v for k, v in state(model).items() if _KEPT.search(k)})
+    doubts = [note for note in change.notes if "shows whether freezing holds them" in note]
+    if moved and doubts:
+        raise fl.FrostlineError(doubts[0])
     require(not moved, f"{moved} moved though frozen")
     model.load_state_dict(kept_state)
     change.undo()

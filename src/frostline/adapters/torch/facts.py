@@ -12,6 +12,7 @@ from frostline.adapters.torch.forward_pass import arrays
 from frostline.adapters.torch.graph import (
     calls_in_graphs,
     fixed_in_graphs,
+    handing_over,
     is_frozen_kind,
     is_site,
     modes_in_training,
@@ -89,6 +90,7 @@ def facts(model: Any) -> ModelFacts:
             for path, module in unknown_keepers(model).items()
             if not is_locked(module)
         },
+        handed=handing_over(model),
     )
 
 

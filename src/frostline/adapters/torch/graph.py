@@ -23,6 +23,7 @@ from frostline.adapters.torch.keeping import (
     by_hand,
     calls_norm,
     keeps_any,
+    may_hand_over,
     mean_of,
     replaces_norm,
 )
@@ -104,6 +105,21 @@ def unknown_keepers(model: Any) -> dict[str, Any]:
         name.replace(".", "/") or type(root).__name__: module
         for name, module in root.named_modules()
         if keeps_unknown_statistics(module)
+    }
+
+
+def handing_over(model: Any) -> dict[str, str]:
+    """Path -> class of what may hand the statistics of a layer to a function, as its code reads.
+
+    The calls of a graph are known: nothing has to be read off their code.
+    """
+    return {
+        name.replace(".", "/"): type(module).__name__
+        for name, module in unwrapped(model).named_modules()
+        if may_hand_over(module.__class__)
+        and not isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
+        and not is_site(module)
+        and any(is_site(inner) for inner in module.modules())
     }
 
 

@@ -211,16 +211,26 @@ def calls_norm(kind: Any) -> bool:
     return known or not _called(kind.__mro__).isdisjoint(_NORMS)
 
 
+@functools.cache
+def may_hand_over(kind: Any) -> bool:
+    """Whether a method of a class names such a function, torch's statistics, and its own mode."""
+    return any(
+        {"running_mean", "training"} <= names and not names.isdisjoint(_NORMS)
+        for names in _names(kind.__mro__)
+    )
+
+
 def _called(classes: Iterable[Any]) -> set[str]:
     """Global names and attributes in the code of the methods of some classes."""
-    return {
-        name
-        for owner in classes
-        if owner is not nn.Module
-        for method in vars(owner).values()
-        if (code := getattr(method, "__code__", None)) is not None
-        for name in code.co_names
-    }
+    return {name for names in _names(classes) for name in names}
+
+
+def _names(classes: Iterable[Any]) -> Iterator[set[str]]:
+    """Those of each method."""
+    for owner in classes:
+        for method in vars(owner).values() if owner is not nn.Module else ():
+            if (code := getattr(method, "__code__", None)) is not None:
+                yield set(code.co_names)
 
 
 @functools.cache
