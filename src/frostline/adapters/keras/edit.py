@@ -41,8 +41,10 @@ class Flags:
 def flags(model: Any) -> Flags:
     """Read the flags of ``model``."""
     layers = [model, *(place.layer for place in walk(model))]
+    # A model that was frozen before it was built has an input layer that is not.
+    every = {id(layer): layer for layer in (*layers, *model._flatten_layers())}.values()
     return Flags(
-        layers=tuple((layer, bool(layer.trainable)) for layer in layers),
+        layers=tuple((layer, bool(layer.trainable)) for layer in every),
         variables=tuple((v, bool(v.trainable)) for v in model.variables),
         policies=tuple((layer, layer.policy) for layer in layers if _ours(layer)),
         rates=keras_dropout.rates(model),
@@ -50,11 +52,14 @@ def flags(model: Any) -> Flags:
 
 
 def set_flags(wanted: Flags) -> None:
-    """Put flags back; a container's setter flips what it contains, so containers come first."""
+    """Put flags back; a container's setter flips what it contains, so containers come first.
+
+    A layer that two containers share is flipped once more by the second one.
+    """
     for layer, policy in wanted.policies:
         if _ours(layer):
             layer.policy = policy
-    for layer, value in wanted.layers:
+    for layer, value in 2 * wanted.layers:
         if bool(layer.trainable) != value:
             layer.trainable = value
     for variable, value in wanted.variables:

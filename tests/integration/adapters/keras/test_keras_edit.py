@@ -150,3 +150,30 @@ def test_an_exception_at_the_exit_of_a_trace_leaves_none() -> None:
         atomically(back, edit)
     assert core.trace_ctx.trace is not held[0]
     np.testing.assert_allclose(np.asarray(keras.ops.ones(2) + 1), 2)
+
+
+def _flags(model: Any) -> list[bool]:
+    return [layer.trainable for layer in model._flatten_layers()]
+
+
+def test_undo_leaves_the_input_layer_of_a_part_that_was_frozen_before_it_was_built() -> None:
+    part = keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()])
+    part.trainable = False
+    x = keras.Input((4,))
+    model = keras.Model(x, keras.layers.Dense(2)(part(x)))
+    before = _flags(model)
+    fl.unfreeze(model).undo()
+    assert _flags(model) == before
+
+
+def test_undo_sets_a_layer_that_two_containers_share() -> None:
+    shared, x = keras.layers.Dense(4), keras.Input((4,))
+    one = keras.Sequential([keras.Input((4,)), shared])
+    other = keras.Sequential([keras.Input((4,)), shared, keras.layers.Dense(4)])
+    model = keras.Model(x, keras.layers.Dense(2)(other(one(x))))
+    other.trainable, shared.trainable = False, True
+    before = _flags(model)
+    change = fl.unfreeze(model)
+    assert _flags(model) != before
+    change.undo()
+    assert _flags(model) == before
