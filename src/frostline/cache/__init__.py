@@ -543,11 +543,12 @@ class _Lazy:
             trial = self.run(self.first, digests)
         except FrostlineError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:  # as frameworks say it
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of frameworks
             shapes = ", ".join(str(leaf.shape[1:]) for _, leaf in leaves(self.first))
             raise DataError(
                 f"the frozen part does not take these inputs ({first_line(error)}). Pass them as "
-                f"the model takes them. Received: samples of shape {shapes}"
+                "the model takes them, with batch_size= where it takes one size of batches alone. "
+                f"Received: batches of {self.order.batch_size} samples of shape {shapes}"
             ) from error
         self._trial = (digests.tobytes(), trial)
         dtype, prefix = self.order.dtype, self.start.prefix

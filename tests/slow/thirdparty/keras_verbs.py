@@ -285,6 +285,7 @@ def cache_features(program: Program, model: Any) -> str:
     fl.freeze(model, known[-1] if len(known) > 1 else -1)
     prefix = fl.split(model, sample=x).prefix
     own = predicted(prefix, x)
+    x = (x,) if type(x) is tuple else x  # else its second would be targets
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):  # the second time they are read
             found = fl.cache_features(prefix, x, folder, verbose=0)

@@ -493,7 +493,8 @@ def cache_features(program: Program, model: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):  # the second time they are read
             data = given if isinstance(given, torch.Tensor) else [(given, None)]
-            found = fl.cache_features(prefix, data, folder, verbose=0)
+            size = {"batch_size": len(given)} if program.fixed else {}
+            found = fl.cache_features(prefix, data, folder, verbose=0, **size)
         rows = [found[i] for i in range(len(found))]
     require(len(rows) == len(own[0]), f"{len(rows)} rows; the prefix returns {len(own[0])}")
     worst = 0.0

@@ -271,6 +271,20 @@ def test_inputs_that_the_frozen_part_does_not_take_are_told_in_our_words(tmp_pat
         fl.cache_features(part, np.zeros((8, 5, 16, 16), "float32"), tmp_path, verbose=0)
 
 
+def test_a_part_that_takes_one_size_of_batches_alone_says_how_it_is_given(tmp_path: Path) -> None:
+    class Exported(nn.Flatten):
+        """As an exported program, which keeps the size that it was exported with."""
+
+        def forward(self, x: Any) -> Any:
+            assert len(x) == 4, "Guard failed: x.size()[0] == 4"
+            return super().forward(x)
+
+    x = np.ones((6, 3, 2), np.float32)
+    with pytest.raises(DataError, match=r"batch_size= where it takes one size.*batches of 32"):
+        fl.cache_features(Exported(), x, tmp_path, verbose=0)
+    assert len(fl.cache_features(Exported(), x, tmp_path, batch_size=4, verbose=0)) == 6
+
+
 class Written(nn.Module):
     """A function as a module."""
 
