@@ -302,10 +302,10 @@ def to_onnx(module: Any, batch: Any) -> bytes:
     twin = _folded(root, arguments)
     names = [f"input_{number}" for number in range(len(arguments))]
     stream = io.BytesIO()
-    with torch.no_grad(), phase(list(twin.modules()), None):
-        outputs = _leaves(called(twin, arguments))
-    results = [f"output_{number}" for number in range(len(outputs))]
-    try:
+    try:  # also a module that takes one number of rows alone
+        with torch.no_grad(), phase(list(twin.modules()), None):
+            outputs = _leaves(called(twin, arguments))
+        results = [f"output_{number}" for number in range(len(outputs))]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this way of exporting will go one day
             torch.onnx.export(

@@ -283,6 +283,9 @@ def test_a_part_that_takes_one_size_of_batches_alone_says_how_it_is_given(tmp_pa
     with pytest.raises(DataError, match=r"batch_size= where it takes one size.*batches of 32"):
         fl.cache_features(Exported(), x, tmp_path, verbose=0)
     assert len(fl.cache_features(Exported(), x, tmp_path, batch_size=4, verbose=0)) == 6
+    # With more batches than two engines are tried, by a graph that is exported with a few rows.
+    many = np.ones((12, 3, 2), np.float32)
+    assert len(fl.cache_features(Exported(), many, tmp_path, batch_size=4, verbose=0)) == 12
 
 
 class Written(nn.Module):
