@@ -35,7 +35,7 @@ def as_modules(root: Any) -> Any:
 
     Its BN layers are locked, as in the graph, which normalises with stored statistics in any mode.
     """
-    if not fixed_in_graphs(root):
+    if not fixed_in_graphs(root, exported=True):
         return root
     if root not in _TWINS:
         kept = {id(t): t for t in (*root.parameters(), *root.buffers())}

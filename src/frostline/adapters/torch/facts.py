@@ -70,7 +70,7 @@ def facts(model: Any) -> ModelFacts:
     return ModelFacts(
         name=type(root).__name__,
         backend="torch",
-        words=EXPORTED if calls_in_graphs(root) else TORCH,
+        words=EXPORTED if calls_in_graphs(root, exported=True) else TORCH,
         mode=bool(root.training),
         sites=tuple(found),
         layers=tuple(

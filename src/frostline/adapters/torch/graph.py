@@ -8,6 +8,7 @@ more without being run.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -35,6 +37,8 @@ from frostline.types import Boundary, ModelError, Site
 
 #: Buffers of the FrozenBatchNorm classes of torchvision, detectron2, timm and transformers.
 _FROZEN_BUFFERS = frozenset({"weight", "bias", "running_mean", "running_var"})
+_BATCH_NORM = inspect.signature(functional.batch_norm)
+_OF_A_CALL = ("running_mean", "training", "momentum", "eps")
 
 
 def unwrapped(model: Any) -> Any:
@@ -131,8 +135,13 @@ def is_frozen_kind(module: Any) -> bool:
     return set(module._buffers.keys()) >= _FROZEN_BUFFERS  # TorchScript has no iterator of them
 
 
-def calls_in_graphs(root: Any) -> dict[Any, tuple[bool, float, float]]:
-    """What graphs of ``torch.export`` call ``batch_norm`` with, by the holder of the statistics.
+def calls_in_graphs(root: Any, *, exported: bool = False) -> dict[Any, tuple[bool, float, float]]:
+    """What graphs call ``batch_norm`` with, by the holder of the statistics.
+
+    Args:
+        root: A module.
+        exported: Of graphs of ``torch.export`` alone; else also of those of ``torch.fx``, such as
+            the parts that :func:`frostline.split` makes once they are saved.
 
     Returns:
         Whether it asks for those of its input, the momentum, and epsilon.
@@ -141,18 +150,33 @@ def calls_in_graphs(root: Any) -> dict[Any, tuple[bool, float, float]]:
     for module in root.modules():
         if not isinstance(module, fx.GraphModule):
             continue
+        one = type(module).train is nn.Module.train  # else it may change its graph with its mode
         for node in module.graph.nodes:
             if node.target is torch.ops.aten.batch_norm.default:
-                mean = node.args[3]
-                if isinstance(mean, fx.Node) and mean.op == "get_attr":
-                    holder = module.get_submodule(mean.target.rpartition(".")[0])
-                    found[holder] = tuple(node.args[5:8])
+                mean, *call = (node.args[place] for place in (3, 5, 6, 7))
+            elif node.target is functional.batch_norm and one and not exported:
+                given = _BATCH_NORM.bind(*node.args, **node.kwargs)
+                given.apply_defaults()
+                mean, *call = (given.arguments[name] for name in _OF_A_CALL)
+            else:
+                continue
+            if isinstance(mean, fx.Node) and mean.op == "get_attr":
+                holder = module.get_submodule(mean.target.rpartition(".")[0])
+                traced = node.target is functional.batch_norm
+                # Of a module with a forward of its own the graph may be one of several callers.
+                if not traced or (type(holder) is nn.Module and not any(map(_is_node, call))):
+                    found[holder] = (call[0], call[1], call[2])
     return found
 
 
-def fixed_in_graphs(root: Any) -> set[Any]:
-    """Holders of the statistics that graphs of ``torch.export`` normalise with in any mode."""
-    return {holder for holder, call in calls_in_graphs(root).items() if call[0] is False}
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def fixed_in_graphs(root: Any, *, exported: bool = False) -> set[Any]:
+    """Holders of the statistics that graphs normalise with in any mode."""
+    calls = calls_in_graphs(root, exported=exported)
+    return {holder for holder, call in calls.items() if call[0] is False}
 
 
 def is_fixed(module: Any, fixed: set[Any]) -> bool:

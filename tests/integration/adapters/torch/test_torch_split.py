@@ -502,6 +502,35 @@ def test_a_model_may_name_its_modules_as_a_part_names_things(followed: bool) -> 
     torch.testing.assert_close(copied(parts.prefix(x)), model(x))
 
 
+def test_a_saved_suffix_is_known_to_normalise_with_what_it_has_stored() -> None:
+    """Its frozen BN layers are calls of batch_norm, which no mode changes."""
+    model = resnet()
+    fl.freeze(model, "layer2/bn2")
+    features = (parts := fl.split(model, at="layer1", sample=images())).prefix(images())
+    stream = io.BytesIO()
+    torch.save(parts.suffix, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False).train()
+    policies = {site.path: site.policy for site in fl.sites(loaded)}
+    assert policies.pop("layer2/bn2") == "update"
+    assert policies == dict.fromkeys(["layer1/bn1", "layer1/bn2", "layer2/bn1"], "inference")
+    fl.assert_frozen(loaded, "layer2/bn2", data=features)
+    assert "FL103" not in str(fl.lint(loaded))
+    with pytest.raises(ModelError, match="'layer1/bn1' normalises with stored statistics"):
+        fl.unfreeze(loaded)
+    fl.freeze(loaded)
+    fl.assert_frozen(loaded, data=features)
+
+    class Dual(torch.fx.GraphModule):
+        """Like torchvision's, it may run another graph in another mode."""
+
+        def train(self, mode: bool = True) -> Any:
+            return super().train(mode)
+
+    called = [s for s in fl.sites(Dual(loaded, loaded.graph)) if s.kind == "Module"]
+    assert [site.policy for site in called] == ["update"] * 3
+
+
 def test_a_forward_with_keywords_of_all_kinds_is_cut_by_replay() -> None:
     class Open(OwnNames):
         def forward(self, x: Any, **kwargs: Any) -> Any:
