@@ -7,16 +7,17 @@ room of its framework has a module ``prefix`` with the functions used here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
 from frostline.adapters import adapter_of, part, room_of, rooms
 from frostline.adapters.computation import Identity, identity_of
-from frostline.data.arrays import leaves, map_leaves
+from frostline.data.arrays import Table, leaves, map_leaves
 from frostline.numerics.compare import relative_difference
 from frostline.types import Array, ModelError
+from frostline.types.reasons import first_line
 
 #: Largest difference between what a sample gives alone and beside others, as a share of the largest
 #: value: other numbers of samples are added up in another order.
@@ -169,7 +170,11 @@ def require_apart(prefix: Any, batch: Any) -> None:
         ModelError: It is one: the first sample gives something else beside copies of itself.
     """
     count = _samples(batch)
-    if count < 2 or takes_fewer(prefix, batch):
+    if count < 2:
+        return
+    if isinstance(batch, Table):
+        _require_rows(prefix, batch, count)
+    if takes_fewer(prefix, batch):
         return
     run = reference(prefix)
     first = np.zeros(count, dtype=np.int64)
@@ -182,6 +187,55 @@ def require_apart(prefix: Any, batch: Any) -> None:
             "from call to call, so it cannot be kept: pass fl.split(model).prefix, which ends "
             f"before such a layer. Received: outputs of one sample that differ by {moved:.1e}"
         )
+
+
+def _require_rows(prefix: Any, table: Table, count: int) -> None:
+    """Refuse what depends on the order of a table, or on the size of another picture in it."""
+    run = reference(prefix)
+    given = run(table)
+    if any(len(array) != count for array in given):
+        raise ModelError(_TIED.format(received=f"outputs of {len(given[0])} rows for {count}"))
+    order = np.arange(count)[::-1]
+    two = _rows(table, np.array([0, count - 1]))
+    try:
+        turned, beside = run(_rows(table, order)), run(two)
+    except Exception as problem:  # the prefix's own
+        raise ModelError(_TIED.format(received=first_line(problem))) from problem
+    pairs = [(turned, [array[order] for array in given])]
+    with suppress(Exception):  # where it takes no pictures of several sizes
+        larger = run(map_leaves(_with_a_larger, two))
+        pairs.append(([array[:1] for array in larger], [array[:1] for array in beside]))
+    if any(relative_difference(one, other) > _SAME for one, other in pairs):
+        raise ModelError(_TIED.format(received="outputs that change with the other samples"))
+
+
+_TIED = (
+    "what this prefix computes of a sample depends on the others in its batch: on their order, or "
+    "on the largest picture among them, to which all are padded. So it cannot be kept sample by "
+    "sample: train with fl.cached. Received: {received}"
+)
+
+
+def _rows(batch: Any, rows: Array) -> Any:
+    return map_leaves(lambda leaf: leaf[rows], batch)
+
+
+def _with_a_larger(column: Array) -> Array:
+    """A list of samples, the last one with its pictures on a larger ground."""
+    if column.dtype.kind != "O":
+        return column
+    pictures = [leaf for sample in column for _, leaf in leaves(sample) if np.ndim(leaf) == 3]
+    side = 2 * max((max(picture.shape[1:]) for picture in pictures), default=0)
+
+    def larger(leaf: Any) -> Any:
+        if np.ndim(leaf) != 3:
+            return leaf
+        _, height, width = leaf.shape
+        return np.pad(leaf, ((0, 0), (0, side - height), (0, side - width)))
+
+    made = column.copy()
+    made[-1] = map_leaves(larger, column[-1])
+    return made
 
 
 def _samples(batch: Any) -> int:
@@ -204,6 +258,12 @@ def hands_out_labels(prefix: Any) -> bool:
 def readable(prefix: Any, data: Any, batch_size: int) -> Any:
     """Data as the cache reads them: torch's data sets in the order of their samples."""
     return data if is_callable_prefix(prefix) else _role(prefix).readable(data, batch_size)
+
+
+def columns(prefix: Any, x: Any) -> Any:
+    """Inputs with one entry per sample in each array, as far as the framework can make them so."""
+    made = None if is_callable_prefix(prefix) else getattr(_role(prefix), "columns", None)
+    return x if made is None else made(prefix, x)
 
 
 def handed_out(prefix: Any, cache: Any, labels: Sequence[Any]) -> Any:

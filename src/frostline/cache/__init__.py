@@ -31,7 +31,7 @@ from frostline.cache.lookup import Lookup
 from frostline.cache.progress import Progress
 from frostline.cache.shards import Collection, Shard, Tensor
 from frostline.cache.through import Through, start as start_through
-from frostline.data.arrays import leaves
+from frostline.data.arrays import Table, leaves
 from frostline.data.batch import Batch
 from frostline.data.batches import batches, is_reiterable, require_reiterable
 from frostline.types import Array, DataError, FrostlineError, ModelError
@@ -94,7 +94,9 @@ def cache_features(
         prefix: The frozen part, for example ``fl.split(model).prefix``; a torch module is run at
             inference.
         data: What :func:`frostline.data.batches.batches` takes, or a torch ``Dataset``; the prefix
-            sees ``x`` alone. Row i of the cache is sample i.
+            sees ``x`` alone. Row i of the cache is sample i. For a torch module ``x`` may hold what
+            :func:`frostline.cached` takes: lists of pictures, mappings, dataclasses, texts that
+            belong to all samples.
         path: Cache folder; by default ``FROSTLINE_CACHE_DIR``, or the user's cache folder.
             Nothing is written outside it.
         engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
@@ -205,9 +207,15 @@ def _view(
     labels: list[Any] | None,
 ) -> View:
     """Build one view, or find it; labels are noted where there is a list for them."""
-    stream = batches(data, batch_size=order.batch_size)
+    stream = _read(prefix, data, order.batch_size)
     first = next(stream)  # an empty data set is refused here
     forms = _forms(first.x)
+    if order.augment is not None and isinstance(first.x, Table):
+        raise DataError(
+            "an augmentation takes arrays of one length, and these inputs are none: augment the "
+            "samples in the data set and train with fl.cached(..., views=8). "
+            f"Received: augment={order.augment!r}"
+        )
     augmented = (order.augmentation, order.seed, view) if order.augmentation else ()
     title = order.title if views == 1 else f"{order.title}, view {view + 1} of {views}"
     expected = expected_samples(data, len(first))
@@ -244,7 +252,7 @@ def _view(
             shards.discard(home)
             progress.say(f"{title}: {changed}; they are discarded and computed anew")
             if is_reiterable(data):
-                rest = batches(data, batch_size=order.batch_size)
+                rest = _read(prefix, data, order.batch_size)
             elif changed.batches == 1:
                 rest = itertools.chain([first], stream)
             else:
@@ -258,6 +266,24 @@ def _view(
             collection, manifest = _built(start, home, key, view, first.x, _noted(rest, labels))
     progress.finish()
     return View(collection=collection, manifest=manifest)
+
+
+def _read(prefix: Any, data: Any, batch_size: int) -> Iterator[Batch]:
+    """Batches with one entry per sample in each array of their inputs."""
+    names: list[str] | None = None
+    for number, batch in enumerate(batches(data, batch_size=batch_size)):
+        found = replace(batch, x=prefixes.columns(prefix, batch.x))
+        if isinstance(found.x, Table):
+            names = list(found.x) if names is None else names
+            if list(found.x) != names:
+                raise DataError(
+                    f"batch {number} has something else in common than the first one: what belongs "
+                    "to all samples of a batch is the same in one cache. Leave out what the frozen "
+                    "part does not need, make one call of fl.cache_features for each kind of "
+                    "batches, or train with fl.cached. "
+                    f"Received: {min(found.x)[:80]} after {names[0][:80]}"
+                )
+        yield found
 
 
 def _forms(x: Any) -> list[Any]:
@@ -543,7 +569,7 @@ class _Lazy:
             trial = self.run(self.first, digests)
         except FrostlineError:
             raise
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of frameworks
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shapes = ", ".join(str(leaf.shape[1:]) for _, leaf in leaves(self.first))
             raise DataError(
                 f"the frozen part does not take these inputs ({first_line(error)}). Pass them as "

@@ -34,6 +34,7 @@ from frostline.cache.files import (
     write_array,
     write_sealed,
 )
+from frostline.data.arrays import is_numbers, leaves, map_leaves
 from frostline.types import Array, DataError
 
 #: Bytes that stand for a sample: sha256, cut; two of a million samples meet by chance once in 1e26.
@@ -273,16 +274,16 @@ def shard_name(key: str, samples: Array) -> str:
     return sha256("shard", key, samples.tobytes())
 
 
-def sample_digests(leaves: Sequence[tuple[str, Array]]) -> Array:
+def sample_digests(columns: Sequence[tuple[str, Array]]) -> Array:
     """Digest of each sample of a batch: name, dtype, shape and bytes of every array.
 
     Args:
-        leaves: ``(name, array)`` of the inputs, arrays of shape ``(n, ...)``.
+        columns: ``(name, array)`` of the inputs, arrays of shape ``(n, ...)``.
 
     Returns:
         Shape ``(n, DIGEST_BYTES)``, uint8.
     """
-    named = sorted(leaves, key=lambda leaf: leaf[0])  # frameworks reorder dicts
+    named = sorted(columns, key=lambda column: column[0])  # frameworks reorder dicts
     heads = [f"{name}|{array.dtype.str}|{array.shape[1:]}".encode() for name, array in named]
     rows = [np.ascontiguousarray(array) for _, array in named]
     digests = np.empty((len(rows[0]), DIGEST_BYTES), np.uint8)
@@ -290,9 +291,28 @@ def sample_digests(leaves: Sequence[tuple[str, Array]]) -> Array:
         digest = hashlib.sha256()
         for head, array in zip(heads, rows, strict=True):
             digest.update(head)
-            digest.update(array[index : index + 1].view(np.uint8).data)
+            digest.update(_bytes(array, index))
         digests[index] = np.frombuffer(digest.digest()[:DIGEST_BYTES], np.uint8)
     return digests
+
+
+def _bytes(array: Array, index: int) -> Any:
+    """The bytes of one row."""
+    if array.dtype.kind != "O":
+        return array[index : index + 1].view(np.uint8).data
+    sample = array[index]
+    parts = [repr(map_leaves(lambda _: 0, sample)).encode()]
+    for _, leaf in leaves(sample):
+        if isinstance(leaf, np.ndarray):
+            parts += [f"{leaf.dtype.str}|{leaf.shape}".encode(), leaf.tobytes()]
+        elif is_numbers(leaf) or isinstance(leaf, (bytes, bool)):
+            parts.append(repr(leaf).encode())
+        else:
+            raise DataError(
+                "cached features are found by what a sample holds: arrays, numbers and texts, and "
+                f"mappings and lists of them. Received: {type(leaf).__name__}"
+            )
+    return b"|".join(parts)
 
 
 def encode(array: Array, dtype: str) -> Array:

@@ -49,6 +49,21 @@ def to_numpy(value: Any) -> Array:
     return array
 
 
+class Table(dict[str, Any]):
+    """Inputs that are no structure of arrays, as columns by name: one entry per sample in each.
+
+    A column is an array, or a list of samples as an array of objects. Names tell what belongs to
+    all samples, too: tables with the same names may be joined.
+
+    Attributes:
+        restored: The columns -> the inputs.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], restored: Callable[[Any], Any]) -> None:
+        super().__init__(columns)
+        self.restored = restored
+
+
 def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
     """Flatten nested dicts, tuples and lists of arrays into ``(name, array)`` pairs, in order.
 
@@ -72,7 +87,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, Mapping):
-        return {key: map_leaves(function, item) for key, item in value.items()}
+        made = {key: map_leaves(function, item) for key, item in value.items()}
+        return Table(made, value.restored) if isinstance(value, Table) else made
     if is_sequence(value):
         items = [map_leaves(function, item) for item in value]
         if hasattr(value, "_fields"):

@@ -109,6 +109,5 @@ def test_inputs_that_are_no_arrays_are_refused_in_words(tmp_path: Path) -> None:
             return super().forward(given.rows)
 
     ragged = [torch.ones(3, 2), torch.ones(2, 2)]
-    for x in ((Given(torch.ones(4, 2)),), ragged):
-        with pytest.raises(fl.DataError, match=r"no arrays of one length.*fl\.cached"):
-            fl.cache_features(Reads(2, 3).eval(), [(x, None)], tmp_path, verbose=0)
+    with pytest.raises(fl.ModelError, match=r"no entry per sample.*fl\.cached"):
+        fl.cache_features(Reads(2, 3).eval(), [(ragged, None)], tmp_path, verbose=0)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import data as torch_data
 
-from frostline.data.arrays import leaves, map_leaves
+from frostline.adapters.torch.columns import column
+from frostline.adapters.torch.replay import fields_of, is_record, is_samples
+from frostline.data.arrays import has_shape, leaves, map_leaves
 from frostline.types import Array, DataError
 
 
@@ -78,6 +80,8 @@ class FeatureDataset(torch_data.Dataset):  # type: ignore[misc]
 
 def _item(index: int) -> Any:
     def item(column: Array) -> Any:
+        if column.dtype.kind == "O":  # an entry of a list
+            return map_leaves(lambda x: torch.as_tensor(x) if has_shape(x) else x, column[index])
         return torch.as_tensor(column[index])
 
     return item
@@ -167,7 +171,7 @@ def _require_repeatable(samples: Any) -> None:
     """Read one sample twice."""
     if not len(samples):
         raise DataError("The data hold no samples. Received: a data set of length 0")
-    one, other = ([np.asarray(leaf) for _, leaf in leaves(samples[0])] for _ in range(2))
+    one, other = (list(map(np.asarray, _read(samples[0]))) for _ in range(2))
     if any(a.shape != b.shape or not _same(a, b) for a, b in zip(one, other, strict=True)):
         raise DataError(
             "sample 0 of the data set is another one when it is read again, so its features cannot "
@@ -176,18 +180,28 @@ def _require_repeatable(samples: Any) -> None:
         )
 
 
+def _read(sample: Any) -> Iterator[Any]:
+    """What a sample holds, dataclasses opened."""
+    for _, leaf in leaves(sample):
+        yield from _read(fields_of(leaf)) if is_record(leaf) else [leaf]
+
+
 def _same(one: Array, other: Array) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def joined(parts: Sequence[Any], count: int) -> Any:
     """The labels of all batches; ``None`` where there are none.
 
     Args:
-        parts: Labels of each batch, arrays or structures of arrays.
+        parts: Labels of each batch, arrays or structures of arrays, or lists with an entry per
+            sample.
+        count: Samples in all batches.
     """
     if not parts or parts[0] is None:
         return None
+    if all(map(is_samples, parts)) and sum(map(len, parts)) == count:
+        return np.concatenate([column(part) for part in parts])
     columns = [[leaf for _, leaf in leaves(part)] for part in parts]
     whole = iter([np.concatenate(column) for column in zip(*columns, strict=True)])
     return map_leaves(lambda _: next(whole), parts[0])

@@ -20,6 +20,7 @@ from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_m
 from frostline.adapters.torch.random import forked
 from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
 from frostline.atomic import taken_back
+from frostline.data.arrays import Table
 from frostline.data.batch import Batch
 from frostline.types import Array, DataError, ModelError
 
@@ -58,7 +59,11 @@ def moved(value: Any, device: Any, dtype: Any) -> Any:
     model or a loss may write into what it is given, and the next pass needs the same samples.
     """
     again = functools.partial(moved, device=device, dtype=dtype)
+    if isinstance(value, Table):
+        return again(value.restored(value))
     if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind == "O":  # a list of samples
+            return [again(item) for item in value.tolist()]
         if value.dtype.kind not in "biufc":
             return value
         made = torch.tensor(np.ascontiguousarray(value), device=device)

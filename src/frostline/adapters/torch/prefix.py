@@ -22,6 +22,7 @@ from frostline.adapters.torch.cached_data import (
     in_order as readable,  # noqa: F401 - a part of this role
     joined,
 )
+from frostline.adapters.torch.columns import columns  # noqa: F401 - a part of this role
 from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
@@ -30,6 +31,7 @@ from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.adapters.torch.replayed_parts import ReplayedPrefix
 from frostline.adapters.torch.samples import ROWS
+from frostline.data.arrays import Table
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
@@ -194,10 +196,17 @@ def native(module: Any) -> Callable[[Any], list[Array]]:
 
     def run(batch: Any) -> list[Array]:
         with phase(parts, None), torch.inference_mode():
-            outputs = called(root, _channels_last(tensors(batch, root)))
+            outputs = called(root, _channels_last(_arguments(batch, root)))
         return [_array(leaf) for leaf in _leaves(outputs)]
 
     return run
+
+
+def _arguments(batch: Any, root: Any) -> Any:
+    """A batch where the module is, as :func:`called` takes it: what is one argument in a tuple."""
+    given = tensors(batch, root)
+    one = isinstance(root, ReplayedPrefix) and isinstance(given, Mapping) and not root.named
+    return (given,) if one or not isinstance(given, (Mapping, tuple, list)) else given
 
 
 #: For a few samples too: nothing is compiled.
@@ -254,7 +263,7 @@ def takes_any_number(module: Any) -> bool:  # noqa: ARG001 - no module says so
 
 def handed_out(cache: Any, labels: Sequence[Any]) -> Any:
     """A data set of features and labels."""
-    return FeatureDataset(cache, joined(labels))
+    return FeatureDataset(cache, joined(labels, len(cache)))
 
 
 def _channels_last(value: Any) -> Any:
@@ -263,7 +272,10 @@ def _channels_last(value: Any) -> Any:
         return value.contiguous(memory_format=torch.channels_last) if image else value
     if isinstance(value, Mapping):
         return {key: _channels_last(item) for key, item in value.items()}
-    return type(value)(_channels_last(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        items = [_channels_last(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -291,6 +303,10 @@ def to_onnx(module: Any, batch: Any) -> bytes:
         ModelError: Inputs by name, or what torch cannot export.
         BackendError: The package ``onnx`` is not installed.
     """
+    if isinstance(batch, Table):
+        raise ModelError(
+            "inputs that are no arrays of one length cannot be exported. Received: such inputs"
+        )
     if isinstance(batch, Mapping):
         raise ModelError("inputs that are given by name cannot be exported. Received: a mapping")
     root = unwrapped(module)

@@ -14,6 +14,7 @@ order and one of them left out, with another seed, and with all that trains chan
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -219,6 +221,8 @@ def _count(value: Any) -> int | None:
                 f"Received: a {'nested ' * value.is_nested}tensor of layout {value.layout}"
             )
         return len(value) if value.ndim else None
+    if isinstance(value, np.ndarray):
+        return len(value) if value.ndim else None
     if is_samples(value):
         return len(value)
     if isinstance(value, Mapping):
@@ -250,27 +254,58 @@ def fields_of(value: Any) -> dict[str, Any]:
 def is_samples(value: Any) -> bool:
     """Whether a list holds one entry per sample: images, or mappings of what is in them."""
     return isinstance(value, list) and bool(value) and all(
-        (isinstance(item, torch.Tensor) and item.ndim == 3) or isinstance(item, Mapping)
+        (isinstance(item, (torch.Tensor, np.ndarray)) and item.ndim == 3)
+        or isinstance(item, Mapping)
         for item in value
     )  # fmt: skip
 
 
 def taken(value: Any, index: Any, count: int) -> Any:
     """The samples ``index`` of arguments."""
-    if isinstance(value, torch.Tensor):
-        rows = value.ndim > 0 and len(value) == count
-        return value[torch.as_tensor(index, device=value.device)] if rows else value
+
+    def rows(_: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[i] for i in index]
+        if isinstance(value, np.ndarray):
+            return value[np.asarray(index)]
+        return value[torch.as_tensor(index, device=value.device)]
+
+    return mapped(value, count, rows, lambda _, value: value)
+
+
+def mapped(
+    value: Any,
+    count: int,
+    rows: Callable[[str, Any], Any],
+    other: Callable[[str, Any], Any],
+    name: str = "",
+) -> Any:
+    """The structure of arguments with other parts.
+
+    Args:
+        value: Arguments of a call.
+        count: Samples in them.
+        rows: ``(name, part)`` -> part, for a tensor or a list that has an entry per sample.
+        other: The same for what belongs to all of them.
+        name: Of the value.
+    """
+    inner = functools.partial(mapped, count=count, rows=rows, other=other)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return (rows if value.ndim > 0 and len(value) == count else other)(name, value)
     if is_samples(value) and len(value) == count:
-        return [value[i] for i in index]
+        return rows(name, value)
     if isinstance(value, Mapping):
-        return {key: taken(item, index, count) for key, item in value.items()}
+        return {key: inner(item, name=f"{name}[{key!r}]") for key, item in value.items()}
     if is_record(value):
+        kind = type(value).__qualname__
         parts = fields_of(value).items()
-        return dataclasses.replace(value, **{k: taken(v, index, count) for k, v in parts})
+        return dataclasses.replace(
+            value, **{key: inner(part, name=f"{name}.{kind}.{key}") for key, part in parts}
+        )
     if isinstance(value, (list, tuple)):
-        items = [taken(item, index, count) for item in value]
+        items = [inner(item, name=f"{name}[{i}]") for i, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return other(name, value)
 
 
 # --- the plan -------------------------------------------------------------------------------------

@@ -26,11 +26,14 @@ from frostline.adapters.torch.replay import (
     Form,
     Key,
     Plan,
+    is_record,
+    is_samples,
     planned,
     replayed,
     row_count,
     same,
     still_modules,
+    taken,
     watched,
 )  # fmt: skip
 from frostline.adapters.torch.samples import arguments, flat
@@ -40,6 +43,12 @@ from frostline.types.reasons import first_line
 _NOTE = (
     "torch.fx cannot follow the model: the parts are runs of the model itself, for inputs of the "
     "shape of the sample; they cannot be saved"
+)
+
+
+_KEPT = (
+    "labels in a list or a dataclass are those of the sample in every call of the suffix, so do "
+    "not train by a loss that the model computes of them: fl.cached hands it the batch's own"
 )
 
 
@@ -61,7 +70,7 @@ class Inputs:
     def filled(self, rows: Sequence[Any], count: int) -> Any:
         """The arguments with these rows, and placeholders for the others."""
         given = iter(rows)
-        leaves = pytree.tree_leaves(self.form.placeholder(count, dense=True))
+        leaves = pytree.tree_leaves(self.form.placeholder(count, dense=True), is_leaf=is_samples)
         for place in self.crossing:
             leaves[place] = next(given)
         return pytree.tree_unflatten(leaves, self.form.spec)
@@ -77,7 +86,8 @@ class Inputs:
 
     def with_reaching(self, leaves: Sequence[Any]) -> list[Any] | None:
         """The leaves with those of :attr:`reaching` behind them; ``None``: they do not fit."""
-        if not self.reaching:
+        whole = any(is_samples(x) or is_record(x) for x in leaves)  # have samples of their own
+        if whole or not self.reaching:
             return None
         found = list(leaves)
         for place, (row, other) in enumerate(zip(self.form.leaves, self.reaching, strict=True)):
@@ -141,9 +151,15 @@ class ReplayedPrefix(_Part):
             self._plan.still[name] for name in dict.fromkeys(k for k, _ in self._plan.forms)
         )
 
+    @property
+    def named(self) -> bool:
+        """Whether it takes its inputs by name."""
+        spec = self._inputs.form.spec
+        return bool(pytree.tree_unflatten([None] * spec.num_leaves, spec)[1])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model at inference up to the frontier; modes are put back."""
-        plan, (given, spec) = self._plan, pytree.tree_flatten((args, kwargs))
+        plan, (given, spec) = self._plan, pytree.tree_flatten((args, kwargs), is_leaf=is_samples)
         if spec != self._inputs.form.spec:
             raise ModelError(
                 "the prefix takes what the sample of fl.split held, in the same way. "
@@ -257,12 +273,22 @@ def split(model: Any, at: Any, sample: Any) -> SplitModel:
     prefix, suffix = ReplayedPrefix(root, plan, inputs), ReplayedSuffix(root, plan, inputs)
     prefix.training, suffix.training = False, root.training
     features = _checked(root, prefix, suffix, placed, named)
+    count = row_count((placed, named))
+    _checked(root, prefix, suffix, *taken((placed, named), [*range(count)][::-1], count))
     return SplitModel(
         prefix=prefix,
         suffix=suffix,
         frontier=_crossings(plan, inputs, features, named),
-        notes=(_NOTE,),
+        notes=(_NOTE, *_held(inputs)),
     )
+
+
+def _held(inputs: Inputs) -> list[str]:
+    """What a suffix takes from the sample in every step."""
+    held = [x for x in inputs.form.constants.values() if is_record(x) or is_samples(x)]
+    if not any(is_record(x) or isinstance(x[0], Mapping) for x in held):
+        return []
+    return [_KEPT]
 
 
 def _before(model: Any, still: Mapping[str, Any], at: Any) -> dict[str, Any]:
@@ -289,7 +315,7 @@ def _before(model: Any, still: Mapping[str, Any], at: Any) -> dict[str, Any]:
 
 def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
     """Which of the model's inputs the rest of it needs beside the frontier."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_samples)
     count = row_count((args, kwargs))
     rows = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == count for x in leaves]
     form = Form(
@@ -354,7 +380,7 @@ def _reaching(prefix: ReplayedPrefix, inputs: Inputs, args: Any, kwargs: Any) ->
         return leaves if half is None else few(half)
 
     with torch.no_grad(), untouched(prefix._root):
-        own = inputs.taken(pytree.tree_leaves((args, kwargs)), slice(None))
+        own = inputs.taken(pytree.tree_leaves((args, kwargs), is_leaf=is_samples), slice(None))
         return dataclasses.replace(inputs, reaching=tuple(few(own)))
 
 

@@ -56,11 +56,17 @@ def arguments(root: Any, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     given = mover(root)(sample)
     if isinstance(given, Mapping):
-        return (), dict(given)
+        return ((), dict(given)) if _names(root, given) else ((given,), {})
     packed = hasattr(given, "to")  # a PackedSequence is a tuple, and one argument
     several = isinstance(given, tuple) or (isinstance(given, list) and _fits(root, given))
     several = several and not packed
     return (tuple(given) if several else (given,)), {}
+
+
+def _names(root: Any, given: Mapping[str, Any]) -> bool:
+    """Whether ``forward`` knows a key of a mapping; where it knows none, that is one argument."""
+    known = inspect.signature(root.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or p.name in given for p in known)
 
 
 def _fits(root: Any, given: list[Any]) -> bool:

@@ -8,7 +8,7 @@ valid, and the keys of ``state_dict`` are the model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,8 @@ from frostline.adapters.torch.graph import is_site, layers, require_forward, unw
 from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Trial, observe
-from frostline.adapters.torch.samples import flat
+from frostline.adapters.torch.replay import is_record
+from frostline.adapters.torch.samples import arguments, flat
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import Graph, Impurity, Node, before, notes, pure_nodes, require_frozen
 from frostline.types import Crossing, ModelError
@@ -76,10 +77,17 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     try:
         return _cut(net, model, at, sample)
     except ModelError:
-        if twin is whole or sample is None:
+        if sample is None or (twin is whole and not _holds_several(whole, sample)):
             raise
-        # Exported for batches of one size, and so tried on no smaller ones.
+        # Exported for batches of one size, and so tried on no smaller ones; or one argument that
+        # holds several arrays, which a graph takes for one.
         return replayed_parts.split(model, at, sample)
+
+
+def _holds_several(root: Any, sample: Any) -> bool:
+    """Whether a sample is called with a dataclass, or with a mapping as one argument."""
+    placed, _ = arguments(root, sample)
+    return any(is_record(value) or isinstance(value, Mapping) for value in placed)
 
 
 def _hides_frozen(net: Network) -> bool:
