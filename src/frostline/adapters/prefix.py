@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -196,15 +197,18 @@ def _require_rows(prefix: Any, table: Table, count: int) -> None:
     if any(len(array) != count for array in given):
         raise ModelError(_TIED.format(received=f"outputs of {len(given[0])} rows for {count}"))
     order = np.arange(count)[::-1]
-    two = _rows(table, np.array([0, count - 1]))
+    smallest = min(range(count), key=lambda row: sum(_sizes(_rows(table, np.array([row])))))
+    alone = np.array([smallest, smallest])
     try:
-        turned, beside = run(_rows(table, order)), run(two)
+        pairs = [
+            (run(_rows(table, rows)), [array[rows] for array in given]) for rows in (order, alone)
+        ]
     except Exception as problem:  # the prefix's own
         raise ModelError(_TIED.format(received=first_line(problem))) from problem
-    pairs = [(turned, [array[order] for array in given])]
-    with suppress(Exception):  # where it takes no pictures of several sizes
-        larger = run(map_leaves(_with_a_larger, two))
-        pairs.append(([array[:1] for array in larger], [array[:1] for array in beside]))
+    for more in (max(_sizes(table), default=0), 1):
+        with suppress(Exception):  # where it takes no pictures of such sizes
+            larger = run(map_leaves(partial(_with_a_larger, more=more), _rows(table, alone)))
+            pairs.append(([array[:1] for array in larger], [array[alone[:1]] for array in given]))
     if any(relative_difference(one, other) > _SAME for one, other in pairs):
         raise ModelError(_TIED.format(received="outputs that change with the other samples"))
 
@@ -220,12 +224,18 @@ def _rows(batch: Any, rows: Array) -> Any:
     return map_leaves(lambda leaf: leaf[rows], batch)
 
 
-def _with_a_larger(column: Array) -> Array:
-    """A list of samples, the last one with its pictures on a larger ground."""
+def _sizes(table: Any) -> list[int]:
+    """Sides of all pictures in lists of samples."""
+    lists = [column for _, column in leaves(table) if column.dtype.kind == "O"]
+    held = [leaf for column in lists for sample in column for _, leaf in leaves(sample)]
+    return [side for leaf in held if np.ndim(leaf) == 3 for side in leaf.shape[1:]]
+
+
+def _with_a_larger(column: Array, more: int) -> Array:
+    """A list of samples, the last one with its pictures on a ground that is larger than any."""
     if column.dtype.kind != "O":
         return column
-    pictures = [leaf for sample in column for _, leaf in leaves(sample) if np.ndim(leaf) == 3]
-    side = 2 * max((max(picture.shape[1:]) for picture in pictures), default=0)
+    side = max(_sizes({"": column}), default=0) + more
 
     def larger(leaf: Any) -> Any:
         if np.ndim(leaf) != 3:

@@ -260,6 +260,19 @@ def is_samples(value: Any) -> bool:
     )  # fmt: skip
 
 
+def flattened(arguments: Any) -> tuple[list[Any], Any]:
+    """What arguments hold, a list of samples as one, and their structure.
+
+    Raises:
+        ModelError: As :func:`row_count`.
+    """
+    count = row_count(arguments)
+    leaves, spec = pytree.tree_flatten(
+        arguments, is_leaf=lambda value: is_samples(value) and len(value) == count
+    )
+    return leaves, spec
+
+
 def taken(value: Any, index: Any, count: int) -> Any:
     """The samples ``index`` of arguments."""
 

@@ -26,6 +26,7 @@ from frostline.adapters.torch.replay import (
     Form,
     Key,
     Plan,
+    flattened,
     is_record,
     is_samples,
     planned,
@@ -70,7 +71,8 @@ class Inputs:
     def filled(self, rows: Sequence[Any], count: int) -> Any:
         """The arguments with these rows, and placeholders for the others."""
         given = iter(rows)
-        leaves = pytree.tree_leaves(self.form.placeholder(count, dense=True), is_leaf=is_samples)
+        several = pytree.tree_structure([None] * len(self.form.leaves))
+        leaves = dataclasses.replace(self.form, spec=several).placeholder(count, dense=True)
         for place in self.crossing:
             leaves[place] = next(given)
         return pytree.tree_unflatten(leaves, self.form.spec)
@@ -159,7 +161,7 @@ class ReplayedPrefix(_Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model at inference up to the frontier; modes are put back."""
-        plan, (given, spec) = self._plan, pytree.tree_flatten((args, kwargs), is_leaf=is_samples)
+        plan, (given, spec) = self._plan, flattened((args, kwargs))
         if spec != self._inputs.form.spec:
             raise ModelError(
                 "the prefix takes what the sample of fl.split held, in the same way. "
@@ -315,7 +317,7 @@ def _before(model: Any, still: Mapping[str, Any], at: Any) -> dict[str, Any]:
 
 def _inputs(root: Any, plan: Plan, args: Any, kwargs: Any) -> Inputs:
     """Which of the model's inputs the rest of it needs beside the frontier."""
-    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_samples)
+    leaves, spec = flattened((args, kwargs))
     count = row_count((args, kwargs))
     rows = [isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) == count for x in leaves]
     form = Form(
@@ -380,7 +382,7 @@ def _reaching(prefix: ReplayedPrefix, inputs: Inputs, args: Any, kwargs: Any) ->
         return leaves if half is None else few(half)
 
     with torch.no_grad(), untouched(prefix._root):
-        own = inputs.taken(pytree.tree_leaves((args, kwargs), is_leaf=is_samples), slice(None))
+        own = inputs.taken(flattened((args, kwargs))[0], slice(None))
         return dataclasses.replace(inputs, reaching=tuple(few(own)))
 
 

@@ -147,10 +147,39 @@ def test_pictures_of_the_same_bytes_in_another_shape_are_others(tmp_path: Path) 
     torch.testing.assert_close(features[1], own(prefix, images[:2])[1], rtol=1e-5, atol=1e-5)
 
 
+def test_two_views_in_a_list_are_no_list_of_samples() -> None:
+    class Views(Resized):
+        def forward(self, x: Any, views: list[Any]) -> Any:
+            if not isinstance(x, torch.Tensor) or len(x) > 99:  # no graph
+                raise ValueError
+            return self.body(x) + sum(v.mean((1, 2))[:, None] for v in views)
+
+    x = torch.stack(pictures(4))
+    views = [torch.randn(4, 5, 3), torch.randn(4, 5, 3)]
+    model = Views().eval()
+    fl.freeze(model, "body/3")
+    parts = fl.split(model, sample=(x, views))
+    others = (x + 1, [v + 1 for v in views])
+    with torch.no_grad():
+        cut = parts.suffix(*parts.prefix(*others))
+        torch.testing.assert_close(cut, model(*others), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [0, 99])
 @pytest.mark.parametrize("sizes", [1, 3])
-def test_pictures_that_are_padded_to_the_largest_are_not_kept(sizes: int, tmp_path: Path) -> None:
+def test_pictures_that_are_padded_to_the_largest_are_not_kept(
+    sizes: int, most: int, tmp_path: Path
+) -> None:
     images = pictures(4, sizes=sizes)
-    prefix = prefix_of(Padded(), (images,))
+    largest = max(max(i.shape) for i in images)
+
+    class Bounded(Padded):
+        def forward(self, images: list[Any]) -> Any:
+            if max(max(i.shape) for i in images) > largest + max(1, most):
+                raise ValueError("too large")
+            return super().forward(images)
+
+    prefix = prefix_of(Bounded(), (images,))
     with pytest.raises(ModelError, match=r"largest picture.*fl\.cached"):
         fl.cache_features(prefix, [((images,), None)], tmp_path, verbose=0)
 
