@@ -31,6 +31,8 @@ OUTCOMES = ("works", "refused", "wrong", "crash")
 def load() -> dict[str, Entry]:
     """The table; frameworks are imported here."""
     from . import (  # noqa: F401
+        fresh,
+        keras_fresh,
         keras_later,
         keras_programs,
         keras_unseen,
@@ -157,6 +159,7 @@ FIRST = {
     "situations.py": "situations-first.json",
     "unseen.py` and `keras_unseen.py": "unseen-first.json",
     "untried.py`, `untried_data.py` and `keras_untried.py": "unseen-programs-first.json",
+    "fresh.py` and `keras_fresh.py": "fresh-programs-first.json",
 }
 
 
