@@ -145,7 +145,9 @@ def _q_learning() -> Program:
             best = m.target(following).amax(1)
         return F.smooth_l1_loss(q, reward + 0.9 * best * (~ended).float())
 
-    return situation(Agent, batches, step, options={"step": step}, sample=x[:4], lags=False)
+    return situation(
+        Agent, batches, step, options={"step": step}, sample=x[:4], lags=False, until="online/4"
+    )
 
 
 @entry("few-shot episodes: support and query in one pass (ProtoNet)", "torch", "fresh")

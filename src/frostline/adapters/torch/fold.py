@@ -401,7 +401,8 @@ def _affine(site: Any) -> Any:
         except Exception:  # not the number of axes that it is for
             continue
         wanted = x * scale.reshape(shape) + shift.reshape(shape)
-        behind = [module for module in behind if _applied(module, wanted, found)]
+        more = not isinstance(found, torch.Tensor)  # a flow's log-determinant
+        behind = [] if more else [m for m in behind if _applied(m, wanted, found)]
         if not behind and kind in _PLAIN:
             return "has hooks that change what it takes or returns"
         if not behind:
@@ -519,7 +520,9 @@ def _measured(site: Any, hand: ByHand) -> tuple[Any, Any]:
     twin = copied(site).double().eval()
     zero = torch.zeros([2, len(mean), *[2] * (axes - 2)], dtype=mean.dtype, device=mean.device)
     with torch.no_grad():
-        shift, whole = (flat(twin(zero + value))[0][0].flatten(1)[:, 0] for value in (0.0, 1.0))
+        shift, whole = (
+            flat(twin(zero + value))[0][0].reshape(len(mean), -1)[:, 0] for value in (0.0, 1.0)
+        )
     return whole - shift, shift
 
 

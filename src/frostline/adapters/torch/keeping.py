@@ -148,8 +148,9 @@ def keeps_any(module: Any) -> bool:
 
 def _keeps_others(module: Any) -> bool:
     held = [name for name in tensors_of(module) if re.search("running|moving|stored|ema", name)]
-    spread = any(re.search("var|std|sigma|scale", name) for name in held)
-    return spread and any("mean" in name for name in held)
+    if any(re.search("var|std|sigma|cov|rms", name) for name in held):
+        return True
+    return any("scale" in name for name in held) and any("mean" in name for name in held)
 
 
 def mean_of(module: Any) -> Any:

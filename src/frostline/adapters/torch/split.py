@@ -76,6 +76,13 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
             return replayed_parts.split(model, at, sample)
     try:
         return _cut(net, model, at, sample)
+    except DifferentPartsError as problem:
+        if sample is None:
+            raise
+        try:  # a graph knows no autocast in forward, and reads a tensor after it is changed
+            return replayed_parts.split(model, at, sample)
+        except ModelError:
+            raise problem from None
     except ModelError:
         if sample is None or (twin is whole and not _holds_several(whole, sample)):
             raise
@@ -84,10 +91,15 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
         return replayed_parts.split(model, at, sample)
 
 
+class DifferentPartsError(ModelError):
+    """The two parts together compute something else than the model."""
+
+
 def _holds_several(root: Any, sample: Any) -> bool:
-    """Whether a sample is called with a dataclass, or with a mapping as one argument."""
-    placed, _ = arguments(root, sample)
-    return any(is_record(value) or isinstance(value, Mapping) for value in placed)
+    """Whether a sample has a dataclass or a mapping as one argument, or a plain number."""
+    placed, named = arguments(root, sample)
+    several = any(is_record(value) or isinstance(value, Mapping) for value in placed)
+    return several or any(isinstance(value, (int, float)) for value in (*placed, *named.values()))
 
 
 def _hides_frozen(net: Network) -> bool:
@@ -240,9 +252,10 @@ def _require_same(net: Network, prefix: Any, suffix: Any, trial: Trial) -> None:
         if one.shape != other.shape or not torch.allclose(
             one.double(), other.double(), rtol=0.0, atol=1e-4 * scale, equal_nan=True
         ):
-            raise ModelError(
+            raise DifferentPartsError(
                 "the two parts together do not compute what the model computes: a tensor is "
-                "changed in place while another part reads it. Cut elsewhere (at=...), or make "
+                "changed in place while another part reads it, or forward computes under autocast. "
+                "Pass sample=, one batch as forward takes it. Or cut elsewhere (at=...), or make "
                 f"that step not in place. Received: {type(root).__name__}"
             )
 

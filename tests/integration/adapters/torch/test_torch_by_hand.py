@@ -195,6 +195,43 @@ def test_a_lagging_flow_is_blamed_and_repaired() -> None:
     assert right == pytest.approx(own, abs=0.05)
 
 
+def test_a_fold_leaves_what_returns_more_than_it_normalises() -> None:
+    model = nn.Sequential(Flow(), nn.Identity()).eval()
+    with pytest.raises(fl.ModelError, match="'0/norm' is a BN class of its own, which does more"):
+        fl.fold(model)
+
+
+class Whitening(nn.Module):
+    """With a running covariance."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(size))
+        self.register_buffer("running_cov", torch.eye(size))
+
+    def forward(self, x: Any) -> Any:
+        mean, covariance = self.running_mean, self.running_cov
+        if self.training:
+            mean, covariance = x.mean(0), x.T.cov()
+            self.running_mean.lerp_(mean.detach(), 0.1)
+            self.running_cov.lerp_(covariance.detach(), 0.1)
+        root = torch.linalg.cholesky(covariance + 1e-3 * torch.eye(len(mean)))
+        return torch.linalg.solve_triangular(root, (x - mean).T, upper=False).T
+
+
+def test_a_running_covariance_is_named_and_frozen_by_its_mode() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Whitening(4), nn.BatchNorm1d(4)), torch.randn(16, 4)
+    assert "'1' (Whitening)" in str(fl.lint(model).verdict)
+    with pytest.raises(fl.NotFrozenError, match="'1': its statistics move"):
+        fl.assert_frozen(model, data=x, params=False)
+    fl.freeze(model)
+    fl.assert_frozen(model, data=x)
+    before = state(model)
+    model.train()(x)
+    assert same(state(model), before)
+
+
 def test_a_running_scaler_is_no_bn_and_is_named() -> None:
     model = nn.Sequential(Scaler(3), nn.Linear(3, 2))
     assert len(fl.sites(model)) == 0

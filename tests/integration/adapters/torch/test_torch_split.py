@@ -841,3 +841,29 @@ def test_a_container_without_a_forward_is_told_to_hand_over_its_parts(verb: Any)
         verb(parts, sample=torch.ones(4, 3))
     parts.forward = lambda x: parts["made"](x)
     verb(parts, sample=torch.ones(4, 3)) if verb is fl.fold else None
+
+
+class Rounded(nn.Module):
+    """It computes under autocast; ``scale`` is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet()
+
+    def forward(self, x: Any, scale: float = 1.0) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x) / scale
+
+
+@pytest.mark.parametrize("given", [{"x": images(4)}, {"x": images(4), "scale": 0.5}])
+def test_a_forward_under_autocast_and_with_a_number_is_split_by_record_and_replay(
+    given: Any,
+) -> None:
+    model = Rounded()
+    fl.freeze(model, "net/layer2")
+    with pytest.raises(ModelError, match="computes under autocast"):
+        fl.split(model)
+    cut = fl.split(model, sample=given)
+    with torch.no_grad():
+        found = cut.suffix.eval()(cut.prefix.eval()(**given))
+        torch.testing.assert_close(found, model.eval()(**given))
