@@ -246,7 +246,7 @@ def fit(program: Program, model: Any) -> str:
     fl.freeze(model, -1)
     recompiled(program, model)
     before = [np.array(w) for layer in norms(model) for w in layer.get_weights()]
-    augmented = any("Random" in type(layer).__name__ for layer in model.layers)
+    augmented = any("Random" in type(layer).__name__ for layer in model._flatten_layers())
     views = 2 if augmented else 1
     history = fl.fit(model, *args, epochs=2, views=views, verbose=0, **kwargs)
     after = [np.array(w) for layer in norms(model) for w in layer.get_weights()]

@@ -239,7 +239,7 @@ def _crops() -> Program:
     x, _ = pictures()
     batches = [[x[r], x[r].flip(3), x[r][..., :5, :5]] for r in rows()]
     return situation(Multi, batches, step, options={"step": step}, call=lambda m, b: m(b),
-                     lags=False)  # fmt: skip
+                     sample=[crop[:4] for crop in batches[0]], lags=False)  # fmt: skip
 
 
 @entry("a map of classes with pixels that count nothing (ignore_index)", "torch", "later")
@@ -320,7 +320,7 @@ def _modes() -> Program:
     batches = [
         {"inputs": list(x[r]), "data_samples": [{"label": label} for label in y[r]]} for r in rows()
     ]
-    return situation(Net, batches, step, options={"step": step},
+    return situation(Net, batches, step, options={"step": step}, sample={"inputs": list(x[:4])},
                      call=lambda m, b: m(b["inputs"]))  # fmt: skip
 
 
