@@ -34,15 +34,12 @@ def write(
         DataError: Labels for another number of samples.
         BackendError: pyarrow is not installed.
     """
-    arrow = optional("pyarrow", "Writing Arrow or Parquet")
-    files.check_output(path, SUFFIXES, "a table of features", force=overwrite)
+    arrow = require_writable(path, force=overwrite)
     parts = _batches(arrow, cache, _checked(cache, labels), view)
     first = next(parts)
     with files.replacing(path) as stream:
         if path.suffix == ".parquet":
-            writer = optional("pyarrow.parquet", "Writing Parquet").ParquetWriter(
-                stream, first.schema
-            )
+            writer = arrow.parquet.ParquetWriter(stream, first.schema)
         else:
             writer = arrow.ipc.new_stream(stream, first.schema)
         with writer:
@@ -50,6 +47,19 @@ def write(
             for part in parts:
                 writer.write_batch(part)
     return path
+
+
+def require_writable(path: Path, *, force: bool) -> Any:
+    """Refuse a table that cannot be written, before the work instead of after it; returns pyarrow.
+
+    Raises:
+        OutputError: Another ending, a file that is there already, or no such folder.
+        BackendError: pyarrow is not installed.
+    """
+    files.check_output(path, SUFFIXES, "a table of features", force=force)
+    if path.suffix == ".parquet":
+        optional("pyarrow.parquet", "Writing Parquet")
+    return optional("pyarrow", "Writing Arrow or Parquet")
 
 
 def _checked(cache: Any, labels: Any) -> Array | None:

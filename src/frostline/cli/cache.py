@@ -70,11 +70,10 @@ def build(
     from frostline.cache import cache_features, export as tables
     from frostline.cache.progress import in_bytes
     from frostline.cli import model_files, samples
-    from frostline.data import files
     from frostline.verbs.split import split
 
     if export is not None:
-        files.check_output(export, tables.SUFFIXES, "a table of features", force=force)
+        tables.require_writable(export, force=force)
     if ray is not None and precision is not Precision.float32:
         raise DataError(
             "nodes of a cluster may have other processors, so features in bfloat16 are computed "

@@ -1,5 +1,7 @@
 """``frostline cache build`` in one process; tests/slow/test_scale.py is about Ray."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -74,3 +76,17 @@ def test_an_address_where_no_cluster_answers(model_file, tmp_path, capsys, monke
 def test_the_address_may_be_left_out():
     assert spread_values(["m", "d", "--ray"]) == ["m", "d", "--ray", "local"]
     assert spread_values(["--ray", "h:1", "m", "d"]) == ["--ray", "h:1", "m", "d"]
+
+
+def test_without_pyarrow_an_export_is_refused_before_anything_is_computed(
+    model_file, tmp_path, capsys, monkeypatch
+):
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 8, 8, 3), np.float32))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    words = [
+        "cache", "build", str(model_file), str(tmp_path / "data.npz"), "--cache",
+        str(tmp_path / "cache"), "--at", "cut", "--export", str(tmp_path / "f.arrow"),
+    ]  # fmt: skip
+    assert main(words) == 2
+    assert "needs pyarrow" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

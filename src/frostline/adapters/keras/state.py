@@ -276,7 +276,7 @@ def surroundings(model: Any, places: Iterable[Place] | None = None) -> Callable[
 def modes() -> Callable[[], None]:
     """Remember Keras' scopes, and the modes of TensorFlow, JAX and torch if they are there."""
     tracker = vars(keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER)
-    kept = {name: value for name, value in tracker.items() if "scope" in name}
+    kept = {name: value for name, value in tracker.items() if _is_mode(name)}
     stacks = [(value, list(value)) for value in kept.values() if isinstance(value, list)]
     eager, traced, of_torch = _eager_functions(), _current_trace(), None
     if "torch" in sys.modules:
@@ -286,7 +286,7 @@ def modes() -> Callable[[], None]:
 
     def back() -> None:
         tracker.update(kept)
-        for name in [name for name in tracker if "scope" in name and name not in kept]:
+        for name in [name for name in tracker if _is_mode(name) and name not in kept]:
             del tracker[name]
         for stack, content in stacks:
             stack[:] = content
@@ -296,6 +296,18 @@ def modes() -> Callable[[], None]:
         traced()
 
     return back
+
+
+def _is_mode(name: str) -> bool:
+    """Whether blocks of Keras set a global value and set it back; others count, or are settings."""
+    return "scope" in name or name in _MODES
+
+
+#: Where its name does not say so. Layers that are made with ``tracking_on`` off own no weights.
+_MODES = frozenset([
+    "tracking_on", "current_call_ctx", "torch_device", "safe_mode_saving",
+    "shared_objects/id_to_obj_map", "shared_objects/id_to_config_map",
+])  # fmt: skip
 
 
 def _current_trace() -> Callable[[], None]:

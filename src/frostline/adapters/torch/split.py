@@ -96,9 +96,10 @@ class DifferentPartsError(ModelError):
 
 
 def _holds_several(root: Any, sample: Any) -> bool:
-    """Whether a sample has a dataclass or a mapping as one argument, or a plain number."""
+    """Whether one argument of a sample holds several arrays, or is a plain number."""
     placed, named = arguments(root, sample)
-    several = any(is_record(value) or isinstance(value, Mapping) for value in placed)
+    held = (Mapping, list, tuple)
+    several = any(is_record(value) or isinstance(value, held) for value in placed)
     return several or any(isinstance(value, (int, float)) for value in (*placed, *named.values()))
 
 

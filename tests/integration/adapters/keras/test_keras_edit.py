@@ -177,3 +177,18 @@ def test_undo_sets_a_layer_that_two_containers_share() -> None:
     assert _flags(model) != before
     change.undo()
     assert _flags(model) == before
+
+
+def test_an_exception_at_the_exit_of_a_block_that_tracks_nothing_leaves_it() -> None:
+    """Layers that were built later had no weights: "everything is frozen" was said of them."""
+    from keras.src.utils import tracking
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+
+    def edit() -> None:
+        tracking.DotNotTrackScope().__enter__()  # as if its exit had not been called
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomically(all_that_edits_touch(model), edit)
+    assert tracking.is_tracking_enabled()

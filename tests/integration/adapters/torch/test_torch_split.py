@@ -867,3 +867,21 @@ def test_a_forward_under_autocast_and_with_a_number_is_split_by_record_and_repla
     with torch.no_grad():
         found = cut.suffix.eval()(cut.prefix.eval()(**given))
         torch.testing.assert_close(found, model.eval()(**given))
+
+
+def test_a_list_of_pictures_of_two_sizes_is_one_argument() -> None:
+    class Crops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = resnet()
+
+        def forward(self, crops: Any) -> Any:
+            return torch.cat([self.net(torch.cat(crops[:2])), self.net(crops[2])])
+
+    model, crops = Crops().eval(), [images(4), images(4, 2), images(4, 3)[..., :9, :9]]
+    fl.freeze(model, "net/layer2")
+    cut = fl.split(model, sample=crops)
+    with torch.no_grad():
+        features = cut.prefix.eval()(crops)
+        found = cut.suffix.eval()(*(features if isinstance(features, tuple) else (features,)))
+        torch.testing.assert_close(found, model(crops))
