@@ -115,6 +115,7 @@ def counted(results: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
     """The table as Markdown."""
+    foreign = {n: r for n, r in results.items() if table[n].library not in ("torch", "keras")}
     verbs = list(dict.fromkeys(v for r in results.values() for v in r.get("verbs", {})))
     signs = {"works": "✓", "refused": "refused", "wrong": "**wrong**", "crash": "**crash**"}
     lines = [
@@ -127,7 +128,8 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
         "programs are held to the module that they were made from. Cells are of the day on which",
         "they were asked last, not all of the newest code; an empty one was not asked.",
         "",
-        ", ".join(f"{n} {word}" for word, n in counted(results).items()) + ".",
+        f"{words(counted(results))}. Of these, models of other libraries than torch and Keras:",
+        f"{words(counted(foreign))}.",
         "",
         f"| model | library | {' | '.join(verbs)} |",
         f"|---|---|{'---|' * len(verbs)}",
@@ -171,7 +173,9 @@ def answered_first(name: str) -> dict[str, Any]:
 
 def words(counts: dict[str, int]) -> str:
     """Counts in words."""
-    return ", ".join(f"{number} {word}" for word, number in counts.items())
+    total = max(1, sum(counts.values()))
+    told = ", ".join(f"{number} {word}" for word, number in counts.items())
+    return f"{told} ({counts['works'] / total:.1%} work)" if "works" in counts else told
 
 
 def still_wrong(asked: dict[str, dict[str, Any]]) -> list[str]:
