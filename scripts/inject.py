@@ -711,7 +711,7 @@ def _told(trial: Trial | dict[str, Any], found: Found) -> dict[str, Any]:
     return {
         **{name: where[name] for name in names if where.get(name)},
         "in clean-up": found.cleaning, "differs": [*found.changed, *found.around][:8],
-        "broken": re.sub(r"[^\"]*/site-packages/", "", found.broken)[-300:],
+        "broken": re.sub(r"[^\"]*/(site-packages|src)/", "", found.broken)[-300:],
     }  # fmt: skip
 
 
