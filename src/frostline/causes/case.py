@@ -84,6 +84,12 @@ _SEED = 0
 #: Probes with the exact statistics of the data at some sites.
 _POPULATIONS = ("population", "population unfrozen", "population frozen")
 
+#: What BN does beside dropout -> probes with and without dropout.
+_WITH_DROPOUT = {
+    "at inference": ("dropout", "inference"),
+    "in training": ("training", "training blend"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -273,9 +279,24 @@ class Case:
         return min((self.change(name, "inference") for name in tried), default=0.0)
 
     @cached_property
+    def dropout_gaps(self) -> dict[str, float]:
+        """Loss with everything but BN as in training, minus without, by what BN does there."""
+        known = self.measurement.probes.keys()
+        return {
+            beside: self.change(*pair)
+            for beside, pair in _WITH_DROPOUT.items()
+            if beside == "at inference" or known >= {*pair}
+        }
+
+    @property
+    def dropout_beside(self) -> str:
+        """Where it is smaller: on top of statistics that are off, noise does what neither does."""
+        return min(self.dropout_gaps, key=lambda phase: abs(self.dropout_gaps[phase]))
+
+    @property
     def dropout_gap(self) -> float:
-        """Loss with everything but BN as in training, minus inference; 0 when it is nothing."""
-        return self.change("dropout", "inference")
+        """The smaller one; 0 when it is nothing."""
+        return self.dropout_gaps[self.dropout_beside]
 
     @cached_property
     def total_gap(self) -> float:
@@ -367,9 +388,9 @@ class Case:
     @cached_property
     def left_over(self) -> float:
         """Part of the total gap that is neither BN nor dropout, in absolute value."""
-        parts = [self.difference(*pair) for pair in (
-            ("training", "inference"), ("training blend", "inference"), ("dropout", "inference"),
-        )]  # fmt: skip
+        noise = _WITH_DROPOUT[self.dropout_beside]
+        pairs = (("training", "inference"), ("training blend", "inference"), noise)
+        parts = [self.difference(*pair) for pair in pairs]
         if not self.total_gap or parts[0] is None:
             return 0.0
         text = sum(part.estimate for part in parts[1:] if part is not None)

@@ -112,12 +112,12 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not (gap or shifted) or (kinds and not noise):
         return
     evidence = {"dropout_gap": gap, "total_gap": case.total_gap}
-    what = f"dropout alone, with BN as at inference, changes the loss by {gap:+.3g} "
+    what = f"dropout alone, with BN as {case.dropout_beside}, changes the loss by {gap:+.3g} "
     what += f"({count(len(noise), 'layer')} act{'s' * (len(noise) == 1)} in training only)"
     if not kinds:
         what = "what the model or its loss does in training mode only changes the loss by "
-        what += f"{gap:+.3g}, with BN as at inference; no layer is known for it: dropout or noise "
-        what += "in a forward of its own, or a loss that depends on the mode"
+        what += f"{gap:+.3g}, with BN as {case.dropout_beside}; no layer is known for it: dropout "
+        what += "or noise in a forward of its own, or a loss that depends on the mode"
     yield Claim(
         code=CauseCode.DROPOUT,
         message=what + text,
@@ -151,8 +151,8 @@ def augment_train_only(case: Case, assigned: Assigned) -> Iterator[Claim]:
         only = len(layers) == len(kinds)
         yield Claim(
             code=CauseCode.AUGMENT_TRAIN_ONLY,
-            message=f"{count(len(layers), 'augmentation layer')}, with BN as at inference, change "
-            f"the loss by {gap:+.3g}{cost}",
+            message=f"{count(len(layers), 'augmentation layer')}, with BN as "
+            f"{case.dropout_beside}, change the loss by {gap:+.3g}{cost}",
             amount=abs(gap) + shifted if only else None,
             standing=0.3,
             certainty="is" if only else "may",

@@ -851,6 +851,19 @@ def test_dropout_and_lag_are_both_named():
     assert sum(cause.share for cause in found) == pytest.approx(1.0, abs=0.02)
 
 
+def test_noise_on_top_of_statistics_that_lag_counts_as_in_training():
+    """A code drawn from variances that are far off: neither phase shows that loss."""
+    probes = {**GAP, "training": (0.5, 0.9), "dropout": (30.0, 0.3)}
+    found = causes(
+        facts(steps=50),
+        measurement(probes, shares=[0.25] * 4, sites=FAR, noise_layers={"drawn": "noise"}),
+        [],
+    )
+    assert codes(found) == ["EMA_LAG", "DROPOUT"]
+    assert found[1].evidence["dropout_gap"] == pytest.approx(0.4)
+    assert "with BN as in training" in found[1].message
+
+
 def test_augmentation_layers():
     probes = {**NO_GAP, "training": (0.5, 0.9), "dropout": (0.5, 0.9)}
     layers = {"flip": "augmentation"}
