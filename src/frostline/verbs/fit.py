@@ -125,7 +125,7 @@ def fit(
     inference. The model is left as it is.
 
     Args:
-        model: A compiled Keras model, functional or sequential, part of it frozen.
+        model: A compiled Keras model that :func:`frostline.split` can cut, part of it frozen.
         x: As in ``model.fit``: arrays, a ``tf.data.Dataset``, a ``PyDataset``, a torch
             ``DataLoader``; or a torch ``Dataset``, or a list of ``(x, y)`` batches.
         y: As in ``model.fit``.

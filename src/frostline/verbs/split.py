@@ -80,8 +80,9 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
     mode.
 
     Args:
-        model: A built functional or sequential Keras model; nested models are followed. Or a torch
-            module; what is around it (``torch.compile``, DDP) is taken off.
+        model: A built Keras model; nested models are followed, and so is a class of your own, model
+            or layer, whose ``call`` does to symbols what it does to arrays, in training and at
+            inference. Or a torch module; what is around it (``torch.compile``, DDP) is taken off.
         at: Cut before this layer instead: a name or path, an index into ``model.layers``
             (``at=140``: ``model.layers[:140]`` is the prefix), a fraction of the layers, or a
             layer. Everything before it must be pure.
@@ -95,8 +96,9 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> Split:
         Prefix, suffix and frontier.
 
     Raises:
-        ModelError: No graph (a subclassed or unbuilt model); nothing or everything is frozen; a
-            frozen layer that is not pure, with its path and how it showed.
+        ModelError: No graph (an unbuilt model, a ``call`` that symbols do not tell the whole of);
+            nothing or everything is frozen; a frozen layer that is not pure, with its path and how
+            it showed.
     """
     parts = adapter_of(model).split(at, sample=sample)
     return Split(

@@ -225,6 +225,67 @@ def test_nested_model_with_layers_that_are_ours() -> None:
     assert_same_history(expected, history)
 
 
+class Net(keras.Model):  # type: ignore[misc]
+    """A model written as a class, its blocks too; the second is frozen in part."""
+
+    def __init__(self) -> None:
+        super().__init__(name="net")
+        self.flip = Brighter()
+        self.blocks = [Residual(name=f"block{number}") for number in range(3)]
+        self.drop, self.head = L.Dropout(0.3), L.Dense(3, activation="softmax", name="head")
+
+    def call(self, images: Any, training: bool | None = None) -> Any:
+        h = self.flip(images, training=training)
+        for block in self.blocks:
+            h = block(h, training=training)
+        return self.head(self.drop(keras.ops.mean(h, axis=(1, 2)), training=training))
+
+
+class Residual(L.Layer):  # type: ignore[misc]
+    def build(self, shape: Any) -> None:
+        self.conv, self.bn = L.Conv2D(4, 3, padding="same", name="conv"), L.BatchNormalization()
+        self.skip = L.Conv2D(4, 1, name="skip")
+        for layer in (self.conv, self.skip):
+            layer.build(shape)
+        self.bn.build((*shape[:-1], 4))
+        super().build(shape)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return keras.ops.relu(self.skip(x) + self.bn(self.conv(x), training=training))
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_class_of_a_users_own_trains_as_keras_trains_it(steps: bool) -> None:
+    """It begins with augmentation; what trains begins inside of a block."""
+
+    class Stepped(Net):
+        def train_step(self, *args: Any) -> Any:
+            return super().train_step(*args)
+
+    def make() -> Any:
+        keras.utils.set_random_seed(1)
+        model = Stepped() if steps else Net()
+        model(X[:2])
+        fl.freeze(model, "block1/skip")
+        model.compile(adam(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    one, other = make(), make()
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 16, "verbose": 0}
+    keras.utils.set_random_seed(7)
+    expected = one.fit(X, Y, validation_data=(XV, YV), **given)
+    keras.utils.set_random_seed(7)
+    if steps:
+        with pytest.warns(
+            UserWarning, match="plain model.fit: Stepped has a train_step of its own"
+        ):
+            history = fl.fit(other, X, Y, validation_data=(XV, YV), **given)
+    else:
+        history = fl.fit(other, X, Y, validation_data=(XV, YV), views=2, engine="native", **given)
+    assert_same(one, other, make())
+    assert_same_history(expected, history)
+
+
 class Spy(keras.callbacks.Callback):  # type: ignore[misc]
     """Uses the whole model in the middle of training, on images."""
 

@@ -35,7 +35,7 @@ from frostline.adapters.keras.forward_pass import Collected, float32, inference,
 from frostline.adapters.keras.graph import resolve, walk
 from frostline.adapters.keras.noise import noise_layers
 from frostline.adapters.keras.overridden import overridden
-from frostline.adapters.keras.pipeline import own, prepares
+from frostline.adapters.keras.pipeline import own, own_steps, prepares
 from frostline.adapters.keras.prefix import layer_identity, weights_digest
 from frostline.adapters.keras.rehearsal import (
     start_ramp as start_ramp,
@@ -248,9 +248,8 @@ def why_plain(model: Any, *data: Any) -> str | None:
         )
     if own(model, "fit") and not hasattr(model, "preprocess_samples"):
         return f"{type(model).__name__} has a fit of its own, which may do more than Keras' own"
-    for name in ("train_step", "test_step", "compute_loss"):
-        if not getattr(type(model), name).__module__.startswith("keras."):
-            return f"{type(model).__name__} has a {name} of its own, which may read the inputs"
+    for name in own_steps(model):
+        return f"{type(model).__name__} has a {name} of its own, which may read the inputs"
     if any(isinstance(item, types.GeneratorType) for item in data):
         return "a generator can be read only once"
     if getattr(model, "_distribute_strategy", None) or keras.distribution.distribution():

@@ -2,8 +2,8 @@
 
 Nested functional and sequential models are written out in place, so that a boundary may lie inside
 of them, and activations can be carried from one site to the next. A nested model that is called
-with a mask, or on inputs that it would reshape, stays one call; so does what has no graph: a
-subclassed model, or a composite layer that holds BN.
+with a mask, or on inputs that it would reshape, stays one call; so does what has no graph, a
+subclassed model or a composite layer, unless ``symbolic`` found one for it.
 
 Nothing here changes a layer. Replaying symbolically adds nodes to the layers' own records, as Keras
 does for every model that shares layers with another one.
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -80,12 +81,17 @@ def graph_of(model: Any) -> Any | None:
     return graph if isinstance(graph, keras.Function) else None
 
 
-def flatten(model: Any, enter: Callable[[Any], bool] = lambda _: True) -> Graph | None:
+def flatten(
+    model: Any,
+    enter: Callable[[Any], bool] = lambda _: True,
+    found: Mapping[int, Any] = MappingProxyType({}),
+) -> Graph | None:
     """Write the graph of ``model`` out.
 
     Args:
         model: A Keras model.
         enter: Whether a nested model with a graph is written out in place.
+        found: ``id(layer)`` -> graph, of layers that have none of their own.
 
     Returns:
         The calls; ``None`` when the model has no graph.
@@ -93,7 +99,7 @@ def flatten(model: Any, enter: Callable[[Any], bool] = lambda _: True) -> Graph 
     graph = graph_of(model)
     if graph is None:
         return None
-    writer = _Writer(enter)
+    writer = _Writer(enter, found)
     inputs = [writer.slot(tensor) for tensor in graph.inputs]
     outputs = writer.write_out(graph, inputs, None)
     return Graph(
@@ -148,8 +154,9 @@ def record(model: Any, chosen: Mapping[int, str]) -> list[Step] | None:
 
 
 class _Writer:
-    def __init__(self, enter: Callable[[Any], bool]) -> None:
+    def __init__(self, enter: Callable[[Any], bool], found: Mapping[int, Any]) -> None:
         self.enter = enter
+        self.found = found
         self.calls: list[Call] = []
         self.tensors: dict[Slot, Any] = {}
 
@@ -180,7 +187,7 @@ class _Writer:
         kwargs = keras.tree.map_structure(fill, node.arguments.kwargs)
         if training is not None and takes_training(operation):
             kwargs = {**kwargs, "training": training}  # written at the call of the nested model
-        graph = graph_of(operation)
+        graph = self.found.get(id(operation)) or graph_of(operation)
         if graph is not None and not self.enter(operation):
             graph = None
         entered = None if graph is None else self._entered(graph, args, kwargs)
@@ -256,17 +263,21 @@ def run(call: Call, values: dict[Slot, Any], training: bool | None = None) -> li
         training: Phase of the whole model, which overrules the phase written at a call as it does
             in Keras; ``None``: what is written at the call.
     """
-
-    def fill(value: Any) -> Any:
-        return values[value.index] if isinstance(value, _Place) else value
-
-    args = keras.tree.map_structure(fill, call.args)
-    kwargs = keras.tree.map_structure(fill, dict(call.kwargs))
+    args, kwargs = filled((call.args, dict(call.kwargs)), values)
     if training is not None and takes_training(call.operation):
         kwargs["training"] = training
     outputs = keras.tree.flatten(call.operation(*args, **kwargs))
     values.update(zip(call.writes, outputs, strict=True))
     return list(outputs)
+
+
+def filled(arguments: Any, values: Mapping[Slot, Any]) -> Any:
+    """Arguments with the tensors that their places stand for."""
+
+    def fill(value: Any) -> Any:
+        return values[value.index] if isinstance(value, _Place) else value
+
+    return keras.tree.map_structure(fill, arguments)
 
 
 @contextmanager

@@ -41,6 +41,11 @@ def own(model: Any, name: str) -> bool:
     return getattr(type(model), name) is not getattr(keras.Model, name)
 
 
+def own_steps(model: Any) -> list[str]:
+    """The methods of a training that the class has of its own, which may read the inputs."""
+    return [name for name in ("train_step", "test_step", "compute_loss") if own(model, name)]
+
+
 def _array(leaf: Any) -> Any:
     """A tensor of whatever framework the preparation runs in, as numpy."""
     return leaf if leaf is None else to_numpy(leaf)

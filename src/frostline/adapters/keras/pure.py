@@ -5,8 +5,7 @@ This room reads only: it never changes a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,6 +15,7 @@ from frostline.adapters.dropout_rate import TURN_OFF, all_off
 from frostline.adapters.keras.calls import Graph as Calls, run, takes_training
 from frostline.adapters.keras.graph import is_site, walk, wrapped_module
 from frostline.adapters.keras.noise import drops
+from frostline.adapters.keras.random import undisturbed
 from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed, Why
@@ -112,7 +112,7 @@ def observe(calls: Calls, graph: Graph, nodes: Sequence[Node], sample: Any = Non
         return Observed(shapes=None, reason=str(problem))
     first, second = (dict(zip(calls.inputs, batch, strict=True)) for batch in (one, other))
     try:
-        with _undisturbed():
+        with undisturbed():
             return purity.observe(
                 graph,
                 nodes,
@@ -134,9 +134,14 @@ def _effects(node: Node, values: dict[Any, Any], training: bool) -> str | None:
     """Run one call; returns what it did beside computing its outputs."""
     layer = node.call.operation
     variables = layer.variables if isinstance(layer, keras.Layer) else []
+    # Attention takes the masks off what it reads, which is read again in the other phase.
+    masked = [(values[slot], getattr(values[slot], "_keras_mask", None)) for slot in node.reads]
     with keras.StatelessScope(collect_losses=True) as scope:
         # Inside a scope, TensorFlow and torch read the variables themselves.
         run(node.call, values, training if takes_training(layer) else None)
+    for tensor, mask in masked:
+        if mask is not None:
+            tensor._keras_mask = mask
     moved = [v for v in variables if id(v) in scope.state_mapping]
     if moved and training:
         return f"it changes its variable '{moved[0].name}' in every training step"
@@ -155,20 +160,6 @@ def _numbers(tensor: Any) -> Array | None:
         return None
     wide = tensor if dtype == "float64" else keras.ops.cast(tensor, "float32")
     return np.asarray(keras.ops.convert_to_numpy(wide))
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Torch: no gradients, and unseeded layers draw from a generator that is put back."""
-    if keras.backend.backend() != "torch":
-        yield
-        return
-    import torch
-
-    from frostline.adapters.torch.random import forked
-
-    with torch.no_grad(), forked():
-        yield
 
 
 def _given(calls: Calls, sample: Any) -> list[Array]:

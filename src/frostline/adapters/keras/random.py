@@ -97,3 +97,17 @@ def fixed_randomness(model: Any, step: int) -> Iterator[None]:
     with forked(), taken_back(back):
         torch.manual_seed(step)
         yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Torch: no gradients, and unseeded layers draw from a generator that is put back."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    from frostline.adapters.torch.random import forked
+
+    with torch.no_grad(), forked():
+        yield

@@ -16,6 +16,7 @@ from frostline.adapters.keras.calls import (
     Call,
     Graph as Calls,
     Slot,
+    filled,
     flatten,
     graph_of,
     like_input,
@@ -25,7 +26,9 @@ from frostline.adapters.keras.calls import (
     told_apart,
 )
 from frostline.adapters.keras.graph import layers, walk
+from frostline.adapters.keras.pipeline import own_steps
 from frostline.adapters.keras.pure import impurity, observe
+from frostline.adapters.keras.symbolic import graph_in_both_phases, inputs_of
 from frostline.adapters.protocol import SplitModel
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import (
@@ -63,7 +66,7 @@ _LIGHT_OPERATIONS = frozenset([
 
 def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     """Cut ``model``; see :func:`frostline.split`."""
-    calls = _require_graph(model)
+    own, calls = _require_graph(model, sample)
     graph = _nodes(calls, model)
     pure, ends = pure_nodes(graph)
     _refuse_augmentation(graph, pure)
@@ -77,10 +80,11 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     sizes = {slot: _bytes(calls, slot, shapes.get(slot)) for slot in known}
     inside = smallest(graph, pure, sizes, _uncuttable(calls, pure, seen), forced=at is not None)
     slots = frontier(graph, inside)
-    prefix, suffix = _build(calls, model, [node.call for node in inside], slots)
+    prefix, suffix = _build(calls, own, [node.call for node in inside], slots)
     paths = {slot: node.path for node in graph.nodes for slot in node.writes}
     crossing = zip(slots, keras.tree.flatten(prefix.outputs), strict=True)
     flags_only = f"purity was judged by flags alone: {seen.reason}"
+    lost = [f"the suffix has no {name} of {type(model).__name__}'s" for name in own_steps(model)]
     return SplitModel(
         prefix=prefix,
         suffix=suffix,
@@ -88,7 +92,7 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
             _described(calls, tensor, slot, shapes.get(slot), paths.get(slot))
             for slot, tensor in crossing
         ),
-        notes=(*notes(ends), *([flags_only] if seen.reason else [])),
+        notes=(*notes(ends), *([flags_only] if seen.reason else []), *lost),
     )
 
 
@@ -102,14 +106,14 @@ def peel(model: Any) -> tuple[Any, Any] | None:
         Augmentation (inputs -> what crosses) and the rest (what crosses -> outputs); ``None`` where
         the model does not begin with a random layer, or has no graph.
     """
-    calls = flatten(model)
+    own, calls = _written_out(model, None)
     if calls is None:
         return None
     graph = _nodes(calls, model)
     inside = _leading(graph)
     if not inside:
         return None
-    return _build(calls, model, [node.call for node in inside], frontier(graph, inside))
+    return _build(calls, own, [node.call for node in inside], frontier(graph, inside))
 
 
 def _leading(graph: Graph) -> list[Node]:
@@ -156,22 +160,57 @@ def _refuse_augmentation(graph: Graph, pure: Sequence[Node]) -> None:
 # --- which calls ----------------------------------------------------------------------------------
 
 
-def _require_graph(model: Any) -> Calls:
-    graph = flatten(model)
-    if graph is not None:
-        return graph
+def _require_graph(model: Any, sample: Any) -> tuple[Any, Calls]:
+    """The functional model that ``model`` is, or does the same as, and its calls."""
+    own, calls = _written_out(model, sample)
+    if calls is not None:
+        return own, calls
     if isinstance(model, keras.Sequential) and not model.built:
         reason = "it is not built yet; call it once on a batch"
     elif isinstance(model, keras.Sequential):
         reason = "its layers are not single-input, single-output"
+    elif not model.built:
+        reason = "it is not built yet; call it once on a batch"
+    elif sample is None and inputs_of(model, None) is None:
+        reason = "it does not say what it takes: pass sample=, a batch of its inputs"
     else:
         inner = [place.path for place in walk(model) if graph_of(place.layer) is not None]
         hint = f", or split the functional model that it holds ({inner[0]!r})" if inner else ""
         reason = (
-            f"{type(model).__name__} is a subclassed model, which has no graph to follow; write it "
-            f"as a functional model{hint}"
+            f"{type(model).__name__} is a subclassed model, and what its call does to symbols is "
+            "not what it does to arrays in training and at inference, so there is no graph to "
+            f"follow; write it as a functional model{hint}"
         )
     raise ModelError(f"model '{model.name}' cannot be split: {reason}. Received: {model.name!r}")
+
+
+def _written_out(model: Any, sample: Any) -> tuple[Any, Calls | None]:
+    """A functional model that does what ``model`` does, and its calls.
+
+    Layers of a user's own that hold both what is frozen and what trains are written out in place.
+    """
+    own, found = model, {}
+    if graph_of(model) is None and not isinstance(model, keras.Sequential):
+        symbols = inputs_of(model, sample) if model.built else None
+        own = None if symbols is None else graph_in_both_phases(model, symbols, {})
+    calls = None if own is None else flatten(own)
+    while calls is not None:
+        mixed = [c for c in calls.calls if id(c.operation) not in found and _mixed(c.operation)]
+        if not mixed:
+            break
+        for call in mixed:
+            args, kwargs = filled((call.args, dict(call.kwargs)), calls.tensors)
+            found[id(call.operation)] = graph_in_both_phases(call.operation, args, kwargs)
+        calls = flatten(own, found=found)
+    return own, calls
+
+
+def _mixed(operation: Any) -> bool:
+    """Whether a layer of a user's own, with layers inside, is frozen in part."""
+    if not isinstance(operation, keras.Layer) or not operation._layers:
+        return False
+    trains = {variable.trainable for variable in operation.weights} if operation.trainable else {}
+    return len(trains) > 1 and any(not each.trainable for each in operation._flatten_layers())
 
 
 def _nodes(calls: Calls, model: Any) -> Graph:
@@ -248,6 +287,7 @@ def _item_bytes(dtype: str) -> int:
 def _build(
     graph: Calls, model: Any, inside: Sequence[Call], slots: Sequence[Slot]
 ) -> tuple[Any, Any]:
+    """Both parts of a model that has the graph."""
     ours = {id(call) for call in inside}
     behind = [call for call in graph.calls if id(call) not in ours]
     own: Any = graph_of(model)

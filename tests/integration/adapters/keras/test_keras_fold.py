@@ -664,3 +664,21 @@ def test_efficientnet_lite0_with_its_weights() -> None:
     assert (len(result.absorbed), result.replaced) == (49, ())
     x = np.random.default_rng(0).uniform(-1, 1, (3, 64, 64, 3)).astype("float32")
     agree(model, result.model, x)
+
+
+def test_a_class_that_takes_a_mapping_of_lists_is_folded_without_a_sample() -> None:
+    class Views(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.bn = L.Dense(4), BN()
+
+        def call(self, views: Any, training: bool | None = None) -> Any:
+            return [self.bn(self.dense(x), training=training) for x in views["pair"]]
+
+    model, rng = Views(), np.random.default_rng(0)
+    x = {"pair": [rng.normal(size=(6, 5)).astype("float32") for _ in range(2)]}
+    model(x)
+    speak(model)
+    wanted, found = model(x, training=False), fl.fold(model)(x, training=False)
+    for a, b in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (a, b)), rtol=1e-4, atol=1e-5)

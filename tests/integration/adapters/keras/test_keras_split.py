@@ -121,7 +121,50 @@ def text() -> tuple[Any, Any]:
     return frozen(model, "head"), np.random.default_rng(0).integers(0, 9, (6, 5)).astype("int32")
 
 
-MODELS = (residual, nested, siamese, outputs, twins, text)
+def attended() -> tuple[Any, Any]:
+    """Attention takes the masks off what it reads."""
+    words = keras.Input((5,), dtype="int32")
+    x = BN(name="bn")(L.Embedding(9, 4, mask_zero=True, name="embedding")(words))
+    x = L.Add()([x, L.MultiHeadAttention(2, 3, name="attention")(x, x)])
+    model = keras.Model(words, L.Dense(2, name="head")(L.GlobalAveragePooling1D(name="pool")(x)))
+    return frozen(model, "head"), np.random.default_rng(0).integers(0, 9, (6, 5)).astype("int32")
+
+
+class Block(L.Layer):  # type: ignore[misc]
+    """A residual block of a user's own, the boundary inside."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.first, self.norm = L.Conv2D(4, 3, padding="same", name="first"), BN(name="norm")
+        self.second, self.last = L.Conv2D(4, 3, padding="same", name="second"), BN(name="last")
+        self.relu = L.ReLU(name="relu")
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        y = self.relu(self.norm(self.first(x), training=training))
+        return x + self.last(self.second(y), training=training)
+
+
+class Written(keras.Model):  # type: ignore[misc]
+    """A model written as a class, two views of each sample in, a mapping out."""
+
+    def __init__(self) -> None:
+        super().__init__(name="written")
+        self.stem, self.block = L.Conv2D(4, 3, name="stem"), Block(name="block")
+        self.pool, self.drop = L.GlobalAveragePooling2D(), L.Dropout(0.0)
+        self.head = L.Dense(3, name="head")
+
+    def call(self, views: Any, training: bool | None = None) -> Any:
+        one, other = (self.pool(self.block(self.stem(v), training=training)) for v in views)
+        return {"both": self.head(self.drop(one * other, training=training)), "one": one}
+
+
+def written() -> tuple[Any, Any]:
+    model, x = Written(), [normal(6, 8, 8, 3), normal(6, 8, 8, 3, seed=1)]
+    model(x)
+    return frozen(model, "block/second", "block/last", "head"), x
+
+
+MODELS = (residual, nested, siamese, outputs, twins, text, attended, written)
 
 
 @pytest.fixture(params=MODELS, ids=lambda make: make.__name__)
@@ -185,6 +228,8 @@ def test_a_training_step_of_the_suffix_is_that_of_the_model(made: tuple[Any, Any
         (outputs, [("meta", (3,)), ("flatten", (48,)), ("first", (2,))]),
         (twins, [("one/bn", (4,)), ("two/dense", (4,))]),
         (text, [("dropout", (3,))]),
+        (attended, [("pool", (4,))]),
+        (written, [*[("stem", (6, 6, 4))] * 2, *[("block/relu", (6, 6, 4))] * 2]),
     ],
 )
 def test_the_frontier(make: Callable[[], Any], expected: list[Any]) -> None:
@@ -426,13 +471,89 @@ def test_models_without_a_graph_are_refused() -> None:
         def call(self, x: Any) -> Any:
             return self.backbone(x)
 
-    with pytest.raises(ModelError, match="subclassed model, which has no graph"):
+    with pytest.raises(ModelError, match="not built yet; call it once on a batch"):
         fl.split(Subclassed())
     torch = pytest.importorskip("torch")
     with pytest.raises(ModelError, match="nothing is frozen at the beginning"):
         fl.split(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
     with pytest.raises(ModelError, match="not built yet"):
         fl.split(keras.Sequential([L.Dense(3), L.Dense(2)]))
+
+
+class Told(keras.Model):  # type: ignore[misc]
+    """A subclass whose ``call`` symbols do not tell the whole of."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(name=kind)
+        self.kind = kind
+        self.body, self.norm, self.head = L.Dense(4), BN(), L.Dense(4, name="head")
+        if kind == "own weight":
+            self.scale = self.add_weight(shape=(4,), initializer="ones")
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        x = self.norm(self.body(x), training=training)
+        if self.kind == "another way in training" and training:
+            x = x * 2.0
+        if self.kind == "own weight":
+            x = x * self.scale
+        if self.kind == "looks at values" and keras.ops.convert_to_numpy(x).sum() > 0:
+            x = -x
+        if self.kind == "a loss":
+            self.add_loss(keras.ops.mean(x))
+        if self.kind == "tied weights":
+            x = x @ keras.ops.transpose(self.body.kernel)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["another way in training", "own weight", "looks at values", "a loss", "tied weights"],
+)
+def test_a_subclass_that_its_graph_would_not_follow_is_refused(kind: str) -> None:
+    keras.utils.set_random_seed(0)
+    model, x = Told(kind), normal(6, 4)
+    want = keras.ops.convert_to_numpy(model(x))
+    fl.freeze(model, "head")
+    records = {place.path: len(place.layer._inbound_nodes) for place in walk(model)}
+    with pytest.raises(ModelError, match=r"subclassed model.*no graph to follow"):
+        fl.split(model, sample=x)
+    assert {place.path: len(place.layer._inbound_nodes) for place in walk(model)} == records
+    assert model.losses == [] or kind == "a loss"
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(x)), want)
+
+
+def test_a_subclass_without_the_phase_is_split_as_keras_trains_it() -> None:
+    """Keras does not tell a model of the phase whose ``call`` does not take it."""
+
+    class Silent(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.head = L.Dense(4), BN(), L.Dense(3, name="head")
+
+        def call(self, x: Any) -> Any:
+            return self.head(self.norm(self.body(x)))
+
+    keras.utils.set_random_seed(0)
+    model, x = Silent(), normal(6, 4)
+    model(x)
+    fl.freeze(model, "head")
+    parts = fl.split(model)
+    have = parts.suffix(parts.prefix(x, training=True), training=True)
+    np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (have, model(x))), atol=1e-6)
+    fl.unfreeze(model, since=model.norm)
+    with pytest.raises(ModelError, match="no graph to follow"):
+        fl.split(model)
+
+
+def test_a_suffix_says_what_it_does_not_have_of_a_subclass() -> None:
+    class Own(Told):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):  # type: ignore[no-untyped-def]
+            return keras.ops.mean(keras.ops.square(y_pred))
+
+    model = Own("plain")
+    model(normal(6, 4))
+    fl.freeze(model, "head")
+    assert fl.split(model).notes == ("the suffix has no compute_loss of Own's",)
 
 
 @pytest.mark.once
