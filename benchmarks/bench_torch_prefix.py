@@ -11,9 +11,10 @@ per-round ratios, with the smallest and largest beside them. Networks have rando
   go below: one pass of the engine that ``auto`` took before the clock began, and the same training
   on features in memory. ``training bfloat16``, where the processor has it: the plain loop / the one
   over features in bfloat16.
-- ``schedule``: ten epochs of the head of a ResNet50, then five of its last stage too, with
-  validation, as ``bench_cached_training.py`` has it for Keras: the plain loop / loops over cached
-  features of both boundaries. ``schedule / limit``: those / the same with the engine chosen before
+- ``schedule``: ten epochs of the head of a ResNet50, or with ``--backbone efficientnet-lite0`` of
+  that, then five of its last stage (blocks from the 12th on) too, with validation, as
+  ``bench_cached_training.py`` has it for Keras: the plain loop / loops over cached features of both
+  boundaries. ``schedule / limit``: those / the same with the engine chosen before
   the clock began and features in memory. Not among the cases that run by default; with
   ``--without-plain`` only the limit is measured.
 - ``step``: a training step with the trunk frozen by ``fl.freeze`` / by hand (``requires_grad``,
@@ -239,6 +240,10 @@ def training(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def schedule(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The head alone, then the last stage with it."""
+    made, top = {"resnet50": (resnet50, "fc"), "efficientnet-lite0": (lite0, "_fc")}[
+        settings.backbone
+    ]
+    since = made()[1]
     data = [
         torch_data.TensorDataset(
             torch.from_numpy(images(count, settings, seed)), torch.arange(count) % 10
@@ -251,7 +256,7 @@ def schedule(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
         phases = ((1e-2, settings.epochs), (1e-4, settings.epochs // 2))
         for run, (mine, others), (rate, epochs) in zip(runs, held, phases, strict=True):
             if epochs < settings.epochs:
-                fl.unfreeze(model, since="layer4")
+                fl.unfreeze(model, since=since)
             live = [parameter for parameter in run.parameters() if parameter.requires_grad]
             optimizer = torch.optim.SGD(live, rate, momentum=0.9)
             for _ in range(epochs):
@@ -266,16 +271,16 @@ def schedule(settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
                         functional.cross_entropy(run(x), y)
 
     def plain() -> None:
-        model, _ = resnet50()
-        fl.freeze(model, "fc")
+        model, _ = made()
+        fl.freeze(model, top)
         both(model, [model, model], [data, data])
 
     def parts() -> tuple[Any, Any, Any]:
-        model, _ = resnet50()
+        model, _ = made()
         x = data[0].tensors[0][:2]
-        fl.freeze(model, "layer4")
+        fl.freeze(model, since)
         early = fl.split(model, sample=x)
-        fl.freeze(model, "fc")
+        fl.freeze(model, top)
         with torch.no_grad():
             between = fl.split(early.suffix, sample=early.prefix(x))
         return model, early, between
@@ -362,6 +367,10 @@ def read_settings() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small images and few of them")
     parser.add_argument("--cases", nargs="+", default=list(CASES[:3]), choices=CASES)
     parser.add_argument("--without-plain", action="store_true", help="leave the plain loop out")
+    parser.add_argument(
+        "--backbone", default="resnet50", choices=("resnet50", "efficientnet-lite0"),
+        help="schedule: the network",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     for name, full in (
