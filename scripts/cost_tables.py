@@ -89,6 +89,24 @@ def cached_training(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "; ".join(dict.fromkeys(captions)) + "."])
 
 
+def training_limits(results: Sequence[dict[str, Any]]) -> str:
+    """One line per network and number of images: the essay's schedule / what it cannot go below."""
+    columns = ("tensorflow", "jax", "torch", "native PyTorch")
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        settings, figures = result["settings"], result["figures"]
+        images = f"{settings['train']:,} + {settings['validation']:,}"
+        row = found.setdefault((settings.get("backbone", "resnet50"), images), {})
+        one = figures["schedule / limit"]
+        seconds = f"{one['first']:.0f} s / {one['second']:.0f} s"
+        row[result.get("backend", columns[-1])] = f"{one['ratio']:.2f} ({seconds})"
+    lines = [f"| network | images | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for (network, images), cells in found.items():
+        told = " | ".join(cells.get(column, "") for column in columns)
+        lines.append(f"| {network} | {images} | {told} |")
+    return "\n".join(lines)
+
+
 def torch_prefix(results: Sequence[dict[str, Any]]) -> str:
     """One line per comparison of bench_torch_prefix.py."""
     (result,) = results
@@ -182,6 +200,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "recalibration-cost": recalibration_cost,
     "cached-training": cached_training,
     "torch-prefix": torch_prefix,
+    "training-limits": training_limits,
     "cached-anywhere": cached_anywhere,
     "many-layers": many_layers,
     "many-samples": many_samples,
