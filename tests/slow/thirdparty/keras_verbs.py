@@ -218,8 +218,7 @@ def diagnose(program: Program, model: Any) -> str:
 
 
 def split(program: Program, model: Any) -> str:
-    known = [site.path for site in fl.sites(model)]
-    fl.freeze(model, known[-1] if len(known) > 1 else -1)
+    fl.freeze(model, boundary(program, model))
     x = sample(program)
     parts = fl.split(model, sample=x)
     features = parts.prefix.predict(x, verbose=0)
@@ -227,6 +226,12 @@ def split(program: Program, model: Any) -> str:
     worst = off(whole, predicted(parts.suffix, features))
     require(worst < 1e-4, f"suffix(prefix(x)) is {worst:.2g} off")
     return f"{len(parts.frontier)} tensors cross"
+
+
+def boundary(program: Program, model: Any) -> Any:
+    """Where its user freezes: before the last BN layer, if the program does not say."""
+    known = [site.path for site in fl.sites(model)]
+    return program.until or (known[-1] if len(known) > 1 else -1)
 
 
 def sample(program: Program) -> Any:
@@ -243,7 +248,7 @@ def fold(program: Program, model: Any) -> str:
 def fit(program: Program, model: Any) -> str:
     """Head alone through the cache: the frozen part must not move."""
     args, kwargs = given(program.batches[0])
-    fl.freeze(model, -1)
+    fl.freeze(model, program.until or -1)
     recompiled(program, model)
     before = [np.array(w) for layer in norms(model) for w in layer.get_weights()]
     augmented = any("Random" in type(layer).__name__ for layer in model._flatten_layers())
@@ -281,8 +286,8 @@ def unfreeze(program: Program, model: Any) -> str:
 
 
 def cache_features(program: Program, model: Any) -> str:
-    known, x = [site.path for site in fl.sites(model)], sample(program)
-    fl.freeze(model, known[-1] if len(known) > 1 else -1)
+    x = sample(program)
+    fl.freeze(model, boundary(program, model))
     prefix = fl.split(model, sample=x).prefix
     own = predicted(prefix, x)
     x = (x,) if type(x) is tuple else x  # else its second would be targets

@@ -171,8 +171,8 @@ def _require_graph(model: Any, sample: Any) -> tuple[Any, Calls]:
         reason = "its layers are not single-input, single-output"
     elif not model.built:
         reason = "it is not built yet; call it once on a batch"
-    elif sample is None and inputs_of(model, None) is None:
-        reason = "it does not say what it takes: pass sample=, a batch of its inputs"
+    elif inputs_of(model, sample) is None:
+        reason = "what it takes is not known: pass sample=, a batch of inputs as arrays of numbers"
     else:
         inner = [place.path for place in walk(model) if graph_of(place.layer) is not None]
         hint = f", or split the functional model that it holds ({inner[0]!r})" if inner else ""

@@ -19,6 +19,7 @@ from frostline.adapters.keras.calls import like_input, takes_training
 from frostline.adapters.keras.graph import walk
 from frostline.adapters.keras.random import undisturbed
 from frostline.atomic import Attributes, restored, taken_back
+from frostline.data.arrays import to_numpy
 
 #: Sizes of axes that a symbol leaves open.
 _SIDE = 8
@@ -86,14 +87,16 @@ def _traced(
 
 
 def inputs_of(model: Any, sample: Any) -> tuple[Any, ...] | None:
-    """Symbols for a sample, or for what a subclassed model was built with."""
+    """Symbols for a sample, or for what a subclassed model was built with; ``None``: no such."""
     if sample is not None:
-        arrays = keras.tree.map_structure(np.asarray, sample)
-        return (
-            keras.tree.map_structure(
+        try:
+            arrays = keras.tree.map_structure(to_numpy, sample)
+            rows = keras.tree.map_structure(
                 lambda x: keras.Input(x.shape[1:], dtype=str(x.dtype)), arrays
-            ),
-        )
+            )
+        except Exception:  # of an object's own methods, or of a dtype without symbols
+            return None
+        return (rows,)
     shapes = getattr(model, "_build_shapes_dict", None) or {}
     found = [_inputs_of_shapes(shape) for shape in shapes.values()]
     return tuple(found) if found and all(each is not None for each in found) else None

@@ -34,7 +34,7 @@ from frostline.adapters.torch.exported import modules_again
 from frostline.adapters.torch.graph import require_forward, site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
-from frostline.adapters.torch.random import forked
+from frostline.adapters.torch.random import draws_nothing, forked, seeded
 from frostline.adapters.torch.samples import arguments, flat, guesses
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
@@ -50,6 +50,7 @@ _WRONG = 1e-2
 _ROUNDING = 1e-6
 
 
+@draws_nothing
 def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     """Fold every BN layer at its stored statistics.
 
@@ -436,7 +437,7 @@ def _run(module: Any, args: Any, kwargs: Any, dtype: Any) -> list[Any]:
     twin = twin if dtype is None else twin.to(dtype)
     before = [(name, parameter.detach().clone()) for name, parameter in twin.named_parameters()]
     with torch.no_grad(), forked():
-        torch.manual_seed(0)
+        seeded(0)
         outputs = twin(*args, **kwargs)
         outputs = list(outputs) if isinstance(outputs, Iterator) else outputs
     after = dict(twin.named_parameters())

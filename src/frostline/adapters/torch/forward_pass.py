@@ -17,7 +17,7 @@ from torch import nn
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
-from frostline.adapters.torch.random import forked
+from frostline.adapters.torch.random import forked, seeded
 from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
 from frostline.atomic import taken_back
 from frostline.data.arrays import Table
@@ -252,7 +252,7 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
             )
     restore = tensors_kept(root)
     with modes_kept(root), forked(), taken_back(restore):
-        torch.manual_seed(number)
+        seeded(number)
         yield root
 
 

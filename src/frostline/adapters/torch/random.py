@@ -1,14 +1,20 @@
-"""torch's random generators: remembered, and put back."""
+"""Random generators of a torch program, Python's and numpy's too: remembered, and put back."""
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 from frostline.atomic import taken_back
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 def own_generators(data: Any) -> list[Any]:
@@ -45,4 +51,30 @@ def forked() -> AbstractContextManager[None]:
     ``torch.random.fork_rng`` would do so once more when an interrupted block's frame is freed, with
     what it met inside of other blocks, which are left by then.
     """
-    return taken_back(generators())
+    own, python = generators(), random.getstate()
+    numbers = np.random.get_state()  # noqa: NPY002 - a forward may draw from it
+
+    def back() -> None:
+        own()
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
+
+    return taken_back(back)
+
+
+def draws_nothing(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Let a function that runs the model's code put the default generators back."""
+
+    @functools.wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        with forked():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def seeded(seed: int) -> None:
+    """Start all that a forward may draw from: torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -33,6 +33,7 @@ from frostline.adapters.torch.forward_pass import noise_layers, untouched
 from frostline.adapters.torch.graph import is_frozen_kind, is_site, keeps_unknown_statistics
 from frostline.adapters.torch.keeping import mean_of
 from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.random import seeded
 from frostline.adapters.torch.samples import flat
 from frostline.atomic import taken_back
 from frostline.types import FrostlineError, ModelError
@@ -434,7 +435,7 @@ class _Trial:
             ]
             return made
 
-        torch.manual_seed(seed)
+        seeded(seed)
         watched(self.still, answer, lambda: self.forward(*args, **kwargs))
         return found, specs
 

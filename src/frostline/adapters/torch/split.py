@@ -24,6 +24,7 @@ from frostline.adapters.torch.graph import is_site, layers, require_forward, unw
 from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Trial, observe
+from frostline.adapters.torch.random import draws_nothing
 from frostline.adapters.torch.replay import is_record
 from frostline.adapters.torch.samples import arguments, flat
 from frostline.graph.mincut import frontier, smallest
@@ -52,6 +53,7 @@ _LIGHT_NAMES = frozenset([
 ])  # fmt: skip
 
 
+@draws_nothing
 def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     """Cut ``model``; see :func:`frostline.split`.
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import os
+import random
 from typing import Any
 
 import numpy as np
@@ -569,3 +570,61 @@ def test_a_checkpointed_block_has_the_slopes_of_the_block_itself(reentrant: bool
     assert np.abs(wanted[1]).min() > 0
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+class Skipping(nn.Module):
+    """Blocks that Python's and numpy's random numbers skip in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.more = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = self.body(x)
+        skips = random.random() < 0.4 or np.random.rand() < 0.4  # noqa: NPY002
+        return self.head(x if self.training and skips else x + self.more(x))
+
+
+def test_random_numbers_of_python_and_numpy_are_those_of_the_pass_and_put_back() -> None:
+    torch.manual_seed(0)
+    model, x, y = Skipping(), torch.randn(64, 6) * 2 + 1, torch.arange(64) % 3
+    for _ in range(20):
+        model(x)
+    loss = nn.CrossEntropyLoss(reduction="none")
+
+    def diagnosed() -> dict[str, Any]:
+        report = fl.diagnose(model, (x, y), loss=loss, verbose=0)
+        return {name: probe.losses for name, probe in report.measurement.probes.items()}
+
+    def cached() -> None:
+        fl.freeze(model, "head")
+        for _ in range(2):
+            assert len(list(fl.cached(model, [(x[:32], y[:32]), (x[32:], y[32:])]))) == 2
+
+    diagnosed()  # what is loaded for the first one may draw
+    verbs = (
+        diagnosed,
+        lambda: fl.phases(model, (x, y), loss=loss),
+        lambda: fl.recalibrate(model, x),
+        lambda: fl.fold(model, sample=x),
+        lambda: fl.freeze(model, "head"),
+        lambda: fl.split(model, sample=x),
+    )
+    for number, verb in enumerate(verbs):
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        before = random.getstate(), np.random.get_state()[1:3]  # noqa: NPY002
+        verb()
+        assert random.getstate() == before[0], number
+        np.testing.assert_equal(np.random.get_state()[1:3], before[1], str(number))  # noqa: NPY002
+    fl.unfreeze(model)
+    random.seed(1)
+    one = diagnosed()
+    random.seed(2)
+    other = diagnosed()
+    assert one.keys() == other.keys()
+    for name, losses in one.items():
+        np.testing.assert_array_equal(losses, other[name], name)
+    cached()
