@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import math
+import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -418,6 +419,7 @@ def cached(program: Program, model: Any) -> str:
     found = []
     for each, batches in ((own, program.batches), (mine, fl.cached(mine, program.batches))):
         torch.manual_seed(0)
+        random.seed(0)
         learning = [p for p in each.parameters() if p.requires_grad]
         optimizer, losses = torch.optim.SGD(learning, 1e-3) if learning else None, []
         for _ in range(2):
