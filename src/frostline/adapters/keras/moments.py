@@ -22,7 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from frostline.adapters.keras.calls import graph_of, record
+from frostline.adapters.keras.calls import filled, graph_of, record
 from frostline.adapters.keras.compile import compiled
 from frostline.adapters.keras.forward_pass import called, tensors
 from frostline.adapters.keras.graph import is_site, walk
@@ -34,7 +34,7 @@ from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batch import Batch
-from frostline.graph.schedule import Program, Slot, Step, closed, schedule
+from frostline.graph.schedule import Program, closed, schedule
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.reasons import first_line
@@ -140,7 +140,7 @@ class MomentRecorder:
                 if path in sums
             }
             for step, runs, look in program.steps:
-                args, kwargs = _filled(step, table)
+                args, kwargs = filled((step.args, dict(step.kwargs)), table)
                 if look and step.open:
                     (path,) = step.sites
                     x, mask = _bn_arguments(self.layers[path], args, kwargs)
@@ -299,16 +299,6 @@ def _require_site(path: str, layer: Any) -> Any:
             "batch first. Received: an unbuilt layer"
         )
     return layer
-
-
-def _filled(step: Step, table: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The step's arguments with tensors in the place of slots."""
-
-    def fill(value: Any) -> Any:
-        return table[value.index] if isinstance(value, Slot) else value
-
-    args, kwargs = keras.tree.map_structure(fill, (step.args, dict(step.kwargs)))
-    return args, kwargs
 
 
 def _bn_arguments(layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
