@@ -134,7 +134,7 @@ def to_onnx(prefix: Any, batch: Any) -> bytes:
 
 def takes_any_number(prefix: Any) -> bool:
     """Whether a prefix is known to take any number of samples at once: Keras models say so."""
-    return bool(_role(prefix).takes_any_number(prefix))
+    return _role(prefix).takes_any_number(prefix) is True
 
 
 def takes_fewer(prefix: Any, batch: Any) -> bool:
@@ -146,8 +146,9 @@ def takes_fewer(prefix: Any, batch: Any) -> bool:
         prefix: As for :func:`native`.
         batch: A batch of its inputs.
     """
-    if takes_any_number(prefix):
-        return True
+    said: bool | None = _role(prefix).takes_any_number(prefix)
+    if said is not None:
+        return said
     if _samples(batch) < 2:
         return False
     run = reference(prefix)

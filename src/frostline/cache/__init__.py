@@ -101,7 +101,7 @@ def cache_features(
             Nothing is written outside it.
         engine: What runs the prefix: ``"native"``, ``"onnxruntime"``, ``"openvino"``, or
             ``"auto"``: the fastest of those that are installed and agree with native to 1e-4
-            (:func:`frostline.engines.choose`); native where two batches are all there is.
+            (:func:`frostline.engines.choose`); native where the work takes no longer than a trial.
         precision: What the engine computes in: ``"float32"``, as the prefix does; or
             ``"bfloat16"``, on processors with AMX or AVX512-BF16, by OpenVINO or by torch. How far
             that is from float32 is measured on the first batch, shown, and kept in
@@ -244,7 +244,8 @@ def _view(
             "features are computed anew and kept for this process only"
         )
     with folder.locked(home, progress, timeout=order.lock_timeout):
-        start = _Start(prefix, known_by, order, progress, expected)
+        work = None if expected is None else expected * (views - view)
+        start = _Start(prefix, known_by, order, progress, expected, work)
         rest: Iterator[Batch] = itertools.chain([first], stream)
         try:
             collection, manifest = _built(start, home, key, view, first.x, _noted(rest, labels))
@@ -375,7 +376,7 @@ def opened(
     home = order.root / (key := _key(identity, order, forms))
     with folder.locked(home, progress, timeout=lock_timeout):
         known_by = (identity.text, repr(forms), order.precision)
-        start = _Start(prefix, known_by, order, progress, None)
+        start = _Start(prefix, known_by, order, progress, None, None)
         collection = _Lazy(start, first, 0, _known(home)).collection(home, key)
         shards.create(collection)
         there = tuple(whole(collection))
@@ -452,6 +453,7 @@ class _Start:
         order: What was asked for.
         progress: Told what was chosen and why.
         expected: Samples to come; ``None`` when not known.
+        work: Those of the views behind this one included.
     """
 
     prefix: Any
@@ -459,6 +461,7 @@ class _Start:
     order: _Order
     progress: Progress
     expected: int | None
+    work: int | None
 
     def run(self, first: Any, known: Collection | None) -> engines.Engine:
         """What computes: for an earlier build, the engine that it took."""
@@ -474,7 +477,7 @@ class _Start:
 
     def _choose(self, first: Any, wanted: str) -> engines.Engine:
         choose = partial(
-            engines.choose, self.prefix, first, samples=self.expected,
+            engines.choose, self.prefix, first, samples=self.work,
             precision=self.order.precision,
         )  # fmt: skip
         try:
@@ -550,7 +553,7 @@ class _Lazy:
                 self.first,
                 shards.sample_digests(leaves(self.first)),
                 engine=self.order.engine if self.known is None else self.known.engine,
-                samples=start.expected,
+                samples=start.work,
                 precision=self.order.precision,
             )
         except FrostlineError as problem:

@@ -30,6 +30,10 @@ COMPARED_SAMPLES = 2
 #: Seconds of work from which on native is timed as well where another engine agrees: compiling it
 #: takes seconds on TensorFlow and JAX, and on a processor it has not been the faster one yet.
 NATIVE_PAYS_S = 60.0
+#: Seconds of work, at the rate of a few samples, up to which native is taken untried where nothing
+#: has to be compiled for it. Whole batches take up to twice as long in torch; writing the graph and
+#: trying engines takes one to three seconds.
+SOON_S = 1.5
 #: A run that takes so many seconds is not timed a second time.
 LONG_S = 0.5
 
@@ -59,7 +63,12 @@ def remembered(prefix: Any, known_by: Any, wanted: str) -> Engine | None:
 
 
 def remember(prefix: Any, known_by: Any, asked: str, engine: Engine) -> None:
-    """Answer :func:`remembered` with this engine, which was asked for as ``asked``."""
+    """Answer :func:`remembered` with this engine, which was asked for as ``asked``.
+
+    Not with one that was taken untried, as more data than these may be worth a trial.
+    """
+    if asked == "auto" and not (engine.rates or engine.notes):
+        return
     _CHOSEN[prefix] = (known_by, asked, engine)
 
 
@@ -78,9 +87,10 @@ def choose(
     native. Native is compared in full float32 precision: on an NVIDIA card it may round products
     to TF32, by 1e-3, as training does there. Where an engine that agrees needs less than a minute
     for all samples, the run that is compared is the one that is timed, and native is not compiled
-    to be timed against it. With one engine asked for by name, that one is taken if it agrees, and
-    an error says why not otherwise. Where native runs on an accelerator, engines that have none are
-    not tried, and it is always timed.
+    to be timed against it. Torch needs no compiling: where it is done with all samples as soon as a
+    trial would be, no engine is tried. With one engine asked for by name, that one is taken if it
+    agrees, and an error says why not otherwise. Where native runs on an accelerator, engines that
+    have none are not tried, and it is always timed.
 
     In ``"bfloat16"`` every engine that has it is timed, native as well where that is torch, and how
     far each is from native in float32 is in ``errors``; ONNX Runtime, TensorFlow and JAX themselves
@@ -118,15 +128,15 @@ def choose(
     every = NAMES if lower else NAMES[1:]
     wanted: tuple[str, ...] = every if engine == "auto" else (engine,)
     accelerator = prefixes.accelerator(prefix)
-    said = prefixes.takes_any_number(prefix)
     # How far a lower precision is off is told of a whole batch, unless the model says it is open.
-    if said or (not lower and prefixes.takes_fewer(prefix, batch)):
+    if prefixes.takes_any_number(prefix) or (not lower and prefixes.takes_fewer(prefix, batch)):
         count = COMPARED_SAMPLES
         few = map_leaves(lambda leaf: leaf[:count], batch)
-    # A card is idle with a few samples, and soon done with a batch; a graph that is traced may keep
-    # the number of samples that it was traced with.
-    if said and not accelerator:
-        batch = map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
+        if not accelerator:  # a card is idle with a few samples, and soon done with a batch
+            batch = map_leaves(lambda leaf: leaf[:TRIAL_SAMPLES], batch)
+    eager = engine == "auto" and not lower and not accelerator and _backend(prefix) == "torch"
+    if eager and samples is not None and _soon(native, few, batch, samples):
+        return Engine(name="native", device="torch", _run=native)
     notes: list[str] = []
     if engine == "auto" and accelerator and not any(e.accelerated() for e in ENGINES.values()):
         notes.append(f"native runs on {accelerator}, and the other engines only on the processor")
@@ -194,6 +204,18 @@ def rounding(prefix: Any, batch: Any, expected: Sequence[Array]) -> float:
     if not prefixes.accelerator(prefix):
         return 0.0
     return relative_difference(prefixes.native(prefix)(batch), expected)
+
+
+def _soon(run: Run, few: Any, batch: Any, samples: int) -> bool:
+    """Whether native is soon done with all samples; where it is far from that, a few show it."""
+    for part, most in ((few, 4 * SOON_S), (batch, SOON_S)):
+        try:
+            rate = _timed(run, part)[1]
+        except Exception:  # to be told where it is no trial
+            return False
+        if samples > most * rate:
+            return False
+    return True
 
 
 def _attempt(run: Run, batch: Any) -> tuple[list[Array], float]:

@@ -74,6 +74,7 @@ def test_auto_takes_the_fastest_that_agrees(prefix: Any, monkeypatch: Any) -> No
         return (lambda batch: 1 // 0), "there"
 
     made = {"right": right, "wrong": wrong, "broken": broken}
+    monkeypatch.setattr(choice, "_soon", lambda *_: False)
     monkeypatch.setattr(choice, "_candidates", lambda *_: list(made.items()))
     runs = {}
     real = choice._attempt
@@ -219,6 +220,7 @@ def test_engines_are_tried_on_a_few_samples_where_any_number_will_do(
         tried.append(len(batch["a"] if isinstance(batch, dict) else batch))
         raise RuntimeError
 
+    monkeypatch.setattr(choice, "_soon", lambda *_: False)
     monkeypatch.setattr(choice, "_candidates", lambda *_: [("onnxruntime", lambda: (run, "there"))])
     engines.choose(prefix, {"a": normal(32, 4), "z": normal(32, 8, 8, 3)})
     engines.choose(keras.Sequential([keras.Input(batch_shape=(16, 4)), L.Dense(2)]), normal(16, 4))
@@ -274,6 +276,33 @@ def test_an_engine_that_is_not_installed_is_an_error_only_if_asked_for(
     assert [note.split()[0] for note in engine.notes] == ["onnxruntime", "openvino"]
     with pytest.raises(BackendError, match=r'pip install "frostline\[openvino\]"'):
         engines.choose(prefix, x, engine="openvino")
+
+
+@pytest.mark.once
+def test_torch_is_not_compared_where_it_is_soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    nn = pytest.importorskip("torch.nn")
+    module, x, tried = nn.Linear(4, 3).eval(), normal(16, 4), []
+
+    def engine() -> Any:
+        tried.append(len(tried))
+        return lambda batch: prefixes.native(module)(batch), "there"
+
+    monkeypatch.setattr(choice, "_candidates", lambda *_: [("onnxruntime", engine)])
+    soon = engines.choose(module, x, samples=100)
+    assert (soon.name, dict(soon.rates), tried) == ("native", {}, [])
+    np.testing.assert_allclose(soon.run(x)[0], module(torch_tensor(x)).detach(), rtol=1e-6)
+    engines.remember(module, 1, "auto", soon)  # more data may be worth a trial
+    assert engines.remembered(module, 1, "auto") is None
+    for samples, seconds in ((None, 1.5), (100, 0.0), (10**12, 1.5)):  # unknown, long, long
+        monkeypatch.setattr(choice, "SOON_S", seconds)
+        assert engines.choose(module, x, samples=samples).rates
+    assert tried == [0, 1, 2]
+
+
+def torch_tensor(x: Any) -> Any:
+    import torch
+
+    return torch.as_tensor(x)
 
 
 def test_native_follows_the_weights(prefix: Any) -> None:

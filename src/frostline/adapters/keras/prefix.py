@@ -307,10 +307,10 @@ def _has_layers(layer: Any) -> bool:
     return bool(getattr(layer, "_layers", None))
 
 
-def takes_any_number(model: Any) -> bool:
-    """Whether the number of samples is open in all inputs of the model."""
-    inputs = getattr(model, "inputs", None) or ()
-    return bool(inputs) and all(tensor.shape[0] is None for tensor in inputs)
+def takes_any_number(model: Any) -> bool | None:
+    """Whether the number of samples is open in all inputs of the model; ``None``: it has none."""
+    inputs = getattr(model, "inputs", None)
+    return all(tensor.shape[0] is None for tensor in inputs) if inputs else None
 
 
 def to_onnx(model: Any, batch: Any) -> bytes:  # noqa: ARG001 - the model knows its inputs

@@ -24,7 +24,6 @@ from frostline.adapters.torch.cached_data import (
 )
 from frostline.adapters.torch.columns import columns  # noqa: F401 - a part of this role
 from frostline.adapters.torch.copying import copied
-from frostline.adapters.torch.fold import fold
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
@@ -256,9 +255,8 @@ def full_precision(module: Any) -> AbstractContextManager[None]:
     return nullcontext() if device(module) == "cpu" else torch_pass.full_precision()
 
 
-def takes_any_number(module: Any) -> bool:  # noqa: ARG001 - no module says so
+def takes_any_number(module: Any) -> None:
     """Not known of a torch module."""
-    return False
 
 
 def handed_out(cache: Any, labels: Sequence[Any]) -> Any:
@@ -293,7 +291,7 @@ def _array(tensor: Any) -> Array:
 
 
 def to_onnx(module: Any, batch: Any) -> bytes:
-    """Serialize a module at inference as an ONNX model; BN layers are folded, in float64.
+    """Serialize a module at inference as an ONNX model; torch folds BN layers on the way.
 
     Args:
         module: A module on the CPU; its weights are copied.
@@ -315,7 +313,7 @@ def to_onnx(module: Any, batch: Any) -> bytes:
     arguments = tuple(
         argument[:ROWS] for argument in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))
     )
-    twin = _folded(root, arguments)
+    twin = copied(root).eval()
     names = [f"input_{number}" for number in range(len(arguments))]
     stream = io.BytesIO()
     try:  # also a module that takes one number of rows alone
@@ -342,15 +340,3 @@ def to_onnx(module: Any, batch: Any) -> bytes:
         reason = first_line(problem)
         raise ModelError(f"torch cannot export it: {reason}") from problem
     return stream.getvalue()
-
-
-def _folded(root: Any, sample: tuple[Any, ...]) -> Any:
-    """A copy with its BN layers folded; where one has to stay, with all as they are.
-
-    A convolution of a user's own class is not folded; engines do so, as they see what it computes.
-    """
-    try:
-        done = fold(root, sample=sample)
-    except ModelError:
-        return copied(root).eval()
-    return copied(root).eval() if done.replaced or done.notes else done.model.eval()
