@@ -233,20 +233,34 @@ def surroundings() -> Callable[[], None]:
     Returns:
         What puts them back; can be repeated.
     """
-    import numpy as np
-
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
-    filters, shown, around = warnings.filters, warnings.showwarning, modes()
+    drawn, around = generators(), modes()
+    filters, shown = warnings.filters, warnings.showwarning
     kept = list(filters)
 
     def back() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        drawn()
         around()
         warnings.showwarning = shown
         if filters != kept:
             filters[:] = kept  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]
+
+    return back
+
+
+def generators() -> Callable[[], None]:
+    """Remember Python's and NumPy's random generators.
+
+    Returns:
+        What puts them back; can be repeated.
+    """
+    import numpy as np
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own
+
+    def back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
     return back
 

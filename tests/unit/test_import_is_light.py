@@ -43,3 +43,10 @@ def test_choosing_models_does_not_choose_a_framework() -> None:
 
 def test_the_check_itself_sees_a_library_that_is_loaded() -> None:
     assert "filelock" in loaded_after("import filelock, frostline")
+
+
+def test_showing_a_result_moves_no_random_numbers() -> None:
+    """rich draws from Python's generator when it is imported."""
+    code = "import random; before = random.getstate(); import frostline.report.text as text"
+    code += "; text.console(); assert random.getstate() == before; import rich.console"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

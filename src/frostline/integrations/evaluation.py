@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
+from frostline.atomic import generators, taken_back
 from frostline.graph.selection import GROUPS
 from frostline.types import ModelError
 from frostline.verbs.diagnose import sites as sites_of
@@ -54,10 +53,5 @@ class Evaluation:
 @contextmanager
 def kept_generators() -> Iterator[None]:
     """Give back the states of torch's, NumPy's and Python's global generators at the end."""
-    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)  # noqa: NPY002
+    with taken_back(generators()), torch.random.fork_rng():
+        yield

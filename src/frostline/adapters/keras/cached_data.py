@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
-from frostline.atomic import taken_back
+from frostline.atomic import generators, taken_back
 
 #: Input of TensorFlow's ``ShuffleDatasetV3`` that holds its generator.
 _SEED_GENERATOR = 4
@@ -69,14 +66,13 @@ def _in_order(loader: Any) -> Any:
 def randomness_kept() -> Iterator[None]:
     """Put the global generators of Python, numpy, torch and TensorFlow back on any exit."""
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's
+    python = generators()
     tensors = None if torch is None else torch.get_rng_state()
     seeds = None if tensorflow is None else _eager_seeds()
     state = None if seeds is None else seeds.getstate()
 
     def back() -> None:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002 - the user's
+        python()
         if torch is not None and tensors is not None:
             torch.set_rng_state(tensors)
         if seeds is not None:

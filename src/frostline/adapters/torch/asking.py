@@ -10,14 +10,15 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
-from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
+from frostline.adapters.torch.outside import outside_kept
+from frostline.adapters.torch.tensors_kept import same_values
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch, failure
 from frostline.types import DataError, FrostlineError, ModelError
@@ -50,7 +51,7 @@ def call(
     """
     with _told(batch, step):
         if step is not None:
-            with _mode_held(root):
+            with _mode_held(root), outside_kept(root):
                 return step(root, move(batch.given))
         outputs = _called(root, batch, move, targets)
         # A generator runs the model while it is read: here, not where nobody looks any more.
@@ -249,7 +250,6 @@ class Question:
         self._step = step
         self.steps = step is not None
         self._loss = None if loss is None else as_callable(loss)
-        self._module = loss if isinstance(loss, nn.Module) else None
         # Whether a loss of single samples is the loss of the batch.
         self._sliced: bool | None = False if whole else None
 
@@ -297,8 +297,7 @@ class Question:
         labels = batch.y
         if labels is None and isinstance(batch.x, Mapping):
             labels = next((batch.x[key] for key in _LABELS if key in batch.x), None)
-        # A loss may keep a state of its own, as the centre of DINO.
-        with nullcontext() if self._module is None else taken_back(tensors_kept(self._module)):
+        with outside_kept(root):  # a loss may keep a state of its own, as the centre of DINO
             found, sliced = judged(self._loss, outputs, move(labels), self._sliced)
         if self._sliced is None and (len(found.losses) > 1 or not sliced):
             self._sliced = sliced

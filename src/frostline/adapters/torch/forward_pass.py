@@ -250,7 +250,7 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
                 f"'{path}' is lazy and has seen no data yet; call the model on one batch first. "
                 "Received: an uninitialised module"
             )
-    restore = tensors_kept(root)
+    restore = tensors_kept(root.modules())
     with modes_kept(root), forked(), taken_back(restore):
         seeded(number)
         yield root

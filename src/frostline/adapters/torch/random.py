@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
-from frostline.atomic import taken_back
+from frostline.atomic import generators as of_python, taken_back
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -51,13 +51,11 @@ def forked() -> AbstractContextManager[None]:
     ``torch.random.fork_rng`` would do so once more when an interrupted block's frame is freed, with
     what it met inside of other blocks, which are left by then.
     """
-    own, python = generators(), random.getstate()
-    numbers = np.random.get_state()  # noqa: NPY002 - a forward may draw from it
+    own, python = generators(), of_python()
 
     def back() -> None:
         own()
-        random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002
+        python()
 
     return taken_back(back)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import data as torch_data
 
@@ -22,8 +20,8 @@ from frostline.adapters.torch.forward_pass import (
     untouched,
 )
 from frostline.adapters.torch.graph import site_modules, unwrapped
-from frostline.adapters.torch.random import generators, own_generators
-from frostline.atomic import taken_back
+from frostline.adapters.torch.random import generators, own_generators, seeded
+from frostline.atomic import generators as of_python, taken_back
 from frostline.data.arrays import leaves, map_leaves
 from frostline.data.batch import Batch
 from frostline.data.batches import batches
@@ -38,17 +36,14 @@ def rehearsal(model: Any, seed: int, data: Any = None) -> Iterator[None]:
         seed: Of Python, numpy, torch, and the generators of a ``DataLoader``.
         data: The loader.
     """
-    back, python, numbers = generators(data), random.getstate(), np.random.get_state()  # noqa: NPY002
+    own, python = generators(data), of_python()
 
-    def whole() -> None:
-        np.random.set_state(numbers)  # noqa: NPY002
-        random.setstate(python)
-        back()
+    def back() -> None:
+        python()
+        own()
 
-    with taken_back(whole), preserved(model):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the user's draws
+    with taken_back(back), preserved(model):
+        seeded(seed)
         for generator in own_generators(data):
             generator.manual_seed(seed)
         yield

@@ -1,23 +1,23 @@
-"""Tensors that a module keeps beside its parameters, remembered and put back."""
+"""Tensors that modules keep beside their parameters, remembered and put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 
-def tensors_kept(root: Any) -> Callable[[], None]:
-    """Remember every tensor that a module keeps beside its parameters, with its value.
+def tensors_kept(modules: Iterable[Any]) -> Callable[[], None]:
+    """Remember every tensor that modules keep beside their parameters, with its value.
 
     A class of a user's own may put a new tensor in the place of a buffer, and keep tensors as
     plain attributes.
     """
     kept = [
         (holder, name, value, value.detach().clone(), _counter(value))
-        for module in root.modules()
+        for module in modules
         for holder in (module._buffers, vars(module))
         for name, value in holder.items()
         if isinstance(value, torch.Tensor) and not value.requires_grad

@@ -482,6 +482,51 @@ def test_a_branch_that_no_batch_takes_is_not_blamed() -> None:
     assert not any("norms/2" in cause.sites for cause in report.causes)
 
 
+def test_a_frozen_branch_that_is_not_called_is_not_blamed() -> None:
+    """An old head that is kept, or what an adapter has replaced: it uses no batch."""
+
+    class Replaced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.new = nn.BatchNorm1d(6), nn.Linear(6, 2)
+            self.old = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)).requires_grad_(False)
+
+        def forward(self, x: Any) -> Any:
+            return self.new(self.trunk(x))
+
+    torch.manual_seed(0)
+    model, x, y = Replaced(), torch.randn(64, 6), torch.arange(64) % 2
+    for _ in range(60):
+        model.train()(x)
+    report = fl.diagnose(model, (x, y), loss=functional.cross_entropy, verbose=0)
+    assert not [cause for cause in report.causes if cause.is_bn or cause.sites]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_lock_that_is_advised_freezes_nothing_that_trains(behind: bool) -> None:
+    """A student before its teacher, an encoder before a frozen part; with a head or without."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.BatchNorm1d(5)]
+    model = nn.Sequential(*layers, *[nn.Linear(5, 5)] * behind)
+    model[3].requires_grad_(False)
+    model[4].requires_grad_(False)
+    x = torch.randn(64, 6)
+    y = x[:, :5].argmax(1)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        functional.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+    report = fl.diagnose(model, (x + 1, y), loss=functional.cross_entropy, verbose=0)
+    (line,) = {remedy.python for remedy in report.remedies if remedy.fix == "freeze"}
+    live = [p for p in model.parameters() if p.requires_grad]
+    exec(line, {"fl": fl, "model": model})
+    assert all(p.requires_grad for p in live)
+    before = model[4].running_mean.clone()
+    model.train()(x).sum().backward()
+    assert torch.equal(model[4].running_mean, before)
+
+
 class Scales(nn.Module):
     """Yields its outputs, as code for pyramids does: nothing runs before they are read."""
 
@@ -533,3 +578,83 @@ def test_sites_of_a_model_that_only_a_step_can_call_are_measured() -> None:
     report = fl.diagnose(Both(), batches, step=step, verbose=0)
     assert report.causes[0].is_bn
     assert list(report.measurement.sites) == ["norm"]
+
+
+class Beside(nn.Module):
+    """A network beside the model, in training mode, that counts its calls and keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(4), torch.zeros(4)
+        self.calls, self.kept = 0, [0.0]
+
+    def forward(self, x: Any, _: Any = None) -> Any:
+        self.calls, self.last = self.calls + 1, x.detach().mean(0)
+        self.kept.append(float(self.last[0]))
+        self.seen = True
+        return self.norm(x).square().mean()
+
+
+BESIDE = {
+    "step": lambda other: {"step": lambda m, b: other(m(b[0]))},
+    "loss, a function": lambda other: {"loss": lambda out, y: other(out)},
+    "loss, a module": lambda other: {"loss": other},
+    "loss, a method": lambda other: {"loss": other.forward_of},
+}
+LOOKS: dict[str, Callable[..., Any]] = {
+    "phases": lambda m, d, **ways: fl.phases(m, d, **ways),
+    "diagnose": lambda m, d, **ways: fl.diagnose(m, d, verbose=0, **ways),
+    "watch": lambda m, d, **ways: checked(m, d, **ways),
+    "recalibrate, undone": lambda m, d, **ways: fl.recalibrate(m, d, step=ways["step"]).undo(),
+    "assert_frozen": lambda m, d, **ways: not_frozen(m, d, step=ways["step"]),
+}
+
+
+def checked(model: Any, data: Any, **ways: Any) -> None:
+    with fl.watch(model, data, **ways) as seen:
+        seen.check()
+
+
+def not_frozen(model: Any, data: Any, **ways: Any) -> None:
+    with pytest.raises(fl.NotFrozenError):
+        fl.assert_frozen(model, data=data, **ways)
+
+
+@pytest.mark.parametrize("way", BESIDE)
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_stands_beside_the_model_is_as_it_was(look: str, way: str) -> None:
+    if way != "step" and look in ("recalibrate, undone", "assert_frozen"):
+        pytest.skip("takes no loss")
+    model, other = body(), Beside()
+    other.__dict__["forward_of"] = lambda out, y: other(out)
+    for _ in range(3):
+        other(model(IMAGES))
+    state, own = copy.deepcopy(other.state_dict()), dict(vars(other))
+    kept, last = list(other.kept), other.last.clone()
+    del other.__dict__["seen"]
+    LOOKS[look](model, [(IMAGES[at : at + 4], LABELS[at : at + 4]) for at in (0, 4, 8)],
+                **BESIDE[way](other))  # fmt: skip
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert "seen" not in vars(other)
+    assert (other.calls, other.kept, other.training) == (3, kept, True)
+    assert other.kept is own["kept"]
+    assert other.last is own["last"]
+    assert torch.equal(other.last, last)
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_step_that_fails_behind_a_network_beside_the_model_leaves_it_as_it_was() -> None:
+    model, other = body(), Beside()
+    before = copy.deepcopy(other.state_dict())
+
+    def step(m: Any, b: Any) -> Any:
+        other(m(b[0]))
+        raise KeyboardInterrupt
+
+    for look in LOOKS.values():
+        with pytest.raises(KeyboardInterrupt):
+            look(model, [(IMAGES[:6], LABELS[:6]), (IMAGES[6:], LABELS[6:])], step=step)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+        assert other.calls == 0
+        assert not nn.modules.module._global_forward_pre_hooks
