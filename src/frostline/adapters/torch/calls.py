@@ -49,7 +49,7 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
 #: Values that a processor's cache holds; as many deviations are added up in float32 at a time.
 _BLOCK = 1 << 19
 #: Up to so many values torch's own statistics are quicker.
-_FEW = 1 << 14
+_FEW = 1 << 17
 
 #: Functional dropout, which ``training=`` turns off.
 SWITCHED = {
@@ -272,7 +272,9 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             given.pop(unused, None)
         mean = given.get("mean")
         given["training"] = mean is None or bool(given.get("training", single))
-        path = _running.site if mean is None else self._path(mean)
+        path = None if mean is None else self._path(mean)
+        if path is None and (mean is None or id(mean) not in self._paths):
+            path = _running.site  # whose class mixes statistics of its own for the call
         return self._answer(Call(path=path, single=single, run=run, **given))
 
 
@@ -363,7 +365,9 @@ def _own_forward(module: Any, answer: Callable[[Call], Any]) -> Callable[..., An
     if (hand := by_hand(module)) is not None:
         return functools.partial(_by_hand, answer, hand)
     whole = mean_of(module) is not None and getattr(module, "track_running_stats", True)
-    return None if whole else _named
+    room = type(module).forward.__module__ or "torch"  # a TorchScript class has none
+    own = room.partition(".")[0] != "torch"
+    return _named if own or not whole else None
 
 
 def _named(path: str, _: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,8 @@ import copy
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -370,6 +371,15 @@ def _read_by_parent(root: Any, path: str) -> str:
     return ""
 
 
+def _output(twins: Sequence[Any], x: Any) -> Any:
+    """What the first module gives that takes ``x`` in its precision, in double; ``None``: none."""
+    for twin in twins:
+        with suppress(Exception), torch.no_grad():
+            found = twin(x.to(mean_of(twin).dtype, copy=True))
+            return found.double() if isinstance(found, torch.Tensor) else found
+    return None
+
+
 def _affine(site: Any) -> Any:
     """What a site applies to ``x * scale + shift`` along axis 1 at inference, if that is all.
 
@@ -384,7 +394,9 @@ def _affine(site: Any) -> Any:
     if kind in _PLAIN and not site._forward_hooks and not site._forward_pre_hooks:
         return None
     scale, shift = _coefficients(site)
-    twin = copied(site).double().eval()
+    # Where a class casts its input to single precision, double weights fail.
+    twins = [copied(site).to(dtype).eval() for dtype in (torch.float64, torch.float32)]
+    twin = twins[0]
     generator = torch.Generator().manual_seed(0)
     held = [nn.Sequential(*twin.children())] if any(True for _ in twin.children()) else []
     behind: list[Any] = [None, *held]  # what may stand behind it; the first that fits all shapes
@@ -396,10 +408,8 @@ def _affine(site: Any) -> Any:
         shape = (-1, *[1] * len(axes))
         x = torch.randn(16, len(scale), *axes, generator=generator, dtype=torch.float64) * 20
         x = x.to(scale.device)
-        try:
-            with torch.no_grad():
-                found = twin(x.clone())
-        except Exception:  # not the number of axes that it is for
+        found = _output(twins, x)
+        if found is None:  # not the number of axes that it is for
             continue
         wanted = x * scale.reshape(shape) + shift.reshape(shape)
         more = not isinstance(found, torch.Tensor)  # a flow's log-determinant

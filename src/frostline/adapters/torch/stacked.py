@@ -1,8 +1,10 @@
 """Small batches, several in one forward pass, where that is the same to every sample.
 
-It is where no sample sees another one. Two batches show it: what every normalising call gets in a
-pass of both is what it gets in a pass of each, in whatever thread, and nothing that the program
-computes from its data decides what it runs, is drawn at random, or is kept for the next call.
+It is where no sample sees another one. One batch shows it: what every normalising call gets in its
+own pass is what it gets in a pass of several, in whatever thread, and nothing that the program
+computes from its data decides what it runs, is drawn at random, or is kept for the next call. It is
+the second of four, since whoever mixes the first or the last of a pass, neighbours, halves or
+mirrored places gives that one something else.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ MOST = 64
 #: Part of the memory that the largest tensor may take, since several live at a time.
 SHARE = 16
 
-#: Of fewer batches stacking would gain no more than looking takes.
+#: Batches that go through together in the trial. Of fewer, stacking would gain no more than that
+#: takes.
 LOOKED_AT = 4
+
+#: The one of them that has a pass of its own.
+_OWN = 1
 
 #: How far an input may move, in its standard deviations: rounding of another kernel.
 ALIKE = 1e-3
@@ -88,7 +94,7 @@ class _Looks(TorchFunctionMode):  # type: ignore[misc]
     Attributes:
         reads: Whether values went to Python that are not the module's own.
         decides: Whether they did before a normalising call, which they may have led to.
-        largest: Bytes of the largest tensor.
+        largest: Bytes of the largest tensor that a pass of one batch makes.
     """
 
     def __init__(self, own: Iterable[Any]) -> None:
@@ -136,7 +142,7 @@ def independent(
     Args:
         root: A module, in the mode in which it runs.
         chosen: Sites that are measured.
-        batches: The first two are tried.
+        batches: Those that are tried.
         entered: Gives what runs the module on a batch, its normalising calls answered; with
             ``apart=True`` in a thread of its own.
         statistics: Mean and variance of what a call normalises, as the site stores them.
@@ -146,7 +152,7 @@ def independent(
     fixed: list[tuple[Any, Any]] = []
 
     def answer(call: Call) -> Any:
-        """The first pass normalises with its own moments, the others with the same."""
+        """The first pass normalises with its own moments, the other with the same."""
         if call.path not in chosen or not call.x.numel():
             return call.run()
         if looks.reads:
@@ -162,20 +168,27 @@ def independent(
     looks = _Looks(own)
     drawn, written = torch.get_rng_state(), _versions(own)
     try:
-        with taken_back(tensors_kept(root)), forked(), entered(answer) as run, looks:
-            for batch in (*batches[:2], joined(list(batches[:2]))):
+        with taken_back(tensors_kept(root.modules())), forked(), entered(answer) as run, looks:
+            for batch in (batches[_OWN], joined(list(batches))):
                 seen.append([])
                 looks.reads = False  # what was read behind the last call decided nothing
-                run(batch, apart=len(seen) == 3)
+                run(batch, apart=len(seen) == 2)
                 if looks.decides:
                     return 1
             alone = torch.equal(drawn, torch.get_rng_state()) and written == _versions(own)
     except FrostlineError:  # to be told where it is no trial
         return 1
-    one, other, both = seen
-    same = len(one) == len(other) == len(both) and all(map(_same, one, other, both))
+    one, all_ = seen
+    sizes = [_samples(batch) for batch in batches]
+    place = sum(sizes[:_OWN]), sizes[_OWN], sum(sizes)
+    pairs = zip(one, all_, strict=True)
+    same = len(one) == len(all_) and all(_same(*pair, place) for pair in pairs)
     fit = min(MADE, memory // SHARE) // looks.largest
     return max(1, min(MOST, fit)) if alone and same else 1
+
+
+def _samples(batch: Batch) -> int:
+    return len(leaves(batch.x)[0][1])
 
 
 def _tensors(root: Any) -> list[Any]:
@@ -189,12 +202,19 @@ def _versions(tensors: Iterable[Any]) -> list[int]:
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
-def _same(one: tuple[Any, Any], other: tuple[Any, Any], both: tuple[Any, Any]) -> bool:
-    (path, first), (_, second), (_, together) = one, other, both
-    if not path == other[0] == both[0] or first.shape[1:] != second.shape[1:]:
+def _same(one: tuple[Any, Any], all_: tuple[Any, Any], place: tuple[int, int, int]) -> bool:
+    """Whether a call of one batch got its rows of what the call of several got.
+
+    Args:
+        one: Path and input in the batch's own pass.
+        all_: The same in the pass of several.
+        place: Samples before the batch, of it, and of all together.
+    """
+    (path, first), (other, together) = one, all_
+    before, count, total = place
+    rows, rest = divmod(len(first), count)
+    if path != other or rest or together.shape != (rows * total, *first.shape[1:]):
         return False
-    apart = torch.cat((first, second)).float()
-    if apart.shape != together.shape:
-        return False
-    moved = (together.float() - apart).abs().max()
-    return bool(moved <= ALIKE * apart.std(correction=0))  # not where one is NaN
+    own = together[rows * before : rows * (before + count)]
+    moved = (own.float() - first.float()).abs().max()
+    return bool(moved <= ALIKE * first.float().std(correction=0))  # not where one is NaN

@@ -267,3 +267,39 @@ def test_moments_in_float32_are_those_of_float64(
     off = np.abs(found.mean - exact.mean(1)) / exact.std(1)
     assert off.max() < 1e-7
     np.testing.assert_allclose(found.variance, exact.var(1), rtol=1e-6)
+
+
+class Mixed(nn.BatchNorm1d):
+    """Normalises at inference with a mixture of the batch's statistics and the stored ones."""
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            return super().forward(x)
+        mean = 0.5 * (x.mean(0) + self.running_mean)
+        variance = 0.5 * (x.var(0, correction=0) + self.running_var)
+        return functional.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.0, 1e-5)
+
+
+def test_a_class_that_mixes_statistics_for_its_call_is_looked_into() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), Mixed(8, momentum=0.01), nn.ReLU(), nn.Linear(8, 3))
+    x = 3 * torch.randn(96, 6) + 2
+    y = x[:, :3].argmax(1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        functional.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+    model.eval()
+    report = fl.diagnose(model, (x, y), loss=functional.cross_entropy, batch_size=96, verbose=0)
+    probes = report.measurement.probes
+    with torch.no_grad():
+        served = float(functional.cross_entropy(copy.deepcopy(model)(x), y))
+        learned = float(functional.cross_entropy(copy.deepcopy(model).train()(x), y))
+    assert abs(learned - served) > 0.01
+    assert probes["inference"].loss == pytest.approx(served, rel=1e-4)
+    assert probes["batch"].loss == pytest.approx(learned, rel=1e-4)
+    assert "population" in probes
+    fl.recalibrate(model, x)
+    own = model[0](x)
+    np.testing.assert_allclose(model[1].running_mean, own.detach().mean(0), rtol=1e-4, atol=1e-5)

@@ -537,3 +537,21 @@ def test_hooks_are_no_class_of_ones_own() -> None:
     model[1].register_forward_hook(lambda _module, _inputs, output: output * 0.9)
     with pytest.raises(ModelError, match="'1' has hooks that change"):
         fl.fold(model, sample=torch.randn(8, 4))
+
+
+class InSingle(nn.BatchNorm1d):
+    """Normalises in single precision, whatever comes in."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def test_a_class_that_casts_its_input_is_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), InSingle(6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(32, 5)
+    model.train()(x)
+    model.eval()
+    folded = fl.fold(model, sample=x)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in folded.modules())
+    np.testing.assert_allclose(folded(x).detach(), model(x).detach(), atol=1e-6)
