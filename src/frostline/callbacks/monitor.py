@@ -9,6 +9,7 @@ import keras
 
 from frostline.adapters import Forward, adapter_of
 from frostline.adapters.keras import graph as keras_graph
+from frostline.adapters.keras.loss import computes_loss
 from frostline.callbacks.sites import keras_sites
 from frostline.data.batch import Batch
 from frostline.data.batches import batches, paired
@@ -83,7 +84,7 @@ class BatchNormMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         self._forward = adapter_of(model).blend_forward(loss=self.loss, step=self.step, paths=paths)
         asked = self.loss is not None or self.step is not None
         compiled = bool(model.loss) and all(part.y is not None for part in self._batches)
-        self._with_gap = asked or compiled
+        self._with_gap = asked or compiled or computes_loss(model)
         try:
             self.measure()
         except ModelError as problem:

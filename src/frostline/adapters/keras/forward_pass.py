@@ -44,14 +44,22 @@ def compiled_pass(model: Any, training: bool, with_loss: bool) -> Callable[..., 
             outputs = called(model, x, training)
             if not with_loss:
                 return outputs, None
-            loss = model.compute_loss(
-                x=x, y=y, y_pred=outputs, sample_weight=weight, training=training
-            )
-            return outputs, loss
+            return outputs, own_loss(model, x, y, outputs, weight, training)
 
     variables = keras_state.variables_of(model)
     run = compiled(step, variables, states, slope=False, eager=False)
     return lambda x, y, weight, seeds: run(seeds, keras.ops.zeros(()), x, y, weight)
+
+
+def own_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training: bool) -> Any:
+    """What the model's ``compute_loss`` gives; one that does not take the phase is not told it.
+
+    Keras gives the rest by position, a ``train_step`` of the user's own mostly by name.
+    """
+    taken = inspect.signature(model.compute_loss).parameters.values()
+    if any(place.kind is place.VAR_KEYWORD for place in taken):
+        return model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=weight, training=training)
+    return model._compute_loss(x, y, outputs, weight, training)
 
 
 def called(model: Any, x: Any, training: bool) -> Any:

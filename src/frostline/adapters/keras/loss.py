@@ -19,7 +19,7 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.trainers.compile_utils import CompileLoss
 
 from frostline.adapters import OutputDistance
-from frostline.adapters.keras.forward_pass import explained, shapes_of
+from frostline.adapters.keras.forward_pass import explained, own_loss, shapes_of
 from frostline.data.arrays import leaves
 from frostline.types import DataError, FrostlineError, ModelError
 from frostline.types.reasons import first_line
@@ -169,9 +169,7 @@ def _own_loss(
     compiled = getattr(model, "_compile_loss", None) is not None
     if own or (compiled and y is not None):
         with _readable(y, outputs):
-            loss = model.compute_loss(
-                x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=training
-            )
+            loss = own_loss(model, x, y, outputs, sample_weight, training)
         return Judged(_numbers(loss, "the loss"))
     added = list(model.losses)
     if added:
@@ -279,6 +277,8 @@ def _readable(y: Any, outputs: Any) -> AbstractContextManager[None]:
                 f"(labels, outputs). Received: label shapes {shapes_of(y)} for outputs "
                 f"{', '.join(map(repr, outputs))}"
             )
+        if "interpret loss identifier" in str(error):
+            return f"Keras has no such loss: {first_line(error)}"
         return (
             f"the loss does not take these labels: {first_line(error)} Received: label shapes "
             f"{shapes_of(y)} for outputs of shapes {shapes_of(outputs)}"

@@ -302,6 +302,44 @@ def test_outputs_that_only_training_has_and_the_model_s_own_loss() -> None:
         np.testing.assert_array_equal(one, keras.ops.convert_to_numpy(other))
 
 
+class Untold(keras.Model):  # type: ignore[misc]
+    """Its ``compute_loss`` has the signature of the Distiller on keras.io: no ``training``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = keras.layers.Dense(5), keras.layers.BatchNormalization()
+        self.head = keras.layers.Dense(3)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        return self.head(self.norm(self.dense(inputs), training=training))
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None,
+        allow_empty: bool = False,
+    ) -> Any:  # fmt: skip
+        losses = keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
+        return keras.ops.mean(losses)
+
+
+def test_a_loss_of_its_own_that_is_not_told_the_phase() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("float32"), np.arange(40) % 3
+    model = Untold()
+    model(x[:2])  # the monitor looks at layers that are there when the training begins
+    model.compile("sgd")
+    monitor = fl.callbacks.BatchNormMonitor((x, y), batch_size=40)
+    history = model.fit(x, y, verbose=0, batch_size=40, callbacks=[monitor]).history
+    table = fl.phases(model, (x, y), batch_size=40)
+    own = model.evaluate(x, y, batch_size=40, verbose=0)
+    assert float(table["0"].loss) == pytest.approx(own, rel=1e-5)
+    gap = float(table["1"].loss - table["0"].loss)
+    assert history["bn/gap"] == pytest.approx([gap], rel=1e-3)
+    assert fl.diagnose(model, (x, y), verbose=0).verdict
+    with fl.watch(model, (x, y)) as seen:
+        model.fit(x, y, verbose=0)
+    assert str(seen)
+
+
 @pytest.mark.parametrize("y", [{"a": 0}, {"a": 0, "c": 0}, 0])
 def test_labels_without_an_output_are_our_error(y: Any) -> None:
     inputs = keras.Input((4,))
