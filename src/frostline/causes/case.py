@@ -470,7 +470,9 @@ class Case:
         if self.meant_frozen(facts):
             if moves:
                 return "frozen drift"
-            return "frozen batch" if uses_batch(blend) else "locked"
+            # No trace where its flags let it move: the pass did not come to it.
+            unused = seen.training is None and seen.moves is False and bool(expected.moves)
+            return "frozen batch" if uses_batch(blend) and not unused else "locked"
         if moves:
             return "moving"
         return "unmoved" if uses_batch(blend) else "locked"

@@ -306,7 +306,8 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     """The input transformation that repairs inference best: name, loss, part of the excess closed.
 
     The excess of inference is over the best of what batch statistics reach, in loss and, where
-    there is one, in accuracy: the smaller part counts. A trial must be about as good as those.
+    there is one, in accuracy: the smaller part counts. A trial must be about as good as those, and
+    better than guessing: where all are wrong, it is compared with nothing but itself.
     """
     now, name = case.probe("inference"), _best_gain(case)
     gain = 0.0 if name is None else -case.change(name, "inference")
@@ -315,12 +316,15 @@ def best_trial(case: Case) -> tuple[str, float, float] | None:
     found = [case.probe(probe) for probe in (name, "training blend", "batch", "population")]
     probes = [probe for probe in found if probe is not None]
     best = min(probe.loss for probe in probes)
-    part = gain / (now.loss - best)
+    part, guessing = gain / (now.loss - best), case.measurement.chance
     if now.accuracy is None:
-        if now.loss - gain > AS_GOOD * best > 0:
+        bad = case.measurement.task == "regression" and best >= (guessing or math.inf)
+        if bad or now.loss - gain > AS_GOOD * best > 0:
             return None
     else:
         reached = [probe.accuracy or 0.0 for probe in probes]
+        if guessing is not None and reached[0] < guessing + SMALL_ACCURACY:
+            return None
         missing = max(reached) - now.accuracy
         if missing < SMALL_ACCURACY:
             return None
@@ -461,8 +465,10 @@ def input_map(first: InputMoments, second: InputMoments) -> tuple[float, float] 
 
 def _other_validation_inputs(case: Case) -> Iterator[Claim]:
     first, second = case.measurement.input, case.measurement.validation_input
-    apart = inputs_differ(first, second)
-    if not _is_worse(case, "validation inference") or apart <= RANGE:
+    apart, name = inputs_differ(first, second), "validation inference"
+    # Right answers may outlast such inputs, at a loss that does not.
+    worse = _is_worse(case, name) or _costs_more(case, name)
+    if not worse or apart <= RANGE:
         return
     assert first is not None  # `apart` is 0 without both
     assert second is not None
@@ -622,7 +628,13 @@ def _is_worse(case: Case, name: str) -> bool:
         pairs = ((found.accuracy, len(found.losses)), (now.accuracy, len(now.losses)))
         noise = math.sqrt(sum(accuracy * (1 - accuracy) / samples for accuracy, samples in pairs))
         return now.accuracy - found.accuracy >= max(LOWER, 2 * noise)
-    return found.loss >= max(TIMES * now.loss, now.loss + 5 * case.floor)
+    return _costs_more(case, name)
+
+
+def _costs_more(case: Case, name: str) -> bool:
+    """A validation probe has a clearly higher loss than inference on the training samples."""
+    loss, now = case.loss(name), case.loss("inference")
+    return loss is not None and now is not None and loss >= max(TIMES * now, now + 5 * case.floor)
 
 
 def _both(case: Case, name: str) -> str:

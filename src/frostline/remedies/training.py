@@ -87,7 +87,7 @@ def _lock_in_own_loop(
         fix=Fix.FREEZE,
         treats=named,
         text=f"keep {len(paths)} frozen sites at their stored statistics, whatever train() does",
-        python=f"fl.freeze(model, until={_first_that_trains(place, paths)!r})",
+        python=_freeze(place, paths)[0],
         note="it changes training, not the present inference; not measured: the loop is your own. "
         "In your tests: fl.assert_frozen(model)",
     )
@@ -124,19 +124,29 @@ def _lines(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
         if all(place.sites[path].words.has_policy for path in paths):
             line = f"frostline convert MODEL --policy inference --output {place.words.file}"
             return 'fl.convert(model, policy="inference")', line
-        return f"fl.freeze(model, until={_first_that_trains(place, paths)!r})", None
-    until = _first_that_trains(place, paths)
-    return (
-        f"fl.freeze(model, until={until!r})",
-        None
-        if until is None
-        else f"frostline freeze MODEL --until {until} --output {place.words.file}",
-    )
+        return _freeze(place, paths)[0], None
+    line, until = _freeze(place, paths)
+    if until is None:
+        return line, None
+    return line, f"frostline freeze MODEL --until {until} --output {place.words.file}"
 
 
-def _first_that_trains(place: Workplace, paths: tuple[str, ...]) -> str | None:
-    """First layer with weights that trains behind the last of these sites."""
+def _freeze(place: Workplace, paths: tuple[str, ...]) -> tuple[str, str | None]:
+    """What freezes these sites, and nothing that trains; the boundary, where that is one.
+
+    A boundary freezes all before it: where something trains there (an adapter, a student beside
+    its teacher), or nothing behind, the sites are named.
+    """
     last = max(place.facts.order.get(path, place.sites[path].site.index) for path in paths)
-    return next(
-        (layer.path for layer in place.facts.layers if layer.trains and layer.order > last), None
-    )
+    others = [layer for layer in place.facts.layers if layer.trains and layer.path not in paths]
+    until = next((layer.path for layer in others if layer.order > last), None)
+    if until is not None and all(layer.order > last for layer in others):
+        return f"fl.freeze(model, until={until!r})", until
+    frozen = {path for path, facts in place.sites.items() if facts.site.params_frozen}
+    if len(paths) == len(place.sites):
+        named = "'all'"
+    elif set(paths) == frozen and len(paths) > 1:
+        named = "[site.path for site in fl.sites(model) if site.params_frozen]"
+    else:
+        named = repr(list(paths))
+    return f"fl.freeze(model, sites={named})", None

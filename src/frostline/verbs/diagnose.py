@@ -272,9 +272,9 @@ def _origin(adapter: Adapter, known: ModelFacts, **more: Any) -> dict[str, str]:
 @contextmanager
 def _progress(verbose: Any) -> Iterator[tuple[measure.Progress, Callable[[str], None]]]:
     """What is called before each step of a diagnosis, and what prints a line meanwhile."""
-    from rich.console import Console
+    from frostline.report import text as shown
 
-    console = Console(stderr=True)
+    console = shown.console(stderr=True)
     if verbose == 0 or (verbose == "auto" and not console.is_terminal):
         yield lambda name, done: None, lambda text: None  # noqa: ARG005
         return

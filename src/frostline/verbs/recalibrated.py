@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.together import Together
-from frostline.atomic import atomically, taken_back
+from frostline.atomic import atomically, generators as of_python, taken_back
 from frostline.data.batches import require_reiterable
 from frostline.measure.recalibration import Recalibration, recalibrate_adapter
 from frostline.types import DataError
@@ -178,12 +175,10 @@ def _moved(mean: float, variance: float) -> float:
 
 def _generators(adapter: Adapter, data: Any) -> Callable[[], None]:
     """Remember every random generator; returns what puts them back."""
-    python, framework = random.getstate(), adapter.generators(data)
-    numpy = np.random.get_state()  # noqa: NPY002 - the global one is what user code draws from
+    python, framework = of_python(), adapter.generators(data)
 
     def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        python()
         framework()
 
     return restore

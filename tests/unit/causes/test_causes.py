@@ -951,6 +951,16 @@ def test_validation_inputs_in_another_scale():
     assert found[0].evidence["scale"] == pytest.approx(255)
 
 
+def test_validation_inputs_in_another_scale_that_cost_loss_and_few_right_answers():
+    loss = NO_GAP["inference"][0]
+    for factor, wanted in ((1.0, False), (40.0, True)):
+        seen = (factor * loss, NO_GAP["inference"][1] - 0.05)
+        probes = {**NO_GAP, **{f"validation {p}": seen for p in ("inference", "batch")}}
+        given_inputs = {"input": moments(), "validation_input": moments(255.0)}
+        found = causes(facts(steps=600), measurement(probes, **given_inputs), [])
+        assert ("PREPROCESS" in codes(found)) is wanted
+
+
 def test_overfit_where_small_batches_make_training_mode_worse():
     probes = {
         **dict.fromkeys(NO_GAP, (0.3, 0.9)),
@@ -975,6 +985,13 @@ def test_overfit_is_both_phases_alike():
     inputs = {"input": moments(), "validation_input": moments()}
     found = causes(facts(steps=600), measurement(probes, **inputs), [])
     assert codes(found) == ["OVERFIT"]
+
+
+def test_an_encoding_as_bad_as_guessing_is_none_beside_renamed_classes():
+    """All answers are wrong with certainty; from other inputs they are a guess, at less loss."""
+    wrong = {**dict.fromkeys(GAP, (11.5, 0.0)), "input x*255": (4.2, 0.1)}
+    found = causes(facts(steps=600), measurement(wrong, relabelled=1.0), [])
+    assert codes(found) == ["LABEL_ORDER"]
 
 
 def test_renamed_classes():
