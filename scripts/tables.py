@@ -194,7 +194,8 @@ def ranks_table(results: Sequence[list[dict[str, Any]]]) -> str:
 def casebook_table(results: Sequence[dict[str, Any]]) -> str:
     """One line per case of the casebook: expected and given causes, layers, and the remedy."""
     found = results[0]
-    missed = {miss["number"] for miss in found["misses"]}
+    # Whether the cause is right, the row says itself.
+    missed = {miss["number"] for miss in found["misses"] if miss["question"] != "cause"}
     lines = [
         "| case | expected | first | second | layers (IoU) | remedy | loss | closes |",
         "|---|---|---|---|---|---|---|---|",
