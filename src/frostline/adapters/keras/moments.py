@@ -390,18 +390,22 @@ def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
         ]
         first, second = map(list, zip(*parts, strict=True))
         return ops.concatenate(first), ops.concatenate(second)
-    count = ops.shape(rows)[0]
     first, second = [], []
-    for block in range(blocks):
-        piece = (
-            rows if blocks == 1 else rows[count * block // blocks : count * (block + 1) // blocks]
-        )
+    for piece in [rows] if blocks == 1 else _cut(rows, blocks):
         deviations = piece - shift
         first.append(ops.sum(deviations, axis=1))
         second.append(ops.sum(ops.square(deviations), axis=1))
     if blocks == 1:
         return first[0], second[0]
     return ops.concatenate(first), ops.concatenate(second)
+
+
+def _cut(rows: Any, blocks: int) -> list[Any]:
+    """TensorFlow: pieces of nearly the same length along axis 0, however long it is."""
+    import tensorflow as tf
+
+    ends = tf.shape(rows)[0] * tf.range(blocks + 1) // blocks
+    return list(tf.split(rows, ends[1:] - ends[:-1], num=blocks))
 
 
 def _blocks(sample: tuple[int | None, ...]) -> int:
