@@ -6,11 +6,12 @@ With ``then=`` it returns ``then(answer)``, formed before the model's layers are
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import keras
@@ -42,7 +43,10 @@ def _on_jax(
 ) -> Pass:
     import jax
 
+    new = []  # what was traced, so compiled, in a call
+
     def run(values: Any, seeds: Any, blend: Any, *rest: Any) -> Any:
+        new.append(eager)
         # Variables are arguments: what is read inside is their present value, not a constant.
         mapping = [*zip(variables, values, strict=True), *zip(states, seeds, strict=True)]
         answer = functools.partial(forward, mapping, not eager)
@@ -57,7 +61,21 @@ def _on_jax(
         return losses, gradient
 
     function: Callable[..., Any] = run if eager else jax.jit(run)
-    return lambda *arguments: function([v.value for v in variables], *arguments)
+
+    def call(*arguments: Any) -> Any:
+        new.clear()
+        found = function([v.value for v in variables], *arguments)
+        if new and not eager:
+            return_memory()
+        return found
+
+    return call
+
+
+def return_memory() -> None:
+    """Give back what a compiler has freed, several times the model, and glibc would keep."""
+    with suppress(OSError, AttributeError, TypeError):  # elsewhere than on Linux
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _on_tensorflow(

@@ -11,7 +11,7 @@ The model is read, never changed: the outcome is built beside it from copies of 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,7 +132,8 @@ def _containers(
             for node in nodes(graph_of(inner)):
                 operation = node.operation
                 if isinstance(operation, keras.Layer) and not is_site(operation):
-                    if _holds_sites(operation) and followed(operation, graphs) is None:
+                    unknown = _holds_sites(operation) and followed(operation, graphs) is None
+                    if unknown and not _carries_mask(node.input_tensors):  # a graph would lose it
                         given = node.arguments
                         graph = inference_graph(operation, given.args, given.kwargs)
                         graphs.update({} if graph is None else {id(operation): graph})
@@ -262,11 +263,14 @@ def _absorbing(
 def _masked(containers: list[Any]) -> bool:
     """Whether masks travel along any tensor of these graphs."""
     return any(
-        getattr(tensor, "_keras_mask", None) is not None
+        _carries_mask(node.outputs)
         for container in containers
         for node in nodes(graph_of(container))
-        for tensor in node.outputs
     )
+
+
+def _carries_mask(tensors: Iterable[Any]) -> bool:
+    return any(getattr(tensor, "_keras_mask", None) is not None for tensor in tensors)
 
 
 def _shapes(containers: list[Any]) -> dict[int, tuple[int | None, ...]]:

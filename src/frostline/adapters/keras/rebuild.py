@@ -254,7 +254,8 @@ def followed(operation: Any, graphs: Mapping[int, Any]) -> Any:
         operation: A layer or operation.
         graphs: ``id`` of a layer -> the graph that was made of its ``call``.
     """
-    inner = operation.layer if type(operation) is L.TimeDistributed else operation
+    known = id(operation) in graphs or type(operation) is not L.TimeDistributed
+    inner = operation if known else operation.layer
     inner = graphs.get(id(inner), inner)
     return inner if graph_of(inner) is not None else None
 

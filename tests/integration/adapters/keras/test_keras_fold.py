@@ -560,6 +560,21 @@ def test_a_model_called_for_each_step_is_folded_inside() -> None:
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_site_called_for_each_step_is_folded_beside_another(masked: bool) -> None:
+    steps = keras.Input((7, 5))
+    h = L.Dense(6)(L.Masking()(steps) if masked else steps)
+    h = L.TimeDistributed(BN(), name="each")(BN(name="plain")(h))
+    model = keras.Model(steps, L.Dense(1)(h))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.5, 2, weight.shape) for weight in model.get_weights()])
+    x = inputs_for(model)
+    folded = fl.fold(model, sample=x)
+    # What has no graph would lose the mask; it is left as it is.
+    assert [site.path for site in fl.sites(folded)] == (["each/layer"] if masked else [])
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-5)
+
+
 def test_a_sample_that_the_model_does_not_take_is_refused() -> None:
     with pytest.raises(ModelError, match="the model fails on the sample"):
         fl.fold(speak(sequential(BN(name="bn"))), sample=np.zeros((2, 5), "float32"))
