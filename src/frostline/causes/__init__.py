@@ -8,6 +8,7 @@ knows no framework, no model and no repair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -151,6 +152,8 @@ def _none(case: Case) -> Cause:
     apart = bool(case.bn_gap) and total is not None and abs(total.estimate) < abs(case.bn_gap) / 2
     samples = case.measurement.samples
     saved = max(0.0, -case.change("population", "inference"))
+    settled = known is not None and math.isfinite(known.low)
+    settled = settled and not (case.bn_gap or case.total_gap or saved)
     if known is None:
         text, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
@@ -163,15 +166,27 @@ def _none(case: Case) -> Cause:
         settle = "the data and the batch size of training, and a reference, as reference="
         if saved:
             text += f"; exact statistics of these data would save {number(saved)}"
+        elif 0 < known.estimate < 2 * case.change("population", "inference"):
+            text = f"training mode gives a loss {number(known.estimate)} higher than inference, and"
+            text += " so do exact statistics of these data: the network does better with those that"
+            text += " are stored, although they are not those of what it has become"
+            settle = "how the statistics came about: averages that lag, or other inputs"
     elif saved:
-        text = f"training mode and inference differ by {number(known.estimate)} in loss, but exact "
-        text += f"statistics of these data would save {number(saved)}, which batches of "
-        text += f"{case.measurement.batch_size} are too small to show"
-        settle = "the batch size of training, as batch_size=, or recalibrate and compare"
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, "
+        text += "too little to look for causes, " if known.excludes_zero else ""
+        text += f"but exact statistics of these data would save {number(saved)}"
+        settle = "recalibrate and compare"
+        if not known.excludes_zero:
+            text += f", which batches of {case.measurement.batch_size} are too small to show"
+            settle = f"the batch size of training, as batch_size=, or {settle}"
     elif known.excludes_zero:
         text = f"training mode and inference differ by {number(known.estimate)} in loss, too "
         text += "little to matter, and nothing else was found"
         settle = "validation data, as validation="
+    elif not math.isfinite(known.low):
+        text = f"training mode and inference differ by {number(known.estimate)} in loss, and one "
+        text += "loss for all samples cannot tell whether by chance"
+        settle = "a loss per sample (reduction='none' in the loss, or in step=), or more batches"
     else:
         text = f"training mode and inference differ by {number(known.estimate)} in loss, which may "
         text += f"be chance ({known.level:.0%} interval {number(known.low)} to "
@@ -181,7 +196,7 @@ def _none(case: Case) -> Cause:
         code=CauseCode.NONE.value,
         share=None,
         sites=(),
-        certainty="may" if known is None or case.bn_gap or case.total_gap or saved else "is",
+        certainty="is" if settled else "may",
         message=text,
         evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
         settle=settle,

@@ -235,8 +235,11 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
         return None
     if len(found.uses) > 1:
         apart = _uses_apart(found.uses)
+        # Of an average that lags the data may leave little, even with one for all uses.
+        lags = (case.old_share(path) or 0.0) > OLD_SHARE
+        lags = lags and -case.change("population", "inference") > MOST * abs(case.bn_gap)
         # An average over all uses lies between them; what lies elsewhere is off for another reason.
-        if apart > FAR and case.mismatch(path) <= 2 * apart:
+        if apart > FAR and case.mismatch(path) <= 2 * apart and not lags:
             return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
     if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet

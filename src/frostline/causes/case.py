@@ -467,13 +467,13 @@ class Case:
         seen = self.measurement.behaviour.get(site.path, expected)
         blend = expected.training if seen.training is None else seen.training
         moves = expected.moves if seen.moves is None else seen.moves
+        # No trace where its flags let it move: the passes that were watched did not come to it.
+        unused = seen.training is None and seen.moves is False and bool(expected.moves)
         if self.meant_frozen(facts):
             if moves:
                 return "frozen drift"
-            # No trace where its flags let it move: the pass did not come to it.
-            unused = seen.training is None and seen.moves is False and bool(expected.moves)
             return "frozen batch" if uses_batch(blend) and not unused else "locked"
-        if moves:
+        if moves or unused:
             return "moving"
         return "unmoved" if uses_batch(blend) else "locked"
 

@@ -29,8 +29,8 @@ def with_unknown(sentence: str, unknown: Mapping[str, str]) -> str:
     sentence = sentence.replace(": BN cannot be the cause", " of a kind that is known")
     sentence = sentence.removeprefix("not BN: ").removeprefix("probably not BN: ")
     return (
-        f"{sentence}; '{path}' ({kind}){more} keeps running statistics and computes with them by "
-        "hand, which cannot be looked into: BN is not ruled out"
+        f"{sentence}; '{path}' ({kind}){more} keeps running statistics in a way of its own, "
+        "which cannot be looked into: BN is not ruled out"
     )
 
 

@@ -440,7 +440,7 @@ def undoing(adapter: Edit, undo: Callable[[], None]) -> Callable[[], None]:
 def _past_the_lock(known: ModelFacts) -> Iterator[str]:
     shows = "assert_frozen(model, data=...) shows whether freezing holds them"
     for path, kind in [*known.unknown.items()][:1]:
-        yield f"'{path}' ({kind}) keeps running statistics and computes with them by hand; {shows}"
+        yield f"'{path}' ({kind}) keeps running statistics in a way of its own; {shows}"
     for kind in [*known.handed.values()][:1]:
         yield (
             f"{kind} may hand the statistics of a layer to a function, past what locks the layer; "

@@ -28,7 +28,7 @@ from frostline.types import Array, FrostlineError, ModelError
 from frostline.types.arguments import checked
 from frostline.types.facts import SiteFacts
 from frostline.types.measured import Behaviour
-from frostline.verbs.whole import whole
+from frostline.verbs.whole import of_loaders, whole
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
 #: a checkpoint in half precision keeps three digits.
@@ -103,10 +103,12 @@ class Watch:
     def _seen(self) -> tuple[dict[str, float], list[str], float | None]:
         """Drift, what moved, and the gap, of this process."""
         now = {entry.site.path: entry for entry in self._adapter.facts()}
-        drift = {path: _drift(before, now[path]) for path, before in self._before.items()}
+        # Layers may have been replaced since: what is gone has no drift.
+        kept = {path: before for path, before in self._before.items() if path in now}
+        drift = {path: _drift(before, now[path]) for path, before in kept.items()}
         moved = [
             path
-            for path, before in self._before.items()
+            for path, before in kept.items()
             if (before.site.stats_frozen and drift[path] > MOVED)
             or (before.site.params_frozen and _params_moved(before, now[path]))
         ]
@@ -119,7 +121,10 @@ class Watch:
             FrostlineError: Neither can; it is said before the training, not after.
         """
         ways = {"batch_size": batch_size, "max_samples": max_samples}
+        drawn = of_loaders(self._adapter, data)
         atomically(self._adapter.snapshot(), lambda: self._hold(data, loss, step, **ways))
+        for back in drawn:
+            back()
 
     def _hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
         self._batches = samples.hold(
@@ -388,7 +393,9 @@ def _not_frozen(
                     wrong[path] = moves if did.moves else "training uses the batch's"
     elif statistics:
         for path, kind in unknown.items():
-            wrong[path] = f"a {kind} that keeps statistics by hand; data= shows whether they move"
+            wrong[path] = (
+                f"a {kind} that keeps statistics in its own way; data= shows whether they move"
+            )
         for path, kind in facts.handed.items():
             if any(not path or is_within(entry.site.path, path) for entry in chosen):
                 wrong[path or kind] = (

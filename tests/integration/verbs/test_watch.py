@@ -52,6 +52,17 @@ def train(model: Any, steps: int = 4) -> None:
 
 
 @native
+def test_a_layer_that_is_replaced_meanwhile() -> None:
+    from torch import nn
+
+    model = network()
+    with fl.watch(model) as watch:
+        train(model)
+        model[4] = nn.Identity()
+        assert watch.check().drift.keys() == {"1"}
+
+
+@native
 def test_requires_grad_alone_is_seen_to_move() -> None:
     import torch
 

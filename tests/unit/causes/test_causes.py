@@ -189,6 +189,15 @@ def test_lag_is_said_in_numbers(steps: int, decay: float):
     assert found[0].share == pytest.approx(1.0)
 
 
+def test_statistics_that_are_better_than_exact_ones_are_told():
+    """Inference is the better phase, and exact statistics are as bad as training mode."""
+    probes = {**dict.fromkeys(GAP, (3.3, 0.3)), "inference": (1.3, 0.6)}
+    (found,) = causes(facts(steps=5000), measurement(probes, shares=[0.25] * 4, sites=FAR), [])
+    assert (found.code, found.certainty) == ("NONE", "may")
+    assert "so do exact statistics of these data" in found.message
+    assert "nothing that is known" not in found.message
+
+
 def test_weights_that_outran_an_average_are_a_guess():
     fast = {path: {"decay": 0.9} for path in PATHS}
     found = causes(
@@ -551,6 +560,16 @@ def test_a_shared_site_with_uses_apart():
         [],
     )
     assert codes(found)[0] == "MIXED_SOURCES"
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(60, "EMA_LAG"), (5000, "MIXED_SOURCES")])
+def test_an_average_that_lags_at_a_shared_site(steps: int, expected: str):
+    """Exact statistics close the gap: one average serves both uses well enough."""
+    one, other = np.zeros(CHANNELS), np.full(CHANNELS, 5.0)
+    uses = ((one, np.ones(CHANNELS)), (other, np.ones(CHANNELS)))
+    sites = {"bn1": site_measurement("bn1", shift=0.4, uses=uses)}
+    made = measurement(GAP, shares=[1.0], paths=("bn1",), sites=sites)
+    assert codes(causes(facts({"bn1": {"calls": 2}}, steps=steps), made, []))[0] == expected
 
 
 def test_uses_that_no_one_average_serves():

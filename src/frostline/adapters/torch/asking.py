@@ -18,7 +18,7 @@ from torch import nn
 
 from frostline.adapters.torch.loss import Judged, as_callable, judged, read_losses
 from frostline.adapters.torch.outside import outside_kept
-from frostline.adapters.torch.tensors_kept import same_values
+from frostline.adapters.torch.state_kept import same_values
 from frostline.atomic import taken_back
 from frostline.data.batch import Batch, failure
 from frostline.types import DataError, FrostlineError, ModelError
@@ -49,9 +49,9 @@ def call(
     Raises:
         ModelError: The module or the step fails.
     """
-    with _told(batch, step):
+    with _told(batch, step), outside_kept(root):
         if step is not None:
-            with _mode_held(root), outside_kept(root):
+            with _mode_held(root):
                 return step(root, move(batch.given))
         outputs = _called(root, batch, move, targets)
         # A generator runs the model while it is read: here, not where nobody looks any more.

@@ -13,7 +13,8 @@ from frostline.adapters.torch.calls import Call, answered, of_several_models
 from frostline.adapters.torch.forward_pass import mover, set_phase, untouched
 from frostline.adapters.torch.graph import site_modules, unknown_keepers
 from frostline.adapters.torch.keeping import owner_of, tensors_of
-from frostline.adapters.torch.tensors_kept import same_values
+from frostline.adapters.torch.outside import outside_kept
+from frostline.adapters.torch.state_kept import same_values
 from frostline.data.batch import Batch
 from frostline.types import ModelError
 from frostline.types.measured import Behaviour
@@ -55,7 +56,8 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
                 stacked.update([path] if several else [])
             return call.run()
 
-        with untouched(model, number=number) as root, torch.no_grad():
+        # What BN does that the model does not know of is read before it is put back.
+        with untouched(model, number=number) as root, outside_kept(root), torch.no_grad():
             before = {path: _stored(module) for path, module in watched.items()}
             counts = {path: _count(module) for path, module in watched.items()}
             set_phase(root, training=training)

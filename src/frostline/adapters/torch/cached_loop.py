@@ -26,7 +26,7 @@ from frostline.adapters.torch.cached_data import require_indices, seeded
 from frostline.adapters.torch.calls import forwards
 from frostline.adapters.torch.exported import as_modules
 from frostline.adapters.torch.forward_pass import untouched
-from frostline.adapters.torch.graph import unwrapped
+from frostline.adapters.torch.graph import require_registered, unwrapped
 from frostline.adapters.torch.prefix import leaf as read_leaf
 from frostline.adapters.torch.replay import Call, Form, Key, Plan
 from frostline.adapters.torch.replayed_parts import Inputs, ReplayedPrefix
@@ -129,6 +129,7 @@ class Cached:
         self.engine, self.accelerate = engine, accelerate
         self.precision, self.bound = precision, bound
         whole = unwrapped(model)
+        require_registered(whole)
         self.root = as_modules(whole)
         #: What a loop may call in the place of the root -> what then runs the root.
         self.doors = entrances(whole) if self.root is whole else {whole: self._by_root}

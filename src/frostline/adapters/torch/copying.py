@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -52,3 +52,10 @@ def copied(module: M, memo: dict[int, Any] | None = None) -> M:
             "lock, an open file, a generator) outside of the modules. "
             f"Received: {type(module).__name__}"
         ) from problem
+
+
+def copied_for_inference(module: M) -> M:
+    """Copy a module, and put the copy into evaluation mode."""
+    twin = copied(module)
+    cast(Any, twin).eval()  # one of a user's own may return nothing
+    return twin

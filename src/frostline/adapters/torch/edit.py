@@ -17,6 +17,7 @@ from frostline.adapters.torch.graph import (
     is_frozen_kind,
     is_site,
     keeps_unknown_statistics,
+    not_built,
     unwrapped,
     walk,
 )
@@ -50,14 +51,15 @@ def set_frozen(model: Any, request: FreezeRequest) -> tuple[FlagCounts, Callable
     fixed = fixed_in_graphs(root)
     touched = dropouts = 0
     for place in chosen:
-        count = _set_params(place.module, frozen) if request.params else 0
+        count = _set_params(place.module, frozen, place.path) if request.params else 0
         keeps = is_site(place.module) or keeps_unknown_statistics(place.module)
         moved = _set_statistics(place, frozen, fixed) if request.statistics and keeps else False
         touched += count
         if count or moved:
             changed.append(place)
     if request.everything and request.params and not any(p.module is root for p in chosen):
-        touched += _set_params(root, frozen)  # a token or an embedding that the model itself holds
+        # A token or an embedding that the model itself holds.
+        touched += _set_params(root, frozen, type(root).__name__)
     if request.dropout:
         turn_off = torch_dropout.turn_off
         dropouts = turn_off(model, there) if frozen else torch_dropout.turn_on(there)
@@ -87,7 +89,7 @@ def freezer(modules: Sequence[Any]) -> tuple[Callable[[], FlagCounts], Callable[
     return freeze, undo
 
 
-def _set_params(module: Any, frozen: bool) -> int:
+def _set_params(module: Any, frozen: bool, path: str) -> int:
     """Set ``requires_grad`` of a module's own parameters; returns how many numbers changed."""
     if is_frozen_kind(module):
         return 0
@@ -95,10 +97,12 @@ def _set_params(module: Any, frozen: bool) -> int:
     for parameter in module.parameters(recurse=False):
         trainable = parameter.is_floating_point() or parameter.is_complex()
         if parameter.requires_grad == frozen and trainable:
+            if _lazy(parameter):
+                raise not_built(path)
             parameter.requires_grad_(not frozen)
             if frozen:
                 parameter.grad = None
-            count += 0 if _lazy(parameter) else parameter.numel()
+            count += parameter.numel()
     return count
 
 

@@ -67,6 +67,7 @@ def facts(model: Any) -> ModelFacts:
                 twin=None if site.stats_frozen else twins.get(id(module)),
             )
         )
+    modules = {*root.modules()}
     return ModelFacts(
         name=type(root).__name__,
         backend="torch",
@@ -86,12 +87,16 @@ def facts(model: Any) -> ModelFacts:
         # A module has no optimizer that would say so: the most that a layer has counted.
         steps=max((n for n in counts.values() if n is not None), default=0) or None,
         unknown={
-            path: type(module).__name__
+            path: type(module).__name__ + ("" if module in modules else _UNREGISTERED)
             for path, module in unknown_keepers(model).items()
             if not is_locked(module)
         },
         handed=handing_over(model),
     )
+
+
+#: What is wrong with BN in a plain list.
+_UNREGISTERED = " in no nn.ModuleList or ModuleDict, so that train() and eval() do not reach it"
 
 
 def _twins(root: Any) -> dict[int, str]:

@@ -30,9 +30,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from frostline.adapters.protocol import FoldedModel
-from frostline.adapters.torch.copying import copied
+from frostline.adapters.torch.copying import copied, copied_for_inference
 from frostline.adapters.torch.exported import modules_again
-from frostline.adapters.torch.graph import require_forward, site_modules, unwrapped
+from frostline.adapters.torch.graph import require_runnable, site_modules, unwrapped
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.random import draws_nothing, forked, seeded
@@ -70,14 +70,15 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     root = unwrapped(model)
     if not site_modules(root):
         raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
-    require_forward(root)
+    require_runnable(root)
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # older torch copies none
             raise ModelError(
                 f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
                 "model on one batch first. Received: an uninitialised module"
             )
-    whole = modules_again(copied(root)).eval()
+    whole = modules_again(copied(root))
+    whole.eval()
     trial = _trial(whole, sample)
     problem: ModelError | None = None
     for way in _WAYS[: 1 if trial is None else None]:
@@ -395,7 +396,7 @@ def _affine(site: Any) -> Any:
         return None
     scale, shift = _coefficients(site)
     # Where a class casts its input to single precision, double weights fail.
-    twins = [copied(site).to(dtype).eval() for dtype in (torch.float64, torch.float32)]
+    twins = [copied_for_inference(site).to(dtype) for dtype in (torch.float64, torch.float32)]
     twin = twins[0]
     generator = torch.Generator().manual_seed(0)
     held = [nn.Sequential(*twin.children())] if any(True for _ in twin.children()) else []
@@ -528,7 +529,7 @@ def _measured(site: Any, hand: ByHand) -> tuple[Any, Any]:
     axes = min(hand.axes)
     if hand.axes[axes] != 1:
         return torch.ones_like(mean), torch.zeros_like(mean)
-    twin = copied(site).double().eval()
+    twin = copied_for_inference(site).double()
     zero = torch.zeros([2, len(mean), *[2] * (axes - 2)], dtype=mean.dtype, device=mean.device)
     with torch.no_grad():
         shift, whole = (

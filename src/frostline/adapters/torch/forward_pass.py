@@ -16,13 +16,21 @@ from torch import nn
 
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
-from frostline.adapters.torch.graph import is_site, modes_kept, set_mode, site_modules, unwrapped
+from frostline.adapters.torch.graph import (
+    is_site,
+    modes_kept,
+    not_built,
+    set_mode,
+    site_modules,
+    unwrapped,
+    without_values,
+)
 from frostline.adapters.torch.random import forked, seeded
-from frostline.adapters.torch.tensors_kept import same_values, tensors_kept
+from frostline.adapters.torch.state_kept import same_values, state_kept
 from frostline.atomic import taken_back
 from frostline.data.arrays import Table
 from frostline.data.batch import Batch
-from frostline.types import Array, DataError, ModelError
+from frostline.types import Array, DataError
 
 
 def device_of(model: Any) -> Any:
@@ -174,11 +182,7 @@ def arrays_in(structure: Any) -> Any:
         if hasattr(found, "full_tensor"):  # sharded by FSDP2: every rank asks for all of it
             found = found.full_tensor()
         if found.device.type == "meta":
-            raise ModelError(
-                "the model is on the 'meta' device, where tensors have no values; load its weights "
-                "first: model.to_empty(device='cpu'), then load_state_dict. "
-                f"Received: a tensor of shape {tuple(found.shape)} without values"
-            )
+            raise without_values(f"a tensor of shape {tuple(found.shape)}")
         if found.is_floating_point() and found.dtype != torch.float64:
             found = found.float()
         return found.cpu().numpy()
@@ -245,12 +249,8 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     root = unwrapped(model)
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if not _built(tensor):
-            path = name.rpartition(".")[0].replace(".", "/")
-            raise ModelError(
-                f"'{path}' is lazy and has seen no data yet; call the model on one batch first. "
-                "Received: an uninitialised module"
-            )
-    restore = tensors_kept(root.modules())
+            raise not_built(name.rpartition(".")[0].replace(".", "/"))
+    restore = state_kept([*root.modules()])
     with modes_kept(root), forked(), taken_back(restore):
         seeded(number)
         yield root

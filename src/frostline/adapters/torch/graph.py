@@ -30,6 +30,7 @@ from frostline.adapters.torch.keeping import (
     replaces_norm,
 )
 from frostline.adapters.torch.locked import is_locked
+from frostline.adapters.torch.state_kept import OF_EVERY_MODULE
 from frostline.atomic import taken_back
 from frostline.graph import addresses
 from frostline.graph.addresses import Layers, Place
@@ -56,18 +57,51 @@ def unwrapped(model: Any) -> Any:
             return script.read(model) if script.is_program(model) else script.host(model)
 
 
-def require_forward(root: Any) -> None:
-    """Refuse a container whose parts somebody else calls, as ModuleDict and ModuleList are.
+def without_values(received: str) -> ModelError:
+    """The error for a model on the device that stores nothing."""
+    return ModelError(
+        "the model is on the 'meta' device, where tensors have no values; load its weights first: "
+        f"model.to_empty(device='cpu'), then load_state_dict. Received: {received} without values"
+    )
+
+
+def not_built(name: str) -> ModelError:
+    """The error for a module that its first data will build."""
+    return ModelError(
+        f"'{name}' is lazy and has seen no data yet; call the model on one batch first. "
+        "Received: an uninitialised module"
+    )
+
+
+def require_runnable(root: Any) -> None:
+    """Refuse a container whose parts somebody else calls, and weights without values.
 
     Raises:
-        ModelError: The module has no ``forward``.
+        ModelError: The module has no ``forward``, or a tensor on the meta device.
     """
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if tensor.device.type == "meta":
+            raise without_values(f"'{name}'")
     if type(root).forward is nn.Module.forward and "forward" not in vars(root):
         parts = ", ".join(repr(name) for name, _ in root.named_children()) or "none"
         raise ModelError(
             f"{type(root).__name__} has no forward, so only your step knows how its parts are "
             "called: pass the part that is meant, or a module whose forward calls them. "
             f"Received: {type(root).__name__} of {parts}"
+        )
+
+
+def require_registered(root: Any) -> None:
+    """Refuse a model with BN that it does not know of: a part of it could not be told apart.
+
+    Raises:
+        ModelError: Such BN, by its path.
+    """
+    for path, site in _unregistered(root).items():
+        raise ModelError(
+            f"'{path}' is in a plain list or mapping, so freezing, eval() and state_dict() do not "
+            "reach it, and nothing can be said of the part that calls it. Put it into an "
+            f"nn.ModuleList or nn.ModuleDict. Received: {type(site).__name__}"
         )
 
 
@@ -103,12 +137,32 @@ def keeps_unknown_statistics(module: Any) -> bool:
 
 
 def unknown_keepers(model: Any) -> dict[str, Any]:
-    """Path -> module of what keeps running statistics and computes with them as no known BN."""
+    """Path -> module of what keeps running statistics and computes with them as no known BN.
+
+    So does BN that torch does not know of, for it is in a plain list: ``train()``, ``eval()``,
+    ``to()`` and ``state_dict()`` do not reach it.
+    """
     root = unwrapped(model)
-    return {
+    found = {
         name.replace(".", "/") or type(root).__name__: module
         for name, module in root.named_modules()
         if keeps_unknown_statistics(module)
+    }
+    return found | _unregistered(root)
+
+
+def _unregistered(root: Any) -> dict[str, Any]:
+    """Path -> BN in training mode in a list, tuple or mapping that a module keeps."""
+    inside = {id(module) for module in root.modules()}
+    return {
+        "/".join(filter(None, (name, attribute, str(key), inner))).replace(".", "/"): site
+        for name, module in root.named_modules()
+        for attribute, held in vars(module).items()
+        if held and isinstance(held, (list, tuple, dict)) and attribute not in OF_EVERY_MODULE
+        for key, outside in (held.items() if isinstance(held, dict) else enumerate(held))
+        if isinstance(outside, nn.Module)
+        for inner, site in outside.named_modules()
+        if id(site) not in inside and site.training and keeps_any(site)
     }
 
 

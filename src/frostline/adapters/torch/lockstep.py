@@ -39,7 +39,7 @@ from torch import nn
 
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.spool import WINDOW, KeptBatches, Workspace
-from frostline.adapters.staged import MAX_PASSES, TOLERANCE, shift, unsettled
+from frostline.adapters.staged import MAX_PASSES, TOLERANCE, Damped, shift, unsettled
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, Ended, SampleMoments, answerable
@@ -220,6 +220,7 @@ def population(
     looped: set[str] = set()
     notes: tuple[str, ...] = ()
     reads = turn = 0
+    damped = Damped()
     apart = checked = False
     stack = None if step is None and ranks.size == 1 else 1
     while True:
@@ -257,7 +258,7 @@ def population(
             break
         if all(distance <= TOLERANCE for distance in moved.values()):
             break
-        fixed = found
+        fixed = {path: _step(damped, path, fixed.get(path), new) for path, new in found.items()}
     return Population(
         moments={path: run.moments[path] for path in chosen if path in run.moments},
         batches=ranks.total(sum(own.count for own in run.passes if not own.dropped)),
@@ -273,6 +274,14 @@ def _shift(old: Moments | None, new: Moments, site: Any) -> float:
         return math.inf
     pairs = [(moments.mean, moments.variance) for moments in (old, new)]
     return shift(pairs[0], pairs[1], float(getattr(site, "eps", 1e-5)))
+
+
+def _step(damped: Damped, path: str, old: Moments | None, new: Moments) -> Moments:
+    """What the next round goes on with."""
+    if old is None:
+        return new
+    mean, variance = damped.statistics(path, (old.mean, old.variance), new)
+    return Moments(new.count, mean, variance * new.count)
 
 
 class _Round:

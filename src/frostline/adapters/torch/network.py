@@ -22,8 +22,8 @@ import torch
 from torch import fx, nn
 
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
+from frostline.adapters.torch.state_kept import same_values
 from frostline.adapters.torch.surroundings import modes as modes_around
-from frostline.adapters.torch.tensors_kept import same_values
 from frostline.atomic import Guard, taken_back
 from frostline.types import ModelError
 from frostline.types.reasons import first_line

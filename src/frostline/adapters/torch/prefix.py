@@ -23,21 +23,22 @@ from frostline.adapters.torch.cached_data import (
     joined,
 )
 from frostline.adapters.torch.columns import columns  # noqa: F401 - a part of this role
-from frostline.adapters.torch.copying import copied
+from frostline.adapters.torch.copying import copied_for_inference
 from frostline.adapters.torch.forward_pass import called, tensors
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.adapters.torch.replayed_parts import ReplayedPrefix
 from frostline.adapters.torch.samples import ROWS
+from frostline.adapters.torch.state_kept import OF_EVERY_MODULE
 from frostline.data.arrays import Table
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
 
 #: What torch's own BN modules have beside what they compute at inference.
 _BESIDE_IN_BN = frozenset({"momentum", "track_running_stats", "num_batches_tracked"})
-#: Attributes that every module has; hooks of the forward pass are read apart.
-_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "_compiled_call_impl", KEPT_RATES})
+#: No part of what a module computes; hooks of the forward pass are read apart.
+_NOT_READ = OF_EVERY_MODULE | {"_compiled_call_impl", KEPT_RATES}
 _OPSET = 17
 #: Features come as a data set of samples with their labels.
 HANDS_OUT_LABELS = True
@@ -123,7 +124,7 @@ def _module(module: Any, reader: Reader) -> list[Any]:
         attributes = {name: vars(module)[name] for name in ("forward",) if name in vars(module)}
     else:
         parts.append(reader.read(kind))
-        attributes = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE}
+        attributes = {n: v for n, v in vars(module).items() if n not in _NOT_READ}
     parts += reader.items(attributes, skipped)
     for held in (module._parameters, module._buffers):
         parts += reader.items(held, skipped)
@@ -141,7 +142,7 @@ def _module(module: Any, reader: Reader) -> list[Any]:
 def _replayed(prefix: Any, reader: Reader) -> list[Any]:
     """What a prefix that is a run of the model reads: all code, and what is frozen."""
     root, plan = prefix._root, prefix._plan
-    own = {name: value for name, value in vars(root).items() if name not in _OF_EVERY_MODULE}
+    own = {name: value for name, value in vars(root).items() if name not in _NOT_READ}
     names = sorted({name for name, _ in plan.forms})
     frozen = [part for name in names for part in (name, reader.read(plan.still[name]))]
     kinds = [reader.read(type(module)) for module in root.modules()]
@@ -313,7 +314,7 @@ def to_onnx(module: Any, batch: Any) -> bytes:
     arguments = tuple(
         argument[:ROWS] for argument in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))
     )
-    twin = copied(root).eval()
+    twin = copied_for_inference(root)
     names = [f"input_{number}" for number in range(len(arguments))]
     stream = io.BytesIO()
     try:  # also a module that takes one number of rows alone

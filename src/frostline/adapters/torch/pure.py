@@ -20,7 +20,7 @@ from frostline.adapters.torch.forward_pass import (
 from frostline.adapters.torch.graph import is_site, sites
 from frostline.adapters.torch.network import Network, attribute, phase
 from frostline.adapters.torch.samples import ROWS, guesses
-from frostline.adapters.torch.tensors_kept import same_values
+from frostline.adapters.torch.state_kept import same_values
 from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed

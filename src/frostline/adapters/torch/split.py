@@ -20,7 +20,14 @@ from frostline.adapters.protocol import SplitModel
 from frostline.adapters.torch import replayed_parts
 from frostline.adapters.torch.exported import as_modules
 from frostline.adapters.torch.forward_pass import untouched
-from frostline.adapters.torch.graph import is_site, layers, require_forward, unwrapped, walk
+from frostline.adapters.torch.graph import (
+    is_site,
+    layers,
+    require_registered,
+    require_runnable,
+    unwrapped,
+    walk,
+)
 from frostline.adapters.torch.network import Network, attribute, input_names, network, phase
 from frostline.adapters.torch.parts import build
 from frostline.adapters.torch.pure import Flags, Trial, observe
@@ -60,7 +67,8 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     By its graph where ``torch.fx`` finds one; else, with a sample, by record and replay.
     """
     whole = unwrapped(model)
-    require_forward(whole)
+    require_runnable(whole)
+    require_registered(whole)
     model = model if (twin := as_modules(whole)) is whole else twin
     try:
         net = network(model, input_names(model, sample))

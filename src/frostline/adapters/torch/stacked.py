@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from frostline.adapters.torch.calls import Call, Ended
 from frostline.adapters.torch.random import forked
-from frostline.adapters.torch.tensors_kept import tensors_kept
+from frostline.adapters.torch.state_kept import state_kept
 from frostline.atomic import taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, joined
@@ -168,7 +168,7 @@ def independent(
     looks = _Looks(own)
     drawn, written = torch.get_rng_state(), _versions(own)
     try:
-        with taken_back(tensors_kept(root.modules())), forked(), entered(answer) as run, looks:
+        with taken_back(state_kept([*root.modules()])), forked(), entered(answer) as run, looks:
             for batch in (batches[_OWN], joined(list(batches))):
                 seen.append([])
                 looks.reads = False  # what was read behind the last call decided nothing

@@ -417,6 +417,37 @@ def test_a_lazy_module_that_has_seen_no_data_is_refused() -> None:
         fl.fold(model)
 
 
+class Terse(nn.Module):
+    """Its ``train`` returns nothing, as one of a user's own may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+    def forward(self, x: Any) -> Any:
+        return self.features(x)
+
+
+def test_a_module_whose_train_returns_nothing_is_folded() -> None:
+    model, x = Terse(), torch.randn(4, 3, 8, 8)
+    model(x)
+    model.eval()
+    for sample in (None, x):
+        torch.testing.assert_close(fl.fold(model, sample=sample)(x), model(x))
+    assert to_onnx(model, np.ones((2, 3, 8, 8), np.float32))
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    for ask in (fl.freeze, fl.fold, fl.split, lambda m: fl.split(m, sample=torch.ones(2, 3, 8, 8))):
+        with pytest.raises(fl.ModelError, match="on the 'meta' device"):
+            ask(model)
+
+
 class Picks(nn.Module):
     """Returns scores, best first, and the places of the best, of which many are alike."""
 

@@ -667,6 +667,86 @@ def test_a_lazy_model_stays_lazy_and_is_told_so() -> None:
         assert model[3].has_uninitialized_params()
 
 
+def test_a_lazy_module_is_not_frozen_before_it_is_built() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
+    for ask in (lambda: fl.freeze(model), lambda: fl.freeze(model, until="2")):
+        with pytest.raises(ModelError, match="'1' is lazy"):
+            ask()
+        assert all(p.requires_grad for p in model.parameters())
+    fl.freeze(model, until="1")  # what is built is frozen beside it
+    assert [p.requires_grad for p in model[0].parameters()] == [False, False]
+
+
+class Recurrent(nn.Module):
+    """BN behind its own output, at each step of a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.norm, self.head = nn.GRUCell(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        h = x.new_zeros(len(x), 8)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], self.norm(h))
+        return self.head(h)
+
+
+def test_statistics_behind_their_own_output_do_not_run_away() -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    batches = [(x := torch.randn(16, 3 + i % 3, 4), x[:, -1, :3].argmax(1)) for i in range(8)]
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(30):
+        for x, y in batches:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    def loss() -> float:
+        with torch.no_grad():
+            found = [functional.cross_entropy(model.eval()(x), y).item() for x, y in batches]
+        return sum(found) / len(found)
+
+    before = loss()
+    fl.recalibrate(model, batches)
+    assert loss() < before + 0.1
+
+
+class PerDomain(nn.Module):
+    """One BN per domain; a batch has one domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm1d(8) for _ in range(3)])
+
+    def forward(self, x: Any, domain: int) -> Any:
+        return self.head(functional.relu(self.norms[domain](self.features(x))))
+
+
+def test_a_site_that_only_later_batches_call_moves() -> None:
+    torch.manual_seed(0)
+    model = PerDomain()
+    batches = [
+        (x, i % 3, x[:, :3].argmax(1)) for i in range(9) for x in [torch.randn(32, 6) + i % 3]
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+
+    def step(m: Any, batch: Any) -> Any:
+        x, domain, y = batch
+        return functional.cross_entropy(m(x, domain), y, reduction="none")
+
+    for _ in range(40):
+        for batch in batches:
+            optimizer.zero_grad()
+            step(model, batch).mean().backward()
+            optimizer.step()
+    model.norms[2].running_mean += 3
+    report = fl.diagnose(model, batches, step=step, verbose=0)
+    assert report.causes[0].sites == ("norms/2",)
+    assert "STATS_NEVER_UPDATED" not in {cause.code for cause in report.causes}
+
+
 def test_a_momentum_encoder_that_moves_in_forward_is_put_back() -> None:
     class Momentum(nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,129 @@
+"""What modules keep beside their parameters, remembered and put back."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+#: What every module has; its tables of parameters and hooks are not the user's state.
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NOT_KEPT = OF_EVERY_MODULE - {"training"}
+
+
+def state_kept(modules: Sequence[Any]) -> Callable[[], None]:
+    """Remember what modules keep beside their parameters; returns what puts it back.
+
+    That is every tensor, with its value, and plain attributes; of containers what they hold. A
+    class of a user's own may put a new tensor in the place of a buffer, keep tensors as plain
+    attributes, count its calls, and draw from a generator of its own.
+    """
+    tensors, attributes = _tensors_kept(modules), _attributes_kept(modules)
+
+    def restore() -> None:
+        attributes()
+        tensors()
+
+    return restore
+
+
+def gradients_kept(model: Any) -> Callable[[], None]:
+    """Remember the gradients of parameters, which a step takes off or sets to zero."""
+    kept = [
+        (parameter, gradient, None if gradient is None else gradient.detach().clone())
+        for parameter in model.parameters()
+        for gradient in [parameter.grad]
+    ]
+
+    def restore() -> None:
+        for parameter, gradient, value in kept:
+            parameter.grad = gradient
+            if gradient is not None and not same_values(gradient.detach(), value):
+                gradient.detach().copy_(value)
+
+    return restore
+
+
+def _attributes_kept(modules: Sequence[Any]) -> Callable[[], None]:
+    kept = [
+        (vars(module), {k: v for k, v in vars(module).items() if k not in _NOT_KEPT})
+        for module in modules
+    ]
+    values = [value for _, own in kept for value in own.values()]
+    held = [(value, value.copy()) for value in values if type(value) in (list, dict, set, deque)]
+    drawn = [back for value in values if (back := _generator_kept(value)) is not None]
+
+    def restore() -> None:
+        for attributes, own in kept:
+            for name in [k for k in attributes if k not in own and k not in _NOT_KEPT]:
+                del attributes[name]
+            attributes.update(own)
+        for container, before in held:
+            container.clear()
+            add = container.extend if isinstance(container, (list, deque)) else container.update
+            add(before)
+        for back in drawn:
+            back()
+
+    return restore
+
+
+def _generator_kept(value: Any) -> Callable[[], None] | None:
+    """Remember a generator of random numbers; ``None``: it is none."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        source = value.bit_generator
+        return partial(setattr, source, "state", source.state)
+    return None
+
+
+def _tensors_kept(modules: Sequence[Any]) -> Callable[[], None]:
+    kept = [
+        (holder, name, value, value.detach().clone(), _counter(value))
+        for module in modules
+        for holder in (module._buffers, vars(module))
+        for name, value in holder.items()
+        if isinstance(value, torch.Tensor) and not value.requires_grad
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for holder, name, tensor, value, counter in kept:
+                holder[name] = tensor
+                if not same_values(tensor, value):
+                    with counter:
+                        tensor.copy_(value)
+
+    return restore
+
+
+def _counter(tensor: Any) -> Any:
+    """Set the count of writes to a tensor back on exit to what it is now.
+
+    Autograd refuses a backward pass through a tensor that was written to since it was saved. One
+    that holds its value again is as it was.
+    """
+    if tensor.is_inference():
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tensor)
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two tensors of one shape hold the same; NaN equals NaN, sparse ones are filled."""
+    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (a, b))
+    if torch.equal(a, b):
+        return True
+    nan = a.isnan()
+    return bool(torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan]))
