@@ -233,14 +233,13 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
     found = case.measurement.sites.get(path)
     if found is None:
         return None
-    if len(found.uses) > 1:
-        apart = _uses_apart(found.uses)
-        # Of an average that lags the data may leave little, even with one for all uses.
-        lags = (case.old_share(path) or 0.0) > OLD_SHARE
-        lags = lags and -case.change("population", "inference") > MOST * abs(case.bn_gap)
-        # An average over all uses lies between them; what lies elsewhere is off for another reason.
-        if apart > FAR and case.mismatch(path) <= 2 * apart and not lags:
-            return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
+    apart = uses_apart(case, path)
+    # What exact statistics close is not that there is one average for all uses.
+    closed = -case.change("population", "inference") > MOST * abs(case.bn_gap)
+    lags = closed and (case.old_share(path) or 0.0) > OLD_SHARE
+    # An average over all uses lies between them; what lies elsewhere is off for another reason.
+    if apart > FAR and case.mismatch(path) <= 2 * apart and not lags:
+        return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
     if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -578,8 +577,10 @@ def _stored_apart(site: SiteMeasurement, mean: Array, variance: Array) -> float:
     return normals_apart((site.stored_mean, site.stored_variance), (mean, variance))
 
 
-def _uses_apart(uses: tuple[tuple[Array, Array], ...]) -> float:
+def uses_apart(case: Case, path: str) -> float:
     """Largest distance of two uses of a shared layer, in standard deviations, median channel."""
+    found = case.measurement.sites.get(path)
+    uses = () if found is None else found.uses
     apart = 0.0
     for index, (mean, variance) in enumerate(uses):
         for other_mean, other_variance in uses[index + 1 :]:

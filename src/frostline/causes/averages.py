@@ -15,6 +15,7 @@ from frostline.causes.assignment import (
     abrupt_onset,
     began_at_initial,
     explained_by_input,
+    uses_apart,
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
 from frostline.causes.registry import cause
@@ -331,6 +332,7 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """
     paths = _of(CauseCode.MIXED_SOURCES, assigned)
     if not paths:
+        yield from _left_by_lag(case, assigned)
         return
     worse = max(0.0, -case.change("population", "inference"))
     sorted_better = max(0.0, -case.change("sorted", "inference"))
@@ -348,6 +350,25 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
         certainty=_certainty(assigned, paths),
         evidence={**evidence, "bn_gap": case.bn_gap},
         settle=_settle(assigned, paths, "how the training batches were drawn"),
+        findings=case.found("FL114", sites=paths),
+    )
+
+
+def _left_by_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Shared sites whose averages lag: what exact statistics leave is that one serves all uses."""
+    apart = {path: uses_apart(case, path) for path in _of(CauseCode.EMA_LAG, assigned)}
+    paths = tuple(path for path, distance in apart.items() if distance > FAR)
+    left = -case.change("training blend", "population")
+    if not paths or left <= 0 or not case.inference_is_worse:
+        return
+    yield Claim(
+        code=CauseCode.MIXED_SOURCES,
+        message=f"{count(len(paths), 'site')} mix sources: one average serves inputs that are "
+        f"{number(max(apart.values()))} standard deviations apart",
+        sites=paths,
+        amount=left,
+        certainty="is",
+        evidence={"uses_apart": max(apart.values()), "bn_gap": case.bn_gap},
         findings=case.found("FL114", sites=paths),
     )
 

@@ -155,8 +155,10 @@ def test_one_average_for_frames_that_differ_is_no_leak(wrapper: str) -> None:
     model = compiled(keras.Model(inputs, keras.layers.Dense(CLASSES, activation="softmax")(h)))
     model.fit(video, y, batch_size=32, epochs=8, verbose=0)
     report = fl.diagnose(model, (video, y), verbose=0, max_samples=64)
-    assert report.causes[0].code == "MIXED_SOURCES"
-    assert "BATCH_LEAK" not in {cause.code for cause in report.causes}
+    # The average lags, too; that exact statistics do not close all is that there is one for both.
+    codes = {cause.code for cause in report.causes}
+    assert "MIXED_SOURCES" in codes
+    assert codes <= {"MIXED_SOURCES", "EMA_LAG"}
     fl.recalibrate(model, video)
     once = values(model)
     fl.recalibrate(model, video)

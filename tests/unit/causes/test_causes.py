@@ -569,7 +569,18 @@ def test_an_average_that_lags_at_a_shared_site(steps: int, expected: str):
     uses = ((one, np.ones(CHANNELS)), (other, np.ones(CHANNELS)))
     sites = {"bn1": site_measurement("bn1", shift=0.4, uses=uses)}
     made = measurement(GAP, shares=[1.0], paths=("bn1",), sites=sites)
-    assert codes(causes(facts({"bn1": {"calls": 2}}, steps=steps), made, []))[0] == expected
+    assert codes(causes(facts({"bn1": {"calls": 2}}, steps=steps), made, [])) == [expected]
+
+
+def test_what_exact_statistics_leave_at_a_shared_site_that_lags():
+    one, other = np.zeros(CHANNELS), np.full(CHANNELS, 5.0)
+    uses = ((one, np.ones(CHANNELS)), (other, np.ones(CHANNELS)))
+    sites = {"bn1": site_measurement("bn1", shift=0.4, uses=uses)}
+    probes = {**GAP, "population": (0.28, 0.9), "population unfrozen": (0.28, 0.9)}
+    made = measurement(probes, shares=[1.0], paths=("bn1",), sites=sites)
+    found = causes(facts({"bn1": {"calls": 2}}, steps=60), made, [])
+    assert codes(found) == ["EMA_LAG", "MIXED_SOURCES"]
+    assert [cause.share for cause in found] == [pytest.approx(0.8), pytest.approx(0.2)]
 
 
 def test_uses_that_no_one_average_serves():

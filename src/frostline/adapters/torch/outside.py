@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def outside_kept(root: Any) -> Iterator[None]:
             while _hooks:
                 _hooks[-1].remove()
                 _hooks.pop()
-            with torch._C.DisableTorchFunction():  # no call of the user's
+            with _unseen():
                 for back in reversed(_backs):
                     back()
             _backs.clear()
@@ -66,6 +67,18 @@ def outside_kept(root: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Let modes that watch what the user's code calls see nothing of a block.
+
+    By itself the switch would stay where an interruption hits the very call of its exit.
+    """
+    switch = torch._C.DisableTorchFunction()
+    with taken_back(partial(switch.__exit__, None, None, None)):
+        switch.__enter__()
+        yield
+
+
 def _note(module: Any, _: Any) -> None:
     """Remember a module of another model before its first call."""
     if _here.root is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -75,6 +88,6 @@ def _note(module: Any, _: Any) -> None:
     if id(module) in _here.inside or id(module) in _seen:
         return
     others = [m for m in module.modules() if id(m) not in _here.inside and id(m) not in _seen]
-    with torch._C.DisableTorchFunction():
+    with _unseen():
         _backs.append(state_kept(others))
     _seen.update((id(other), other) for other in others)
