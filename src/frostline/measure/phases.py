@@ -278,11 +278,12 @@ def _both_phases(
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
                 passes[phase].add(outcome, batch.count or 1)
-        if step is None and not without and not remarks:
+        # Without labels it may have a loss that it computes itself.
+        if step is None and not remarks and (not without or passes["0"].known):
             try:
                 dynamic = dict(adapter.evaluate(_tuples(data, batch_size)))
             except FrostlineError:  # a model whose own evaluate has no loss has no dynamic phase
-                if passes["0"].known:
+                if passes["0"].known and not without:
                     raise
     remarks = [*remarks, apart] if apart else remarks
     return _Seen(passes, labels, without, remarks, weighted, dynamic)
@@ -583,8 +584,10 @@ def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
 
 def _tuples(data: Any, batch_size: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches(data, batch_size=batch_size):
-        parts = (batch.x, batch.y, batch.sample_weight)
-        yield tuple(_without_lists(part) for part in parts[: 2 + (parts[2] is not None)])
+        parts = [batch.x, batch.y, batch.sample_weight]
+        while len(parts) > 1 and parts[-1] is None:
+            parts.pop()
+        yield tuple(map(_without_lists, parts))
 
 
 def _without_lists(value: Any) -> Any:

@@ -475,7 +475,10 @@ class _KerasTrainings(_Trainings):
         self.objective = adapter.objective()
         self.held = collect(self.validation, batch_size=self.batch_size)
         if self.held.y is None:
-            raise DataError("validation needs labels: pass (x, y). Received: inputs alone")
+            raise DataError(
+                "validation needs labels: pass (x, y); where the model's own loss reads none, the "
+                "inputs again, (x, x), here and as data. Received: inputs alone"
+            )
         if isinstance(self.data, tuple):
             self.steps = -(-len(collect(self.data)) // self.batch_size)
         else:

@@ -569,7 +569,9 @@ def test_an_average_that_lags_at_a_shared_site(steps: int, expected: str):
     uses = ((one, np.ones(CHANNELS)), (other, np.ones(CHANNELS)))
     sites = {"bn1": site_measurement("bn1", shift=0.4, uses=uses)}
     made = measurement(GAP, shares=[1.0], paths=("bn1",), sites=sites)
-    assert codes(causes(facts({"bn1": {"calls": 2}}, steps=steps), made, [])) == [expected]
+    found = codes(causes(facts({"bn1": {"calls": 2}}, steps=steps), made, []))
+    assert found[0] == expected
+    assert ("EMA_LAG" in found) != ("MIXED_SOURCES" in found)
 
 
 def test_what_exact_statistics_leave_at_a_shared_site_that_lags():
@@ -578,9 +580,9 @@ def test_what_exact_statistics_leave_at_a_shared_site_that_lags():
     sites = {"bn1": site_measurement("bn1", shift=0.4, uses=uses)}
     probes = {**GAP, "population": (0.28, 0.9), "population unfrozen": (0.28, 0.9)}
     made = measurement(probes, shares=[1.0], paths=("bn1",), sites=sites)
-    found = causes(facts({"bn1": {"calls": 2}}, steps=60), made, [])
-    assert codes(found) == ["EMA_LAG", "MIXED_SOURCES"]
-    assert [cause.share for cause in found] == [pytest.approx(0.8), pytest.approx(0.2)]
+    found = {c.code: c for c in causes(facts({"bn1": {"calls": 2}}, steps=60), made, [])}
+    assert found["MIXED_SOURCES"].share == pytest.approx(0.2)
+    assert found["MIXED_SOURCES"].sites == ("bn1",)
 
 
 def test_uses_that_no_one_average_serves():

@@ -30,10 +30,10 @@ def prepared(model: Any, x: Any, y: Any = None, weight: Any = None) -> tuple[Any
 
 
 def all_prepared(model: Any, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Every ``(x, y[, sample_weight])`` tuple, prepared."""
+    """Every ``(x[, y[, sample_weight]])`` tuple, prepared; tf.data takes no ``None`` at its end."""
     for batch in batches:
-        x, y, weight = prepared(model, *batch)
-        yield (x, y) if weight is None else (x, y, weight)
+        parts = prepared(model, *batch)
+        yield parts[: max(i for i, part in enumerate(parts, 1) if i == 1 or part is not None)]
 
 
 def own(model: Any, name: str) -> bool:

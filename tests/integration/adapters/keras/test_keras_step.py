@@ -365,3 +365,32 @@ def test_several_inputs_in_a_list_have_the_loss_of_evaluate() -> None:
     losses = {row.phase: row.loss for row in found.rows}
     assert losses["dynamic"] == pytest.approx(own, rel=1e-5)
     assert losses["0"] == pytest.approx(own, rel=1e-5)
+
+
+class Reads(keras.layers.Layer):
+    """Adds a loss of what it sees, whose gradient nobody needs."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+class Rebuilds(keras.Model):
+    """Its loss is how far the outputs are from the inputs."""
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **_: Any) -> Any:
+        return keras.ops.mean(keras.ops.square(x - y_pred))
+
+
+@pytest.mark.parametrize("kind", ["compute_loss", "add_loss"])
+def test_a_loss_without_labels_has_the_phase_of_evaluate(kind: str) -> None:
+    inputs = keras.Input((6,))
+    h = keras.layers.BatchNormalization()(keras.layers.Dense(6)(inputs))
+    added = kind == "add_loss"
+    model = keras.Model(inputs, Reads()(h)) if added else Rebuilds(inputs, h)
+    model.compile("sgd")
+    x = np.random.default_rng(0).normal(1, 2, (48, 6)).astype("float32")
+    own = model.evaluate(x, verbose=0, batch_size=16)
+    found = fl.phases(model, x, batch_size=16)
+    assert found["dynamic"].loss == pytest.approx(own, rel=1e-5)
+    assert found["0"].loss == pytest.approx(own, rel=1e-5)
