@@ -378,7 +378,10 @@ class Reads(keras.layers.Layer):
 class Rebuilds(keras.Model):
     """Its loss is how far the outputs are from the inputs."""
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, **_: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        del y, sample_weight, training
         return keras.ops.mean(keras.ops.square(x - y_pred))
 
 
