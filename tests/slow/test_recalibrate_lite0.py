@@ -84,8 +84,9 @@ def flat(values: Any) -> Any:
 def handed_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Path -> the inputs that moments were formed of, as further outputs of what is compiled."""
     seen: dict[str, list[Any]] = {}
-    sums, add, normalised = (
-        getattr(keras_moments, name) for name in ("_sums", "_moments", "_normalised")
+    sums, add, normalised, both = (
+        getattr(keras_moments, name)
+        for name in ("_sums", "_moments", "_normalised", "_summed_and_normalised")
     )
 
     def look(found: Any) -> Any:
@@ -98,6 +99,12 @@ def handed_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         keras_moments, "_normalised", lambda layer, x, e: normalised(layer, x, e[:-1])
     )
     monkeypatch.setattr(keras_moments, "_moments", look)
+
+    def on_torch(layer: Any, x: Any) -> Any:
+        entry, outputs = both(layer, x)
+        return (*entry, x), outputs
+
+    monkeypatch.setattr(keras_moments, "_summed_and_normalised", on_torch)
     return seen
 
 

@@ -319,6 +319,10 @@ def _watching(
         @functools.wraps(call)
         def watched(*args: Any, **kwargs: Any) -> Any:
             x, mask = _bn_arguments(layer, args, kwargs)
+            if normalise and mask is None and _can_share(layer, x):
+                entry, outputs = _summed_and_normalised(layer, x)
+                sums[path].append(entry)
+                return outputs
             entry = _sums(x, layer.axis, mask)
             sums[path].append(entry)
             return _normalised(layer, x, entry) if normalise else call(*args, **kwargs)
@@ -333,11 +337,8 @@ def _watching(
 
 def _normalised(layer: Any, x: Any, entry: tuple[Any, ...]) -> Any:
     """What the layer gives with the statistics of this batch (blend λ = 1)."""
-    count, shift, first, second = entry
-    dtype = shift.dtype
-    rest = ops.maximum(ops.cast(count, dtype), 1)
-    offset = ops.sum(first, axis=0) / rest
-    variance = ops.maximum(ops.sum(second, axis=0) / rest - ops.square(offset), 0)
+    shift, dtype = entry[1], entry[1].dtype
+    offset, variance = _of_batch(*entry)
     outputs = ops.batch_normalization(
         x=ops.cast(x, dtype),
         mean=shift + offset,
@@ -350,9 +351,59 @@ def _normalised(layer: Any, x: Any, entry: tuple[Any, ...]) -> Any:
     return ops.cast(outputs, layer.compute_dtype)
 
 
+def _of_batch(count: Any, shift: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """How far the mean is from ``shift``, and the biased variance."""
+    rest = ops.maximum(ops.cast(count, shift.dtype), 1)
+    offset = ops.sum(first, axis=0) / rest
+    return offset, ops.maximum(ops.sum(second, axis=0) / rest - ops.square(offset), 0)
+
+
+def _can_share(layer: Any, x: Any) -> bool:
+    """Whether sums and outputs of a layer can come from one tensor, as those of torch can."""
+    if keras.backend.backend() != "torch" or x.requires_grad:
+        return False
+    return bool(layer.axis % x.ndim == x.ndim - 1 and x.is_contiguous() and x.numel())
+
+
+def _summed_and_normalised(layer: Any, x: Any) -> tuple[tuple[Any, Any, Any, Any], Any]:
+    """On torch: :func:`_sums` and :func:`_normalised`, which both begin with the deviations."""
+    import torch
+
+    from frostline.adapters.torch.calls import pieces
+
+    rows, shift = _rows(x)
+    deviations, sums = torch.empty_like(rows), []
+    parts = pieces(deviations)
+    memory = torch.empty_like(parts[0])
+    for given, part in zip(pieces(rows), parts, strict=True):
+        torch.sub(given, shift, out=part)
+        sums.append((part.sum(1), torch.square(part, out=memory[: len(part)]).sum(1)))
+    first, second = (torch.cat(each) for each in zip(*sums, strict=True))
+    entry = ops.convert_to_tensor(rows.shape[0] * rows.shape[1], "int32"), shift, first, second
+    offset, variance = _of_batch(*entry)
+    scale = torch.rsqrt(variance + layer.epsilon)
+    if layer.gamma is not None:
+        scale = scale * ops.cast(layer.gamma, shift.dtype)
+    rest = -offset * scale
+    if layer.beta is not None:
+        rest = rest + ops.cast(layer.beta, shift.dtype)
+    outputs = torch.addcmul(rest, deviations, scale, out=deviations).reshape(x.shape)
+    return entry, ops.cast(outputs, layer.compute_dtype)
+
+
+def _rows(x: Any) -> tuple[Any, Any]:
+    """``(chunks, values, channels)``, float32 at least, and a value near the mean.
+
+    Any such value will do; the middle column spares a pass over the tensor.
+    """
+    x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    size = _chunk(tuple(x.shape[1:-1]))
+    rows = ops.reshape(x, (-1, size, x.shape[-1]))
+    return rows, ops.mean(rows[:, size // 2], axis=0)
+
+
 def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
     """Count, shift ``(c,)`` and chunk sums of ``x - shift`` and of its square, ``(chunks, c)``."""
-    x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
     rank = len(x.shape)
     if axis % rank != rank - 1:
         if mask is not None:
@@ -361,19 +412,17 @@ def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
                 f"Received: axis={axis}"
             )
         x = ops.moveaxis(x, axis, -1)
-    size = _chunk(tuple(x.shape[1:-1]))
-    rows = ops.reshape(x, (-1, size, x.shape[-1]))
+    rows, shift = _rows(x)
+    size = rows.shape[1]
     if mask is None:
         count = ops.shape(rows)[0] * size
-        # Any value near the mean will do; the middle column spares a pass over the tensor.
-        shift = ops.mean(rows[:, size // 2], axis=0)
         first, second = _chunk_sums(rows, shift, _blocks(tuple(x.shape[1:])))
     else:
         inside = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(x)[:-1])
         inside = ops.reshape(inside, (-1, size, 1))
         count = ops.sum(ops.cast(inside, "int32"))
         total = ops.sum(ops.where(inside, rows, 0), axis=(0, 1))
-        shift = total / ops.maximum(ops.cast(count, x.dtype), 1)
+        shift = total / ops.maximum(ops.cast(count, rows.dtype), 1)
         deviations = ops.where(inside, rows - shift, 0)
         first = ops.sum(deviations, axis=1)
         second = ops.sum(ops.square(deviations), axis=1)

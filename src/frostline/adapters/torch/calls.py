@@ -47,7 +47,7 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], bool]] = {
 }
 
 #: Values that a processor's cache holds; as many deviations are added up in float32 at a time.
-_BLOCK = 1 << 19
+_BLOCK = 1 << 17
 #: Up to so many values torch's own statistics are quicker.
 _FEW = 1 << 17
 

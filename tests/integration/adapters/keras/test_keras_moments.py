@@ -537,15 +537,15 @@ def test_interrupted_inside_the_model(
 ) -> None:
     model, x = build(name)
     before = bits(model)
-    original, calls = keras_moments._sums, []
+    original, calls = keras_moments._rows, []
 
-    def sums(*args: Any) -> Any:
+    def rows(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(keras_moments, "_sums", sums)
+    monkeypatch.setattr(keras_moments, "_rows", rows)
     with pytest.raises(KeyboardInterrupt):
         fl.recalibrate(model, x, method=method)
     assert bits(model) == before
