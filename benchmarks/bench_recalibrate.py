@@ -15,9 +15,10 @@ The aims of the project are 1.1 and 1.5.
 
 Since then the copies between TensorFlow and numpy from stage to stage have gone (prediction for
 ``sequential`` there: 1.6), and torch squares in place instead of into a second tensor (prediction:
-``batch`` 1.25, ``sequential`` 1.9). Then sums and outputs on torch came to share a tensor, in pieces
-for the second cache instead of the third: by the microseconds of single layers the moments cost 0.3
-of what they did, so ``batch`` 1.1. What was measured: ``docs/results/bench-recalibrate-*.json``.
+``batch`` 1.25, ``sequential`` 1.9). Then sums and outputs on torch came to share a tensor, in
+pieces for the second cache instead of the third: by the microseconds of single layers the moments
+cost 0.4 of what they did, so ``batch`` 1.1. What was measured:
+``docs/results/bench-recalibrate-*.json``.
 
 Memory: before anything else the process recalibrates a stream that makes its batches one by one, 4
 of them and then 16, with 32 MiB for activations; ``growth`` is by how much the peak of the process

@@ -158,7 +158,7 @@ def _unregistered(root: Any) -> dict[str, Any]:
         "/".join(filter(None, (name, attribute, str(key), inner))).replace(".", "/"): site
         for name, module in root.named_modules()
         for attribute, held in vars(module).items()
-        if held and isinstance(held, (list, tuple, dict)) and attribute not in OF_EVERY_MODULE
+        if isinstance(held, (list, tuple, dict)) and attribute not in OF_EVERY_MODULE
         for key, outside in (held.items() if isinstance(held, dict) else enumerate(held))
         if isinstance(outside, nn.Module)
         for inner, site in outside.named_modules()
