@@ -142,6 +142,21 @@ def cached_anywhere(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def guide_recipe(results: Sequence[dict[str, Any]]) -> str:
+    """One line per run of bench_guide_recipe.py, with its settings and the accuracy per seed."""
+    heads = ("backend", "run", "stock / ours, epoch", "ours / limit, epoch", "stock / ours, whole",
+             "accuracy with `fit`", "with `fl.fit`")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for result in results:
+        how = result["settings"]
+        run = f"{2 * how['train']} + {2 * how['validation']} images at {how['size']}², "
+        run += f"{how['epochs']} epochs"
+        ratios = [f"{result[name]:.3g}" for name in heads[2:5]]
+        accuracy = [" ".join(f"{a:.1%}" for a in result["accuracy"][k]) for k in ("stock", "ours")]
+        lines.append(f"| {' | '.join([result['backend'], run, *ratios, *accuracy])} |")
+    return "\n".join(lines)
+
+
 def _ratio(found: Mapping[str, Any]) -> str:
     low, high = found["range"]
     engine = f" {found['engine']}" if "engine" in found else ""
@@ -202,6 +217,7 @@ KINDS: Mapping[str, Callable[[Sequence[Any]], str]] = {
     "torch-prefix": torch_prefix,
     "training-limits": training_limits,
     "cached-anywhere": cached_anywhere,
+    "guide-recipe": guide_recipe,
     "many-layers": many_layers,
     "many-samples": many_samples,
 }
