@@ -117,9 +117,15 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
         text += " (they are padded to other lengths here)" if padded else ""
         text += " or a branch that the batch picks" if branches else ""
         text += ", or an operation is wrong"
+    size, lost = case.lost_to_company
+    settle = "whether the model is meant to mix samples"
+    if lost:
+        text += f"; in batches of {size} inference gives a loss {number(lost)} lower"
+        settle += f": then ask it in batches of {size}, or report the batch size with the result"
     yield Claim(
         code=CauseCode.KERNEL_BUG,
         message=f"inference outputs change {text}",
+        amount=lost or None,
         # What may be meant voids nothing that was measured.
         standing=2.0 if sure else 0.4 if branches else 0.95,
         certainty="is" if sure else "may",
@@ -128,7 +134,7 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
         if sure
         else "the same samples without padding, and a mask behind each layer that shifts zeros"
         if padded
-        else "whether the model is meant to mix samples; if not, another backend or device",
+        else f"{settle}; if not, another backend or device",
     )
 
 

@@ -299,6 +299,20 @@ class Case:
         return self.dropout_gaps[self.dropout_beside]
 
     @cached_property
+    def lost_to_company(self) -> tuple[int, float]:
+        """A batch size, and what inference saves there, where no noise is known; else 0 and 0.
+
+        Of the same samples as in the batches given; most of the gap, and no more than that.
+        """
+        gap, own = -self.dropout_gap, self.measurement.batch_size
+        if gap <= 0 or self.measurement.noise_layers:
+            return 0, 0.0
+        losses = {point.batch_size: point.inference_loss for point in self.measurement.sweep}
+        best = min(losses, key=lambda size: losses[size], default=own)
+        saved = losses[own] - losses[best] if own in losses else 0.0
+        return (best, min(saved, gap)) if saved > gap / 2 else (0, 0.0)
+
+    @cached_property
     def total_gap(self) -> float:
         """Loss in the model's own training mode minus inference; 0 when it does not matter."""
         if self.compares_outputs and not self.measurement.noise_layers:

@@ -121,7 +121,7 @@ def dropout(case: Case, assigned: Assigned) -> Iterator[Claim]:
     yield Claim(
         code=CauseCode.DROPOUT,
         message=what + text,
-        amount=abs(gap) + shifted,
+        amount=abs(gap) - case.lost_to_company[1] + shifted,
         certainty="is" if noise and len(noise) == len(kinds) else "may",
         evidence=evidence | ({"variance_shift": shifted} if shifted else {}),
         settle=None if kinds else "the code that asks for the mode: self.training, or training=",

@@ -828,6 +828,31 @@ def test_a_batch_size_that_computes_something_else():
     assert bn(found) == []
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"), [({}, "KERNEL_BUG"), ({"drop": "dropout"}, "DROPOUT")]
+)
+def test_what_inference_loses_to_its_company_is_no_dropout(kinds: Any, expected: str):
+    """Alone a sample gets what it gets in training mode: a vote over the batch, in no training."""
+    probes = {"inference": (0.7, 0.8), "training": (0.17, 0.95), "dropout": (0.17, 0.95)}
+    sweep = tuple(
+        SweepPoint(
+            batch_size=size,
+            batch_loss=loss,
+            batch_accuracy=0.9,
+            inference_loss=loss,
+            inference_change=change,
+        )
+        for size, loss, change in ((1, 0.16, 1.1), (32, 0.7, 0.0), (64, 0.72, 0.3))
+    )
+    made = measurement(
+        probes, sites={}, sweep=sweep, neighbours=0.4, noise_layers=kinds, batch_size=32
+    )
+    found = causes(ModelFacts(sites=(), layers=(), order={}), made, [])
+    assert found[0].code == expected
+    assert found[0].share == pytest.approx(1.0)
+    assert (found[0].code == "DROPOUT") or "in batches of 1" in found[0].message
+
+
 def test_batches_that_are_padded_otherwise_are_no_wrong_operation():
     seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
     point = SweepPoint(
