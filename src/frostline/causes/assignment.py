@@ -234,11 +234,8 @@ def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
     if found is None:
         return None
     apart = uses_apart(case, path)
-    # What exact statistics close is not that there is one average for all uses.
-    closed = -case.change("population", "inference") > MOST * abs(case.bn_gap)
-    lags = closed and (case.old_share(path) or 0.0) > OLD_SHARE
     # An average over all uses lies between them; what lies elsewhere is off for another reason.
-    if apart > FAR and case.mismatch(path) <= 2 * apart and not lags:
+    if apart > FAR and case.mismatch(path) <= 2 * apart and not _closed_by_lag(case, path):
         return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
     if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet
@@ -575,6 +572,13 @@ def scale_of_inputs(case: Case, assigned: Assigned) -> float | None:
 def _stored_apart(site: SiteMeasurement, mean: Array, variance: Array) -> float:
     """Distance of the stored statistics from others."""
     return normals_apart((site.stored_mean, site.stored_variance), (mean, variance))
+
+
+def _closed_by_lag(case: Case, path: str) -> bool:
+    """Whether an average lags and exact ones close most of the gap: one for all uses will do."""
+    if (case.old_share(path) or 0.0) <= OLD_SHARE:
+        return False
+    return -case.change("population", "inference") > MOST * abs(case.bn_gap)
 
 
 def uses_apart(case: Case, path: str) -> float:

@@ -363,8 +363,7 @@ def _left_by_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         return
     yield Claim(
         code=CauseCode.MIXED_SOURCES,
-        message=f"{count(len(paths), 'site')} mix sources: one average serves inputs that are "
-        f"{number(max(apart.values()))} standard deviations apart",
+        message=f"{count(len(paths), 'site')} mix sources: {_apart_text(max(apart.values()))}",
         sites=paths,
         amount=left,
         certainty="is",
@@ -373,14 +372,17 @@ def _left_by_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
+def _apart_text(apart: float) -> str:
+    return f"one average serves inputs that are {number(apart)} standard deviations apart"
+
+
 def _mixed_text(assigned: Assigned, paths: tuple[str, ...]) -> tuple[str, dict[str, float]]:
     missing, apart, pure = (
         max((assigned[path].number.get(name, 0.0) for path in paths), default=0.0)
         for name in ("missing_variance", "uses_apart", "pure_batches")
     )
     if apart:
-        text = f"one average serves inputs that are {number(apart)} standard deviations apart"
-        return text, {"uses_apart": apart}
+        return _apart_text(apart), {"uses_apart": apart}
     last = [numbers for path in paths if "last_class" in (numbers := assigned[path].number)]
     if last:
         label, off = int(last[0]["last_class"]), max(numbers["off_class"] for numbers in last)

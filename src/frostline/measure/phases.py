@@ -584,10 +584,8 @@ def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:
 
 def _tuples(data: Any, batch_size: int) -> Iterator[tuple[Any, ...]]:
     for batch in batches(data, batch_size=batch_size):
-        parts = [batch.x, batch.y, batch.sample_weight]
-        while len(parts) > 1 and parts[-1] is None:
-            parts.pop()
-        yield tuple(map(_without_lists, parts))
+        parts = (batch.x, batch.y, batch.sample_weight)
+        yield tuple(_without_lists(part) for part in parts[: 2 + (parts[2] is not None)])
 
 
 def _without_lists(value: Any) -> Any:

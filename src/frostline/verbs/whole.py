@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from frostline.adapters import Adapter, adapter_of
+from frostline.adapters import adapter_of
 from frostline.atomic import Guard, modes, surroundings, taken_back
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -23,7 +23,9 @@ def whole(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = adapter_of(model)
-        drawn = of_loaders(adapter, *args, *kwargs.values())
+        given = (*args, *kwargs.values())
+        # Of loaders that have a generator of their own; of all others the verbs take care.
+        drawn = [adapter.generators(x) for x in given if getattr(x, "generator", None) is not None]
         guard = Guard(adapter.snapshot(), surroundings(), *drawn)
         blocks = (modes(), adapter.modes(), *drawn)
         try:
@@ -40,14 +42,6 @@ def whole(verb: Verb) -> Verb:
             raise
 
     return cast(Verb, run)
-
-
-def of_loaders(adapter: Adapter, *given: Any) -> list[Callable[[], None]]:
-    """Remember the generators of loaders that have one of their own; they put them back.
-
-    Of all other generators the verbs take care.
-    """
-    return [adapter.generators(x) for x in given if getattr(x, "generator", None) is not None]
 
 
 def brief(verb: Verb) -> Verb:

@@ -43,10 +43,10 @@ def _on_jax(
 ) -> Pass:
     import jax
 
-    new = []  # what was traced, so compiled, in a call
+    new: list[bool] = []  # filled by a call that traces, and so compiles
 
     def run(values: Any, seeds: Any, blend: Any, *rest: Any) -> Any:
-        new.append(eager)
+        new.append(True)
         # Variables are arguments: what is read inside is their present value, not a constant.
         mapping = [*zip(variables, values, strict=True), *zip(states, seeds, strict=True)]
         answer = functools.partial(forward, mapping, not eager)

@@ -26,7 +26,7 @@ from frostline.adapters.torch.graph import (
     without_values,
 )
 from frostline.adapters.torch.random import forked, seeded
-from frostline.adapters.torch.state_kept import same_values, state_kept
+from frostline.adapters.torch.state_kept import gradients_kept, same_values, state_kept
 from frostline.atomic import taken_back
 from frostline.data.arrays import Table
 from frostline.data.batch import Batch
@@ -237,7 +237,9 @@ def set_inference(
 
 @contextmanager
 def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
-    """Yield the root module; modes, flags, buffers and random state are put back on any exit.
+    """Yield the root module; all but its parameters' values is put back on any exit.
+
+    That is modes, flags, gradients, what modules keep beside parameters, and random state.
 
     Args:
         model: Any torch module; wrappers are taken off.
@@ -250,8 +252,8 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if not _built(tensor):
             raise not_built(name.rpartition(".")[0].replace(".", "/"))
-    restore = state_kept([*root.modules()])
-    with modes_kept(root), forked(), taken_back(restore):
+    kept, gradients = state_kept([*root.modules()]), gradients_kept(root)
+    with modes_kept(root), forked(), taken_back(gradients), taken_back(kept):
         seeded(number)
         yield root
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from frostline.adapters.torch.state_kept import gradients_kept, state_kept
+from frostline.adapters.torch.state_kept import state_kept
 from frostline.atomic import taken_back
 
 
@@ -39,7 +39,7 @@ _hooks: list[Any] = []
 def outside_kept(root: Any) -> Iterator[None]:
     """Put back what modules that are not in ``root`` keep, if the block calls them.
 
-    That is what :func:`.state_kept` remembers. The gradients of ``root`` are put back, too.
+    That is what :func:`.state_kept` remembers.
     """
     entry, before = object(), (_here.root, _here.inside)
 
@@ -59,9 +59,6 @@ def outside_kept(root: Any) -> Iterator[None]:
     with taken_back(leave):
         _entered.add(entry)
         _here.root, _here.inside = root, None
-        if id(root) not in _seen:
-            _backs.append(gradients_kept(root))
-            _seen[id(root)] = root
         if not _hooks:
             _hooks.append(torch_module.register_module_forward_pre_hook(_note))
         yield
