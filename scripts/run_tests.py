@@ -2,10 +2,11 @@
 
 Keras reads its backend once, at import, so each backend needs processes of its own: two, which
 share the tests (``-n 0`` for one). The last line printed is ``N passed, N failed, N skipped`` over
-all processes. A static check that fails counts as one failed; so does a process that died, ran no
-test, or finished none for longer than a single test may take. The whole run has no time limit: on
-a busy machine it takes longer, and pytest prints how far it is. The exit code is 0 only when tests
-ran and none failed.
+all processes; the lines above it name what failed once more, for whoever sees only the end of the
+output. A static check that fails counts as one failed; so does a process that died, ran no test, or
+finished none for longer than a single test may take. The whole run has no time limit: on a busy
+machine it takes longer, and pytest prints how far it is. The exit code is 0 only when tests ran and
+none failed.
 
 ``FROSTLINE_TEST_BACKENDS=jax,torch`` selects backends; further arguments go to pytest.
 
@@ -24,7 +25,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,15 +57,19 @@ PROGRESS = "FROSTLINE_TEST_PROGRESS"
 
 @dataclass(frozen=True)
 class Counts:
-    """How many tests passed, failed and were skipped."""
+    """How many tests passed, failed and were skipped, and a line for each thing that failed."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    failures: tuple[str, ...] = field(default=(), compare=False)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
-            self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped
+            self.passed + other.passed,
+            self.failed + other.failed,
+            self.skipped + other.skipped,
+            self.failures + other.failures,
         )
 
     def __str__(self) -> str:
@@ -93,10 +98,20 @@ def count_results(junit: Path) -> Counts:
         cases = [case for case in ElementTree.parse(junit).iter("testcase") if case.get("name")]
     except (OSError, ElementTree.ParseError):
         return Counts()
-    outcomes = [{child.tag for child in case} for case in cases]
-    failed = sum(bool(tags & {"failure", "error"}) for tags in outcomes)
-    skipped = sum("skipped" in tags and not tags & {"failure", "error"} for tags in outcomes)
-    return Counts(len(cases) - failed - skipped, failed, skipped)
+    failed = [case for case in cases if _problem(case) is not None]
+    skipped = sum(case.find("skipped") is not None and _problem(case) is None for case in cases)
+    failures = tuple(
+        f"{case.get('classname')}.{case.get('name')}: {_problem(case)}" for case in failed
+    )
+    return Counts(len(cases) - len(failed) - skipped, len(failed), skipped, failures)
+
+
+def _problem(case: ElementTree.Element, longest: int = 300) -> str | None:
+    """The message of what failed in a test case, in one line; None where nothing did."""
+    for child in case:
+        if child.tag in {"failure", "error"}:
+            return " ".join(child.get("message", "").split())[:longest]
+    return None
 
 
 def slowest_files(junit: Path, most: int = 10) -> list[tuple[float, str]]:
@@ -135,7 +150,8 @@ def judge(counts: Counts, exit_code: int | None) -> Counts:
     ended_by_itself = exit_code in (0, 1)
     ran = counts.passed + counts.failed + counts.skipped > 0
     if not ended_by_itself or not ran or (exit_code == 1 and not counts.failed):
-        return counts + Counts(failed=1)
+        ended = "was stopped" if exit_code is None else f"ended with exit code {exit_code}"
+        return counts + Counts(failed=1, failures=(f"pytest {ended}, after {counts}",))
     return counts
 
 
@@ -165,8 +181,7 @@ def run_static_checks(only: str = "") -> Counts:
         say(f"static check: {name}")
         code = subprocess.run([str(tools / tool), *arguments], cwd=ROOT, check=False).returncode
         if code != 0:
-            say(f"static check FAILED: {name}")
-            counts += Counts(failed=1)
+            counts += Counts(failed=1, failures=(f"static check: {name}",))
     return counts
 
 
@@ -278,7 +293,7 @@ def run_backends(backends: Sequence[str], pytest_arguments: Sequence[str]) -> It
         start = time.monotonic()
         counts = run_backend(backend, pytest_arguments, first=index == 0)
         say(f"{backend}: {counts}, in {time.monotonic() - start:.0f} s")
-        yield counts
+        yield replace(counts, failures=tuple(f"{backend}: {line}" for line in counts.failures))
 
 
 def say(text: str) -> None:
@@ -299,15 +314,18 @@ def main(arguments: Sequence[str]) -> int:
     try:
         counts += run_static_checks("ruff" if quick else "")
         if checks_only:
-            return 1 if counts.failed else 0
+            backends = ()
         if quick:
             backends = (QUICK_BACKEND,)
             arguments = [*QUICK_TESTS, *(given for given in arguments if given != "--quick")]
         for counts_of_backend in run_backends(backends, arguments):
             counts += counts_of_backend
     except KeyboardInterrupt:
-        say("interrupted")
-        counts += Counts(failed=1)
+        counts += Counts(failed=1, failures=("interrupted",))
+    for failure in counts.failures:
+        say(f"FAILED {failure}")
+    if checks_only:
+        return 1 if counts.failed else 0
     print(counts, flush=True)
     return counts.exit_code
 

@@ -62,6 +62,14 @@ class TestCountResults:
             """,
         )
         assert counts == Counts(passed=3, failed=4, skipped=2)
+        names = [line.split(":")[0].rpartition(".")[2] for line in counts.failures]
+        assert names == [
+            "test_fails",
+            "test_passes_unexpectedly",
+            "test_whose_setup_fails",
+            "test_whose_teardown_fails",
+        ]
+        assert counts.failures[0].endswith("test_fails: assert False")
         assert run_tests.judge(counts, code) == counts
 
     def test_file_that_cannot_be_imported_is_a_failure(self, tmp_path: Path) -> None:
@@ -254,10 +262,10 @@ def test_failed_static_check_is_counted_and_the_others_still_run(
         "holds": [python, "-c", "print('second check ran')"],
     }
     monkeypatch.setattr(run_tests, "STATIC_CHECKS", checks)
-    assert run_tests.run_static_checks() == Counts(failed=1)
-    output = capfd.readouterr().out
-    assert "second check ran" in output
-    assert "static check FAILED: breaks" in output
+    counts = run_tests.run_static_checks()
+    assert counts == Counts(failed=1)
+    assert counts.failures == ("static check: breaks",)
+    assert "second check ran" in capfd.readouterr().out
 
 
 def test_last_line_is_the_summary_and_the_exit_code_follows_it(tmp_path: Path) -> None:
@@ -278,5 +286,7 @@ def test_last_line_is_the_summary_and_the_exit_code_follows_it(tmp_path: Path) -
         check=False,
         timeout=120,
     )
-    assert result.stdout.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
+    *_, named, summary = result.stdout.splitlines()
+    assert named.startswith("== FAILED jax: pytest ended with exit code")
+    assert summary == "0 passed, 1 failed, 0 skipped"
     assert result.returncode == 1
