@@ -18,6 +18,11 @@ from frostline.types.measured import InputMoments
 REPAIRS_PART = 0.3
 REPAIRS = 0.8
 
+#: In the right encoding the statistics of the first site fit those of training. They are no further
+#: off than with the inputs as given by more than this, in standard deviations: half of what a
+#: factor of 2 makes.
+WORSE_FIT = 0.5
+
 #: Without an accuracy, the loss in the right encoding may be at most this many times the best one.
 #: Otherwise inputs mapped to one value would look repaired: a constant answer beats one that is far
 #: off.
@@ -340,7 +345,11 @@ def _plausible(name: str, case: Case) -> bool:
     No change of contrast explains a factor of a hundred, but it explains a factor of two or an
     offset. For those the inputs must fill the range of the transformation, and the stored
     statistics must have left their initial values: on the way, another contrast may suit them.
+    With none of them may the first site's statistics fit worse.
     """
+    off = case.measurement.input_misfits
+    if name in off and off[name] > off["x"] + WORSE_FIT:
+        return False
     ends = _MILD.get(name)
     if ends is None:
         return True

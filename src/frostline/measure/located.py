@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,27 @@ def _mean_variance(seen: Sequence[Moments]) -> Array:
 def _settled(seen: Sequence[Moments]) -> tuple[Array, Array]:
     """What a settled average over these batches would hold: mean, and variance within one."""
     return functools.reduce(Moments.merge, seen).mean, _mean_variance(seen)
+
+
+def first_misfit(
+    bench: Bench, batches: Sequence[Batch], transform: Callable[[Any], Any] | None
+) -> float | None:
+    """Distance of the first site's stored statistics from what it sees of transformed inputs.
+
+    Args:
+        bench: The model.
+        batches: Some of its batches.
+        transform: Applied to the inputs; ``None``: as they are.
+
+    Returns:
+        The distance in standard deviations; ``None`` without a site.
+    """
+    run = bench.blended(0.0, record=True, transform=transform)
+    _, _, seen = bench.passes("input trials", run, batches)
+    for path in bench.paths:
+        if taken := [moments[path] for moments in seen if path in moments]:
+            return stats.normals_apart(bench.meter().stored(path), _settled(taken))
+    return None
 
 
 def _noise(seen: Sequence[Moments], whole: Moments, epsilon: float) -> float:

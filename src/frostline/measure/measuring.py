@@ -484,6 +484,11 @@ class _Run:
         probe = bench.own_probe(f"input {best}", bench.batches, transform=changes[best])
         if self._better(probe.losses, self.probes["inference"].losses):
             self.probes[probe.name] = probe
+            off = {
+                name: located.first_misfit(bench, part.batches, change)
+                for name, change in (("x", None), (best, changes[best]))
+            }
+            self.found["input_misfits"] = {k: v for k, v in off.items() if v is not None}
 
     def _better(self, losses: Array, than: Array) -> bool:
         """Lower for sure."""

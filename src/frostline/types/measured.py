@@ -302,6 +302,8 @@ class Measurement:
             (``dropout``, ``augmentation``, ``noise``).
         input_trials: Name of an input transformation -> mean inference loss with it, on the first
             samples; ``x`` is the inputs as they are, on the same samples.
+        input_misfits: The same for ``x`` and the best transformation, where one lowers the loss ->
+            distance of what the first site sees from its stored statistics, in standard deviations.
         epsilon: The default of a framework that was tried at every site without a reference.
         cost: Seconds per probe, and under ``NAME (passes)`` how often the samples went through the
             model, in passes over all of them (a derivative counts 3).
@@ -332,6 +334,7 @@ class Measurement:
     relabelled: float | None = None
     noise_layers: Mapping[str, str] = field(default_factory=dict)
     input_trials: Mapping[str, float] = field(default_factory=dict)
+    input_misfits: Mapping[str, float] = field(default_factory=dict)
     epsilon: float | None = None
     cost: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)

@@ -116,6 +116,8 @@ def test_wrong_inputs_are_repaired_at_the_input():
     model.fit(x, y, batch_size=32, epochs=12, verbose=0)
     report = fl.diagnose(model, (255 * x, y), verbose=0)
     assert report.causes[0].code == "PREPROCESS"
+    off = report.measurement.input_misfits  # the first site's statistics were taken of x/255
+    assert off["x"] > 3 > 0.3 > off["x/255"]
     assert report.remedies[0].name == "inputs as x/255"
     assert report.remedies[0].after["loss"] == pytest.approx(
         model.evaluate(x, y, verbose=0)[0], rel=1e-3, abs=1e-4

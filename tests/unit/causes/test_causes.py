@@ -971,6 +971,16 @@ def test_another_contrast_that_suits_a_lagging_average_is_no_encoding():
     assert codes(causes(facts(steps=5000), made, []))[0] == "PREPROCESS"
 
 
+def test_an_encoding_that_the_first_site_was_not_trained_on_helps_by_chance():
+    probes = {**GAP, "input (x+1)*127.5": (0.2, 0.95)}
+    for off, wanted in ((6.8, False), (0.3, True)):
+        misfits = {"x": 0.4, "(x+1)*127.5": off}
+        made = measurement(probes, shares=[0.25] * 4, sites=FAR, input_misfits=misfits)
+        found = causes(facts(steps=48), made, [])
+        assert ("PREPROCESS" in codes(found)) is wanted
+        assert "EMA_LAG" in codes(found) or wanted
+
+
 def test_wrong_inputs_and_frozen_batch_statistics_are_both_named():
     probes = {**GAP, "input x*255": (0.2, 0.95)}
     found = causes(
