@@ -15,13 +15,18 @@ from frostline.types.measured import Cause, Interval, Measurement, Probe, Remedy
 FEW = 64
 
 
-def with_unknown(sentence: str, unknown: Mapping[str, str]) -> str:
+def with_unknown(
+    sentence: str, unknown: Mapping[str, str], called: Mapping[str, str] | None = None
+) -> str:
     """A verdict that does not acquit BN where something keeps statistics in a way of its own.
 
     Args:
         sentence: The verdict without it.
         unknown: See :class:`frostline.types.facts.ModelFacts`.
+        called: Path of what hands the statistics of no site, or of several at once, to a function
+            of BN -> what it does; a step can avoid that.
     """
+    unknown = {**(called or {}), **unknown}
     if not unknown:
         return sentence
     path, kind = next(iter(unknown.items()))
@@ -31,6 +36,7 @@ def with_unknown(sentence: str, unknown: Mapping[str, str]) -> str:
     return (
         f"{sentence}; '{path}' ({kind}){more} keeps running statistics in a way of its own, "
         "which cannot be looked into: BN is not ruled out"
+        + ("; pass step= in which each network runs as a module, by itself" if called else "")
     )
 
 

@@ -220,7 +220,8 @@ def diagnose(
         report = Report(
             verdict=verdicts.with_unknown(
                 verdicts.of_measurement(measured, causes, remedies, len(checked["sites"])),
-                {**_foreign(known, measured), **known.unknown},
+                known.unknown,
+                _foreign(known, measured),
             ),
             origin=_origin(adapter, known, samples=measured.samples, seed=seed),
             causes=causes,

@@ -1015,7 +1015,14 @@ def test_models_that_are_called_at_once_acquit_nobody() -> None:
     net = Ensemble()
     data = [(inputs(0) + 3, torch.arange(16) % 3) for _ in range(3)]
     report = fl.diagnose(net, data, loss=loss, verbose=0)
-    assert "BN is not ruled out" in report.verdict
+    assert "BN is not ruled out; pass step=" in report.verdict
+
+    def step(m: Any, batch: Any) -> Any:
+        return loss(torch.stack([member(batch[0]) for member in m.members], 1), batch[1])
+
+    looked = fl.diagnose(net, data, step=step, verbose=0)
+    assert looked.causes[0].is_bn
+    assert "not ruled out" not in looked.verdict
     with pytest.raises(fl.FrostlineError, match=r"torch\.vmap.*Pass data, or step="):
         fl.recalibrate(net, data)
 

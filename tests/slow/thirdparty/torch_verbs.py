@@ -375,6 +375,8 @@ def diagnose(program: Program, model: Any) -> str:
         if not (at_rest or 0) > 1.1 * (learning or 0):
             raise RuntimeError(f"no lag to find: {learning} in training, {at_rest} at inference")
         blamed = bool(report.causes) and report.causes[0].is_bn
+        if not blamed and "BN is not ruled out; pass step=" in report.verdict:
+            raise fl.FrostlineError(report.verdict)  # a refusal that says what would decide
         require(blamed, f"BN is not blamed, at {learning:.3g} → {at_rest:.3g}: {report.verdict}")
     if program.healthy:
         blamed = any(cause.is_bn for cause in report.causes)
