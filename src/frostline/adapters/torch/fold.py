@@ -32,7 +32,12 @@ from torch.utils import _pytree as pytree
 from frostline.adapters.protocol import FoldedModel
 from frostline.adapters.torch.copying import copied, copied_for_inference
 from frostline.adapters.torch.exported import modules_again
-from frostline.adapters.torch.graph import require_runnable, site_modules, unwrapped
+from frostline.adapters.torch.graph import (
+    require_built,
+    require_runnable,
+    site_modules,
+    unwrapped,
+)
 from frostline.adapters.torch.keeping import ByHand, by_hand, mean_of, variance_of
 from frostline.adapters.torch.network import followed
 from frostline.adapters.torch.random import draws_nothing, forked, seeded
@@ -71,12 +76,7 @@ def fold(model: Any, *, sample: Any = None) -> FoldedModel:
     if not site_modules(root):
         raise ModelError(f"no BN layer: there is nothing to fold. Received: {type(root).__name__}")
     require_runnable(root)
-    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):  # older torch copies none
-            raise ModelError(
-                f"'{name}' is lazy and has seen no data yet, so there is nothing to fold; call the "
-                "model on one batch first. Received: an uninitialised module"
-            )
+    require_built(root)  # older torch copies none that is lazy
     whole = modules_again(copied(root))
     whole.eval()
     trial = _trial(whole, sample)

@@ -19,7 +19,7 @@ from frostline.adapters.torch.calls import SWITCHED, answered, as_meant
 from frostline.adapters.torch.graph import (
     is_site,
     modes_kept,
-    not_built,
+    require_built,
     set_mode,
     site_modules,
     unwrapped,
@@ -249,9 +249,7 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
         ModelError: A lazy module that has seen no data: the first pass would build it.
     """
     root = unwrapped(model)
-    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if not _built(tensor):
-            raise not_built(name.rpartition(".")[0].replace(".", "/"))
+    require_built(root)
     kept, gradients = state_kept([*root.modules()]), gradients_kept(root)
     with modes_kept(root), forked(), taken_back(gradients), taken_back(kept):
         seeded(number)
@@ -279,10 +277,6 @@ def frozen_parameters_kept(model: Any) -> Iterator[None]:
 
     with taken_back(back):
         yield
-
-
-def _built(tensor: Any) -> bool:
-    return not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
 def run(model: Any, x: Any, *, training: bool, number: int = 0) -> Any:
@@ -371,5 +365,6 @@ def state(model: Any) -> dict[str, Array]:
     return {
         name.replace(".", "/"): arrays(tensor)
         for name, tensor in unwrapped(model).state_dict().items()
-        if isinstance(tensor, torch.Tensor) and _built(tensor)
+        if isinstance(tensor, torch.Tensor)
+        and not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
     }

@@ -73,6 +73,17 @@ def not_built(name: str) -> ModelError:
     )
 
 
+def require_built(root: Any) -> None:
+    """Refuse a lazy module that has seen no data: the first pass would build it.
+
+    Raises:
+        ModelError: A parameter or buffer without a shape.
+    """
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise not_built(name.rpartition(".")[0].replace(".", "/"))
+
+
 def require_runnable(root: Any) -> None:
     """Refuse a container whose parts somebody else calls, and weights without values.
 
