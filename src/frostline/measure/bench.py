@@ -23,8 +23,8 @@ from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.measured import Probe, Task
 
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
-#: waits on disk. Few, for a diagnosis should not need much more memory than the model itself.
-WAITING = 1 << 28
+#: waits on disk. Few: four times as many were a fifth of all that a diagnosis of ResNet50 needed.
+WAITING = 1 << 26
 
 #: Passes over the samples that settle statistics where only the user's step can run the model, and
 #: the move, in standard deviations, below which they have settled.

@@ -7,6 +7,7 @@ for Keras layers and one for BN modules inside a ``TorchModuleWrapper``.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -322,20 +323,39 @@ class _TorchCall(SiteCall):
 
 
 def batch_statistics(x: Any, axis: int) -> tuple[Any, Any]:
-    """Mean and biased variance per channel, shape ``(channels,)`` each, in two passes."""
+    """Mean and biased variance per channel, shape ``(channels,)`` each, in two passes.
+
+    The derivative is formed of the input and the mean: kept are no tensors of the input's size but
+    the input, which would else take a third of the memory of a backward pass, and compile as long.
+    """
     axes = reduced(x, axis)
-    # Around a value near the mean: neither E[x²] − E[x]² nor a float32 sum of large values is right
-    # where the mean is far larger than the standard deviation.
-    shift = ops.stop_gradient(ops.mean(x[:1], axis=axes, keepdims=True))
-    deviations = x - shift
-    offset = ops.mean(deviations, axis=axes, keepdims=True)
-    if keras.backend.backend() == "torch" and not deviations.requires_grad:
-        # In the deviations' own memory: two more tensors of that size cost more than the sums.
-        squares = deviations.sub_(offset).square_()
-    else:
-        squares = ops.square(deviations - offset)
-    variance = ops.mean(squares, axis=axes)
-    return ops.reshape(shift + offset, (-1,)), variance
+
+    @ops.custom_gradient  # type: ignore[untyped-decorator]
+    def both(x: Any) -> tuple[Any, Any]:
+        # Around a value near the mean: neither E[x²] − E[x]² nor a float32 sum of large values is
+        # right where the mean is far larger than the standard deviation.
+        shift = ops.mean(x[:1], axis=axes, keepdims=True)
+        deviations = x - shift
+        offset = ops.mean(deviations, axis=axes, keepdims=True)
+        if keras.backend.backend() == "torch":
+            # In the deviations' own memory: two more tensors of that size cost more than the sums.
+            squares = deviations.sub_(offset).square_()
+        else:
+            squares = ops.square(deviations - offset)
+        mean, variance = shift + offset, ops.mean(squares, axis=axes)
+
+        def back(*given: Any, upstream: Any = None) -> Any:
+            to_mean, to_variance = (
+                ops.reshape(slope, mean.shape)
+                for slope in ops.unstack(given[-1] if upstream is None else upstream, num=2)
+            )
+            count = ops.cast(ops.size(x), x.dtype) / math.prod(mean.shape)
+            return (to_mean + 2 * to_variance * (x - mean)) / count
+
+        return ops.stack([ops.reshape(mean, (-1,)), variance]), back
+
+    mean, variance = ops.unstack(both(x), num=2)
+    return mean, variance
 
 
 def reduced(x: Any, axis: int) -> list[int]:
