@@ -23,7 +23,7 @@ from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.measured import Probe, Task
 
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
-#: waits on disk. Few: four times as many were a fifth of all that a diagnosis of ResNet50 needed.
+#: waits on disk. Few: with 256 MiB they were an eighth of all that a diagnosis of ResNet50 needed.
 WAITING = 1 << 26
 
 #: Passes over the samples that settle statistics where only the user's step can run the model, and
