@@ -1,15 +1,16 @@
-"""What waits to be read again: in memory up to a limit, beyond it in a temporary folder.
+"""What waits to be read again: in memory up to a limit, beyond it in a temporary file.
 
-Raw bytes and nothing pickled. The folder is gone when the workspace closes, on any exit.
+Raw bytes and nothing pickled, in a file without a name: it is gone when the workspace closes, on
+any exit, and when the process ends.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -32,8 +33,7 @@ class Workspace:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self.files = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._slots: _Slots | None = None
         self._open: list[IO[bytes]] = []
 
     def __enter__(self) -> Workspace:
@@ -42,8 +42,6 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         for stream in self._open:
             stream.close()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def spool(self) -> Spool:
         """An empty spool in this workspace."""
@@ -55,44 +53,77 @@ class Workspace:
         self._open.append(tempfile.TemporaryFile(prefix="frostline-", buffering=0))  # noqa: SIM115
         return self._open[-1]
 
-    def new_file(self) -> Path:
-        """A file name that is not in use."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="frostline-")
-        self.files += 1
-        return Path(self._folder.name) / f"{self.files}.bin"
+    def on_disk(self, arrays: Sequence[Any]) -> _OnDisk:
+        """Write arrays to the disk.
+
+        Raises:
+            OutputError: There is no room, or no folder.
+        """
+        try:
+            if self._slots is None:
+                self._slots = _Slots(self.stream())
+            return self._slots.write(arrays)
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep activations in the temporary folder {tempfile.gettempdir()} "
+                f"({error.strerror}); set TMPDIR to a larger disk or pass fewer samples. The model "
+                "is unchanged."
+            ) from error
+
+
+class _Slots:
+    """Slots of one file of raw bytes; what was read last is written over.
+
+    Pages that a file has are written in a fraction of the time that new ones take.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._end, self._lock = stream, 0, threading.Lock()
+        self._free: list[tuple[int, int]] = []
+
+    def write(self, held: Sequence[Any]) -> _OnDisk:
+        # Not np.save: bfloat16 is no dtype that it can read back.
+        arrays = [np.ascontiguousarray(tensor) for tensor in held]
+        size = sum(array.nbytes for array in arrays)
+        with self._lock:
+            room, place = min((s for s in self._free if s[0] >= size), default=(size, self._end))
+            if (room, place) in self._free:
+                self._free.remove((room, place))
+            else:
+                self._end += size
+            self._stream.seek(place)
+            for array in arrays:
+                left = array.reshape(-1).view(np.uint8).data
+                while left:
+                    left = left[self._stream.write(left) :]
+        forms = tuple((array.dtype, np.shape(one)) for array, one in zip(arrays, held, strict=True))
+        return _OnDisk(self, room, place, forms)
+
+    def read(self, entry: _OnDisk) -> tuple[Array, ...]:
+        arrays = [np.empty(shape, dtype) for dtype, shape in entry.forms]
+        with self._lock:
+            self._stream.seek(entry.place)
+            for array in arrays:
+                left = array.reshape(-1).view(np.uint8).data
+                while left:
+                    left = left[self._stream.readinto(left) :]  # type: ignore[attr-defined]
+        return tuple(arrays)
+
+    def free(self, entry: _OnDisk) -> None:
+        self._free.append((entry.room, entry.place))
 
 
 @dataclass(frozen=True, eq=False)
 class _OnDisk:
-    """Arrays of one batch, one after the other in a file of raw bytes."""
+    """Arrays of one batch, one after the other in a slot of a file."""
 
-    file: Path
+    slots: _Slots
+    room: int
+    place: int
     forms: tuple[tuple[Any, tuple[int, ...]], ...]
 
-    @classmethod
-    def write(cls, file: Path, held: Sequence[Any]) -> _OnDisk:
-        arrays = [np.asarray(tensor) for tensor in held]
-        try:
-            with file.open("wb") as stream:
-                for array in arrays:
-                    # Not np.save: bfloat16 is no dtype that it can read back.
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise OutputError(
-                f"cannot keep activations in the temporary folder {file.parent} "
-                f"({error.strerror}); set TMPDIR to a larger disk or pass fewer samples. The model "
-                "is unchanged."
-            ) from error
-        return cls(file, tuple((array.dtype, array.shape) for array in arrays))
-
     def read(self) -> tuple[Array, ...]:
-        arrays = []
-        with self.file.open("rb") as stream:
-            for dtype, shape in self.forms:
-                size = int(np.prod(shape)) * dtype.itemsize
-                arrays.append(np.fromfile(stream, np.uint8, size).view(dtype).reshape(shape))
-        return tuple(arrays)
+        return self.slots.read(self)
 
 
 class Spool:
@@ -112,8 +143,7 @@ class Spool:
             self.workspace.used += size
             self.entries.append((index, arrays))
         else:
-            file = self.workspace.new_file()
-            self.entries.append((index, _OnDisk.write(file, arrays)))
+            self.entries.append((index, self.workspace.on_disk(arrays)))
 
     def read(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """All batches in order; they stay."""
@@ -136,7 +166,7 @@ class Spool:
 
     def _free(self, entry: tuple[Any, ...] | _OnDisk) -> None:
         if isinstance(entry, _OnDisk):
-            entry.file.unlink()
+            entry.slots.free(entry)
         else:
             self.workspace.used -= _bytes(entry)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,17 +298,17 @@ def test_a_long_stream_is_held_one_batch_at_a_time(method: Any) -> None:
 
 
 def test_activations_spill_to_disk_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = []
-    original = Workspace.new_file
+    written: list[Any] = []
+    original = Workspace.on_disk
     monkeypatch.setattr(
-        Workspace, "new_file", lambda self: files.append(original(self)) or files[-1]
+        Workspace, "on_disk", lambda *given: written.append(original(*given)) or written[-1]
     )
     meter, roomy = Chain(4), Chain(4)
     recalibrated(meter, meter.paths, data(), batch_size=10, memory_limit=500)
     recalibrated(roomy, roomy.paths, data(), batch_size=10)
-    assert len(files) == 3 * 7  # 160 bytes a batch: three of ten fit
+    assert len(written) == 3 * 7  # 160 bytes a batch: three of ten fit
+    assert len({entry.place for entry in written}) <= 7 + 1  # what was read is written over
     assert_same(meter.statistics, roomy.statistics, rtol=0)
-    assert not any(file.exists() or file.parent.exists() for file in files)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "bool"])
@@ -331,15 +332,16 @@ def test_a_spool_returns_every_bit(dtype: str) -> None:
         assert list(spool.read()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is full")
 def test_a_full_disk_is_an_output_error_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Workspace.new_file
-    monkeypatch.setattr(Workspace, "new_file", lambda self: original(self).parent / "gone" / "x")
     meter = Chain(3)
     before = dict(meter.statistics)
-    with pytest.raises(OutputError, match="TMPDIR"):
-        recalibrated(meter, meter.paths, data(), memory_limit=0)
+    with Path("/dev/full").open("r+b", buffering=0) as full:
+        monkeypatch.setattr(Workspace, "stream", lambda _: full)
+        with pytest.raises(OutputError, match="TMPDIR"):
+            recalibrated(meter, meter.paths, data(), memory_limit=0)
     assert meter.statistics == before
 
 
