@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from frostline.causes import data
 from frostline.causes.assignment import Assigned, assign, scale_of_inputs, victims
-from frostline.causes.case import Case, Claim, number
+from frostline.causes.case import MARKED_ACCURACY, Case, Claim, number
 from frostline.causes.registry import all_causes
 from frostline.types import Finding
 from frostline.types.codes import CauseCode
@@ -154,7 +154,10 @@ def _none(case: Case) -> Cause:
     saved = max(0.0, -case.change("population", "inference"))
     settled = known is not None and math.isfinite(known.low)
     settled = settled and not (case.bn_gap or case.total_gap or saved)
-    if known is None:
+    if known is not None and not (case.bn_gap or case.total_gap) and _accuracy_alone(case):
+        text, settled = _accuracy_alone(case), False
+        settle = "recalibrate and compare by the metric that counts, on validation data"
+    elif known is None:
         text, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
         text = f"training mode and inference differ by {number(known.estimate)} in loss, and "
@@ -200,6 +203,21 @@ def _none(case: Case) -> Cause:
         message=text,
         evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
         settle=settle,
+    )
+
+
+def _accuracy_alone(case: Case) -> str:
+    """Words for an accuracy that differs where the loss does not, or the other way; else empty."""
+    first, second = case.probe("training"), case.probe("inference")
+    if first is None or second is None:
+        return ""
+    if abs(case.more_accurate(first, second)) < MARKED_ACCURACY:
+        return ""
+    exact = case.accuracy("population")
+    return (
+        f"accuracy is {second.accuracy:.1%} at inference and {first.accuracy:.1%} in training mode"
+        + ("" if exact is None else f", and {exact:.1%} with exact statistics of these data")
+        + f", but the loss does not tell the same ({number(second.loss)} and {number(first.loss)})"
     )
 
 

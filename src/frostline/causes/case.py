@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from frostline.numerics import averages
-from frostline.numerics.stats import paired_bootstrap
+from frostline.numerics.stats import paired_bootstrap, sure_difference
 from frostline.rules.predicates import (
     affine_is_trained,
     expected_behaviour,
@@ -46,6 +46,10 @@ SMALL_OF_VARIANCE = 0.002
 
 #: Unless the accuracy differs for sure, and by at least this much.
 SMALL_ACCURACY = 0.02
+
+#: Accuracy that differs by so much, in the direction of the loss, matters whatever the quotient of
+#: the losses: a network of few steps is unsure of all classes, and its loss hardly moves.
+MARKED_ACCURACY = 0.05
 
 #: Distance of stored and measured statistics, in standard deviations, below which they agree. A
 #: moving average at 0.99 over batches of 32 values is off by 0.013, at 0.9 by 0.04.
@@ -192,10 +196,12 @@ class Case:
         if first is None or second is None:
             return 0.0
         size = abs(interval.estimate)
-        if size < SMALL_SHARE * max(abs(first.loss), abs(second.loss)):
-            return 0.0
-        if size < self.floor and not self._accuracy_differs(first, second):
-            return 0.0
+        little = size < SMALL_SHARE * max(abs(first.loss), abs(second.loss))
+        if little or size < self.floor:
+            more = self.more_accurate(first, second)
+            against = more * interval.estimate > 0
+            if abs(more) < (MARKED_ACCURACY if little else SMALL_ACCURACY) or (little and against):
+                return 0.0
         return interval.estimate
 
     @cached_property
@@ -221,11 +227,9 @@ class Case:
         return True
 
     @staticmethod
-    def _accuracy_differs(first: Probe, second: Probe) -> bool:
-        if first.hits is None or second.hits is None or first.hits.shape != second.hits.shape:
-            return False
-        interval = paired_bootstrap(first.hits, second.hits, seed=_SEED)
-        return interval.excludes_zero and abs(interval.estimate) >= SMALL_ACCURACY
+    def more_accurate(first: Probe, second: Probe) -> float:
+        """Accuracy of one probe minus that of another; 0 where it is uncertain or not known."""
+        return sure_difference(first.hits, second.hits, seed=_SEED)
 
     @cached_property
     def history_excess(self) -> HistoryExcess | None:

@@ -135,6 +135,34 @@ def _colours(*, unit: bool) -> dict[str, Transform]:
     }
 
 
+def written(name: str, *, axis: int = -1, constant: str = "np.array({values})") -> str:
+    """Python that makes the encoding of a name of ``x``; see :func:`transforms`.
+
+    Args:
+        name: Of the transformation, but of none to another size.
+        axis: Of the channels: -1, or 1 where they come first.
+        constant: How an array of ``{values}`` is written.
+    """
+
+    def values(numbers: tuple[float, ...]) -> str:
+        text = constant.format(values=list(numbers))
+        return text if axis == -1 else f"{text}.reshape(3, 1, 1)"
+
+    red_first = "[..., [2, 1, 0]]" if axis == -1 else "[:, [2, 1, 0]]"
+    caffe, mean, deviation = map(values, (CAFFE_MEAN, TORCH_MEAN, TORCH_DEVIATION))
+    return {
+        "BGR": f"x{red_first}",
+        "caffe(x)": f"x{red_first} - {caffe}",
+        "caffe(255x)": f"255 * x{red_first} - {caffe}",
+        "torch(x)": f"(x / 255 - {mean}) / {deviation}",
+        "torch(255x)": f"(x - {mean}) / {deviation}",
+        "caffe⁻¹(x)": f"(x + {caffe}){red_first}",
+        "caffe⁻¹(x)/255": f"(x + {caffe}){red_first} / 255",
+        "torch⁻¹(x)": f"(x * {deviation} + {mean}) * 255",
+        "torch⁻¹(x)/255": f"x * {deviation} + {mean}",
+    }.get(name, name)
+
+
 def _floating(change: Transform, axis: int) -> Transform:
     """Apply to float32, whatever the inputs' own type, and give back a contiguous float32 array."""
 

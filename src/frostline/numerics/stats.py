@@ -259,6 +259,14 @@ def paired_bootstrap(
     return bootstrap(a - b, seed=seed, resamples=resamples, level=level)
 
 
+def sure_difference(a: Array | None, b: Array | None, *, seed: int) -> float:
+    """``mean(a − b)`` over paired samples; 0 where its interval holds 0, or one is not known."""
+    if a is None or b is None or a.shape != b.shape:
+        return 0.0
+    interval = paired_bootstrap(a, b, seed=seed)
+    return interval.estimate if interval.excludes_zero else 0.0
+
+
 def bootstrap(values: Array, *, seed: int, resamples: int = 2000, level: float = 0.95) -> Interval:
     """The interval of :func:`paired_bootstrap` from differences, shape ``(n,)`` with n >= 1."""
     count = len(values)

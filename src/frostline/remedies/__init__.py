@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from frostline.measure import Bench
-from frostline.numerics.stats import paired_bootstrap
+from frostline.numerics.stats import paired_bootstrap, sure_difference
 from frostline.remedies.candidate import Candidate, Workplace
 from frostline.remedies.registry import Attempt, all_repairs, verb_of
 from frostline.remedies.statistics import group_of
@@ -31,6 +31,9 @@ _SURE = 3.0
 
 #: Share of the present loss that a repair must save: less is not worth a change of the model.
 _MATTERS = 0.01
+
+#: Accuracy that a repair may cost.
+_LOST_ACCURACY = 0.02
 
 _SEED = 0
 
@@ -142,6 +145,8 @@ def _helps(candidate: Candidate, now: Probe, change: Interval | None) -> bool:
         return after.broken < now.broken
     if change is None or after.broken:
         return False
+    if sure_difference(after.hits, now.hits, seed=_SEED) < -_LOST_ACCURACY:
+        return False  # a lower loss at fewer right answers is a network that is less sure of all
     return change.high < 0 and -change.estimate >= _MATTERS * abs(now.loss)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from frostline.measure.inputs import DOUBLE, HALF, written
 from frostline.remedies.candidate import Candidate, Workplace
 from frostline.remedies.registry import remedy
 from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
@@ -25,6 +26,7 @@ def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
     named = {
         cause.evidence.get("trial") for cause in place.causes if cause.code == CauseCode.PREPROCESS
     }
+    constant = place.words.constant
     for name, probe in place.measurement.probes.items():
         if name.startswith(INPUT_TRIAL) and name.removeprefix(INPUT_TRIAL) in named:
             change = name.removeprefix(INPUT_TRIAL)
@@ -34,7 +36,9 @@ def fix_preprocessing(place: Workplace) -> Iterator[Candidate]:
                 treats=(CauseCode.PREPROCESS,),
                 text=f"prepare the inputs as {change}, with x as they are given now",
                 after=probe,
-                python=f"x = {change}" if set(change) <= set("x0123456789.+-*/() ") else None,
+                python=None
+                if change in (HALF, DOUBLE)
+                else f"x = {written(change, axis=place.bench.channels, constant=constant)}",
             )
 
 

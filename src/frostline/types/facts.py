@@ -41,6 +41,7 @@ class Vocabulary:
         file: Name of the file that a command to paste writes.
         file_keeps_settings: Such a file holds momentum and epsilon, not only arrays.
         inference_call: The line that runs inference.
+        constant: How an array of ``{values}`` is written, to compute with inputs.
         epsilon_line: The line that sets ``{epsilon}``, with ``{name}`` and ``{dotted}`` path.
     """
 
@@ -56,6 +57,7 @@ class Vocabulary:
     file: str = "FIXED.keras"
     file_keeps_settings: bool = True
     inference_call: str = "model(x, training=False)"
+    constant: str = "np.array({values})"
     epsilon_line: str = 'model.get_layer("{name}").epsilon = {epsilon:g}  # compile again'
 
     def momentum(self, decay: float) -> float:

@@ -955,6 +955,20 @@ def test_an_encoding_that_helps_a_little_explains_nothing():
     assert codes(found) == ["EMA_LAG"]
 
 
+def test_accuracy_that_differs_counts_where_the_loss_hardly_moves():
+    """A network of a few steps is unsure of all classes."""
+    better = (1.33, 0.46)
+    probes = {**dict.fromkeys(GAP, better), "inference": (1.37, 0.30)}
+    found = causes(facts(steps=4), measurement(probes, shares=[0.25] * 4, sites=FAR), [])
+    assert codes(found) == ["EMA_LAG"]
+    for inference, wanted in (((1.37, 0.44), "too little"), ((1.29, 0.30), "accuracy is 30.0%")):
+        made = measurement({**probes, "inference": inference}, shares=[0.25] * 4, sites=FAR)
+        (none,) = causes(facts(steps=4), made, [])
+        assert none.code == "NONE"
+        assert wanted in none.message
+        assert (none.certainty == "may") is (wanted != "too little")
+
+
 def test_in_a_regression_a_constant_answer_is_no_encoding():
     """Inputs that are mapped to one value: better than answers far off, far from the best."""
     for loss, wanted in ((0.22, False), (0.012, True)):

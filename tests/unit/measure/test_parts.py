@@ -90,6 +90,18 @@ class TestInputs:
             np.testing.assert_allclose(tried["x/127.5-1"], raw / 127.5 - 1, atol=1e-6)
         assert all(values.dtype == np.float32 for values in tried.values())
 
+    @pytest.mark.parametrize("axis", [-1, 1])
+    @pytest.mark.parametrize("scale", [1.0, 255.0])
+    def test_the_code_of_an_encoding_makes_it(self, scale: float, axis: int) -> None:
+        x = np.moveaxis(scale * pictures(0, 1), -1, axis)
+        seen = inputs.moments([Batch(x)], axis=axis)
+        assert seen is not None
+        changes = inputs.transforms(seen, axis=axis)
+        assert len(changes) == 13
+        for name, change in changes.items():
+            made = eval(inputs.written(name, axis=axis), {"np": np, "x": x})
+            np.testing.assert_allclose(made, change(x), rtol=1e-5, atol=1e-3, err_msg=name)
+
     def test_other_sizes_undo_each_other(self) -> None:
         x = pictures(0, 1)
         tried = inputs.resolutions(x.shape)

@@ -25,6 +25,7 @@ class ListedBench:
     """Condition by name -> mean loss and accuracy; notes what was asked for."""
 
     answers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    channels = -1
     asked: dict[str, Any] = field(default_factory=dict)
     refuses: bool = False
     step: Any = None
@@ -199,8 +200,14 @@ def test_the_encoding_of_the_inputs():
     assert [remedy.name for remedy in found] == ["inputs as x/255"]
     assert found[0].python == "x = x/255"
     named = tried({"input caffe(255x)": (0.1, 0.97)}, scaled("caffe(255x)"))
-    assert named[0].python is None  # no expression that could be pasted
+    assert named[0].python == "x = 255 * x[..., [2, 1, 0]] - np.array([103.939, 116.779, 123.68])"
     assert not tried({"input x/255": (0.1, 0.97)}, cause("PREPROCESS"))  # not what was found
+
+
+def test_a_lower_loss_with_fewer_right_answers_is_no_repair():
+    for accuracy, wanted in ((0.5, False), (0.69, True)):
+        found = tried({"population unfrozen": (0.62, accuracy)}, cause("BATCH_LEAK", *PATHS))
+        assert by_name(found)["recalibrate unfrozen"].recommended is wanted
 
 
 def test_names_of_classes_in_the_order_of_the_model():

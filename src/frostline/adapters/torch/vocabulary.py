@@ -21,6 +21,7 @@ TORCH = Vocabulary(
     file="FIXED.pt",
     file_keeps_settings=False,
     inference_call="model.eval()",
+    constant="torch.tensor({values})",
     epsilon_line='model.get_submodule("{dotted}").eps = {epsilon:g}',
 )
 
