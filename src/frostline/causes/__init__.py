@@ -154,10 +154,7 @@ def _none(case: Case) -> Cause:
     saved = max(0.0, -case.change("population", "inference"))
     settled = known is not None and math.isfinite(known.low)
     settled = settled and not (case.bn_gap or case.total_gap or saved)
-    if known is not None and not (case.bn_gap or case.total_gap) and _accuracy_alone(case):
-        text, settled = _accuracy_alone(case), False
-        settle = "recalibrate and compare by the metric that counts, on validation data"
-    elif known is None:
+    if known is None:
         text, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
         text = f"training mode and inference differ by {number(known.estimate)} in loss, and "
@@ -169,6 +166,13 @@ def _none(case: Case) -> Cause:
         settle = "the data and the batch size of training, and a reference, as reference="
         if saved:
             text += f"; exact statistics of these data would save {number(saved)}"
+        elif noise := case.batch_noise:
+            size, loss = noise
+            text = f"training mode, with the statistics of batches of {case.measurement.batch_size}"
+            text += f", gives a loss {number(case.bn_gap)} higher than inference, and a loss of "
+            text += f"{number(loss)} in batches of {size}: that is how much batch statistics "
+            text += "scatter, which inference does without"
+            settle = "the batch size of training, as batch_size="
         elif 0 < known.estimate < 2 * case.change("population", "inference"):
             text = f"training mode gives a loss {number(known.estimate)} higher than inference, and"
             text += " so do exact statistics of these data: the network does better with those that"
@@ -179,7 +183,10 @@ def _none(case: Case) -> Cause:
         text += "too little to look for causes, " if known.excludes_zero else ""
         text += f"but exact statistics of these data would save {number(saved)}"
         settle = "recalibrate and compare"
-        if not known.excludes_zero:
+        if any(site.uses for site in case.measurement.sites.values()):
+            text += ", which take all uses of a shared layer together; in training each use has "
+            text += "statistics of its own"
+        elif not known.excludes_zero:
             text += f", which batches of {case.measurement.batch_size} are too small to show"
             settle = f"the batch size of training, as batch_size=, or {settle}"
     elif known.excludes_zero:
@@ -195,6 +202,9 @@ def _none(case: Case) -> Cause:
         text += f"be chance ({known.level:.0%} interval {number(known.low)} to "
         text += f"{number(known.high)}, {samples} samples)"
         settle = "more samples, or validation data, as validation="
+    if accuracy := _accuracy_apart(case):
+        text, settled = text + accuracy, False
+        settle = "recalibrate and compare by the metric that counts, on validation data"
     return Cause(
         code=CauseCode.NONE.value,
         share=None,
@@ -206,18 +216,19 @@ def _none(case: Case) -> Cause:
     )
 
 
-def _accuracy_alone(case: Case) -> str:
+def _accuracy_apart(case: Case) -> str:
     """Words for an accuracy that differs where the loss does not, or the other way; else empty."""
     first, second = case.probe("training"), case.probe("inference")
     if first is None or second is None:
         return ""
-    if abs(case.more_accurate(first, second)) < MARKED_ACCURACY:
+    more = case.more_accurate(first, second)
+    if abs(more) < MARKED_ACCURACY or more * case.total_gap < 0:
         return ""
     exact = case.accuracy("population")
     return (
-        f"accuracy is {second.accuracy:.1%} at inference and {first.accuracy:.1%} in training mode"
+        f"; but accuracy is {second.accuracy:.1%} at inference and {first.accuracy:.1%} in "
+        "training mode"
         + ("" if exact is None else f", and {exact:.1%} with exact statistics of these data")
-        + f", but the loss does not tell the same ({number(second.loss)} and {number(first.loss)})"
     )
 
 

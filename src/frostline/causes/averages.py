@@ -109,7 +109,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
         f"{text}; the data are {number(max(case.mismatch(path) for path in paths))} standard "
         "deviations away" + case.untold(paths),
         sites=paths,
-        amount=_amount(case, paths),
+        amount=_amount(case, paths) or _gained(case, paths),
         standing=0.9,
         certainty="is",
         evidence={"bn_gap": case.bn_gap, "steps": float(case.steps or 0)},
@@ -288,7 +288,7 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     statistics fits. If frozen filters were fitted to the old statistics, new ones can lower
     accuracy: measure it.
     """
-    yield from _other_data_locked(case)
+    yield from _other_data_locked(case, assigned)
     paths = _of(CauseCode.DOMAIN_STATS, assigned)
     amount = _amount(case, paths)
     if pretrained_elsewhere(case, assigned):
@@ -599,9 +599,11 @@ def _extreme(case: Case, assigned: Assigned) -> Iterator[Claim]:
     )
 
 
-def _other_data_locked(case: Case) -> Iterator[Claim]:
+def _other_data_locked(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Locked sites whose statistics are not those of the data, where that costs loss."""
     locked, gained = case.with_role("locked"), case.locked_gain
+    if {*locked} <= {*_of(CauseCode.STATS_NEVER_UPDATED, assigned)}:
+        return  # they are of no data
     far = max((case.mismatch(path) for path in locked), default=0.0)
     if not gained or far <= FAR or {*locked} & {*case.of_rule("FL107")[1]}:
         return
@@ -632,6 +634,11 @@ def _other_data_locked(case: Case) -> Iterator[Claim]:
         certainty="is",
         evidence={"mismatch": far, "gained": gained},
     )
+
+
+def _gained(case: Case, paths: tuple[str, ...]) -> float | None:
+    """What exact statistics save where all locked sites are among these."""
+    return (case.locked_gain or None) if {*case.with_role("locked")} <= {*paths} else None
 
 
 def _amount(case: Case, paths: tuple[str, ...]) -> float | None:

@@ -323,6 +323,17 @@ class Case:
             return self.bn_gap
         return self.change("training", "inference")
 
+    @cached_property
+    def batch_noise(self) -> tuple[int, float] | None:
+        """A larger batch and its loss, where it ends most of what training mode loses."""
+        size, inference = self.measurement.batch_size, self.loss("inference")
+        points = {p.batch_size: p.batch_loss for p in self.measurement.sweep}
+        large = max(points, default=size)
+        if self.bn_gap <= 0 or inference is None or size not in points or large <= size:
+            return None
+        saved = points[size] - points[large]
+        return (large, points[large]) if saved > (points[size] - inference) / 2 else None
+
     @property
     def inference_is_worse(self) -> bool:
         """Inference loses to the same model at its training blend."""
@@ -599,8 +610,11 @@ class Case:
 
     @cached_property
     def untrained(self) -> bool:
-        """Every site is as a new layer is: statistics, gamma and beta, and no step is known."""
-        if self.steps or not self.sites:
+        """Every site is as a new layer is: statistics, gamma and beta, and no step is known.
+
+        Gamma and beta that cannot train tell nothing.
+        """
+        if self.steps or all(facts.site.params_frozen for facts in self.sites.values()):
             return False
         for facts in self.sites.values():
             new = initial_values(facts)

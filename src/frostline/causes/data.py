@@ -19,9 +19,9 @@ REPAIRS_PART = 0.3
 REPAIRS = 0.8
 
 #: In the right encoding the statistics of the first site fit those of training. They are no further
-#: off than with the inputs as given by more than this, in standard deviations: half of what a
-#: factor of 2 makes.
-WORSE_FIT = 0.5
+#: off than with the inputs as given by more than this, in standard deviations; a factor of 2 makes
+#: ten times as much.
+WORSE_FIT = 0.1
 
 #: Without an accuracy, the loss in the right encoding may be at most this many times the best one.
 #: Otherwise inputs mapped to one value would look repaired: a constant answer beats one that is far
@@ -297,11 +297,17 @@ def unexplained_trial(case: Case) -> Claim | None:
 
 
 def _best_gain(case: Case, *, all_names: bool = False) -> str | None:
-    """Name of the probe with the inputs in the encoding that lowers the loss most."""
+    """Name of the probe with the inputs in the encoding that lowers the loss most.
+
+    Where the first site's statistics fit worse with it, that is chance.
+    """
+    off = case.measurement.input_misfits
+    worse = {f"{INPUT_TRIAL}{name}" for name in off if off[name] > off["x"] + WORSE_FIT}
     names = [
         name
         for name in case.measurement.probes
         if name.startswith(INPUT_TRIAL)
+        and name not in worse
         and (all_names or _plausible(name.removeprefix(INPUT_TRIAL), case))
     ]
     return min(names, key=lambda name: case.change(name, "inference"), default=None)
@@ -345,11 +351,7 @@ def _plausible(name: str, case: Case) -> bool:
     No change of contrast explains a factor of a hundred, but it explains a factor of two or an
     offset. For those the inputs must fill the range of the transformation, and the stored
     statistics must have left their initial values: on the way, another contrast may suit them.
-    With none of them may the first site's statistics fit worse.
     """
-    off = case.measurement.input_misfits
-    if name in off and off[name] > off["x"] + WORSE_FIT:
-        return False
     ends = _MILD.get(name)
     if ends is None:
         return True

@@ -81,12 +81,16 @@ def of_measurement(
     # Where BN is one of several causes it is named first, and so is what is not BN.
     kinds = {cause.is_bn for cause in named if cause.share is None or cause.share > 0}
     head = "BN" if first.is_bn else "BN too" if True in kinds else "not BN"
+    rest = "" if True in kinds else _left_to_bn(measured, named)
+    if rest:
+        head = "in part"
     if first.certainty == "may":
         head = {"BN": "probably BN", "not BN": "probably not BN"}.get(head, head)
     parts = [f"{head}: {first.code}{_share(first)}, {first.message}"]
     if len(named) > 1:
         others = ", ".join(f"{cause.code}{_share(cause)}" for cause in named[1:4])
         parts.append(f"also {others}")
+    parts += [rest] if rest else []
     best = next((remedy for remedy in remedies if remedy.recommended), None)
     if best is not None:
         parts.append(f"{best.name}: {_effect(best)}")
@@ -101,6 +105,20 @@ def of_measurement(
         text = f"{measured.samples} samples tell little: the gap in loss is {interval}"
         parts.append(text if measured.samples > 1 else "1 sample tells nothing of a gap")
     return "; ".join(parts)
+
+
+def _left_to_bn(measured: Measurement, causes: Sequence[Cause]) -> str:
+    """What batch statistics do where most of the gap is theirs and no cause explains it."""
+    total, own = measured.gaps.get("total"), measured.gaps.get("bn")
+    shares = [cause.share for cause in causes if cause.share is not None]
+    if total is None or own is None or not shares or not own.loss.excludes_zero:
+        return ""
+    if sum(shares) > 1 / 2 or abs(own.loss.estimate) < abs(total.loss.estimate) / 2:
+        return ""
+    return (
+        f"{own.loss.estimate:+.3g} of {total.loss.estimate:+.3g} in loss comes with the statistics "
+        "of each batch, and no cause of that was found: BN is not ruled out"
+    )
 
 
 def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:

@@ -33,7 +33,7 @@ def parse(history: Any) -> dict[str, tuple[float, ...]]:
         Metric name -> values, all of one length; NaN where an epoch has no number.
 
     Raises:
-        DataError: Something else, or a file that cannot be read.
+        DataError: Something else, no number at all, or a file that cannot be read.
     """
     if history is None:
         return {}
@@ -50,7 +50,7 @@ def parse(history: Any) -> dict[str, tuple[float, ...]]:
 
 
 def _from_columns(table: Mapping[Any, Any]) -> dict[str, tuple[float, ...]]:
-    columns = {}
+    columns: dict[str, tuple[float | None, ...]] = {}
     for name, values in table.items():
         if str(name) in _COUNTERS:
             continue
@@ -59,9 +59,13 @@ def _from_columns(table: Mapping[Any, Any]) -> dict[str, tuple[float, ...]]:
             raise DataError(f"{_ACCEPTED} Received: {name!r}: {values!r}")
         columns[str(name)] = tuple(_number(value) for value in listed)
     most = max(map(len, columns.values()), default=0)
+    values = [value for column in columns.values() for value in column]
+    if values and not any(value is not None for value in values):
+        first = next(iter(table.values()))
+        raise DataError(f"{_ACCEPTED} None of its values is a number. Received: {first!r:.80}")
     nothing = float("nan")
     return {
-        name: column + (nothing,) * (most - len(column))
+        name: tuple(nothing if v is None else v for v in (*column, *[None] * (most - len(column))))
         for name, column in columns.items()
         if column
     }
@@ -83,9 +87,9 @@ def _rows(path: Path) -> list[Mapping[Any, Any]]:
         raise DataError(f"cannot read the history ({error}). Received: {path}") from error
 
 
-def _number(value: Any) -> float:
-    """A number; NaN for what is none (the ``NA`` of a CSVLogger)."""
+def _number(value: Any) -> float | None:
+    """A number; ``None`` for what is none (the ``NA`` of a CSVLogger)."""
     try:
         return float(np.asarray(value).reshape(()))
     except (TypeError, ValueError):
-        return float("nan")
+        return None

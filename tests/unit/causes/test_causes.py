@@ -284,6 +284,38 @@ def test_what_small_batches_do_is_no_part_of_a_gap_that_exact_statistics_close()
     assert (found[0].share, found[1].share) == (pytest.approx(1.0), None)
 
 
+def test_what_batches_scatter_by_is_said():
+    """Training mode is worse by the noise of its batches, which larger ones do not have."""
+    worse = dict.fromkeys(("training", "training blend", "batch"), (0.3, 0.9))
+    for large, wanted in ((0.12, True), (0.29, False)):
+        sweep = tuple(
+            SweepPoint(
+                batch_size=size,
+                batch_loss=loss,
+                batch_accuracy=None,
+                inference_loss=0.1,
+                inference_change=0.0,
+            )
+            for size, loss in ((2, 0.9), (32, 0.3), (128, large))
+        )
+        (none,) = causes(facts(), measurement({**NO_GAP, **worse}, sweep=sweep), [])
+        assert none.code == "NONE"
+        assert ("batch statistics scatter" in none.message) is wanted
+
+
+def test_locked_sites_at_initial_values_keep_statistics_of_no_data():
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    stuck = {path: {**FROZEN, **new} for path in PATHS}
+    probes = {**dict.fromkeys(GAP, (1.0, 0.7)), "population": (0.1, 0.97)}
+    stored = (np.zeros(CHANNELS), np.ones(CHANNELS))
+    sites = {
+        path: site_measurement(path, stored=stored, shift=0.8, ratio=SCATTERED) for path in PATHS
+    }
+    found = causes(facts(stuck, steps=50), measurement(probes, sites=sites), [])
+    assert codes(found) == ["STATS_NEVER_UPDATED"]
+    assert found[0].share == pytest.approx(1)
+
+
 def test_pretrained_lag_names_the_other_data_too():
     # One ratio in all channels of the first site: another contrast of the input.
     sites = far(*PATHS) | {"bn1": site_measurement("bn1", shift=0.5, ratio=0.16)}
@@ -961,7 +993,7 @@ def test_accuracy_that_differs_counts_where_the_loss_hardly_moves():
     probes = {**dict.fromkeys(GAP, better), "inference": (1.37, 0.30)}
     found = causes(facts(steps=4), measurement(probes, shares=[0.25] * 4, sites=FAR), [])
     assert codes(found) == ["EMA_LAG"]
-    for inference, wanted in (((1.37, 0.44), "too little"), ((1.29, 0.30), "accuracy is 30.0%")):
+    for inference, wanted in (((1.37, 0.44), "too little"), ((1.29, 0.30), "accuracy is 30.")):
         made = measurement({**probes, "inference": inference}, shares=[0.25] * 4, sites=FAR)
         (none,) = causes(facts(steps=4), made, [])
         assert none.code == "NONE"

@@ -59,6 +59,19 @@ def test_what_the_verdict_begins_with(causes: list[Cause], start: str) -> None:
     assert verdicts.of_measurement(measured(), causes, (), 4).startswith(start)
 
 
+def test_a_small_part_of_the_gap_does_not_acquit_bn() -> None:
+    """Most of the gap comes with batch statistics, and nothing explains it."""
+    own = Gap(
+        name="bn", of="training blend", minus="inference", loss=Interval(-0.8, -1, -0.6, 0.95)
+    )
+    for share, part in ((0.2, True), (0.9, False)):
+        known = measured()
+        known = replace(known, gaps={**known.gaps, "bn": own})
+        told = verdicts.of_measurement(known, [cause("DROPOUT", share)], (), 4)
+        assert told.startswith("in part: DROPOUT" if part else "not BN: DROPOUT")
+        assert ("BN is not ruled out" in told) is part
+
+
 def test_no_remedy_helps_is_an_answer() -> None:
     told = verdicts.of_measurement(measured(), [cause("SMALL_BATCH", 1.0)], [remedy()], 4)
     assert told.endswith("; no remedy that was tried helps for sure")

@@ -44,7 +44,7 @@ class TestHistory:
         path.write_text("epoch,loss\n0,NA\n1,1\n")
         assert np.isnan(parse(path)["loss"][0])
 
-    @pytest.mark.parametrize("bad", [3, {"loss": 1.0}, [1, 2], "nowhere.csv"])
+    @pytest.mark.parametrize("bad", [3, {"loss": 1.0}, [1, 2], {"loss": ["a", "b"]}, "x.csv"])
     def test_words(self, bad: Any) -> None:
         with pytest.raises(DataError, match="Received"):
             parse(bad)

@@ -31,12 +31,21 @@ def difference(model: Any, reference: Any, x: Any) -> Difference:
         x: Inputs of one batch, for the outputs of a reference that is a module.
 
     Raises:
-        ModelError: A file that holds no state, or one without a single name of the model.
+        ModelError: A file that holds no state, or one without a single name of the model, or with
+            other shapes under most of its names.
     """
     module = unwrapped(reference) if isinstance(reference, nn.Module) else None
     theirs = module.state_dict() if module is not None else read_state(reference)
     ours = unwrapped(model).state_dict()
     shared = [name for name in ours if name in theirs and _fits(ours[name], theirs[name])]
+    unlike = [name for name in ours if name in theirs and name not in shared]
+    if len(unlike) > len(shared):
+        shape = tuple(getattr(theirs[unlike[0]], "shape", ()))
+        raise ModelError(
+            f"the reference has another architecture: {len(unlike)} of its weights have other "
+            f"shapes than those of the model, '{unlike[0]}' {tuple(ours[unlike[0]].shape)}. "
+            f"Received: {shape}"
+        )
     if not shared:
         raise ModelError(
             "the reference has no parameter of this model. "

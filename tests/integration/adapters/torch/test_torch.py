@@ -528,6 +528,9 @@ def test_reference(tmp_path: Any) -> None:
     (tmp_path / "bad.pt").write_bytes(b"no state")
     with pytest.raises(ModelError, match="cannot read a state_dict"):
         TorchView(model).difference(tmp_path / "bad.pt", X)
+    narrow = {name: value[..., :1] for name, value in model.state_dict().items() if value.ndim}
+    with pytest.raises(ModelError, match=r"another architecture.*Received"):
+        TorchView(model).difference(narrow, X)
 
 
 def test_round_trip_of_a_model_with_state_outside_of_its_state_dict() -> None:
