@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -53,22 +53,33 @@ class Workspace:
         self._open.append(tempfile.TemporaryFile(prefix="frostline-", buffering=0))  # noqa: SIM115
         return self._open[-1]
 
-    def on_disk(self, arrays: Sequence[Any]) -> _OnDisk:
-        """Write arrays to the disk.
+    def keep(self, array: Any) -> Any:
+        """Take an array, or a tensor that numpy can view, in; on disk once the memory is used up.
 
         Raises:
-            OutputError: There is no room, or no folder.
+            OutputError: There is no room on the disk, or no folder.
         """
+        size = np.asarray(array).nbytes
+        if self.used + size <= self.limit:
+            self.used += size
+            return array
         try:
             if self._slots is None:
                 self._slots = _Slots(self.stream())
-            return self._slots.write(arrays)
+            return self._slots.write(np.asarray(array))
         except OSError as error:
             raise OutputError(
                 f"cannot keep activations in the temporary folder {tempfile.gettempdir()} "
                 f"({error.strerror}); set TMPDIR to a larger disk or pass fewer samples. The model "
                 "is unchanged."
             ) from error
+
+    def free(self, part: Any) -> None:
+        """Give back the room of what :meth:`keep` returned."""
+        if isinstance(part, _OnDisk):
+            part.slots.free(part)
+        else:
+            self.used -= np.asarray(part).nbytes
 
 
 class _Slots:
@@ -81,94 +92,114 @@ class _Slots:
         self._stream, self._end, self._lock = stream, 0, threading.Lock()
         self._free: list[tuple[int, int]] = []
 
-    def write(self, held: Sequence[Any]) -> _OnDisk:
+    def write(self, array: Array) -> _OnDisk:
         # Not np.save: bfloat16 is no dtype that it can read back.
-        arrays = [np.ascontiguousarray(tensor) for tensor in held]
-        size = sum(array.nbytes for array in arrays)
+        left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         with self._lock:
-            room, place = min((s for s in self._free if s[0] >= size), default=(size, self._end))
-            if (room, place) in self._free:
+            fitting = [slot for slot in self._free if slot[0] >= len(left)]
+            room, place = min(fitting, default=(len(left), self._end))
+            if fitting:
                 self._free.remove((room, place))
             else:
-                self._end += size
+                self._end += room
             self._stream.seek(place)
-            for array in arrays:
-                left = array.reshape(-1).view(np.uint8).data
-                while left:
-                    left = left[self._stream.write(left) :]
-        forms = tuple((array.dtype, np.shape(one)) for array, one in zip(arrays, held, strict=True))
-        return _OnDisk(self, room, place, forms)
+            while left:
+                left = left[self._stream.write(left) :]
+        return _OnDisk(self, room, place, array.dtype, array.shape)
 
-    def read(self, entry: _OnDisk) -> tuple[Array, ...]:
-        arrays = [np.empty(shape, dtype) for dtype, shape in entry.forms]
+    def read(self, part: _OnDisk) -> Array:
+        array = np.empty(part.shape, part.dtype)
+        left = array.reshape(-1).view(np.uint8).data
         with self._lock:
-            self._stream.seek(entry.place)
-            for array in arrays:
-                left = array.reshape(-1).view(np.uint8).data
-                while left:
-                    left = left[self._stream.readinto(left) :]  # type: ignore[attr-defined]
-        return tuple(arrays)
+            self._stream.seek(part.place)
+            while left:
+                left = left[self._stream.readinto(left) :]  # type: ignore[attr-defined]
+        return array
 
-    def free(self, entry: _OnDisk) -> None:
-        self._free.append((entry.room, entry.place))
+    def free(self, part: _OnDisk) -> None:
+        self._free.append((part.room, part.place))
 
 
 @dataclass(frozen=True, eq=False)
 class _OnDisk:
-    """Arrays of one batch, one after the other in a slot of a file."""
+    """An array in a slot of a file."""
 
     slots: _Slots
     room: int
     place: int
-    forms: tuple[tuple[Any, tuple[int, ...]], ...]
+    dtype: Any
+    shape: tuple[int, ...]
 
-    def read(self) -> tuple[Array, ...]:
-        return self.slots.read(self)
+
+def _read(parts: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(p.slots.read(p) if isinstance(p, _OnDisk) else p for p in parts)
 
 
 class Spool:
     """Batches in order, in memory while there is room.
 
     It keeps numpy arrays, or tensors that numpy can view without a copy.
+
+    Attributes:
+        moving: Position -> part of the batch that :meth:`drain` gave last, to be handed over.
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.entries: list[tuple[int, tuple[Any, ...] | _OnDisk]] = []
+        self.entries: list[tuple[int, list[Any]]] = []
+        self.moving: dict[int, Any] = {}
 
-    def append(self, index: int, arrays: tuple[Any, ...]) -> None:
-        """Keep the arrays of batch number ``index``; on disk once the memory is used up."""
-        size = _bytes(arrays)
-        if self.workspace.used + size <= self.workspace.limit:
-            self.workspace.used += size
-            self.entries.append((index, arrays))
-        else:
-            self.entries.append((index, self.workspace.on_disk(arrays)))
+    def append(
+        self, index: int, arrays: Sequence[Any], moved: Mapping[int, Any] | None = None
+    ) -> None:
+        """Keep the arrays of batch number ``index``.
+
+        Args:
+            index: Number of the batch.
+            arrays: Its arrays.
+            moved: Position -> what another spool of this workspace holds of the same values.
+        """
+        moved = moved or {}
+        keep = self.workspace.keep
+        parts = [moved[i] if i in moved else keep(array) for i, array in enumerate(arrays)]
+        self.entries.append((index, parts))
 
     def read(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """All batches in order; they stay."""
-        for index, entry in self.entries:
-            yield index, entry.read() if isinstance(entry, _OnDisk) else entry
+        for index, parts in self.entries:
+            yield index, _read(parts)
 
-    def drain(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Read once and free each batch as soon as it is handed out."""
+    def drain(self, moving: Sequence[int] = ()) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Read once and free each batch as soon as it is handed out.
+
+        Args:
+            moving: Positions that may be handed over before the next batch is asked for.
+        """
         self.entries.reverse()
         while self.entries:
-            index, entry = self.entries.pop()
-            arrays = entry.read() if isinstance(entry, _OnDisk) else entry
-            self._free(entry)
+            index, parts = self.entries.pop()
+            arrays = _read(parts)
+            self.moving = {place: parts[place] for place in moving}
+            self._free(part for place, part in enumerate(parts) if place not in moving)
             yield index, arrays
+            self._free(self.moving.values())
+
+    def hand_over(self, places: Mapping[int, int]) -> dict[int, Any]:
+        """Parts of the batch that is drained, for another spool: its position there -> the part.
+
+        Args:
+            places: Position here -> position there.
+        """
+        return {there: self.moving.pop(here) for here, there in places.items()}
 
     def clear(self) -> None:
         """Free everything."""
         while self.entries:
             self._free(self.entries.pop()[1])
 
-    def _free(self, entry: tuple[Any, ...] | _OnDisk) -> None:
-        if isinstance(entry, _OnDisk):
-            entry.slots.free(entry)
-        else:
-            self.workspace.used -= _bytes(entry)
+    def _free(self, parts: Iterable[Any]) -> None:
+        for part in parts:
+            self.workspace.free(part)
 
 
 class KeptBatches:
@@ -206,11 +237,11 @@ class KeptBatches:
 
         shells = [map_leaves(taken, part) for part in parts]
         self._spool.append(len(self._read), tuple(arrays))
-        entry = self._spool.entries[-1][1]
+        kept = self._spool.entries[-1][1]
         rest = replace(batch, x=None, y=None, sample_weight=None, whole=None)
 
         def read() -> Batch:
-            held = entry.read() if isinstance(entry, _OnDisk) else entry
+            held = _read(kept)
             made = [_again(array) for array in held]
 
             def given(leaf: Any) -> Any:
@@ -268,7 +299,3 @@ def _viewed(leaf: Any) -> Array | None:
     elif kind is not np.ndarray:
         return None
     return leaf if leaf.size and not leaf.dtype.hasobject else None
-
-
-def _bytes(arrays: Sequence[Any]) -> int:
-    return sum(np.asarray(array).nbytes for array in arrays)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,9 +139,14 @@ class _Run:
             _LOG.debug("stage %d of %d: %s", position + 1, len(programs), program.paths)
             following = None if last else workspace.spool()
             read = inputs if waiting is None else waiting.read
+            moved: Callable[[], Mapping[int, Any]] = dict
             if waiting is not None and program.passes == 1 and not program.closed:
-                read = waiting.drain
-            count = self.one_stage(program, read, following)
+                # What a residual connection adds later waits where it is.
+                shared = {*program.takes} & {*program.gives}
+                places = {program.takes.index(s): program.gives.index(s) for s in shared}
+                read = partial(waiting.drain, tuple(places))
+                moved = partial(waiting.hand_over, places)
+            count = self.one_stage(program, read, following, moved)
             if waiting is not None:
                 waiting.clear()
             waiting = following
@@ -160,8 +166,17 @@ class _Run:
         program: Program,
         read: Callable[[], Iterator[tuple[int, tuple[Array, ...]]]],
         following: Spool | None,
+        moved: Callable[[], Mapping[int, Any]],
     ) -> int:
-        """Measure and store one stage's sites, repeatedly where they depend on each other."""
+        """Measure and store one stage's sites, repeatedly where they depend on each other.
+
+        Args:
+            program: The stage.
+            read: Gives the batches, as often as it is called.
+            following: Takes what later stages need; ``None``: there is none.
+            moved: Gives what of the batch at hand goes on as it is: position in what the stage
+                gives -> part of a spool.
+        """
         stage, damped = self.meter.stage(program), Damped()
         for turn in itertools.count(1):
             total = Total([path for path in program.paths if path in self.chosen])
@@ -170,7 +185,7 @@ class _Run:
                     continue
                 outputs, seen = stage(values)
                 if total.add(number, seen) and following is not None and turn == 1:
-                    following.append(number, outputs)
+                    following.append(number, outputs, moved())
             total.merge(self.ranks)
             self.passes = max(self.passes, turn)
             before = {path: self.meter.stored(path) for path in total.used}

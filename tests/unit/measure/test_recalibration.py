@@ -13,6 +13,7 @@ import pytest
 from fake_view import FakeView
 from hypothesis import given, strategies as st
 
+from frostline.adapters import spool
 from frostline.adapters.spool import Workspace
 from frostline.adapters.staged import in_stages, with_batch_statistics
 from frostline.graph.selection import select
@@ -28,6 +29,8 @@ class Program:
     paths: tuple[str, ...]
     passes: int | None = 1
     closed: bool = False
+    takes: tuple[int, ...] = (0,)
+    gives: tuple[int, ...] = (1,)  # nothing goes on as it is
 
 
 class Chain:
@@ -299,9 +302,9 @@ def test_a_long_stream_is_held_one_batch_at_a_time(method: Any) -> None:
 
 def test_activations_spill_to_disk_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Any] = []
-    original = Workspace.on_disk
+    original = spool._Slots.write
     monkeypatch.setattr(
-        Workspace, "on_disk", lambda *given: written.append(original(*given)) or written[-1]
+        spool._Slots, "write", lambda *given: written.append(original(*given)) or written[-1]
     )
     meter, roomy = Chain(4), Chain(4)
     recalibrated(meter, meter.paths, data(), batch_size=10, memory_limit=500)
@@ -321,15 +324,31 @@ def test_a_spool_returns_every_bit(dtype: str) -> None:
         np.asfortranarray(rng.normal(size=(5, 6)).astype(dtype)),
     )
     with Workspace(0) as workspace:
-        spool = workspace.spool()
-        spool.append(7, arrays)
-        for read in (spool.read, spool.read, spool.drain):
+        kept = workspace.spool()
+        kept.append(7, arrays)
+        for read in (kept.read, kept.read, kept.drain):
             ((index, found),) = list(read())
             assert index == 7
             for ours, theirs in zip(found, arrays, strict=True):
                 assert ours.dtype == theirs.dtype
                 np.testing.assert_array_equal(ours, theirs)
-        assert list(spool.read()) == []
+        assert list(kept.read()) == []
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_what_goes_on_as_it_is_waits_where_it_is(limit: int) -> None:
+    with Workspace(limit) as workspace:
+        first, second = workspace.spool(), workspace.spool()
+        for number in range(3):
+            first.append(number, (np.full(8, number), np.full(4, -number)))
+        for number, (left, _) in first.drain([1]):
+            if number != 1:  # a batch that is left out
+                part = first.moving[1]
+                second.append(number, (left + 1, np.zeros(4)), first.hand_over({1: 1}))
+                assert second.entries[-1][1][1] is part
+        found = {number: [array[0] for array in arrays] for number, arrays in second.drain()}
+        assert found == {0: [1, 0], 2: [3, -2]}
+        assert workspace.used == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is full")

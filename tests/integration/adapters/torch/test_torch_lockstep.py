@@ -562,10 +562,8 @@ def test_a_generator_is_read_once_and_waits_on_disk_where_it_does_not_fit(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model, whole = Deep(3), Deep(3)
     written = []
-    write = spool.Workspace.on_disk
-    monkeypatch.setattr(
-        spool.Workspace, "on_disk", lambda *given: written.append(1) or write(*given)
-    )
+    write = spool._Slots.write
+    monkeypatch.setattr(spool._Slots, "write", lambda *given: written.append(1) or write(*given))
     paths = ["norms/0", "norms/1", "norms/2"]
     data = ((torch.from_numpy(np.asarray(x)) if tensors else x,) for (x,) in stream())
     recalibrated(TorchView(model).meter(paths), paths, data, memory_limit=1000)
