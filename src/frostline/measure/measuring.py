@@ -512,6 +512,7 @@ class _Run:
             whole=bench.step is not None,
             inputs=bench.adapter.inputs(),
             finite=partial(finite_samples, bench.adapter, bench.step),
+            cut=bench.samples.cut,
         )
         if isinstance(bench.samples.batches[0].y, tuple) and not samples.batches[0].y:
             raise _Skip("outputs are compared, and validation data without labels add nothing")
