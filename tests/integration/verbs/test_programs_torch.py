@@ -941,6 +941,21 @@ def test_a_step_gets_no_part_of_a_batch() -> None:
     fl.assert_frozen(net, data=data, step=step)
 
 
+def test_a_treatment_under_which_no_parameter_trains_is_named() -> None:
+    torch.manual_seed(0)
+    net, data = layers(), [(torch.randn(8, 4), torch.arange(8) % 3)]
+    net[0].requires_grad_(False), net[3].requires_grad_(False)
+    ways: Any = {"loss": F.cross_entropy, "epochs": 1, "verbose": 0}
+    ways["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1)
+    found = fl.compare(net, data, validation=data, **ways)
+    assert found.skipped["all-bn-frozen"].startswith("no parameter trains under this treatment")
+    net.requires_grad_(False)
+    with pytest.raises(fl.ModelError, match=r"no parameter trains.*unfreeze"):
+        fl.compare(net, data, validation=data, **ways)
+    fl.unfreeze(net, since=3)
+    assert fl.compare(net, data, validation=data, **ways).rows
+
+
 class Transductive(nn.Module):
     """All nodes of one graph are the batch: their matrix is the model's own."""
 
