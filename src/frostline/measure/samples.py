@@ -44,6 +44,7 @@ class Samples:
             dataset that can make other batches of them.
         source: What makes a batch of :attr:`items`.
         cut: Batches were cut where they could be.
+        given: The first batch that was cut, as it was read.
     """
 
     batches: tuple[Batch, ...]
@@ -55,6 +56,7 @@ class Samples:
     items: tuple[Any, ...] = ()
     source: Collation | None = None
     cut: bool = True
+    given: Batch | None = None
 
     def __len__(self) -> int:
         if self.divisible:
@@ -203,9 +205,14 @@ def draw(
     left = len(mixed) % size
     if left:
         notes.append(f"{left} of {len(mixed)} samples beyond the last full batch were left out")
-    cut = list(batches(take(mixed, slice(len(mixed) - left)), batch_size=size))
+    parts = list(batches(take(mixed, slice(len(mixed) - left)), batch_size=size))
     return Samples(
-        batches=tuple(cut), batch_size=size, natural=natural, read=read, notes=tuple(notes)
+        batches=tuple(parts),
+        batch_size=size,
+        natural=natural,
+        read=read,
+        notes=tuple(notes),
+        given=held[0],
     )
 
 

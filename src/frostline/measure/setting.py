@@ -13,7 +13,7 @@ from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, all_inputs, failure, take
-from frostline.data.batches import batches, is_reiterable
+from frostline.data.batches import is_reiterable
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.judged import class_labels, infer_task
 from frostline.measure.phases import (
@@ -70,11 +70,17 @@ def make_bench(
         inputs=adapter.inputs(),
         finite=partial(finite_samples, adapter, step),
     )
+    samples = drawn()
     try:
-        return _bench(adapter, drawn(), loss, step, fixed=fixed is not None)
+        return _bench(adapter, samples, loss, step, fixed=fixed is not None)
     except ModelError:
-        if not is_reiterable(data) or not _takes_no_part(adapter, data, loss, step):
+        if samples.given is None or not _takes_no_part(adapter, samples.given, loss, step):
             raise
+    if not is_reiterable(data):
+        raise ModelError(
+            "the model takes a batch as a whole and no part of it, so that the batches have to be "
+            "read again: pass a list of them. Received: an iterator, which is read once"
+        )
     return _bench(adapter, drawn(cut=False), loss, step, fixed=fixed is not None)
 
 
@@ -121,12 +127,11 @@ def _bench(
     return bench, behaviour, [*samples.notes, *judge.notes, *_few_units(bench)]
 
 
-def _takes_no_part(adapter: Adapter, data: Any, loss: Any, step: Any) -> bool:
-    """Whether the model takes the first batch of the data, and not a part of it.
+def _takes_no_part(adapter: Adapter, batch: Batch, loss: Any, step: Any) -> bool:
+    """Whether the model takes a batch, and not a part of it.
 
     A graph of all nodes is one batch: the model multiplies it with a matrix of its own.
     """
-    batch = next(batches(data, inputs=adapter.inputs(), whole=step is not None))
     forward = None if loss is None and step is None else _forward(adapter, loss, step)[0]
 
     def takes(given: Batch) -> bool:
@@ -139,7 +144,7 @@ def _takes_no_part(adapter: Adapter, data: Any, loss: Any, step: Any) -> bool:
             return False
         return True
 
-    return batch.regular and takes(batch) and not takes(take(batch, slice(WATCHED_SAMPLES)))
+    return takes(batch) and not takes(take(batch, slice(WATCHED_SAMPLES)))
 
 
 def finite_samples(adapter: Adapter, step: Any, batch: Batch) -> Array:

@@ -983,6 +983,8 @@ def test_a_batch_is_diagnosed_whole_where_the_model_takes_no_part_of_it(judged: 
     for name in ("inference", "validation inference"):
         assert report.measurement.probes[name].loss == pytest.approx(own, rel=1e-5)
     assert "taken as they come: the model takes no part" in report.measurement.notes[0]
+    with pytest.raises(fl.ModelError, match="pass a list of them"):
+        fl.diagnose(net, iter(data), verbose=0, **judged)
 
 
 def test_a_step_that_fails_on_whole_batches_too_says_what_it_raised() -> None:
