@@ -43,7 +43,7 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     evidence = {"sites": float(len(paths)), "neighbours": neighbours}
     spread = _inference_spread(case)
     texts = []
-    if neighbours == neighbours:  # NaN where no outputs are known, as with a step
+    if neighbours > 0:  # NaN where no outputs are known, as with a step
         texts.append(
             f"outputs change by up to {number(neighbours)} with the neighbours in the batch"
         )

@@ -102,6 +102,8 @@ def of_measurement(
     few = measured.samples < FEW
     if few and gap is not None and _is_known(gap.loss) and not _is_nothing(gap.loss):
         interval = f"{gap.loss.low:+.3g} to {gap.loss.high:+.3g}"
+        if np.isinf(gap.loss.low):
+            interval = f"{gap.loss.estimate:+.3g}, and one batch gives no interval"
         text = f"{measured.samples} samples tell little: the gap in loss is {interval}"
         parts.append(text if measured.samples > 1 else "1 sample tells nothing of a gap")
     return "; ".join(parts)
@@ -193,6 +195,8 @@ def first(probes: Mapping[str, Probe], *, seed: int = 0) -> str:
     shown = (
         f"first look: loss {inference.loss:.4g} at inference, {training.loss:.4g} in training mode"
     )
+    if np.isinf(gap.low):
+        return f"{shown}: a gap of {gap.estimate:+.3g}; one batch gives no interval"
     if not gap.excludes_zero:
         return f"{shown}: no certain gap ({gap.low:+.3g} to {gap.high:+.3g})"
     text = f"{shown}: a gap of {gap.estimate:+.3g} ({gap.low:+.3g} to {gap.high:+.3g})"

@@ -415,10 +415,10 @@ class _Run:
             raise _Skip("no site uses batch statistics in training")
         gap = self.interval(training.losses, stored.losses)
         if not gap.excludes_zero:
-            raise _Skip(
-                f"the BN gap is not told from 0: {gap.estimate:+.3g}, "
-                f"{100 * gap.level:.0f}% interval {gap.low:+.3g} to {gap.high:+.3g}"
-            )
+            interval = f"{100 * gap.level:.0f}% interval {gap.low:+.3g} to {gap.high:+.3g}"
+            if np.isinf(gap.low):
+                interval = "and one batch gives no interval"
+            raise _Skip(f"the BN gap is not told from 0: {gap.estimate:+.3g}, {interval}")
         sites = self.found.get("sites", {})
         self.found["attribution"] = shares.attribute(
             self.bench,
@@ -512,6 +512,7 @@ class _Run:
             whole=bench.step is not None,
             inputs=bench.adapter.inputs(),
             finite=partial(finite_samples, bench.adapter, bench.step),
+            cut=bench.samples.cut,
         )
         if isinstance(bench.samples.batches[0].y, tuple) and not samples.batches[0].y:
             raise _Skip("outputs are compared, and validation data without labels add nothing")

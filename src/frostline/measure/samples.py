@@ -43,6 +43,8 @@ class Samples:
         items: Single samples in the order of :attr:`batches`, where the data are a loader or
             dataset that can make other batches of them.
         source: What makes a batch of :attr:`items`.
+        cut: Batches were cut where they could be.
+        given: The first batch that was cut, as it was read.
     """
 
     batches: tuple[Batch, ...]
@@ -53,6 +55,8 @@ class Samples:
     divisible: bool = True
     items: tuple[Any, ...] = ()
     source: Collation | None = None
+    cut: bool = True
+    given: Batch | None = None
 
     def __len__(self) -> int:
         if self.divisible:
@@ -64,6 +68,8 @@ class Samples:
         """Why no other batches can be made of the samples; ``None``: they can."""
         if self.divisible or self.items:
             return None
+        if not self.cut:
+            return "the model takes the batches as a whole: other ones cannot be made of them"
         return (
             "the batches are no arrays of one length, and the data are no loader with a dataset of "
             "single samples and a collate function: other batches cannot be made of them"
@@ -113,6 +119,7 @@ def draw(
     whole: bool = False,
     inputs: int = 1,
     finite: Callable[[Batch], Array] | None = None,
+    cut: bool = True,
 ) -> Samples:
     """Draw samples at random, mix them and cut them into batches of one size.
 
@@ -137,6 +144,7 @@ def draw(
         inputs: So many first items of a longer batch are inputs.
         finite: Which samples the model makes finite numbers of, shape ``(n,)``: it may mask inputs
             that are not. ``None``: of finite inputs.
+        cut: The model takes parts of a batch; else all batches are taken as they come.
 
     Returns:
         The samples.
@@ -172,16 +180,17 @@ def draw(
             held.append(batch)
         read += count
         may_be_cut = batch.divisible and not batch.named if whole else batch.regular
+        may_be_cut = may_be_cut and cut
         here = _form(batch) if may_be_cut else None
         form = here if form is None else form
         if here is None or here != form:
-            source = collation_of(data, inputs)
+            source = collation_of(data, inputs) if cut else None
             if source is not None:
                 try:
                     return _collated(source, max_samples, natural, rng, notes, fixed=fixed)
                 except TypeError:  # a dataset that only its own loader can read
                     pass
-            return _as_they_come(held, stream, max_samples, notes)
+            return _as_they_come(held, stream, max_samples, notes, cut=cut)
         kept.add(batch)
     assert natural is not None  # `batches` raises when there are none
     mixed, broken = _sound(kept.mixed(), finite)
@@ -196,9 +205,14 @@ def draw(
     left = len(mixed) % size
     if left:
         notes.append(f"{left} of {len(mixed)} samples beyond the last full batch were left out")
-    cut = list(batches(take(mixed, slice(len(mixed) - left)), batch_size=size))
+    parts = list(batches(take(mixed, slice(len(mixed) - left)), batch_size=size))
     return Samples(
-        batches=tuple(cut), batch_size=size, natural=natural, read=read, notes=tuple(notes)
+        batches=tuple(parts),
+        batch_size=size,
+        natural=natural,
+        read=read,
+        notes=tuple(notes),
+        given=held[0],
     )
 
 
@@ -211,7 +225,7 @@ def _form(batch: Batch) -> Any:
 
 
 def _as_they_come(
-    held: list[Batch], stream: Iterator[Batch], max_samples: int, notes: list[str]
+    held: list[Batch], stream: Iterator[Batch], max_samples: int, notes: list[str], *, cut: bool
 ) -> Samples:
     """Whole batches: those read so far, and more up to ``max_samples``."""
     read = sum(batch.count or 1 for batch in held)
@@ -222,13 +236,15 @@ def _as_they_come(
     first = kept[0].count or 1
     if len(kept) > 2 and (kept[-1].count or 1) < first:
         notes.append(f"the last batch, of {kept.pop().count} samples, is shorter and was left out")
+    why = "they are no arrays of one length" if cut else "the model takes no part of one"
     return Samples(
         batches=tuple(kept),
         batch_size=first,
         natural=first,
         read=read,
-        notes=(*notes, "the batches are taken as they come: they are no arrays of one length"),
+        notes=(*notes, f"the batches are taken as they come: {why}"),
         divisible=False,
+        cut=cut,
     )
 
 

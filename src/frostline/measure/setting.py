@@ -13,6 +13,7 @@ from frostline.adapters import Adapter, Forward, Outcome, OutputDistance
 from frostline.adapters.protocol import Condition
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, all_inputs, failure, take
+from frostline.data.batches import is_reiterable
 from frostline.measure.bench import Bench, joined_arrays, only, task_of
 from frostline.measure.judged import class_labels, infer_task
 from frostline.measure.phases import (
@@ -57,7 +58,8 @@ def make_bench(
     """
     require_one(loss, step)
     fixed = (adapter.facts() if facts is None else facts).batch
-    samples = draw(
+    drawn = partial(
+        draw,
         data,
         max_samples=max_samples,
         batch_size=fixed or batch_size,
@@ -68,10 +70,28 @@ def make_bench(
         inputs=adapter.inputs(),
         finite=partial(finite_samples, adapter, step),
     )
+    samples = drawn()
+    try:
+        return _bench(adapter, samples, loss, step, fixed=fixed is not None)
+    except ModelError:
+        if samples.given is None or not _takes_no_part(adapter, samples.given, loss, step):
+            raise
+    if not is_reiterable(data):
+        raise ModelError(
+            "the model takes a batch as a whole and no part of it, so that the batches have to be "
+            "read again: pass a list of them. Received: an iterator, which is read once"
+        )
+    return _bench(adapter, drawn(cut=False), loss, step, fixed=fixed is not None)
+
+
+def _bench(
+    adapter: Adapter, samples: Samples, loss: Any, step: Any, *, fixed: bool
+) -> tuple[Bench, dict[str, Behaviour], list[str]]:
+    """The bench of these samples; ``fixed``: the model takes no other batch size."""
     labels = None if step is not None else _numbers([batch.y for batch in samples.batches])
     given = loss is not None or step is not None or _is_compiled(adapter)
     judge = _Judge(samples=samples, loss=loss) if given else _without_loss(adapter, samples)
-    behaviour = behaviour_of(adapter, judge.samples, whole=fixed is not None, step=step)
+    behaviour = behaviour_of(adapter, judge.samples, whole=fixed, step=step)
     if judge.first.y is None:
         labels = None
         if not given and judge.outcome is None:
@@ -105,6 +125,26 @@ def make_bench(
         noisy=bool(adapter.noise_layers()),
     )
     return bench, behaviour, [*samples.notes, *judge.notes, *_few_units(bench)]
+
+
+def _takes_no_part(adapter: Adapter, batch: Batch, loss: Any, step: Any) -> bool:
+    """Whether the model takes a batch, and not a part of it.
+
+    A graph of all nodes is one batch: the model multiplies it with a matrix of its own.
+    """
+    forward = None if loss is None and step is None else _forward(adapter, loss, step)[0]
+
+    def takes(given: Batch) -> bool:
+        try:
+            if forward is None:
+                adapter.forward(given.x, training=True)
+            else:
+                tried(forward, given, training=True)
+        except Exception:  # whatever the model's own code says to it
+            return False
+        return True
+
+    return takes(batch) and not takes(take(batch, slice(WATCHED_SAMPLES)))
 
 
 def finite_samples(adapter: Adapter, step: Any, batch: Batch) -> Array:

@@ -68,6 +68,8 @@ def _give_or_take(value: Interval) -> str:
     """The estimate with half its interval, or with both ends where it is not in the middle."""
     below, above = value.estimate - value.low, value.high - value.estimate
     estimate = wording.number(value.estimate, digits=4)
+    if math.isinf(below):
+        return f"{estimate} (no interval)"
     if math.isclose(below, above, rel_tol=1e-6):
         return f"{estimate} ± {wording.number((below + above) / 2, digits=4)}"
     low, high = (wording.number(end, digits=4) for end in (value.low, value.high))

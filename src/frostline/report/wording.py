@@ -161,9 +161,13 @@ def interval(value: Interval | None) -> str:
 
     >>> interval(Interval(-0.442, -0.497, -0.003, 0.95))
     '−0.442 (−0.497 to −0.003)'
+    >>> interval(Interval(-0.442, -math.inf, math.inf, 0.95))  # of one batch
+    '−0.442 (no interval)'
     """
     if value is None:
         return MISSING
+    if math.isinf(value.low):
+        return f"{number(value.estimate, signed=True)} (no interval)"
     size = max((abs(x) for x in (value.low, value.high) if math.isfinite(x)), default=0.0)
     digits = _digits(size)
     low, middle, high = (

@@ -38,6 +38,9 @@ def cached(
     stored; from then on they are skipped. No graph is needed, so models that ``torch.fx`` cannot
     follow are served as well: those of Hugging Face, detectors, U-Nets with skip connections.
 
+    Loaders of one model may be gone through side by side or one inside the other. A call whose
+    inputs require gradients runs as it is: rows that are stored pass none on.
+
     A sample is known by its bytes as ``model(...)`` gets them. What changes in every epoch
     (augmentation) is computed anew in every epoch; ``views`` makes it repeat.
 

@@ -231,6 +231,7 @@ class _Contest:
             with self.trainings.rehearsal(seed):
                 try:
                     treated = treatment.prepare(self.setting)
+                    self.trainings.require_weights()
                 except FrostlineError as problem:
                     if treatment.name == "now":
                         raise
@@ -452,6 +453,9 @@ class _Trainings:
         except Exception:  # code of the user's own may raise anything
             self.steps = sum(1 for _ in batches(data, batch_size=self.batch_size))
 
+    def require_weights(self) -> None:
+        """Raise where nothing is left that an optimizer could train."""
+
 
 class _KerasTrainings(_Trainings):
     """By ``fl.fit``, with the optimizer and the loss that the model was compiled with."""
@@ -582,6 +586,18 @@ class _TorchTrainings(_Trainings):
         for batch in self._through(self.held):
             yield self.trainer.judged(batch)
 
+    def _weights(self) -> list[Any]:
+        return [each for each in self.adapter.model.parameters() if each.requires_grad]
+
+    def require_weights(self) -> None:
+        """As above."""
+        if not self._weights():
+            raise ModelError(
+                "no parameter trains under this treatment, so an optimizer has nothing to do: "
+                "thaw the last layers before, for example with frostline.unfreeze(model, "
+                "since=...). Received: requires_grad=False for every parameter"
+            )
+
     def rehearsal(self, seed: int) -> AbstractContextManager[None]:
         """A block after which the module is as it was."""
         block: AbstractContextManager[None] = self.adapter.rehearsal(seed, self.data)
@@ -599,9 +615,8 @@ class _TorchTrainings(_Trainings):
             if treated.momentum is not None:
                 adapter.set_decay(moving, treated.momentum(done))
 
-        weights = [each for each in adapter.model.parameters() if each.requires_grad]
         try:
-            optimizer = self.optimizer(weights)
+            optimizer = self.optimizer(self._weights())
         except Exception as error:
             raise ModelError(
                 f"optimizer, given a list of parameters, raised {type(error).__name__}: {error} "

@@ -941,6 +941,58 @@ def test_a_step_gets_no_part_of_a_batch() -> None:
     fl.assert_frozen(net, data=data, step=step)
 
 
+def test_a_treatment_under_which_no_parameter_trains_is_named() -> None:
+    torch.manual_seed(0)
+    net, data = layers(), [(torch.randn(8, 4), torch.arange(8) % 3)]
+    net[0].requires_grad_(False), net[3].requires_grad_(False)
+    ways: Any = {"loss": F.cross_entropy, "epochs": 1, "verbose": 0}
+    ways["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1)
+    found = fl.compare(net, data, validation=data, **ways)
+    assert found.skipped["all-bn-frozen"].startswith("no parameter trains under this treatment")
+    net.requires_grad_(False)
+    with pytest.raises(fl.ModelError, match=r"no parameter trains.*unfreeze"):
+        fl.compare(net, data, validation=data, **ways)
+    fl.unfreeze(net, since=3)
+    assert fl.compare(net, data, validation=data, **ways).rows
+
+
+class Transductive(nn.Module):
+    """All nodes of one graph are the batch: their matrix is the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.eye(40).roll(1, 0))
+        self.body = layers()
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self.edges @ x)
+
+
+def in_classes(net: Any, batch: Any) -> Any:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("judged", [{"step": in_classes}, {"loss": F.cross_entropy}, {}])
+def test_a_batch_is_diagnosed_whole_where_the_model_takes_no_part_of_it(judged: Any) -> None:
+    torch.manual_seed(0)
+    net, data = Transductive(), [(torch.randn(40, 4) * 2 + 1, torch.arange(40) % 3)]
+    report = fl.diagnose(net, data, validation=data, verbose=0, max_samples=20, **judged)
+    with torch.no_grad():
+        own = F.cross_entropy(net.eval()(data[0][0]), data[0][1]).item()
+    assert report.measurement is not None
+    for name in ("inference", "validation inference"):
+        assert report.measurement.probes[name].loss == pytest.approx(own, rel=1e-5)
+    assert "taken as they come: the model takes no part" in report.measurement.notes[0]
+    with pytest.raises(fl.ModelError, match="pass a list of them"):
+        fl.diagnose(net, iter(data), verbose=0, **judged)
+
+
+def test_a_step_that_fails_on_whole_batches_too_says_what_it_raised() -> None:
+    data = [(torch.randn(40, 4), torch.arange(40) % 3)]
+    with pytest.raises(fl.ModelError, match="ZeroDivisionError"):
+        fl.diagnose(Transductive(), data, step=lambda *_: 1 / 0, verbose=0)
+
+
 def classify(net: Any, data: Any) -> None:
     """Train on batches of inputs and labels for ten epochs."""
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)

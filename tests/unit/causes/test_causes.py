@@ -840,7 +840,10 @@ def test_inference_that_uses_the_batch():
     found = causes(facts(), measurement(probes, behaviour=seen, neighbours=0.4), [])
     assert codes(found)[0] == "FORCED_TRAIN"
     assert "too good" in found[0].message
+    assert "change by up to 0.4 with the neighbours" in found[0].message
     assert found[0].certainty == "is"
+    found = causes(facts(), measurement(probes, behaviour=seen, neighbours=0.0), [])
+    assert "neighbours" not in found[0].message
 
 
 def test_a_batch_size_that_computes_something_else():

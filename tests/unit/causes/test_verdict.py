@@ -102,6 +102,8 @@ def test_few_samples_are_told() -> None:
     assert told.endswith("; 16 samples tell little: the gap in loss is -1 to -0.2")
     told = verdicts.of_measurement(measured(-np.inf, np.inf, samples=1), [cause("EMA_LAG")], (), 4)
     assert told.endswith("; 1 sample tells nothing of a gap")
+    told = verdicts.of_measurement(measured(-np.inf, np.inf, samples=16), [cause("EMA_LAG")], (), 4)
+    assert told.endswith(", and one batch gives no interval")
     told = verdicts.of_measurement(measured(-1.0, -0.2, broken=2), [cause("EMA_LAG")], (), 4)
     assert told.endswith("; 2 of 400 samples come out as NaN or infinite")
     note = "2 of 400 samples hold NaN or infinite inputs and are left out"
@@ -132,3 +134,5 @@ def test_the_first_look_claims_no_gap_that_its_interval_does_not_show() -> None:
     assert "no certain gap (" in verdicts.first(probes(one, other, one))
     broken = np.full(4, np.nan)
     assert verdicts.first(probes(broken, broken, broken)) == "first look: no loss is finite"
+    single = verdicts.first(probes([1.5], [1.0], [1.5]))
+    assert single.endswith("a gap of +0.5; one batch gives no interval")

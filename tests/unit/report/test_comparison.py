@@ -52,6 +52,7 @@ def test_the_text_has_every_row_what_is_certain_and_what_to_paste(result: Compar
     given_up = next(line for line in lines if "<b>" in line)
     assert "1 of 3, given up" in given_up
     assert "0.2500 ± 0.1250 *" in given_up
+    assert any("0.2500 (no interval)" in line for line in lines)
     assert "\x1b" not in str(result)
     assert "ramp: no ramp here" in lines
     assert lines[-1] == "fl.do('a')"

@@ -30,6 +30,7 @@ from frostline.adapters.torch.graph import require_registered, unwrapped
 from frostline.adapters.torch.prefix import leaf as read_leaf
 from frostline.adapters.torch.replay import Call, Form, Key, Plan
 from frostline.adapters.torch.replayed_parts import Inputs, ReplayedPrefix
+from frostline.adapters.torch.samples import flat
 from frostline.adapters.torch.script import entrances
 from frostline.atomic import Guard, to_its_end
 from frostline.types import ModelError
@@ -142,6 +143,7 @@ class Cached:
         self.known: dict[Any, tuple[Plan, Memory]] = {}
         self.answered = 0  # samples whose frozen part was skipped
         self.private = ""  # what keeps rows out of the store
+        self.passed = False  # a call whose inputs require gradients ran as it is
         still = replay.still_modules(self.root)
         if not any(True for module in still.values() for _ in module.parameters()):
             raise ModelError(
@@ -163,12 +165,18 @@ class Cached:
         epoch = epochs[id(self.loader)] = epochs.get(id(self.loader), -1) + 1
         batches = self.loader if self.views == 1 else seeded(self.loader, epoch % self.views)
         before, answered = {k: len(m.rows) for k, m in self.memories.items()}, self.answered
-        entrance = _Entrance(self)
+        entrance, inside = _Entrance(self), False
         try:
             for batch in batches:
-                yield from _lent(batch, {self.root: entrance, **self.doors})
+                if isinstance(vars(self.root).get("forward"), _Entrance):
+                    inside = True  # another loader's batch is at hand: its entrance answers for two
+                    yield batch
+                else:
+                    yield from _lent(batch, {self.root: entrance, **self.doors})
         finally:
             self.save()
+        if inside:
+            return
         idle = answered == self.answered
         for identity, memory in self.memories.items():
             grown = before.get(identity, 0) < len(memory.rows)
@@ -198,6 +206,16 @@ class Cached:
 
     def call(self, forward: Any, args: Any, kwargs: Any) -> Any:
         """What the model returns for a call."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in flat((args, kwargs))):
+            if not self.passed:
+                self.passed = True
+                warnings.warn(
+                    "fl.cached runs the model as it is where its inputs require gradients: these "
+                    "go through the frozen part, and stored rows pass none on. A loop in which all "
+                    "calls are such gains nothing: train it without fl.cached",
+                    stacklevel=3,
+                )
+            return forward(*args, **kwargs)
         found = self._plan(forward, args, kwargs)
         if found is None or found[1].broken:
             return forward(*args, **kwargs)

@@ -171,7 +171,13 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
     owners = {place.path: place.module for place in walk(model) if is_site(place.module)}
     unknown = [path for path in paths if not _has_momentum(owners.get(path))]
     if unknown:
-        raise ModelError(f"'{unknown[0]}' is no BN site with a momentum. Received: {unknown!r}")
+        others = [path for path in paths if path not in unknown]
+        raise ModelError(
+            f"'{unknown[0]}' has no momentum that can be set: a BN class of one's own may keep it "
+            "in its code. "
+            + (f"Choose the others: sites={others!r}. " if others else "Set it there. ")
+            + f"Received: {unknown!r}"
+        )
     before = [(owners[path], owners[path].momentum) for path in paths]
 
     def undo() -> None:

@@ -47,9 +47,10 @@ from frostline.types.reasons import first_line
 
 #: BN classes that do nothing but normalise.
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-#: From what serves best to what asks the least of a model: along its graph; in place, pairs first;
-#: in place, each BN layer by itself.
-_WAYS = ("graph", "pairs", "alone")
+#: From what serves best to what asks the least of a model: along its graph; along it without its
+#: Linear layers, which a BN layer fits with two axes only; in place, pairs first; in place, each BN
+#: layer by itself.
+_WAYS = ("graph", "convolutions", "pairs", "alone")
 #: A fold that is off by more than this share of the largest output is wrong; rounding is far below.
 _WRONG = 1e-2
 #: As a share of each weight.
@@ -214,7 +215,7 @@ class _Fold:
         """The folded model; ``tried``: its outputs are compared afterwards."""
         unseen: dict[str, str] = {}
         graph = None
-        if way == "graph":
+        if way in ("graph", "convolutions"):
             try:
                 graph = followed(self.twin, None, unseen)
             except ModelError as problem:
@@ -234,7 +235,7 @@ class _Fold:
             for node in self._nodes(graph, self.twin):
                 site = self.twin.get_submodule(node.target)
                 path = self.paths[id(site)]
-                if self._absorb(self.twin, graph, node, site):
+                if self._absorb(self.twin, graph, node, site, asserted=way == "graph"):
                     _instead(made, graph, node, node.args[0], self.after[path])
                     self.absorbed.append(path)
                 else:
@@ -321,10 +322,11 @@ class _Fold:
             setattr(made.get_submodule(holder), last, other)
         self.replaced.append(path)
 
-    def _absorb(
-        self, owner: Any, graph: Any, node: Any, site: Any, *, asserted: bool = True
-    ) -> bool:
-        """Fold a site into the linear module whose output it alone takes."""
+    def _absorb(self, owner: Any, graph: Any, node: Any, site: Any, *, asserted: bool) -> bool:
+        """Fold a site into the linear module whose output it alone takes.
+
+        ``asserted``: the graph may refuse inputs that do not fit a folded Linear layer.
+        """
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             return False
@@ -470,8 +472,6 @@ def _require_same(made: Any, trial: _Trial) -> None:
     """
     try:
         found = _run(made, trial.args, trial.kwargs, trial.dtype)
-    except AssertionError:  # a Linear layer was folded for other inputs than these
-        return
     except Exception as problem:  # whatever a model raises that misses a BN layer
         raise ModelError(
             f"the folded module fails where the model does not ({first_line(problem)}): something "
@@ -543,7 +543,10 @@ def _require_two_axes(graph: Any, node: Any, before: Any) -> None:
     with graph.inserting_before(node):
         axes = graph.call_method("dim", (before,))
         two = graph.call_function(operator.eq, (axes, 2))
-        text = f"the BN layer behind '{before.target}' was folded for inputs of shape (n, features)"
+        text = (
+            f"the BN layer behind '{before.target}' was folded for inputs of shape (n, features). "
+            "Fold the model again with a batch of these inputs: frostline.fold(model, sample=...)"
+        )
         graph.call_function(torch._assert, (two, text))
 
 

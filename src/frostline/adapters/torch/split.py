@@ -77,7 +77,9 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
             text, _, received = str(problem).rpartition(" Received: ")
             raise ModelError(
                 f"{text} Or pass sample=, one batch as forward takes it in training: a tuple of "
-                f"its arguments, or a mapping by name. Received: {received}"
+                "its arguments, or a mapping by name. Objects without rows, as the graphs of PyG, "
+                "cannot be stored that way: freeze such a model and train it as it is. "
+                f"Received: {received}"
             ) from problem
         return replayed_parts.split(model, at, sample)
     starred = any(str(node.target).startswith("*") for node in net.inputs)

@@ -274,6 +274,16 @@ class Conditional(nn.Module):
         return x * self.gain(kind)[..., None, None]
 
 
+def test_a_momentum_in_the_code_of_a_class_is_left_to_it() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), Conditional(2))
+    with pytest.raises(fl.ModelError, match=r"'1' has no momentum.* sites=\['0'\]"):
+        fl.set_momentum(model, 0.8)
+    fl.set_momentum(model, 0.8, sites=["0"])
+    assert model[0].momentum == pytest.approx(0.2)
+    with pytest.raises(fl.ModelError, match="Set it there"):
+        fl.set_momentum(model, 0.8, sites=["1"])
+
+
 def test_statistics_of_another_name_are_found_frozen_and_recalibrated() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -374,6 +374,53 @@ def test_validation_data_beside_the_training_data_are_no_random_augmentation() -
     assert found.answered == 6
 
 
+def test_two_loaders_side_by_side_train_as_without_the_cache() -> None:
+    """A semi-supervised loop; the shorter loader ends it."""
+
+    def step(model: Any, pair: Any) -> Any:
+        return plain_loss(model, pair[0]) + 0.5 * plain_loss(model, pair[1])
+
+    one, other = [(X[:4], Y[:4]), (X[4:8], Y[4:8])], [(X[8:], Y[8:])] * 3
+    plain = trained(made(ResNet, "layer2"), lambda: zip(one, other, strict=False), step)
+    model = made(ResNet, "layer2")
+    through, beside = fl.cached(model, one), fl.cached(model, other)
+    trained(model, lambda: zip(through, beside, strict=False), step)
+    assert through.answered
+    assert "forward" not in vars(model)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_validation_inside_of_an_epoch_is_answered_too() -> None:
+    model, held = made(ResNet, "layer2"), [(X[:6] + 1, Y[:6])]
+    through = fl.cached(model, [(X[:6], Y[:6]), (X[6:], Y[6:])])
+    for _ in range(3):
+        for x, _ in through:
+            for beside, _ in fl.cached(model, held):
+                model(beside)
+            model(x)
+    assert through.answered > 2 * len(X)
+    assert "forward" not in vars(model)
+
+
+def test_inputs_that_require_gradients_run_as_they_are() -> None:
+    """Adversarial training was told to freeze from the beginning; a stored row gave no gradient."""
+
+    def step(model: Any, batch: Any) -> Any:
+        x = batch[0].clone().requires_grad_()
+        loss = plain_loss(model, batch)
+        (slope,) = torch.autograd.grad(plain_loss(model, (x, batch[1])), x)
+        return loss + plain_loss(model, ((x + 0.1 * slope.sign()).detach(), batch[1]))
+
+    batches = [(X[:6], Y[:6]), (X[6:], Y[6:])]
+    plain, model = trained(made(ResNet, "layer2"), batches, step), made(ResNet, "layer2")
+    with pytest.warns(UserWarning, match="inputs require gradients: these go through the frozen"):
+        trained(model, through := fl.cached(model, batches), step)
+    assert through.answered == 2 * len(X)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_example_of_the_docstring() -> None:
     model, batches = made(ResNet, "layer2"), loader(Y)
     lines = [line.strip()[4:] for line in (fl.cached.__doc__ or "").splitlines()

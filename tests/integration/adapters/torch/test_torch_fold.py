@@ -290,8 +290,29 @@ def test_a_linear_layer_is_folded_for_two_axes_only() -> None:
     """Of three axes BatchNorm1d takes the second for the channels, and here both have length 4."""
     model = settled(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
     folded = fl.fold(model)
-    with torch.no_grad(), pytest.raises(AssertionError, match="folded for inputs of shape"):
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"of shape .* sample="):
         folded(torch.randn(2, 4, 5))
+
+
+class Mixer(nn.Module):
+    """A Linear over time with a BN over channels, of one size, and a convolution with its BN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.conv, self.last = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.conv(self.norm(self.time(x))))
+
+
+def test_a_sample_of_three_axes_keeps_a_linear_layer_as_it_is() -> None:
+    model = settled(Mixer())
+    made = fl.fold(model, sample=torch.randn(3, 4, 4))
+    agree(model, made, 4, 4)
+    torch.testing.assert_close(made.time.weight, model.time.weight)
+    assert not torch.equal(made.conv.weight, model.conv.weight)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in made.modules())
 
 
 class Forecaster(nn.Module):
