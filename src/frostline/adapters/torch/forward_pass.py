@@ -181,6 +181,8 @@ def arrays_in(structure: Any) -> Any:
         found = structure.detach()
         if hasattr(found, "full_tensor"):  # sharded by FSDP2: every rank asks for all of it
             found = found.full_tensor()
+        if found.layout is not torch.strided:
+            found = found.to_dense()
         if found.device.type == "meta":
             raise without_values(f"a tensor of shape {tuple(found.shape)}")
         if found.is_floating_point() and found.dtype != torch.float64:

@@ -121,9 +121,39 @@ def _counter(tensor: Any) -> Any:
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Whether two tensors of one shape hold the same; NaN equals NaN, sparse ones are filled."""
-    a, b = (t if t.layout is torch.strided else t.to_dense() for t in (a, b))
+    """Whether two tensors of one shape and layout hold the same; NaN equals NaN."""
+    return all(map(_same, plain(a), plain(b)))
+
+
+def _same(a: Any, b: Any) -> bool:
     if torch.equal(a, b):
         return True
     nan = a.isnan()
     return bool(torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan]))
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor is neither sparse nor nested nor quantized nor of a library's own layout."""
+    odd = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+    return not odd
+
+
+def plain(tensor: Any) -> tuple[Any, ...]:
+    """The plain tensors that hold what a tensor holds.
+
+    Of a sparse one these are its indices and values: a graph's adjacency may be too large to fill.
+    """
+    layout = tensor.layout
+    if is_plain(tensor):
+        return (tensor,)
+    if tensor.is_nested:
+        return tuple(tensor.unbind())
+    if tensor.is_quantized:
+        return (tensor.dequantize(),)
+    if layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor.to_dense(),)

@@ -154,6 +154,42 @@ def test_features_that_are_nan_are_compared_like_others() -> None:
     assert [crossing.shape for crossing in parts.frontier] == [(64,)]
 
 
+class Mixing(nn.Module):
+    """Mixes channels by a constant matrix that is stored in a layout of its own."""
+
+    def __init__(self, matrix: Any) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.features, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        mixed = torch.sparse.mm(self.matrix, self.features(x).t()).t()
+        return self.head(self.norm(mixed))
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_a_sparse_buffer(layout: str) -> None:
+    dense = torch.eye(8).roll(1, 0)
+    model = Mixing(dense.to_sparse(layout=getattr(torch, layout)))
+    fl.freeze(model, until="head")
+    x, y = torch.randn(24, 6), torch.arange(24) % 3
+    parts = fl.split(model, sample=x)
+    assert torch.allclose(together(parts, x), model(x), atol=1e-6)
+    assert torch.allclose(fl.fold(model, sample=x)(x), model.eval()(x), atol=1e-5)
+    model.train()
+    wanted = model(x).detach()
+    for batch, _ in fl.cached(model, [(x, y)]):
+        assert torch.allclose(model(batch), wanted, atol=1e-6)
+    fl.compare(
+        model, (x, y), validation=(x, y), loss=functional.cross_entropy, epochs=1, seeds=1,
+        optimizer=lambda weights: torch.optim.SGD(weights, 0.01), verbose=0,
+    )  # fmt: skip
+    assert torch.equal(model.matrix.to_dense(), dense)
+
+
 class Centred(nn.Module):
     def forward(self, x: Any) -> Any:
         return x - x.mean(0)
