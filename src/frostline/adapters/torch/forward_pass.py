@@ -20,6 +20,7 @@ from frostline.adapters.torch.graph import (
     is_site,
     modes_kept,
     require_built,
+    require_there,
     set_mode,
     site_modules,
     unwrapped,
@@ -248,14 +249,17 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
         number: Seed of all that is random inside.
 
     Raises:
-        ModelError: A lazy module that has seen no data: the first pass would build it.
+        ModelError: A lazy module that has seen no data: the first pass would build it; or a BN
+            layer that this pass made.
     """
     root = unwrapped(model)
     require_built(root)
+    known = dict(root.named_modules())
     kept, gradients = state_kept([*root.modules()]), gradients_kept(root)
     with modes_kept(root), forked(), taken_back(gradients), taken_back(kept):
         seeded(number)
         yield root
+        require_there(root, known)
 
 
 @contextmanager
