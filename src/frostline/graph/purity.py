@@ -238,7 +238,7 @@ def sample_refused(failure: NotRunError, shapes: Iterable[Any], model: str) -> M
 #: ``run(node, values, training)`` computes one node and puts its outputs into ``values``; returns
 #: what it did beside that, in words, or ``None``.
 Run = Callable[[Node, dict[Value, Any], bool], str | None]
-#: ``numbers(value)``: an array; ``None`` for what is no tensor.
+#: ``numbers(value)``: an array; ``None`` for what has no rows to store: no tensor, or a sparse one.
 Numbers = Callable[[Any], Array | None]
 
 
@@ -300,6 +300,7 @@ def observe(
             one, other, locked = _read([table[value] for table in tables], numbers)
             if one is None or other is None or locked is None:
                 continue
+            note((value,))
             text = _difference(one, other, locked, count, dtype_of(tables[0][value]))
             if text is not None:
                 break
@@ -311,7 +312,6 @@ def observe(
                 "it computes cannot be stored. Put the boundary before it (at=...). "
                 f"Received: {node.kind}"
             )
-        note(node.writes)
         for value in {*node.reads, *node.writes}:
             if last_use.get(value, -1) <= number:
                 for table in tables:

@@ -26,7 +26,7 @@ from frostline.types.comparison import Comparison, TreatmentRow
 from frostline.verbs import fit as cached_fit
 from frostline.verbs.cached import cached
 from frostline.verbs.treatments import Setting, Treated, Treatment, chosen
-from frostline.verbs.whole import whole
+from frostline.verbs.whole import draws_nothing, whole
 
 #: Seeds where the frozen part is cached, so that a training is cheap; else one.
 CHEAP_SEEDS = 3
@@ -39,6 +39,7 @@ _ERRORS = ("loss", "error", "mse", "mae")
 
 
 @whole
+@draws_nothing
 @checked
 def compare(
     model: Any,

@@ -16,7 +16,7 @@ import numpy as np
 from frostline.adapters import Adapter, adapter_of
 from frostline.adapters.protocol import Condition
 from frostline.adapters.together import ALONE, Together
-from frostline.atomic import atomically, taken_back
+from frostline.atomic import atomically, generators, taken_back
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch, failure
 from frostline.graph.addresses import is_within
@@ -28,7 +28,7 @@ from frostline.types import Array, FrostlineError, ModelError
 from frostline.types.arguments import checked
 from frostline.types.facts import SiteFacts
 from frostline.types.measured import Behaviour
-from frostline.verbs.whole import whole
+from frostline.verbs.whole import draws_nothing, whole
 
 #: Values of a statistic that differ by less than this, in standard deviations, have not moved:
 #: a checkpoint in half precision keeps three digits.
@@ -121,7 +121,7 @@ class Watch:
             FrostlineError: Neither can; it is said before the training, not after.
         """
         ways = {"batch_size": batch_size, "max_samples": max_samples}
-        with taken_back(self._adapter.generators(data)):
+        with taken_back(generators()), taken_back(self._adapter.generators(data)):
             atomically(self._adapter.snapshot(), lambda: self._hold(data, loss, step, **ways))
 
     def _hold(self, data: Any, loss: Any, step: Any, *, batch_size: int, max_samples: int) -> None:
@@ -296,6 +296,7 @@ def watching_of(model: Any) -> Watch:
 
 
 @whole
+@draws_nothing
 @checked
 def assert_frozen(
     model: Any,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from frostline.adapters import adapter_of
-from frostline.atomic import Guard, modes, surroundings, taken_back
+from frostline.atomic import Guard, generators, modes, surroundings, taken_back
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -40,6 +40,17 @@ def whole(verb: Verb) -> Verb:
                 guard.undo()  # the first one may not have reached its first line
                 raise
             raise
+
+    return cast(Verb, run)
+
+
+def draws_nothing(verb: Verb) -> Verb:
+    """Let a verb put the random generators back: a ``DataLoader`` draws a seed for each reading."""
+
+    @functools.wraps(verb)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with taken_back(generators()), taken_back(adapter_of(model).generators()):
+            return verb(model, *args, **kwargs)
 
     return cast(Verb, run)
 

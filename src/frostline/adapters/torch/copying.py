@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
+from frostline.adapters.torch.state_kept import is_plain
 from frostline.types import ModelError
 from frostline.types.reasons import first_line
 
@@ -17,6 +18,8 @@ M = TypeVar("M")
 class _Detached(TorchFunctionMode):  # type: ignore[misc]
     """Copy tensors that a computation made without what made them; torch copies none of those.
 
+    Nor does it copy sparse or nested ones of every layout.
+
     ``torch.nn.utils.weight_norm`` leaves one in each layer until the first forward pass, and code
     that looks at features keeps its last ones.
     """
@@ -25,12 +28,17 @@ class _Detached(TorchFunctionMode):  # type: ignore[misc]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         del types
-        if function is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None:
+        if function is torch.Tensor.__deepcopy__ and _needs_help(args[0]):
             tensor, memo = args
             if id(tensor) not in memo:
                 memo[id(tensor)] = tensor.detach().clone()
             return memo[id(tensor)]
         return function(*args, **(kwargs or {}))
+
+
+def _needs_help(tensor: Any) -> bool:
+    odd = type(tensor) is torch.Tensor and not is_plain(tensor)
+    return tensor.grad_fn is not None or odd
 
 
 def copied(module: M, memo: dict[int, Any] | None = None) -> M:

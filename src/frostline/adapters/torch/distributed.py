@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.graph import unwrapped
 from frostline.adapters.torch.keeping import is_statistic
+from frostline.adapters.torch.state_kept import plain
 from frostline.atomic import undone
 from frostline.types import FrostlineError, ModelError
 from frostline.types.reasons import first_line
@@ -313,5 +314,7 @@ def _must_agree(name: str, free: tuple[str, ...]) -> bool:
 
 
 def _digest(value: Any) -> str:
-    plain = value.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(plain.view(torch.uint8).numpy()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in plain(value.detach()):
+        digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

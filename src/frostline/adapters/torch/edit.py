@@ -24,6 +24,7 @@ from frostline.adapters.torch.graph import (
 from frostline.adapters.torch.keeping import by_hand, mean_of
 from frostline.adapters.torch.locked import is_locked, lock, remembered, unlock
 from frostline.adapters.torch.random import forked
+from frostline.adapters.torch.state_kept import state_kept
 from frostline.adapters.torch.surroundings import surroundings
 from frostline.atomic import Attributes, restored, taken_back
 from frostline.graph import addresses
@@ -256,9 +257,9 @@ def all_that_edits_touch(model: Any) -> Callable[[], None]:
 
 @contextmanager
 def preserved(model: Any) -> Iterator[None]:
-    """Put back parameters, buffers, gradients, flags, modes and momenta, bit for bit."""
+    """Put back parameters, gradients, flags, modes, and what modules keep, bit for bit."""
     root = unwrapped(model)
-    undo = snapshot(root)
+    undo, state = snapshot(root), state_kept([*root.modules()])
     tensors = [
         (tensor, tensor.detach().clone())
         for tensor in [*root.parameters(), *root.buffers()]
@@ -275,5 +276,5 @@ def preserved(model: Any) -> Iterator[None]:
         for module, momentum in momenta:
             module.momentum = momentum
 
-    with taken_back(back), forked():
+    with taken_back(state), taken_back(back), forked():
         yield

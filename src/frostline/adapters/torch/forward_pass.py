@@ -20,6 +20,7 @@ from frostline.adapters.torch.graph import (
     is_site,
     modes_kept,
     require_built,
+    require_there,
     set_mode,
     site_modules,
     unwrapped,
@@ -181,6 +182,8 @@ def arrays_in(structure: Any) -> Any:
         found = structure.detach()
         if hasattr(found, "full_tensor"):  # sharded by FSDP2: every rank asks for all of it
             found = found.full_tensor()
+        if found.layout is not torch.strided:
+            found = found.to_dense()
         if found.device.type == "meta":
             raise without_values(f"a tensor of shape {tuple(found.shape)}")
         if found.is_floating_point() and found.dtype != torch.float64:
@@ -246,14 +249,17 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
         number: Seed of all that is random inside.
 
     Raises:
-        ModelError: A lazy module that has seen no data: the first pass would build it.
+        ModelError: A lazy module that has seen no data: the first pass would build it; or a BN
+            layer that this pass made.
     """
     root = unwrapped(model)
     require_built(root)
+    known = dict(root.named_modules())
     kept, gradients = state_kept([*root.modules()]), gradients_kept(root)
     with modes_kept(root), forked(), taken_back(gradients), taken_back(kept):
         seeded(number)
         yield root
+        require_there(root, known)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -82,6 +82,25 @@ def require_built(root: Any) -> None:
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise not_built(name.rpartition(".")[0].replace(".", "/"))
+
+
+def require_there(root: Any, known: Collection[str]) -> None:
+    """Refuse a BN layer that ``forward`` makes at inference: it begins in training mode.
+
+    Args:
+        root: The module after a call.
+        known: Dotted names of the modules in it before.
+
+    Raises:
+        ModelError: There is one.
+    """
+    for name, module in root.named_modules() if not root.training else ():
+        if name not in known and module.training and is_site(module):
+            raise ModelError(
+                f"the model makes '{name.replace('.', '/')}' when it is called, so there is no "
+                "such layer to look at yet; call the model on one batch first. "
+                f"Received: {type(root).__name__}"
+            )
 
 
 def require_runnable(root: Any) -> None:

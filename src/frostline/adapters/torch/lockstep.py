@@ -44,6 +44,7 @@ from frostline.adapters.together import ALONE, Together
 from frostline.adapters.torch.asking import call
 from frostline.adapters.torch.calls import Call, Calls, Ended, SampleMoments, answerable
 from frostline.adapters.torch.forward_pass import mover, set_inference, untouched
+from frostline.adapters.torch.graph import require_there
 from frostline.adapters.torch.keeping import mean_of, variance_of
 from frostline.adapters.torch.stacked import LOOKED_AT, independent, may_stack, stacks
 from frostline.atomic import taken_back
@@ -461,7 +462,9 @@ class _Round:
             quiet = bool(self.root.training)  # for its losses alone: inference drops nothing
             stack.enter_context(Calls(self.sites, answer, made=own.note, quiet=quiet))
             twin = replica(self.root) if twin is None else twin
+            known = dict(twin.named_modules())
             call(twin, batch, self._move, step=self.step)
+            require_there(twin, known)
 
     def _make_room(self, latest: _Pass) -> None:
         """Give up the newest passes while more waits than may."""

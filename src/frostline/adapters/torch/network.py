@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from frostline.adapters.torch.graph import is_site, modes_kept, unwrapped
-from frostline.adapters.torch.state_kept import same_values
+from frostline.adapters.torch.state_kept import same_values, state_kept
 from frostline.adapters.torch.surroundings import modes as modes_around
 from frostline.atomic import Guard, taken_back
 from frostline.types import ModelError
@@ -258,16 +258,20 @@ def followed(
     while True:
         tracer = _Tracer(whole)
         reason, moved = "", None
-        with _buffers_kept(root) as changed, modes_kept(root), warnings.catch_warnings():
+        known, constants = set(vars(root)), dict[str, Any]()
+        with _state_kept(root) as changed, modes_kept(root), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 with phase(list(root.modules()), modes):
                     trace = functools.partial(tracer.trace, root, _defaults(root, given))
                     graph = Guard(modes_around()).over(trace)
+                read = {node.target for node in graph.nodes if node.op == "get_attr"}
+                constants = {k: v for k, v in vars(root).items() if k in read - known}
             except Exception as problem:  # whatever the model's own code raises on a stand-in
                 reason = first_line(problem)
             moved = changed()
         if not reason and moved is None:
+            vars(root).update(constants)  # tensors that forward made and the graph reads
             return _without_defaults(graph, _defaults(root, given))
         owner = tracer.failed if reason else (moved or "").rpartition(".")[0]
         reason = reason or f"it changes its buffer {moved!r} in training"
@@ -281,8 +285,11 @@ def followed(
 
 
 @contextmanager
-def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
-    """Put buffers back on any exit; what is yielded names one that moved."""
+def _state_kept(root: Any) -> Iterator[Callable[[], str | None]]:
+    """Put back what modules keep, on any exit; what is yielded names a buffer that moved.
+
+    What ``forward`` keeps or registers while it is traced is no tensor but a stand-in.
+    """
     before = [
         (name, buffer, buffer.clone())
         for name, buffer in root.named_buffers()
@@ -292,13 +299,7 @@ def _buffers_kept(root: Any) -> Iterator[Callable[[], str | None]]:
     def moved() -> str | None:
         return next((name for name, now, was in before if not same_values(now, was)), None)
 
-    def back() -> None:
-        if moved() is not None:
-            with torch.no_grad():
-                for _, buffer, value in before:
-                    buffer.copy_(value)
-
-    with taken_back(back):
+    with taken_back(state_kept([*root.modules()])):
         yield moved
 
 

@@ -30,7 +30,7 @@ from frostline.adapters.torch.locked import EXACT, OF_THE_LOCK, is_locked
 from frostline.adapters.torch.network import attribute, phase
 from frostline.adapters.torch.replayed_parts import ReplayedPrefix
 from frostline.adapters.torch.samples import ROWS
-from frostline.adapters.torch.state_kept import OF_EVERY_MODULE
+from frostline.adapters.torch.state_kept import OF_EVERY_MODULE, plain
 from frostline.data.arrays import Table
 from frostline.types import Array, BackendError, ModelError
 from frostline.types.reasons import first_line
@@ -104,12 +104,11 @@ def _tensor(tensor: Any) -> list[Any]:
         raise UnreadableError("a tensor without values")
     try:
         dense = tensor.detach().resolve_conj().resolve_neg()
-        dense = dense.dequantize() if dense.is_quantized else dense
-        flat = dense.to_dense() if dense.layout != torch.strided else dense
-        content = flat.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = [part.cpu().contiguous().reshape(-1) for part in plain(dense)]
+        contents = [part.view(torch.uint8).numpy().data for part in flat]
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise UnreadableError(f"a tensor of type {tensor.dtype} ({first_line(error)})") from None
-    return ["tensor", head, content.data]
+    return ["tensor", head, *contents]
 
 
 def _module(module: Any, reader: Reader) -> list[Any]:

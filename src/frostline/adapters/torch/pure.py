@@ -20,7 +20,7 @@ from frostline.adapters.torch.forward_pass import (
 from frostline.adapters.torch.graph import is_site, sites
 from frostline.adapters.torch.network import Network, attribute, phase
 from frostline.adapters.torch.samples import ROWS, guesses
-from frostline.adapters.torch.state_kept import same_values
+from frostline.adapters.torch.state_kept import is_plain, same_values
 from frostline.data.arrays import leaves
 from frostline.graph import purity
 from frostline.graph.purity import Graph, Impurity, Node, NotRunError, Observed
@@ -281,7 +281,7 @@ def _dtype(tensor: Any) -> str:
 
 
 def _numbers(value: Any) -> Array | None:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or not is_plain(value):
         return None
     narrow = value.is_floating_point() and value.dtype not in (torch.float32, torch.float64)
     wide = value.detach().float() if narrow else value.detach()

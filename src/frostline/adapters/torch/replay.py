@@ -35,6 +35,7 @@ from frostline.adapters.torch.keeping import mean_of
 from frostline.adapters.torch.locked import is_locked
 from frostline.adapters.torch.random import seeded
 from frostline.adapters.torch.samples import flat
+from frostline.adapters.torch.state_kept import is_plain, plain
 from frostline.atomic import taken_back
 from frostline.types import FrostlineError, ModelError
 from frostline.types.reasons import first_line
@@ -473,6 +474,8 @@ class _Trial:
         constants: dict[int, Any] = {}
         for position, (a, b) in enumerate(zip(one, other, strict=True)):
             if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                if not (is_plain(a) and is_plain(b)):
+                    return None
                 if a.shape == b.shape and a.ndim and len(a) == self.count:
                     if not _close(a[self.order], b):
                         return None
@@ -632,7 +635,10 @@ def _blank(shape: Any, dtype: Any, device: Any) -> Any:
 def _has_nan(arguments: Any) -> bool:
     """Whether a call reads NaN, as placeholders are."""
     return any(
-        isinstance(x, torch.Tensor) and bool(x.isnan().any()) for x in pytree.tree_leaves(arguments)
+        bool(part.isnan().any())
+        for x in pytree.tree_leaves(arguments)
+        if isinstance(x, torch.Tensor)
+        for part in plain(x)
     )
 
 
@@ -641,9 +647,12 @@ def _cloned(value: Any) -> Any:
 
 
 def _close(one: Any, other: Any, share: float | None = None) -> bool:
+    if not (is_plain(one) and is_plain(other)):
+        same_layout = one.layout == other.layout
+        return same_layout and same([*plain(one)], [*plain(other)], share=share)
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if not (one.is_floating_point() or one.is_complex()):
+    if one.itemsize == 1 or not (one.is_floating_point() or one.is_complex()):
         return bool(torch.equal(one, other))
     bound = share or {torch.float64: 1e-10, torch.float32: 1e-4}.get(one.dtype, 2e-2)
     finite = one[torch.isfinite(one)].double() if not one.is_complex() else one.abs().double()

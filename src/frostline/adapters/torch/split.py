@@ -34,6 +34,8 @@ from frostline.adapters.torch.pure import Flags, Trial, observe
 from frostline.adapters.torch.random import draws_nothing
 from frostline.adapters.torch.replay import is_record
 from frostline.adapters.torch.samples import arguments, flat
+from frostline.adapters.torch.state_kept import attributes_kept
+from frostline.atomic import taken_back
 from frostline.graph.mincut import frontier, smallest
 from frostline.graph.purity import Graph, Impurity, Node, before, notes, pure_nodes, require_frozen
 from frostline.types import Crossing, ModelError
@@ -69,6 +71,11 @@ def split(model: Any, at: Any = None, *, sample: Any = None) -> SplitModel:
     whole = unwrapped(model)
     require_runnable(whole)
     require_registered(whole)
+    with taken_back(attributes_kept([*whole.modules()])):  # a trace keeps constants in the model
+        return _split(whole, model, at, sample)
+
+
+def _split(whole: Any, model: Any, at: Any, sample: Any) -> SplitModel:
     model = model if (twin := as_modules(whole)) is whole else twin
     try:
         net = network(model, input_names(model, sample))

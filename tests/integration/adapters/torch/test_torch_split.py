@@ -154,6 +154,77 @@ def test_features_that_are_nan_are_compared_like_others() -> None:
     assert [crossing.shape for crossing in parts.frontier] == [(64,)]
 
 
+class Mixing(nn.Module):
+    """Mixes channels by a constant matrix that is stored in a layout of its own."""
+
+    def __init__(self, matrix: Any) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.features, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        mixed = torch.sparse.mm(self.matrix, self.features(x).t()).t()
+        return self.head(self.norm(mixed))
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_a_sparse_buffer(layout: str) -> None:
+    dense = torch.eye(8).roll(1, 0)
+    model = Mixing(dense.to_sparse(layout=getattr(torch, layout)))
+    fl.freeze(model, until="head")
+    x, y = torch.randn(24, 6), torch.arange(24) % 3
+    parts = fl.split(model, sample=x)
+    assert torch.allclose(together(parts, x), model(x), atol=1e-6)
+    assert torch.allclose(fl.fold(model, sample=x)(x), model.eval()(x), atol=1e-5)
+    model.train()
+    wanted = model(x).detach()
+    for batch, _ in fl.cached(model, [(x, y)]):
+        assert torch.allclose(model(batch), wanted, atol=1e-6)
+    fl.compare(
+        model, (x, y), validation=(x, y), loss=functional.cross_entropy, epochs=1, seeds=1,
+        optimizer=lambda weights: torch.optim.SGD(weights, 0.01), verbose=0,
+    )  # fmt: skip
+    assert torch.equal(model.matrix.to_dense(), dense)
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes; makes a buffer, and a layer, when it is first called."""
+
+    def __init__(self, *, early: bool) -> None:
+        super().__init__()
+        self.features, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.early, self.calls, self.last, self.first = early, 0, None, None
+
+    def forward(self, x: Any) -> Any:
+        if self.early and self.first is None:
+            self.first = nn.BatchNorm1d(x.shape[1])
+        if not hasattr(self, "grid"):
+            self.register_buffer("grid", torch.linspace(0, 1, x.shape[1]))
+        self.calls += 1
+        x = (self.first(x) if self.early else x) + self.grid
+        self.last = self.norm(self.features(x)) + torch.ones(8)
+        return self.head(self.last)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_forward_keeps_while_it_is_traced_is_gone_again(early: bool) -> None:
+    model, x = Keeping(early=early), torch.randn(12, 6)
+    fl.freeze(model, until="head")
+    kept = {name: list(vars(model)[name]) for name in ("_buffers", "_modules")}, list(vars(model))
+    fl.fold(model, sample=x)
+    if early:  # it trains, and stands before what is frozen
+        with pytest.raises(ModelError, match="no frozen module returns the same"):
+            fl.split(model, sample=x)
+    else:
+        parts = fl.split(model, sample=x)
+        assert torch.allclose(together(parts, x), copy.deepcopy(model)(x), atol=1e-6)
+    assert (model.calls, model.last, model.first) == (0, None, None)
+    assert kept == ({name: list(vars(model)[name]) for name in kept[0]}, list(vars(model)))
+
+
 class Centred(nn.Module):
     def forward(self, x: Any) -> Any:
         return x - x.mean(0)

@@ -71,12 +71,20 @@ def not_frozen(model: Any, data: Any, **ways: Any) -> None:
         fl.assert_frozen(model, data=data, step=ways.get("step"))
 
 
+def compared(model: Any, data: Any, **ways: Any) -> None:
+    fl.compare(
+        model, data, validation=data, epochs=1, seeds=1, treatments=["now", "recalibrated"],
+        optimizer=lambda weights: torch.optim.SGD(weights, 0.01), verbose=0, **ways,
+    )  # fmt: skip
+
+
 LOOKS: dict[str, Callable[..., Any]] = {
     "phases": fl.phases,
     "diagnose": lambda m, d, **ways: fl.diagnose(m, d, verbose=0, **ways),
     "watch": watched,
     "assert_frozen": not_frozen,
     "recalibrate": lambda m, d, **ways: fl.recalibrate(m, d, step=ways.get("step")).undo(),
+    "compare": compared,
 }
 WAYS = {"loss": {"loss": functional.cross_entropy}, "step": {"step": loss_of}}
 
@@ -104,6 +112,102 @@ def test_the_generator_of_a_loader_is_as_it_was(look: str) -> None:
     before = generator.get_state()
     LOOKS[look](nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), loader, **WAYS["loss"])
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_reading_a_loader_draws_nothing(look: str) -> None:
+    model, loader = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), DataLoader(Drawing(X, Y), 16)
+    before = drawn()
+    LOOKS[look](model, loader, **WAYS["loss"])
+    assert drawn() == before
+
+
+def test_an_assertion_that_holds_draws_nothing() -> None:
+    model, loader = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), DataLoader(Drawing(X, Y), 16)
+    fl.freeze(model, until="1")
+    before = drawn()
+    fl.assert_frozen(model, data=loader)
+    assert drawn() == before
+
+
+def drawn() -> Any:
+    numpy = np.random.get_state()[1].tolist()  # noqa: NPY002 - that of old code
+    return torch.get_rng_state().tolist(), random.getstate(), numpy
+
+
+class Drawing(TensorDataset):  # type: ignore[misc]
+    """Augments as old code does, from the generators that everybody shares."""
+
+    def __getitem__(self, row: int) -> Any:
+        x, y = super().__getitem__(row)
+        return x + 0.01 * (random.random() + float(np.random.rand())), y  # noqa: NPY002
+
+
+class Growing(nn.Module):
+    """Registers and replaces things when it is called, the teacher in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher: Any = None
+        self.features, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.register_buffer("scale", torch.ones(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        if not hasattr(self, "grid"):
+            self.register_buffer("grid", torch.linspace(0, 1, x.shape[-1]), persistent=False)
+            self.act = nn.ReLU()
+            self.gain = nn.Parameter(torch.ones(1), requires_grad=False)
+        if self.training and self.teacher is None:
+            self.teacher = copy.deepcopy(nn.Sequential(self.norm, self.head)).requires_grad_(False)
+        self.scale = self.scale * 1.0
+        self.head.weight = nn.Parameter(self.head.weight.detach().clone())
+        return self.head(self.act(self.norm(self.features(x + self.grid)))) * self.gain
+
+
+def registered(model: Any) -> Any:
+    tables = ("_parameters", "_buffers", "_modules")
+    return [
+        [list(vars(module)), sorted(module._non_persistent_buffers_set)]
+        + [[(name, id(value)) for name, value in vars(module)[t].items()] for t in tables]
+        for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_forward_registers_is_gone_again(look: str, way: str) -> None:
+    model = Growing()
+    fl.freeze(model, until="norm")
+    before, state = registered(model), copy.deepcopy(model.state_dict())
+    LOOKS[look](model, BATCHES, **WAYS[way])
+    assert registered(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Late(nn.Module):
+    """Makes its first layer for the width of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Any = None
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        if self.first is None:
+            self.first = nn.BatchNorm1d(x.shape[1])
+        return self.head(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_bn_that_the_first_call_makes_is_asked_for(look: str) -> None:
+    model = Late()
+    before = registered(model)
+    with pytest.raises(ModelError, match="makes 'first' when it is called"):
+        LOOKS[look](model, BATCHES, **WAYS["loss"])
+    assert registered(model) == before
+    model(X)
+    LOOKS[look](model, BATCHES, **WAYS["loss"])
 
 
 class Unregistered(nn.Module):
