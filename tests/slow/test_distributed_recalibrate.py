@@ -15,6 +15,41 @@ if os.environ["KERAS_BACKEND"] != "torch":
     pytest.skip("torch has a process of its own", allow_module_level=True)
 
 
+#: Layers sharded one inside the other, in one process, that are looked at and trained by turns.
+BY_TURNS = """
+import copy, os
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+import frostline as fl
+
+distributed.init_process_group("gloo", init_method="file://" + os.path.abspath("group"))
+block = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+plain = nn.Sequential(block, nn.Linear(8, 3))
+model = copy.deepcopy(plain)
+fully_shard(model[0])
+fully_shard(model)
+x, y = torch.randn(64, 6), torch.arange(64) % 3
+
+def step(net):
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    with torch.no_grad():
+        [p.sub_(0.1 * p.grad) for p in net.parameters()]
+    net.zero_grad()
+    return loss.item()
+
+for _ in range(2):
+    fl.phases(model, [(x, y)], loss=F.cross_entropy)
+    fl.diagnose(model, [(x, y)], loss=F.cross_entropy, verbose=0)
+    fl.recalibrate(model, [(x, y)]).undo()
+    assert step(model) == step(plain)
+distributed.destroy_process_group()
+"""
+
+
 def ranks(processes: int, folder: Path, *words: str) -> list[Any]:
     """What each rank wrote down; a rank that was killed writes nothing."""
     script = Path(__file__).parent / "distributed_recalibrate.py"
@@ -54,6 +89,14 @@ def test_all_ranks_store_the_statistics_of_all_the_data(processes: int, tmp_path
         assert "init_process_group first" in notes["no group"]
         assert "must be a group of" in notes["not a group"]
         assert ("not in the group" in notes.get("outside", "")) == (rank > 1)
+
+
+def test_a_sharded_model_of_one_process_is_looked_at_and_trained(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BY_TURNS]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_rank_that_is_killed_leaves_the_others_as_they_were(tmp_path: Path) -> None:

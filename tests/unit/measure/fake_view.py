@@ -187,7 +187,9 @@ class FakeMeter:
         return (x,)
 
     def programs(self, inputs: int) -> list[Any]:
-        return [SimpleNamespace(paths=(p,), passes=1, closed=False) for p in self.paths]
+        # Its stages hand over what they take, which is of other slots than what they give.
+        ways = {"passes": 1, "closed": False, "takes": (0,), "gives": (1,)}
+        return [SimpleNamespace(paths=(path,), **ways) for path in self.paths]
 
     def stage(self, program: Any) -> Callable[[Any], Any]:
         def run(values: Any) -> Any:

@@ -131,14 +131,16 @@ def _copies(modules: Sequence[Any], sharded: Sequence[Any]) -> list[dict[str, An
 
     It frees their memory, which fails once numpy has seen it.
     """
-    names = [[name for name, p in each._parameters.items() if _is_dtensor(p)] for each in modules]
     if torch.cuda.is_available():  # an optimizer may be at work on the parameters still
         torch.cuda.synchronize()
     made: dict[Any, Any] = {}
     found = []
     try:
         for module in sharded:
-            module.reshard()  # what is whole may be older than the shards
+            module.reshard()  # what is whole, as behind a call, may be older than the shards
+        tables = [each._parameters.items() for each in modules]
+        names = [[name for name, value in table if _is_dtensor(value)] for table in tables]
+        for module in sharded:
             module.unshard()
         for module, here in zip(modules, names, strict=True):
             whole = {name: module._parameters[name] for name in here}
@@ -237,7 +239,8 @@ def together(model: Any, process_group: Any = None) -> Together:
             f"Received: rank {distributed.get_rank()}, process_group={process_group!r}"
         )
     _require_shards(model, set(distributed.get_process_group_ranks(process_group)), process_group)
-    alone = distributed.get_world_size(process_group) == 1
+    sharded = any(map(_is_sharded, unwrapped(model).modules()))  # over one process, too
+    alone = distributed.get_world_size(process_group) == 1 and not sharded
     return ALONE if alone else ProcessGroup(process_group, model)
 
 

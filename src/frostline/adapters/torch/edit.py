@@ -174,8 +174,8 @@ def set_decay(model: Any, paths: Sequence[str], decay: float) -> tuple[int, Call
     if unknown:
         others = [path for path in paths if path not in unknown]
         raise ModelError(
-            f"'{unknown[0]}' has no momentum that can be set: a BN class of one's own may keep it "
-            "in its code. "
+            f"'{unknown[0]}' is no BN site with a momentum that can be set: a BN class of one's "
+            "own may keep it in its code. "
             + (f"Choose the others: sites={others!r}. " if others else "Set it there. ")
             + f"Received: {unknown!r}"
         )

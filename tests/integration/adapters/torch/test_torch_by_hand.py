@@ -276,7 +276,7 @@ class Conditional(nn.Module):
 
 def test_a_momentum_in_the_code_of_a_class_is_left_to_it() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2), Conditional(2))
-    with pytest.raises(fl.ModelError, match=r"'1' has no momentum.* sites=\['0'\]"):
+    with pytest.raises(fl.ModelError, match=r"'1' is no BN site with a momentum.* sites=\['0'\]"):
         fl.set_momentum(model, 0.8)
     fl.set_momentum(model, 0.8, sites=["0"])
     assert model[0].momentum == pytest.approx(0.2)
