@@ -17,15 +17,15 @@ if os.environ["KERAS_BACKEND"] != "torch":
 
 #: Layers sharded one inside the other, in one process, that are looked at and trained by turns.
 BY_TURNS = """
-import copy, os
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+import copy
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 import frostline as fl
 
-distributed.init_process_group("gloo", init_method="file://" + os.path.abspath("group"))
+store = distributed.FileStore("group", 1)
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 block = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
 plain = nn.Sequential(block, nn.Linear(8, 3))
 model = copy.deepcopy(plain)
