@@ -12,6 +12,10 @@ from frostline.graph.purity import Graph, Node, Value
 from frostline.types import ModelError
 
 
+class NothingToStoreError(ModelError):
+    """Caching the frozen part of a model would not pay, or cannot be done sample by sample."""
+
+
 def smallest(
     graph: Graph,
     pure: Sequence[Node],
@@ -35,7 +39,7 @@ def smallest(
         forced: The user said where to cut: whatever is light stays, too.
 
     Raises:
-        ModelError: Not forced, and nothing that stays holds weights.
+        NothingToStoreError: Not forced, and nothing that stays holds weights.
     """
     usable = [node for node in pure if not node.constant]
     home: dict[Value, Hashable] = dict.fromkeys(graph.inputs, "source")
@@ -64,7 +68,7 @@ def smallest(
     kept = later_cut(edges, "source", "sink")
     found = [node for node in usable if id(node) in kept]
     if not forced and not any(node.weights for node in found):
-        raise ModelError(
+        raise NothingToStoreError(
             "nothing is worth storing: the frozen part is light to compute and its inputs are "
             "smaller than its outputs, or its outputs cannot be stored sample by sample. Freeze "
             f"more of the model. Received: {graph.received}"

@@ -140,7 +140,14 @@ def require_frozen(graph: Graph, pure: Sequence[Node], ends: Sequence[Node]) -> 
                 f"Received: {blame.kind}"
             )
     if not any(node.weights for node in pure):
-        why = f": '{blames[0].path}' comes first, and {blames[0].text}" if blames else ""
+        curable = [blame for blame in blames if blame.why not in ("state", "loss")]
+        if blames and not curable:
+            raise ModelError(
+                f"'{blames[0].path}' comes first, and {blames[0].text}: nothing of the model can "
+                "be computed once, and freezing does not change that. Train the whole model, "
+                f"without a cache. Received: {graph.received}"
+            )
+        why = f": '{curable[0].path}' comes first, and {curable[0].text}" if curable else ""
         raise ModelError(
             f"nothing is frozen at the beginning of the model{why}. Freeze the part that is to be "
             f"computed once: fl.freeze(model, until=...). Received: {graph.received}"

@@ -294,8 +294,9 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     """`trainable` was flipped after training had begun, and the flip has no effect.
 
     ## What it does
-    Compares the flags of stock sites with the variables that the optimizer was built for. Our own
-    layer is never reported: its `trainable` is live, unless `live=False`.
+    Compares the flags of stock sites with the variables that the compiled step writes or, where
+    that is not known, those that the optimizer was built for. Our own layer is never reported: its
+    `trainable` is live, unless `live=False`.
 
     ## Why is this bad?
     On TensorFlow the compiled training step ignores the flip: a site frozen since then still trains
@@ -328,12 +329,9 @@ def trainable_changed_since_compile(model: ModelFacts) -> Iterator[Hit]:
     Keras pull request 22787; keras issue 4674.
     """
     for facts in model:
-        frozen = facts.site.params_frozen
-        if facts.live or facts.optimized is None or facts.optimized is not frozen:
-            continue
-        effect = model.flip_effect(frozen=frozen)
+        effect = model.flipped(facts)
         if effect is not None:
-            flip = "frozen" if frozen else "thawed"
+            flip = "frozen" if facts.site.params_frozen else "thawed"
             yield Hit(
                 sites=(facts.site.path,),
                 message=f"{flip} after training step {model.steps}: {effect}; compile again",

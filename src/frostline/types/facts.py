@@ -99,6 +99,8 @@ class SiteFacts:
             ``variance`` from, ``moving_stddev**2 - epsilon``, at least 0.
         dtype: Name of the dtype in which the statistics are stored, for example ``"float16"``.
         live: A flip of ``trainable`` takes effect without ``compile``.
+        stepped: What of it the compiled training step writes, whatever the flags say by now:
+            ``"parameters"``, ``"statistics"``; ``None`` when that is not known.
         optimized: gamma or beta are in the optimizer's list of variables; ``None`` when there is
             no such list yet, or nothing to be in it.
         wrapper_frozen: ``trainable`` of the ``TorchModuleWrapper`` around the site is ``False``;
@@ -129,6 +131,7 @@ class SiteFacts:
     shadow_variance: Array | None = None
     dtype: str = "float32"
     live: bool = False
+    stepped: frozenset[str] | None = None
     optimized: bool | None = None
     wrapper_frozen: bool | None = None
     undone: bool = False
@@ -224,3 +227,15 @@ class ModelFacts:
         if self.traced:
             return "it still trains" if frozen else "it still does not train"
         return None if frozen else "the next training step raises"
+
+    def flipped(self, facts: SiteFacts) -> str | None:
+        """As :meth:`flip_effect` for a site that was flipped since compile; ``None``: as meant."""
+        site, frozen = facts.site, facts.site.params_frozen
+        if facts.live:
+            return None
+        if frozen and facts.stepped is not None:  # an optimizer may be older than the step
+            still = "parameters" in facts.stepped
+            still |= site.stats_frozen and "statistics" in facts.stepped
+        else:
+            still = facts.optimized is frozen
+        return self.flip_effect(frozen=frozen) if still else None

@@ -421,6 +421,7 @@ def _switched(adapter: Adapter, request: FreezeRequest, reference: Any) -> Chang
         text=f"{'froze' if frozen else 'thawed'} {' and '.join(what)} {where}",
         notes=(
             *_notes(adapter, counts, half=params != statistics, off=frozen and request.dropout),
+            *(() if counts.layers else _flipped_before(known)),
             *(_past_the_lock(known) if frozen and statistics else ()),
         ),
         _undo=undoing(adapter, undo),
@@ -435,6 +436,12 @@ def undoing(adapter: Edit, undo: Callable[[], None]) -> Callable[[], None]:
             undo()
 
     return back
+
+
+def _flipped_before(known: ModelFacts) -> Iterator[str]:
+    found = [(site.site.path, effect) for site in known if (effect := known.flipped(site))]
+    for path, effect in found[:1]:
+        yield f"the flags of '{path}' changed after compile, and {effect}: call compile() again"
 
 
 def _past_the_lock(known: ModelFacts) -> Iterator[str]:

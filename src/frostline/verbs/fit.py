@@ -19,6 +19,7 @@ from frostline.cache.shards import Tensor, sample_digests
 from frostline.data.arrays import leaves, map_leaves
 from frostline.data.batch import Batch
 from frostline.data.batches import is_reiterable
+from frostline.graph.mincut import NothingToStoreError
 from frostline.types import Array, DataError, FrostlineError, ModelError
 from frostline.types.arguments import checked, require, shown, unreadable
 from frostline.types.reasons import first_line, warn
@@ -162,8 +163,8 @@ def fit(
         OutputError: No room for the features.
 
     Warns:
-        UserWarning: Nothing is frozen, or the data are a generator: plain ``model.fit`` runs. Or
-            ``thaw_later`` cannot be heeded.
+        UserWarning: Nothing is frozen, nothing of it is worth storing, or the data are a generator:
+            plain ``model.fit`` runs. Or ``thaw_later`` cannot be heeded.
     """
     how = Caching(
         cache=cache, engine=engine, precision=precision, views=views, augment=augment,
@@ -350,7 +351,7 @@ def _parts(
         except ModelError as problem:
             if places:
                 why = f"a callback will thaw too much of the model to cache the rest: {problem}"
-            elif how.required:
+            elif how.required and not isinstance(problem, NothingToStoreError):
                 raise
             else:
                 why = str(problem)

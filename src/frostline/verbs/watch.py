@@ -310,9 +310,10 @@ def assert_frozen(
 ) -> None:
     """Raise unless every BN layer before a boundary is frozen; for the tests of a project.
 
-    Flags can lie: a torch module in ``eval()`` is thawed by the next ``train()``. So a torch model
-    is asked what its own ``train()`` leaves, and with ``data`` any model is run in training mode
-    (nothing is updated) and its layers are watched.
+    Flags can lie: a torch module in ``eval()`` is thawed by the next ``train()``, and a step that
+    Keras compiled on TensorFlow keeps the flags of its first call. So a torch model is asked what
+    its own ``train()`` leaves, a compiled step what it writes, and with ``data`` any model is run
+    in training mode (nothing is updated) and its layers are watched.
 
     Args:
         model: A Keras model or a torch module; it is left as it was found.
@@ -345,7 +346,9 @@ def assert_frozen(
         shown = "; ".join(f"'{path}': {what}" for path, what in list(wrong.items())[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         advice = "frostline.freeze(model, until) locks them"
-        if all(_BY_HAND in what for what in wrong.values()):
+        if all(_STALE in what for what in wrong.values()):
+            advice = "model.compile(...) again, with the same arguments, makes the step anew"
+        elif all(_BY_HAND in what for what in wrong.values()):
             advice = (
                 "No flag reaches code of their own: call them in inference mode, or use BN layers"
             )
@@ -355,6 +358,7 @@ def assert_frozen(
 
 
 _BY_HAND = ", whatever its flags say"
+_STALE = "frozen after the training step was compiled, which still trains it"
 
 
 def _not_frozen(
@@ -367,6 +371,7 @@ def _not_frozen(
     unknown = {path: kind for path, kind in facts.unknown.items() if inside(path)}
     checked = {entry.site.path for entry in chosen} | unknown.keys()
     wrong: dict[str, str] = {}
+    asked = {name for name, on in (("parameters", params), ("statistics", statistics)) if on}
     for entry in chosen:
         site = entry.site
         if params and not site.params_frozen:
@@ -377,6 +382,8 @@ def _not_frozen(
             wrong[site.path] = (
                 "training uses batch statistics" if site.stats_frozen else "its statistics move"
             )
+        elif not entry.live and asked & (entry.stepped or frozenset()):
+            wrong[site.path] = _STALE
     # A caller that hands the statistics of a layer to a function goes past what locks the layer.
     locked = {e.site.path for e in chosen if e.site.stats_frozen and e.site.policy == "inference"}
     locked -= wrong.keys()

@@ -617,6 +617,25 @@ def test_a_callback_that_makes_features_untrue_is_refused() -> None:
         fl.fit(compiled(adam()), X, Y, epochs=2, verbose=0, callbacks=[Moves()])
 
 
+def test_plain_fit_where_nothing_is_worth_storing() -> None:
+    def masked() -> Any:
+        keras.utils.set_random_seed(1)
+        layers = [L.Masking(), L.Dense(5), L.BatchNormalization(name="bn"), L.LSTM(4), L.Dense(3)]
+        model = keras.Sequential([keras.Input((8, 24)), *layers])
+        fl.freeze(model, "bn")
+        model.compile(sgd(), "sparse_categorical_crossentropy")
+        return model
+
+    x, ours, theirs = X.reshape(-1, 8, 24), masked(), masked()
+    keras.utils.set_random_seed(2)
+    with pytest.warns(UserWarning, match="plain model.fit: nothing is worth storing"):
+        history = fl.fit(ours, x, Y, epochs=2, verbose=0).history
+    keras.utils.set_random_seed(2)
+    assert history == theirs.fit(x, Y, epochs=2, verbose=0).history
+    with pytest.raises(ModelError, match=r"views and augment need a cache.*nothing is worth"):
+        fl.fit(ours, x, Y, views=2, augment=lambda x, seed: x, verbose=0)
+
+
 class Noisy(Batches):
     """Augments inside the data set."""
 

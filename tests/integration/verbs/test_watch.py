@@ -203,3 +203,56 @@ def test_nothing_to_watch(backend: str) -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     with pytest.raises(ModelError, match="nothing to watch"), fl.watch(model):
         pass
+
+
+def fitted(**options: Any) -> Any:
+    """A Keras model that has trained; ``options`` are those of ``compile``, or of its BN layer."""
+    import keras
+
+    affine = {name: options.pop(name) for name in ("center", "scale") if name in options}
+    bn = keras.layers.BatchNormalization(name="bn", **affine)
+    model = keras.Sequential([keras.Input((6,)), bn, keras.layers.Dense(1, name="head")])
+    model.compile("sgd", "mse", **options)
+    model.fit(*ROWS, verbose=0)
+    return model
+
+
+ROWS = X.reshape(-1, 6)[:64], np.ones((64, 1), "float32")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_flags_that_a_compiled_step_does_not_heed_are_not_frozen(affine: bool) -> None:
+    model = fitted(center=affine, scale=affine)
+    mean = np.array(model.get_layer("bn").get_weights()[-2])
+    model.get_layer("bn").trainable = False
+    heeded = os.environ["KERAS_BACKEND"] != "tensorflow"  # JAX raises at the next step
+    for data in (None, ROWS):
+        if heeded:
+            fl.assert_frozen(model, "head", data=data)
+            continue
+        with pytest.raises(fl.NotFrozenError, match=r"'bn': frozen after .* model.compile\("):
+            fl.assert_frozen(model, "head", data=data)
+    if not heeded:
+        assert "call compile() again" in str(fl.freeze(model, "head"))
+        model.fit(*ROWS, verbose=0)
+        assert not np.array_equal(mean, model.get_layer("bn").get_weights()[-2])
+    model.compile("sgd", "mse")
+    fl.assert_frozen(model, "head")
+    assert fl.freeze(model, "head").notes == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"steps_per_execution": 2}])
+def test_flags_that_the_next_step_heeds_are_frozen(options: dict[str, Any]) -> None:
+    model = fitted(**options)
+    model.get_layer("bn").trainable = False
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        model.compile("sgd", "mse", **options)
+    elif not options.get("run_eagerly"):
+        model.compile(model.optimizer, "mse", **options)  # which knows gamma still
+    before = model.get_layer("bn").get_weights()
+    for _ in range(2):
+        fl.assert_frozen(model, "head")
+        assert fl.lint(model, select="FL107").clean
+        model.fit(*ROWS, verbose=0)
+    for old, new in zip(before, model.get_layer("bn").get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)

@@ -143,6 +143,12 @@ def test_refusals() -> None:
     head = node("head", "x", "y", blame=LIVE)
     with pytest.raises(ModelError, match=r"nothing is frozen .*: 'head' comes first, and"):
         require_frozen(graph(head, outputs="y"), [], [head])
+    state = Impurity(why="state", path="sn", text="it changes", kind="SN", seems=True)
+    first = node("sn", "x", "s", blame=state)
+    with pytest.raises(ModelError, match=r"'sn' comes first, and it changes: .*without a cache"):
+        require_frozen(graph(first, outputs="s"), [], [first])
+    with pytest.raises(ModelError, match=r"'head' comes first.*fl\.freeze"):
+        require_frozen(graph(first, head, outputs="sy"), [], [first, head])
     with pytest.raises(ModelError, match="everything is frozen"):
         require_frozen(graph(head, outputs="y", trains=False), [], [head])
     seems = Impurity(why="statistics", path="bn", text="it normalises", kind="BN", seems=True)

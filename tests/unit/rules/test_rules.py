@@ -99,6 +99,7 @@ TRIGGERS: list[tuple[str, ModelFacts]] = [
     ("FL105", model(facts(at=TORCH, wrapper_frozen=True))),
     ("FL106", model(facts(), layers=BEHIND)),
     ("FL107", model(facts(at=FROZEN, optimized=True), traced=True)),
+    ("FL107", model(facts(at=FROZEN, stepped=frozenset(["statistics"])), traced=True)),
     ("FL107", model(facts(optimized=False), traced=True)),
     ("FL107", model(facts(optimized=False), backend="torch")),
     ("FL107", model(facts(at=FROZEN, optimized=True), backend="jax")),

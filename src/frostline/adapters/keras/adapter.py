@@ -40,12 +40,14 @@ from frostline.adapters.keras.forward_pass import (
     readable_labels,
     tensors,
 )
+from frostline.adapters.keras.graph import is_site
 from frostline.adapters.keras.loss import computes_loss
 from frostline.adapters.keras.moments import MomentRecorder
 from frostline.adapters.keras.pipeline import all_prepared, prepared
 from frostline.adapters.keras.random import fixed_randomness, seeds
 from frostline.adapters.together import ALONE, Together
 from frostline.data.batch import Batch
+from frostline.graph.addresses import Place
 from frostline.types import Boundary, ModelError
 from frostline.types.measured import Behaviour, Difference
 
@@ -195,7 +197,9 @@ class KerasView:
     def behaviour(self, batches: Iterable[Any], step: Any = None) -> dict[str, Behaviour]:
         """What every site does in a training-mode and in an inference pass of the model."""
         collected = [Batch(*part) if isinstance(part, tuple) else part for part in batches]
-        if collected and step is None:
+        if step is not None:
+            self._require_built([p for p in keras_graph.walk(self.model) if is_site(p.layer)])
+        elif collected:
             self._build(tensors(collected[0].x))
         return keras_behaviour.behaviour(self.model, collected, step)
 
@@ -274,8 +278,21 @@ class KerasView:
 
     def _build(self, x: Any) -> None:
         if not self.model.built:
+            self._require_built(keras_graph.walk(self.model))
             with keras_state.preserved(self.model):
                 self.model(x, training=False)
+
+    def _require_built(self, places: Iterable[Place]) -> None:
+        """Raise where looking at a model would make its weights.
+
+        They cannot be taken away again: Keras lets a layer that was built add no others.
+        """
+        unbuilt = [place.path for place in places if not place.layer.built]
+        if unbuilt and not self.model.built:
+            raise ModelError(
+                f"'{unbuilt[0]}' is not built yet, so it has no weights to look at; call the model "
+                f"on one batch first. Received: an unbuilt model {self.model.name!r}"
+            )
 
     def _build_loss(self, x: Any, y: Any) -> None:
         """Let a compiled loss that has met no data yet create its trackers, outside any trace."""

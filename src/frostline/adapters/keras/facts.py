@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +41,13 @@ def facts(model: Any) -> ModelFacts:
     nodes = _nodes(model, places)
     optimizer = getattr(model, "optimizer", None)
     optimized = optimized_variables(model)
+    written = _written(model)
     modules, by_path = _modules(places), {place.path: place for place in places}
     found: list[SiteFacts] = []
     for site in sites(model):
         place, module = modules[site.path]
         if module is None:
-            mine = _stock(site, place.layer, optimized)
+            mine = _stock(site, place.layer, optimized, written)
         else:
             mine = _wrapped(site, place.layer, module, optimized)
         training = _written_training(place, by_path, nodes)
@@ -61,7 +63,8 @@ def facts(model: Any) -> ModelFacts:
         batch=_batch(model),
         any_size=_any_size(model),
         steps=_steps(optimizer),
-        traced=getattr(model, "train_function", None) is not None,
+        traced=getattr(model, "train_function", None) is not None
+        and not getattr(model, "run_eagerly", False),
         unknown={path: type(layer).__name__ for path, layer in unknown_keepers(model).items()},
     )
 
@@ -77,7 +80,36 @@ def _modules(places: tuple[Place, ...]) -> dict[str, tuple[Place, Any | None]]:
     return found
 
 
-def _stock(site: Site, layer: Any, optimized: frozenset[int] | None) -> SiteFacts:
+def _written(model: Any) -> frozenset[int] | None:
+    """Identities of the variables that the compiled training step writes; ``None``: not known.
+
+    TensorFlow alone goes on with a step that was traced under other flags, and nothing but the
+    trace tells which: an optimizer may have been used by another step before.
+    """
+    step = getattr(model, "train_function", None)
+    if keras.backend.backend() != "tensorflow" or not inspect.isfunction(step):
+        return None
+    around = [
+        *inspect.getclosurevars(step).nonlocals.values()
+    ]  # fit and train_on_batch have one each
+    around += [held.__wrapped__ for held in around if hasattr(held, "__wrapped__")]
+    traces = [held for held in around if hasattr(held, "_list_all_concrete_functions")]
+    with suppress(ImportError, AttributeError):  # nothing of this is public
+        from tensorflow.python.framework import auto_control_deps_utils as resources
+
+        found: set[int] = set()
+        for graph in (each.graph for t in traces for each in t._list_all_concrete_functions()):
+            read = resources.get_read_only_resource_input_indices_graph(graph)
+            kept = {id(graph.inputs[index]) for index in read}
+            found.update(id(handle) for handle, inner in graph.captures if id(inner) not in kept)
+        known = {id(v) for v in model.variables if id(v.value.handle) in found}
+        return frozenset(known) if traces else None
+    return None
+
+
+def _stock(
+    site: Site, layer: Any, optimized: frozenset[int] | None, written: frozenset[int] | None
+) -> SiteFacts:
     own = [variable for variable in (layer.gamma, layer.beta) if variable is not None]
     shadow = None
     if getattr(layer, "renorm", False) and layer.built:  # Keras 3.12 has no renorm
@@ -92,8 +124,17 @@ def _stock(site: Site, layer: Any, optimized: frozenset[int] | None) -> SiteFact
         shadow_variance=shadow,
         dtype=layer.variable_dtype,
         live=bool(getattr(layer, "live", False)),
+        stepped=None if written is None else _stepped(layer, own, written),
         cancels=keras.backend.backend() == "torch",
         optimized=_is_optimized(own, optimized),
+    )
+
+
+def _stepped(layer: Any, own: list[Any], written: frozenset[int]) -> frozenset[str]:
+    kept = [layer.moving_mean, layer.moving_variance]
+    parts = {"parameters": own, "statistics": kept}
+    return frozenset(
+        name for name, variables in parts.items() if not written.isdisjoint(map(id, variables))
     )
 
 

@@ -74,7 +74,9 @@ def _impurity(layer: Any) -> tuple[Why, str] | None:
             return "statistics", "Keras puts the BN inside of it into training mode in every step"
         if any("Dropout" in type(inner).__name__ and not all_off(inner) for inner in inside):
             return "random", f"its dropout is active in training{TURN_OFF}"
-    if getattr(layer, "stateful", False) or isinstance(layer, L.SpectralNormalization):
+    if isinstance(layer, L.SpectralNormalization):
+        return "state", "it changes its weights in every training step, whatever its flag says"
+    if getattr(layer, "stateful", False):
         return "state", "it carries state from batch to batch"
     if _random(layer):
         return "random", f"it is random in training{TURN_OFF if drops(layer) else ''}"

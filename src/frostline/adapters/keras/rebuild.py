@@ -94,7 +94,7 @@ class Rebuild:
                 tensor = table[id(source)]
                 outputs = [tensor if taken else self._affine(node.operation)(tensor)]
             else:
-                args, kwargs = node.arguments.fill_in(table)
+                args, kwargs = keras.tree.map_structure(_own, node.arguments.fill_in(table))
                 if (graph := self.graphs.get(id(node.operation))) is not None:
                     given = [table[id(tensor)] for tensor in node.input_tensors]
                     args = (keras.tree.pack_sequence_as(graph._inputs_struct, given),)
@@ -245,6 +245,16 @@ class Rebuild:
 
     def _path(self, operation: Any) -> str:
         return self.paths.get(id(operation), operation.name)
+
+
+def _own(value: Any) -> Any:
+    """A constant copy of a weight or tensor that a ``call`` left in its graph.
+
+    Shared, training the model would change the folded one; JAX even deletes the old values.
+    """
+    if isinstance(value, keras.Variable) or keras.ops.is_tensor(value):
+        return keras.ops.convert_to_tensor(copied(value), dtype=value.dtype)
+    return value
 
 
 def followed(operation: Any, graphs: Mapping[int, Any]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import frostline as fl
 from frostline.adapters import adapter_of
 from frostline.adapters.keras import state as keras_state
-from frostline.types import DataError
+from frostline.types import DataError, ModelError
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -206,6 +206,50 @@ def test_evaluate_of_a_model_that_met_no_data_builds_nothing_for_good() -> None:
     assert [float(np.array(v)) for v in metric.variables] == [0.0, 0.0]
     logs = model.fit(X, Y, verbose=0).history  # and it still builds when it is used
     assert set(logs) == {"loss", "given", "mse"}
+
+
+class Unbuilt(keras.Model):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(name="net")
+        self.norm, self.head = L.BatchNormalization(name="bn"), L.Dense(1, name="head")
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return self.head(self.norm(x, training=training))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: fl.phases(model, (X, Y)),
+        lambda model: fl.diagnose(model, (X, Y), verbose=0),
+        lambda model: fl.assert_frozen(model, data=X),
+        lambda model: fl.assert_frozen(model, data=X, step=lambda net, batch: net(batch)),
+    ],
+    ids=["phases", "diagnose", "assert_frozen", "step"],
+)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_looking_does_not_build_a_model(look: Callable[[Any], Any], compiles: bool) -> None:
+    model = Unbuilt()
+    if compiles:
+        model.compile("sgd", "mse")
+    with pytest.raises(ModelError, match="call the model on one batch first"):
+        look(model)
+    assert not any(layer.built for layer in (model, model.norm, model.head))
+    model(X)
+    fl.freeze(model)
+    look(model)
+    fl.unfreeze(model)
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0)
+
+
+def test_a_model_of_built_parts_that_was_not_called_is_looked_at() -> None:
+    model = Unbuilt()
+    model.norm.build(X.shape)
+    model.head.build(X.shape)
+    fl.phases(model, (X, Y))
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0)
 
 
 def test_evaluate_without_compile() -> None:

@@ -575,6 +575,33 @@ def test_a_site_called_for_each_step_is_folded_beside_another(masked: bool) -> N
     np.testing.assert_allclose(run(folded.model, x), run(model, x), rtol=1e-5)
 
 
+class Scaled(L.Layer):
+    """A block of a user's own with a weight that its call hands to an operation."""
+
+    def build(self, shape: Any) -> None:
+        self.norm = BN()
+        self.norm.build(shape)
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return keras.ops.multiply(self.norm(x, training=training), self.scale)
+
+
+@pytest.mark.parametrize(
+    "block", [lambda: L.TimeDistributed(BN()), Scaled], ids=["each step", "own weight"]
+)
+def test_training_the_model_leaves_the_folded_one_alone(block: Callable[[], Any]) -> None:
+    model = keras.Sequential([keras.Input((4, 3)), L.Dense(5), block(), L.Flatten(), L.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = inputs_for(model), np.ones((len(inputs_for(model)), 1))
+    model.fit(x, y, verbose=0)
+    wanted = run(model, x)
+    folded = fl.fold(model)
+    model.fit(x, y, verbose=0)
+    np.testing.assert_allclose(run(folded, x), wanted, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(run(model, x), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_a_sample_that_the_model_does_not_take_is_refused() -> None:
     with pytest.raises(ModelError, match="the model fails on the sample"):
         fl.fold(speak(sequential(BN(name="bn"))), sample=np.zeros((2, 5), "float32"))

@@ -421,7 +421,10 @@ def test_statistics_that_move_under_frozen_parameters_are_refused() -> None:
         (lambda: L.Dropout(0.3, name="end"), "in training; freeze(dropout=True) turns it off"),
         (lambda: L.GaussianNoise(0.1, name="end"), "it is random in training"),
         (lambda: L.ActivityRegularization(l2=0.1, name="end"), "adds to the loss"),
-        (lambda: L.SpectralNormalization(L.Dense(4, trainable=False), name="end"), "state"),
+        (
+            lambda: L.SpectralNormalization(L.Dense(4, trainable=False), name="end"),
+            "changes its weights",
+        ),
     ],
     ids=["dropout", "noise", "loss", "state"],
 )
@@ -459,6 +462,22 @@ def test_a_frozen_embedding_alone_is_not_worth_storing() -> None:
     model = keras.Model(words, L.Dense(2, name="head")(x))
     with pytest.raises(ModelError, match="nothing is worth storing"):
         fl.split(frozen(model, "head", "lstm"))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(lambda: L.SpectralNormalization(L.Dense(4), name="first"), "it changes its weights in every"),
+     (lambda: L.Dense(4, activity_regularizer="l2", name="first"), "it adds to the loss")],
+    ids=["state", "loss"],
+)  # fmt: skip
+def test_what_no_freezing_makes_constant_is_not_to_be_frozen_again(layer: Any, why: str) -> None:
+    model = keras.Sequential([keras.Input((5,)), layer(), L.Dense(3), L.Dense(2, name="head")])
+    fl.freeze(model, "head")
+    model.compile("sgd", "mse")
+    for verb in (fl.split, lambda m: fl.fit(m, np.ones((4, 5)), np.ones((4, 2)), verbose=0)):
+        with pytest.raises(ModelError, match=f"'first' comes first, and {why}.*without a cache"):
+            verb(model)
 
 
 @pytest.mark.once
