@@ -89,12 +89,10 @@ def _written(model: Any) -> frozenset[int] | None:
     step = getattr(model, "train_function", None)
     if keras.backend.backend() != "tensorflow" or not inspect.isfunction(step):
         return None
-    around = [
-        *inspect.getclosurevars(step).nonlocals.values()
-    ]  # fit and train_on_batch have one each
+    around = [*inspect.getclosurevars(step).nonlocals.values()]  # two: of fit and train_on_batch
     around += [held.__wrapped__ for held in around if hasattr(held, "__wrapped__")]
     traces = [held for held in around if hasattr(held, "_list_all_concrete_functions")]
-    with suppress(ImportError, AttributeError):  # nothing of this is public
+    with suppress(Exception):  # nothing of this is public: another version may do it otherwise
         from tensorflow.python.framework import auto_control_deps_utils as resources
 
         found: set[int] = set()
