@@ -891,6 +891,28 @@ def other_range(seed: int) -> Scenario:
     return Scenario(model=model, data=(x, y), shown=shown)
 
 
+def first_steps(seed: int) -> Scenario:
+    """Eight steps: the network is unsure of all digits, so that its loss hardly tells a gap."""
+    model = net(seed)
+    x, y = (values[:256] for values in images("new"))
+    fit(model, x, y, epochs=1, lr=1e-3)
+    shown = gap(model, x, y, at_least=0.0)
+    assert shown["training accuracy"] > shown["inference accuracy"] + 0.05, shown
+    assert shown["inference loss"] < 1.05 * shown["training loss"], shown
+    return Scenario(model=model, data=(x, y), closable=True, shown=shown)
+
+
+def larger_pictures(seed: int) -> Scenario:
+    """Trained at 16 by 16 pixels, asked at 32 by 32."""
+    model = net(seed)
+    x, y = (values[:480] for values in images("new"))
+    fit(model, x, y, epochs=12)
+    fit(model, x, y, epochs=4, lr=2e-4)
+    x, y = functional.interpolate(x[:256], scale_factor=2.0), y[:256]
+    shown = gap(model, x, y, at_least=0.3)
+    return Scenario(model=model, data=(x, y), closable=True, shown=shown)
+
+
 # --- healthy programs -----------------------------------------------------------------------------
 
 
@@ -1121,6 +1143,10 @@ def cases() -> Iterator[Case]:
          frozenset({"norm1", "norm2"}), always_training),
         ("A20", "rebuilt with the default epsilon", "pytorch/ao/pull/4758", ("EPS_MISMATCH",),
          None, epsilon_lost),
+        ("A21", "the first steps: inference at chance, and a loss that hardly tells",
+         "soloice/Chinese-Character-Recognition/issues/5", ("EMA_LAG",), ALL, first_steps),
+        ("A22", "asked about larger pictures", "facebookresearch/FixRes/issues/25", other[:2], ALL,
+         larger_pictures),
         ("AN1", "a prompt voted for by the batch; no BN",
          "Minhchuyentoancbn/MoE_PromptCL/issues/1", ("KERNEL_BUG",), None, voted_prompts),
         ("AN2", "features divided by a mean over the batch",
