@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from frostline.causes.assignment import SOURCES, Assigned
-from frostline.causes.case import FEW_VALUES, Case, Claim, count, number
+from frostline.causes.assignment import SOURCES, Assigned, uses_apart
+from frostline.causes.case import FAR, FEW_VALUES, Case, Claim, count, number
 from frostline.causes.registry import cause
 from frostline.rules.predicates import uses_batch
 from frostline.types.codes import CauseCode, Fix
@@ -240,6 +240,8 @@ def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
         verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()
     ):
         return
+    if any(uses_apart(case, path) > FAR for path in case.sites):
+        return  # each use has statistics of its own in training: MIXED_SOURCES says so
     yield Claim(
         code=CauseCode.BATCH_LEAK,
         message=f"batches give a loss {number(amount)} lower than exact statistics of all the "

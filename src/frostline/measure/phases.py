@@ -169,7 +169,7 @@ def _phase_table(
     if known is not None:
         task, judged = _judged(adapter, seen, known, loss, step, workspace)
     unjudged = not seen.passes["0"].known and (seen.unlabelled or task == "unknown")
-    distances = _distances(seen.passes) if unjudged else None
+    distances = _distances(seen.passes, seen.unlabelled) if unjudged else None
     rows = [_dynamic_row(seen.dynamic)]
     for phase, done in seen.passes.items():
         row_metrics = dict(judged[phase].metrics) if phase in judged else {}
@@ -314,13 +314,16 @@ def _judged(
 
 def _apart(distances: Array, unlabelled: bool) -> str:
     """How far the outputs of the phases are apart, in words."""
-    why = "No labels and no loss" if unlabelled else "No loss is known that takes these labels"
     return (
-        f"{why}: outputs are compared. Those of phase 1 are "
+        f"{_why_outputs(unlabelled)}: outputs are compared. Those of phase 1 are "
         f"{np.sqrt(distances.mean()):.3g} standard deviations of the outputs away from those "
         "of phase 0 (root mean square)."
         + ("" if unlabelled else " Pass loss= (on the command line --loss) to compare losses.")
     )
+
+
+def _why_outputs(unlabelled: bool) -> str:
+    return "No labels and no loss" if unlabelled else "No loss is known that takes these labels"
 
 
 def _read(
@@ -452,7 +455,7 @@ def tried(forward: Forward, batch: Batch, *, training: bool = False, number: int
     return outcome
 
 
-def _distances(passes: Mapping[str, _Pass]) -> Array:
+def _distances(passes: Mapping[str, _Pass], unlabelled: bool) -> Array:
     """Squared distance of the phases' outputs, in variances of phase 0, of each array or sample.
 
     Raises:
@@ -464,9 +467,9 @@ def _distances(passes: Mapping[str, _Pass]) -> Array:
         shapes = [[np.shape(leaf) for leaf in part] for part in found]
         if not shapes[0] or shapes[0] != shapes[1] or len(pairs) not in (0, len(shapes[0])):
             raise ModelError(
-                "there are neither labels nor a loss, and the outputs in training mode are not "
-                "those of inference in kind or size: pass step=, a function (model, batch) that "
-                "returns a loss. Received: outputs that cannot be compared"
+                f"{_why_outputs(unlabelled)}, and the outputs in training mode are not those of "
+                "inference in kind or size: pass step=, a function (model, batch) that returns a "
+                "loss. Received: outputs that cannot be compared"
             )
         floats = [np.asarray(leaf).dtype.kind == "f" for leaf in found[0]]
         pairs = pairs or [(_NO_MOMENTS, []) for _ in floats]
@@ -483,8 +486,8 @@ def _distances(passes: Mapping[str, _Pass]) -> Array:
     ]
     if not totals:
         raise ModelError(
-            "there are neither labels nor a loss, and no output is a floating number: pass step=, "
-            "a function (model, batch) that returns a loss. Received: no numbers to compare"
+            f"{_why_outputs(unlabelled)}, and no output is a floating number: pass step=, a "
+            "function (model, batch) that returns a loss. Received: no numbers to compare"
         )
     return np.array(totals)
 
