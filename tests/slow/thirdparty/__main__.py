@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -145,7 +146,9 @@ def page(results: dict[str, dict[str, Any]], table: dict[str, Entry]) -> str:
             outcome = told.partition(":")[0]
             cells.append(signs.get(outcome, "" if verb in VERBS[entry.framework] else "–"))
             if outcome not in ("works", ""):
-                notes.append(f"- {name}, `{verb}`: {told[:300]}")
+                notes.append(
+                    f"- {name}, `{verb}`: {textwrap.shorten(told, 300, placeholder=' ...')}"
+                )
         lines.append(
             f"| {name} | {entry.library} {result.get('version', '')} | {' | '.join(cells)} |"
         )
