@@ -23,8 +23,9 @@ from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.measured import Probe, Task
 
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
-#: waits on disk. Few: with 256 MiB they were an eighth of all that a diagnosis of ResNet50 needed.
-WAITING = 1 << 26
+#: waits on disk. Twice as many take a diagnosis of ResNet50 above 1.5 times what evaluate needs,
+#: and half as many cost EfficientNet-Lite0 three evaluates of reading and writing.
+WAITING = 1 << 27
 
 #: Passes over the samples that settle statistics where only the user's step can run the model, and
 #: the move, in standard deviations, below which they have settled.
