@@ -23,8 +23,8 @@ from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.measured import Probe, Task
 
 #: Bytes of activations that wait in memory between two stages of a recalibration on trial; the rest
-#: waits on disk. Twice as many took a diagnosis of ResNet50 above 1.5 times the memory of evaluate,
-#: half as many cost EfficientNet-Lite0 two evaluates of reading and writing.
+#: waits on disk. More took a diagnosis of ResNet50 above its aim of memory, fewer cost one of
+#: EfficientNet-Lite0 time to read and write (``benchmarks/bench_diagnose.py`` prints both).
 WAITING = 1 << 27
 
 #: Passes over the samples that settle statistics where only the user's step can run the model, and

@@ -60,7 +60,7 @@ def _from_columns(table: Mapping[Any, Any]) -> dict[str, tuple[float, ...]]:
         columns[str(name)] = tuple(_number(value) for value in listed)
     most = max(map(len, columns.values()), default=0)
     values = [value for column in columns.values() for value in column]
-    if values and not any(value is not None for value in values):
+    if values and all(value is None for value in values):
         first = next(iter(table.values()))
         raise DataError(f"{_ACCEPTED} None of its values is a number. Received: {first!r:.80}")
     nothing = float("nan")

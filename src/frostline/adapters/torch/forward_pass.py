@@ -255,7 +255,7 @@ def untouched(model: Any, *, number: int = 0) -> Iterator[Any]:
     root = unwrapped(model)
     require_built(root)
     known = dict(root.named_modules())
-    kept, gradients = state_kept([*root.modules()]), gradients_kept(root)
+    kept, gradients = state_kept([*known.values()]), gradients_kept(root)
     with modes_kept(root), forked(), taken_back(gradients), taken_back(kept):
         seeded(number)
         yield root
