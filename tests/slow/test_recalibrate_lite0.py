@@ -86,7 +86,7 @@ def handed_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     seen: dict[str, list[Any]] = {}
     sums, add, normalised, both = (
         getattr(keras_moments, name)
-        for name in ("_sums", "_moments", "_normalised", "_summed_and_normalised")
+        for name in ("chunk_sums", "_moments", "_normalised", "_summed_and_normalised")
     )
 
     def look(found: Any) -> Any:
@@ -94,7 +94,9 @@ def handed_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
             seen.setdefault(path, []).extend(flat(entry[-1]) for entry in entries)
         return add({path: [entry[:-1] for entry in entries] for path, entries in found.items()})
 
-    monkeypatch.setattr(keras_moments, "_sums", lambda x, axis, mask: (*sums(x, axis, mask), x))
+    monkeypatch.setattr(
+        keras_moments, "chunk_sums", lambda x, axis, mask: (*sums(x, axis, mask), x)
+    )
     monkeypatch.setattr(
         keras_moments, "_normalised", lambda layer, x, e: normalised(layer, x, e[:-1])
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -317,8 +317,8 @@ class StagedMeter(StoredStatistics, Protocol):
     def start(self, x: Any) -> tuple[Array, ...]:
         """What the first stage takes, from one batch of model inputs."""
 
-    def programs(self, inputs: int) -> Sequence[Program]:
-        """The stages in order; ``inputs`` arrays are what the first one takes."""
+    def programs(self, inputs: int, paths: Collection[str]) -> Sequence[Program]:
+        """The stages that measure these sites, in order; the first one takes ``inputs`` arrays."""
 
     def stage(self, program: Any) -> Callable[[Sequence[Array]], tuple[tuple[Array, ...], Seen]]:
         """Compile a stage: arrays of one batch -> (arrays for the next stage, moments)."""

@@ -120,7 +120,7 @@ class _Run:
         inputs_of_all = self.ranks.values(len(self.meter.start(first[1].x)) if first else 0)
         if not any(inputs_of_all):
             return Population(moments={}, batches=0)
-        programs = self.meter.programs(max(inputs_of_all))
+        programs = self.meter.programs(max(inputs_of_all), self.chosen)
         if programs[0].passes != 1 or programs[0].closed:
             self.source.require_again("recalibrate(method='sequential') on this model")
         opening: Iterator[tuple[int, Batch]] | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -186,7 +186,7 @@ class FakeMeter:
     def start(self, x: Any) -> tuple[Any, ...]:
         return (x,)
 
-    def programs(self, inputs: int) -> list[Any]:
+    def programs(self, inputs: int, paths: Collection[str]) -> list[Any]:
         # Its stages hand over what they take, which is of other slots than what they give.
         ways = {"passes": 1, "closed": False, "takes": (0,), "gives": (1,)}
         return [SimpleNamespace(paths=(path,), **ways) for path in self.paths]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Chain:
     def start(self, x: Any) -> tuple[Any, ...]:
         return (x,)
 
-    def programs(self, inputs: int) -> Sequence[Program]:
+    def programs(self, inputs: int, paths: Collection[str]) -> Sequence[Program]:
         if self.closed:
             return [Program(self.paths, len(self.paths), closed=True)]
         return [Program((path,)) for path in self.paths]
@@ -130,7 +130,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-
 class Feedback(Chain):
     """A site that is used again behind itself, on what falls by 4 where its mean rises by 1."""
 
-    def programs(self, inputs: int) -> Sequence[Program]:
+    def programs(self, inputs: int, paths: Collection[str]) -> Sequence[Program]:
         return [Program(self.paths, None, closed=True)]
 
     def stage(self, program: Program) -> Callable[..., Any]:

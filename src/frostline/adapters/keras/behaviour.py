@@ -25,13 +25,13 @@ from frostline.adapters.keras.random import fixed_randomness, seed_states, seeds
 from frostline.adapters.keras.recurrent import looping, step_by_step
 from frostline.adapters.keras.site_handle import (
     SiteHandle,
-    mixed_statistics,
-    reduced,
     replaced,
     site_handles,
 )
+from frostline.adapters.keras.statistics import reduced
 from frostline.data.batch import Batch
 from frostline.numerics.behaviour import CallSums, observed_blend, sums_of_formula
+from frostline.numerics.blend import mixed
 from frostline.types import Array
 from frostline.types.measured import Behaviour
 
@@ -216,20 +216,20 @@ def _watched(
         seen.append(entry if keras.backend.backend() == "jax" else _on_host(entry, handle, middle))
         return outputs
     batch = call.batch()
+    stored = ops.cast(ops.stack(before), batch.dtype)
     statistics = [
-        mixed_statistics(ops.full((), blend, call.x.dtype), before, batch)
-        for blend in (0.0, middle, 1.0)
+        mixed(ops.full((), blend, batch.dtype), stored, batch, ops) for blend in (0.0, middle, 1.0)
     ]
-    candidates = [call.normalised(*pair) for pair in statistics]
+    candidates = [call.normalised(pair) for pair in statistics]
     if not call.follows_formula:
         # A call that reads no stored statistics gives the same with any: the formula tells then.
         deaf = ops.all(ops.equal(candidates[0], candidates[2]))
-        formula = [call.formula(*pair) for pair in statistics]
+        formula = [call.formula(pair) for pair in statistics]
         chosen = ops.logical_and(deaf, _alike(outputs, formula[2]))
         candidates = [
             ops.where(chosen, other, own) for own, other in zip(candidates, formula, strict=True)
         ]
-    mean, variance = batch
+    mean, variance = ops.unstack(batch, num=2)
     noise = 1 + ops.square(mean) / (variance + handle.epsilon)
     sums = _sums(handle, outputs, candidates)
     if sums[0].shape != noise.shape:

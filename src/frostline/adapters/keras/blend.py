@@ -40,8 +40,6 @@ from frostline.data.batch import Batch
 from frostline.numerics.stats import Moments
 from frostline.types import Array, ModelError, as_float64
 
-#: Path -> (mean, biased variance), shape ``(channels,)`` each.
-
 
 class BlendForward:
     """Forward passes of a Keras model with blended statistics; the model is never changed.
@@ -199,16 +197,27 @@ class BlendForward:
         """Moments may be recorded whether or not a mask comes along."""
         return not self._loops and all(handle.axis == -1 for handle in self._handles.values())
 
-    def _statistics(self, condition: Condition) -> list[tuple[Any, Any]]:
+    def _statistics(self, condition: Condition) -> Any:
+        """Mean and variance of all sites for λ = 0, side by side: shape ``(2, all channels)``.
+
+        One array: each argument of a compiled pass costs some time in every call.
+        """
         own = {path: _stored(path, handle) for path, handle in self._handles.items()}
         used = own | condition.replaced({path: mean.shape for path, (mean, _) in own.items()})
-        return [
-            tuple(
-                ops.convert_to_tensor(value, dtype=_at_least_float32(variable))
-                for value, variable in zip(used[path], own[path], strict=True)
-            )
-            for path in own
-        ]
+        kinds = {_at_least_float32(variable) for pair in own.values() for variable in pair}
+        dtype = keras.backend.result_type(*kinds, "float32")
+        if not used:
+            return ops.zeros((2, 0), dtype)
+        moments = zip(*(used[path] for path in own), strict=True)
+        return ops.stack([ops.concatenate([_read(m, dtype) for m in each]) for each in moments])
+
+    def _of_sites(self, statistics: Any) -> list[Any]:
+        """Those of each site, shape ``(2, channels)``."""
+        pairs = [_stored(path, handle) for path, handle in self._handles.items()]
+        if len(pairs) < 2:
+            return [statistics][: len(pairs)]
+        ends = np.cumsum([mean.shape[0] for mean, _ in pairs])
+        return list(ops.split(statistics, ends[:-1].tolist(), axis=1))
 
     def _prepared_judge(self, x: Any, y: Any) -> Judge:
         """Resolve the loss outside any trace: it may create variables.
@@ -244,7 +253,7 @@ class BlendForward:
         mapping: list[tuple[Any, Any]],
         traced: bool,
         blend: Any,
-        statistics: list[tuple[Any, Any]],
+        statistics: Any,
         x: Any,
         y: Any,
         sample_weight: Any,
@@ -254,9 +263,9 @@ class BlendForward:
         seen: dict[str, list[Any]] = {path: [] for path in self.paths}
         own = kind.startswith("own")
         if kind.endswith("at zero"):
-            patched = self._given(statistics)
+            patched = self._given(self._of_sites(statistics))
         else:
-            patched = self._blended(blend, statistics, seen if record else None)
+            patched = self._blended(blend, self._of_sites(statistics), seen if record else None)
         # Regularizers and `add_loss` take weights from the scope alone.
         mapped = {id(variable) for variable, _ in mapping}
         weights = [(v, v.value) for v in self.model.trainable_weights if id(v) not in mapped]
@@ -279,7 +288,7 @@ class BlendForward:
             return judged.losses if then is None else then(judged.losses)
 
     def _blended(
-        self, blend: Any, statistics: list[tuple[Any, Any]], seen: dict[str, list[Any]] | None
+        self, blend: Any, statistics: list[Any], seen: dict[str, list[Any]] | None
     ) -> AbstractContextManager[None]:
         """Give every BN layer a forward function that uses these tensors."""
         calls: list[tuple[SiteHandle, Callable[..., Any]]] = []
@@ -289,7 +298,7 @@ class BlendForward:
             calls.append((handle, call))
         return replaced([*calls, *((handle, stored_call) for handle in self._others)])
 
-    def _given(self, statistics: list[tuple[Any, Any]]) -> AbstractContextManager[None]:
+    def _given(self, statistics: list[Any]) -> AbstractContextManager[None]:
         """Give every BN layer a forward function that uses these statistics and no others."""
         handles = zip(self._handles.values(), statistics, strict=True)
         calls = [(handle, functools.partial(given_call, pair)) for handle, pair in handles]
@@ -362,6 +371,11 @@ def shaped_like_outputs(model: Any, x: Any) -> Any:
 # --- on the host ------------------------------------------------------------------------------
 
 
+def _read(moment: Any, dtype: str) -> Any:
+    """A variable's value, or an array that takes its place."""
+    return ops.cast(getattr(moment, "value", moment), dtype)
+
+
 def _at_least_float32(variable: Any) -> str:
     name = keras.backend.standardize_dtype(variable.dtype)
     return str(keras.backend.result_type(name, "float32"))
@@ -378,10 +392,9 @@ def _moments(seen: Mapping[str, Sequence[Any]]) -> dict[str, Moments]:
     merged = {}
     for path, entries in seen.items():
         parts = []
-        for count, mean, variance in entries:
-            number = int(to_numpy(count))
-            mean64, variance64 = as_float64(to_numpy(mean)), as_float64(to_numpy(variance))
-            parts.append(Moments(number, mean64, variance64 * number))
+        for count, statistics in entries:
+            number, (mean, variance) = int(to_numpy(count)), as_float64(to_numpy(statistics))
+            parts.append(Moments(number, mean, variance * number))
         if parts:
             merged[path] = functools.reduce(Moments.merge, parts)
     return merged

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.overridden import overridden
 from frostline.adapters.keras.pipeline import prepared
 from frostline.adapters.keras.recurrent import looping, step_by_step
+from frostline.adapters.keras.statistics import chunk_sums, of_batch, rows_of
 from frostline.adapters.keras.watch import STATISTICS
 from frostline.adapters.protocol import Population, Source
 from frostline.adapters.staged import in_stages, with_batch_statistics
@@ -38,13 +38,6 @@ from frostline.graph.schedule import Program, closed, schedule
 from frostline.numerics.stats import Moments
 from frostline.types import Array, DataError, ModelError, as_float64
 from frostline.types.reasons import first_line
-
-#: Values added up in float32 before float64 takes over. Random rounding of 256 terms stays below
-#: 1e-6 of their sum and averages out over the chunks.
-CHUNK = 256
-
-#: Values in one sample from which on a batch of them does not fit into a processor's cache.
-LARGE_SAMPLE = 1 << 15
 
 #: Batch moments of the sites, one entry per use of the layer.
 Seen = Mapping[str, Sequence[Moments]]
@@ -69,7 +62,7 @@ class MomentRecorder:
         self._sites = [layer for layer in layers.values() if is_site(layer)]
         self.layers = {path: _require_site(path, layers.get(path)) for path in paths}
         self._structure: Any = None
-        self._programs: tuple[Program, ...] | None = None
+        self._programs: dict[frozenset[str], tuple[Program, ...]] = {}
         self._kept: dict[Any, Callable[..., Any]] = {}
         self._recorded = record(model, self._chosen())
         self._loops = looping(model)
@@ -109,18 +102,27 @@ class MomentRecorder:
                 )
         return arrays
 
-    def programs(self, inputs: int) -> tuple[Program, ...]:
-        """The stages in order; ``inputs`` is the number of arrays in a batch of model inputs."""
-        if self._programs is None:
+    def programs(self, inputs: int, paths: Collection[str]) -> tuple[Program, ...]:
+        """The stages in order; ``inputs`` is the number of arrays in a batch of model inputs.
+
+        XLA compiles each of them longer than it runs: on JAX those of all sites serve any of them.
+        """
+        chosen = {*self.layers} if keras.backend.backend() == "jax" else {*paths}
+        key = frozenset(chosen)
+        if key not in self._programs:
             steps = (
                 self._recorded
                 if self._recorded is not None
                 else closed(self._call_model, self._chosen(), inputs)
             )
-            first, *others = schedule(steps)
+            measured = [
+                replace(step, sites=tuple(path for path in step.sites if path in chosen))
+                for step in steps
+            ]
+            first, *others = schedule(measured)
             # An input that no site depends on is handed over all the same.
-            self._programs = (replace(first, takes=tuple(range(inputs))), *others)
-        return self._programs
+            self._programs[key] = (replace(first, takes=tuple(range(inputs))), *others)
+        return self._programs[key]
 
     def _call_model(self, leaves: Sequence[Any]) -> Any:
         packed = keras.tree.pack_sequence_as(self._structure, list(leaves))
@@ -144,7 +146,7 @@ class MomentRecorder:
                 if look and step.open:
                     (path,) = step.sites
                     x, mask = _bn_arguments(self.layers[path], args, kwargs)
-                    sums[path].append(_sums(x, self.layers[path].axis, mask))
+                    sums[path].append(chunk_sums(x, self.layers[path].axis, mask))
                 if runs:
                     watched = {} if step.open else {path: self.layers[path] for path in hidden}
                     with _watching(watched, sums, normalise=False):
@@ -323,7 +325,7 @@ def _watching(
                 entry, outputs = _summed_and_normalised(layer, x)
                 sums[path].append(entry)
                 return outputs
-            entry = _sums(x, layer.axis, mask)
+            entry = chunk_sums(x, layer.axis, mask)
             sums[path].append(entry)
             return _normalised(layer, x, entry) if normalise else call(*args, **kwargs)
 
@@ -338,7 +340,7 @@ def _watching(
 def _normalised(layer: Any, x: Any, entry: tuple[Any, ...]) -> Any:
     """What the layer gives with the statistics of this batch (blend λ = 1)."""
     shift, dtype = entry[1], entry[1].dtype
-    offset, variance = _of_batch(*entry)
+    offset, variance = of_batch(*entry)
     outputs = ops.batch_normalization(
         x=ops.cast(x, dtype),
         mean=shift + offset,
@@ -351,13 +353,6 @@ def _normalised(layer: Any, x: Any, entry: tuple[Any, ...]) -> Any:
     return ops.cast(outputs, layer.compute_dtype)
 
 
-def _of_batch(count: Any, shift: Any, first: Any, second: Any) -> tuple[Any, Any]:
-    """How far the mean is from ``shift``, and the biased variance."""
-    rest = ops.maximum(ops.cast(count, shift.dtype), 1)
-    offset = ops.sum(first, axis=0) / rest
-    return offset, ops.maximum(ops.sum(second, axis=0) / rest - ops.square(offset), 0)
-
-
 def _can_share(layer: Any, x: Any) -> bool:
     """Whether sums and outputs of a layer can come from one tensor, as those of torch can."""
     if keras.backend.backend() != "torch" or x.requires_grad:
@@ -366,12 +361,12 @@ def _can_share(layer: Any, x: Any) -> bool:
 
 
 def _summed_and_normalised(layer: Any, x: Any) -> tuple[tuple[Any, Any, Any, Any], Any]:
-    """On torch: :func:`_sums` and :func:`_normalised`, which both begin with the deviations."""
+    """On torch: :func:`chunk_sums` and :func:`_normalised`; both begin with the deviations."""
     import torch
 
     from frostline.adapters.torch.calls import pieces
 
-    rows, shift = _rows(x)
+    rows, shift = rows_of(x)
     deviations, sums = torch.empty_like(rows), []
     parts = pieces(deviations)
     memory = torch.empty_like(parts[0])
@@ -380,7 +375,7 @@ def _summed_and_normalised(layer: Any, x: Any) -> tuple[tuple[Any, Any, Any, Any
         sums.append((part.sum(1), torch.square(part, out=memory[: len(part)]).sum(1)))
     first, second = (torch.cat(each) for each in zip(*sums, strict=True))
     entry = ops.convert_to_tensor(rows.shape[0] * rows.shape[1], "int32"), shift, first, second
-    offset, variance = _of_batch(*entry)
+    offset, variance = of_batch(*entry)
     scale = torch.rsqrt(variance + layer.epsilon)
     if layer.gamma is not None:
         scale = scale * ops.cast(layer.gamma, shift.dtype)
@@ -389,95 +384,6 @@ def _summed_and_normalised(layer: Any, x: Any) -> tuple[tuple[Any, Any, Any, Any
         rest = rest + ops.cast(layer.beta, shift.dtype)
     outputs = torch.addcmul(rest, deviations, scale, out=deviations).reshape(x.shape)
     return entry, ops.cast(outputs, layer.compute_dtype)
-
-
-def _rows(x: Any) -> tuple[Any, Any]:
-    """``(chunks, values, channels)``, float32 at least, and a value near the mean.
-
-    Any such value will do; the middle column spares a pass over the tensor.
-    """
-    x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-    size = _chunk(tuple(x.shape[1:-1]))
-    rows = ops.reshape(x, (-1, size, x.shape[-1]))
-    return rows, ops.mean(rows[:, size // 2], axis=0)
-
-
-def _sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
-    """Count, shift ``(c,)`` and chunk sums of ``x - shift`` and of its square, ``(chunks, c)``."""
-    rank = len(x.shape)
-    if axis % rank != rank - 1:
-        if mask is not None:
-            raise ModelError(
-                "a masked BN layer can be measured only with the channels on the last axis. "
-                f"Received: axis={axis}"
-            )
-        x = ops.moveaxis(x, axis, -1)
-    rows, shift = _rows(x)
-    size = rows.shape[1]
-    if mask is None:
-        count = ops.shape(rows)[0] * size
-        first, second = _chunk_sums(rows, shift, _blocks(tuple(x.shape[1:])))
-    else:
-        inside = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(x)[:-1])
-        inside = ops.reshape(inside, (-1, size, 1))
-        count = ops.sum(ops.cast(inside, "int32"))
-        total = ops.sum(ops.where(inside, rows, 0), axis=(0, 1))
-        shift = total / ops.maximum(ops.cast(count, rows.dtype), 1)
-        deviations = ops.where(inside, rows - shift, 0)
-        first = ops.sum(deviations, axis=1)
-        second = ops.sum(ops.square(deviations), axis=1)
-    return ops.convert_to_tensor(count, "int32"), shift, first, second
-
-
-def _chunk_sums(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
-    """Sums of the deviations and of their squares over axis 1, block by block."""
-    if keras.backend.backend() == "torch" and not rows.requires_grad:
-        from frostline.adapters.torch.calls import deviations as in_one_memory, pieces
-
-        parts = [
-            (part.sum(1), part.square_().sum(1)) for part in in_one_memory(pieces(rows), shift)
-        ]
-        first, second = map(list, zip(*parts, strict=True))
-        return ops.concatenate(first), ops.concatenate(second)
-    first, second = [], []
-    for piece in [rows] if blocks == 1 else _cut(rows, blocks):
-        deviations = piece - shift
-        first.append(ops.sum(deviations, axis=1))
-        second.append(ops.sum(ops.square(deviations), axis=1))
-    if blocks == 1:
-        return first[0], second[0]
-    return ops.concatenate(first), ops.concatenate(second)
-
-
-def _cut(rows: Any, blocks: int) -> list[Any]:
-    """TensorFlow: pieces of nearly the same length along axis 0, however long it is."""
-    import tensorflow as tf
-
-    ends = tf.shape(rows)[0] * tf.range(blocks + 1) // blocks
-    return list(tf.split(rows, ends[1:] - ends[:-1], num=blocks))
-
-
-def _blocks(sample: tuple[int | None, ...]) -> int:
-    """Into how many pieces a batch is cut, so that its deviations stay in the processor's cache.
-
-    For TensorFlow: XLA fuses the operations, and torch has pieces of its own.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    values = math.prod(length or 0 for length in sample)  # 0: an unknown size counts as small
-    return 8 if values >= LARGE_SAMPLE else 1
-
-
-def _chunk(spatial: tuple[int | None, ...]) -> int:
-    """How many neighbouring values are added up in float32; divides the values per sample."""
-    size = 1
-    for length in reversed(spatial):
-        if length is None:
-            break
-        if size * length > CHUNK:
-            return size * max(n for n in range(1, CHUNK // size + 1) if length % n == 0)
-        size *= length
-    return size
 
 
 def _moments(sums: Mapping[str, Sequence[Any]]) -> dict[str, list[Moments]]:

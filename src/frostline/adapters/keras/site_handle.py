@@ -7,7 +7,6 @@ for Keras layers and one for BN modules inside a ``TorchModuleWrapper``.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -18,6 +17,7 @@ from keras import ops
 
 from frostline.adapters.keras import graph as keras_graph
 from frostline.adapters.keras.overridden import overridden
+from frostline.adapters.keras.statistics import batch_statistics, reduced
 from frostline.layers import BatchNormalization
 from frostline.numerics.blend import mixed
 from frostline.types import ModelError
@@ -83,8 +83,8 @@ class SiteCall:
         dtype_in = keras.backend.standardize_dtype(inputs.dtype)
         self.x = ops.cast(inputs, keras.backend.result_type(dtype_in, "float32"))
 
-    def batch(self) -> tuple[Any, Any]:
-        """Mean and biased variance of the input, shape ``(channels,)`` each."""
+    def batch(self) -> Any:
+        """Mean and biased variance of the input, shape ``(2, channels)``."""
         return batch_statistics(self.x, self.handle.axis)
 
     def count(self) -> Any:
@@ -97,13 +97,14 @@ class SiteCall:
         """Gamma and beta, each ``None`` where there is none."""
         raise NotImplementedError
 
-    def normalised(self, mean: Any, variance: Any) -> Any:
-        """What the layer gives in inference with these statistics."""
-        return self.formula(mean, variance)
+    def normalised(self, statistics: Any) -> Any:
+        """What the layer gives in inference with this mean and variance, ``(2, channels)``."""
+        return self.formula(statistics)
 
-    def formula(self, mean: Any, variance: Any) -> Any:
+    def formula(self, statistics: Any) -> Any:
         """What a layer that does nothing but normalise gives with these statistics."""
         x = self.x
+        mean, variance = ops.unstack(statistics, num=2)
         gamma, beta = (None if p is None else ops.cast(p, x.dtype) for p in self.parameters())
         outputs = ops.batch_normalization(
             x=x,
@@ -120,8 +121,8 @@ class SiteCall:
         """What the layer gives in inference, whatever phase the model runs in."""
         stored = self.handle.stored()
         if stored is None:  # then it always uses those of the batch
-            return self.normalised(*self.batch())
-        return self.normalised(*(ops.cast(value, self.x.dtype) for value in stored))
+            return self.normalised(self.batch())
+        return self.normalised(ops.stack([ops.cast(value, self.x.dtype) for value in stored]))
 
 
 def site_handles(model: Any) -> dict[str, SiteHandle]:
@@ -153,23 +154,35 @@ def replaced(functions: Iterable[tuple[SiteHandle, Replacement]]) -> Iterator[No
 
 def blended_call(
     blend: Any,
-    stored: tuple[Any, Any],
+    stored: Any,
     seen: list[Any] | None,
     handle: SiteHandle,
     original_call: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The layer's output for these inputs, normalised with blended statistics."""
+    """The layer's output for these inputs, normalised with blended statistics.
+
+    Args:
+        blend: λ.
+        stored: Mean and variance for λ = 0, shape ``(2, channels)``; together with those of the
+            batch they take half of the operations, which are what a graph costs to make.
+        seen: Takes the count and the batch's statistics; ``None``: nobody wants them.
+        handle: The layer.
+        original_call: Its own forward function.
+        *args: Of the call.
+        **kwargs: Of the call.
+    """
     call = handle.call(original_call, args, kwargs)
     batch = call.batch()
     if seen is not None:
-        seen.append((call.count(), *batch))
-    return call.normalised(*mixed_statistics(ops.cast(blend, call.x.dtype), stored, batch))
+        seen.append((call.count(), batch))
+    dtype = batch.dtype
+    return call.normalised(mixed(ops.cast(blend, dtype), ops.cast(stored, dtype), batch, ops))
 
 
 def given_call(
-    given: tuple[Any, Any],
+    given: Any,
     handle: SiteHandle,
     original_call: Callable[..., Any],
     *args: Any,
@@ -177,7 +190,7 @@ def given_call(
 ) -> Any:
     """The layer's output with these statistics: λ = 0, which does not need those of the batch."""
     call = handle.call(original_call, args, kwargs)
-    return call.normalised(*(ops.cast(value, call.x.dtype) for value in given))
+    return call.normalised(ops.cast(given, call.x.dtype))
 
 
 def stored_call(
@@ -185,17 +198,6 @@ def stored_call(
 ) -> Any:
     """The layer's output in inference, whatever phase the model runs in."""
     return handle.call(original_call, args, kwargs).inference_output()
-
-
-def mixed_statistics(
-    blend: Any, stored: tuple[Any, Any], batch: tuple[Any, Any]
-) -> tuple[Any, Any]:
-    """Mean and variance at λ = ``blend``."""
-    mean, variance = (
-        mixed(blend, ops.cast(old, new.dtype), new, ops)
-        for old, new in zip(stored, batch, strict=True)
-    )
-    return mean, variance
 
 
 # --- Keras layers -----------------------------------------------------------------------------
@@ -238,12 +240,12 @@ class _KerasCall(SiteCall):
         self.follows_formula = getattr(original_call, "__func__", None) in _KNOWN_CALLS
         super().__init__(handle, inputs, self.layer.compute_dtype)
 
-    def batch(self) -> tuple[Any, Any]:
+    def batch(self) -> Any:
         if self.mask is None:
             return super().batch()
         layer, shape = self.layer, self.layer.moving_mean.shape
         mean, variance = keras.layers.BatchNormalization._moments(layer, self.x, self.mask)
-        return ops.reshape(mean, shape), ops.reshape(variance, shape)
+        return ops.stack([ops.reshape(mean, shape), ops.reshape(variance, shape)])
 
     def count(self) -> Any:
         if self.mask is None:
@@ -259,10 +261,10 @@ class _KerasCall(SiteCall):
     def parameters(self) -> tuple[Any, Any]:
         return self.layer.gamma, self.layer.beta
 
-    def normalised(self, mean: Any, variance: Any) -> Any:
+    def normalised(self, statistics: Any) -> Any:
         if self.follows_formula:
-            return self.formula(mean, variance)
-        return self._call_with(mean, variance)
+            return self.formula(statistics)
+        return self._call_with(*ops.unstack(statistics, num=2))
 
     def inference_output(self) -> Any:
         if self.follows_formula:
@@ -317,51 +319,6 @@ class _TorchHandle(SiteHandle):
 class _TorchCall(SiteCall):
     def parameters(self) -> tuple[Any, Any]:
         return self.handle.owner.weight, self.handle.owner.bias
-
-
-# --- statistics -------------------------------------------------------------------------------
-
-
-def batch_statistics(x: Any, axis: int) -> tuple[Any, Any]:
-    """Mean and biased variance per channel, shape ``(channels,)`` each, in two passes.
-
-    The derivative is formed of the input and the mean: kept are no tensors of the input's size but
-    the input, which would else take a third of the memory of a backward pass, and compile as long.
-    """
-    axes = reduced(x, axis)
-
-    @ops.custom_gradient  # type: ignore[untyped-decorator]
-    def both(x: Any) -> tuple[Any, Any]:
-        # Around a value near the mean: neither E[x²] − E[x]² nor a float32 sum of large values is
-        # right where the mean is far larger than the standard deviation.
-        shift = ops.mean(x[:1], axis=axes, keepdims=True)
-        deviations = x - shift
-        offset = ops.mean(deviations, axis=axes, keepdims=True)
-        if keras.backend.backend() == "torch":
-            # In the deviations' own memory: two more tensors of that size cost more than the sums.
-            squares = deviations.sub_(offset).square_()
-        else:
-            squares = ops.square(deviations - offset)
-        mean, variance = shift + offset, ops.mean(squares, axis=axes)
-
-        def back(*given: Any, upstream: Any = None) -> Any:
-            to_mean, to_variance = (
-                ops.reshape(slope, mean.shape)
-                for slope in ops.unstack(given[-1] if upstream is None else upstream, num=2)
-            )
-            count = ops.cast(ops.size(x), x.dtype) / math.prod(mean.shape)
-            return (to_mean + 2 * to_variance * (x - mean)) / count
-
-        return ops.stack([ops.reshape(mean, (-1,)), variance]), back
-
-    mean, variance = ops.unstack(both(x), num=2)
-    return mean, variance
-
-
-def reduced(x: Any, axis: int) -> list[int]:
-    """All axes but that of the channels."""
-    rank = len(x.shape)
-    return [position for position in range(rank) if position != axis % rank]
 
 
 def _arguments(
