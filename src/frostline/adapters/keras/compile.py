@@ -111,18 +111,31 @@ def _one_trace_for_all_batch_sizes(function: Any) -> Callable[..., Any]:
     # More than one trace is then the plan, not the accident that TensorFlow warns of.
     vars(function)["_omit_frequent_tracing_warning"] = True
     known: dict[str, Any] = {}
+    by_shapes: dict[Any, Any] = {}  # what tells the trace apart costs as much as a small call
 
     def call(*arguments: Any) -> Any:
-        specs = _open_specs(*arguments)
+        shapes = _shapes(arguments)
+        if shapes not in by_shapes:
+            by_shapes[shapes] = traced(_open_specs(*arguments))
+        return by_shapes[shapes](*arguments)
+
+    def traced(specs: Any) -> Any:
         key = str(specs)
         if key not in known:
             try:
                 known[key] = function.get_concrete_function(*specs)
             except Exception:  # code of the user's own may raise anything, and then raises it again
                 known[key] = function
-        return known[key](*arguments)
+        return known[key]
 
     return call
+
+
+def _shapes(arguments: Any) -> Any:
+    """Structure, shapes and types of tensors; equal where one trace answers."""
+    leaves = keras.tree.flatten(arguments)
+    kinds = tuple(None if leaf is None else (*leaf.shape, leaf.dtype) for leaf in leaves)
+    return kinds, str(keras.tree.map_structure(lambda _: 0, arguments))
 
 
 def _open_specs(*arguments: Any) -> Any:
