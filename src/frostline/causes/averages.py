@@ -502,7 +502,7 @@ def eps_mismatch(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 
 @cause(CauseCode.RANK_DIVERGENCE, rank=220, treated_by=(Fix.MERGE_STATISTICS, Fix.RECALIBRATE))
-def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
+def rank_divergence(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Equal weights, different statistics: a replica, or a pass in training mode since.
 
     ## What it looks like
@@ -518,8 +518,11 @@ def rank_divergence(case: Case, _: Assigned) -> Iterator[Claim]:
     checkpoint looks the same.
     """
     drift = case.moved_from_reference
+    initial = _of(CauseCode.STATS_NEVER_UPDATED, assigned)  # no replica has trained with those
     paths = tuple(
-        path for path in case.sites if path in drift and not case.meant_frozen(case.sites[path])
+        path
+        for path in case.sites
+        if path in drift and path not in initial and not case.meant_frozen(case.sites[path])
     )
     if not paths or not case.same_params:
         return

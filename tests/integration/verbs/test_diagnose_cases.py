@@ -407,3 +407,18 @@ def test_no_encoding_of_images_repairs_statistics_that_are_nan() -> None:
     model.get_layer("bn").moving_variance.assign(np.full(1, np.nan, "float32"))
     skipped = diagnose(model, (x[:32].reshape(-1, 8, 8, 1), y[:32])).measurement.skipped
     assert skipped["input trials"] == "no encoding of the inputs gives a finite loss"
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="only there values are given away")
+def test_averages_that_keras_has_lost_do_not_stop_a_look() -> None:
+    x, y = np.random.default_rng(0).normal(size=(64, 10)).astype("float32"), np.arange(64) % 4
+    model = keras.Sequential(
+        [keras.Input((10,)), keras.layers.Dense(8), keras.layers.BatchNormalization()]
+        + [keras.layers.Dense(4, activation="softmax")]
+    )
+    optimizer = keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.98)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    model.fit(x, y, epochs=3, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    report = fl.diagnose(model, (x, y), verbose=0)
+    assert "inference" in report.measurement.probes

@@ -748,6 +748,21 @@ def test_equal_weights_and_other_statistics_are_a_replica():
     assert (found[0].code, found[0].certainty) == ("RANK_DIVERGENCE", "is")
 
 
+def test_statistics_that_were_not_loaded_are_no_replica():
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    stored = (np.zeros(CHANNELS), np.ones(CHANNELS))
+    sites = {
+        path: site_measurement(path, stored=stored, shift=0.8, ratio=SCATTERED) for path in PATHS
+    }
+    trained = Difference(params={"conv1": 0.0}, statistics=dict.fromkeys(PATHS, 0.5), outputs=0.1)
+    found = causes(
+        facts(dict.fromkeys(PATHS, new), steps=500),
+        measurement(GAP, shares=[0.25] * 4, sites=sites, difference=trained),
+        [],
+    )
+    assert codes(found) == ["STATS_NEVER_UPDATED"]
+
+
 # --- batches --------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from frostline.adapters.keras.random import generators
 from frostline.atomic import Attributes, restored, taken_back, undone
 from frostline.graph.addresses import Place
 from frostline.layers.undo import remembered
-from frostline.types import Array
+from frostline.types import Array, ModelError
 
 #: What `compile` and the first `fit`, `evaluate` or `predict` attach to a model.
 _COMPILED = (
@@ -115,7 +115,14 @@ def _growing(models: Iterable[Any]) -> list[Any]:
 
 def snapshot(model: Any, *, classes: bool = False) -> Snapshot:
     """Copy the state of ``model``; with ``classes`` all that :func:`.edit.convert` changes too."""
-    variables = variables_of(model)
+    if any(map(_lost, model.variables)):
+        raise ModelError(
+            "weights of the model hold no value: Keras on JAX gives them away while it trains, and "
+            "a training that is interrupted does not give them back. Load or set the weights "
+            "first. Received: arrays that were deleted"
+        )
+    # Keras itself loses the averages of `use_ema=True` that way; a look can do without them.
+    variables = [variable for variable in variables_of(model) if not _lost(variable)]
     layers = [model, *(place.layer for place in walk(model))]
     wrapped = [module for layer in layers if (module := wrapped_module(layer)) is not None]
     torch = sys.modules.get("torch") if keras.backend.backend() == "torch" else None
