@@ -413,8 +413,12 @@ def test_no_encoding_of_images_repairs_statistics_that_are_nan() -> None:
 def test_averages_that_keras_has_lost_do_not_stop_a_look() -> None:
     x, y = np.random.default_rng(0).normal(size=(64, 10)).astype("float32"), np.arange(64) % 4
     model = keras.Sequential(
-        [keras.Input((10,)), keras.layers.Dense(8), keras.layers.BatchNormalization()]
-        + [keras.layers.Dense(4, activation="softmax")]
+        [
+            keras.Input((10,)),
+            keras.layers.Dense(8),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(4, activation="softmax"),
+        ]
     )
     optimizer = keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.98)
     model.compile(optimizer, "sparse_categorical_crossentropy")
