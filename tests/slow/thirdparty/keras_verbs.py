@@ -185,6 +185,7 @@ def freeze(program: Program, model: Any) -> str:
 def assert_frozen(program: Program, model: Any) -> str:
     data = program.batches[0]  # labels and weights are not looked at
     fl.freeze(model)
+    recompiled(program, model)  # as fl.freeze asks: TensorFlow's old step would train it on
     fl.assert_frozen(model, data=data)
     fl.unfreeze(model, since=fl.sites(model)[-1].path)
     try:
