@@ -362,6 +362,9 @@ def shaped_like_outputs(model: Any, x: Any) -> Any:
         try:
             like = keras.tree.map_structure(lambda x: keras.KerasTensor(x.shape, x.dtype), x)
             specs = model.compute_output_spec(like, training=False)
+            alone = isinstance(specs, (list, tuple)) and len(specs) == 1
+            if alone and hasattr(model, "_outputs_struct"):
+                (specs,) = specs  # a functional model of `outputs=[y]` gives y when it is called
             return keras.tree.map_structure(lambda spec: ops.ones(spec.shape, spec.dtype), specs)
         except Exception:  # code of the user's own may raise anything: the pass then says what
             pass

@@ -846,3 +846,17 @@ def test_own_passes_follow_the_flags() -> None:
     frozen = forward.own(Batch(x, zeros), training=True)
     np.testing.assert_allclose(frozen.losses, inference.losses, rtol=1e-6)
     assert np.abs(thawed.losses - frozen.losses).max() > 1e-3
+
+
+def test_an_output_in_a_list_of_one_has_the_loss_of_evaluate() -> None:
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    features = keras.layers.BatchNormalization()(inputs)
+    outputs = keras.layers.Dense(4, activation="softmax")(features)
+    x, y = np.random.default_rng(0).normal(size=(64, 8)).astype("float32"), np.arange(64) % 4
+    for given in (outputs, [outputs], (outputs,)):
+        model = keras.Model(inputs, given)
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        found = BlendForward(model).outcome(Batch(x, y), Condition(0.0))
+        assert found.unit == "sample"
+        np.testing.assert_allclose(found.losses.mean(), model.evaluate(x, y, verbose=0), rtol=1e-5)
