@@ -22,7 +22,7 @@ import numpy as np
 from keras import ops
 
 from frostline.adapters.keras.calls import filled, graph_of, record
-from frostline.adapters.keras.compile import compiled
+from frostline.adapters.keras.compile import compiled, return_memory
 from frostline.adapters.keras.forward_pass import called, tensors
 from frostline.adapters.keras.graph import is_site, walk
 from frostline.adapters.keras.overridden import overridden
@@ -187,7 +187,10 @@ class MomentRecorder:
 
     def sequential(self, source: Source, paths: Sequence[str], memory_limit: int) -> Population:
         """Population moments of some sites, stored on the way."""
-        return in_stages(self, source, paths, memory_limit, self._ranks)
+        try:
+            return in_stages(self, source, paths, memory_limit, self._ranks)
+        finally:
+            return_memory()  # what waited between stages, which the next compiler adds to
 
     def batchwise(self, source: Source, paths: Sequence[str]) -> Population:
         """Population moments of some sites from one pass with batch statistics."""
