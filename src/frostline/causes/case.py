@@ -461,7 +461,7 @@ class Case:
 
     # --- sites --------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def served(self) -> bool:
         """Nothing trains and the whole module is in inference mode: no training step will come."""
         trains = any(layer.trains for layer in self.facts.layers)
@@ -498,7 +498,9 @@ class Case:
         moves = expected.moves if seen.moves is None else seen.moves
         # No trace where its flags let it move: the passes that were watched did not come to it.
         unused = seen.training is None and seen.moves is False and bool(expected.moves)
-        if self.meant_frozen(facts):
+        # Parameters of a served module need no gradient, which is no freeze of its statistics.
+        free = self.served and bool(moves) and site.path not in self.moved_from_reference
+        if self.meant_frozen(facts) and not free:
             if moves:
                 return "frozen drift"
             return "frozen batch" if uses_batch(blend) and not unused else "locked"
@@ -534,7 +536,9 @@ class Case:
         A site at the head of the first thawed block, as in pre-activation networks, has frozen
         layers before it too; by its path it belongs to the layer behind it.
         """
-        found = []
+        found: list[str] = []
+        if self.served:
+            return ()
         for path in self.with_role("moving"):
             order = self.facts.order.get(path, self.sites[path].site.index)
             before = [layer for layer in self.facts.layers if layer.order < order]

@@ -136,6 +136,12 @@ def is_locked(facts: SiteFacts) -> bool:
     return facts.site.stats_frozen and facts.site.policy == "inference"
 
 
+def only_serves(model: ModelFacts) -> bool:
+    """True for an eval-mode model with no trainable parameters; its training flags mean nothing."""
+    trains = any(not facts.site.params_frozen for facts in model)
+    return model.mode is False and not trains and not any(layer.trains for layer in model.layers)
+
+
 # --- neighbours -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,59 @@ def test_another_epsilon_is_measured_and_both_repairs_are_tried() -> None:
     with torch.no_grad():  # what the probe computes is what the model does with that epsilon
         right = float(loss(model.eval()(x), y))
     assert report.measurement.probes["epsilon"].loss == pytest.approx(right, rel=1e-4)
+
+
+SETTINGS: dict[str, Any] = {
+    "loss": nn.functional.cross_entropy, "max_samples": 256, "verbose": 0
+}  # fmt: skip
+
+
+def served(seed: int, *, shift: float, head: bool = False) -> tuple[Any, Any]:
+    """A trained net as it is served: no gradients, in eval(); and data of another camera."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(512, 1, 8, 8, generator=generator) * 0.5
+    y = torch.randint(0, 4, (512,), generator=generator)
+    for label in range(4):
+        x[y == label, :, 2 * label : 2 * label + 2] += 0.5
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 4),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for epoch in range(10):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - epoch / 10)
+        for rows in torch.randperm(512, generator=generator).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    model.eval().requires_grad_(False)
+    model[-1].requires_grad_(head)
+    return model, (x * (1 - shift) + shift, y)
+
+
+def test_a_served_module_without_gradients_is_told_as_one_with_them() -> None:
+    """It was "no cause found" before, without a remedy, and FL302 called it frozen."""
+    model, data = served(0, shift=0.6)
+    found = fl.diagnose(model, data, **SETTINGS)
+    with_gradients = fl.diagnose(model.requires_grad_(True), data, **SETTINGS)
+    assert found.causes[0].code in ("DOMAIN_STATS", "STALE_AFTER_WEIGHT_EDIT")
+    assert found.causes[0].certainty == "may"
+    assert [cause.code for cause in found.causes] == [c.code for c in with_gradients.causes]
+    assert [f.code for f in found.findings if f.code in ("FL103", "FL302")] == []
+    best = found.remedies[0]
+    assert best.recommended
+    assert best.fix == "recalibrate"
+
+
+def test_a_served_module_on_its_own_data_is_not_blamed() -> None:
+    model, data = served(0, shift=0.0)
+    found = fl.diagnose(model, data, **SETTINGS)
+    assert [cause.code for cause in found.causes] == ["NONE"]
+
+
+def test_a_head_that_trains_still_makes_the_rest_frozen() -> None:
+    model, data = served(0, shift=0.6, head=True)
+    found = fl.diagnose(model, data, **SETTINGS)
+    assert found.causes[0].code == "FROZEN_DRIFT"

@@ -129,6 +129,21 @@ def test_a_module_that_is_only_served_does_not_drift():
         assert [code for code in codes(found) if code == "FROZEN_DRIFT"] == wanted
 
 
+def test_statistics_of_a_served_module_are_judged_as_those_that_move():
+    """No gradients are no freeze where nothing trains: the gap had no cause before."""
+    frozen = {path: {"params_frozen": True, "policy": "update", "mode": False} for path in PATHS}
+    nothing = dict.fromkeys(("conv1", "conv2", "conv3", "conv4", "head"), False)
+    of_gap = measurement(GAP, shares=[0.25] * 4, sites=FAR)
+    found = causes(facts(frozen, trains=nothing, mode=False), of_gap, [])
+    thawed = causes(facts({path: {"mode": False} for path in PATHS}, mode=False), of_gap, [])
+    assert codes(found) == codes(thawed) != ["NONE"]
+    assert found[0].share == pytest.approx(thawed[0].share)
+    drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))
+    known = measurement(GAP, shares=[0.25] * 4, sites=FAR, difference=drift)
+    found = causes(facts(frozen, trains=nothing, mode=False), known, [])
+    assert codes(found) == ["FROZEN_DRIFT"]
+
+
 def test_a_reference_shows_drift_without_any_gap():
     moving = {path: {"params_frozen": True, "decay": 0.9} for path in PATHS}
     drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))
