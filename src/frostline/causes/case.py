@@ -31,7 +31,7 @@ from frostline.types.codes import CauseCode, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts
 from frostline.types.measured import Difference, Interval, Measurement, Probe
 
-Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
+Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved", "unused"]
 
 #: A difference below this share of the larger loss needs no cause: dropout and rounding leave as
 #: much in a healthy model (the same number as ``measure.SMALL_GAP``).
@@ -492,6 +492,8 @@ class Case:
 
     def _role(self, facts: SiteFacts) -> Role:
         site = facts.site
+        if site.path in self.measurement.unused:
+            return "unused"
         expected = expected_behaviour(facts)
         seen = self.measurement.behaviour.get(site.path, expected)
         blend = expected.training if seen.training is None else seen.training

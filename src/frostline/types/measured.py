@@ -340,6 +340,20 @@ class Measurement:
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Paths of the sites that no pass came to, in training mode or at inference.
+
+        A decoder that takes the first stages of an encoder leaves the others as they are.
+        """
+        return frozenset(
+            path
+            for path, seen in self.behaviour.items()
+            if self.sites
+            and path not in self.sites
+            and (seen.training, seen.inference, seen.moves) == (None, None, False)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:

@@ -99,3 +99,39 @@ def test_a_head_that_trains_still_makes_the_rest_frozen() -> None:
     model, data = served(0, shift=0.6, head=True)
     found = fl.diagnose(model, data, **SETTINGS)
     assert found.causes[0].code == "FROZEN_DRIFT"
+
+
+class Beheaded(nn.Module):
+    """An encoder of three stages, of which two are called, as in a U-Net of small depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(1 if i == 0 else 4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+            for i in range(3)
+        )
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.stages[1](self.stages[0](x)))
+
+
+def test_stages_that_no_pass_comes_to_are_said_to_be_left_out() -> None:
+    """They were named in SMALL_BATCH, with 0 values per channel, and had errors of FL204."""
+    torch.manual_seed(0)
+    model, x = Beheaded(), torch.rand(16, 1, 8, 8)
+    x = x * 0.3 + torch.rand(16, 1, 1, 1)
+    y = (x[:, :, 2:-2, 2:-2] > x.mean((2, 3), keepdim=True)).float()
+    optimizer, loss = torch.optim.Adam(model.parameters(), 1e-2), nn.MSELoss()
+    for _ in range(6):
+        for row in range(16):
+            optimizer.zero_grad()
+            loss(model(x[row : row + 1]), y[row : row + 1]).backward()
+            optimizer.step()
+    report = fl.diagnose(model, (x, y), loss=loss, batch_size=1, verbose=0)
+    blamed = {site for cause in report.causes for site in cause.sites}
+    blamed |= {site for finding in report.findings for site in finding.sites}
+    assert not any(site.startswith("stages/2") for site in blamed)
+    assert "stages/2/1" in report.measurement.skipped["sites without a pass"]
+    assert "0 values" not in str(report)
+    assert "FL204" in {finding.code for finding in fl.lint(model).findings}

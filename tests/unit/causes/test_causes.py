@@ -144,6 +144,23 @@ def test_statistics_of_a_served_module_are_judged_as_those_that_move():
     assert codes(found) == ["FROZEN_DRIFT"]
 
 
+def test_sites_that_no_pass_comes_to_are_not_blamed():
+    """An encoder whose last stages the decoder does not take: "0 values per channel" before."""
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    known = facts({path: new if path == "bn4" else {} for path in PATHS}, steps=64)
+    seen = {path: (1.0, 0.0, True) for path in PATHS[:3]} | {"bn4": (None, None, False)}
+    small = {**GAP, "population": (0.9, 0.75), "population unfrozen": (0.9, 0.75)}
+    here = {path: site_measurement(path, values=16) for path in PATHS[:3]}
+    measured = measurement(small, sites=here, behaviour=seen, batch_size=1)
+    found = causes(known, measured, [])
+    assert found[0].code == "SMALL_BATCH"
+    assert found[0].sites == PATHS[:3]
+    assert found[0].evidence["values"] == 16
+    told = rules.check(known, rules.select(), measurement=measured)[0]
+    assert not [f.code for f in told if "bn4" in f.sites and f.code in ("FL203", "FL204")]
+    assert "FL204" in {f.code for f in rules.check(known, rules.select())[0]}
+
+
 def test_a_reference_shows_drift_without_any_gap():
     moving = {path: {"params_frozen": True, "decay": 0.9} for path in PATHS}
     drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))
