@@ -94,7 +94,8 @@ def frozen_seen_moving(model: ModelFacts, behaved: Behaved) -> Iterator[Hit]:
     if only_serves(model):
         return
     for facts, seen in behaved:
-        if frozen_moves(facts, seen) and facts.twin is None:
+        # FL118 speaks of one that train() itself thawed.
+        if frozen_moves(facts, seen) and facts.twin is None and not facts.undone:
             yield Hit(
                 sites=(facts.site.path,),
                 message=f"frozen, but a pass in training mode moved {1 - facts.site.decay:.2g} of "

@@ -138,7 +138,7 @@ class Logging(Module):
 
 
 def test_a_step_that_logs_is_asked_after_fit(network: Any, samples: Any, tmp_path: Path) -> None:
-    """Outside of a loop ``self.log`` raises, once there is a trainer: all verbs refused the step."""
+    """Outside of a loop ``self.log`` raises an error, once there is a trainer."""
     module = Logging(network)
     trainer = fit(module, samples, [], tmp_path)
     before, kept = dict(vars(module)), dict(trainer.callback_metrics)

@@ -148,7 +148,7 @@ def test_sites_that_no_pass_comes_to_are_not_blamed():
     """An encoder whose last stages the decoder does not take: "0 values per channel" before."""
     new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
     known = facts({path: new if path == "bn4" else {} for path in PATHS}, steps=64)
-    seen = {path: (1.0, 0.0, True) for path in PATHS[:3]} | {"bn4": (None, None, False)}
+    seen = dict.fromkeys(PATHS[:3], (1.0, 0.0, True)) | {"bn4": (None, None, False)}
     small = {**GAP, "population": (0.9, 0.75), "population unfrozen": (0.9, 0.75)}
     here = {path: site_measurement(path, values=16) for path in PATHS[:3]}
     measured = measurement(small, sites=here, behaviour=seen, batch_size=1)
@@ -191,6 +191,39 @@ def test_a_wrapper_that_goes_back_to_training_mode():
     reset = {path: {"wrapper_frozen": True, "kind": "torch.BatchNorm2d"} for path in PATHS}
     found = causes(facts(reset), measurement(GAP, shares=[0.25] * 4, sites=FAR), [])
     assert codes(found)[0] == "MODE_RESET"
+
+
+@pytest.mark.parametrize(
+    ("updates", "reference", "certainty", "share"),
+    [
+        ((120, 120), False, "may", 0.75),  # no step was made without them
+        ((120, 200), False, "may", None),  # the others trained, these did not
+        ((120, 0), False, "may", None),
+        ((120, 200), True, "is", 0.75),  # they have moved since
+    ],
+)
+def test_eval_by_hand_is_blamed_where_something_shows_that_train_undoes_it(
+    updates: tuple[int, int], reference: bool, certainty: str, share: float | None
+):
+    """Lightning from 2.2 on leaves modes as they are: it had all of the gap, for a fact."""
+    frozen, trains = updates
+    by_hand = {"undone": True, "mode": False, "params_frozen": True, "updates": frozen}
+    flags = dict.fromkeys(PATHS[:3], by_hand) | {"bn4": {"mode": True, "updates": trains}}
+    seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
+    moved = Difference(params={}, statistics=dict.fromkeys(PATHS[:3], 0.3)) if reference else None
+    measured = measurement(
+        GAP, shares=[0.25] * 4, behaviour=seen, difference=moved,
+        sites=far(*PATHS[:3], first=0.3),
+    )  # fmt: skip
+    known = facts(flags, mode=True)
+    reset = next(c for c in causes(known, measured, []) if c.code == "MODE_RESET")
+    assert reset.sites == PATHS[:3]
+    assert reset.certainty == certainty
+    assert (reset.share is None) == (share is None)
+    assert ("would" in reset.message) == (share is None)
+    assert (reset.settle is None) == reference
+    told = rules.check(known, rules.select("FL118,FL302"), measurement=measured)[0]
+    assert {(f.code, f.severity, f.certainty) for f in told} == {("FL118", "warning", "may")}
 
 
 def test_a_switch_that_came_too_late():
