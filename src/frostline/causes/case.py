@@ -21,6 +21,7 @@ from frostline.numerics.stats import paired_bootstrap, sure_difference
 from frostline.rules.predicates import (
     affine_is_trained,
     expected_behaviour,
+    in_place_of,
     initial_values,
     is_frozen,
     layer_behind,
@@ -333,6 +334,12 @@ class Case:
             return None
         saved = points[size] - points[large]
         return (large, points[large]) if saved > (points[size] - inference) / 2 else None
+
+    @cached_property
+    def replaced_at_inference(self) -> Mapping[str, str]:
+        """Path of a site that training uses -> the one in its place at inference; by a gap."""
+        pairs = in_place_of(self.facts, self.measurement)
+        return pairs if self.total_gap < 0 else {}
 
     @property
     def inference_is_worse(self) -> bool:

@@ -21,8 +21,8 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
 
     ## Why is this bad?
     Most training loops call `model.train()` at the start of every epoch, and Lightning before 2.2
-    did so after each validation, too. From then on the "frozen" layer normalises with the batch, and its statistics
-    move, while `requires_grad` and the checkpoint still say frozen.
+    did so after each validation, too. From then on the "frozen" layer normalises with the batch,
+    and its statistics move, while `requires_grad` and the checkpoint still say frozen.
 
     ## Example
     ```python

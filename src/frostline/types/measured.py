@@ -103,6 +103,8 @@ class Behaviour:
         moves: The training-mode pass would have moved the stored statistics.
         uncounted: It moved them and not the site's own count of updates, as a function does that is
             handed the statistics of a layer.
+        calls: How often the passes in training mode and at inference came to it; 0 where that is
+            not counted.
     """
 
     path: str
@@ -110,6 +112,7 @@ class Behaviour:
     inference: float | None
     moves: bool | None
     uncounted: bool = False
+    calls: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -135,3 +135,50 @@ def test_stages_that_no_pass_comes_to_are_said_to_be_left_out() -> None:
     assert "stages/2/1" in report.measurement.skipped["sites without a pass"]
     assert "0 values" not in str(report)
     assert "FL204" in {finding.code for finding in fl.lint(model).findings}
+
+
+class Domains(nn.Module):
+    """One BN per domain; in evaluation mode the first one serves all where ``wrong``."""
+
+    def __init__(self, *, wrong: bool) -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.bns = nn.ModuleDict({name: nn.BatchNorm2d(6) for name in ("day", "night")})
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Any, domain: str) -> Any:
+        name = "day" if self.wrong and not self.training else domain
+        return self.head(self.bns[name](self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_inference_that_takes_the_bn_of_another_domain(both: bool) -> None:
+    """It was BATCH_LEAK or STALE_AFTER_WEIGHT_EDIT, and a recalibration was recommended."""
+    generator = torch.Generator().manual_seed(0)
+    day = torch.rand(256, 1, 8, 8, generator=generator)
+    y = torch.randint(0, 2, (256,), generator=generator)
+    day[y == 1, :, 2:5, 2:5] += 1.0
+    night = 2 - 0.5 * day
+    torch.manual_seed(0)
+    model, loss = Domains(wrong=True), nn.functional.cross_entropy
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(12):
+        for rows in torch.randperm(256, generator=generator).split(32):
+            optimizer.zero_grad()
+            value = loss(model(day[rows], "day"), y[rows])
+            (value + loss(model(night[rows], "night"), y[rows])).backward()
+            optimizer.step()
+
+    def step(net: Any, batch: Any) -> Any:
+        found = loss(net(batch[1], "night"), batch[2])
+        return found + loss(net(batch[0], "day"), batch[2]) if both else found
+
+    batches = [(day[i : i + 32], night[i : i + 32], y[i : i + 32]) for i in range(0, 256, 32)]
+    report = fl.diagnose(model, batches, step=step, verbose=0)
+    assert [cause.code for cause in report.causes] == ["DOMAIN_STATS"]
+    assert "training uses 'bns/night' and inference 'bns/day'" in report.verdict
+    assert not any(remedy.recommended for remedy in report.remedies)
+    assert "FL304" not in {finding.code for finding in report.findings}
+    model.wrong = False
+    assert "in its place" not in str(fl.diagnose(model, batches, step=step, verbose=0))
