@@ -289,9 +289,9 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     ## When it is something else
     If training and inference take different layers of a network with one BN per domain (the
     message says which), new statistics would spoil those of the domain that they are of: let
-    inference take the layer of training. If new data are a mixture of many sources, or come one at a time: no single set of
-    statistics fits. If frozen filters were fitted to the old statistics, new ones can lower
-    accuracy: measure it.
+    inference take the layer of training. If new data are a mixture of many sources, or come one at
+    a time: no single set of statistics fits. If frozen filters were fitted to the old statistics,
+    new ones can lower accuracy: measure it.
     """
     if case.replaced_at_inference:
         yield _of_another_domain(case)

@@ -135,7 +135,9 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
         standing=_QUIET,
         certainty="is" if stays else "may",
         evidence={"replaced_per_step": replaced, "bn_gap": case.bn_gap},
-        settle=None if stays else "whether train() is called on the whole model behind eval(), as "
+        settle=None
+        if stays
+        else "whether train() is called on the whole model behind eval(), as "
         f"most loops do in each epoch; or {_BEFORE}, as reference=",
         findings=case.found("FL105", "FL118", sites=paths),
     )
