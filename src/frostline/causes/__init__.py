@@ -24,6 +24,9 @@ from frostline.types.measured import Cause, Measurement
 #: A share below this is not worth a line of its own, unless it is a fact.
 _SMALLEST_SHARE = 0.03
 
+#: Rank from which on a claim stands by itself, whatever the gap.
+_A_FACT = 0.9
+
 
 def causes(
     facts: ModelFacts, measurement: Measurement, findings: Sequence[Finding]
@@ -44,6 +47,9 @@ def causes(
     case = replace(case, victims=victims(case, assigned))
     claims = [claim for entry in all_causes() for claim in entry.explain(case, assigned)]
     claims = _explained_away(case, assigned, _not_void(_merged(claims)))
+    if case.replaced_at_inference:  # the two modes differ in more than the statistics of a site
+        kept = {CauseCode.DOMAIN_STATS, *_VOIDING}
+        claims = [c for c in claims if c.code in kept or c.standing >= _A_FACT]
     total = max(case.gap_parts, sum(claim.amount or 0.0 for claim in claims))
     made = [(claim, _share(claim, total)) for claim in claims]
     made = [(c, s) for c, s in made if c.standing > 0 or (s is not None and s >= _SMALLEST_SHARE)]

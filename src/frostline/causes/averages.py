@@ -32,6 +32,9 @@ _UNDECIDED = (
 )
 
 
+#: Evidence that inference takes another layer than training: its path.
+OTHER_LAYER = "instead"
+
 #: Outputs that stacked layers make smaller by less than this are nobody's trouble.
 SHRINKS = 0.05
 
@@ -284,10 +287,15 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
     hundreds, of every class.
 
     ## When it is something else
-    If new data are a mixture of many sources, or come one at a time: no single set of
-    statistics fits. If frozen filters were fitted to the old statistics, new ones can lower
-    accuracy: measure it.
+    If training and inference take different layers of a network with one BN per domain (the
+    message says which), new statistics would spoil those of the domain that they are of: let
+    inference take the layer of training. If new data are a mixture of many sources, or come one at
+    a time: no single set of statistics fits. If frozen filters were fitted to the old statistics,
+    new ones can lower accuracy: measure it.
     """
+    if case.replaced_at_inference:
+        yield _of_another_domain(case)
+        return
     yield from _other_data_locked(case, assigned)
     paths = _of(CauseCode.DOMAIN_STATS, assigned)
     amount = _amount(case, paths)
@@ -599,6 +607,23 @@ def _extreme(case: Case, assigned: Assigned) -> Iterator[Claim]:
         certainty="may",
         evidence={"variance_quotient": 1 / ratio},
         settle=_TRAINING_DATA,
+    )
+
+
+def _of_another_domain(case: Case) -> Claim:
+    """Inference takes the BN of another domain than training does on the same samples."""
+    pairs = case.replaced_at_inference
+    first, other = next(iter(pairs.items()))
+    more = f", and so on at {count(len(pairs), 'place')}" if len(pairs) > 1 else ""
+    return Claim(
+        code=CauseCode.DOMAIN_STATS,
+        message=f"on the same samples training uses '{first}' and inference '{other}' in its place"
+        f"{more}: the forward, or the step, takes the BN of another domain in evaluation mode",
+        sites=tuple(dict.fromkeys((*pairs, *pairs.values()))),
+        amount=-case.total_gap,
+        standing=0.95,
+        certainty="is",
+        evidence={"places": float(len(pairs)), OTHER_LAYER: other, "bn_gap": case.bn_gap},
     )
 
 

@@ -163,9 +163,13 @@ def small_batch(case: Case, assigned: Assigned) -> Iterator[Claim]:
         path for path, explanation in assigned.items() if explanation.code == CauseCode.SMALL_BATCH
     )
     if case.inference_is_worse and paths and amount >= BEYOND * abs(case.bn_gap):
-        fewest = min(case.values_per_batch(path, size) or 0 for path in paths)
+        # How many is not known where samples differ in it.
+        known = [n for path in paths if (n := case.values_per_batch(path, size))]
+        fewest = min(known, default=0)
         text = f"see as few as {count(fewest, 'value')} per channel in a batch of {size}"
-        if fewest >= FEW_VALUES:
+        if not known:
+            text = f"see few values per channel in a batch of {size}"
+        elif fewest >= FEW_VALUES:
             text = f"see {fewest} values per channel in a batch of {size}, of images so unlike "
             text += "that they are worth few"
         yield Claim(

@@ -21,6 +21,7 @@ from frostline.numerics.stats import paired_bootstrap, sure_difference
 from frostline.rules.predicates import (
     affine_is_trained,
     expected_behaviour,
+    in_place_of,
     initial_values,
     is_frozen,
     layer_behind,
@@ -31,7 +32,7 @@ from frostline.types.codes import CauseCode, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts
 from frostline.types.measured import Difference, Interval, Measurement, Probe
 
-Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved"]
+Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved", "unused"]
 
 #: A difference below this share of the larger loss needs no cause: dropout and rounding leave as
 #: much in a healthy model (the same number as ``measure.SMALL_GAP``).
@@ -334,6 +335,12 @@ class Case:
         saved = points[size] - points[large]
         return (large, points[large]) if saved > (points[size] - inference) / 2 else None
 
+    @cached_property
+    def replaced_at_inference(self) -> Mapping[str, str]:
+        """Path of a site that training uses -> the one in its place at inference; by a gap."""
+        pairs = in_place_of(self.facts, self.measurement)
+        return pairs if self.total_gap < 0 else {}
+
     @property
     def inference_is_worse(self) -> bool:
         """Inference loses to the same model at its training blend."""
@@ -461,7 +468,7 @@ class Case:
 
     # --- sites --------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def served(self) -> bool:
         """Nothing trains and the whole module is in inference mode: no training step will come."""
         trains = any(layer.trains for layer in self.facts.layers)
@@ -492,13 +499,17 @@ class Case:
 
     def _role(self, facts: SiteFacts) -> Role:
         site = facts.site
+        if site.path in self.measurement.unused:
+            return "unused"
         expected = expected_behaviour(facts)
         seen = self.measurement.behaviour.get(site.path, expected)
         blend = expected.training if seen.training is None else seen.training
         moves = expected.moves if seen.moves is None else seen.moves
         # No trace where its flags let it move: the passes that were watched did not come to it.
         unused = seen.training is None and seen.moves is False and bool(expected.moves)
-        if self.meant_frozen(facts):
+        # Parameters of a served module need no gradient, which is no freeze of its statistics.
+        free = self.served and bool(moves) and site.path not in self.moved_from_reference
+        if self.meant_frozen(facts) and not free:
             if moves:
                 return "frozen drift"
             return "frozen batch" if uses_batch(blend) and not unused else "locked"
@@ -534,7 +545,9 @@ class Case:
         A site at the head of the first thawed block, as in pre-activation networks, has frozen
         layers before it too; by its path it belongs to the layer behind it.
         """
-        found = []
+        found: list[str] = []
+        if self.served:
+            return ()
         for path in self.with_role("moving"):
             order = self.facts.order.get(path, self.sites[path].site.index)
             before = [layer for layer in self.facts.layers if layer.order < order]

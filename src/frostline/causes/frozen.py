@@ -16,6 +16,8 @@ _QUIET = 0.15
 #: Rank of what a reference model shows: the user asked for the comparison.
 _SHOWN = 0.95
 
+_BEFORE = "the checkpoint from before training"
+
 
 @cause(CauseCode.FROZEN_BATCH_STATS, rank=100, treated_by=(Fix.FREEZE, Fix.RECALIBRATE))
 def frozen_batch_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
@@ -98,8 +100,9 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     `fl.freeze(model, until=...)`, which survives `train()`; or `eval()` after every `train()`.
 
     ## When it is something else
-    If your loop calls `eval()` on these layers after each `train()`, the state that was
-    diagnosed is not that of training.
+    If your loop calls `eval()` on these layers after each `train()`, or never calls `train()` on
+    the whole model, as Lightning's Trainer from 2.2 on, the state that was diagnosed is not that
+    of training. Where nothing shows that `train()` is called, no part of the gap is blamed on it.
     """
     paths = tuple(
         path
@@ -109,16 +112,33 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if not paths:
         return
     replaced = max(1 - case.sites[path].site.decay for path in paths)
+    by_hand = tuple(path for path in paths if case.sites[path].undone)
+    stays = not by_hand or all(path in case.moved_from_reference for path in by_hand)
+    counted = bool(by_hand) and all(_counted_with_others(case, path) for path in by_hand)
+    if stays or counted:
+        text = "went back to training mode with the model: a step used the batch and replaced "
+        text += f"{replaced:.2g} of the statistics"
+        if not stays:
+            text += "; they have counted as many updates as those that train, so that no step was "
+            text += "made in which they alone stayed in inference mode"
+    else:
+        text = "would go back to training mode with the next train() of the whole model: each step "
+        text += f"would then use the batch and replace {replaced:.2g} of the statistics. Training "
+        text += "mode was looked at so; nothing shows that your training calls train(), as "
+        text += "Lightning's Trainer does not from 2.2 on"
     yield Claim(
         code=CauseCode.MODE_RESET,
         message=f"{count(len(paths), 'site')} put into inference mode (by eval(), or by a frozen "
-        "wrapper around) went back to training mode with the model: a step used the batch and "
-        f"replaced {replaced:.2g} of the statistics",
+        f"wrapper around) {text}",
         sites=paths,
-        amount=case.blame(paths) or None,
+        amount=case.blame(paths) or None if stays or counted else None,
         standing=_QUIET,
-        certainty="is",
+        certainty="is" if stays else "may",
         evidence={"replaced_per_step": replaced, "bn_gap": case.bn_gap},
+        settle=None
+        if stays
+        else "whether train() is called on the whole model behind eval(), as "
+        f"most loops do in each epoch; or {_BEFORE}, as reference=",
         findings=case.found("FL105", "FL118", sites=paths),
     )
 
@@ -156,6 +176,13 @@ def stale_switch(case: Case, _: Assigned) -> Iterator[Claim]:
 
 def _is_reset(case: Case, path: str) -> bool:
     return bool(case.sites[path].wrapper_frozen) or case.sites[path].undone
+
+
+def _counted_with_others(case: Case, path: str) -> bool:
+    """Whether a site has counted just as many updates as those that are in training mode now."""
+    others = [f.updates or 0 for f in case.sites.values() if not f.undone and f.mode]
+    own = case.sites[path].updates
+    return bool(own) and own == max(others, default=0)
 
 
 def _drift(

@@ -173,8 +173,10 @@ def described(batch: Batch) -> str:
 def failure(error: Exception, batch: Batch, *, step: bool = False) -> ModelError:
     """What a user's model, loss or (with ``step``) step raised on a batch, as one of our errors."""
     if step:
+        text = first_line(error)
+        text = text if text.endswith("...") else f"{text.rstrip('.')}."
         return ModelError(
-            f"the step fails on a batch as the data give it: {first_line(error).rstrip('.')}. It "
+            f"the step fails on a batch as the data give it: {text} It "
             "is called as step(model, batch), must not train the model, and returns the loss; call "
             f"it by hand on one batch to see where. Received: a batch of {described(batch)}"
         )

@@ -618,7 +618,7 @@ class _Run:
     def measurement(self) -> Measurement:
         """Everything that was found."""
         bench = self.bench
-        return Measurement(
+        found = Measurement(
             samples=len(bench.samples),
             batch_size=bench.batch_size,
             task=bench.task,
@@ -631,6 +631,12 @@ class _Run:
             skipped=dict(self.skipped),
             **self.found,
         )
+        if not found.unused:
+            return found
+        unused = [facts.site.path for facts in self.facts if facts.site.path in found.unused]
+        shown = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
+        what = f"{len(unused)} of {len(self.facts.sites)} are not used on these data ({shown})"
+        return replace(found, skipped={**found.skipped, "sites without a pass": what})
 
     def _require_other_batches(self) -> None:
         if self.bench.samples.fixed is not None:

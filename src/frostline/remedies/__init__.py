@@ -106,7 +106,7 @@ def _remedy(candidate: Candidate, now: Probe, best: float | None) -> Remedy:
         after=_after(candidate),
         change=change,
         closed=closed,
-        recommended=_helps(candidate, now, change),
+        recommended=not candidate.harms and _helps(candidate, now, change),
         note=candidate.note,
     )
 

@@ -27,6 +27,7 @@ class Candidate:
         shell: The command to paste.
         note: What to know before using it.
         accuracy: Accuracy with the repair, where only that is known.
+        harms: It does harm beyond these data, as the note says, and is not recommended.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Candidate:
     shell: str | None = None
     note: str | None = None
     accuracy: float | None = None
+    harms: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from frostline.causes.averages import OTHER_LAYER
 from frostline.numerics.averages import suggest_momentum
 from frostline.numerics.mixture import mixture, shares
 from frostline.remedies.candidate import Candidate, Workplace
@@ -52,6 +53,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
     if all(frozen):
         groups["frozen"] = False  # the same as all
     blamed = {*place.blamed(*stale, *unsteady)}
+    other = next((c.evidence[OTHER_LAYER] for c in place.causes if OTHER_LAYER in c.evidence), None)
     for group, there in groups.items():
         sites = {p for p, site in place.sites.items() if _is_in(group, site.site.stats_frozen)}
         treats = tuple(
@@ -66,6 +68,8 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             note = "frozen sites drift away again in training unless they are locked as well"
         elif group != "unfrozen" and any(frozen):
             note = "layers behind frozen sites were fitted to the old statistics: check other data"
+        if other is not None:
+            note = f"'{other}' and the like would lose the statistics of the data that they are for"
         yield Candidate(
             name=f"{_RECALIBRATE}{group}",
             fix=Fix.RECALIBRATE,
@@ -75,6 +79,7 @@ def recalibrate(place: Workplace) -> Iterator[Candidate]:
             python=f'fl.recalibrate(model, x, sites="{group}")',
             shell=f"frostline recalibrate MODEL DATA --sites {group} --output {place.words.file}",
             note=note,
+            harms=other is not None,
         )
 
 

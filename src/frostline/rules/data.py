@@ -14,6 +14,7 @@ import numpy as np
 from frostline.numerics.averages import OLD_SHARE, update_count
 from frostline.rules import Hit, rule
 from frostline.rules.fixtures import Measured
+from frostline.rules.predicates import in_place_of
 from frostline.types import Site
 from frostline.types.codes import Fix
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
@@ -57,6 +58,7 @@ class Disagreement:
 
 @rule("FL304", "statistics-far-from-data", severity="warning", needs="data", fix=Fix.RECALIBRATE)
 def statistics_far_from_data(
+    model: ModelFacts,
     measurement: Measurement,
     measured_sites: Measured,
     old_shares: Mapping[str, float],
@@ -105,8 +107,9 @@ def statistics_far_from_data(
     ## References
     Wu and Johnson 2021; Izmailov et al. 2018 (weight averaging needs new statistics).
     """
-    # FL306 and FL311 report the others.
+    # FL306 and FL311 report the others; what inference takes by mistake is of other data rightly.
     others = {path for path, share in old_shares.items() if share > OLD_SHARE} | set(frozen_behind)
+    others |= {*in_place_of(model, measurement).values()}
     sites = _where(measured_sites, lambda site: not (site.stats_frozen or site.path in others))
     for facts, found in _disagreeing(sites, measurement, max_shift, max_scale):
         yield Hit(

@@ -22,7 +22,7 @@ from frostline.types import Array
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
 from frostline.types.measured import Behaviour, Measurement, SiteMeasurement
 
-#: Sites that are built and keep statistics, with mean and variance.
+#: Sites that are built, in use and keep statistics, with mean and variance.
 Stored = tuple[tuple[SiteFacts, Array, Array], ...]
 
 #: Sites that were measured and whose numbers are finite.
@@ -71,20 +71,27 @@ class Fixtures:
 
 
 @fixture
-def stored(model: ModelFacts) -> Stored:
-    """Sites that are built and keep statistics, with mean and variance."""
+def used(model: ModelFacts, measurement: Measurement | None) -> tuple[SiteFacts, ...]:
+    """Sites that a pass over the data came to; all of them where none was made."""
+    unused = frozenset() if measurement is None else measurement.unused
+    return tuple(site for site in model if site.site.path not in unused)
+
+
+@fixture
+def stored(used: tuple[SiteFacts, ...]) -> Stored:
+    """Sites that are built, in use and keep statistics, with mean and variance."""
     return tuple(
         (site, site.mean, site.variance)
-        for site in model
+        for site in used
         if site.mean is not None and site.variance is not None
     )
 
 
 @fixture
-def old_shares(model: ModelFacts) -> Mapping[str, float]:
+def old_shares(model: ModelFacts, used: tuple[SiteFacts, ...]) -> Mapping[str, float]:
     """Path of a thawed site -> share of its statistics from before training, where known."""
     shares = {
-        site.site.path: old_share(site, model.steps) for site in model if not site.site.stats_frozen
+        site.site.path: old_share(site, model.steps) for site in used if not site.site.stats_frozen
     }
     return {path: share for path, share in shares.items() if share is not None}
 

@@ -11,6 +11,7 @@ from frostline.rules.predicates import (
     frozen_on_batch,
     is_locked,
     layer_before,
+    only_serves,
 )
 from frostline.types.codes import Fix
 from frostline.types.facts import LayerFacts, ModelFacts
@@ -127,7 +128,7 @@ def frozen_parameters_moving_statistics(model: ModelFacts) -> Iterator[Hit]:
     ## References
     torchvision issue 2079; Li et al. 2016 (AdaBN); Tarvainen and Valpola 2017; Grill et al. 2020.
     """
-    if _only_serves(model):
+    if only_serves(model):
         return
     for facts in model:
         site = facts.site
@@ -383,9 +384,3 @@ def frozen_behind_training_layer(model: ModelFacts) -> Iterator[Hit]:
                 evidence={"layer_before": before.path},
                 certainty="may",
             )
-
-
-def _only_serves(model: ModelFacts) -> bool:
-    """True for an eval-mode model with no trainable parameters; its training flags mean nothing."""
-    trains = any(not facts.site.params_frozen for facts in model)
-    return model.mode is False and not trains and not any(layer.trains for layer in model.layers)

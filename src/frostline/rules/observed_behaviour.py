@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from frostline.rules import Hit, rule
 from frostline.rules.fixtures import Behaved
-from frostline.rules.predicates import frozen_moves, frozen_on_batch, uses_batch
+from frostline.rules.predicates import frozen_moves, frozen_on_batch, only_serves, uses_batch
 from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts
 from frostline.types.measured import Measurement
@@ -58,12 +58,13 @@ def frozen_seen_using_batch(model: ModelFacts, behaved: Behaved) -> Iterator[Hit
 
 
 @rule("FL302", "frozen-seen-moving", severity="error", needs="data", fix=Fix.FREEZE)
-def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
+def frozen_seen_moving(model: ModelFacts, behaved: Behaved) -> Iterator[Hit]:
     """The stored statistics of a frozen site were seen to move in training mode.
 
     ## What it does
     Runs the model in training mode, looks whether the stored statistics of sites whose parameters
-    or statistics are frozen would have moved, and takes the move back.
+    or statistics are frozen would have moved, and takes the move back. Not in a torch module that
+    only serves: all of it in inference mode, and no parameter trains.
 
     ## Why is this bad?
     Every step replaces a share `1 - decay` of the pretrained statistics; one forward pass without
@@ -90,8 +91,11 @@ def frozen_seen_moving(behaved: Behaved) -> Iterator[Hit]:
     ## References
     Keras issue 7085; torchvision issue 2079.
     """
+    if only_serves(model):
+        return
     for facts, seen in behaved:
-        if frozen_moves(facts, seen) and facts.twin is None:
+        # FL118 speaks of one that train() itself thawed.
+        if frozen_moves(facts, seen) and facts.twin is None and not facts.undone:
             yield Hit(
                 sites=(facts.site.path,),
                 message=f"frozen, but a pass in training mode moved {1 - facts.site.decay:.2g} of "

@@ -12,7 +12,7 @@ import numpy as np
 
 from frostline.types import Array
 from frostline.types.facts import LayerFacts, ModelFacts, SiteFacts
-from frostline.types.measured import Behaviour
+from frostline.types.measured import Behaviour, Measurement
 
 #: λ from which a site counts as one that uses the batch; sites in between are rare (renorm).
 USES_BATCH = 0.5
@@ -134,6 +134,43 @@ def frozen_moves(facts: SiteFacts, seen: Behaviour) -> bool:
 def is_locked(facts: SiteFacts) -> bool:
     """Whether a site uses its stored statistics in training, by its flags."""
     return facts.site.stats_frozen and facts.site.policy == "inference"
+
+
+def only_serves(model: ModelFacts) -> bool:
+    """True for an eval-mode model with no trainable parameters; its training flags mean nothing."""
+    trains = any(not facts.site.params_frozen for facts in model)
+    return model.mode is False and not trains and not any(layer.trains for layer in model.layers)
+
+
+def in_place_of(model: ModelFacts, measurement: Measurement) -> dict[str, str]:
+    """Path of a site that training alone uses -> of the one that inference uses in its place.
+
+    As a layer with one BN per domain does that takes the first one in evaluation mode. Such a pair
+    has one place, so that its paths differ in one word, with nothing but BN below it: another part
+    of the network, as a teacher, has layers of its own. A second head of training takes no place.
+    """
+    seen, channels = measurement.behaviour, {f.site.path: f.site.channels for f in model}
+    left = [path for path in channels if path in seen and seen[path].calls[1] > seen[path].calls[0]]
+    found: dict[str, str] = {}
+    for path in channels:
+        if path not in seen or not seen[path].calls[0] or seen[path].calls[1]:
+            continue
+        for other in left:
+            word = _one_word_apart(path, other)
+            if word is None or channels[path] != channels[other]:
+                continue
+            inside = "/".join(path.split("/")[: word + 1]) + "/"
+            if not any(layer.path.startswith(inside) for layer in model.layers):
+                found[path] = other
+                break
+    return found
+
+
+def _one_word_apart(first: str, second: str) -> int | None:
+    """Position of the one word in which two paths differ; ``None``: there is no such one."""
+    words = first.split("/"), second.split("/")
+    apart = [i for i, pair in enumerate(zip(*words, strict=False)) if pair[0] != pair[1]]
+    return apart[0] if len(words[0]) == len(words[1]) and len(apart) == 1 else None
 
 
 # --- neighbours -----------------------------------------------------------------------------------

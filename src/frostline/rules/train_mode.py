@@ -11,7 +11,7 @@ from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts, SiteFacts
 
 
-@rule("FL118", "eval-undone-by-train", severity="error", fix=Fix.FREEZE)
+@rule("FL118", "eval-undone-by-train", severity="warning", fix=Fix.FREEZE)
 def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     """A torch site was put into `eval()` by hand, and the next `train()` of the model undoes it.
 
@@ -20,9 +20,9 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     in training mode that are in evaluation mode now and would not be afterwards.
 
     ## Why is this bad?
-    Training loops call `model.train()` at the start of every epoch, and Lightning and others after
-    each validation. From then on the "frozen" layer normalises with the batch, and its statistics
-    move, while `requires_grad` and the checkpoint still say frozen.
+    Most training loops call `model.train()` at the start of every epoch, and Lightning before 2.2
+    did so after each validation, too. From then on the "frozen" layer normalises with the batch,
+    and its statistics move, while `requires_grad` and the checkpoint still say frozen.
 
     ## Example
     ```python
@@ -37,7 +37,8 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
     ```
 
     ## When not to use it
-    When the loop itself calls `eval()` again behind every `train()`.
+    When the loop itself calls `eval()` again behind every `train()`, or leaves all modes as they
+    are: Lightning's `Trainer` does, from 2.2 on.
 
     ## References
     gt-pyg issue 112; `torch.nn.Module.train`.
@@ -49,9 +50,10 @@ def eval_undone_by_train(model: ModelFacts) -> Iterator[Hit]:
             )
             yield Hit(
                 sites=(facts.site.path,),
-                message="in eval() by hand, which the next train() undoes: its statistics move"
+                message="in eval() by hand, which the next train() undoes: its statistics then move"
                 f"{replaced}; lock it",
                 evidence={"replaced_per_step": 1 - facts.site.decay},
+                certainty="may",
             )
 
 

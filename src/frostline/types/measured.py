@@ -103,6 +103,8 @@ class Behaviour:
         moves: The training-mode pass would have moved the stored statistics.
         uncounted: It moved them and not the site's own count of updates, as a function does that is
             handed the statistics of a layer.
+        calls: How often the passes in training mode and at inference came to it; 0 where that is
+            not counted.
     """
 
     path: str
@@ -110,6 +112,7 @@ class Behaviour:
     inference: float | None
     moves: bool | None
     uncounted: bool = False
+    calls: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -339,6 +342,20 @@ class Measurement:
     cost: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Paths of the sites that no pass came to, in training mode or at inference.
+
+        A decoder that takes the first stages of an encoder leaves the others as they are.
+        """
+        return frozenset(
+            path
+            for path, seen in self.behaviour.items()
+            if self.sites
+            and path not in self.sites
+            and (seen.training, seen.inference, seen.moves) == (None, None, False)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

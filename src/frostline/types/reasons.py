@@ -13,6 +13,8 @@ _OURS = Path(__file__).parents[1]
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 200
+#: Longest word at whose beginning a line is cut.
+_WORD = 30
 _OF_A_LAYER = "Exception encountered when calling "
 
 
@@ -46,7 +48,11 @@ def first_line(error: BaseException) -> str:
         text = f"{text.removeprefix(_OF_A_LAYER).rstrip('.')}: {lines[1]}"
     if not isinstance(error, FrostlineError) and not text.startswith(f"{name}: "):
         text = f"{name}: {text}"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    if len(text) <= _LONGEST:
+        return text
+    cut = text[: _LONGEST - 3]
+    space = cut.rfind(" ", -_WORD) if text[len(cut)] != " " else -1
+    return (cut if space < 0 else cut[:space]).rstrip() + "..."
 
 
 def warn(message: str) -> None:

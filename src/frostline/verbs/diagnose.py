@@ -146,7 +146,10 @@ def diagnose(
         step: Instead of a loss, the user's own ``step(model, batch)``: it calls the model on a
             batch as the loader yields it, on the model's device, and returns one loss, a loss per
             sample, a mapping of named losses (added up), or ``(loss, metrics)``. What is compared
-            is samples where losses come per sample, else batches; the report says which.
+            is samples where losses come per sample, else batches; the report says which. A
+            torch model is held in the mode that is asked for: ``train()`` in a step, as a training
+            step calls it, is not obeyed, ``eval()`` is. If your evaluation calls such a step, it
+            runs on the statistics of each batch: phase 1 is what it gives.
         batch_size: Samples per batch in training; default: that of the data's own batches, and 32
             for arrays.
         reference: A model or checkpoint to compare with, for example the one that training began

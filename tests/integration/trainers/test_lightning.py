@@ -127,3 +127,30 @@ def test_two_networks_need_a_name(network: Any, samples: Any, tmp_path: Path) ->
         fit(module, samples, [frost.KeepFrozen("2")], tmp_path)
     fl.freeze(module.net, until="2")
     fit(module, samples, [frost.KeepFrozen("2", network="net")], tmp_path)
+
+
+class Logging(Module):
+    def training_step(self, batch: Any, number: int) -> Any:
+        loss = super().training_step(batch, number)
+        self.log("loss", loss)
+        self.log_dict({"twice": 2 * loss, "epoch": float(self.trainer.max_epochs)})
+        return loss
+
+
+def test_a_step_that_logs_is_asked_after_fit(network: Any, samples: Any, tmp_path: Path) -> None:
+    """Outside of a loop ``self.log`` raises an error, once there is a trainer."""
+    module = Logging(network)
+    trainer = fit(module, samples, [], tmp_path)
+    before, kept = dict(vars(module)), dict(trainer.callback_metrics)
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples), batch_size=16)
+
+    def step(model: Any, batch: Any) -> Any:
+        return model.training_step(batch, 0)
+
+    table = fl.phases(module, batches, step=step)
+    assert np.isfinite([table["0"].loss, table["1"].loss]).all()
+    assert fl.diagnose(module, batches, step=step, verbose=0).causes
+    fl.recalibrate(module, batches, step=step).undo()
+    assert vars(module).keys() == before.keys()
+    assert module.trainer is trainer
+    assert dict(trainer.callback_metrics) == kept

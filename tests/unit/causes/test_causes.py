@@ -129,6 +129,38 @@ def test_a_module_that_is_only_served_does_not_drift():
         assert [code for code in codes(found) if code == "FROZEN_DRIFT"] == wanted
 
 
+def test_statistics_of_a_served_module_are_judged_as_those_that_move():
+    """No gradients are no freeze where nothing trains: the gap had no cause before."""
+    frozen = {path: {"params_frozen": True, "policy": "update", "mode": False} for path in PATHS}
+    nothing = dict.fromkeys(("conv1", "conv2", "conv3", "conv4", "head"), False)
+    of_gap = measurement(GAP, shares=[0.25] * 4, sites=FAR)
+    found = causes(facts(frozen, trains=nothing, mode=False), of_gap, [])
+    thawed = causes(facts({path: {"mode": False} for path in PATHS}, mode=False), of_gap, [])
+    assert codes(found) == codes(thawed) != ["NONE"]
+    assert found[0].share == pytest.approx(thawed[0].share)
+    drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))
+    known = measurement(GAP, shares=[0.25] * 4, sites=FAR, difference=drift)
+    found = causes(facts(frozen, trains=nothing, mode=False), known, [])
+    assert codes(found) == ["FROZEN_DRIFT"]
+
+
+def test_sites_that_no_pass_comes_to_are_not_blamed():
+    """An encoder whose last stages the decoder does not take: "0 values per channel" before."""
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    known = facts({path: new if path == "bn4" else {} for path in PATHS}, steps=64)
+    seen = dict.fromkeys(PATHS[:3], (1.0, 0.0, True)) | {"bn4": (None, None, False)}
+    small = {**GAP, "population": (0.9, 0.75), "population unfrozen": (0.9, 0.75)}
+    here = {path: site_measurement(path, values=16) for path in PATHS[:3]}
+    measured = measurement(small, sites=here, behaviour=seen, batch_size=1)
+    found = causes(known, measured, [])
+    assert found[0].code == "SMALL_BATCH"
+    assert found[0].sites == PATHS[:3]
+    assert found[0].evidence["values"] == 16
+    told = rules.check(known, rules.select(), measurement=measured)[0]
+    assert not [f.code for f in told if "bn4" in f.sites and f.code in ("FL203", "FL204")]
+    assert "FL204" in {f.code for f in rules.check(known, rules.select())[0]}
+
+
 def test_a_reference_shows_drift_without_any_gap():
     moving = {path: {"params_frozen": True, "decay": 0.9} for path in PATHS}
     drift = Difference(params={}, statistics=dict.fromkeys(PATHS, 0.3))
@@ -159,6 +191,39 @@ def test_a_wrapper_that_goes_back_to_training_mode():
     reset = {path: {"wrapper_frozen": True, "kind": "torch.BatchNorm2d"} for path in PATHS}
     found = causes(facts(reset), measurement(GAP, shares=[0.25] * 4, sites=FAR), [])
     assert codes(found)[0] == "MODE_RESET"
+
+
+@pytest.mark.parametrize(
+    ("updates", "reference", "certainty", "share"),
+    [
+        ((120, 120), False, "may", 0.75),  # no step was made without them
+        ((120, 200), False, "may", None),  # the others trained, these did not
+        ((120, 0), False, "may", None),
+        ((120, 200), True, "is", 0.75),  # they have moved since
+    ],
+)
+def test_eval_by_hand_is_blamed_where_something_shows_that_train_undoes_it(
+    updates: tuple[int, int], reference: bool, certainty: str, share: float | None
+):
+    """Lightning from 2.2 on leaves modes as they are: it had all of the gap, for a fact."""
+    frozen, trains = updates
+    by_hand = {"undone": True, "mode": False, "params_frozen": True, "updates": frozen}
+    flags = dict.fromkeys(PATHS[:3], by_hand) | {"bn4": {"mode": True, "updates": trains}}
+    seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
+    moved = Difference(params={}, statistics=dict.fromkeys(PATHS[:3], 0.3)) if reference else None
+    measured = measurement(
+        GAP, shares=[0.25] * 4, behaviour=seen, difference=moved,
+        sites=far(*PATHS[:3], first=0.3),
+    )  # fmt: skip
+    known = facts(flags, mode=True)
+    reset = next(c for c in causes(known, measured, []) if c.code == "MODE_RESET")
+    assert reset.sites == PATHS[:3]
+    assert reset.certainty == certainty
+    assert (reset.share is None) == (share is None)
+    assert ("would" in reset.message) == (share is None)
+    assert (reset.settle is None) == reference
+    told = rules.check(known, rules.select("FL118,FL302"), measurement=measured)[0]
+    assert {(f.code, f.severity, f.certainty) for f in told} == {("FL118", "warning", "may")}
 
 
 def test_a_switch_that_came_too_late():

@@ -19,8 +19,9 @@ from frostline.types.reasons import first_line
         ("", "ValueError"),
         ("\x1b[1mBold.\x1b[0m", "ValueError: Bold."),
         ("x" * 300, "ValueError: " + "x" * 185 + "..."),
+        ("word " * 60, "ValueError: " + "word " * 36 + "word..."),
     ],
-    ids=["first-line", "trace", "trace-of-another", "nothing", "colours", "long"],
+    ids=["first-line", "trace", "trace-of-another", "nothing", "colours", "long", "words"],
 )  # fmt: skip
 def test_the_line_that_names_the_error(text: str, wanted: str) -> None:
     assert first_line(ValueError(text)) == wanted

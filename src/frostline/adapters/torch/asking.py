@@ -51,7 +51,7 @@ def call(
     """
     with _told(batch, step), outside_kept(root):
         if step is not None:
-            with _mode_held(root):
+            with _mode_held(root), _unlogged(root):
                 return step(root, move(batch.given))
         outputs = _called(root, batch, move, targets)
         # A generator runs the model while it is read: here, not where nobody looks any more.
@@ -78,6 +78,35 @@ def _mode_held(root: Any) -> Iterator[None]:
         yield
     finally:
         del vars(root)["train"]
+
+
+@contextmanager
+def _unlogged(root: Any) -> Iterator[None]:
+    """Let what a step of Lightning's logs reach no trainer.
+
+    ``self.log`` raises an error once ``fit`` is over, and in a callback it would add to the logs.
+    """
+    kinds = ("log", "log_dict")
+    silent = [
+        (module, name)
+        for module in root.modules()
+        if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__)
+        for name in kinds
+        if name not in vars(module)
+    ]
+
+    def back() -> None:
+        for module, name in silent:
+            vars(module).pop(name, None)
+
+    with taken_back(back):
+        for module, name in silent:
+            vars(module)[name] = _nothing
+        yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands for ``self.log``."""
 
 
 def with_gradients(step: Any, problem: BaseException | None) -> Any:

@@ -102,6 +102,7 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
             inference=_middle(weights[False].get(path, [])),
             moves=moved.get(path),
             uncounted=path in uncounted,
+            calls=(len(weights[True].get(path, [])), len(weights[False].get(path, []))),
         )
         for path in (*watched, *foreign, *sorted(stacked - {*watched, *foreign}))
     }
