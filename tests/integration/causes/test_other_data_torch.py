@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 import frostline as fl
 
 datasets = pytest.importorskip("sklearn.datasets")
-pytestmark = pytest.mark.xfail(reason="as the code is before the mend")
 
 diagnose = functools.partial(fl.diagnose, verbose=0, batch_size=50, max_samples=500)
 
@@ -116,7 +115,7 @@ def test_validation_images_of_another_size_are_no_overfitting(size: int) -> None
 
 
 def test_labels_learned_by_heart_are_overfitting_still() -> None:
-    x, y, other, truth = digits()
+    x, _, other, truth = digits()
     torch.manual_seed(0)
     net, few = Net(), 60
     names = torch.randint(0, 10, (few,))
