@@ -16,6 +16,7 @@ from frostline.causes import data
 from frostline.causes.assignment import Assigned, assign, scale_of_inputs, victims
 from frostline.causes.case import MARKED_ACCURACY, Case, Claim, number
 from frostline.causes.registry import all_causes
+from frostline.causes.verdict import SCATTER
 from frostline.types import Finding
 from frostline.types.codes import CauseCode
 from frostline.types.facts import ModelFacts
@@ -154,12 +155,13 @@ def _none(case: Case) -> Cause:
     total = case.difference("training", "inference")
     blended = case.difference("training blend", "inference")
     known = total if case.total_gap and not case.bn_gap else blended or total
-    # BN that does something of its own in training is not what λ makes of it.
+    # What else acts in training, or BN of a kind of its own, is not what λ makes of it.
     apart = bool(case.bn_gap) and total is not None and abs(total.estimate) < abs(case.bn_gap) / 2
     samples = case.measurement.samples
     saved = max(0.0, -case.change("population", "inference"))
     settled = known is not None and math.isfinite(known.low)
     settled = settled and not (case.bn_gap or case.total_gap or saved)
+    scatter: dict[str, float] = {}
     if known is None:
         text, settle = "no gap was measured, and nothing else explains one", "labelled data"
     elif case.bn_gap or case.total_gap:
@@ -167,8 +169,9 @@ def _none(case: Case) -> Cause:
         text += "nothing that is known here explains it"
         if apart and total is not None:
             text = f"with the statistics of each batch the loss differs by {number(known.estimate)}"
-            text += f", and in the model's own training mode by {number(total.estimate)}: its BN "
-            text += "does something of its own there, and no cause was found"
+            text += f", and in the model's own training mode by {number(total.estimate)}: "
+            text += "something else acts in that mode only, in the model, its loss or step=, as a "
+            text += "crop or another head does, or a BN layer that does more than BN"
         settle = "the data and the batch size of training, and a reference, as reference="
         if saved:
             text += f"; exact statistics of these data would save {number(saved)}"
@@ -179,6 +182,12 @@ def _none(case: Case) -> Cause:
             text += f"{number(loss)} in batches of {size}: that is how much batch statistics "
             text += "scatter, which inference does without"
             settle = "the batch size of training, as batch_size="
+        elif not apart and _is_scatter(case):
+            text = f"training mode, with the statistics of batches of {case.measurement.batch_size}"
+            text += f", gives a loss {number(known.estimate)} higher than inference, and exact "
+            text += "statistics of these data would save nothing: that is how much batch statistics"
+            text += " cost, which inference does without"
+            settle, settled, scatter = None, True, {SCATTER: known.estimate}
         elif 0 < known.estimate < 2 * case.change("population", "inference"):
             text = f"training mode gives a loss {number(known.estimate)} higher than inference, and"
             text += " so do exact statistics of these data: the network does better with those that"
@@ -208,6 +217,9 @@ def _none(case: Case) -> Cause:
         text += f"be chance ({known.level:.0%} interval {number(known.low)} to "
         text += f"{number(known.high)}, {samples} samples)"
         settle = "more samples, or validation data, as validation="
+    if loses := data.validation_loses(case):
+        text, settled = f"{text}; {loses}", False
+        settle = "labels and outputs that give an accuracy, as (x, y) with loss=, for both"
     if accuracy := _accuracy_apart(case):
         text, settled = text + accuracy, False
         settle = "recalibrate and compare by the metric that counts, on validation data"
@@ -217,9 +229,19 @@ def _none(case: Case) -> Cause:
         sites=(),
         certainty="is" if settled else "may",
         message=text,
-        evidence={} if known is None else {"gap": known.estimate, "samples": float(samples)},
+        evidence={}
+        if known is None
+        else {"gap": known.estimate, "samples": float(samples), **scatter},
         settle=settle,
     )
+
+
+def _is_scatter(case: Case) -> bool:
+    """Training mode is a little worse, and the stored statistics do as exact ones do."""
+    now = case.loss("inference")
+    if now is None or case.probe("population") is None or case.change("population", "inference"):
+        return False
+    return 0 < case.bn_gap < abs(now) and not case.dropout_gap
 
 
 def _accuracy_apart(case: Case) -> str:

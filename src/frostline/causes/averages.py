@@ -18,6 +18,7 @@ from frostline.causes.assignment import (
     uses_apart,
 )
 from frostline.causes.case import FAR, Case, Claim, count, number
+from frostline.causes.data import other_statistics
 from frostline.causes.registry import cause
 from frostline.numerics.averages import OLD_SHARE
 from frostline.types import Certainty
@@ -297,6 +298,8 @@ def domain_stats(case: Case, assigned: Assigned) -> Iterator[Claim]:
         yield _of_another_domain(case)
         return
     yield from _other_data_locked(case, assigned)
+    if (claim := other_statistics(case)) is not None:
+        yield claim
     paths = _of(CauseCode.DOMAIN_STATS, assigned)
     amount = _amount(case, paths)
     if pretrained_elsewhere(case, assigned):

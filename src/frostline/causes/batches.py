@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import SOURCES, Assigned, uses_apart
-from frostline.causes.case import FAR, FEW_VALUES, Case, Claim, count, number
+from frostline.causes.case import FAR, FEW_VALUES, SMALL_ACCURACY, Case, Claim, count, number
 from frostline.causes.registry import cause
 from frostline.rules.predicates import uses_batch
 from frostline.types.codes import CauseCode, Fix
@@ -212,8 +212,11 @@ def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if sorted_loss is None or inference is None:
         return
     accuracies = case.accuracy("sorted"), case.accuracy("inference")
-    if None not in accuracies and accuracies[0] <= accuracies[1]:  # type: ignore[operator]
-        return  # less confident in wrong answers, but no label leaks
+    # Less confident in wrong answers, but no label leaks; nor does one where all is guessed.
+    guessed = (case.measurement.chance or 0.0) + SMALL_ACCURACY
+    first, then = accuracies
+    if first is not None and then is not None and first <= max(then, guessed):
+        return
     amount = max(0.0, -case.change("sorted", "inference"))
     exact = max(0.0, -case.change("sorted", "population"))
     if not amount or not exact:  # without an advantage over inference there is nothing to explain
@@ -237,9 +240,11 @@ def batch_leak(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
 def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
     """Batch statistics that no fixed ones can replace, although the batches are large enough."""
-    amount = case.beyond_population
+    amount, accuracy = case.beyond_population, case.accuracy("training blend")
     if not case.inference_is_worse or amount < BEYOND * abs(case.bn_gap):
         return
+    if accuracy is not None and accuracy <= (case.measurement.chance or 0.0) + SMALL_ACCURACY:
+        return  # batches that are guessed tell nothing
     if case.few_values(case.measurement.batch_size) or any(
         verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()
     ):

@@ -8,8 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from frostline.causes.assignment import Assigned, scale_of_inputs, young_average
-from frostline.causes.case import SMALL_ACCURACY, Case, Claim, count, number
+from frostline.causes.case import (
+    MARKED_ACCURACY,
+    SMALL_ACCURACY,
+    Case,
+    Claim,
+    count,
+    number,
+)
 from frostline.causes.registry import cause
+from frostline.types import Array
 from frostline.types.codes import INPUT_TRIAL, CauseCode, Fix
 from frostline.types.measured import InputMoments
 
@@ -54,6 +62,9 @@ SOME_STEPS = 50
 LOWER = 0.1
 TIMES = 1.5
 
+#: Part of what validation data lose that what is taken for their cause must give back.
+GIVES_BACK = 0.5
+
 #: Part of the spread of the inputs by which an affine map of them may miss their range.
 RANGE = 0.15
 
@@ -69,6 +80,10 @@ _MILD = {
 
 #: Part of such a range that the inputs must cover.
 FILLS = 0.8
+
+#: The model's own inference on the validation data, and with statistics of these.
+_VALIDATION = "validation inference"
+_OTHER_STATISTICS = ("validation batch", "validation recalibrated")
 
 #: What accuracy is called in a Keras history.
 _ACCURACIES = (
@@ -246,7 +261,8 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
         yield Claim(
             code=CauseCode.PREPROCESS,
             message=f"with {name} inference gives a loss of {number(loss)} instead of "
-            f"{number(inference)}: the inputs are prepared in another way than in training",
+            f"{number(inference)}{_training_too(case, loss)}: the inputs are prepared in another "
+            "way than in training",
             amount=inference - loss,
             standing=0.6 if part >= REPAIRS else 0.0,
             certainty="is" if part >= REPAIRS else "may",
@@ -269,7 +285,40 @@ def preprocess(case: Case, assigned: Assigned) -> Iterator[Claim]:
             settle="the preprocessing of both",
         )
         return
+    if _gives_back(case, "validation resized") >= GIVES_BACK:
+        yield _other_validation_size(case)
+        return
     yield from _other_validation_inputs(case)
+
+
+def _training_too(case: Case, loss: float) -> str:
+    """Words for a training mode that does not reach what other inputs do."""
+    training, inference = case.loss("training"), case.loss("inference") or math.nan
+    if training is None or not training - loss >= REPAIRS_PART * (inference - loss):
+        return ""
+    return f", and training mode one of {number(training)}"
+
+
+def _other_validation_size(case: Case) -> Claim:
+    """Validation images that inference knows in the size of the training images only."""
+    return Claim(
+        code=CauseCode.PREPROCESS,
+        message=f"{_sizes(case)}: inference gives {_both(case, 'validation inference')} on them as "
+        f"they are, {_both(case, 'validation resized')} resized to that, and "
+        f"{_both(case, 'inference')} on training samples",
+        standing=0.9,
+        certainty="is",
+        evidence=_losses(case),
+    )
+
+
+def _sizes(case: Case) -> str:
+    """Words for validation samples of another size; empty where none is known."""
+    known = case.measurement.input, case.measurement.validation_input
+    own, other = ("×".join(map(str, seen.size)) if seen else "" for seen in known)
+    if not own or not other or own == other:
+        return ""
+    return f"validation samples have the size {other} and training samples {own}"
 
 
 def unexplained_trial(case: Case) -> Claim | None:
@@ -353,12 +402,12 @@ def _plausible(name: str, case: Case) -> bool:
     statistics must have left their initial values: on the way, another contrast may suit them.
     """
     ends = _MILD.get(name)
-    if ends is None:
+    if ends is None and not name.endswith("-x"):
         return True
     if any(young_average(case, path) is not None for path in case.with_role("moving")):
         return False
     seen = case.measurement.input
-    if seen is None:
+    if seen is None or ends is None:
         return True
     low, high = float(np.min(seen.low)), float(np.max(seen.high))
     return high - low >= FILLS * (ends[1] - ends[0])
@@ -397,9 +446,44 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
             evidence={"accuracy": now, "relabelled": renamed},
         )
         return
+    yield from _validation_renamed(case)
     if max(found) > known.chance + AT_CHANCE or best_trial(case) is not None:
         return
     yield from _at_chance(case, now)
+
+
+def _validation_renamed(case: Case) -> Iterator[Claim]:
+    """Validation labels that number the classes in another order than those of training."""
+    renamed = _renamed(case)
+    if renamed is None:
+        return
+    now, other = case.accuracy("inference") or 0.0, case.accuracy("validation inference") or 0.0
+    sure = renamed - other >= REPAIRS * (now - other)
+    yield Claim(
+        code=CauseCode.LABEL_ORDER,
+        message=f"accuracy is {now:.1%} on training samples, {other:.1%} on validation samples, "
+        f"and {renamed:.1%} there after a one-to-one renaming of the classes: validation labels "
+        "number the classes in another order",
+        standing=0.9,
+        certainty="is" if sure else "may",
+        evidence=_losses(case) | {"validation_relabelled": renamed},
+        settle=None if sure else "the lists of class names of both",
+    )
+
+
+def _renamed(case: Case) -> float | None:
+    """Accuracy on validation samples with other names of the classes, where that gives it back."""
+    counts, now = case.measurement.validation_confusion, case.accuracy("inference")
+    other = case.accuracy("validation inference")
+    if counts is None or now is None or other is None or not _is_worse(case, _VALIDATION):
+        return None
+    if not _is_sound(case) or any(
+        _gives_back(case, name) >= GIVES_BACK for name in _OTHER_STATISTICS
+    ):
+        return None
+    renamed = _best_renaming(counts) / max(1, int(counts.sum()))
+    enough = renamed - other >= max(LOWER, GIVES_BACK * (now - other))
+    return renamed if enough and _beats_shuffles(counts, renamed) else None
 
 
 @cause(CauseCode.OVERFIT, rank=270)
@@ -418,29 +502,85 @@ def overfit(case: Case, _: Assigned) -> Iterator[Claim]:
     """
     if case.inference_is_worse or not _is_good(case, "inference"):
         return
-    validation = case.probe("validation inference")
+    validation = case.probe(_VALIDATION)
     if validation is None:
         yield from _overfit_by_history(case)
         return
-    rivals = ("validation batch", "validation population")
-    if not _is_worse(case, "validation inference") or any(
+    rivals = ("validation population", *_OTHER_STATISTICS)
+    if not _is_worse(case, _VALIDATION) or any(
         case.probe(name) is not None and not _is_worse(case, name) for name in rivals
     ):
         return
     if inputs_differ(case.measurement.input, case.measurement.validation_input) > RANGE:
         return  # other inputs: PREPROCESS tells
-    inference = case.loss("inference") or math.nan
-    agreeing = ""
+    told = ("validation resized", "validation recalibrated")
+    if _renamed(case) or any(_gives_back(case, name) >= GIVES_BACK for name in told):
+        return  # LABEL_ORDER, PREPROCESS and DOMAIN_STATS tell
+    agreeing, doubts, settle = "", [], []
     if case.probe("validation batch") is not None:
-        agreeing = f" and {_both(case, 'validation batch')} with batch statistics: "
-        agreeing += "both phases agree"
+        agreeing = f" and {_both(case, 'validation batch')} with batch statistics"
+        if _agree(case, _VALIDATION, "validation batch"):
+            agreeing += ": both phases agree"
+        else:
+            doubts.append("the phases do not agree, so that it is not overfitting alone")
+            settle.append("the preprocessing of both")
+    if sizes := _sizes(case):
+        doubts.append(f"{sizes}, and what that costs cannot be told from overfitting")
+        settle.append("validation samples in the size of the training samples")
+    if (validation.accuracy or 1.0) <= (case.measurement.chance or 0.0) + MARKED_ACCURACY:
+        doubts.append(
+            "that is no better than a guess, as it is with labels of other samples, or with inputs "
+            "of another kind"
+        )
+        settle.append("some validation samples, looked at with their labels")
+    text = f"training samples {_both(case, 'inference')}, validation samples "
+    text += f"{_both(case, _VALIDATION)} at inference{agreeing}"
     yield Claim(
         code=CauseCode.OVERFIT,
-        message=f"training samples {_both(case, 'inference')}, validation samples "
-        f"{_both(case, 'validation inference')} at inference{agreeing}",
+        message="; ".join([text, *doubts]),
         standing=0.9,
-        certainty="is",
-        evidence={"train_loss": inference, "validation_loss": validation.loss},
+        certainty="may" if doubts else "is",
+        evidence=_losses(case),
+        settle=", and ".join(settle) or None,
+    )
+
+
+def other_statistics(case: Case) -> Claim | None:
+    """Validation data to which the stored statistics do not belong, while their own suit them.
+
+    Where their inputs are seen to be others, PREPROCESS tells.
+    """
+    seen = inputs_differ(case.measurement.input, case.measurement.validation_input) > RANGE
+    own = "validation recalibrated"
+    worse = _is_worse(case, _VALIDATION) or _costs_more(case, _VALIDATION)
+    if seen or not worse or not _is_sound(case) or _gives_back(case, own) < GIVES_BACK:
+        return None
+    if _gives_back(case, "validation resized") >= GIVES_BACK:
+        return None
+    return Claim(
+        code=CauseCode.DOMAIN_STATS,
+        message=f"inference gives {_both(case, 'inference')} on training samples, "
+        f"{_both(case, _VALIDATION)} on validation samples, and {_both(case, own)} there with "
+        "exact statistics of their own: those that are stored are of other data, or of inputs "
+        "prepared in another way; fl.recalibrate on the validation inputs stores these",
+        sites=tuple(case.sites),
+        standing=0.9,
+        certainty="may",
+        evidence=_losses(case),
+        settle="whether both are prepared alike: if not, prepare them alike",
+    )
+
+
+def validation_loses(case: Case) -> str:
+    """Words for validation data that lose more, where no accuracy tells why; else empty."""
+    if case.accuracy("inference") is not None or not _costs_more(case, _VALIDATION):
+        return ""
+    text = f"validation data give a loss of {_both(case, _VALIDATION)} at inference"
+    if case.probe("validation batch") is not None:
+        text += f" and {_both(case, 'validation batch')} with batch statistics"
+    return (
+        f"{text}, against {_both(case, 'inference')} on the training samples: what new samples "
+        "cost, overfitting, other labels or other inputs, which a loss alone cannot tell apart"
     )
 
 
@@ -479,6 +619,10 @@ def _other_validation_inputs(case: Case) -> Iterator[Claim]:
     apart, name = inputs_differ(first, second), "validation inference"
     # Right answers may outlast such inputs, at a loss that does not.
     worse = _is_worse(case, name) or _costs_more(case, name)
+    restored = ""
+    if _gives_back(case, "validation recalibrated") >= GIVES_BACK:
+        restored = f", and {_both(case, 'validation recalibrated')} there with exact statistics of "
+        restored += "their own: where they cannot be prepared alike, fl.recalibrate on them"
     if not worse or apart <= RANGE:
         return
     assert first is not None  # `apart` is 0 without both
@@ -498,7 +642,7 @@ def _other_validation_inputs(case: Case) -> Iterator[Claim]:
         code=CauseCode.PREPROCESS,
         message=f"validation inputs are prepared in another way: {text}; inference gives "
         f"{_both(case, 'inference')} on training samples and "
-        f"{_both(case, 'validation inference')} on validation samples",
+        f"{_both(case, 'validation inference')} on validation samples{restored}",
         standing=0.9,
         certainty="is" if sure else "may",
         evidence=evidence,
@@ -511,18 +655,24 @@ def _beats_chance(case: Case) -> bool:
 
     Of few samples, or of two classes, some renaming fits well whatever the labels are.
     """
+    confusion, reached = case.measurement.confusion, case.measurement.relabelled
+    return confusion is None or reached is None or _beats_shuffles(confusion, reached)
+
+
+def _best_renaming(counts: Array) -> int:
     from scipy.optimize import linear_sum_assignment
 
-    confusion, reached = case.measurement.confusion, case.measurement.relabelled
-    if confusion is None or reached is None:
-        return True
+    return int(counts[linear_sum_assignment(-counts)].sum())
+
+
+def _beats_shuffles(confusion: Array, reached: float) -> bool:
     labels = np.repeat(np.arange(len(confusion)), confusion.sum(axis=1))
     predicted = np.concatenate([np.repeat(np.arange(len(row)), row) for row in confusion])
     rng = np.random.default_rng(0)
     for _ in range(SHUFFLES):
         shuffled = np.zeros_like(confusion)
         np.add.at(shuffled, (rng.permutation(labels), predicted), 1)
-        if shuffled[linear_sum_assignment(-shuffled)].sum() >= reached * len(labels):
+        if _best_renaming(shuffled) >= reached * len(labels):
             return False
     return True
 
@@ -557,11 +707,15 @@ def _at_chance(case: Case, now: float) -> Iterator[Claim]:
     settled = trained_well and confident
     yield Claim(
         code=CauseCode.LABEL_ORDER,
-        message=f"{text}: labels and samples may not belong together",
+        message=f"{text}: labels and samples may not belong together"
+        + ("" if settled else ", or the inputs are not those of training"),
         standing=1.2 if confident or trained_well or fine else 0.35,
         certainty="is" if settled else "may",
         evidence={"accuracy": now, "chance": chance, "loss": lowest},
-        settle=None if settled else "the history of training, or validation data",
+        settle=None
+        if settled
+        else "the history of training, or validation data; and some samples, looked at with their "
+        "labels",
     )
 
 
@@ -628,6 +782,42 @@ def _is_good(case: Case, name: str) -> bool:
     if found.accuracy is not None and known.chance is not None:
         return found.accuracy >= known.chance + (1 - known.chance) * (1 - GOOD)
     return known.chance is not None and found.loss <= GOOD * known.chance
+
+
+def _is_sound(case: Case) -> bool:
+    """Inference does well on the training samples, as far as can be told."""
+    unknown = case.measurement.chance is None
+    return not case.inference_is_worse and (unknown or _is_good(case, "inference"))
+
+
+def _gives_back(case: Case, name: str) -> float:
+    """Part of what validation data lose that a probe of them does not, of accuracy or loss."""
+    found, then, now = case.probe(name), case.probe(_VALIDATION), case.probe("inference")
+    if found is None or then is None or now is None:
+        return 0.0
+    if found.accuracy is not None and then.accuracy is not None and now.accuracy is not None:
+        missing = now.accuracy - then.accuracy
+        if missing >= LOWER:
+            return (found.accuracy - then.accuracy) / missing
+    lost = then.loss - now.loss
+    return (then.loss - found.loss) / lost if lost > 0 and _costs_more(case, _VALIDATION) else 0.0
+
+
+def _agree(case: Case, first: str, second: str) -> bool:
+    """Two probes are alike: in accuracy, where there is one, else in loss."""
+    one, other = case.probe(first), case.probe(second)
+    if one is None or other is None:
+        return True
+    if one.accuracy is not None and other.accuracy is not None:
+        return abs(one.accuracy - other.accuracy) < MARKED_ACCURACY
+    return max(one.loss, other.loss) < TIMES * min(one.loss, other.loss)
+
+
+def _losses(case: Case) -> dict[str, float | str]:
+    return {
+        "train_loss": case.loss("inference") or math.nan,
+        "validation_loss": case.loss(_VALIDATION) or math.nan,
+    }
 
 
 def _is_worse(case: Case, name: str) -> bool:

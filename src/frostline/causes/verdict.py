@@ -11,6 +11,9 @@ from frostline.types import Finding, Site
 from frostline.types.codes import CauseCode
 from frostline.types.measured import Cause, Interval, Measurement, Probe, Remedy
 
+#: Evidence of a gap that is no cause: what batch statistics cost, and inference does without.
+SCATTER = "batch_scatter"
+
 #: With fewer samples than this the verdict adds how uncertain the gap is.
 FEW = 64
 
@@ -130,7 +133,7 @@ def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
         left_out = "".join(f": {text}" for text in _left_out(measured))
         return f"no verdict: training mode and inference could not be compared{left_out}"
     loss, count = gap.loss, f"{measured.samples} samples"
-    if none is not None and none.certainty == "may":
+    if none is not None and (none.certainty == "may" or SCATTER in none.evidence):
         text = none.message
     elif _is_nothing(loss):
         text = f"training mode and inference give the same losses on {count}"

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,16 @@ _UNIT = 1.5
 _SMALLEST = 8
 _LARGEST = 256
 
-#: Names of the transformations to another size.
-HALF = "x at half the size"
-DOUBLE = "x at double the size"
+#: Names of the transformations to another size, and how all of these begin.
+SIZED = "x at "
+HALF = f"{SIZED}half the size"
+DOUBLE = f"{SIZED}double the size"
+
+#: Quotients of sides that are tried where neither statistics nor half and double do well.
+QUOTIENTS = ("1/4", "1/3", "2/3", "3/4", "4/3", "3/2")
+
+#: Largest value of images of 8 bits; those of more bits are larger, those of fewer below half.
+_BYTE = 255.0
 
 Transform = Callable[[Any], Any]
 
@@ -53,12 +61,14 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
     total: Moments | None = None
     low: Array | None = None
     high: Array | None = None
+    sizes: set[tuple[int, ...]] = set()
     for batch in batches:
         found = leaves(batch.x)
         numbers = len(found) == 1 and isinstance(found[0][1], np.ndarray)
         if not numbers or found[0][1].dtype.kind not in "buif" or found[0][1].ndim < 2:
             return None
         values = np.moveaxis(found[0][1], axis, -1)
+        sizes.add(values.shape[1:-1])
         flat = values.reshape(-1, values.shape[-1])
         if low is not None and len(low) != flat.shape[1]:
             return None
@@ -74,6 +84,7 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
         deviation=np.sqrt(total.variance),
         low=np.asarray(low, np.float64),
         high=np.asarray(high, np.float64),
+        size=sizes.pop() if len(sizes) == 1 else (),
     )
 
 
@@ -95,6 +106,8 @@ def transforms(seen: InputMoments, *, axis: int = -1) -> dict[str, Transform]:
         "x*2-1": lambda x: x * 2.0 - 1.0,
         "(x+1)/2": lambda x: (x + 1.0) / 2.0,
     }
+    top = _top(seen)
+    found["-x" if top is None else f"{top:g}-x"] = lambda x: (top or 0.0) - x
     if len(seen.mean) == 3:
         found |= _colours(unit=float(seen.high.max()) <= _UNIT)
     return {name: _floating(change, axis) for name, change in found.items()}
@@ -118,6 +131,56 @@ def resolutions(shape: tuple[int, ...], *, axis: int = -1) -> dict[str, Transfor
     if max(height, width) <= _LARGEST:
         found[DOUBLE] = lambda x: x.repeat(2, axis=1).repeat(2, axis=2)
     return {name: _floating(change, axis) for name, change in found.items()}
+
+
+def other_sizes(shape: tuple[int, ...], *, axis: int = -1) -> dict[str, Transform]:
+    """The rest of the sizes, each a quotient of the given one.
+
+    Args:
+        shape: As for :func:`resolutions`.
+        axis: Of the channels: -1, or 1 where they come first.
+    """
+    sides = shape[1:3] if axis == -1 else shape[2:4]
+    found: dict[str, Transform] = {}
+    for quotient in QUOTIENTS:
+        size = tuple(max(1, round(side * Fraction(quotient))) for side in sides)
+        if min(size) >= _SMALLEST // 2 and max(size) <= 2 * _LARGEST:
+            found[f"{SIZED}{quotient} of the size"] = resized(size, axis=axis)
+    return found
+
+
+def resized(size: tuple[int, ...], *, axis: int = -1) -> Transform:
+    """Images in another size, linearly between pixels, and over as many as a smaller one joins.
+
+    Args:
+        size: Height and width.
+        axis: Of the channels: -1, or 1 where they come first.
+    """
+
+    def change(x: Any) -> Any:
+        rows, columns = map(_weights, x.shape[1:3], size)
+        return np.einsum("ih,nhwc,jw->nijc", rows, x, columns, optimize=True)
+
+    return _floating(change, axis)
+
+
+def _weights(given: int, wanted: int) -> Array:
+    """Weight of each given pixel in each wanted one: a triangle of the wider one's width."""
+    step = given / wanted
+    centres = (np.arange(wanted) + 0.5) * step - 0.5
+    apart = np.abs(np.arange(given) - centres[:, None]) / max(1.0, step)
+    weights = np.maximum(0.0, 1.0 - apart)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+
+
+def _top(seen: InputMoments) -> float | None:
+    """White, where black is 0; ``None`` where values are on both sides of 0."""
+    low, high = float(seen.low.min()), float(seen.high.max())
+    if low < 0:
+        return None
+    if high <= _UNIT:
+        return 1.0
+    return _BYTE if _BYTE / 2 < high <= _BYTE else high
 
 
 def _colours(*, unit: bool) -> dict[str, Transform]:

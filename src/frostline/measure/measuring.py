@@ -15,9 +15,9 @@ from frostline.adapters import Adapter, Outcome
 from frostline.data.arrays import leaves
 from frostline.data.batch import Batch
 from frostline.measure import inputs, located, shares, sweep
-from frostline.measure.bench import Bench, only
+from frostline.measure.bench import Bench, joined_arrays, only
 from frostline.measure.history import parse
-from frostline.measure.judged import predicted_classes
+from frostline.measure.judged import class_labels, predicted_classes
 from frostline.measure.phases import tried
 from frostline.measure.samples import draw, rebatched
 from frostline.measure.setting import finite_samples, make_bench
@@ -46,6 +46,9 @@ GAPS = {
 
 #: Inference of so many right answers leaves nothing that another encoding of the inputs could add.
 NOTHING_TO_GAIN = 0.99
+
+#: Accuracy above which images are of the right size, or near it.
+DOES_WELL = 0.9
 
 #: Difference of a sample's losses, absolute or relative, or of outputs as a share of the largest
 #: one, at which two passes are the same.
@@ -228,10 +231,7 @@ class _Run:
         assert outputs is not None
         columns = 1 if outputs.ndim == 1 else outputs.shape[1]
         classes = max(2, columns)
-        predicted = predicted_classes(outputs, self.bench.logits)
-        sound = np.isfinite(outputs.reshape(len(outputs), -1)).all(axis=1)
-        confusion = np.zeros((classes, classes), dtype=np.int64)
-        np.add.at(confusion, (labels[sound], predicted[sound]), 1)
+        confusion = _confusion(labels, outputs, classes, self.bench.logits)
         best = linear_sum_assignment(-confusion)
         self.found["classes"] = classes
         self.found["confusion"] = confusion
@@ -471,8 +471,15 @@ class _Run:
         changes = inputs.transforms(seen, axis=bench.channels)
         if self.facts.any_size:
             changes |= inputs.resolutions(leaf.shape, axis=bench.channels)
+        if self.facts.any_size and self._does_badly():
+            changes |= inputs.other_sizes(leaf.shape, axis=bench.channels)
         for name, change in changes.items():
-            probe = bench.own_probe("input trials", part.batches, transform=change)
+            try:
+                probe = bench.own_probe("input trials", part.batches, transform=change)
+            except Exception:
+                if not name.startswith(inputs.SIZED):
+                    raise
+                continue  # the model takes no images of this size
             trials[name], tried[name] = probe.loss, probe.losses
         self.found["input_trials"] = trials
         finite = [name for name in trials if np.isfinite(trials[name])]
@@ -489,6 +496,12 @@ class _Run:
                 for name, change in (("x", None), (best, changes[best]))
             }
             self.found["input_misfits"] = {k: v for k, v in off.items() if v is not None}
+
+    def _does_badly(self) -> bool:
+        """No statistics make most answers right, so that the size of images may be another one."""
+        tried = ("inference", "training blend", "population")
+        found = [self.probes[name].accuracy for name in tried if name in self.probes]
+        return max((value for value in found if value is not None), default=1.0) < DOES_WELL
 
     def _better(self, losses: Array, than: Array) -> bool:
         """Lower for sure."""
@@ -518,17 +531,36 @@ class _Run:
             raise _Skip("outputs are compared, and validation data without labels add nothing")
         other = replace(bench, samples=samples, labels=None, cost={}, _probes={}, _populations={})
         name = "validation inference"
-        self.probes[name] = other.own_probe(name, samples.batches)
+        seen, outputs, _ = other.passes(name, other.own(training=False), samples.batches)
+        self.probes[name] = seen
         self.found["validation_input"] = inputs.moments(samples.batches, axis=bench.channels)
+        truth, answers = only(joined_arrays([batch.y for batch in samples.batches])), only(outputs)
+        if "classes" in self.found and truth is not None and answers is not None:
+            self.found["validation_confusion"] = _confusion(
+                class_labels(truth, answers), answers, self.found["classes"], bench.logits
+            )
         if bench.paths:
             name = "validation batch"
             self.probes[name] = other.probe(name, blend=1.0)
             name = "validation population"
             self.probes[name] = other.probe(name, statistics=bench.population("all"))
+            if self._better(self.probes["validation batch"].losses, seen.losses):
+                name = "validation recalibrated"
+                self.probes[name] = other.probe(name, statistics=other.population("all"))
+        self._resized(other)
         for name, amount in other.cost.items():
             bench.cost[name] = amount * (
                 len(samples) / len(bench.samples) if name.endswith("(passes)") else 1.0
             )
+
+    def _resized(self, other: Bench) -> None:
+        """Validation images in the size of the training images, where theirs is another one."""
+        sizes = [self.found.get(name) for name in ("input", "validation_input")]
+        wanted, given = [() if moments is None else moments.size for moments in sizes]
+        if other.step or wanted == given or len(wanted) != 2 or len(given) != 2:
+            return
+        name, change = "validation resized", inputs.resized(wanted, axis=other.channels)
+        self.probes[name] = other.own_probe(name, other.batches, transform=change)
 
     def epsilon(self) -> None:
         """Inference with the epsilon of the reference, or of most sites, as another variance.
@@ -651,6 +683,15 @@ class _Run:
 
 class _Skip(Exception):  # noqa: N818 - not an error: a reason
     """A measurement that would tell nothing, or has nothing to work on."""
+
+
+def _confusion(labels: Array, outputs: Array, classes: int, logits: bool) -> Array:
+    """Counts of the samples with finite outputs, rows true class, columns predicted."""
+    predicted = predicted_classes(outputs, logits)
+    sound = np.isfinite(outputs.reshape(len(outputs), -1)).all(axis=1)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels[sound], predicted[sound]), 1)
+    return counts
 
 
 def in_order(probe: Probe, order: Array) -> Probe:

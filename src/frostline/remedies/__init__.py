@@ -35,6 +35,9 @@ _MATTERS = 0.01
 #: Accuracy that a repair may cost.
 _LOST_ACCURACY = 0.02
 
+#: Share of the present loss that a repair may leave where it costs any accuracy at all.
+_LEFT = 2 / 3
+
 _SEED = 0
 
 
@@ -147,6 +150,9 @@ def _helps(candidate: Candidate, now: Probe, change: Interval | None) -> bool:
         return False
     if sure_difference(after.hits, now.hits, seed=_SEED) < -_LOST_ACCURACY:
         return False  # a lower loss at fewer right answers is a network that is less sure of all
+    if after.accuracy is not None and after.accuracy < (now.accuracy or 0.0):
+        # Chance may cost an answer or two, but then the loss must fall by far.
+        return change.high < 0 and after.loss < _LEFT * now.loss
     return change.high < 0 and -change.estimate >= _MATTERS * abs(now.loss)
 
 

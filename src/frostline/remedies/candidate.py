@@ -68,9 +68,13 @@ class Workplace:
         return self.facts.words
 
     def treated(self, fix: Fix) -> tuple[str, ...]:
-        """Which of the causes that this repair treats were found, the most important first."""
+        """Which of the causes that this repair treats were found, the most important first.
+
+        None that is a matter of the validation data: repairs are tried on the others.
+        """
         codes = treated_by(fix)
-        return tuple(code for code in self.codes if code in codes)
+        causes = [cause for cause in self.causes if "validation_loss" not in cause.evidence]
+        return tuple(cause.code for cause in causes if cause.code in codes)
 
     @cached_property
     def shifted_by_dropout(self) -> tuple[str, ...]:

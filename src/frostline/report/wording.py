@@ -35,6 +35,8 @@ PROBES = {
     "validation inference": "validation data: inference",
     "validation batch": "validation data: batch statistics",
     "validation population": "validation data: recalibrated on the training samples",
+    "validation recalibrated": "validation data: recalibrated on themselves",
+    "validation resized": "validation data: in the size of the training images",
 }
 
 #: Gap -> its label.

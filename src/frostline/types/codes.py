@@ -85,6 +85,8 @@ class ProbeName(StrEnum):
     VALIDATION_INFERENCE = "validation inference"
     VALIDATION_BATCH = "validation batch"
     VALIDATION_POPULATION = "validation population"
+    VALIDATION_RECALIBRATED = "validation recalibrated"
+    VALIDATION_RESIZED = "validation resized"
 
 
 #: Prefix of the name of a probe with the inputs in another encoding.

@@ -174,7 +174,8 @@ class ModelFacts:
         layers: Layers with weights that are not sites, in execution order.
         order: Path of a site -> its rank in execution order.
         batch: Batch size that is fixed in the model's input; ``None`` when it is free.
-        any_size: The model's input says that images of any height and width may come.
+        any_size: Images of any height and width may come, as far as the model says; it may refuse
+            some.
         steps: Training steps since the optimizer was made; ``None`` without an optimizer. Of a
             native torch module: the most updates that any site has counted.
         traced: A compiled training step exists, made under the flags of that moment.

@@ -221,12 +221,16 @@ class SweepPoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputMoments:
-    """What the inputs look like, per channel (last axis), shape ``(channels,)`` each."""
+    """What the inputs look like, per channel (last axis), shape ``(channels,)`` each.
+
+    ``size`` is the shape of a sample without its channels, ``()`` where samples have several.
+    """
 
     mean: Array
     deviation: Array
     low: Array
     high: Array
+    size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +280,10 @@ class Measurement:
             inference with the epsilon of the reference, or of most sites, where some differ; else
             with :attr:`epsilon`, where variances are so small that it matters.
             ``validation inference``, ``validation batch``, ``validation population``: the
-            validation data, the last with the statistics of the training samples. ``input NAME``:
+            validation data, the last with the statistics of the training samples. ``validation
+            recalibrated``: with their own, where batches of them do better than inference.
+            ``validation resized``: inference, where they are images of another size, in that of the
+            training images. ``input NAME``:
             the model's own inference with the best of the :attr:`input_trials`, if one is better
             for sure.
         gaps: By name: ``total`` (training − inference), ``bn`` (training blend − inference),
@@ -301,6 +308,7 @@ class Measurement:
         confusion: Counts, rows true class, columns predicted by inference; ``None`` where the task
             is not classification.
         relabelled: Accuracy of inference after the best one-to-one renaming of the classes.
+        validation_confusion: As ``confusion``, of the validation data.
         noise_layers: Paths of layers that act in training only and are no BN: name -> kind
             (``dropout``, ``augmentation``, ``noise``).
         input_trials: Name of an input transformation -> mean inference loss with it, on the first
@@ -335,6 +343,7 @@ class Measurement:
     round_trip: float | None = None
     confusion: Array | None = field(default=None, repr=False)
     relabelled: float | None = None
+    validation_confusion: Array | None = field(default=None, repr=False)
     noise_layers: Mapping[str, str] = field(default_factory=dict)
     input_trials: Mapping[str, float] = field(default_factory=dict)
     input_misfits: Mapping[str, float] = field(default_factory=dict)

@@ -912,6 +912,17 @@ def test_batches_that_tell_the_class():
     assert codes(found)[0] == "BATCH_LEAK"
     worse = {**NO_GAP, "sorted": (2.0, 0.3)}
     assert codes(causes(facts(steps=3000), measurement(worse), [])) == ["NONE"]
+    guessed = {**dict.fromkeys(GAP, (3.0, 0.04)), "inference": (3.6, 0.05), "sorted": (2.7, 0.06)}
+    found = causes(facts(steps=3000), measurement(guessed, shares=[0.25] * 4), [])
+    assert "BATCH_LEAK" not in codes(found)  # a loss of guesses tells of no class
+
+
+def test_what_acts_in_training_only_beside_batch_statistics_is_not_said_to_be_bn():
+    made = measurement({"inference": 0.126, "training": 0.123, "training blend": 0.175})
+    (none,) = causes(facts(steps=3000), made, [])
+    assert (none.code, none.certainty) == ("NONE", "may")
+    assert "step=" in none.message
+    assert "does something of its own" not in none.message
 
 
 def test_inference_that_uses_the_batch():
@@ -1181,6 +1192,23 @@ def test_overfit_is_both_phases_alike():
     inputs = {"input": moments(), "validation_input": moments()}
     found = causes(facts(steps=600), measurement(probes, **inputs), [])
     assert codes(found) == ["OVERFIT"]
+
+
+def test_overfit_is_a_guess_where_validation_phases_disagree_or_sizes_differ():
+    values = {"inference": (2.0, 0.5), "batch": (1.9, 0.6), "population": (2.0, 0.5)}
+    other = {f"validation {name}": value for name, value in values.items()}
+    sized = {
+        "input": replace(moments(), size=(64,)),
+        "validation_input": replace(moments(), size=(9,)),
+    }
+    for probes, inputs in (
+        ({**NO_GAP, **other}, {}),
+        ({**NO_GAP, **other, "validation batch": (2.0, 0.5)}, sized),
+    ):
+        (found,) = causes(facts(steps=600), measurement(probes, **inputs), [])
+        assert (found.code, found.certainty) == ("OVERFIT", "may")
+        assert found.settle is not None
+        assert ("both phases agree" in found.message) is bool(inputs)
 
 
 def test_an_encoding_as_bad_as_guessing_is_none_beside_renamed_classes():

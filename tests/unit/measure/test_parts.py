@@ -97,7 +97,7 @@ class TestInputs:
         seen = inputs.moments([Batch(x)], axis=axis)
         assert seen is not None
         changes = inputs.transforms(seen, axis=axis)
-        assert len(changes) == 13
+        assert len(changes) == 14
         for name, change in changes.items():
             made = eval(inputs.written(name, axis=axis), {"np": np, "x": x})
             np.testing.assert_allclose(made, change(x), rtol=1e-5, atol=1e-3, err_msg=name)
@@ -119,7 +119,8 @@ class TestInputs:
         seen = inputs.moments([Batch(pictures(0, 1, 1))])
         assert seen is not None
         names = list(inputs.transforms(seen))
-        assert names == ["x/255", "x*255", "x/127.5-1", "(x+1)*127.5", "x*2-1", "(x+1)/2"]
+        scales = ["x/255", "x*255", "x/127.5-1", "(x+1)*127.5", "x*2-1", "(x+1)/2"]
+        assert names == [*scales, "1-x"]
         assert inputs.transforms(seen)["x*255"]({"image": np.ones(2)})["image"][0] == 255
 
 

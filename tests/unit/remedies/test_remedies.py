@@ -205,18 +205,26 @@ def test_the_encoding_of_the_inputs():
 
 
 def test_a_lower_loss_with_fewer_right_answers_is_no_repair():
-    for accuracy, wanted in ((0.5, False), (0.69, True)):
-        found = tried({"population unfrozen": (0.62, accuracy)}, cause("BATCH_LEAK", *PATHS))
+    for loss, accuracy, wanted in ((0.62, 0.5, False), (0.62, 0.69, True), (0.8, 0.69, False)):
+        found = tried({"population unfrozen": (loss, accuracy)}, cause("BATCH_LEAK", *PATHS))
         assert by_name(found)["recalibrate unfrozen"].recommended is wanted
 
 
 def test_names_of_classes_in_the_order_of_the_model():
     confusion = np.zeros((3, 3), int)
     confusion[0, 2], confusion[1, 0], confusion[2, 1] = 30, 40, 30
-    found = tried({}, cause("LABEL_ORDER"), confusion=confusion, relabelled=0.98)
+    renamed = replace(cause("LABEL_ORDER"), evidence={"relabelled": 0.98})
+    found = tried({}, renamed, confusion=confusion, relabelled=0.98)
     assert found[0].python == "y = np.array([2, 0, 1])[y]"
     assert found[0].after == {"accuracy": 0.98}
     assert found[0].recommended
+    # At chance some renaming always fits best, and repairs nothing.
+    assert tried({}, cause("LABEL_ORDER"), confusion=confusion, relabelled=0.98) == ()
+
+
+def test_what_only_validation_data_need_is_not_tried_on_the_others():
+    other = replace(cause("DOMAIN_STATS", *PATHS), evidence={"validation_loss": 2.0})
+    assert tried({"population unfrozen": (0.9, 0.7)}, other) == ()
 
 
 def test_epsilon_of_the_reference_as_a_variance():
