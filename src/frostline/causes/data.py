@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import NormalDist
 
 import numpy as np
 
@@ -64,6 +65,9 @@ TIMES = 1.5
 
 #: Part of what validation data lose that what is taken for their cause must give back.
 GIVES_BACK = 0.5
+
+#: How often chance alone may make inputs of one source look as if they were of two.
+RARE = 0.001
 
 #: Part of the spread of the inputs by which an affine map of them may miss their range.
 RANGE = 0.15
@@ -585,7 +589,11 @@ def validation_loses(case: Case) -> str:
 
 
 def inputs_differ(first: InputMoments | None, second: InputMoments | None) -> float:
-    """Distance of two inputs per channel: means in deviations, and deviations in logarithms."""
+    """Distance of two inputs per channel: means in deviations, and deviations in logarithms.
+
+    0 where samples of one source would be as far apart in one of a thousand cases: the mean of
+    ``n`` samples scatters by at most ``deviation / √n``, and the farthest channel is looked at.
+    """
     if first is None or second is None or first.mean.shape != second.mean.shape:
         return 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -593,7 +601,12 @@ def inputs_differ(first: InputMoments | None, second: InputMoments | None) -> fl
         spread = np.abs(np.log(second.deviation / first.deviation))
     values = np.concatenate([shift, spread])
     values = values[np.isfinite(values)]
-    return float(values.max()) if values.size else 0.0
+    apart = float(values.max()) if values.size else 0.0
+    if not first.samples or not second.samples:
+        return apart
+    scatter = math.sqrt(1 / first.samples + 1 / second.samples)
+    chance = scatter * NormalDist().inv_cdf(1 - RARE / max(1, 2 * values.size))
+    return apart if apart > chance else 0.0
 
 
 def input_map(first: InputMoments, second: InputMoments) -> tuple[float, float] | None:

@@ -62,6 +62,7 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
     low: Array | None = None
     high: Array | None = None
     sizes: set[tuple[int, ...]] = set()
+    samples = 0
     for batch in batches:
         found = leaves(batch.x)
         numbers = len(found) == 1 and isinstance(found[0][1], np.ndarray)
@@ -69,6 +70,7 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
             return None
         values = np.moveaxis(found[0][1], axis, -1)
         sizes.add(values.shape[1:-1])
+        samples += len(values)
         flat = values.reshape(-1, values.shape[-1])
         if low is not None and len(low) != flat.shape[1]:
             return None
@@ -85,6 +87,7 @@ def moments(batches: Iterable[Batch], *, axis: int = -1) -> InputMoments | None:
         low=np.asarray(low, np.float64),
         high=np.asarray(high, np.float64),
         size=sizes.pop() if len(sizes) == 1 else (),
+        samples=samples,
     )
 
 

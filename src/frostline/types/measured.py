@@ -223,7 +223,8 @@ class SweepPoint:
 class InputMoments:
     """What the inputs look like, per channel (last axis), shape ``(channels,)`` each.
 
-    ``size`` is the shape of a sample without its channels, ``()`` where samples have several.
+    ``size`` is the shape of a sample without its channels, ``()`` where samples have several;
+    ``samples`` is their number, 0 where it is not known.
     """
 
     mean: Array
@@ -231,6 +232,7 @@ class InputMoments:
     low: Array
     high: Array
     size: tuple[int, ...] = ()
+    samples: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

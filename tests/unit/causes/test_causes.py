@@ -23,6 +23,8 @@ from written_cases import (
 from frostline import rules
 from frostline.causes import causes
 from frostline.causes.case import Case
+from frostline.data.batch import Batch
+from frostline.measure.inputs import moments as of_inputs
 from frostline.types.facts import LayerFacts, ModelFacts, Vocabulary
 from frostline.types.measured import BN_CAUSES, Cause, Difference, InputMoments, SweepPoint
 
@@ -1192,6 +1194,23 @@ def test_overfit_is_both_phases_alike():
     inputs = {"input": moments(), "validation_input": moments()}
     found = causes(facts(steps=600), measurement(probes, **inputs), [])
     assert codes(found) == ["OVERFIT"]
+
+
+def test_few_samples_of_one_source_are_not_prepared_in_another_way():
+    """80 and 200 samples of 30 normal values with one preparation, and with a shift of 1."""
+    probes = {
+        **NO_GAP,
+        **dict.fromkeys(("validation inference", "validation batch"), (2.0, 0.5)),
+        "validation population": (2.0, 0.5),
+    }
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        train, own, other = rng.normal(size=(80, 30)), *rng.normal(size=(2, 200, 30))
+        for values, wanted in ((own, "OVERFIT"), (other + 1.0, "PREPROCESS")):
+            batches = [[Batch(x)] for x in (train, values)]
+            given = dict(zip(("input", "validation_input"), map(of_inputs, batches), strict=True))
+            found = causes(facts(steps=600), measurement(probes, **given), [])
+            assert codes(found) == [wanted], seed
 
 
 def test_overfit_is_a_guess_where_validation_phases_disagree_or_sizes_differ():
