@@ -7,7 +7,7 @@ first one that fits a site wins, so no part of the gap is counted twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,10 @@ BETWEEN = 1.25
 #: correlation over channels exceeds the first number, and have not arrived below the second.
 ON_THE_LINE = 0.9
 ON_THE_WAY = 0.9
+
+#: Sites have gone the same part of the way when their parts differ by no more: behind the first one
+#: weights that are averaged make other inputs than the average of those that were seen.
+SAME_PART = 0.15
 
 #: Up to this distance from 0 and 1 the old part of an average counts as the initial values: it also
 #: holds batches of early training.
@@ -88,6 +92,10 @@ _TELLING = (CauseCode.EMA_LAG, CauseCode.DOMAIN_STATS, CauseCode.STALE_AFTER_WEI
 Assigned = Mapping[str, "SiteExplanation"]
 
 
+#: Case and path -> what explains the site, or ``None``.
+Test = Callable[[Case, str], "SiteExplanation | None"]
+
+
 @dataclass(frozen=True)
 class SiteExplanation:
     """What explains one site.
@@ -108,8 +116,16 @@ def assign(case: Case) -> Assigned:
 
     Frozen sites with sound statistics are left out: their gap comes from how they are frozen.
     """
-    found: dict[str, SiteExplanation] = {}
     later = _later_tests(case)
+    found = _explained(case, later)
+    if _by_chance(case, found):
+        found = _explained(case, tuple(test for test in later if test is not missing_between))
+    return _as_young(case, found)
+
+
+def _explained(case: Case, later: Sequence[Test]) -> dict[str, SiteExplanation]:
+    """The first test that fits each site."""
+    found: dict[str, SiteExplanation] = {}
     for path, role in case.roles.items():
         tests = _FACTS if role != "moving" or path in case.thawed_in_prefix else (*_FACTS, *later)
         for test in tests:
@@ -117,7 +133,29 @@ def assign(case: Case) -> Assigned:
             if verdict is not None:
                 found[path] = verdict
                 break
-    return _as_young(case, found)
+    return found
+
+
+def _by_chance(case: Case, found: Assigned) -> bool:
+    """Whether sites that lack what is between the classes stand beside others that are off anyhow.
+
+    Batches of one class each leave the sites before them as they are, where no class shows. Those
+    behind them see what such batches make of their inputs; if more of them are off in another way,
+    other weights explain all of them. A network that does better in such batches was trained on
+    them.
+    """
+    if case.change("sorted", "batch") < 0:
+        return False
+    off = [path for path in case.with_role("moving") if case.mismatch(path) > FAR]
+    lacking = [path for path in off if "missing_variance" in _numbers(found, path)]
+    others = [path for path in off if path not in lacking]
+    if not lacking or not others:
+        return False
+    return off[0] not in lacking or len(others) > len(lacking)
+
+
+def _numbers(found: Assigned, path: str) -> Mapping[str, float]:
+    return found[path].number if path in found else {}
 
 
 def _as_young(case: Case, found: dict[str, SiteExplanation]) -> dict[str, SiteExplanation]:
@@ -188,6 +226,8 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     if initial is None or unused:  # an auxiliary head, a branch that no batch takes
         return None
     used, off = bool(case.steps) or affine_is_trained(facts), case.mismatch(path)
+    if initial.mean and initial.variance and _trained_with(case, path):
+        return None
     if initial.mean and initial.variance and (used or off > AGREES):
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"initial": 1.0})
     if initial.half and off > FAR:
@@ -200,6 +240,14 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     if stuck and case.mismatch(path) > AGREES / 2:
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"decay": facts.site.decay})
     return None
+
+
+def _trained_with(case: Case, path: str) -> bool:
+    """Whether a frozen site is one that training used as it is: no other statistics do better."""
+    if case.roles[path] != "locked" or not case.meant_frozen(case.sites[path]):
+        return False
+    population = case.difference("population", "inference")
+    return population is not None and not case.locked_gain and population.estimate > 0
 
 
 def short_average(case: Case, path: str) -> SiteExplanation | None:
@@ -224,20 +272,25 @@ _FACTS: tuple[Callable[[Case, str], SiteExplanation | None], ...] = (
 # --- what is inferred -----------------------------------------------------------------------------
 
 
-def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
-    """Stored variance as within one class, or one average for uses that see different data.
+def mixed_uses(case: Case, path: str) -> SiteExplanation | None:
+    """One average for uses that see different data."""
+    apart = uses_apart(case, path)
+    # An average over all uses lies between them; what lies elsewhere is off for another reason.
+    if apart > FAR and case.mismatch(path) <= 2 * apart and not _closed_by_lag(case, path):
+        return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
+    return None
+
+
+def missing_between(case: Case, path: str) -> SiteExplanation | None:
+    """Stored variance as within one class.
 
     Law of total variance: variance = mean variance within classes + variance of class means. An
     average over batches of one class each holds the first part only.
     """
     found = case.measurement.sites.get(path)
-    if found is None:
+    if found is None or found.within_variance is None:
         return None
-    apart = uses_apart(case, path)
-    # An average over all uses lies between them; what lies elsewhere is off for another reason.
-    if apart > FAR and case.mismatch(path) <= 2 * apart and not _closed_by_lag(case, path):
-        return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
-    if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
+    if (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet
     with np.errstate(divide="ignore", invalid="ignore"):
         between = np.log(found.batch_variance / found.within_variance)
@@ -267,7 +320,36 @@ def young_average(case: Case, path: str) -> SiteExplanation | None:
     possible = way is not None and (share is None or 1 - way <= LEFT_OF_WAY * share)
     if way is not None and possible and way < ON_THE_WAY:
         return SiteExplanation(CauseCode.EMA_LAG, {"way_from_initial": way})
+    if way is not None and way < 1 and share is not None and averaged_again(case):
+        numbers = {"way_from_initial": way, "averaged": 1.0}
+        return SiteExplanation(CauseCode.EMA_LAG, numbers, "may")
     return None
+
+
+def averaged_again(case: Case) -> bool:
+    """Whether all sites are the same part of the way from 0 and 1, whatever their updates leave.
+
+    An average of a whole network, statistics and all, begins where the network began. Its first
+    site shows that to the digit: inputs are those of the data, and what a linear layer makes of
+    them is averaged as its weights are. Another scale of inputs or weights fits it no better, and
+    does not leave each site the same part.
+    """
+    moving = [p for p in case.with_role("moving") if case.mismatch(p) > AGREES]
+    ways = [way_from_initial(case, path) for path in moving]
+    known = [way for way in ways if way is not None]
+    if not known or len(known) < len(ways) or max(known) - min(known) > SAME_PART:
+        return False
+    found = case.measurement.sites[moving[0]]
+    if moving[0] != next(iter(case.mismatches)):
+        return False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        predicted = 1 + known[0] * (found.batch_variance - 1)
+        left = np.log(found.stored_variance / predicted)
+        scale = np.log(found.stored_variance / found.batch_variance)
+    if not (np.isfinite(left).all() and np.isfinite(scale).all()):
+        return False
+    off = float(np.median(np.abs(left)))
+    return off <= AGREES and off <= float(np.median(np.abs(scale - np.median(scale)))) / 2
 
 
 def began_at_initial(case: Case, path: str) -> bool:
@@ -314,14 +396,15 @@ def way_from_initial(case: Case, path: str) -> float | None:
     return (low + high) / 2 if low > 0 and high < 1.5 * low + 0.05 else None
 
 
-def _later_tests(case: Case) -> tuple[Callable[[Case, str], SiteExplanation | None], ...]:
+def _later_tests(case: Case) -> tuple[Test, ...]:
     """Tests of sites that train, the last of them one for all that is left."""
     if not case.inference_is_worse:
-        return (mixed_sources, _last_class(case), _exact_bessel)
+        return (mixed_uses, missing_between, _last_class(case), _exact_bessel)
     first = (
         _edited_since_reference,
         _other_epsilon,
-        mixed_sources,
+        mixed_uses,
+        missing_between,
         _pure_batches,
         young_average,
         _last_class(case),

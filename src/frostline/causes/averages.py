@@ -209,6 +209,10 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if ways and not plain_mean and not max(shares.values(), default=0.0) > OLD_SHARE:
         evidence["way_from_initial"] = min(ways)
         text = f"{lag}they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
+        if any("averaged" in assigned[path].number for path in paths):
+            text += f", although {run} leave nothing of 0 and 1: the statistics were averaged "
+            text += "themselves, as an average of a whole network does that begins with the new one"
+            settle = "how the average was made, and of which networks"
     yield Claim(
         code=CauseCode.EMA_LAG,
         message=text + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
