@@ -6,6 +6,7 @@ first one that fits a site wins, so no part of the gap is counted twice.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ def victims(case: Case, assigned: Assigned) -> frozenset[str]:
     return frozenset(
         path
         for path in case.with_role("moving")
-        if path not in assigned and path not in case.thawed_in_prefix and agrees(case, path)
+        if path not in assigned
+        and path not in case.thawed_in_prefix
+        and (agrees(case, path) or _behind_mixed_uses(case, path))
     )
 
 
@@ -210,6 +213,19 @@ def agrees(case: Case, path: str) -> bool:
             break
         before = max(before, size) if case.roles[other] in _UNSTEADY else before
     return case.mismatch(path) <= max(AGREES / 2, min(FAR, FAINT * before))
+
+
+def _behind_mixed_uses(case: Case, path: str) -> bool:
+    """Whether a site agrees with the batches of training, behind one that no statistics serve.
+
+    Training gives each use of that one its own statistics; the exact ones of the data are those of
+    what a single pair of numbers for all uses hands on, which this site has never seen.
+    """
+    found = case.measurement.sites.get(path)
+    if found is None or _stored_apart(found, found.batch_mean, found.batch_variance) > AGREES:
+        return False
+    before = itertools.takewhile(lambda other: other != path, case.mismatches)
+    return any(mixed_uses(case, other) is not None for other in before)
 
 
 # --- facts about the numbers ----------------------------------------------------------------------
@@ -619,7 +635,7 @@ def _settled(case: Case) -> Callable[[Case, str], SiteExplanation | None]:
     code, certainty, number = _settled_answer(case)
 
     def test(case: Case, path: str) -> SiteExplanation | None:
-        if agrees(case, path):
+        if agrees(case, path) or _behind_mixed_uses(case, path):
             return None
         return SiteExplanation(code, number, certainty)
 
