@@ -409,6 +409,13 @@ class Run(Protocol):
         assign. Flags are not asked. With ``step`` the user's ``step(model, batch)`` runs the model.
         """
 
+    def moved_at_inference(self, batch: Batch, step: Any = None) -> Mapping[str, str]:
+        """Path -> kind of what moves state of its own in an inference pass, beside the sites.
+
+        Nothing is updated.
+        """
+        ...
+
     def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
         """The model's own ``evaluate``; metric states come back untouched."""
 

@@ -6,8 +6,9 @@ first one that fits a site wins, so no part of the gap is counted twice.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,10 @@ BETWEEN = 1.25
 ON_THE_LINE = 0.9
 ON_THE_WAY = 0.9
 
+#: Sites have gone the same part of the way when their parts differ by no more: behind the first one
+#: weights that are averaged make other inputs than the average of those that were seen.
+SAME_PART = 0.15
+
 #: Up to this distance from 0 and 1 the old part of an average counts as the initial values: it also
 #: holds batches of early training.
 NEAR_INITIAL = 0.5
@@ -78,6 +83,11 @@ FAINT = 0.25
 EXTREME = 100.0
 
 
+#: Powers of the variance that conversions store for it: standard deviations, their inverses, those
+#: of the variances, and squares.
+POWERS = (0.5, -0.5, -1.0, 2.0)
+
+
 #: Roles of frozen sites that do something else in training than at inference.
 _UNSTEADY = ("frozen batch", "frozen drift")
 
@@ -86,6 +96,10 @@ _TELLING = (CauseCode.EMA_LAG, CauseCode.DOMAIN_STATS, CauseCode.STALE_AFTER_WEI
 
 #: Path -> what explains the stored statistics of the site.
 Assigned = Mapping[str, "SiteExplanation"]
+
+
+#: Case and path -> what explains the site, or ``None``.
+Test = Callable[[Case, str], "SiteExplanation | None"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,16 @@ def assign(case: Case) -> Assigned:
 
     Frozen sites with sound statistics are left out: their gap comes from how they are frozen.
     """
-    found: dict[str, SiteExplanation] = {}
     later = _later_tests(case)
+    found = _explained(case, later)
+    if _by_chance(case, found):
+        found = _explained(case, tuple(test for test in later if test is not missing_between))
+    return _as_young(case, found)
+
+
+def _explained(case: Case, later: Sequence[Test]) -> dict[str, SiteExplanation]:
+    """The first test that fits each site."""
+    found: dict[str, SiteExplanation] = {}
     for path, role in case.roles.items():
         tests = _FACTS if role != "moving" or path in case.thawed_in_prefix else (*_FACTS, *later)
         for test in tests:
@@ -117,7 +139,29 @@ def assign(case: Case) -> Assigned:
             if verdict is not None:
                 found[path] = verdict
                 break
-    return _as_young(case, found)
+    return found
+
+
+def _by_chance(case: Case, found: Assigned) -> bool:
+    """Whether sites that lack what is between the classes stand beside others that are off anyhow.
+
+    Batches of one class each leave the sites before them as they are, where no class shows. Those
+    behind them see what such batches make of their inputs; if more of them are off in another way,
+    other weights explain all of them. A network that does better in such batches was trained on
+    them.
+    """
+    if case.change("sorted", "batch") < 0:
+        return False
+    off = [path for path in case.with_role("moving") if case.mismatch(path) > FAR]
+    lacking = [path for path in off if "missing_variance" in _numbers(found, path)]
+    others = [path for path in off if path not in lacking]
+    if not lacking or not others:
+        return False
+    return off[0] not in lacking or len(others) > len(lacking)
+
+
+def _numbers(found: Assigned, path: str) -> Mapping[str, float]:
+    return found[path].number if path in found else {}
 
 
 def _as_young(case: Case, found: dict[str, SiteExplanation]) -> dict[str, SiteExplanation]:
@@ -152,7 +196,9 @@ def victims(case: Case, assigned: Assigned) -> frozenset[str]:
     return frozenset(
         path
         for path in case.with_role("moving")
-        if path not in assigned and path not in case.thawed_in_prefix and agrees(case, path)
+        if path not in assigned
+        and path not in case.thawed_in_prefix
+        and (agrees(case, path) or _behind_mixed_uses(case, path))
     )
 
 
@@ -167,6 +213,19 @@ def agrees(case: Case, path: str) -> bool:
             break
         before = max(before, size) if case.roles[other] in _UNSTEADY else before
     return case.mismatch(path) <= max(AGREES / 2, min(FAR, FAINT * before))
+
+
+def _behind_mixed_uses(case: Case, path: str) -> bool:
+    """Whether a site agrees with the batches of training, behind one that no statistics serve.
+
+    Training gives each use of that one its own statistics; the exact ones of the data are those of
+    what a single pair of numbers for all uses hands on, which this site has never seen.
+    """
+    found = case.measurement.sites.get(path)
+    if found is None or _stored_apart(found, found.batch_mean, found.batch_variance) > AGREES:
+        return False
+    before = itertools.takewhile(lambda other: other != path, case.mismatches)
+    return any(mixed_uses(case, other) is not None for other in before)
 
 
 # --- facts about the numbers ----------------------------------------------------------------------
@@ -188,6 +247,8 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     if initial is None or unused:  # an auxiliary head, a branch that no batch takes
         return None
     used, off = bool(case.steps) or affine_is_trained(facts), case.mismatch(path)
+    if initial.mean and initial.variance and _trained_with(case, path):
+        return None
     if initial.mean and initial.variance and (used or off > AGREES):
         return SiteExplanation(CauseCode.STATS_NEVER_UPDATED, {"initial": 1.0})
     if initial.half and off > FAR:
@@ -202,6 +263,14 @@ def never_updated(case: Case, path: str) -> SiteExplanation | None:
     return None
 
 
+def _trained_with(case: Case, path: str) -> bool:
+    """Whether a frozen site is one that training used as it is: no other statistics do better."""
+    if case.roles[path] != "locked" or not case.meant_frozen(case.sites[path]):
+        return False
+    population = case.difference("population", "inference")
+    return population is not None and not case.locked_gain and population.estimate > 0
+
+
 def short_average(case: Case, path: str) -> SiteExplanation | None:
     """A decay so low that the average is the last batch or two."""
     facts = case.sites[path]
@@ -214,9 +283,60 @@ def short_average(case: Case, path: str) -> SiteExplanation | None:
     return SiteExplanation(code, {"decay": decay}, "may" if usual else "is")
 
 
+def converted(case: Case, path: str) -> SiteExplanation | None:
+    """Statistics that are one function of those of the data, the same at every site.
+
+    BN takes the scale of its inputs off, so that other inputs reach the first site alone.
+    """
+    numbers = conversion(case)
+    if not numbers or path not in case.measurement.sites:
+        return None
+    return SiteExplanation(CauseCode.POISONED, numbers)
+
+
+def conversion(case: Case) -> Mapping[str, float]:
+    """``factor`` of mean and variance, or ``power`` of the variance beside a right mean; or none.
+
+    Two sites at least, and none that fits worse: the first one alone may have other inputs.
+    """
+    sites = [case.measurement.sites[path] for path in case.mismatches]
+    far = [path for path in case.mismatches if case.mismatch(path) > FAR]
+    if len(sites) < 2 or 2 * len(far) < len(sites):
+        return {}
+    for site in sites:
+        if not all(np.isfinite(values).all() and (values > 0).all()
+                   for values in (site.stored_variance, site.batch_variance)):  # fmt: skip
+            return {}
+    stored = [np.log(site.stored_variance) for site in sites]
+    data = [np.log(site.batch_variance) for site in sites]
+    deviation = [np.sqrt(site.batch_variance) for site in sites]
+    factor = float(np.median(np.concatenate(stored) - np.concatenate(data)))
+
+    def fits(means: float, variances: Sequence[Array]) -> bool:
+        return all(
+            float(np.median(np.abs(mine - want))) <= AGREES
+            and float(np.median(np.abs(site.stored_mean / means - site.batch_mean) / spread))
+            <= AGREES
+            for site, spread, mine, want in zip(sites, deviation, stored, variances, strict=True)
+        )
+
+    # Means near 0 tell nothing: weights that were scaled since would leave the same variances.
+    telling = max(
+        float(np.median(np.abs(site.batch_mean) / spread))
+        for site, spread in zip(sites, deviation, strict=True)
+    )
+    if telling > FAR and abs(factor) > FAR and fits(math.exp(factor), [v + factor for v in data]):
+        return {"factor": math.exp(factor)}
+    for power in POWERS:
+        if fits(1.0, [power * values for values in data]):
+            return {"power": power}
+    return {}
+
+
 _FACTS: tuple[Callable[[Case, str], SiteExplanation | None], ...] = (
     poisoned,
     never_updated,
+    converted,
     short_average,
 )
 
@@ -224,20 +344,25 @@ _FACTS: tuple[Callable[[Case, str], SiteExplanation | None], ...] = (
 # --- what is inferred -----------------------------------------------------------------------------
 
 
-def mixed_sources(case: Case, path: str) -> SiteExplanation | None:
-    """Stored variance as within one class, or one average for uses that see different data.
+def mixed_uses(case: Case, path: str) -> SiteExplanation | None:
+    """One average for uses that see different data."""
+    apart = uses_apart(case, path)
+    # An average over all uses lies between them; what lies elsewhere is off for another reason.
+    if apart > FAR and case.mismatch(path) <= 2 * apart and not _closed_by_lag(case, path):
+        return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
+    return None
+
+
+def missing_between(case: Case, path: str) -> SiteExplanation | None:
+    """Stored variance as within one class.
 
     Law of total variance: variance = mean variance within classes + variance of class means. An
     average over batches of one class each holds the first part only.
     """
     found = case.measurement.sites.get(path)
-    if found is None:
+    if found is None or found.within_variance is None:
         return None
-    apart = uses_apart(case, path)
-    # An average over all uses lies between them; what lies elsewhere is off for another reason.
-    if apart > FAR and case.mismatch(path) <= 2 * apart and not _closed_by_lag(case, path):
-        return SiteExplanation(CauseCode.MIXED_SOURCES, {"uses_apart": apart})
-    if found.within_variance is None or (case.old_share(path) or 0.0) > OLD_SHARE:
+    if (case.old_share(path) or 0.0) > OLD_SHARE:
         return None  # what a young average lacks may be what it has not seen yet
     with np.errstate(divide="ignore", invalid="ignore"):
         between = np.log(found.batch_variance / found.within_variance)
@@ -267,7 +392,36 @@ def young_average(case: Case, path: str) -> SiteExplanation | None:
     possible = way is not None and (share is None or 1 - way <= LEFT_OF_WAY * share)
     if way is not None and possible and way < ON_THE_WAY:
         return SiteExplanation(CauseCode.EMA_LAG, {"way_from_initial": way})
+    if way is not None and way < 1 and share is not None and averaged_again(case):
+        numbers = {"way_from_initial": way, "averaged": 1.0}
+        return SiteExplanation(CauseCode.EMA_LAG, numbers, "may")
     return None
+
+
+def averaged_again(case: Case) -> bool:
+    """Whether all sites are the same part of the way from 0 and 1, whatever their updates leave.
+
+    An average of a whole network, statistics and all, begins where the network began. Its first
+    site shows that to the digit: inputs are those of the data, and what a linear layer makes of
+    them is averaged as its weights are. Another scale of inputs or weights fits it no better, and
+    does not leave each site the same part.
+    """
+    moving = [p for p in case.with_role("moving") if case.mismatch(p) > AGREES]
+    ways = [way_from_initial(case, path) for path in moving]
+    known = [way for way in ways if way is not None]
+    if not known or len(known) < len(ways) or max(known) - min(known) > SAME_PART:
+        return False
+    found = case.measurement.sites[moving[0]]
+    if moving[0] != next(iter(case.mismatches)):
+        return False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        predicted = 1 + known[0] * (found.batch_variance - 1)
+        left = np.log(found.stored_variance / predicted)
+        scale = np.log(found.stored_variance / found.batch_variance)
+    if not (np.isfinite(left).all() and np.isfinite(scale).all()):
+        return False
+    off = float(np.median(np.abs(left)))
+    return off <= AGREES and off <= float(np.median(np.abs(scale - np.median(scale)))) / 2
 
 
 def began_at_initial(case: Case, path: str) -> bool:
@@ -314,14 +468,15 @@ def way_from_initial(case: Case, path: str) -> float | None:
     return (low + high) / 2 if low > 0 and high < 1.5 * low + 0.05 else None
 
 
-def _later_tests(case: Case) -> tuple[Callable[[Case, str], SiteExplanation | None], ...]:
+def _later_tests(case: Case) -> tuple[Test, ...]:
     """Tests of sites that train, the last of them one for all that is left."""
     if not case.inference_is_worse:
-        return (mixed_sources, _last_class(case), _exact_bessel)
+        return (mixed_uses, missing_between, _last_class(case), _exact_bessel)
     first = (
         _edited_since_reference,
         _other_epsilon,
-        mixed_sources,
+        mixed_uses,
+        missing_between,
         _pure_batches,
         young_average,
         _last_class(case),
@@ -480,7 +635,7 @@ def _settled(case: Case) -> Callable[[Case, str], SiteExplanation | None]:
     code, certainty, number = _settled_answer(case)
 
     def test(case: Case, path: str) -> SiteExplanation | None:
-        if agrees(case, path):
+        if agrees(case, path) or _behind_mixed_uses(case, path):
             return None
         return SiteExplanation(code, number, certainty)
 

@@ -51,12 +51,17 @@ def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
 
     ## What helps
     `fl.recalibrate(model, data)` writes finite statistics. If they turn bad again, look for the
-    batch or the half-precision pass that overflows.
+    batch or the half-precision pass that overflows. Finite ones that are one function of those of
+    the data at every site were changed by a conversion: mend it as well.
 
     ## When it is something else
     If gamma or beta is not finite (FL211), the weights are lost and no statistics help.
     """
-    paths = _of(CauseCode.POISONED, assigned)
+    paths = tuple(
+        path
+        for path in _of(CauseCode.POISONED, assigned)
+        if "bad_channels" in assigned[path].number
+    )
     if paths:
         channels = sum(assigned[path].number["bad_channels"] for path in paths)
         broken = sum(probe.broken for name, probe in case.measurement.probes.items()
@@ -72,6 +77,8 @@ def poisoned(case: Case, assigned: Assigned) -> Iterator[Claim]:
             evidence={"bad_channels": channels, "broken_samples": float(broken)},
             findings=case.found("FL201", "FL202", "FL211", sites=paths),
         )
+    elif _of(CauseCode.POISONED, assigned):
+        yield from _converted(case, assigned)
     else:
         yield from _extreme(case, assigned)
 
@@ -213,6 +220,10 @@ def ema_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
     if ways and not plain_mean and not max(shares.values(), default=0.0) > OLD_SHARE:
         evidence["way_from_initial"] = min(ways)
         text = f"{lag}they have gone {min(ways):.0%} of the way from 0 and 1 to those of the data"
+        if any("averaged" in assigned[path].number for path in paths):
+            text += f", although {run} leave nothing of 0 and 1: the statistics were averaged "
+            text += "themselves, as an average of a whole network does that begins with the new one"
+            settle = "how the average was made, and of which networks"
     yield Claim(
         code=CauseCode.EMA_LAG,
         message=text + _closes(case, ", and exact statistics of the data close {} of the BN gap"),
@@ -590,6 +601,38 @@ def _short(case: Case, assigned: Assigned, code: CauseCode) -> Iterator[Claim]:
         evidence={"decay": decay, "noise": noise, "bn_gap": case.bn_gap},
         settle=_settle(assigned, paths, "where the momentum comes from"),
         findings=case.found("FL111", "FL112", sites=paths),
+    )
+
+
+_STORED_FOR_VARIANCE = {
+    0.5: "the square roots of the variances (standard deviations)",
+    -0.5: "the inverse standard deviations",
+    -1.0: "the inverse variances",
+    2.0: "the squares of the variances",
+}
+
+
+def _converted(case: Case, assigned: Assigned) -> Iterator[Claim]:
+    """Statistics that a conversion changed in one way at every site."""
+    paths = _of(CauseCode.POISONED, assigned)
+    amount = _amount(case, paths) if case.inference_is_worse else _gained(case, paths)
+    if not amount:
+        return
+    numbers, sites = assigned[paths[0]].number, count(len(paths), "site")
+    if "factor" in numbers:
+        text = f"the stored means and variances of all {sites} are {number(numbers['factor'])} "
+        text += "times those of the data, so that it is they that were scaled: other inputs reach "
+        text += "the first site only"
+    else:
+        text = f"the stored variances of all {sites} are {_STORED_FOR_VARIANCE[numbers['power']]} "
+        text += "of the data, while the means agree"
+    yield Claim(
+        code=CauseCode.POISONED,
+        message=f"{text}; a conversion of the checkpoint does that",
+        sites=paths,
+        amount=amount,
+        certainty="is",
+        evidence={**numbers, "bn_gap": case.bn_gap},
     )
 
 

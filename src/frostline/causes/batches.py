@@ -84,7 +84,8 @@ def kernel_bug(case: Case, _: Assigned) -> Iterator[Claim]:
     behaviour = case.measurement.behaviour.values()
     if any(seen.inference is not None and seen.inference > 0 for seen in behaviour):
         return
-    if case.random_inference:  # company cannot be told from chance
+    # Company cannot be told from chance, nor from what a pass before it left behind.
+    if case.random_inference or case.measurement.moved_at_inference:
         return
     tolerance = case.tolerance
     wrong = [p for p in case.measurement.sweep if p.inference_change > tolerance]

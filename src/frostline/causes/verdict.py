@@ -101,6 +101,7 @@ def of_measurement(
         parts.append("no remedy that was tried helps for sure")
     if first.code != CauseCode.POISONED:  # which tells
         parts += _left_out(measured)
+    parts += _moved(measured)
     gap = measured.gaps.get("total")
     few = measured.samples < FEW
     if few and gap is not None and _is_known(gap.loss) and not _is_nothing(gap.loss):
@@ -141,7 +142,7 @@ def _nothing(measured: Measurement, sites: int, none: Cause | None) -> str:
         interval = f"{100 * loss.level:.0f}% interval {loss.low:+.3g} to {loss.high:+.3g}, {count}"
         text = f"training mode and inference differ by {loss.estimate:+.3g} in loss ({interval})"
         text += ": too little to matter" if loss.excludes_zero else ": it may be chance"
-    text = "; ".join([text, *_left_out(measured)])
+    text = "; ".join([text, *_left_out(measured), *_moved(measured)])
     if not sites:
         return f"not BN: the model has no BatchNormalization layer; {text}"
     return f"no cause found: {text}"
@@ -155,6 +156,17 @@ def _left_out(measured: Measurement) -> list[str]:
         return held
     text = f"{inference.broken} of {_count(measured.samples, 'sample')} come out as NaN or infinite"
     return [f"{text} ({held[0]})" if held else text]
+
+
+def _moved(measured: Measurement) -> list[str]:
+    """What moves state of its own at inference, so that one answer depends on those before it."""
+    if not measured.moved_at_inference:
+        return []
+    path, kind = next(iter(measured.moved_at_inference.items()))
+    others = len(measured.moved_at_inference) - 1
+    more = f" and {others} more move" if others else " moves"
+    text = f"'{path}' ({kind}){more} state of its own at inference, so that outputs depend on the "
+    return [f"{text}batch and on those before it"]
 
 
 def _is_nothing(interval: Interval) -> bool:

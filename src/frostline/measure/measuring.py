@@ -444,6 +444,9 @@ class _Run:
         changes = [self.found["neighbours"], *(point.inference_change for point in points)]
         if any(change > SAME for change in changes):
             self.found["repeated"] = sweep.repeated(self.bench, self.outputs)
+            bench = self.bench
+            moved = bench.adapter.moved_at_inference(bench.batches[0], step=bench.step)
+            self.found["moved_at_inference"] = dict(moved)
 
     # --- inputs ---------------------------------------------------------------------------------
 

@@ -185,7 +185,9 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     ```
 
     ## When not to use it
-    When the inputs are standardised already and only gamma and beta of the layer are wanted.
+    When the inputs are standardised already and only gamma and beta of the layer are wanted, or
+    when training used a frozen layer so: `fl.diagnose` tells. A class that never moves anything
+    (`FrozenBatchNorm2d`) and has gamma 1 and beta 0 besides is not reported.
 
     ## References
     keras-core issue 338; tf-frrn issue 2.
@@ -195,7 +197,13 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
         if initial is None or initial.zero:  # FL205
             continue
         if initial.mean and initial.variance and reason is not None:
+            # All of it frozen, gamma and beta as well: the layers behind may have been trained so.
+            unused = facts.site.stats_frozen and facts.site.params_frozen
+            unused = unused and not affine_is_trained(facts)
+            if unused and facts.site.decay >= 1:
+                continue
             message = f"mean 0 and variance 1 as in a new layer, although {reason}; recalibrate"
+            message += ", unless it was trained so" if unused else ""
         elif initial.half:
             kept, moved = ("mean", "variance") if initial.mean else ("variance", "mean")
             value = "0" if initial.mean else "1"

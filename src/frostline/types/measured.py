@@ -301,6 +301,8 @@ class Measurement:
             samples, relative to the largest output.
         repeated: The same when its batch is run again as it is; ``None`` where no more than
             rounding changed in other company.
+        moved_at_inference: Path -> kind of what moves state of its own in an inference pass, beside
+            the sites; looked for where more than rounding changed in other company.
         input: Moments of the data's inputs; ``None`` when there are several inputs.
         validation_input: The same of the validation data.
         history: Metric name -> value per epoch, of the training run; empty when not given.
@@ -338,6 +340,7 @@ class Measurement:
     sweep: tuple[SweepPoint, ...] = ()
     neighbours: float | None = None
     repeated: float | None = None
+    moved_at_inference: Mapping[str, str] = field(default_factory=dict)
     input: InputMoments | None = None
     validation_input: InputMoments | None = None
     history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

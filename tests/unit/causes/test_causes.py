@@ -661,6 +661,30 @@ def test_a_shared_site_with_uses_apart():
     assert codes(found)[0] == "MIXED_SOURCES"
 
 
+def test_what_lies_behind_a_shared_site_with_uses_apart_has_nothing_wrong_of_its_own():
+    """In training it sees what each use's own statistics hand on, and it agrees with that."""
+    uses = ((np.zeros(CHANNELS), np.ones(CHANNELS)), (np.full(CHANNELS, 5.0), np.ones(CHANNELS)))
+    sites = {
+        "bn1": site_measurement("bn1", shift=0.4, uses=uses),
+        "bn2": site_measurement("bn2", shift=0.2),
+    }
+    stored = {
+        "batch_mean": sites["bn2"].stored_mean,
+        "batch_variance": sites["bn2"].stored_variance,
+    }
+    shared = facts({"bn1": {"calls": 2}, "bn2": {"calls": 2}}, steps=5000)
+
+    def asked(sites: dict[str, Any]) -> tuple[Cause, ...]:
+        made = measurement(GAP, shares=[0.4, 0.6], paths=PATHS[:2], sites=sites)
+        return causes(shared, made, [])
+
+    found = asked({**sites, "bn2": replace(sites["bn2"], **stored)})
+    assert codes(found) == ["MIXED_SOURCES"]
+    assert found[0].sites == ("bn1",)
+    assert found[0].share == pytest.approx(1.0)
+    assert len(codes(asked(sites))) == 2  # off in training as well
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(60, "EMA_LAG"), (5000, "MIXED_SOURCES")])
 def test_an_average_that_lags_at_a_shared_site(steps: int, expected: str):
     """Exact statistics close the gap: one average serves both uses well enough."""

@@ -125,6 +125,9 @@ class FakeView:
             for path in self._paths
         }
 
+    def moved_at_inference(self, batch: Any, step: Any = None) -> dict[str, str]:
+        return {}
+
     def difference(self, reference: Any, x: Any) -> Any:
         raise ModelError("models of this framework cannot be compared yet")
 

@@ -203,6 +203,11 @@ class KerasView:
             self._build(tensors(collected[0].x))
         return keras_behaviour.behaviour(self.model, collected, step)
 
+    def moved_at_inference(self, batch: Batch, step: Any = None) -> dict[str, str]:
+        """Nothing: no layer of Keras moves state of its own at inference; others are not asked."""
+        del batch, step
+        return {}
+
     def round_trip(self, x: Any) -> float:
         """Save, load, run inference on ``x``: largest change relative to the largest output.
 

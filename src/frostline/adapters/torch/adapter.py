@@ -29,7 +29,7 @@ from frostline.adapters.torch import (
     split as torch_split,
 )
 from frostline.adapters.torch.asking import inputs_of, needs_targets
-from frostline.adapters.torch.behaviour import behaviour
+from frostline.adapters.torch.behaviour import behaviour, moved_at_inference
 from frostline.adapters.torch.blend import TorchForward
 from frostline.adapters.torch.copying import copied
 from frostline.adapters.torch.locked import unlock
@@ -65,6 +65,7 @@ class TorchView:
         self.frozen_prefix = partial(torch_graph.frozen_prefix, model)
         self.noise_layers = partial(torch_pass.noise_layers, model)
         self.behaviour = partial(behaviour, model)
+        self.moved_at_inference = partial(moved_at_inference, model)
         self.meter = partial(TorchMoments, model)
         self.together = partial(torch_distributed.together, model)
         self.difference = partial(torch_reference.difference, model)

@@ -108,6 +108,51 @@ def behaviour(model: Any, batches: Iterable[Any], step: Any = None) -> dict[str,
     }
 
 
+def moved_at_inference(model: Any, batch: Batch, step: Any = None) -> dict[str, str]:
+    """Path -> class of the modules whose own tensors an inference pass moves, sites left out.
+
+    Observers of quantisation do, until they are turned off. What is inside another one is its part.
+    """
+    sites, move = site_modules(model), mover(model)
+    with untouched(model) as root, outside_kept(root), torch.no_grad():
+        modules = {name.replace(".", "/"): module for name, module in root.named_modules()}
+        before = {path: _own_tensors(module, copied=True) for path, module in modules.items()}
+        set_phase(root, training=False)
+        call(root, batch, move, step=step, targets=False)
+        moved: dict[str, str] = {}
+        for path, module in modules.items():
+            inside = any(path.startswith(f"{other}/") for other in moved)
+            if path in sites or inside or _same_tensors(before[path], _own_tensors(module)):
+                continue
+            moved[path or type(root).__name__] = _kind(module)
+        return moved
+
+
+def _own_tensors(module: Any, *, copied: bool = False) -> dict[str, Any]:
+    """Buffers and plain tensors of a module itself."""
+    held = {**vars(module), **module._buffers}
+    return {
+        name: value.detach().clone() if copied else value
+        for name, value in held.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _same_tensors(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    return before.keys() == after.keys() and all(
+        value.shape == after[name].shape and same_values(value, after[name])
+        for name, value in before.items()
+    )
+
+
+def _kind(module: Any) -> str:
+    """The class, and what stops it where it is an observer of ``torch.ao.quantization``."""
+    name = type(module).__name__
+    if isinstance(getattr(module, "observer_enabled", None), torch.Tensor):
+        return f"{name}: model.apply(torch.ao.quantization.disable_observer) stops it"
+    return name
+
+
 def _middle(found: list[float]) -> float | None:
     return float(np.median(found)) if found else None
 
