@@ -303,10 +303,9 @@ def conversion(case: Case) -> Mapping[str, float]:
     far = [path for path in case.mismatches if case.mismatch(path) > FAR]
     if len(sites) < 2 or 2 * len(far) < len(sites):
         return {}
-    for site in sites:
-        if not all(np.isfinite(values).all() and (values > 0).all()
-                   for values in (site.stored_variance, site.batch_variance)):  # fmt: skip
-            return {}
+    variances = [v for site in sites for v in (site.stored_variance, site.batch_variance)]
+    if not all((np.isfinite(values) & (values > 0)).all() for values in variances):
+        return {}
     stored = [np.log(site.stored_variance) for site in sites]
     data = [np.log(site.batch_variance) for site in sites]
     deviation = [np.sqrt(site.batch_variance) for site in sites]
