@@ -240,8 +240,8 @@ def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
         verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()
     ):
         return
-    if any(uses_apart(case, path) > FAR for path in case.sites):
-        return  # each use has statistics of its own in training: MIXED_SOURCES says so
+    if case.own_batches_gain or any(uses_apart(case, path) > FAR for path in case.sites):
+        return  # each source or use has statistics of its own in training: MIXED_SOURCES says so
     yield Claim(
         code=CauseCode.BATCH_LEAK,
         message=f"batches give a loss {number(amount)} lower than exact statistics of all the "
