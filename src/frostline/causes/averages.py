@@ -90,7 +90,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     standardised: 0 and 1 are then right.
     """
     paths = _of(CauseCode.STATS_NEVER_UPDATED, assigned)
-    if not paths:
+    if not paths or case.never_loaded:  # LOADING: no statistics make up for weights
         return
     untrained = ", and so are gamma and beta, as in a network that was never trained"
     texts = {

@@ -714,6 +714,17 @@ class Case:
             if value > EQUAL or not math.isfinite(value)
         }
 
+    @cached_property
+    def never_loaded(self) -> int:
+        """Layers that differ from a trained reference where every site is as in a new layer.
+
+        0 where a site has trained, or stores what the reference does.
+        """
+        known = self.reference
+        if known is None or not self.untrained or not {*self.sites} <= {*self.moved_from_reference}:
+            return 0
+        return sum(value > EQUAL for value in known.params.values())
+
     def found(self, *codes: str, sites: Iterable[str] | None = None) -> tuple[str, ...]:
         """Which of these codes were found, optionally at some of these sites."""
         wanted = None if sites is None else set(sites)
