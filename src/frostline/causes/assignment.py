@@ -479,6 +479,7 @@ def _later_tests(case: Case) -> tuple[Test, ...]:
         _pure_batches,
         young_average,
         _last_class(case),
+        _own_batches,
     )
     return (*first, _as_with_dropout, _as_in_batches, _stacked_bessel, _settled(case))
 
@@ -491,6 +492,14 @@ def _pure_batches(case: Case, path: str) -> SiteExplanation | None:
         return None
     code = CauseCode.MIXED_SOURCES if case.measurement.classes == SOURCES else CauseCode.BATCH_LEAK
     return SiteExplanation(code, {"pure_batches": -case.change("sorted", "batch")})
+
+
+def _own_batches(case: Case, path: str) -> SiteExplanation | None:
+    """A network that does best in the batches as they come, which are far apart."""
+    if not case.own_batches_gain or agrees(case, path):
+        return None
+    apart = case.measurement.sites[path].own_batches if path in case.own_batches else None
+    return SiteExplanation(CauseCode.MIXED_SOURCES, {"own_batches": apart or 0.0})
 
 
 def _edited_since_reference(case: Case, path: str) -> SiteExplanation | None:

@@ -101,7 +101,7 @@ def stats_never_updated(case: Case, assigned: Assigned) -> Iterator[Claim]:
     standardised: 0 and 1 are then right.
     """
     paths = _of(CauseCode.STATS_NEVER_UPDATED, assigned)
-    if not paths:
+    if not paths or case.never_loaded:  # LOADING: no statistics make up for weights
         return
     untrained = ", and so are gamma and beta, as in a network that was never trained"
     texts = {
@@ -346,13 +346,16 @@ def mixed_sources(case: Case, assigned: Assigned) -> Iterator[Claim]:
     itself; the average fits none.
 
     ## What helps
-    Mix the sources within each batch, or give each its own BN layers; then `fl.recalibrate` on
-    mixed batches.
+    Mix the sources within each batch and train on, or give each its own BN layers; then
+    `fl.recalibrate` on mixed batches.
 
     ## When it is something else
     If batches are mixed at random already, look at BATCH_LEAK or EMA_LAG.
     """
     paths = _of(CauseCode.MIXED_SOURCES, assigned)
+    if case.own_batches_gain:
+        yield _in_own_batches(case, paths)
+        return
     if not paths:
         yield from _left_by_lag(case, assigned)
         return
@@ -391,6 +394,37 @@ def _left_by_lag(case: Case, assigned: Assigned) -> Iterator[Claim]:
         certainty="is",
         evidence={"uses_apart": max(apart.values()), "bn_gap": case.bn_gap},
         findings=case.found("FL114", sites=paths),
+    )
+
+
+def _in_own_batches(case: Case, paths: tuple[str, ...]) -> Claim:
+    """Batches as they come that do better than mixed ones and than any fixed statistics."""
+    blamed = tuple(path for path in case.sites if path in {*paths, *case.own_batches})
+    apart = max(case.measurement.sites[path].own_batches or 0.0 for path in case.own_batches)
+    losses = {name: case.loss(name) or 0.0 for name in ("given", "given inference")}
+    mixed = "" if case.unmixed else f" and mixed batches {number(case.loss('training blend') or 0)}"
+    text = "the batches as they come are of different sources"
+    text += "" if case.probe("sorted") else ", or of a class each"
+    text += f", {number(apart)} standard deviations apart; each by itself gives a loss of "
+    text += f"{number(losses['given'])}, the same samples "
+    text += f"{number(losses['given inference'])} at inference{mixed}: "
+    text += "no one average serves them all, so that each source needs BN layers of its own, or "
+    text += "training needs mixed batches"
+    # Sites whose averages lag have their own part of what fixed statistics close.
+    amount = case.own_batches_gain if paths else case.own_batches_alone
+    return Claim(
+        code=CauseCode.MIXED_SOURCES,
+        message=f"{count(len(blamed), 'site')} mix sources: {text}",
+        sites=blamed,
+        amount=amount,
+        certainty="is",
+        evidence={
+            "own_batches": apart,
+            "given": losses["given"],
+            "given_inference": losses["given inference"],
+            "bn_gap": case.bn_gap,
+        },
+        findings=case.found("FL114", sites=blamed),
     )
 
 

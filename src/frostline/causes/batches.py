@@ -9,7 +9,7 @@ import numpy as np
 from frostline.causes.assignment import SOURCES, Assigned, uses_apart
 from frostline.causes.case import FAR, FEW_VALUES, SMALL_ACCURACY, Case, Claim, count, number
 from frostline.causes.registry import cause
-from frostline.rules.predicates import uses_batch
+from frostline.rules.predicates import overrides_phase, uses_batch
 from frostline.types.codes import CauseCode, Fix
 
 #: Batches must save this share of the gap beyond what population statistics save.
@@ -27,7 +27,8 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
 
     ## What helps
     Call it in inference mode, then `fl.recalibrate`, since its stored statistics may never have
-    been used.
+    been used. Where the layer around it overrides the phase, `model(x, training=False)` changes
+    nothing: pass the phase on in that layer's `call` or `forward`.
 
     ## When it is something else
     Instance-like behaviour by design, as in style transfer and some GANs.
@@ -55,6 +56,17 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     if better < 0:
         evidence["better_than_population"] = -better
         text += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
+    seen = case.measurement.behaviour
+    overriding = [
+        path
+        for path in paths
+        if overrides_phase(case.facts, case.sites[path], seen[path].inference)
+    ]
+    if overriding:
+        first, more = overriding[0], len(overriding) - 1
+        text += "; the whole model was asked for inference, and what calls "
+        text += f"'{first}'{f' and {more} more' if more else ''} overrides it: pass the phase on "
+        text += f"there ({case.sites[first].words.passed_phase})"
     yield Claim(
         code=CauseCode.FORCED_TRAIN,
         message=f"{count(len(paths), 'site')} used statistics of the batch at inference: {text}",
@@ -250,8 +262,8 @@ def _beyond_statistics(case: Case, assigned: Assigned) -> Iterator[Claim]:
         verdict.code == CauseCode.MIXED_SOURCES for verdict in assigned.values()
     ):
         return
-    if any(uses_apart(case, path) > FAR for path in case.sites):
-        return  # each use has statistics of its own in training: MIXED_SOURCES says so
+    if case.own_batches_gain or any(uses_apart(case, path) > FAR for path in case.sites):
+        return  # each source or use has statistics of its own in training: MIXED_SOURCES says so
     yield Claim(
         code=CauseCode.BATCH_LEAK,
         message=f"batches give a loss {number(amount)} lower than exact statistics of all the "

@@ -77,6 +77,9 @@ REORDERED = 1e-3
 #: The same where sites compute in half precision.
 REORDERED_HALF = 5e-2
 
+#: Batches as they come must save this part of what they save beyond any other statistics.
+OWN_PART = 0.2
+
 #: Residual up to which an attribution is good enough to split a gap by.
 _TRUSTED = 0.5
 
@@ -369,6 +372,47 @@ class Case:
         return max(0.0, -self.change(name, "inference")) / exact
 
     @cached_property
+    def own_batches_gain(self) -> float:
+        """What the batches as they come save at inference, where no other statistics do as well.
+
+        0 unless they save clearly more than mixed batches, batches of one class and any fixed
+        statistics: then it is their make-up that the network relies on.
+        """
+        return self._own_batches[0]
+
+    @cached_property
+    def own_batches_alone(self) -> float:
+        """The part of it that none of those reaches."""
+        return self._own_batches[1]
+
+    @cached_property
+    def _own_batches(self) -> tuple[float, float]:
+        gain = -self.change("given", "given inference")
+        rivals = ("sorted", *_POPULATIONS)
+        if not self.unmixed:
+            rivals = ("training blend", *rivals)
+        known = [name for name in rivals if self.probe(name) is not None]
+        reached = max((-self.change(name, "inference") for name in known), default=0.0)
+        alone = gain - max(0.0, reached)
+        return (
+            (gain, alone) if gain > 0 and alone > max(OWN_PART * gain, self.floor) else (0.0, 0.0)
+        )
+
+    @property
+    def unmixed(self) -> bool:
+        """All probes are of the batches as they come, since nothing can mix them."""
+        given, blended = self.probe("given"), self.probe("training blend")
+        if given is None or blended is None:
+            return False
+        return np.array_equal(given.losses, blended.losses)
+
+    @property
+    def own_batches(self) -> tuple[str, ...]:
+        """Sites that see the batches as they come far apart, in execution order."""
+        sites = self.measurement.sites
+        return tuple(p for p in self.sites if p in sites and (sites[p].own_batches or 0.0) > FAR)
+
+    @cached_property
     def best_in_pure_batches(self) -> bool:
         """Batches of one class each beat mixed batches, inference and exact statistics.
 
@@ -600,8 +644,11 @@ class Case:
     def _as_noisy(self, path: str, batch_size: int) -> bool:
         """Batch means scatter as those of few values do: by more than ``1 / √FEW_VALUES``.
 
-        Neighbouring pixels are alike, so that many of them are worth few.
+        Neighbouring pixels are alike, so that many of them are worth few. Batches of different
+        sources scatter whatever their size.
         """
+        if self.own_batches_gain and path in self.own_batches:
+            return False
         found, size = self.measurement.sites.get(path), self.measurement.batch_size
         return found is not None and found.noise**2 * size > batch_size / FEW_VALUES
 
@@ -679,6 +726,17 @@ class Case:
             for path, value in statistics.items()
             if value > EQUAL or not math.isfinite(value)
         }
+
+    @cached_property
+    def never_loaded(self) -> int:
+        """Layers that differ from a trained reference where every site is as in a new layer.
+
+        0 where a site has trained, or stores what the reference does.
+        """
+        known = self.reference
+        if known is None or not self.untrained or not {*self.sites} <= {*self.moved_from_reference}:
+            return 0
+        return sum(value > EQUAL for value in known.params.values())
 
     def found(self, *codes: str, sites: Iterable[str] | None = None) -> tuple[str, ...]:
         """Which of these codes were found, optionally at some of these sites."""

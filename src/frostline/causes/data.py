@@ -436,7 +436,7 @@ def label_order(case: Case, _: Assigned) -> Iterator[Claim]:
     now = case.accuracy("inference")
     if now is None or known.chance is None or known.task not in ("binary", "multiclass"):
         return
-    names = ("inference", "training", "training blend", "batch", "population", "sorted")
+    names = ("inference", "training", "training blend", "batch", "population", "sorted", "given")
     found = [value for name in names if (value := case.accuracy(name)) is not None]
     # A phase that does well shows that the labels are right.
     renamed = 0.0 if known.relabelled is None or max(found) >= now + RENAMED else known.relabelled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from frostline.causes.assignment import Assigned
-from frostline.causes.case import REORDERED, Case, Claim, number
+from frostline.causes.case import REORDERED, Case, Claim, count, number
 from frostline.causes.data import AT_CHANCE
 from frostline.causes.registry import cause
 from frostline.types.codes import CauseCode
@@ -16,15 +16,16 @@ BETTER = 0.5
 
 @cause(CauseCode.LOADING, rank=40)
 def loading(case: Case, _: Assigned) -> Iterator[Claim]:
-    """Outputs that differ although weights and statistics are equal.
+    """Weights that never arrived, or outputs that differ although all weights are equal.
 
     ## What it looks like
     Outputs differ although every weight and statistic is equal: a setting, a custom layer or
-    the order of layers was lost between saving and loading.
+    the order of layers was lost between saving and loading. Or every BN layer is as new and the
+    weights are not the reference's: a clone without its weights, names that did not match.
 
     ## What helps
     Save the whole model, or rebuild it with the same settings. The report lists those that
-    differ.
+    differ. Where weights never arrived, load them and look for names that were skipped.
 
     ## When it is something else
     It needs `reference=`, or a model that changes when it is saved and loaded.
@@ -41,6 +42,24 @@ def loading(case: Case, _: Assigned) -> Iterator[Claim]:
         )
         return
     known = case.reference
+    if known is not None and case.never_loaded:
+        farthest = max(known.params, key=lambda path: known.params[path])
+        yield Claim(
+            code=CauseCode.LOADING,
+            message=f"{case.never_loaded} of {count(len(known.params), 'layer')} with weights "
+            f"differ from the reference's, most of all '{farthest}', by "
+            f"{number(known.params[farthest])} of its size, and mean, variance, gamma and beta of "
+            "all BN layers are as in new ones: the reference's weights did not arrive in this "
+            "model. Load or copy them first; nothing that was measured tells of BN before",
+            standing=1.8,
+            certainty="is",
+            evidence={
+                "layers_from_reference": float(case.never_loaded),
+                "params_from_reference": known.params[farthest],
+            },
+            findings=case.found("FL204", "FL205"),
+        )
+        return
     if known is None or not case.same_params or case.moved_from_reference or known.epsilons:
         return
     outputs = known.outputs or 0.0

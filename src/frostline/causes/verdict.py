@@ -186,6 +186,8 @@ def _share(cause: Cause) -> str:
 def _effect(remedy: Remedy) -> str:
     """Metric before and after."""
     name = "accuracy" if "accuracy" in remedy.before and "accuracy" in remedy.after else "loss"
+    if name == "accuracy" and f"{remedy.before[name]:.3g}" == f"{remedy.after[name]:.3g}":
+        name = "loss"  # the reason why it is recommended
     if name not in remedy.before or name not in remedy.after:
         return "measured effect in the table of remedies"
     return f"{name} {remedy.before[name]:.3g} → {remedy.after[name]:.3g}"

@@ -33,7 +33,12 @@ Recorded = Sequence[Mapping[str, Moments]]
 
 
 def site_measurements(
-    bench: Bench, recorded: Recorded, population: Statistics, *, noisy: Recorded = ()
+    bench: Bench,
+    recorded: Recorded,
+    population: Statistics,
+    *,
+    noisy: Recorded = (),
+    apart: Mapping[str, float] | None = None,
 ) -> dict[str, SiteMeasurement]:
     """Set stored, population and batch statistics of each site side by side.
 
@@ -42,6 +47,7 @@ def site_measurements(
         recorded: Moments per batch of a pass with λ = 1 everywhere.
         population: Exact population statistics of all sites.
         noisy: Moments per batch of a training-mode pass with dropout; empty without.
+        apart: Path -> :func:`beyond_mixed` of the batches as the data bring them.
     """
     sites = {site.path: site for site in bench.adapter.sites()}
     runs = bench.meter()  # calls the model as the user's step does
@@ -49,7 +55,7 @@ def site_measurements(
     within = within_classes(bench, recorded)
     calls = bench.calls
     uses = {} if runs is None else shared_uses(bench, runs)
-    apart = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
+    off_class = class_distances(bench, recorded, {path: meter.stored(path) for path in bench.paths})
     found = {}
     for path in bench.paths:
         seen = [moments[path] for moments in recorded if path in moments]
@@ -73,9 +79,10 @@ def site_measurements(
             values=int(per_sample) if per_sample == int(per_sample) else None,
             shift=stats.mean_shift(mean, stored_mean, stored_variance, epsilon=epsilon),
             ratio=stats.variance_ratio(variance, stored_variance, epsilon=epsilon),
-            noise=_noise(seen, whole, epsilon),
+            noise=noise(seen, epsilon),
             within_variance=within.get(path),
-            class_distances=apart.get(path),
+            class_distances=off_class.get(path),
+            own_batches=(apart or {}).get(path),
             noisy_mean=noisy_mean,
             noisy_variance=noisy_variance,
             uses=uses.get(path, ()),
@@ -87,6 +94,22 @@ def quotient(site: SiteMeasurement) -> float:
     """How far stored and batch variance are apart, as a factor of at least 1, median channel."""
     ratio = site.ratio[np.isfinite(site.ratio) & (site.ratio > 0)]
     return math.exp(float(np.median(np.abs(np.log(ratio))))) if ratio.size else 1.0
+
+
+def beyond_mixed(own: Sequence[Moments], mixed: Sequence[Moments]) -> float:
+    """How far a batch is from all of them, in standard deviations, beyond what mixed ones are.
+
+    Squares of independent distances add up, so theirs are subtracted; at least 0.
+    """
+    return math.sqrt(max(0.0, _scatter(own) - _scatter(mixed)))
+
+
+def _scatter(seen: Sequence[Moments]) -> float:
+    """Mean square over batches of the distance of one from all; NaN where it is not finite."""
+    whole = functools.reduce(Moments.merge, seen)
+    pairs = [(moments.mean, moments.variance) for moments in seen]
+    apart = [stats.normals_apart(pair, (whole.mean, whole.variance)) for pair in pairs]
+    return float(np.mean(np.square(apart)))
 
 
 def _mean_variance(seen: Sequence[Moments]) -> Array:
@@ -120,12 +143,14 @@ def first_misfit(
     return None
 
 
-def _noise(seen: Sequence[Moments], whole: Moments, epsilon: float) -> float:
+def noise(seen: Sequence[Moments], epsilon: float = 0.0) -> float:
     """Deviation of batch means over population deviations; NaN with one batch."""
     if len(seen) < 2:
         return float("nan")
+    whole = functools.reduce(Moments.merge, seen)
     deviations = np.std([moments.mean for moments in seen], axis=0, ddof=1)
-    return float(np.median(deviations / np.sqrt(whole.variance + epsilon)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.median(deviations / np.sqrt(whole.variance + epsilon)))
 
 
 def within_classes(bench: Bench, recorded: Recorded) -> dict[str, Array]:

@@ -42,6 +42,7 @@ GAPS = {
     "lag": ("population unfrozen", "inference"),
     "population": ("population", "inference"),
     "sorted": ("sorted", "batch"),
+    "given": ("given", "given inference"),
 }
 
 #: Inference of so many right answers leaves nothing that another encoding of the inputs could add.
@@ -56,6 +57,13 @@ SAME = 1e-4
 
 #: Samples on which encodings of the inputs are tried; the best is then judged on all of them.
 TRIAL_SAMPLES = 32
+
+#: Distance of a batch from all of them, in standard deviations beyond that of a mixed one, from
+#: which batches are of different sources; agreement of statistics ends at the same one.
+UNLIKE = 0.25
+
+#: Batches, and samples in each, with fewer of which batches that cannot be mixed tell nothing.
+FEWEST_UNMIXED = 8
 
 #: Of batches sorted by class every fourth is tried first, where that makes at least eight.
 TRIED_FIRST, FEWEST_TRIED = 4, 8
@@ -129,7 +137,7 @@ def measure(
         )
         run = _Run(bench, behaviour, facts, seed=seed, max_samples=max_samples)
         run.steps(validation, reference, round_trip, progress, first)
-    return replace(run.measurement(), history=past, notes=tuple(notes)), run.bench
+    return replace(run.measurement(), history=past, notes=(*notes, *run.notes)), run.bench
 
 
 class _Run:
@@ -155,6 +163,8 @@ class _Run:
         )
         self.recorded: tuple[Mapping[str, Any], ...] = ()
         self.recorded_noisy: tuple[Mapping[str, Any], ...] = ()
+        self.apart: dict[str, float] = {}
+        self.notes: list[str] = []
 
     def steps(
         self,
@@ -175,6 +185,7 @@ class _Run:
             ("statistics with dropout", self.noisy),
             ("population", self.population),
             ("sorted", self.sorted),
+            ("given", self.given),
             ("sites", self.sites),
             ("attribution", self.attribution),
             ("sweep", self.sweep),
@@ -394,6 +405,59 @@ class _Run:
             self._better(self.probes[name].losses[known], losses) for name in names
         )
 
+    def given(self) -> None:
+        """Training mode on the batches as they come: mixed, they are not what training saw.
+
+        One pass; where the sites see these batches scatter as mixed ones do, it is all.
+        """
+        self._require_sites()
+        bench, parts, blend = self.bench, self.bench.samples.as_read, self.bench.blend_in_training
+        if blend is None or not blend.any():
+            return
+        if bench.samples.fixed is not None:
+            self._unmixed()
+            return
+        if len(parts) < 2:  # arrays
+            return
+        given, _, seen = bench.passes("given", bench.blended(blend, record=True), parts)
+        for path in bench.paths:
+            mixed, own = (
+                [moments[path] for moments in recorded if path in moments]
+                for recorded in (self.recorded, seen)
+            )
+            if mixed and own:
+                self.apart[path] = located.beyond_mixed(own, mixed)
+        farthest = max(self.apart, key=lambda path: self.apart[path], default=None)
+        if farthest is None or not self.apart[farthest] > UNLIKE:
+            return
+        self.probes["given"] = given
+        self.probes["given inference"] = bench.own_probe("given inference", parts)
+        mixed_loss = self.probes["training blend"].loss
+        self.notes.append(
+            f"the batches as they come are not alike: one is {self.apart[farthest]:.3g} standard "
+            f"deviations from all of them at '{farthest}', beyond the scatter of mixed batches. In "
+            f"training mode they give a loss of {given.loss:.4g} as they come, and of "
+            f"{mixed_loss:.4g} mixed; the other numbers here are of mixed batches"
+        )
+
+    def _unmixed(self) -> None:
+        """The same of batches that cannot be mixed, by the most that mixed ones would scatter.
+
+        The mean of n samples drawn at random deviates by at most 1/√n of the standard deviation.
+        """
+        bench = self.bench
+        if len(bench.batches) < FEWEST_UNMIXED or bench.batch_size < FEWEST_UNMIXED:
+            return
+        for path in bench.paths:
+            own = [moments[path] for moments in self.recorded if path in moments]
+            if len(own) == len(bench.batches):
+                noise = located.noise(own)
+                # Twice the square: it is an estimate from few batches.
+                self.apart[path] = float(np.sqrt(max(0.0, noise**2 - 2 / bench.batch_size)))
+        if any(apart > UNLIKE for apart in self.apart.values()):
+            for name, same in (("given", "training blend"), ("given inference", "inference")):
+                self.probes[name] = replace(self.probes[same], name=name)
+
     # --- sites ----------------------------------------------------------------------------------
 
     def sites(self) -> None:
@@ -401,7 +465,7 @@ class _Run:
         self._require_sites()
         population = self.bench.population("all")
         self.found["sites"] = located.site_measurements(
-            self.bench, self.recorded, population, noisy=self.recorded_noisy
+            self.bench, self.recorded, population, noisy=self.recorded_noisy, apart=self.apart
         )
 
     def attribution(self) -> None:

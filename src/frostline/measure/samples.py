@@ -45,6 +45,8 @@ class Samples:
         source: What makes a batch of :attr:`items`.
         cut: Batches were cut where they could be.
         given: The first batch that was cut, as it was read.
+        as_read: Where the data came in batches that were mixed anew: some of those, at random, in
+            their own order and of one size, up to as many samples.
     """
 
     batches: tuple[Batch, ...]
@@ -57,6 +59,7 @@ class Samples:
     source: Collation | None = None
     cut: bool = True
     given: Batch | None = None
+    as_read: tuple[Batch, ...] = ()
 
     def __len__(self) -> int:
         if self.divisible:
@@ -157,6 +160,7 @@ def draw(
     limit = READ_FACTOR * max_samples
     rng = np.random.default_rng(seed)
     kept = _Kept(max_samples, rng)
+    whole_batches = _WholeBatches(max_samples, np.random.default_rng([seed, 1]))
     natural, read, held, form = batch_size, 0, [], None
     notes: list[str] = []
     stream = batches(
@@ -187,11 +191,18 @@ def draw(
             source = collation_of(data, inputs) if cut else None
             if source is not None:
                 try:
-                    return _collated(source, max_samples, natural, rng, notes, fixed=fixed)
+                    made = _collated(source, max_samples, natural, rng, notes, fixed=fixed)
                 except TypeError:  # a dataset that only its own loader can read
                     pass
+                else:
+                    whole_batches.add(batch)
+                    while read < max_samples and (other := next(stream, None)) is not None:
+                        read += other.count or 1
+                        whole_batches.add(other)
+                    return replace(made, as_read=whole_batches.found())
             return _as_they_come(held, stream, max_samples, notes, cut=cut)
         kept.add(batch)
+        whole_batches.add(batch)
     assert natural is not None  # `batches` raises when there are none
     mixed, broken = _sound(kept.mixed(), finite)
     notes += broken
@@ -213,6 +224,7 @@ def draw(
         read=read,
         notes=tuple(notes),
         given=held[0],
+        as_read=whole_batches.found() if not fixed or natural == held[0].count else (),
     )
 
 
@@ -340,6 +352,30 @@ class _Kept:
         """The kept samples in the order of their keys, which is random."""
         keys, whole = np.concatenate(self.keys), joined(self.parts)
         return take(whole, np.argsort(keys)[: self.most])
+
+
+class _WholeBatches:
+    """Random batches as the data bring them: the random draw mixes what training may keep apart."""
+
+    def __init__(self, most: int, rng: np.random.Generator) -> None:
+        self.most, self.rng = most, rng
+        self.size: int | None = None
+        self.number = 0
+        self.batches: list[tuple[float, int, Batch]] = []
+
+    def add(self, batch: Batch) -> None:
+        self.number += 1
+        self.size = self.size or batch.count
+        # Cut from arrays, or a short last one, or of a size that is not known.
+        if batch.whole is None or not batch.count or batch.count != self.size:
+            return
+        self.batches.append((self.rng.random(), self.number, batch))
+        if len(self.batches) > max(2, self.most // self.size):
+            self.batches.remove(max(self.batches, key=lambda entry: entry[0]))
+
+    def found(self) -> tuple[Batch, ...]:
+        """In their own order."""
+        return tuple(batch for *_, batch in sorted(self.batches, key=lambda entry: entry[1]))
 
 
 def rebatched(samples: Samples, size: int, order: Array | None = None) -> Iterator[Batch]:

@@ -222,7 +222,8 @@ def _without_loss(adapter: Adapter, samples: Samples) -> _Judge:
             return _Judge(samples, forward=forward, outcome=outcome, notes=foreign)
     needed = adapter.inputs(labels=True)
     asked = tuple(all_inputs(batch, needed) for batch in samples.batches)
-    judge = _Judge(replace(samples, batches=asked))
+    as_read = tuple(all_inputs(batch, needed) for batch in samples.as_read)
+    judge = _Judge(replace(samples, batches=asked, as_read=as_read))
     if judge.first.y is None:
         return judge
     outputs = only(joined_arrays([adapter.forward(judge.first.x, training=False)]))
@@ -328,7 +329,7 @@ def _by_outputs(adapter: Adapter, judge: _Judge, behaviour: Mapping[str, Behavio
     )
     return replace(
         judge,
-        samples=replace(judge.samples, batches=parts, items=()),
+        samples=replace(judge.samples, batches=parts, items=(), as_read=()),
         loss=OutputDistance(spread=spread),
         notes=(note,),
     )

@@ -89,7 +89,7 @@ def _tried(attempt: Attempt, place: Workplace) -> list[Candidate]:
 
 def _best(measurement: Measurement, candidates: Sequence[Candidate]) -> float | None:
     """Lowest loss that batch statistics or any repair reach."""
-    probes = [measurement.probes.get(name) for name in ("training blend", "batch")]
+    probes = [measurement.probes.get(name) for name in ("training blend", "batch", "given")]
     probes += [candidate.after for candidate in candidates]
     losses = [probe.loss for probe in probes if probe is not None and math.isfinite(probe.loss)]
     return min(losses, default=None)

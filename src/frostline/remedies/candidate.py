@@ -8,6 +8,7 @@ from functools import cached_property
 
 from frostline.causes.registry import treated_by
 from frostline.measure import Bench
+from frostline.rules.predicates import overrides_phase
 from frostline.types.codes import Fix, probe_name
 from frostline.types.facts import ModelFacts, SiteFacts, Vocabulary
 from frostline.types.measured import Cause, Measurement, Probe
@@ -77,6 +78,15 @@ class Workplace:
         return tuple(cause.code for cause in causes if cause.code in codes)
 
     @cached_property
+    def overriding(self) -> dict[str, float]:
+        """Path -> λ at inference of the sites whose caller overrides the phase it is given."""
+        return {
+            path: float(seen.inference or 0.0)
+            for path, seen in self.measurement.behaviour.items()
+            if path in self.sites and overrides_phase(self.facts, self.sites[path], seen.inference)
+        }
+
+    @cached_property
     def shifted_by_dropout(self) -> tuple[str, ...]:
         """Causes that are not BN, but which left statistics that do not suit inference."""
         return tuple(cause.code for cause in self.causes if cause.evidence.get("variance_shift"))
@@ -91,8 +101,18 @@ class Workplace:
         return self.measurement.probes.get(probe_name(name))
 
     def population(self, group: str) -> Probe | None:
-        """Inference with the data's own statistics at a group of sites; ``None`` if it is empty."""
+        """Inference with the data's own statistics at a group of sites; ``None`` if it is empty.
+
+        Sites that override the phase go on with the batch, whatever is stored there.
+        """
         name = "population" if group == "all" else f"population {group}"
+        if self.overriding:
+            statistics = self.bench.population(group)
+            blend = {p: value for p, value in self.overriding.items() if p in self.bench.paths}
+            tried = f"{name}, phase overridden"
+            return (
+                self.bench.probe(tried, blend=blend, statistics=statistics) if statistics else None
+            )
         known = self.probe(name)
         if known is not None:
             return known

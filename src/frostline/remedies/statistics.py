@@ -241,15 +241,32 @@ def stored_statistics(place: Workplace) -> Iterator[Candidate]:
     after = place.probe("stored")
     if CauseCode.FORCED_TRAIN not in place.codes or after is None:
         return
+    overriding = next(iter(place.overriding), None)
+    text = "use the stored statistics at inference, whatever shares the batch"
+    note = "a score that falls with this was never that of the model on one sample"
+    if overriding is not None:
+        phase = place.sites[overriding].words.passed_phase
+        text += f": pass the phase on to '{overriding}' ({phase}) in the code that calls it"
+        note += f"; {place.words.inference_call} does not reach it"
     yield Candidate(
         name="inference mode",
         fix=Fix.INFERENCE_MODE,
         treats=(CauseCode.FORCED_TRAIN,),
-        text="use the stored statistics at inference, whatever shares the batch",
+        text=text,
         after=after,
-        python=place.words.inference_call,
-        note="a score that falls with this was never that of the model on one sample",
+        python=None if overriding is not None else place.words.inference_call,
+        note=note,
     )
+    exact = place.probe("population")
+    if overriding is not None and exact is not None:
+        yield Candidate(
+            name="inference mode, then recalibrate all",
+            fix=Fix.INFERENCE_MODE,
+            treats=(CauseCode.FORCED_TRAIN,),
+            text=f"{text}; then store the exact statistics of the data",
+            after=exact,
+            note=note,
+        )
 
 
 def _is_in(group: str, frozen: bool) -> bool:

@@ -32,6 +32,8 @@ PROBES = {
     "population unfrozen": "inference, unfrozen sites recalibrated",
     "population frozen": "inference, frozen sites recalibrated",
     "sorted": "batch statistics, batches sorted by class",
+    "given": "batches as they come: training mode without dropout",
+    "given inference": "batches as they come: inference",
     "validation inference": "validation data: inference",
     "validation batch": "validation data: batch statistics",
     "validation population": "validation data: recalibrated on the training samples",
@@ -48,6 +50,7 @@ GAPS = {
     "lag": "recalibrating unfrozen sites",
     "population": "recalibrating all sites",
     "sorted": "sorting batches by class",
+    "given": "batches as they come: training mode − inference",
 }
 
 #: Picture -> its heading.

@@ -116,6 +116,17 @@ def uses_batch(blend: float | None) -> bool:
     return blend is not None and blend >= USES_BATCH
 
 
+def overrides_phase(model: ModelFacts, facts: SiteFacts, inference: float | None) -> bool:
+    """A site uses the batch although the whole model was asked for inference.
+
+    Not one that was left in training mode inside of a model in evaluation mode, which ``eval()``
+    reaches, nor one that stores nothing to use instead.
+    """
+    left = model.mode is False and bool(facts.mode)
+    stores, passed = facts.mean is not None, facts.words.passed_phase is not None
+    return uses_batch(inference) and stores and passed and not left
+
+
 def is_frozen(facts: SiteFacts) -> bool:
     """Whether the parameters or the statistics of a site are frozen."""
     return facts.site.params_frozen or facts.site.stats_frozen

@@ -81,6 +81,8 @@ class ProbeName(StrEnum):
     POPULATION_UNFROZEN = "population unfrozen"
     POPULATION_FROZEN = "population frozen"
     SORTED = "sorted"
+    GIVEN = "given"
+    GIVEN_INFERENCE = "given inference"
     EPSILON = "epsilon"
     VALIDATION_INFERENCE = "validation inference"
     VALIDATION_BATCH = "validation batch"

@@ -41,6 +41,8 @@ class Vocabulary:
         file: Name of the file that a command to paste writes.
         file_keeps_settings: Such a file holds momentum and epsilon, not only arrays.
         inference_call: The line that runs inference.
+        passed_phase: The argument by which a caller passes on the phase it is given; ``None`` where
+            the phase is an edit of the model.
         constant: How an array of ``{values}`` is written, to compute with inputs.
         epsilon_line: The line that sets ``{epsilon}``, with ``{name}`` and ``{dotted}`` path.
     """
@@ -57,6 +59,7 @@ class Vocabulary:
     file: str = "FIXED.keras"
     file_keeps_settings: bool = True
     inference_call: str = "model(x, training=False)"
+    passed_phase: str | None = "training=training"
     constant: str = "np.array({values})"
     epsilon_line: str = 'model.get_layer("{name}").epsilon = {epsilon:g}  # compile again'
 

@@ -141,6 +141,9 @@ class SiteMeasurement:
         class_distances: Distance of the stored statistics from those of batches of one class each,
             at λ = 1, one per class, in standard deviations, median over channels; NaN for classes
             that were not tried, ``None`` without classes, or where the stored ones suit the data.
+        own_batches: Distance of a batch as the data bring it from all of them, in standard
+            deviations, beyond that of a mixed one, root mean square; ``None`` where the data came
+            in no batches that could be mixed.
         noisy_mean: ``batch_mean`` with dropout and augmentation as in training; ``None`` where
             nothing but BN acts in training only.
         noisy_variance: ``batch_variance`` in the same pass.
@@ -160,6 +163,7 @@ class SiteMeasurement:
     noise: float
     within_variance: Array | None = field(default=None, repr=False)
     class_distances: Array | None = field(default=None, repr=False)
+    own_batches: float | None = None
     noisy_mean: Array | None = field(default=None, repr=False)
     noisy_variance: Array | None = field(default=None, repr=False)
     uses: tuple[tuple[Array, Array], ...] = field(default=(), repr=False)
@@ -278,9 +282,11 @@ class Measurement:
             ``training blend``: λ as training uses it at each site (:attr:`behaviour`), dropout off.
             ``dropout``: λ = 0, everything else as in training. ``population``, ``population
             unfrozen``, ``population frozen``: λ = 0 with exact population statistics at all,
-            unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``epsilon``:
-            inference with the epsilon of the reference, or of most sites, where some differ; else
-            with :attr:`epsilon`, where variances are so small that it matters.
+            unfrozen, frozen sites. ``sorted``: λ = 1 in class-sorted batches. ``given``,
+            ``given inference``: ``training blend`` and ``inference`` of batches as the data bring
+            them, where the sites see them scatter more than mixed ones; other samples, in another
+            order. ``epsilon``: inference with the epsilon of the reference, or of most sites, where
+            some differ; else with :attr:`epsilon`, where variances are so small that it matters.
             ``validation inference``, ``validation batch``, ``validation population``: the
             validation data, the last with the statistics of the training samples. ``validation
             recalibrated``: with their own, where batches of them do better than inference.
@@ -291,8 +297,9 @@ class Measurement:
         gaps: By name: ``total`` (training − inference), ``bn`` (training blend − inference),
             ``dropout`` (dropout − inference), ``all batch`` (batch − inference), ``lag``
             (population unfrozen − inference), ``population`` (population − inference), ``sorted``
-            (sorted − batch), ``input NAME`` (``input NAME`` − inference). Negative: the first one,
-            mostly training mode, has the lower loss. Over the samples with a finite loss in both.
+            (sorted − batch), ``given`` (given − given inference), ``input NAME`` (``input NAME`` −
+            inference). Negative: the first one, mostly training mode, has the lower loss. Over the
+            samples with a finite loss in both.
         behaviour: Path -> what the site does in training and at inference.
         sites: Path -> stored and population statistics.
         attribution: Of the gap between ``training blend`` and λ = 0; ``None`` without a gap.

@@ -963,6 +963,17 @@ def test_inference_that_uses_the_batch():
     assert "neighbours" not in found[0].message
 
 
+def test_a_caller_that_overrides_the_phase_is_told_apart_from_a_forgotten_eval():
+    seen = dict.fromkeys(PATHS, (1.0, 1.0, False))
+    made = measurement({**NO_GAP, "population": (0.6, 0.8)}, behaviour=seen, neighbours=0.4)
+    left = facts({path: {"mode": True} for path in PATHS}, mode=False)
+    nothing_stored = facts({path: {"mean": None, "variance": None} for path in PATHS})
+    for model, wanted in ((facts(), True), (left, False), (nothing_stored, False)):
+        found = causes(model, made, [])
+        assert found[0].code == "FORCED_TRAIN"
+        assert ("overrides it: pass the phase on there" in found[0].message) is wanted
+
+
 def test_a_batch_size_that_computes_something_else():
     seen = dict.fromkeys(PATHS, (1.0, 0.0, True))
     sweep = tuple(
@@ -1350,6 +1361,37 @@ def test_loading_changes_the_outputs():
     found = causes(facts(), measurement(NO_GAP, difference=other), [])
     assert codes(found) == ["LOADING"]
     assert "nearest" in found[0].message
+
+
+def test_weights_that_never_arrived_are_no_statistics_that_were_never_updated():
+    """A clone without the weights of its original: recalibration was recommended."""
+    new = {"mean": np.zeros(CHANNELS), "variance": np.ones(CHANNELS)}
+    affine = {"gamma": np.ones(CHANNELS), "beta": np.zeros(CHANNELS)}
+    trained = affine | {"beta": np.linspace(-1, 1, CHANNELS)}
+    stored = (np.zeros(CHANNELS), np.ones(CHANNELS))
+    sites = {
+        path: site_measurement(path, stored=stored, shift=0.8, ratio=SCATTERED) for path in PATHS
+    }
+    apart = Difference(params={"conv1": 1.4, "head": 1.3}, statistics=dict.fromkeys(PATHS, 2.0))
+    same = Difference(params={"conv1": 0.0, "head": 0.0}, statistics=dict.fromkeys(PATHS, 2.0))
+    new_too = Difference(params={"conv1": 1.4, "head": 1.3}, statistics=dict.fromkeys(PATHS, 0.0))
+    for more, reference, wanted in (
+        (affine, apart, "LOADING"),
+        (trained, apart, "STATS_NEVER_UPDATED"),
+        (affine, same, "STATS_NEVER_UPDATED"),
+        (affine, new_too, "STATS_NEVER_UPDATED"),
+        (affine, None, "STATS_NEVER_UPDATED"),
+    ):
+        made = measurement(GAP, shares=[0.25] * 4, sites=sites, difference=reference)
+        found = causes(facts(dict.fromkeys(PATHS, new | more)), made, [])
+        assert codes(found)[0] == wanted
+        assert (wanted == "LOADING") is ("STATS_NEVER_UPDATED" not in codes(found))
+    found = causes(
+        facts(dict.fromkeys(PATHS, new | affine)),
+        measurement(GAP, sites=sites, difference=apart),
+        [],
+    )
+    assert "2 of 2 layers with weights differ" in found[0].message
 
 
 def test_weights_that_are_still_those_of_the_start():

@@ -21,6 +21,7 @@ TORCH = Vocabulary(
     file="FIXED.pt",
     file_keeps_settings=False,
     inference_call="model.eval()",
+    passed_phase="training=self.training",
     constant="torch.tensor({values})",
     epsilon_line='model.get_submodule("{dotted}").eps = {epsilon:g}',
 )
@@ -31,6 +32,7 @@ _NODES = "for n in model.graph.nodes if n.target is torch.ops.aten.batch_norm.de
 #: raises an error there, and no module has an ``eps``.
 EXPORTED = replace(
     TORCH,
+    passed_phase=None,
     inference_call=f"[n.update_arg(5, False) {_NODES}]; model.recompile()",
     epsilon_line=f"[n.update_arg(7, {{epsilon:g}}) {_NODES}]; model.recompile()",
 )
