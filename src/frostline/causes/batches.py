@@ -56,11 +56,11 @@ def forced_train(case: Case, _: Assigned) -> Iterator[Claim]:
     if better < 0:
         evidence["better_than_population"] = -better
         text += f"; the score is too good: with fixed statistics the loss is {number(-better)} more"
-    seen = case.measurement.behaviour
+    behaviour = case.measurement.behaviour
     overriding = [
         path
         for path in paths
-        if overrides_phase(case.facts, case.sites[path], seen[path].inference)
+        if overrides_phase(case.facts, case.sites[path], behaviour[path].inference)
     ]
     if overriding:
         first, more = overriding[0], len(overriding) - 1

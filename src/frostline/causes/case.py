@@ -388,9 +388,8 @@ class Case:
     @cached_property
     def _own_batches(self) -> tuple[float, float]:
         gain = -self.change("given", "given inference")
-        rivals = ("sorted", *_POPULATIONS)
-        if not self.unmixed:
-            rivals = ("training blend", *rivals)
+        mixed = () if self.unmixed else ("training blend",)
+        rivals = ("sorted", *mixed, *_POPULATIONS)
         known = [name for name in rivals if self.probe(name) is not None]
         reached = max((-self.change(name, "inference") for name in known), default=0.0)
         alone = gain - max(0.0, reached)

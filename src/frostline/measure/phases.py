@@ -54,6 +54,10 @@ LARGE_MSE = 1.0
 #: that dropout or rounding of half-precision layers leaves in a healthy model.
 SMALL_GAP = 0.05
 
+#: The model's own evaluate is that of a phase where it is off by up to this part of the gap; one
+#: that returns the loss of its last batch is not equal to either.
+NEARER = 0.2
+
 #: Bytes of batches, labels, outputs and losses that are held in memory.
 WINDOW = 16 << 20
 
@@ -194,6 +198,8 @@ def _phase_table(
         said.append("The loss is one number per batch: batches are compared, not samples.")
     if task == "unknown" and (step is not None or loss is not None or known is None):
         said += _gap_in_loss(seen.passes)
+    if loss is None and step is None:
+        said += _as_in_training(rows)
     if distances is not None:
         said.append(_apart(distances, seen.unlabelled))
     return PhaseTable(
@@ -575,6 +581,22 @@ def _gaps(inference: Judged, training: Judged, sites: int) -> Iterator[str]:
         yield _gap_in_words(name, gap, worse="1" if gap.estimate > 0 else "0")
     if said and sites == 0:
         yield "The model has no BatchNormalization layer: BN cannot be the cause of the gap."
+
+
+def _as_in_training(rows: list[PhaseRow]) -> Iterator[str]:
+    """An evaluate of the model's own that gives what training mode gives, and not inference."""
+    dynamic, inference, training = (row.loss for row in rows)
+    if dynamic is None or inference is None or training is None:
+        return
+    gap = abs(training - inference)
+    if not gap > SMALL_GAP * max(abs(training), abs(inference)):
+        return
+    if abs(dynamic - training) <= gap * NEARER and abs(dynamic - inference) >= gap * (1 - NEARER):
+        yield (
+            f"The model's own evaluate (dynamic) gives a loss of {dynamic:.4g}, which agrees with "
+            f"phase 1 ({training:.4g}) and not with phase 0 ({inference:.4g}): it runs in "
+            "training mode. Look for training=True in its test_step."
+        )
 
 
 def _gap_in_words(name: str, gap: Interval, *, worse: str) -> str:

@@ -125,6 +125,26 @@ def two_classes(n: int = 200, seed: int = 0) -> tuple[Any, Any]:
 
 
 class TestPhases:
+    @pytest.mark.parametrize(
+        ("training", "last_only"), [(True, False), (True, True), (False, False)]
+    )
+    def test_an_evaluate_that_runs_in_training_mode_is_named(
+        self, training: bool, last_only: bool
+    ) -> None:
+        class Own(FakeView):
+            def evaluate(self, batches: Iterable[tuple[Any, ...]]) -> Mapping[str, float]:
+                losses = [self.score(x, y, training=training)[1] for x, y in batches]
+                return {"loss": losses[-1] if last_only else float(np.mean(losses))}  # type: ignore
+
+        x, y = two_classes()
+        table = phase_table(Own(), (x, y), batch_size=50)  # type: ignore[arg-type]
+        said = [text for text in table.patterns if "own evaluate" in text]
+        assert len(said) == training
+        assert not said or "agrees with phase 1" in said[0]
+        fits = Own(mean=10.0, std=float(x.std()))  # no gap, nothing to say
+        table = phase_table(fits, (x, y), batch_size=50)  # type: ignore[arg-type]
+        assert not any("own evaluate" in text for text in table.patterns)
+
     @pytest.mark.parametrize("given", ["arrays", "generator"])
     def test_a_table_from_a_file_is_the_one_from_memory(
         self, given: str, monkeypatch: pytest.MonkeyPatch
