@@ -56,7 +56,9 @@ class Hit:
         message: As in :class:`~frostline.types.Finding`.
         evidence: The numbers behind it.
         certainty: ``"is"`` or ``"may"``.
-        fix: The repair as a word, where it is another one than the rule's.
+        fix: The repair as a word, where it is another one than the rule's; empty where none is
+            advised.
+        severity: Where it is another one than the rule's.
     """
 
     sites: tuple[str, ...]
@@ -64,6 +66,7 @@ class Hit:
     evidence: Mapping[str, float | str] = field(default_factory=dict)
     certainty: Certainty = "is"
     fix: str | None = None
+    severity: Severity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class Rule:
     Attributes:
         code: Stable code: ``FL203``.
         name: Kebab-case name that reads as the problem.
-        severity: Of all its findings.
+        severity: Of its findings, where a :class:`Hit` does not say otherwise.
         needs: ``"sites"``: any model. ``"statistics"``: built layers. ``"optimizer"``: a compiled
             model. ``"data"``: samples.
         fix: The repair as a word, or ``None``.
@@ -267,12 +270,12 @@ def _finding(origin: Rule, hit: Hit) -> Finding:
     return Finding(
         code=origin.code,
         name=origin.name,
-        severity=origin.severity,
+        severity=hit.severity or origin.severity,
         certainty=hit.certainty,
         sites=hit.sites,
         message=hit.message,
         evidence=hit.evidence,
-        fix=hit.fix or origin.fix,
+        fix=origin.fix if hit.fix is None else hit.fix or None,
     )
 
 

@@ -92,6 +92,14 @@ def affine_is_trained(facts: SiteFacts) -> bool:
     )
 
 
+def is_identity(facts: SiteFacts) -> bool:
+    """Whether a locked site has nothing of a training: gamma and beta of a new layer, and frozen.
+
+    At initial statistics it is an affine layer that training used as it is, if there was any.
+    """
+    return is_locked(facts) and facts.site.params_frozen and not affine_is_trained(facts)
+
+
 def epsilon_effect(variance: Array, ours: float, theirs: float) -> float:
     """Largest change of scale over the channels that another epsilon makes."""
     variance = np.maximum(variance, 0.0)

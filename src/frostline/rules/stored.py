@@ -6,13 +6,19 @@ Arrays have shape ``(channels,)`` and are float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from frostline.numerics.averages import OLD_SHARE, update_count
 from frostline.rules import Hit, rule
 from frostline.rules.fixtures import Stored
-from frostline.rules.predicates import affine_is_trained, bad_channels, initial_values
+from frostline.rules.predicates import (
+    affine_is_trained,
+    bad_channels,
+    initial_values,
+    is_identity,
+)
 from frostline.types.codes import Fix
 from frostline.types.facts import ModelFacts, SiteFacts
 
@@ -187,7 +193,8 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
     ## When not to use it
     When the inputs are standardised already and only gamma and beta of the layer are wanted, or
     when training used a frozen layer so: `fl.diagnose` tells. A class that never moves anything
-    (`FrozenBatchNorm2d`) and has gamma 1 and beta 0 besides is not reported.
+    (`FrozenBatchNorm2d`) and has gamma 1 and beta 0 besides is a note: statistics of the data would
+    change what the layers behind it have learned.
 
     ## References
     keras-core issue 338; tf-frrn issue 2.
@@ -197,13 +204,8 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
         if initial is None or initial.zero:  # FL205
             continue
         if initial.mean and initial.variance and reason is not None:
-            # All of it frozen, gamma and beta as well: the layers behind may have been trained so.
-            unused = facts.site.stats_frozen and facts.site.params_frozen
-            unused = unused and not affine_is_trained(facts)
-            if unused and facts.site.decay >= 1:
-                continue
             message = f"mean 0 and variance 1 as in a new layer, although {reason}; recalibrate"
-            message += ", unless it was trained so" if unused else ""
+            message += ", unless it was trained so" if is_identity(facts) else ""
         elif initial.half:
             kept, moved = ("mean", "variance") if initial.mean else ("variance", "mean")
             value = "0" if initial.mean else "1"
@@ -211,7 +213,13 @@ def initial_statistics(model: ModelFacts, stored: Stored) -> Iterator[Hit]:
         else:
             continue
         evidence = {"channels": float(mean.size), "steps": float(model.steps or 0)}
-        yield Hit(sites=(facts.site.path,), message=message, evidence=evidence)
+        hit = Hit(sites=(facts.site.path,), message=message, evidence=evidence)
+        if initial.mean and initial.variance and is_identity(facts) and facts.site.decay >= 1:
+            # No update was ever meant: the layer scales and shifts, in training as at inference.
+            message = "mean 0 and variance 1 for good: nothing is wrong if training used them so; "
+            message += "else load those of the pretrained network"
+            hit = replace(hit, message=message, certainty="may", severity="info", fix="")
+        yield hit
 
 
 @rule("FL205", "zero-variance", severity="error", needs="statistics", fix=Fix.RECALIBRATE)

@@ -284,6 +284,16 @@ def test_rules_change_nothing(code: str, given: ModelFacts) -> None:
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_layer_that_nothing_can_update_is_noted_at_its_initial_statistics() -> None:
+    """Training may have used it so; recalibrating it was the advice, and ruins such a network."""
+    given = model(facts(at={**LOCKED, "decay": 1.0}, **FRESH), **NATIVE)
+    (hit,) = rules.check(given, rules.select("FL204"))[0]
+    assert (hit.severity, hit.certainty, hit.fix) == ("info", "may", None)
+    lost = replace(given.sites[0], gamma=np.array([1.0, 1.1, 1.0]))  # those of a training
+    (hit,) = rules.check(replace(given, sites=(lost,)), rules.select("FL204"))[0]
+    assert (hit.severity, hit.fix) == ("error", "recalibrate")
+
+
 def test_numbers_in_evidence() -> None:
     (stale,) = rules.check(model(facts(), steps=48), rules.select("FL203"))[0]
     assert stale.evidence["old_share"] == pytest.approx(0.99**48)
