@@ -108,6 +108,7 @@ class Outcome:
         unit: ``"sample"``: one loss per sample; ``"batch"``: one loss for the whole batch.
         parts: Name -> losses of one of several named losses, which add up to ``losses``.
         metrics: Name -> one number, or one per sample.
+        step_trains: The step called ``train()`` on the model in inference mode, and was not obeyed.
     """
 
     outputs: Any
@@ -116,6 +117,7 @@ class Outcome:
     unit: Literal["sample", "batch"] = "sample"
     parts: Mapping[str, Array] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    step_trains: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from frostline.measure import inputs, located, shares, sweep
 from frostline.measure.bench import Bench, joined_arrays, only
 from frostline.measure.history import parse
 from frostline.measure.judged import class_labels, predicted_classes
-from frostline.measure.phases import tried
+from frostline.measure.phases import STEP_TRAINS, tried
 from frostline.measure.samples import draw, rebatched
 from frostline.measure.setting import finite_samples, make_bench
 from frostline.numerics import stats
@@ -220,14 +220,21 @@ class _Run:
 
     def inference(self) -> None:
         """The model's own inference; its outputs are kept."""
-        bench = self.bench
+        bench, own, trains = self.bench, self.bench.own(training=False), set[bool]()
+
+        def run(batch: Batch, number: int) -> Outcome:
+            outcome = own(batch, number)
+            trains.add(outcome.step_trains)
+            return outcome
+
         probe, self.outputs, _ = bench.passes(
             "inference",
-            bench.own(training=False),
+            run,
             bench.batches,
             keep=max(sweep.SAMPLES, sweep.NEIGHBOUR_BATCHES * bench.batch_size),
         )
         self.probes["inference"] = bench.remember(("own", False), probe)
+        self.notes += [STEP_TRAINS] if True in trains else []
         if bench.task in ("binary", "multiclass"):
             self._classes()
         elif bench.task == "regression" and bench.labels is not None:

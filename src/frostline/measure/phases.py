@@ -64,6 +64,13 @@ WINDOW = 16 << 20
 #: Fixed, so that the same model and data give the same words.
 _BOOTSTRAP_SEED = 0
 
+#: What to know of a step that calls ``train()``, as one of training does.
+STEP_TRAINS = (
+    "step= calls train() on the model, which is put into the mode of each phase all the same, as a "
+    "step of training must be: where your evaluation runs this step, it gives what training mode "
+    "gives, on the statistics of each batch and with dropout, also after eval()"
+)
+
 _NO_MOMENTS = stats.Moments(0, np.zeros(1), np.zeros(1))
 
 
@@ -265,7 +272,7 @@ def _both_phases(
     passes = {phase: _Pass(Kept(workspace), Kept(workspace)) for phase in ("0", "1")}
     labels, without = Kept(workspace), 0
     remarks: list[str] = []
-    weighted = False
+    weighted = step_trains = False
     score: _Scorer | None = None
     labelled = True
     dynamic: dict[str, float] = {}
@@ -284,6 +291,7 @@ def _both_phases(
             for phase, training in (("0", False), ("1", True)):
                 outcome = score(batch, training=training, number=number)
                 passes[phase].add(outcome, batch.count or 1)
+                step_trains |= outcome.step_trains
         # Without labels it may have a loss that it computes itself.
         if step is None and not remarks and (not without or passes["0"].known):
             try:
@@ -292,6 +300,7 @@ def _both_phases(
                 if passes["0"].known and not without:
                     raise
     remarks = [*remarks, apart] if apart else remarks
+    remarks = [*remarks, f"Note: {STEP_TRAINS}."] if step_trains else remarks
     return _Seen(passes, labels, without, remarks, weighted, dynamic)
 
 

@@ -250,3 +250,25 @@ def test_a_module_that_moves_its_own_state_at_inference_is_named() -> None:
     report = diagnose(model, digits())
     assert "KERNEL_BUG" not in codes(report)
     assert "'11' (Tracked) moves state of its own" in report.verdict
+
+
+def test_a_step_that_calls_train_is_told_of() -> None:
+    """It is asked in the mode of the phase, as a training step must be, and that is said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    x, y = torch.randn(64, 8), torch.arange(64) % 2
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+
+    def plain(asked: Any, batch: Any) -> Any:
+        return functional.cross_entropy(asked(batch[0]), batch[1])
+
+    def trains(asked: Any, batch: Any) -> Any:
+        asked.train()
+        return plain(asked, batch)
+
+    for step, wanted in ((plain, 0), (trains, 1)):
+        table = fl.phases(model, batches, step=step)
+        assert sum("train()" in text for text in str(table).splitlines()) == wanted
+        report = fl.diagnose(model, batches, step=step, verbose=0)
+        assert sum("calls train()" in note for note in report.measurement.notes) == wanted
+        assert model.training

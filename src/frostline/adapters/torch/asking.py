@@ -36,6 +36,7 @@ def call(
     *,
     step: Any = None,
     targets: bool = False,
+    trains: Callable[[], None] | None = None,
 ) -> Any:
     """Call a module on a batch, or have the user's step do so.
 
@@ -45,13 +46,14 @@ def call(
         move: Arrays and tensors -> tensors where the model is.
         step: ``step(model, batch)``; ``None``: the module is called.
         targets: Labels go in where ``forward`` has a place for them.
+        trains: Called where the step calls ``train()`` on the module in inference mode.
 
     Raises:
         ModelError: The module or the step fails.
     """
     with _told(batch, step), outside_kept(root):
         if step is not None:
-            with _mode_held(root), _unlogged(root):
+            with _mode_held(root, trains), _unlogged(root):
                 return step(root, move(batch.given))
         outputs = _called(root, batch, move, targets)
         # A generator runs the model while it is read: here, not where nobody looks any more.
@@ -59,16 +61,19 @@ def call(
 
 
 @contextmanager
-def _mode_held(root: Any) -> Iterator[None]:
+def _mode_held(root: Any, trains: Callable[[], None] | None) -> Iterator[None]:
     """Let a step that calls ``train()``, as a training step does, be asked in the mode at hand."""
     if "train" in vars(root) or isinstance(root, torch.jit.ScriptModule):
         yield
         return
     modes = [(module, module.training) for module in root.modules()]
+    inference = not root.training
 
     def train(mode: bool = True) -> Any:
         if not mode:
             return type(root).train(root, False)
+        if inference and trains is not None:
+            trains()
         for module, before in modes:
             module.training = before
         return root
@@ -278,6 +283,8 @@ class Question:
     def __init__(self, loss: Any, step: Any, *, whole: bool = False) -> None:
         self._step = step
         self.steps = step is not None
+        #: The step has called ``train()`` on a model in inference mode.
+        self.trains = False
         self._loss = None if loss is None else as_callable(loss)
         # Whether a loss of single samples is the loss of the batch.
         self._sliced: bool | None = False if whole else None
@@ -317,7 +324,8 @@ class Question:
             DataError: The loss does not take these outputs and labels.
         """
         if self._step is not None:
-            return None, read_losses(call(root, batch, move, step=self._step))
+            found = call(root, batch, move, step=self._step, trains=self._notice_train)
+            return None, read_losses(found)
         outputs = call(root, batch, move, targets=self._loss is None or root.training)
         if first and isinstance(outputs, (tuple, list)):
             outputs = outputs[0]
@@ -339,6 +347,9 @@ class Question:
             weights = move(batch.sample_weight).to(found.losses.dtype)
             found = dataclasses.replace(found, losses=found.losses * weights)
         return outputs, found
+
+    def _notice_train(self) -> None:
+        self.trains = True
 
     def _own(self, root: Any, outputs: Any) -> Judged:
         """The loss that the model computes itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,8 @@ class TorchForward:
             if not self._question.may_differentiate(error):
                 raise
             return self.own(batch, training=training, number=number)
-        return outcome_of(outputs, found, {})
+        outcome = outcome_of(outputs, found, {})
+        return replace(outcome, step_trains=not training and self._question.trains)
 
     # --- the pass -----------------------------------------------------------------------------
 
