@@ -25,7 +25,9 @@ on JAX, where it had not ended in ten minutes, and little change on TensorFlow.
 
 Tried and given up: statistics of all sites by passes at λ = 0 until they settle, instead of stage
 by stage (with random weights they drift apart instead), and batch statistics in pieces that fit a
-cache (the longer trace cost more than its passes saved). What was measured is in ``docs/results``.
+cache (the longer trace cost more than its passes saved; on TensorFlow they come in such pieces all
+the same since they are made of the sums that population moments are made of). What was measured is
+in ``docs/results``.
 """
 
 from __future__ import annotations

@@ -83,11 +83,6 @@ FAINT = 0.25
 EXTREME = 100.0
 
 
-#: Powers of the variance that conversions store for it: standard deviations, their inverses, those
-#: of the variances, and squares.
-POWERS = (0.5, -0.5, -1.0, 2.0)
-
-
 #: Roles of frozen sites that do something else in training than at inference.
 _UNSTEADY = ("frozen batch", "frozen drift")
 
@@ -288,48 +283,10 @@ def converted(case: Case, path: str) -> SiteExplanation | None:
 
     BN takes the scale of its inputs off, so that other inputs reach the first site alone.
     """
-    numbers = conversion(case)
+    numbers = case.conversion
     if not numbers or path not in case.measurement.sites:
         return None
     return SiteExplanation(CauseCode.POISONED, numbers)
-
-
-def conversion(case: Case) -> Mapping[str, float]:
-    """``factor`` of mean and variance, or ``power`` of the variance beside a right mean; or none.
-
-    Two sites at least, and none that fits worse: the first one alone may have other inputs.
-    """
-    sites = [case.measurement.sites[path] for path in case.mismatches]
-    far = [path for path in case.mismatches if case.mismatch(path) > FAR]
-    if len(sites) < 2 or 2 * len(far) < len(sites):
-        return {}
-    variances = [v for site in sites for v in (site.stored_variance, site.batch_variance)]
-    if not all((np.isfinite(values) & (values > 0)).all() for values in variances):
-        return {}
-    stored = [np.log(site.stored_variance) for site in sites]
-    data = [np.log(site.batch_variance) for site in sites]
-    deviation = [np.sqrt(site.batch_variance) for site in sites]
-    factor = float(np.median(np.concatenate(stored) - np.concatenate(data)))
-
-    def fits(means: float, variances: Sequence[Array]) -> bool:
-        return all(
-            float(np.median(np.abs(mine - want))) <= AGREES
-            and float(np.median(np.abs(site.stored_mean / means - site.batch_mean) / spread))
-            <= AGREES
-            for site, spread, mine, want in zip(sites, deviation, stored, variances, strict=True)
-        )
-
-    # Means near 0 tell nothing: weights that were scaled since would leave the same variances.
-    telling = max(
-        float(np.median(np.abs(site.batch_mean) / spread))
-        for site, spread in zip(sites, deviation, strict=True)
-    )
-    if telling > FAR and abs(factor) > FAR and fits(math.exp(factor), [v + factor for v in data]):
-        return {"factor": math.exp(factor)}
-    for power in POWERS:
-        if fits(1.0, [power * values for values in data]):
-            return {"power": power}
-    return {}
 
 
 _FACTS: tuple[Callable[[Case, str], SiteExplanation | None], ...] = (

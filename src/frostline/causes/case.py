@@ -34,6 +34,10 @@ from frostline.types.measured import Difference, Interval, Measurement, Probe
 
 Role = Literal["locked", "frozen batch", "frozen drift", "moving", "unmoved", "unused"]
 
+#: Powers of the variance that conversions store for it: standard deviations, their inverses, those
+#: of the variances, and squares.
+POWERS = (0.5, -0.5, -1.0, 2.0)
+
 #: A difference below this share of the larger loss needs no cause: dropout and rounding leave as
 #: much in a healthy model (the same number as ``measure.SMALL_GAP``).
 SMALL_SHARE = 0.05
@@ -620,6 +624,50 @@ class Case:
     def mismatches(self) -> Mapping[str, float]:
         """Path -> distance, of the sites that were measured, in execution order."""
         return {path: self.mismatch(path) for path in self.sites if path in self.measurement.sites}
+
+    @cached_property
+    def conversion(self) -> Mapping[str, float]:
+        """``factor`` of mean and variance, ``power`` of the variance beside a right mean, or none.
+
+        Two sites at least, and none that fits worse: the first one alone may have other inputs.
+        """
+        sites = [self.measurement.sites[path] for path in self.mismatches]
+        far = [path for path in self.mismatches if self.mismatch(path) > FAR]
+        if len(sites) < 2 or 2 * len(far) < len(sites):
+            return {}
+        variances = [v for site in sites for v in (site.stored_variance, site.batch_variance)]
+        if not all((np.isfinite(values) & (values > 0)).all() for values in variances):
+            return {}
+        stored = [np.log(site.stored_variance) for site in sites]
+        data = [np.log(site.batch_variance) for site in sites]
+        deviation = [np.sqrt(site.batch_variance) for site in sites]
+        factor = float(np.median(np.concatenate(stored) - np.concatenate(data)))
+
+        def fits(means: float, variances: Sequence[Array]) -> bool:
+            return all(
+                float(np.median(np.abs(mine - want))) <= AGREES
+                and float(np.median(np.abs(site.stored_mean / means - site.batch_mean) / spread))
+                <= AGREES
+                for site, spread, mine, want in zip(
+                    sites, deviation, stored, variances, strict=True
+                )
+            )
+
+        # Means near 0 tell nothing: weights that were scaled since would leave the same variances.
+        telling = max(
+            float(np.median(np.abs(site.batch_mean) / spread))
+            for site, spread in zip(sites, deviation, strict=True)
+        )
+        if (
+            telling > FAR
+            and abs(factor) > FAR
+            and fits(math.exp(factor), [v + factor for v in data])
+        ):
+            return {"factor": math.exp(factor)}
+        for power in POWERS:
+            if fits(1.0, [power * values for values in data]):
+                return {"power": power}
+        return {}
 
     def values_per_batch(self, path: str, batch_size: int) -> int | None:
         """Values per channel that one batch gives a site."""

@@ -124,8 +124,8 @@ def mode_reset(case: Case, assigned: Assigned) -> Iterator[Claim]:
     else:
         text = "would go back to training mode with the next train() of the whole model: each step "
         text += f"would then use the batch and replace {replaced:.2g} of the statistics. Training "
-        text += "mode was looked at so; nothing shows that your training calls train(), as "
-        text += "Lightning's Trainer does not from 2.2 on"
+        text += "mode was looked at so; nothing shows that your training calls train() "
+        text += "(Lightning's Trainer, from 2.2 on, does not)"
     yield Claim(
         code=CauseCode.MODE_RESET,
         message=f"{count(len(paths), 'site')} put into inference mode (by eval(), or by a frozen "

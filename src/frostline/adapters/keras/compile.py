@@ -111,7 +111,7 @@ def _one_trace_for_all_batch_sizes(function: Any) -> Callable[..., Any]:
     # More than one trace is then the plan, not the accident that TensorFlow warns of.
     vars(function)["_omit_frequent_tracing_warning"] = True
     known: dict[str, Any] = {}
-    by_shapes: dict[Any, Any] = {}  # what tells the trace apart costs as much as a small call
+    by_shapes: dict[Any, Any] = {}  # found without making the specs anew
 
     def call(*arguments: Any) -> Any:
         shapes = _shapes(arguments)

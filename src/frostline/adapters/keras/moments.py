@@ -107,9 +107,8 @@ class MomentRecorder:
 
         XLA compiles each of them longer than it runs: on JAX those of all sites serve any of them.
         """
-        chosen = {*self.layers} if keras.backend.backend() == "jax" else {*paths}
-        key = frozenset(chosen)
-        if key not in self._programs:
+        chosen = frozenset(self.layers if keras.backend.backend() == "jax" else paths)
+        if chosen not in self._programs:
             steps = (
                 self._recorded
                 if self._recorded is not None
@@ -121,8 +120,8 @@ class MomentRecorder:
             ]
             first, *others = schedule(measured)
             # An input that no site depends on is handed over all the same.
-            self._programs[key] = (replace(first, takes=tuple(range(inputs))), *others)
-        return self._programs[key]
+            self._programs[chosen] = (replace(first, takes=tuple(range(inputs))), *others)
+        return self._programs[chosen]
 
     def _call_model(self, leaves: Sequence[Any]) -> Any:
         packed = keras.tree.pack_sequence_as(self._structure, list(leaves))

@@ -8,6 +8,7 @@ standard deviation keep their variance.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -34,7 +35,8 @@ def batch_statistics(x: Any, axis: int) -> Any:
     def formed(x: Any) -> tuple[Any, Any]:
         if keras.backend.backend() == "tensorflow" and axes == list(range(len(axes))):
             rows, near = rows_of(x)
-            sums = _sums_of_rows(rows, near, _blocks(tuple(x.shape[1:])))
+            blocks = _blocks(tuple(x.shape[1:]))
+            sums = _sums_of_rows(rows, near, blocks, squares=_squares_by_norm)
             offset, square = (ops.mean(each, axis=0) / rows.shape[1] for each in sums)
             return near + offset, ops.maximum(square - ops.square(offset), 0)
         # Around a value near the mean: neither E[x²] − E[x]² nor a float32 sum of large values is
@@ -117,7 +119,23 @@ def chunk_sums(x: Any, axis: int, mask: Any) -> tuple[Any, Any, Any, Any]:
     return ops.convert_to_tensor(count, "int32"), shift, first, second
 
 
-def _sums_of_rows(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
+def _sum_of_squares(deviations: Any) -> Any:
+    return ops.sum(ops.square(deviations), axis=1)
+
+
+def _squares_by_norm(deviations: Any) -> Any:
+    """The same on TensorFlow, whose norm makes no tensor of the squares; it rounds twice more.
+
+    It is NaN where the squares overflow to infinity; neither is finite.
+    """
+    import tensorflow as tf
+
+    return tf.square(tf.math.reduce_euclidean_norm(deviations, axis=1))
+
+
+def _sums_of_rows(
+    rows: Any, shift: Any, blocks: int, *, squares: Callable[[Any], Any] = _sum_of_squares
+) -> tuple[Any, Any]:
     """Sums of the deviations and of their squares over axis 1, block by block."""
     if keras.backend.backend() == "torch" and not rows.requires_grad:
         from frostline.adapters.torch.calls import deviations as in_one_memory, pieces
@@ -131,22 +149,10 @@ def _sums_of_rows(rows: Any, shift: Any, blocks: int) -> tuple[Any, Any]:
     for piece in [rows] if blocks == 1 else _cut(rows, blocks):
         deviations = piece - shift
         first.append(ops.sum(deviations, axis=1))
-        second.append(_sum_of_squares(deviations))
+        second.append(squares(deviations))
     if blocks == 1:
         return first[0], second[0]
     return ops.concatenate(first), ops.concatenate(second)
-
-
-def _sum_of_squares(deviations: Any) -> Any:
-    """Over axis 1; TensorFlow's norm makes no tensor of the squares, which takes half of the time.
-
-    It is NaN where the squares overflow to infinity; neither is finite.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return ops.sum(ops.square(deviations), axis=1)
-    import tensorflow as tf
-
-    return tf.square(tf.math.reduce_euclidean_norm(deviations, axis=1))
 
 
 def _cut(rows: Any, blocks: int) -> list[Any]:
